@@ -1,0 +1,41 @@
+"""The `longrope` command: one thin module per subcommand, each with `add_parser` and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from megatron_longrope import __version__
+
+# Modules are imported on start but keep torch and megatron imports inside `run`, so that --help and
+# usage errors are instant.
+_COMMANDS = ("pretrain", "search", "evaluate", "convert", "data", "report", "doctor")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="longrope", description="Extend the context window of Megatron models with LongRoPE."
+    )
+    parser.add_argument("--version", action="version", version=f"longrope {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in _COMMANDS:
+        importlib.import_module(f"megatron_longrope.cli.{name}").add_parser(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("longrope: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"longrope {args.command}: error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,394 @@
+"""`LongRopeConfig`: the one JSON file that drives training, search, evaluation and export."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_longrope.files import read_json, write_json_atomic
+from megatron_longrope.frequencies import ATTENTION_FACTOR_POLICIES, attention_factor
+
+SCHEMA_VERSION = 1
+_SET_KEYS = {"max_length", "rescale_factors", "num_start_tokens", "origin"}
+_CONFIG_KEYS = {
+    "schema", "rope_type", "rotary_base", "rotary_dim", "original_max_position_embeddings",
+    "attention_factor", "attention_factor_policy", "factor_sets",
+}  # fmt: skip
+_OPTIONAL_CONFIG_KEYS = {"attention_factor", "attention_factor_policy"}
+
+
+@dataclass(frozen=True)
+class FactorSet:
+    """Rescale factors for every sequence up to `max_length` tokens."""
+
+    max_length: int
+    """Longest sequence, in tokens, that this set serves."""
+
+    rescale_factors: tuple[float, ...]
+    """lambda_i of equation 3, one for each of the rotary_dim / 2 frequencies, non-decreasing, >= 1."""
+
+    num_start_tokens: int = 0
+    """n_hat: positions below it keep the original rotation."""
+
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Where the factors come from (method, checkpoint, data hash, seed, ...); free-form JSON."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rescale_factors", tuple(self.rescale_factors))
+
+    @property
+    def is_identity(self) -> bool:
+        """True when the set is plain RoPE."""
+        return all(value == 1.0 for value in self.rescale_factors)
+
+
+@dataclass(frozen=True)
+class LongRopeConfig:
+    """A model's rotary geometry and its factor sets, validated on construction.
+
+    Raises:
+        ValueError: Any field breaks its rule; the message names field, index, value and rule.
+    """
+
+    rotary_base: float
+    """Base of RoPE (HF `rope_theta`, Megatron `--rotary-base`)."""
+
+    rotary_dim: int
+    """Rotated dimensions of a head: head_dim * rotary_percent; even."""
+
+    original_max_position_embeddings: int
+    """Window, in tokens, of the pre-trained model."""
+
+    factor_sets: tuple[FactorSet, ...]
+    """Sorted by max_length; a sequence uses the first set that covers it."""
+
+    attention_factor: float | None = None
+    """One value for every window, or None to follow `attention_factor_policy` set by set."""
+
+    attention_factor_policy: str = "su"
+    """`su`, `yarn` or `none`; see :func:`megatron_longrope.frequencies.attention_factor`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factor_sets", tuple(self.factor_sets))
+        _validate_geometry(self)
+        _validate_factor_sets(self)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, in tokens, that any factor set covers."""
+        return self.factor_sets[-1].max_length
+
+    def factor_set_for(self, length: int) -> FactorSet:
+        """Smallest set whose max_length covers `length` tokens.
+
+        Raises:
+            ValueError: No set reaches that far.
+        """
+        for factor_set in self.factor_sets:
+            if length <= factor_set.max_length:
+                return factor_set
+        raise ValueError(
+            f"sequence length {length} exceeds {self.max_length}, the max_length of the largest "
+            "factor set; search factors for the longer window or shorten the sequence"
+        )
+
+    def attention_factor_for(self, length: int) -> float:
+        """Multiplier of q and k for a sequence of `length` tokens (logits get its square)."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return attention_factor(
+            self.attention_factor_policy,
+            self.factor_set_for(length).max_length / self.original_max_position_embeddings,
+            self.original_max_position_embeddings,
+        )
+
+    def with_factor_set(self, factor_set: FactorSet) -> LongRopeConfig:
+        """A copy that holds `factor_set`, in place of a set with the same max_length if any."""
+        kept = [item for item in self.factor_sets if item.max_length != factor_set.max_length]
+        ordered = sorted([*kept, factor_set], key=lambda item: item.max_length)
+        return replace(self, factor_sets=tuple(ordered))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Schema-1 JSON object."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "rope_type": "longrope",
+            "rotary_base": self.rotary_base,
+            "rotary_dim": self.rotary_dim,
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+            "attention_factor": self.attention_factor,
+            "attention_factor_policy": self.attention_factor_policy,
+            "factor_sets": [
+                {
+                    "max_length": item.max_length,
+                    "rescale_factors": list(item.rescale_factors),
+                    "num_start_tokens": item.num_start_tokens,
+                    "origin": dict(item.origin),
+                }
+                for item in self.factor_sets
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any) -> LongRopeConfig:
+        """Build from a schema-1 JSON object.
+
+        Raises:
+            ValueError: Unknown schema, unknown or missing key, or an invalid field.
+        """
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+        schema = value.get("schema")
+        if schema != SCHEMA_VERSION or isinstance(schema, bool):
+            raise ValueError(
+                f"schema {schema!r} is not supported; this release reads schema {SCHEMA_VERSION}"
+            )
+        _check_keys("the configuration", value, _CONFIG_KEYS, _OPTIONAL_CONFIG_KEYS)
+        if value["rope_type"] != "longrope":
+            raise ValueError(f'rope_type {value["rope_type"]!r} must be "longrope"')
+        if not isinstance(value["factor_sets"], list):
+            raise ValueError("factor_sets must be a list of objects")
+        sets = []
+        for index, item in enumerate(value["factor_sets"]):
+            where = f"factor_sets[{index}]"
+            if not isinstance(item, dict):
+                raise ValueError(f"{where} must be an object, got {type(item).__name__}")
+            _check_keys(where, item, _SET_KEYS, {"num_start_tokens", "origin"})
+            if not isinstance(item["rescale_factors"], list):
+                raise ValueError(f"{where}.rescale_factors must be a list of numbers")
+            if not isinstance(item.get("origin", {}), dict):
+                raise ValueError(f"{where}.origin must be an object")
+            sets.append(FactorSet(**item))
+        fields = {key: value[key] for key in _CONFIG_KEYS & value.keys()}
+        for key in ("schema", "rope_type"):
+            fields.pop(key)
+        return cls(**{**fields, "factor_sets": tuple(sets)})
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON file atomically."""
+        write_json_atomic(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> LongRopeConfig:
+        """Read and validate a JSON file.
+
+        Raises:
+            ValueError: The file or its content is not valid; the message starts with the path.
+        """
+        value = read_json(path)
+        try:
+            return cls.from_dict(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_hf(
+        self, short_length: int | None = None, long_length: int | None = None
+    ) -> dict[str, Any]:
+        """The `config.json` fields of transformers' `longrope`, valid for 4.57 and 5.x.
+
+        Transformers knows two factor vectors and one attention factor: `short_factor` up to
+        `original_max_position_embeddings`, `long_factor` beyond. Both spellings are returned,
+        `rope_scaling` (4.x) and `rope_parameters` (5.x, which also holds `rope_theta`).
+
+        Args:
+            short_length (int, optional): Window whose set becomes short_factor. Defaults to
+                original_max_position_embeddings.
+            long_length (int, optional): Window whose set becomes long_factor and which becomes
+                max_position_embeddings. Defaults to the largest.
+
+        Raises:
+            ValueError: Start tokens or differing attention factors, which transformers cannot hold.
+        """
+        short_length = short_length or self.original_max_position_embeddings
+        long_length = long_length or self.max_length
+        short, long = self.factor_set_for(short_length), self.factor_set_for(long_length)
+        for name, item in (("short", short), ("long", long)):
+            if item.num_start_tokens > 0:
+                raise ValueError(
+                    f"the {name} factor set (max_length {item.max_length}) has num_start_tokens "
+                    f"{item.num_start_tokens}; transformers' longrope cannot express start tokens, "
+                    "search again with --start-tokens 0"
+                )
+        short_value, long_value = map(self.attention_factor_for, (short_length, long_length))
+        if not math.isclose(short_value, long_value, rel_tol=1e-12):
+            raise ValueError(
+                f"attention factor {short_value:.6g} at {short_length} tokens differs from "
+                f"{long_value:.6g} at {long_length}; transformers applies one value to both windows, "
+                "so search the short window again with --attention-factor "
+                f"{long_value!r} (recovery) before exporting"
+            )
+        scaling = {
+            "rope_type": "longrope",
+            "factor": long_length / self.original_max_position_embeddings,
+            "attention_factor": long_value,
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+            "short_factor": list(short.rescale_factors),
+            "long_factor": list(long.rescale_factors),
+        }
+        return {
+            "max_position_embeddings": long_length,
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+            "rope_theta": self.rotary_base,
+            "rope_scaling": dict(scaling),
+            "rope_parameters": {**scaling, "rope_theta": self.rotary_base},
+        }
+
+    @classmethod
+    def from_hf(cls, hf_config: Mapping[str, Any]) -> LongRopeConfig:
+        """Read the `longrope` fields of a transformers `config.json` (either spelling).
+
+        Raises:
+            ValueError: The configuration is not longrope or lacks a field.
+        """
+        scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+        rope_type = scaling.get("rope_type", scaling.get("type"))
+        if rope_type not in ("longrope", "su"):
+            raise ValueError(f"rope_type {rope_type!r} in config.json is not longrope")
+        merged = {**scaling, **{key: hf_config[key] for key in _HF_TOP if hf_config.get(key)}}
+        for key in ("short_factor", "long_factor"):
+            if key not in scaling:
+                raise ValueError(f"config.json has rope_type longrope but no {key}")
+        if "max_position_embeddings" not in hf_config:
+            raise ValueError("config.json has no max_position_embeddings")
+        max_length = hf_config["max_position_embeddings"]
+        if "original_max_position_embeddings" not in merged:
+            raise ValueError(
+                "config.json has no original_max_position_embeddings; add the window, in tokens, "
+                "that the model was pre-trained with"
+            )
+        original = merged["original_max_position_embeddings"]
+        value = scaling.get("attention_factor")
+        if value is None:
+            ratio = scaling.get("factor") or max_length / original
+            value = attention_factor("su", ratio, original)
+        sets = [FactorSet(original, tuple(scaling["short_factor"]), origin={"source": "hf"})]
+        if max_length > original:
+            sets.append(
+                FactorSet(max_length, tuple(scaling["long_factor"]), origin={"source": "hf"})
+            )
+        return cls(
+            rotary_base=float(scaling.get("rope_theta") or hf_config.get("rope_theta") or 10000.0),
+            rotary_dim=2 * len(scaling["long_factor"]),
+            original_max_position_embeddings=original,
+            factor_sets=tuple(sets),
+            attention_factor=float(value),
+        )
+
+
+_HF_TOP = ("original_max_position_embeddings",)
+
+
+def identity_config(
+    rotary_base: float, rotary_dim: int, original_max_position_embeddings: int
+) -> LongRopeConfig:
+    """Plain RoPE as a configuration: one all-ones set for the original window."""
+    ones = (1.0,) * (rotary_dim // 2)
+    return LongRopeConfig(
+        rotary_base=rotary_base,
+        rotary_dim=rotary_dim,
+        original_max_position_embeddings=original_max_position_embeddings,
+        factor_sets=(FactorSet(original_max_position_embeddings, ones, origin={"method": "none"}),),
+    )
+
+
+def _check_keys(where: str, value: Mapping[str, Any], known: set[str], optional: set[str]) -> None:
+    if unknown := sorted(value.keys() - known):
+        raise ValueError(f"{where} has unknown key {unknown[0]!r}; known keys: {sorted(known)}")
+    if missing := sorted(known - optional - value.keys()):
+        raise ValueError(f"{where} lacks the key {missing[0]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+
+
+def _validate_geometry(config: LongRopeConfig) -> None:
+    _check_positive("rotary_base", config.rotary_base)
+    if config.rotary_base <= 1:
+        raise ValueError(f"rotary_base is {config.rotary_base!r}; it must be above 1")
+    _check_int("rotary_dim", config.rotary_dim, 2)
+    if config.rotary_dim % 2:
+        raise ValueError(
+            f"rotary_dim is {config.rotary_dim}, which is odd; dimensions rotate in pairs"
+        )
+    _check_int("original_max_position_embeddings", config.original_max_position_embeddings, 2)
+    if config.attention_factor is not None:
+        _check_positive("attention_factor", config.attention_factor)
+    if config.attention_factor_policy not in ATTENTION_FACTOR_POLICIES:
+        raise ValueError(
+            f"attention_factor_policy is {config.attention_factor_policy!r}; "
+            f"it must be one of {', '.join(ATTENTION_FACTOR_POLICIES)}"
+        )
+
+
+def _validate_factor_sets(config: LongRopeConfig) -> None:
+    if not config.factor_sets:
+        raise ValueError("factor_sets is empty; at least one set is needed")
+    for index, item in enumerate(config.factor_sets):
+        _check_int(f"factor_sets[{index}].max_length", item.max_length, 1)
+    # LongRoPE searches up to 1.25 s (the release: 1 + s), LongRoPE2 up to 2 s. A short window's
+    # recovered factors stay near the long ones, so the bound is one for all sets.
+    ratio = max(item.max_length for item in config.factor_sets)
+    bound = 2.0 * max(ratio / config.original_max_position_embeddings, 1.0)
+    previous = 0
+    for index, item in enumerate(config.factor_sets):
+        where = f"factor_sets[{index}]"
+        if item.max_length == previous:
+            raise ValueError(
+                f"{where}.max_length {item.max_length} is a duplicate; each length may stand once"
+            )
+        if item.max_length < previous:
+            raise ValueError(
+                f"{where}.max_length {item.max_length} follows {previous}; sets must be sorted"
+            )
+        previous = item.max_length
+        _check_int(f"{where}.num_start_tokens", item.num_start_tokens, 0)
+        _validate_factors(f"{where}.rescale_factors", item.rescale_factors, config, bound)
+        try:
+            json.dumps(dict(item.origin), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}.origin must be plain JSON: {error}") from None
+
+
+def _validate_factors(
+    where: str, factors: Sequence[float], config: LongRopeConfig, bound: float
+) -> None:
+    expected = config.rotary_dim // 2
+    if len(factors) != expected:
+        raise ValueError(
+            f"{where} has {len(factors)} values; rotary_dim {config.rotary_dim} needs {expected}"
+        )
+    for index, value in enumerate(factors):
+        here = f"{where}[{index}]"
+        if not _is_number(value):
+            raise ValueError(f"{here} is {value!r}; it must be a number")
+        if math.isnan(value):
+            raise ValueError(f"{here} is NaN; factors must be finite")
+        if math.isinf(value):
+            raise ValueError(f"{here} is infinite; factors must be finite")
+        if value < 1:
+            raise ValueError(f"{here} is {value!r}, below 1; a factor may only slow a rotation")
+        if index and value < factors[index - 1]:
+            raise ValueError(
+                f"{here} is {value!r}, below its predecessor {factors[index - 1]!r}; "
+                "factors must not decrease (the paper's monotonic constraint)"
+            )
+        if value > bound:
+            raise ValueError(
+                f"{here} is {value!r}, over the bound {bound:g} = 2 x largest max_length / "
+                "original_max_position_embeddings; check both lengths"
+            )

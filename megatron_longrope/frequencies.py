@@ -1,0 +1,204 @@
+"""The formula: every rotary frequency, factor vector and angle of this package comes from here.
+
+Notation of the paper (arXiv 2402.13753, section 2 and equation 3): dimension i of d/2 rotates token
+n by n / beta_i with beta_i = base^(2i/d). A rescale factor lambda_i slows it to n / (lambda_i beta_i)
+for every position n >= n_hat; the first n_hat start tokens keep the original rotation.
+
+Only torch is needed here. Positions and frequencies are fp64: at position 2^21 an fp32 product is off
+by 0.1 to 0.3 rad, which fp64 reduced modulo 2 pi brings below 1e-6 rad.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ATTENTION_FACTOR_POLICIES = ("su", "yarn", "none")
+
+# Rows computed at once: bounds the fp64 scratch at 32 MiB for d = 128.
+_ROWS_PER_BLOCK = 65536
+
+
+def inv_freq(rotary_base: float, rotary_dim: int) -> Tensor:
+    """Base inverse frequencies 1 / beta_i of RoPE.
+
+    Args:
+        rotary_base (float): Base of the geometric progression (HF `rope_theta`).
+        rotary_dim (int): Number of rotated dimensions d of a head; even.
+
+    Returns:
+        Tensor: `[rotary_dim / 2]`, fp64.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    return 1.0 / float(rotary_base) ** exponents
+
+
+def inv_freq_fp32(
+    rotary_base: float, rotary_dim: int, rescale_factors: Tensor | None = None
+) -> Tensor:
+    """Rescaled inverse frequencies with transformers' and megatron-core's fp32 rounding.
+
+    Both compute `1 / (factor * base ** (i / d))` in fp32 (factor 1 for Megatron); repeating the very
+    same operations is what makes parity bit for bit.
+
+    Returns:
+        Tensor: `[rotary_dim / 2]`, fp32.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    powers = rotary_base**exponents
+    if rescale_factors is not None:
+        powers = rescale_factors.to(torch.float32) * powers
+    return 1.0 / powers
+
+
+def linear_factors(rotary_dim: int, factor: float) -> list[float]:
+    """Position interpolation (PI): every dimension is slowed by the extension ratio."""
+    return [float(factor)] * (rotary_dim // 2)
+
+
+def ntk_factors(rotary_dim: int, factor: float) -> list[float]:
+    """NTK-aware interpolation: lambda_i = s^(2i / (d - 2)) (LongRoPE2 section 2.3).
+
+    The fastest dimension keeps its frequency, the slowest one is slowed by s; the same as enlarging
+    the rotary base to base * s^(d / (d - 2)).
+    """
+    if rotary_dim < 4:
+        raise ValueError(
+            f"rotary_dim {rotary_dim} is below 4, where NTK interpolation is undefined"
+        )
+    return [float(factor) ** (2 * i / (rotary_dim - 2)) for i in range(rotary_dim // 2)]
+
+
+def yarn_factors(
+    rotary_dim: int,
+    factor: float,
+    rotary_base: float,
+    original_max_position_embeddings: int,
+    *,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+) -> list[float]:
+    """YaRN "NTK-by-parts": interpolate inverse frequencies between PI and none (arXiv 2309.00071).
+
+    A dimension with more than `beta_fast` rotations within the original window is left alone, one
+    with fewer than `beta_slow` is interpolated, and between them the *inverse frequencies* are mixed
+    linearly: 1 / lambda_i = ramp / s + (1 - ramp).
+
+    Args:
+        beta_fast (float): Rotations in the original window above which a dimension is kept.
+        beta_slow (float): Rotations below which a dimension is fully interpolated.
+    """
+
+    def dimension_with(rotations: float) -> float:
+        window = original_max_position_embeddings / (rotations * 2 * math.pi)
+        return rotary_dim * math.log(window) / (2 * math.log(rotary_base))
+
+    low = max(math.floor(dimension_with(beta_fast)), 0)
+    high = min(math.ceil(dimension_with(beta_slow)), rotary_dim - 1)
+    span = high - low if high != low else 0.001  # avoids a division by zero, as the reference does
+    ramps = [min(max((i - low) / span, 0.0), 1.0) for i in range(rotary_dim // 2)]
+    return [1.0 / (ramp / factor + (1.0 - ramp)) for ramp in ramps]
+
+
+def named_factors(
+    name: str,
+    rotary_dim: int,
+    factor: float,
+    rotary_base: float,
+    original_max_position_embeddings: int,
+) -> list[float]:
+    """Factor vector of a published method: `none`, `pi`, `ntk` or `yarn`.
+
+    Raises:
+        ValueError: The name is unknown or the extension ratio is below 1.
+    """
+    if factor < 1:
+        raise ValueError(f"extension ratio {factor} is below 1; the target must not be shorter")
+    if name == "none":
+        return [1.0] * (rotary_dim // 2)
+    if name == "pi":
+        return linear_factors(rotary_dim, factor)
+    if name == "ntk":
+        return ntk_factors(rotary_dim, factor)
+    if name == "yarn":
+        return yarn_factors(rotary_dim, factor, rotary_base, original_max_position_embeddings)
+    raise ValueError(f"unknown method {name!r}; choose none, pi, ntk or yarn")
+
+
+def attention_factor(policy: str, factor: float, original_max_position_embeddings: int) -> float:
+    """Multiplier of q and k that offsets the entropy growth of longer windows.
+
+    `su` is sqrt(1 + ln s / ln L) (the LongRoPE release and transformers), `yarn` 0.1 ln s + 1, `none`
+    1. Every policy gives 1.0 for s <= 1. The attention logits get the square of it.
+
+    Raises:
+        ValueError: Unknown policy.
+    """
+    if policy not in ATTENTION_FACTOR_POLICIES:
+        raise ValueError(
+            f"attention factor policy {policy!r} is unknown; "
+            f"choose one of {', '.join(ATTENTION_FACTOR_POLICIES)}"
+        )
+    if policy == "none" or factor <= 1.0:
+        return 1.0
+    if policy == "yarn":
+        return 0.1 * math.log(factor) + 1.0
+    return math.sqrt(1.0 + math.log(factor) / math.log(original_max_position_embeddings))
+
+
+def angles(
+    positions: Tensor,
+    rotary_base: float,
+    rotary_dim: int,
+    rescale_factors: Tensor,
+    num_start_tokens: int = 0,
+) -> Tensor:
+    """Rotation angles of LongRoPE (equation 3), exact to 1e-6 rad at any practical position.
+
+    Args:
+        positions (Tensor): `[s]`, integer token positions.
+        rescale_factors (Tensor): `[rotary_dim / 2]`, lambda_i.
+        num_start_tokens (int): n_hat; positions below it are not rescaled.
+
+    Returns:
+        Tensor: `[s, rotary_dim / 2]`, fp32 angles reduced to [-pi, pi], on the device of `positions`.
+    """
+    device = positions.device
+    base = inv_freq(rotary_base, rotary_dim).to(device)
+    rescaled = base / rescale_factors.to(device=device, dtype=torch.float64)
+    result = torch.empty(len(positions), rotary_dim // 2, dtype=torch.float32, device=device)
+    for start in range(0, len(positions), _ROWS_PER_BLOCK):
+        block = positions[start : start + _ROWS_PER_BLOCK]
+        # [r] x [d/2] -> [r, d/2]
+        exact = torch.outer(block.to(torch.float64), rescaled)
+        if num_start_tokens > 0:
+            kept = block < num_start_tokens
+            exact[kept] = torch.outer(block[kept].to(torch.float64), base)
+        # Reduced before the cast: fp32 holds 1e-7 near zero but only 0.1 near 2^21.
+        exact -= torch.round(exact / (2 * math.pi)) * (2 * math.pi)
+        result[start : start + len(block)] = exact
+    return result
+
+
+def angles_fp32(
+    positions: Tensor,
+    rotary_base: float,
+    rotary_dim: int,
+    rescale_factors: Tensor | None = None,
+    num_start_tokens: int = 0,
+) -> Tensor:
+    """The plain fp32 product n * inv_freq of transformers and megatron-core, bit for bit.
+
+    Returns:
+        Tensor: `[s, rotary_dim / 2]`, fp32, not reduced.
+    """
+    device = positions.device
+    rescaled = inv_freq_fp32(rotary_base, rotary_dim, rescale_factors).to(device)
+    result = torch.outer(positions.to(torch.float32), rescaled)
+    if num_start_tokens > 0:
+        kept = positions < num_start_tokens
+        base = inv_freq_fp32(rotary_base, rotary_dim).to(device)
+        result[kept] = torch.outer(positions[kept].to(torch.float32), base)
+    return result

@@ -1,0 +1,41 @@
+"""Package metadata; tool configuration lives in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "megatron_longrope" / "__init__.py").read_text()
+).group(1)
+
+setup(
+    name="megatron-longrope",
+    version=VERSION,
+    description="LongRoPE context extension as a plugin for Megatron-LM",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_longrope", "megatron_longrope.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core[training]>=0.17",
+        "transformers>=4.57",
+        "safetensors",
+        "numpy",
+        "nltk",
+        "sentencepiece",
+        "cma",
+        "matplotlib",
+        "tqdm",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        "flash": ["flash-attn"],
+        "eval": ["lm-eval"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "mpmath", "ruff"],
+    },
+    entry_points={"console_scripts": ["longrope = megatron_longrope.cli:main"]},
+)
