@@ -163,7 +163,7 @@ def angles(
         num_start_tokens (int): n_hat; positions below it are not rescaled.
 
     Returns:
-        Tensor: `[s, rotary_dim / 2]`, fp32 angles reduced to [-pi, pi], on the device of `positions`.
+        Tensor: `[s, rotary_dim / 2]`, fp32 angles in [-pi, pi], on `positions`' device.
     """
     device = positions.device
     base = inv_freq(rotary_base, rotary_dim).to(device)
