@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.frequencies import ATTENTION_FACTOR_POLICIES, attention_factor
 
 SCHEMA_VERSION = 1
+_MAX_INT = 2**53
+"""Largest integer of which every smaller one is exact in fp64, the type of positions."""
 _SET_KEYS = {"max_length", "rescale_factors", "num_start_tokens", "origin"}
 _CONFIG_KEYS = {
     "schema", "rope_type", "rotary_base", "rotary_dim", "original_max_position_embeddings",
@@ -201,10 +204,16 @@ class LongRopeConfig:
                 max_position_embeddings. Defaults to the largest.
 
         Raises:
-            ValueError: Start tokens or differing attention factors, which transformers cannot hold.
+            ValueError: Start tokens or differing attention factors, which transformers cannot hold,
+                or a long_length below the original window.
         """
         short_length = short_length or self.original_max_position_embeddings
         long_length = long_length or self.max_length
+        if long_length < self.original_max_position_embeddings:
+            raise ValueError(
+                f"long_length {long_length} is below the original window "
+                f"{self.original_max_position_embeddings}; transformers' longrope only extends it"
+            )
         short, long = self.factor_set_for(short_length), self.factor_set_for(long_length)
         for name, item in (("short", short), ("long", long)):
             if item.num_start_tokens > 0:
@@ -252,6 +261,8 @@ class LongRopeConfig:
         for key in ("short_factor", "long_factor"):
             if key not in scaling:
                 raise ValueError(f"config.json has rope_type longrope but no {key}")
+            if not isinstance(scaling[key], (list, tuple)):
+                raise ValueError(f"{key} in config.json must be a list of numbers")
         if "max_position_embeddings" not in hf_config:
             raise ValueError("config.json has no max_position_embeddings")
         max_length = hf_config["max_position_embeddings"]
@@ -261,17 +272,23 @@ class LongRopeConfig:
                 "that the model was pre-trained with"
             )
         original = merged["original_max_position_embeddings"]
+        _check_int("max_position_embeddings", max_length, 2)
+        _check_int("original_max_position_embeddings", original, 2)
+        theta = scaling.get("rope_theta") or hf_config.get("rope_theta") or 10000.0
+        _check_positive("rope_theta", theta)
         value = scaling.get("attention_factor")
         if value is None:
             ratio = scaling.get("factor") or max_length / original
+            _check_positive("factor", ratio)
             value = attention_factor("su", ratio, original)
+        _check_positive("attention_factor", value)
         sets = [FactorSet(original, tuple(scaling["short_factor"]), origin={"source": "hf"})]
         if max_length > original:
             sets.append(
                 FactorSet(max_length, tuple(scaling["long_factor"]), origin={"source": "hf"})
             )
         return cls(
-            rotary_base=float(scaling.get("rope_theta") or hf_config.get("rope_theta") or 10000.0),
+            rotary_base=float(theta),
             rotary_dim=2 * len(scaling["long_factor"]),
             original_max_position_embeddings=original,
             factor_sets=tuple(sets),
@@ -309,10 +326,12 @@ def _is_number(value: Any) -> bool:
 def _check_int(name: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
+    if value > _MAX_INT:
+        raise ValueError(f"{name} is {value}; it must be at most 2^53")
 
 
 def _check_positive(name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
 
 
@@ -376,9 +395,9 @@ def _validate_factors(
         here = f"{where}[{index}]"
         if not _is_number(value):
             raise ValueError(f"{here} is {value!r}; it must be a number")
-        if math.isnan(value):
+        if value != value:  # not math.isnan, which overflows on an integer of 400 digits
             raise ValueError(f"{here} is NaN; factors must be finite")
-        if math.isinf(value):
+        if abs(value) == math.inf:
             raise ValueError(f"{here} is infinite; factors must be finite")
         if value < 1:
             raise ValueError(f"{here} is {value!r}, below 1; a factor may only slow a rotation")

@@ -55,7 +55,10 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        if error.pos >= len(text.rstrip()):
+        content = text.strip()
+        # A cut within a string, number or word stops the parser at the start of that token.
+        open_ended = content[0] in "{[" and content[-1] not in "}]" and error.msg != "Extra data"
+        if open_ended or error.pos >= len(text.rstrip()):
             raise ValueError(
                 f"{path}: the JSON ends in the middle (line {error.lineno}); "
                 "the file is truncated, write or copy it again"
@@ -63,3 +66,5 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(
             f"{path}: not valid JSON at line {error.lineno} column {error.colno}: {error.msg}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None

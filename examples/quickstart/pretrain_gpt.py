@@ -1,0 +1,127 @@
+"""Pre-train or fine-tune a GPT model with Megatron's own training loop.
+
+The megatron-core wheel ships the loop (`megatron.training`) but no script, so this is the quickstart's:
+plain causal language modelling on fixed-length samples. With a Megatron-LM checkout use its
+pretrain_gpt.py instead; the flags are the same. There is no LongRoPE in here: the plugin comes from
+outside.
+
+    longrope pretrain examples/quickstart/pretrain_gpt.py --cpu --mock-data ...
+    torchrun --nproc-per-node 2 -m megatron_longrope pretrain examples/quickstart/pretrain_gpt.py \
+        --cpu --context-parallel-size 2 --longrope-config factors.json ...
+"""
+
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def get_batch(data_iterator):
+    """Next micro-batch of this rank: broadcast over tensor ranks, zigzag over context ranks."""
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(None):
+        return dict.fromkeys(BATCH_KEYS)
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch = {
+            key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
+            for key in BATCH_KEYS
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+
+
+def loss_func(loss_mask, losses):
+    """Sum of token losses and their number; Megatron averages over micro-batches and ranks."""
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    num_tokens = mask.sum().clone().detach().to(torch.int)
+    report = torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator, model):
+    """One forward pass; the loss function is applied by the schedule."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator)
+    timers("batch-generator").stop()
+    losses = model(
+        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+    )
+    return losses, partial(loss_func, batch["loss_mask"])
+
+
+def datasets_provider(num_samples):
+    """Train, validation and test sets of fixed-length samples."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+    print_rank_0("> building datasets ...")
+    return BlendedMegatronDatasetBuilder(
+        MockGPTDataset if args.mock_data else GPTDataset,
+        num_samples,
+        lambda: mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(None),
+        config,
+    ).build()
+
+
+def embedding_ranks(pp_ranks):
+    """Pipeline ranks that hold a word embedding: the first, and the last when it is shared."""
+    first, last = pp_ranks[0], pp_ranks[-1]
+    untied = get_args().untie_embeddings_and_output_weights
+    return [first] if untied or first == last else [first, last]
+
+
+# Megatron's checkpoint writer starts workers that import this file again: keep the guard.
+if __name__ == "__main__":
+    datasets_provider.is_distributed = True
+    args = parse_and_validate_args()
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=embedding_ranks,
+    )

@@ -1,0 +1,144 @@
+"""`ModelShape`: the geometry of a model, out of Megatron's arguments."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What is needed to build a dense transformer or to describe it elsewhere."""
+
+    num_layers: int
+    """Transformer layers."""
+
+    hidden_size: int
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int
+    """Width of the MLP, of one half for gated activations."""
+
+    num_attention_heads: int
+    """Query heads."""
+
+    num_query_groups: int
+    """Key/value heads; equal to num_attention_heads without grouped queries."""
+
+    head_dim: int
+    """Width of a head (Megatron `kv_channels`)."""
+
+    vocab_size: int
+    """Tokens of the vocabulary without padding, or padded_vocab_size where it was not stored."""
+
+    padded_vocab_size: int
+    """Rows of the embedding."""
+
+    norm_epsilon: float
+    """Epsilon of the norms."""
+
+    rotary_base: float
+    """Base of RoPE."""
+
+    rotary_percent: float
+    """Fraction of head_dim that is rotated."""
+
+    rotary_interleaved: bool
+    """True when pairs are neighbours instead of halves."""
+
+    untie_embeddings: bool
+    """True when the output layer has its own weight."""
+
+    qk_layernorm: bool
+    """Norms on q and k."""
+
+    add_qkv_bias: bool
+    """Bias on the q, k, v projection."""
+
+    add_bias_linear: bool
+    """Biases on every linear layer."""
+
+    swiglu: bool
+    """Gated SiLU in the MLP."""
+
+    normalization: str
+    """`RMSNorm` or `LayerNorm`."""
+
+    max_position_embeddings: int
+    """Longest window, in tokens, that the model was configured for."""
+
+    seq_length: int
+    """Sequence length, in tokens, of the run that saved it."""
+
+    params_dtype: torch.dtype
+    """Dtype of the parameters in that run."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dimensions of a head."""
+        return int(self.head_dim * self.rotary_percent)
+
+    @property
+    def vocab_size_is_known(self) -> bool:
+        """False when the padded size may include padding rows that nothing told apart."""
+        return self.vocab_size < self.padded_vocab_size
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ModelShape:
+        """Read Megatron's arguments, filling what Megatron derives.
+
+        Raises:
+            ValueError: An argument is missing or not of its type.
+        """
+        heads = _int(args, "num_attention_heads")
+        hidden_size = _int(args, "hidden_size")
+        grouped = bool(getattr(args, "group_query_attention", False))
+        padded = _int(args, "padded_vocab_size", _optional(args, "vocab_size"))
+        seq_length = _int(args, "seq_length")
+        # `--norm-epsilon` is stored under the name that the transformer config uses.
+        epsilon = _optional(args, "layernorm_epsilon", _optional(args, "norm_epsilon", 1e-5))
+        return cls(
+            num_layers=_int(args, "num_layers"),
+            hidden_size=hidden_size,
+            ffn_hidden_size=_int(args, "ffn_hidden_size"),
+            num_attention_heads=heads,
+            num_query_groups=_int(args, "num_query_groups") if grouped else heads,
+            head_dim=_int(args, "kv_channels", hidden_size // heads),
+            vocab_size=_int(args, "vocab_size", padded),
+            padded_vocab_size=padded,
+            norm_epsilon=float(epsilon),
+            rotary_base=float(_optional(args, "rotary_base", 10000)),
+            rotary_percent=float(_optional(args, "rotary_percent", 1.0)),
+            rotary_interleaved=bool(getattr(args, "rotary_interleaved", False)),
+            untie_embeddings=bool(getattr(args, "untie_embeddings_and_output_weights", False)),
+            qk_layernorm=bool(getattr(args, "qk_layernorm", False)),
+            add_qkv_bias=bool(getattr(args, "add_qkv_bias", False)),
+            add_bias_linear=bool(getattr(args, "add_bias_linear", True)),
+            swiglu=bool(getattr(args, "swiglu", False)),
+            normalization=str(getattr(args, "normalization", "LayerNorm")),
+            max_position_embeddings=_int(args, "max_position_embeddings", seq_length),
+            seq_length=seq_length,
+            params_dtype=_dtype(args),
+        )
+
+
+def _optional(args: argparse.Namespace, name: str, default: Any = None) -> Any:
+    value = getattr(args, name, None)
+    return default if value is None else value
+
+
+def _int(args: argparse.Namespace, name: str, default: int | None = None) -> int:
+    value = _optional(args, name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"the checkpoint's argument {name} is {value!r}; a positive integer is needed"
+        )
+    return value
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype:
+    value = getattr(args, "params_dtype", None)
+    return value if isinstance(value, torch.dtype) else torch.float32

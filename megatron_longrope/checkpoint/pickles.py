@@ -1,0 +1,127 @@
+"""Restricted unpickling: a checkpoint is data, and reading one must never run code from it.
+
+Two pickles are met. `.metadata` of torch's distributed checkpoints is a plain pickle of a few torch
+dataclasses; `torch.distributed.checkpoint` reads it with `pickle.load`, so it is read here instead.
+The common state (`args`, iteration, ...) is a `torch.save` archive, read with `weights_only=True`;
+Megatron's enums in it become inert :class:`Opaque` records, since Megatron need not be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pathlib
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+_METADATA_CLASSES = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "torch": {"Size"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.serialization": {"_get_layout"},
+}
+
+# Real classes that plain arguments need.
+_ARGUMENT_CLASSES = {
+    "argparse.Namespace": argparse.Namespace,
+    "types.SimpleNamespace": SimpleNamespace,
+    "pathlib.PosixPath": pathlib.PurePosixPath,
+}
+# Classes met in common state of 0.17 to 0.19 whose values nothing here needs.
+_OPAQUE_PREFIXES = ("megatron.", "numpy.", "signal.", "transformer_engine.")
+
+
+class Opaque:
+    """Stands in for an object of a class that is not imported; keeps what it was made from."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"Opaque{self.arguments}"
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name in _METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"class {module}.{name} is not part of checkpoint metadata")
+
+
+def load_metadata(path: Path) -> Metadata:
+    """Read a distributed checkpoint's `.metadata`.
+
+    Raises:
+        ValueError: The file is damaged or names a class that metadata has no use for.
+    """
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise ValueError(f"{path}: not readable as checkpoint metadata: {error}") from None
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path}: holds a {type(metadata).__name__}, expected Metadata")
+    return metadata
+
+
+def load_common(data: bytes, where: str) -> dict[str, Any]:
+    """Read the common state (`args`, `iteration`, ...) from the bytes of a `torch.save` archive.
+
+    Args:
+        where (str): What the bytes are, for error messages.
+
+    Raises:
+        ValueError: The archive is damaged or holds an object of a class that is not allowed.
+    """
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception as error:
+        raise ValueError(f"{where}: not readable as a torch archive: {error}") from None
+    allowed = []
+    for name in names:
+        if name in _ARGUMENT_CLASSES:
+            allowed.append((_ARGUMENT_CLASSES[name], name))
+        elif name.startswith(_OPAQUE_PREFIXES):
+            allowed.append((type("Opaque", (Opaque,), {}), name))
+        else:
+            raise ValueError(
+                f"{where}: holds an object of class {name}, which is not one that Megatron stores; "
+                "it is not read, since unpickling it could run code"
+            )
+    try:
+        with torch.serialization.safe_globals(allowed):
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{where}: not readable: {error}") from None
+    if isinstance(value, list) and len(value) == 1:  # 0.19 wraps the state as a sharded object
+        value = value[0]
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: holds a {type(value).__name__}, expected a dictionary")
+    return value

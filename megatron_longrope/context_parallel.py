@@ -1,0 +1,73 @@
+"""Zigzag sharding of a sequence over context-parallel ranks; pure functions, no process group.
+
+A sequence is cut into 2 * cp_size chunks and rank r holds chunks r and 2 * cp_size - 1 - r, so that
+every rank has the same amount of causal attention. megatron-core shards tokens this way; positions
+and rotary tables must follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_divisible(length: int, cp_size: int) -> None:
+    """Refuse a length that does not split into zigzag chunks.
+
+    Raises:
+        ValueError: `length` is no multiple of 2 * cp_size.
+    """
+    if cp_size > 1 and length % (2 * cp_size):
+        rounded = -(-length // (2 * cp_size)) * 2 * cp_size
+        raise ValueError(
+            f"sequence length {length} is not divisible by 2 x context parallel size "
+            f"{cp_size} = {2 * cp_size}; use {rounded} or another context parallel size"
+        )
+
+
+def zigzag_chunks(cp_rank: int, cp_size: int) -> tuple[int, int]:
+    """Indices of the two chunks, out of 2 * cp_size, that `cp_rank` holds."""
+    return cp_rank, 2 * cp_size - 1 - cp_rank
+
+
+def zigzag_positions(
+    length: int, cp_rank: int, cp_size: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Global positions of the tokens that `cp_rank` holds, in local order.
+
+    Returns:
+        Tensor: `[length / cp_size]`, int64.
+    """
+    if cp_size == 1:
+        return torch.arange(length, device=device)
+    check_divisible(length, cp_size)
+    chunk = length // (2 * cp_size)
+    return torch.cat(
+        [
+            torch.arange(index * chunk, (index + 1) * chunk, device=device)
+            for index in zigzag_chunks(cp_rank, cp_size)
+        ]
+    )
+
+
+def shard(tensor: Tensor, cp_rank: int, cp_size: int, dim: int) -> Tensor:
+    """This rank's part of a whole sequence along `dim`: `[..., s, ...] -> [..., s / cp, ...]`."""
+    if cp_size == 1:
+        return tensor
+    check_divisible(tensor.shape[dim], cp_size)
+    chunks = tensor.chunk(2 * cp_size, dim=dim)
+    return torch.cat([chunks[index] for index in zigzag_chunks(cp_rank, cp_size)], dim=dim)
+
+
+def unshard(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Whole sequence from every rank's part, rank order: the inverse of :func:`shard`."""
+    cp_size = len(parts)
+    if cp_size == 1:
+        return parts[0]
+    chunks: list[Tensor | None] = [None] * (2 * cp_size)
+    for cp_rank, part in enumerate(parts):
+        first, second = zigzag_chunks(cp_rank, cp_size)
+        chunks[first], chunks[second] = part.chunk(2, dim=dim)
+    return torch.cat(chunks, dim=dim)

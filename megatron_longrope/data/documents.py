@@ -1,0 +1,166 @@
+"""Read prepared sets back, and check that they are what their manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_longrope.data.prepare import MANIFEST_SCHEMA, output_paths, update_digest
+from megatron_longrope.files import read_json
+
+_MANIFEST_KEYS = (
+    "mode", "tokenizer", "tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "documents",
+    "segments", "tokens", "token_sha256", "length_histogram", "skipped", "source_files",
+)  # fmt: skip
+_MODE_KEYS = {"segments": ("segment_length", "tail"), "whole": ("min_length", "max_length")}
+
+# Problems beyond this many are only counted.
+_MAX_REPORTED_PROBLEMS = 10
+
+
+def read_manifest(prefix: str | Path) -> dict[str, Any]:
+    """Read `prefix`.json, the manifest that :func:`prepare` wrote.
+
+    Raises:
+        ValueError: The manifest is missing or is not a manifest of this release.
+    """
+    path = output_paths(prefix)[2]
+    if not path.exists():
+        raise ValueError(
+            f"{path}: no such manifest; either the prefix is wrong or the set was not written by "
+            "`longrope data prepare`, which writes it last"
+        )
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
+        raise ValueError(
+            f"{path} is not a manifest of schema {MANIFEST_SCHEMA}; "
+            "prepare the set again with this release"
+        )
+    if manifest.get("mode") not in _MODE_KEYS:
+        raise ValueError(f"{path}: mode {manifest.get('mode')!r} must be segments or whole")
+    for key in (*_MANIFEST_KEYS, *_MODE_KEYS[manifest["mode"]]):
+        if key not in manifest:
+            raise ValueError(f"{path} lacks the key {key!r}; prepare the set again")
+    return manifest
+
+
+def read_documents(
+    prefix: str | Path, min_length: int | None = None, limit: int | None = None
+) -> list[np.ndarray]:
+    """Read the documents (or segments) of a Megatron .bin/.idx pair, with or without a manifest.
+
+    Args:
+        prefix (Path): Path of the set without .bin or .idx.
+        min_length (int, optional): Only documents of at least this many tokens. Defaults to all.
+        limit (int, optional): Read exactly the first `limit` of them. Defaults to all.
+
+    Returns:
+        list[np.ndarray]: Token ids, int64 [n], in the order of the file.
+
+    Raises:
+        ValueError: The set is missing, damaged or empty, or holds too few documents.
+    """
+    for name, value in (("min_length", min_length), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    dataset = _open(prefix)
+    # A document of a foreign set may have several entries; ours have one.
+    starts, ends = dataset.document_indices[:-1], dataset.document_indices[1:]
+    offsets = np.concatenate([[0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)])
+    lengths = offsets[ends] - offsets[starts]
+    wanted = np.flatnonzero(lengths >= (min_length or 1))
+    kind = f"documents of at least {min_length} tokens" if min_length else "documents"
+    if not len(wanted) or (limit is not None and len(wanted) < limit):
+        raise ValueError(
+            f"{prefix} holds {len(wanted)} {kind}, {limit or 1} needed (the longest has "
+            f"{lengths.max()} tokens); ask for fewer or shorter ones, or prepare a larger set "
+            "with `longrope data prepare --whole-documents --min-length N`"
+        )
+    return [
+        np.concatenate([dataset[entry] for entry in range(starts[k], ends[k])]).astype(np.int64)
+        for k in wanted[:limit]
+    ]
+
+
+def check_set(prefix: str | Path) -> list[str]:
+    """Compare every token of a set with its manifest; memory stays at one entry.
+
+    Segments must all have exactly segment_length tokens, start with BOS and end with EOS, or
+    GPTDataset's samples are not the segments.
+
+    Returns:
+        list[str]: One sentence for each problem, shortened to the first few; empty when sound.
+
+    Raises:
+        ValueError: The set or its manifest is missing or damaged.
+    """
+    manifest = read_manifest(prefix)
+    dataset = _open(prefix)
+    problems: list[str] = []
+    count = tokens_seen = 0
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        tokens = dataset[index]
+        tokens_seen += len(tokens)
+        update_digest(digest, tokens)
+        for problem in _entry_problems(tokens, manifest):
+            count += 1
+            if count <= _MAX_REPORTED_PROBLEMS:
+                problems.append(f"entry {index} {problem}")
+    if count > len(problems):
+        problems.append(f"{count - len(problems)} more of this kind")
+    if len(dataset.document_indices) - 1 != len(dataset):
+        problems.append("documents and entries differ in number; every entry must be a document")
+    for name, found in (
+        ("segments", len(dataset)),
+        ("tokens", tokens_seen),
+        ("token_sha256", digest.hexdigest()),
+    ):
+        if found != manifest[name]:
+            problems.append(f"{name} is {found} in the .bin, {manifest[name]} in the manifest")
+    return problems
+
+
+def _entry_problems(tokens: np.ndarray, manifest: dict[str, Any]) -> list[str]:
+    if manifest["mode"] == "whole":
+        shortest, longest = manifest["min_length"], manifest["max_length"]
+        if len(tokens) < shortest or (longest is not None and len(tokens) > longest):
+            return [f"has {len(tokens)} tokens, outside {shortest} to {longest or 'any length'}"]
+        return []
+    problems = []
+    if len(tokens) != manifest["segment_length"]:
+        problems.append(f"has {len(tokens)} tokens, not {manifest['segment_length']}")
+    for place, position, name in (("starts", 0, "bos_id"), ("ends", -1, "eos_id")):
+        if len(tokens) and tokens[position] != manifest[name]:
+            problems.append(f"{place} with token {tokens[position]}, not {name} {manifest[name]}")
+    return problems
+
+
+def _open(prefix: str | Path) -> Any:
+    """The IndexedDataset of a prefix, after checks that Megatron leaves to assertions."""
+    bin_path, idx_path, _ = output_paths(prefix)
+    for path in (bin_path, idx_path):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; check the path, which is given without suffix")
+
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+
+    if not bin_path.stat().st_size:
+        raise ValueError(f"{bin_path} is empty; prepare the set again")
+    try:
+        dataset = IndexedDataset(str(prefix))
+    except (AssertionError, ValueError, KeyError, IndexError, OSError, struct.error) as error:
+        raise ValueError(
+            f"{idx_path} is not a readable Megatron index ({error}); copy or prepare it again"
+        ) from None
+    expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
+    if bin_path.stat().st_size != expected:
+        raise ValueError(
+            f"{bin_path} has {bin_path.stat().st_size} bytes, its index describes {expected}; "
+            "copy or prepare the set again"
+        )
+    return dataset

@@ -1,0 +1,225 @@
+"""One interface over sentencepiece and Hugging Face tokenizers, and a trainer for sentencepiece.
+
+Neither adds special tokens: BOS and EOS are placed by :mod:`megatron_longrope.data.segments` and by
+the evaluation code, which know where a sequence starts and ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_longrope.data.outputs import refuse_existing, staged_outputs
+
+# The file that defines a Hugging Face tokenizer, in the order in which transformers prefers them.
+_HF_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+# sentencepiece drops sentences over max_sentence_length bytes; a character has at most 4 bytes.
+_CHUNK_CHARACTERS = 2048
+
+
+class Tokenizer(Protocol):
+    """What data preparation and evaluation need of a tokenizer."""
+
+    path: str
+    """The file or folder it was loaded from."""
+
+    sha256: str
+    """Hash of the sentencepiece model or of the tokenizer's defining file."""
+
+    vocab_size: int
+    """Largest token id plus one."""
+
+    bos_id: int | None
+    """Begin-of-sequence token, None when the tokenizer has none."""
+
+    eos_id: int | None
+    """End-of-sequence token, None when the tokenizer has none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens; `</s>` in the text is ordinary text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids."""
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `.model` file.
+
+    Encoding is exactly sentencepiece's, so the character U+2581, its stand-in for a space, decodes
+    to a space; all other text survives the round trip through a model of
+    :func:`train_sentencepiece`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import sentencepiece
+
+        data = Path(path).read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(data)
+        except RuntimeError:
+            raise ValueError(
+                f"{path} is not a sentencepiece model; give a .model file, "
+                "or the folder of a Hugging Face tokenizer"
+            ) from None
+        self.path = str(path)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id = _valid_id(self._processor.bos_id())
+        self.eos_id = _valid_id(self._processor.eos_id())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        return self._processor.EncodeAsIds(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids."""
+        return self._processor.DecodeIds([int(token) for token in ids])
+
+
+class HuggingFaceTokenizer:
+    """A local Hugging Face tokenizer folder; nothing is downloaded and no remote code runs."""
+
+    def __init__(self, path: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        folder = Path(path)
+        defining = next((folder / name for name in _HF_FILES if (folder / name).is_file()), None)
+        if defining is None:
+            raise ValueError(
+                f"{path} holds no tokenizer ({', '.join(_HF_FILES)}); "
+                "give the folder of a Hugging Face model or a sentencepiece .model file"
+            )
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # transformers raises many types for a broken folder
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ValueError(
+                f"{path} cannot be loaded as a Hugging Face tokenizer: {reason}; check its files"
+            ) from None
+        # Long documents are the purpose here: no warning beyond the model's window.
+        self._tokenizer.model_max_length = 2**62
+        self.path = str(path)
+        self.sha256 = hashlib.sha256(defining.read_bytes()).hexdigest()
+        # Added tokens may leave holes, so count to the largest id instead of counting entries.
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.bos_id = self._tokenizer.bos_token_id
+        self.eos_id = self._tokenizer.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; the name of a special token in the text is split like any text."""
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode(
+            [int(token) for token in ids], clean_up_tokenization_spaces=False
+        )
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a sentencepiece `.model` file or a Hugging Face folder.
+
+    Raises:
+        ValueError: The path does not exist or holds neither.
+    """
+    if Path(path).is_dir():
+        return HuggingFaceTokenizer(path)
+    if Path(path).is_file():
+        return SentencePieceTokenizer(path)
+    raise ValueError(
+        f"tokenizer {path} does not exist; give a sentencepiece .model file "
+        "or the folder of a Hugging Face tokenizer"
+    )
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    output: str | Path,
+    vocab_size: int,
+    *,
+    max_sentences: int = 2_000_000,
+    seed: int = 0,
+    num_threads: int = 2,
+    overwrite: bool = False,
+) -> SentencePieceTokenizer:
+    """Train a lossless BPE model: byte fallback, single digits, newlines and indentation kept.
+
+    Ids: 0 `<unk>` (never used, bytes take its place), 1 `<s>`, 2 `</s>`, then newline, 256 bytes
+    and the learned pieces. The same texts, size and seed give the same file.
+
+    Args:
+        texts (Iterable[str]): Documents; consumed once, as a stream.
+        output (Path): The `.model` file to write, atomically.
+        vocab_size (int): Number of tokens, special tokens and bytes included.
+        max_sentences (int): Train on a random sample of at most this many lines, which bounds
+            memory. Defaults to 2,000,000.
+        seed (int): Seed of that sample. Defaults to 0.
+        num_threads (int): Threads of the trainer. Defaults to 2.
+        overwrite (bool): Replace an existing file.
+
+    Raises:
+        ValueError: There is no text, or it does not support `vocab_size` tokens.
+    """
+    import sentencepiece
+
+    output = Path(output)
+    refuse_existing([output], overwrite)
+    lines = _training_lines(texts)
+    first = next(lines, None)
+    if first is None:
+        raise ValueError("the input holds no text; a tokenizer needs some to learn from")
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(seed)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain([first], lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            user_defined_symbols=["\n"],
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            max_sentence_length=4 * _CHUNK_CHARACTERS,
+            input_sentence_size=max_sentences,
+            shuffle_input_sentence=True,
+            num_threads=num_threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"vocab size {vocab_size} does not suit this text (sentencepiece: {reason}); "
+            "it must cover 260 fixed tokens and the alphabet, and needs enough text to fill the "
+            "rest: choose another size or give more text"
+        ) from None
+    with staged_outputs([output], overwrite) as (temporary,):
+        temporary.write_bytes(model.getvalue())
+    return SentencePieceTokenizer(output)
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines without their newline, cut so that sentencepiece drops none for its length."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), _CHUNK_CHARACTERS):
+                yield line[start : start + _CHUNK_CHARACTERS]
+
+
+def _valid_id(token: int) -> int | None:
+    return token if token >= 0 else None

@@ -1,0 +1,67 @@
+"""`longrope pretrain SCRIPT ...`: run an unmodified Megatron script with the plugin in place."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
+    """Run `script` as `__main__` with `arguments`, after the hooks are in.
+
+    Args:
+        script (str): Path of a Megatron pretrain script.
+        arguments (Sequence[str]): The script's own flags and the `--longrope-*` flags.
+        cpu (bool): Host Megatron on the CPU; see :mod:`megatron_longrope.integration.cpu_host`.
+
+    Raises:
+        ValueError: The script does not exist.
+        RuntimeError: This Megatron lacks a symbol that the plugin needs.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise ValueError(f"script {script} does not exist; give the path of a pretrain script")
+    arguments = list(arguments)
+    _default_rendezvous()
+    # The script's neighbours (gpt_builders.py, model_provider.py) and its Megatron come first.
+    sys.path.insert(0, str(path.resolve().parent))
+    if cpu:
+        from megatron_longrope.integration import cpu_host
+
+        cpu_host.prepare_environment()
+        rewrite = cpu_host.cpu_arguments(arguments)
+        arguments = rewrite.arguments
+        if _rank() == 0:
+            print(rewrite.describe(), flush=True)
+        cpu_host.enable()
+    from megatron_longrope.integration import hooks
+
+    hooks.apply()
+    sys.argv = [str(path), *arguments]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except Exception:
+        # What fails inside the script is the script's: its traceback is the message.
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _default_rendezvous() -> None:
+    """A single process without torchrun meets only itself: give it an address that is free."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )

@@ -1,0 +1,284 @@
+"""The search's memory: an append-only file with one JSON line per finished evaluation.
+
+A crash loses at most the line being written: each one is flushed to disk before the search goes on,
+and a torn last line is dropped when the journal is opened again. The search is a function of its
+seed and the scores told, so replaying the records resumes it exactly.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+JOURNAL_VERSION = 1
+_MARK = b'{"journal": '  # how every journal starts; nothing else is ever truncated
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One scored candidate. Values that are not finite become infinity (null in the file)."""
+
+    rescale_factors: tuple[float, ...]
+    """lambda_i as evaluated."""
+
+    num_start_tokens: int
+    """n_hat as evaluated."""
+
+    score: float
+    """What the search minimises; infinity when the evaluation failed."""
+
+    sample_nlls: tuple[float, ...] = ()
+    """Mean negative log-likelihood per token of each sample."""
+
+    seconds: float = 0.0
+    """Wall-clock time of the evaluation."""
+
+    error: str | None = None
+    """Why the evaluation failed, or None; always set when the score is infinite."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.score) and not self.error:
+            object.__setattr__(self, "error", f"the score is {float(self.score)}")
+        factors = tuple(float(value) for value in self.rescale_factors)
+        object.__setattr__(self, "rescale_factors", factors)
+        object.__setattr__(self, "num_start_tokens", int(self.num_start_tokens))
+        object.__setattr__(self, "score", _finite_or_inf(self.score))
+        object.__setattr__(self, "sample_nlls", tuple(map(_finite_or_inf, self.sample_nlls)))
+        object.__setattr__(self, "seconds", float(self.seconds))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object with null in place of infinity."""
+        return {
+            **asdict(self),
+            "rescale_factors": list(self.rescale_factors),
+            "score": _null_if_inf(self.score),
+            "sample_nlls": [_null_if_inf(value) for value in self.sample_nlls],
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Evaluation:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: Not an object with exactly this class' fields, or a field of the wrong type.
+        """
+        names = {item.name for item in fields(cls)}
+        if not isinstance(value, dict) or value.keys() != names:
+            raise ValueError(f"expected an object with the keys {sorted(names)}")
+        nlls = value["sample_nlls"]
+        score = value["score"]
+        try:
+            return cls(
+                **{
+                    **value,
+                    "score": math.inf if score is None else score,
+                    "sample_nlls": tuple(math.inf if item is None else item for item in nlls),
+                }
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a field has the wrong type ({error})") from None
+
+
+class Journal:
+    """Append-only journal of a search, locked against a second writer while open.
+
+    Args:
+        path (str | Path): The file; `<path>.lock` beside it carries the lock.
+        settings (Mapping): Everything that decides a score or the trajectory (checkpoint, data
+            hash, search space, parameters, seed, ...); plain JSON.
+        resume (bool): Continue a journal of the same settings; starts one if there is none.
+        overwrite (bool): Discard what the file holds.
+
+    Raises:
+        ValueError: The file is in use, exists without `resume` or `overwrite`, was written with
+            other settings, or is corrupt before its last line.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        if resume and overwrite:
+            raise ValueError("resume and overwrite exclude each other; give one of them")
+        self.path = Path(path)
+        try:
+            self.settings = json.loads(json.dumps(dict(settings), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the settings of a journal must be plain JSON: {error}") from None
+        self.records: list[Evaluation] = []
+        """Replayed evaluations, then those appended, in file order."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd: int | None = None
+        self._lock_fd: int | None = self._lock()
+        try:
+            content = b"" if overwrite or not self.path.exists() else self.path.read_bytes()
+            if content and not resume:
+                raise ValueError(
+                    f"{self.path} already holds a search; continue it with --resume or discard it "
+                    "with --overwrite"
+                )
+            self._size = self._replay(content)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._fd, self._size)
+            if not self._size:
+                header = {"journal": JOURNAL_VERSION, "settings": self.settings}
+                self._write({**header, "settings_sha256": _sha256(self.settings)})
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, record: Evaluation) -> None:
+        """Store one evaluation; it is on disk when this returns.
+
+        Raises:
+            OSError: The line could not be written; the file then holds nothing of it.
+        """
+        self._write(record.to_dict())
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Release the file and the lock; closing twice is harmless."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        if self._lock_fd is not None:
+            # Closing alone would leave the lock to any forked child that inherited it.
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _lock(self) -> int | None:
+        """Take the lock, or None with a warning where the file system has no locks."""
+        # The file stays after close: removing it would let two writers lock two different files.
+        fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(fd, 64).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise ValueError(
+                f"{self.path} is being written by another process ({owner}); wait for it to end or "
+                "choose another output"
+            ) from None
+        except OSError as error:  # some network file systems have no flock
+            os.close(fd)
+            warnings.warn(
+                f"{self.path} cannot be locked ({error}); make sure that one search writes it",
+                stacklevel=3,
+            )
+            return None
+        os.ftruncate(fd, 0)
+        os.write(fd, f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
+        return fd
+
+    def _replay(self, content: bytes) -> int:
+        """Read the records of `content`; return how many of its bytes are whole lines."""
+        if content and not (content.startswith(_MARK) or _MARK.startswith(content)):
+            raise ValueError(f"{self.path} is not a search journal; choose another path")
+        size = 0
+        lines = io.BytesIO(content).readlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                value = json.loads(line)
+                if not line.endswith(b"\n"):
+                    raise ValueError("the line has no end")
+            except ValueError as error:  # includes JSON and UTF-8 errors
+                if number == len(lines):
+                    break  # torn by a crash in the middle of a write
+                raise self._corrupt(number, str(error)) from None
+            if number == 1:
+                self._check_header(value)
+            else:
+                try:
+                    self.records.append(Evaluation.from_dict(value))
+                except ValueError as error:
+                    raise self._corrupt(number, str(error)) from None
+            size += len(line)
+        return size
+
+    def _check_header(self, header: dict[str, Any]) -> None:
+        if header["journal"] != JOURNAL_VERSION:
+            raise ValueError(
+                f"{self.path} is a journal of version {header['journal']!r}; "
+                f"this release reads version {JOURNAL_VERSION}"
+            )
+        old = header.get("settings")
+        if not isinstance(old, dict) or header.get("settings_sha256") != _sha256(old):
+            raise self._corrupt(1, "settings and settings_sha256 do not agree")
+        if changes := _differences(old, self.settings):
+            raise ValueError(
+                f"{self.path} was written with other settings: {'; '.join(changes)}; "
+                "resume with the old settings or discard the journal with --overwrite"
+            )
+
+    def _corrupt(self, number: int, reason: str) -> ValueError:
+        return ValueError(
+            f"{self.path} line {number} is corrupt: {reason}; restore the file from a copy, or "
+            "discard the journal with --overwrite"
+        )
+
+    def _write(self, value: dict[str, Any]) -> None:
+        if self._fd is None:
+            raise ValueError(f"{self.path} is closed")
+        data = (json.dumps(value, allow_nan=False) + "\n").encode()
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
+            os.fsync(self._fd)
+        except BaseException:
+            # A full disk or Ctrl-C: leave no half line for the next append to continue.
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(data)
+
+
+def _finite_or_inf(value: float) -> float:
+    return float(value) if math.isfinite(value) else math.inf
+
+
+def _null_if_inf(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _sha256(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """`key: old -> new` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        missing = "(absent)"
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in _differences(
+                old.get(key, missing), new.get(key, missing), f"{name}.{key}" if name else key
+            )
+        ]
+    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]

@@ -1,0 +1,92 @@
+"""Genetic operators of LongRoPE's search: pure functions of candidates and an explicit generator.
+
+The paper's monotonic constraint lambda_i <= lambda_{i+1} (section 3.2) holds by construction: genes
+are drawn between their neighbours or repaired with a running maximum. No sample is rejected for
+breaking it, so every function ends after a bounded amount of work in any space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from itertools import accumulate
+
+import numpy as np
+
+from megatron_longrope.search.space import Candidate, SearchSpace
+
+MUTATION_PROB = 0.3
+"""p of section 4.1."""
+
+_UNIQUE_TRIES = 20
+
+
+def mutate(
+    candidate: Candidate,
+    space: SearchSpace,
+    rng: np.random.Generator,
+    prob: float = MUTATION_PROB,
+) -> Candidate:
+    """Mutation_with_mono_constraint of algorithm 1: redraw each gene with probability `prob`.
+
+    From the first factor to the last, a redrawn k_i is uniform on [k_{i-1}, k_{i+1}]: the *updated*
+    left neighbour and the parent's right neighbour, 0 and the space's bound at the two ends. The
+    start-token count changes with the same probability to any other choice.
+    """
+    parent = candidate.steps
+    changes = rng.random(space.num_factors) < prob
+    draws = rng.random(space.num_factors)
+    steps = list(parent)
+    for i in np.flatnonzero(changes):
+        low = steps[i - 1] if i else 0
+        high = parent[i + 1] if i + 1 < len(parent) else space.max_step
+        steps[i] = low + int(draws[i] * (high - low + 1))
+    start_index = candidate.start_index
+    if len(space.start_tokens) > 1 and rng.random() < prob:
+        shift = int(rng.integers(1, len(space.start_tokens)))
+        start_index = (start_index + shift) % len(space.start_tokens)
+    return Candidate(tuple(steps), start_index)
+
+
+def crossover(
+    a: Candidate, b: Candidate, space: SearchSpace, rng: np.random.Generator
+) -> Candidate:
+    """Crossover_with_mono_constraint of algorithm 1: every gene from either parent, then repaired.
+
+    A running maximum restores the constraint; it stays within the bounds, as both parents do.
+    """
+    from_a = rng.random(space.num_factors) < 0.5
+    mixed = (x if take else y for x, y, take in zip(a.steps, b.steps, from_a, strict=True))
+    start_index = a.start_index if rng.random() < 0.5 else b.start_index
+    return Candidate(tuple(accumulate(mixed, max)), start_index)
+
+
+def random_candidate(space: SearchSpace, rng: np.random.Generator) -> Candidate:
+    """A uniform draw from all monotonic vectors of the space."""
+    # Stars and bars: d distinct values below K + d, sorted, minus 0 .. d-1, are d values of 0 .. K.
+    picks = rng.choice(space.max_step + space.num_factors, space.num_factors, replace=False)
+    steps = np.sort(picks) - np.arange(space.num_factors)
+    return Candidate(tuple(steps.tolist()), int(rng.integers(len(space.start_tokens))))
+
+
+def unique(
+    child: Candidate,
+    space: SearchSpace,
+    rng: np.random.Generator,
+    seen: Set[Candidate],
+    prob: float = MUTATION_PROB,
+) -> Candidate | None:
+    """`child`, or one near it that is not in `seen`; None when every candidate is in `seen`.
+
+    Mutates up to 20 times with a probability that rises from `prob` to 1, then draws up to 20
+    candidates from anywhere, then enumerates the space. The enumeration meets each candidate once,
+    so it ends after at most len(seen) + 1 of them.
+    """
+    for attempt in range(_UNIQUE_TRIES):
+        if child not in seen:
+            return child
+        child = mutate(child, space, rng, prob + (1.0 - prob) * attempt / (_UNIQUE_TRIES - 1))
+    for _ in range(_UNIQUE_TRIES):
+        if child not in seen:
+            return child
+        child = random_candidate(space, rng)
+    return next((item for item in space.enumerate() if item not in seen), None)

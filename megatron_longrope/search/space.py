@@ -1,0 +1,164 @@
+"""The search space of LongRoPE (arXiv 2402.13753, section 3.2 and table 4) on an integer grid.
+
+A factor lambda_i lies in [1, 1.25 s] at multiples of 0.01 above 1 and never decreases with i; n_hat
+is one of 14 start-token counts. Working on the integers k_i = (lambda_i - 1) / step makes equality
+exact, so a candidate can be hashed and is never evaluated twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, combinations_with_replacement
+from typing import Any
+
+START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+"""Choices for n_hat in table 4 of the paper."""
+
+_MIN_STEP = 1e-6  # `decode` rounds to 10 decimals, which must stay far below one step
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One grid point: lambda_i = 1 + step * steps[i], n_hat = start_tokens[start_index]."""
+
+    steps: tuple[int, ...]
+    """k_i >= 0, non-decreasing, one for each of the rotary_dim / 2 frequencies."""
+
+    start_index: int = 0
+    """Index into the space's start_tokens."""
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Bounds, grid and start-token choices of a search.
+
+    Raises:
+        ValueError: A field breaks its rule; the message names field, value and rule.
+    """
+
+    num_factors: int
+    """Number of rescale factors: rotary_dim / 2."""
+
+    scale: float
+    """Extension ratio s that the search covers (target length / the model's window)."""
+
+    step: float = 0.01
+    """Grid distance of the factors (table 4: 0.01)."""
+
+    upper: float | None = None
+    """Largest factor; None becomes 1.25 * scale (table 4)."""
+
+    start_tokens: tuple[int, ...] = START_TOKENS
+    """Choices for n_hat, ascending; `(0,)` leaves start tokens out of the search."""
+
+    def __post_init__(self) -> None:
+        check_int("num_factors", self.num_factors, 1)
+        _check_number("scale", self.scale, 1.0)
+        _check_number("step", self.step, _MIN_STEP)
+        if self.upper is None:
+            if self.scale == 1:
+                raise ValueError(
+                    "scale is 1, which leaves no factor above 1 to search; give an extension ratio "
+                    "above 1, or an explicit upper for a recovery search"
+                )
+            object.__setattr__(self, "upper", 1.25 * self.scale)
+        _check_number("upper", self.upper, 1.0)
+        if self.max_step < 1:
+            raise ValueError(
+                f"upper is {self.upper!r}; it must be at least 1 + step = {1 + self.step!r}"
+            )
+        object.__setattr__(self, "start_tokens", tuple(self.start_tokens))
+        if not self.start_tokens:
+            raise ValueError("start_tokens is empty; give at least one choice, such as (0,)")
+        for index, value in enumerate(self.start_tokens):
+            check_int(f"start_tokens[{index}]", value, 0)
+            if index and value <= self.start_tokens[index - 1]:
+                raise ValueError(
+                    f"start_tokens[{index}] is {value}, not above its predecessor "
+                    f"{self.start_tokens[index - 1]}; the choices must ascend"
+                )
+
+    @property
+    def max_step(self) -> int:
+        """Largest k_i: the last grid point that does not exceed `upper`."""
+        # 1e-6 of a step absorbs the rounding of (upper - 1) / step.
+        return math.floor((self.upper - 1.0) / self.step + 1e-6)
+
+    @property
+    def size(self) -> int:
+        """Number of candidates; exact, as there are C(K + d, d) monotonic vectors."""
+        vectors = math.comb(self.max_step + self.num_factors, self.num_factors)
+        return vectors * len(self.start_tokens)
+
+    def encode(self, rescale_factors: Sequence[float], num_start_tokens: int = 0) -> Candidate:
+        """Nearest candidate: factors rounded to the grid, clipped, then made non-decreasing.
+
+        A running maximum removes decreases (published factors hold a few, of one step). Of
+        `start_tokens`, the choice closest to `num_start_tokens` is taken, the smaller one on a tie.
+
+        Raises:
+            ValueError: Wrong number of factors, or one that is not finite.
+        """
+        if len(rescale_factors) != self.num_factors:
+            raise ValueError(
+                f"rescale_factors has {len(rescale_factors)} values; "
+                f"this search space has {self.num_factors}"
+            )
+        check_int("num_start_tokens", num_start_tokens, 0)
+        steps = []
+        for index, value in enumerate(rescale_factors):
+            if not math.isfinite(value):
+                raise ValueError(f"rescale_factors[{index}] is {value!r}; it must be finite")
+            steps.append(min(max(round((float(value) - 1.0) / self.step), 0), self.max_step))
+        distances = [abs(choice - num_start_tokens) for choice in self.start_tokens]
+        return Candidate(tuple(accumulate(steps, max)), distances.index(min(distances)))
+
+    def decode(self, candidate: Candidate) -> tuple[tuple[float, ...], int]:
+        """Rescale factors and num_start_tokens of a candidate, without floating-point dust."""
+        factors = tuple(round(1.0 + k * self.step, 10) for k in candidate.steps)
+        return factors, self.start_tokens[candidate.start_index]
+
+    def check(self, candidate: Candidate) -> None:
+        """Refuse a candidate from outside this space.
+
+        Raises:
+            ValueError: Wrong number of genes, out of bounds, or decreasing.
+        """
+        steps = candidate.steps
+        if len(steps) != self.num_factors:
+            raise ValueError(
+                f"the candidate has {len(steps)} factors; this search space has {self.num_factors}"
+            )
+        previous = 0
+        for index, value in enumerate(steps):
+            if not previous <= value <= self.max_step:
+                raise ValueError(
+                    f"steps[{index}] of the candidate is {value}; it must lie between its "
+                    f"predecessor {previous} and {self.max_step}"
+                )
+            previous = value
+        if not 0 <= candidate.start_index < len(self.start_tokens):
+            raise ValueError(
+                f"start_index {candidate.start_index} is not one of the "
+                f"{len(self.start_tokens)} start-token choices"
+            )
+
+    def enumerate(self) -> Iterator[Candidate]:
+        """Every candidate once, from plain RoPE upwards in lexicographic order."""
+        for steps in combinations_with_replacement(range(self.max_step + 1), self.num_factors):
+            for start_index in range(len(self.start_tokens)):
+                yield Candidate(steps, start_index)
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    """Refuse anything but an integer of at least `minimum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
+
+
+def _check_number(name: str, value: Any, minimum: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < minimum:
+        raise ValueError(f"{name} is {value!r}; it must be a finite number of at least {minimum:g}")

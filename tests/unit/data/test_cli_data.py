@@ -1,0 +1,75 @@
+import argparse
+import re
+
+import pytest
+
+from megatron_longrope.cli import data
+
+
+def longrope(*words):
+    parser = argparse.ArgumentParser(prog="longrope")
+    data.add_parser(parser.add_subparsers(dest="command", required=True))
+    args = parser.parse_args(["data", *map(str, words)])
+    return args.run(args) or 0
+
+
+def test_tokenizer_prepare_and_inspect_work_in_sequence(corpus, tmp_path, capsys):
+    model, prefix = tmp_path / "x.model", tmp_path / "set"
+    assert longrope("tokenizer", "--input", corpus, "--vocab-size", 340, "--output", model) == 0
+    assert re.search(r"340 tokens, 0 documents skipped\nsha256 \w{64}", capsys.readouterr().out)
+    prepare = ("prepare", "--input", corpus, "--tokenizer", model, "--output", prefix)
+    assert longrope(*prepare, "--segment-length", "1k", "--tail", "pack") == 0
+    assert "segments of 1024 tokens (tails: pack)" in capsys.readouterr().out
+    assert longrope("inspect", prefix) == 0
+    output = capsys.readouterr().out
+    assert "check: all entries match the manifest" in output
+    assert re.search(r"1k to 2k +\d+ #+", output)
+
+
+def test_whole_documents_flags_reach_the_set(corpus, model_path, tmp_path, capsys):
+    prefix = tmp_path / "held_out"
+    prepare = ("prepare", "--input", corpus, "--tokenizer", model_path, "--output", prefix)
+    whole = ("--whole-documents", "--min-length", "100", "--max-length", "200")
+    assert longrope(*prepare, *whole, "--max-documents", "2") == 0
+    expected = "2 whole documents of at least 100 tokens, truncated to 200"
+    assert expected in capsys.readouterr().out
+    assert longrope("inspect", prefix) == 0
+
+
+def test_inspect_exits_with_1_when_a_segment_is_misaligned(corpus, model_path, tmp_path, capsys):
+    prefix = tmp_path / "set"
+    prepare = ("prepare", "--input", corpus, "--tokenizer", model_path, "--output", prefix)
+    longrope(*prepare, "--segment-length", "64")
+    stored = bytearray((tmp_path / "set.bin").read_bytes())
+    stored[0] = 77
+    (tmp_path / "set.bin").write_bytes(bytes(stored))
+    assert longrope("inspect", prefix) == 1
+    output = capsys.readouterr().out
+    assert "problem: entry 0 starts with token 77, not bos_id 1" in output
+    assert "check: failed" in output
+
+
+def test_skipped_lines_are_printed(corpus, model_path, tmp_path, capsys):
+    corpus.write_text(corpus.read_text() + "broken\n")
+    prefix = tmp_path / "set"
+    prepare = ("prepare", "--input", corpus, "--tokenizer", model_path, "--output", prefix)
+    longrope(*prepare, "--whole-documents", "--on-error", "skip")
+    assert "corpus.jsonl:13: not valid JSON" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "one of the arguments --segment-length --whole-documents is required"),
+        (("--segment-length", "4x"), "length '4x' is not a positive integer"),
+        (("--segment-length", "4k", "--whole-documents"), "not allowed with"),
+        (("--segment-length", "4k", "--min-length", "1k"), "applies only with --whole-documents"),
+        (("--whole-documents", "--tail", "pad"), "applies only with --segment-length"),
+        (("--whole-documents", "--max-documents", "0"), "'0' is not a positive integer"),
+    ],
+)
+def test_bad_usage_exits_with_2_and_a_reason(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        longrope("prepare", "--input", "a", "--tokenizer", "b", "--output", "c", *flags)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

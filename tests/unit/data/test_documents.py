@@ -1,0 +1,128 @@
+import json
+
+import numpy as np
+import pytest
+
+from megatron_longrope.data.documents import check_set, read_documents, read_manifest
+from megatron_longrope.data.prepare import prepare
+from megatron_longrope.data.segments import FixedSegments, WholeDocuments
+
+
+@pytest.fixture
+def whole(corpus, model_path, tmp_path):
+    prepare([corpus], tmp_path / "whole", model_path, WholeDocuments())
+    return tmp_path / "whole"
+
+
+@pytest.fixture
+def segments(corpus, model_path, tmp_path):
+    prepare([corpus], tmp_path / "segments", model_path, FixedSegments(32, "pack"))
+    return tmp_path / "segments"
+
+
+def write_foreign(prefix, documents):
+    """A set as other tools write it: no manifest, several entries in a document."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for entries in documents:
+        for entry in entries:
+            builder.add_item(torch.tensor(entry))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_documents_come_as_int64_in_file_order(whole):
+    documents = read_documents(whole)
+    assert len(documents) == 12
+    assert {item.dtype for item in documents} == {np.dtype(np.int64)}
+    long = read_documents(whole, min_length=200, limit=2)
+    expected = [item for item in documents if len(item) >= 200][:2]
+    assert all(np.array_equal(a, b) for a, b in zip(long, expected, strict=True))
+
+
+def test_too_few_long_documents_names_count_need_and_longest(whole):
+    longest = max(map(len, read_documents(whole)))
+    with pytest.raises(ValueError, match=rf"holds 0 documents of at least 99999 .*{longest}"):
+        read_documents(whole, min_length=99_999)
+    with pytest.raises(ValueError, match=r"holds 12 documents, 13 needed"):
+        read_documents(whole, limit=13)
+    with pytest.raises(ValueError, match="limit is 0"):
+        read_documents(whole, limit=0)
+
+
+def test_foreign_sets_without_manifest_are_read_by_document(tmp_path):
+    prefix = tmp_path / "foreign"
+    write_foreign(prefix, [[[1, 2], [3]], [], [[4, 5, 6, 7]], []])
+    assert [item.tolist() for item in read_documents(prefix)] == [[1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="no such manifest"):
+        read_manifest(prefix)
+
+
+def test_missing_and_damaged_files_are_named(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"none\.bin: no such file"):
+        read_documents(tmp_path / "none")
+    with pytest.raises(ValueError, match="is not a prefix"):
+        read_documents(f"{whole}.bin")
+    data = (tmp_path / "whole.bin").read_bytes()
+    (tmp_path / "whole.bin").write_bytes(data[:-10])
+    with pytest.raises(ValueError, match=r"whole\.bin has \d+ bytes, its index describes \d+"):
+        read_documents(whole)
+    (tmp_path / "whole.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"whole\.bin is empty"):
+        read_documents(whole)
+    (tmp_path / "whole.bin").write_bytes(data)
+    index = (tmp_path / "whole.idx").read_bytes()
+    for damaged in (b"", b"x" * 100, index[:20], index[: len(index) // 2]):
+        (tmp_path / "whole.idx").write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a readable Megatron index"):
+            read_documents(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 9}, "not a manifest of schema 1"),
+        ({"mode": "other"}, "mode 'other' must be"),
+        ({"tokens": None}, "lacks the key 'tokens'"),
+    ],
+)
+def test_manifests_of_another_kind_are_refused(whole, tmp_path, change, message):
+    path = tmp_path / "whole.json"
+    manifest = {**json.loads(path.read_text()), **change}
+    path.write_text(
+        json.dumps({k: v for k, v in manifest.items() if v is not None or k != "tokens"})
+    )
+    with pytest.raises(ValueError, match=message):
+        read_manifest(whole)
+
+
+def test_one_short_segment_is_found(segments):
+    entries = [item.tolist() for item in read_documents(segments)]
+    entries[3] = entries[3][:-1]
+    write_foreign(segments, [[entry] for entry in entries])
+    problems = check_set(segments)
+    assert problems[0] == "entry 3 has 31 tokens, not 32"
+    assert any(problem.startswith("tokens is") for problem in problems)
+    assert any(problem.startswith("token_sha256 is") for problem in problems)
+
+
+def test_changed_token_and_missing_bos_are_found(segments):
+    entries = [item.tolist() for item in read_documents(segments)]
+    changed = [*entries[:-1], [*entries[-1][:5], 9, *entries[-1][6:]]]
+    write_foreign(segments, [[entry] for entry in changed])
+    assert [problem.split()[0] for problem in check_set(segments)] == ["token_sha256"]
+    write_foreign(segments, [[[7, *entry[1:]]] for entry in entries])
+    problems = check_set(segments)
+    assert problems[0] == "entry 0 starts with token 7, not bos_id 1"
+    assert problems[10] == f"{len(entries) - 10} more of this kind"
+
+
+def test_whole_documents_outside_their_limits_are_found(corpus, model_path, tmp_path):
+    prepare([corpus], tmp_path / "set", model_path, WholeDocuments(100, 300))
+    write_foreign(tmp_path / "set", [[[5] * 99], [[5] * 301], [[5] * 200]])
+    assert check_set(tmp_path / "set")[:2] == [
+        "entry 0 has 99 tokens, outside 100 to 300",
+        "entry 1 has 301 tokens, outside 100 to 300",
+    ]

@@ -1,0 +1,193 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_longrope.data import prepare as prepare_module
+from megatron_longrope.data.documents import check_set, read_documents, read_manifest
+from megatron_longrope.data.prepare import prepare
+from megatron_longrope.data.segments import FixedSegments, WholeDocuments
+from megatron_longrope.data.tokenizer import load_tokenizer
+
+S = 64
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    return tmp_path / "out" / "set.v1"
+
+
+def names(prefix):
+    return sorted(path.name for path in prefix.parent.iterdir())
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad", "pack"])
+def test_prepared_segments_are_sound_and_described(corpus, model_path, prefix, tail):
+    manifest = prepare([corpus], prefix, model_path, FixedSegments(S, tail))
+    segments = read_documents(prefix)
+    tokenizer = load_tokenizer(model_path)
+    assert manifest == read_manifest(prefix)
+    assert check_set(prefix) == []
+    assert {len(segment) for segment in segments} == {S}
+    assert manifest["mode"] == "segments" and manifest["tail"] == tail
+    assert manifest["segments"] == len(segments) and manifest["tokens"] == S * len(segments)
+    assert manifest["tokenizer_sha256"] == tokenizer.sha256
+    assert manifest["documents"] == 12 == sum(manifest["length_histogram"].values())
+    assert manifest["dtype"] == "uint16"
+    assert names(prefix) == ["set.v1.bin", "set.v1.idx", "set.v1.json"]
+    text = json.loads(corpus.read_text().splitlines()[1])["text"]
+    first = segments[0 if tail == "drop" else 1 if tail == "pad" else 0]
+    assert text.startswith(tokenizer.decode(first[1:-1]))
+
+
+def test_whole_documents_round_trip_to_the_text(corpus, model_path, prefix):
+    manifest = prepare([corpus], prefix, model_path, WholeDocuments())
+    tokenizer = load_tokenizer(model_path)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert [tokenizer.decode(item) for item in read_documents(prefix)] == texts
+    assert manifest["tokens"] == manifest["source_tokens"]
+    assert check_set(prefix) == []
+
+
+def test_same_input_gives_the_same_bytes(corpus, model_path, tmp_path):
+    for name in ("a", "b"):
+        prepare([corpus], tmp_path / name, model_path, FixedSegments(S, "pack"))
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_stock_gpt_dataset_samples_are_the_segments(corpus, model_path, prefix, tmp_path):
+    from types import SimpleNamespace
+
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    prepare([corpus], prefix, model_path, FixedSegments(S, "pack"))
+    segments = read_documents(prefix)
+    tokenizer = load_tokenizer(model_path)
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=S,
+        blend=([str(prefix)], None),
+        split="1,0,0",
+        path_to_cache=str(tmp_path / "cache"),
+        tokenizer=SimpleNamespace(
+            eod=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, unique_identifiers={}
+        ),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    epochs = 3
+    train, _, _ = BlendedMegatronDatasetBuilder(
+        GPTDataset, [epochs * len(segments) - 1, 0, 0], lambda: True, config
+    ).build()
+    known = {segment.tobytes(): index for index, segment in enumerate(segments)}
+    counts = np.zeros(len(segments), dtype=int)
+    for index in range(epochs * len(segments) - 1):
+        sample = train[index]
+        counts[known[sample["tokens"].numpy().tobytes()]] += 1
+        assert sample["labels"][-1] == tokenizer.bos_id
+    # The very last segment has no extra token for its labels, so one sample is missing.
+    assert counts.sum() == epochs * len(segments) - 1
+    assert counts.min() >= epochs - 1
+
+
+def test_large_vocabularies_are_stored_as_int32(corpus, model_path, prefix, monkeypatch):
+    real = load_tokenizer(model_path)
+
+    class Shifted:
+        path, sha256, vocab_size = "x", "y", 128_000
+        bos_id, eos_id = 127_000, 127_001
+
+        def encode(self, text):
+            return [token + 100_000 for token in real.encode(text)]
+
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda path: Shifted())
+    manifest = prepare([corpus], prefix, "x", FixedSegments(S))
+    assert manifest["dtype"] == "int32"
+    assert read_documents(prefix)[0][0] == 127_000
+    assert check_set(prefix) == []
+    Shifted.vocab_size = 100_100
+    with pytest.raises(ValueError, match="is not below the vocabulary size 100100"):
+        prepare([corpus], prefix, "x", WholeDocuments(), overwrite=True)
+    Shifted.bos_id = None
+    with pytest.raises(ValueError, match="has no BOS token; .*bos_token"):
+        prepare([corpus], prefix, "x", FixedSegments(S), overwrite=True)
+
+
+def test_skipped_lines_are_listed_in_the_manifest(corpus, model_path, prefix):
+    corpus.write_text(corpus.read_text() + "broken\n{}\n")
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:13: not valid JSON"):
+        prepare([corpus], prefix, model_path, WholeDocuments())
+    assert names(prefix) == []
+    manifest = prepare([corpus], prefix, model_path, WholeDocuments(), on_error="skip")
+    assert manifest["skipped"]["count"] == 2
+    assert [item["line"] for item in manifest["skipped"]["lines"]] == [13, 14]
+    assert manifest["documents"] == 12
+
+
+def test_many_skipped_lines_are_counted_but_not_all_listed(corpus, model_path, prefix, monkeypatch):
+    monkeypatch.setattr(prepare_module, "MAX_REPORTED_SKIPS", 3)
+    corpus.write_text(corpus.read_text() + "broken\n" * 10)
+    manifest = prepare([corpus], prefix, model_path, WholeDocuments(), on_error="skip")
+    assert manifest["skipped"]["count"] == 10
+    assert len(manifest["skipped"]["lines"]) == 3
+
+
+def test_existing_output_is_refused_until_overwrite(corpus, model_path, prefix):
+    prepare([corpus], prefix, model_path, FixedSegments(S))
+    with pytest.raises(ValueError, match=r"exists; .*--overwrite"):
+        prepare([corpus], prefix, model_path, FixedSegments(S))
+    prepare([corpus], prefix, model_path, WholeDocuments(), overwrite=True)
+    assert read_manifest(prefix)["mode"] == "whole"
+    assert check_set(prefix) == []
+
+
+def test_failed_overwrite_leaves_the_old_set_intact(corpus, model_path, prefix):
+    prepare([corpus], prefix, model_path, FixedSegments(S))
+    corpus.write_text(corpus.read_text() + "broken\n")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        prepare([corpus], prefix, model_path, FixedSegments(S), overwrite=True)
+    assert check_set(prefix) == []
+    assert len(names(prefix)) == 3
+
+
+def test_killed_run_leaves_nothing_under_the_final_names(corpus, model_path, prefix):
+    script = """
+import os, sys
+from megatron_longrope.data import prepare as module
+from megatron_longrope.data.segments import FixedSegments
+def die(digest, tokens):
+    os.kill(os.getpid(), 9)
+module.update_digest = die
+module.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], FixedSegments(64))
+"""
+    command = [sys.executable, "-c", script, str(corpus), str(prefix), str(model_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    assert all(name.endswith(".tmp") for name in names(prefix))
+    prepare([corpus], prefix, model_path, FixedSegments(S))
+    assert check_set(prefix) == []
+
+
+def test_nothing_to_write_is_an_error_with_the_longest_length(corpus, model_path, prefix):
+    with pytest.raises(ValueError, match=r"none of the 12 documents .* longest has \d+ tokens"):
+        prepare([corpus], prefix, model_path, FixedSegments(100_000))
+    with pytest.raises(ValueError, match="lower --min-length"):
+        prepare([corpus], prefix, model_path, WholeDocuments(min_length=100_000))
+    assert names(prefix) == []
+
+
+def test_bad_options_are_refused(corpus, model_path, prefix):
+    with pytest.raises(ValueError, match="on_error is 'ignore'"):
+        prepare([corpus], prefix, model_path, WholeDocuments(), on_error="ignore")
+    with pytest.raises(ValueError, match=r"x\.bin is not a prefix"):
+        prepare([corpus], "x.bin", model_path, WholeDocuments())

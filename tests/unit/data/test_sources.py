@@ -1,0 +1,109 @@
+import gzip
+import json
+
+import pytest
+
+from megatron_longrope.data.sources import find_source_files, iterate_documents
+
+
+def read(*paths, **options):
+    return [(item.id, item.text) for item in iterate_documents(paths, **options)]
+
+
+def test_text_file_is_one_document_with_its_white_space(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff  a\r\n\n\tb \n".encode())
+    assert read(path) == [(str(path), "  a\r\n\n\tb \n")]
+
+
+def test_json_lines_plain_and_compressed_are_the_same_documents(tmp_path):
+    lines = '{"body": "one\\n", "n": 1}\n\n  \n{"body": "zwölf"}'.encode()
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_bytes(lines)
+    packed.write_bytes(gzip.compress(lines))
+    expected = [(":1", "one\n"), (":4", "zwölf")]
+    for path in (plain, packed):
+        assert read(path, text_key="body") == [(str(path) + end, text) for end, text in expected]
+
+
+def test_directories_are_read_recursively_in_sorted_order(tmp_path):
+    for name in ("b/2.txt", "b/1.jsonl", "a.txt", "c.md", "b/a/x.jsonl.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    names = [path.relative_to(tmp_path).as_posix() for path in find_source_files([tmp_path])]
+    assert names == ["a.txt", "b/1.jsonl", "b/2.txt", "b/a/x.jsonl.gz"]
+
+
+def test_bytes_reported_add_up_to_the_file_sizes(tmp_path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl.gz"]
+    line = json.dumps({"text": "x" * 500}).encode() + b"\n"
+    for path in paths:
+        path.write_bytes(gzip.compress(line * 50) if path.suffix == ".gz" else line * 50)
+    counts = []
+    read(*paths, on_bytes=counts.append)
+    assert sum(counts) == sum(path.stat().st_size for path in paths)
+
+
+BROKEN = [
+    (b'{"text": "a"', "not valid JSON at column"),
+    (b'["a"]', "expected a JSON object, got list"),
+    (b'{"txt": "a"}', r"no key 'text' \(keys: \['txt'\]\)"),
+    (b'{"text": null}', "'text' holds NoneType, not a string"),
+    (b'{"text": "\xff"}', "byte 0xff is not valid UTF-8"),
+    (b'{"text": "\\ud800"}', "unpaired surrogate"),
+    (b"[" * 100_000, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN)
+def test_broken_line_is_named_with_file_line_and_remedy(tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: .*{reason}.*--on-error skip"):
+        read(path)
+
+
+def test_skipping_reports_every_broken_line_and_keeps_the_rest(tmp_path):
+    path = tmp_path / "a.jsonl"
+    good = b'{"text": "good"}\n'
+    path.write_bytes(b"".join(good + line + b"\n" for line, _ in BROKEN) + good)
+    skipped = []
+    documents = read(path, on_skip=skipped.append)
+    assert len(documents) == len(BROKEN) + 1
+    assert [item.line for item in skipped] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_broken_text_file_is_named_with_the_line_of_the_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\nth\xffree")
+    with pytest.raises(ValueError, match=r"a\.txt:3: byte 0xff is not valid UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"no gzip"])
+def test_damaged_gzip_stops_the_file_but_not_the_run(tmp_path, damage):
+    bad, good = tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"
+    lines = b"".join(json.dumps({"text": str(k**9)}).encode() + b"\n" for k in range(2000))
+    bad.write_bytes(damage(gzip.compress(lines)))
+    good.write_text('{"text": "last"}')
+    with pytest.raises(ValueError, match="gzip data is damaged"):
+        read(bad, good)
+    skipped = []
+    assert read(bad, good, on_skip=skipped.append)[-1] == (f"{good}:1", "last")
+    assert len(skipped) == 1
+
+
+def test_unfit_inputs_are_refused(tmp_path):
+    for inputs, message in (
+        ([], "no input was given"),
+        ([tmp_path / "none.txt"], "does not exist"),
+        ([tmp_path], r"holds no \.txt, \.jsonl, \.jsonl\.gz file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_source_files(inputs)
+    (tmp_path / "a.csv").write_text("")
+    with pytest.raises(ValueError, match="unknown kind"):
+        find_source_files([tmp_path / "a.csv"])
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="given twice"):
+        find_source_files([tmp_path, tmp_path / "a.txt"])

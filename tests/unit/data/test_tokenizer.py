@@ -1,0 +1,135 @@
+import hashlib
+
+import pytest
+from conftest import make_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
+
+CODE = "def f(x):\n    if x:\n\treturn 12345\r\n\n\n        # naïve 日本 🙂  \n"
+
+
+@pytest.mark.parametrize("text", [CODE, "", " lead", "  two", "end  ", "\n\n", "nul\0x", "\ufeff"])
+def test_round_trip_keeps_every_character(model_path, text):
+    tokenizer = load_tokenizer(model_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_round_trip_keeps_any_unicode_text(model_path):
+    tokenizer = load_tokenizer(model_path)
+
+    # U+2581 is sentencepiece's own stand-in for a space.
+    characters = st.characters(exclude_categories=("Cs",), exclude_characters="\u2581")
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text(characters))
+    def check(text):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    check()
+
+
+def test_special_ids_are_the_llama_ones_and_never_come_from_text(model_path):
+    tokenizer = load_tokenizer(model_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 340)
+    assert min(tokenizer.encode("<unk> <s> </s> <0x41>" + CODE)) > 2
+
+
+def test_every_digit_is_its_own_token(model_path):
+    tokenizer = load_tokenizer(model_path)
+    ids = tokenizer.encode("90210")
+    assert [tokenizer.decode([token]) for token in ids] == list("90210")
+
+
+def test_runs_of_spaces_are_single_tokens(model_path):
+    assert len(load_tokenizer(model_path).encode(" " * 4)) == 1
+
+
+def test_hash_is_the_one_of_the_model_file(model_path):
+    expected = hashlib.sha256(model_path.read_bytes()).hexdigest()
+    assert load_tokenizer(model_path).sha256 == expected
+
+
+def test_same_seed_gives_the_same_model_file(tmp_path):
+    texts = [make_text(seed, 100) for seed in range(20)]
+    hashes = [
+        train_sentencepiece(texts, tmp_path / f"{name}.model", 320, max_sentences=200, seed=seed)
+        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    ]
+    assert hashes[0].sha256 == hashes[1].sha256 != hashes[2].sha256
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [
+        ([], 300, "holds no text"),
+        (["", "\n"], 300, "holds no text"),
+        (["some text"], 100, "vocab size 100 does not suit"),
+        (["some text"], 5000, "vocab size 5000 does not suit"),
+    ],
+)
+def test_text_that_does_not_fit_the_vocabulary_is_refused(tmp_path, texts, size, message):
+    with pytest.raises(ValueError, match=message):
+        train_sentencepiece(texts, tmp_path / "x.model", size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_model_is_not_replaced_silently(model_path):
+    with pytest.raises(ValueError, match=r"exists; .*--overwrite"):
+        train_sentencepiece(["text"], model_path, 300)
+
+
+def test_unfit_paths_are_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"does not exist; give a sentencepiece \.model"):
+        load_tokenizer(tmp_path / "missing")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="is not a sentencepiece model"):
+        load_tokenizer(tmp_path / "x.model")
+    (tmp_path / "x.model").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="cannot be loaded as a Hugging Face tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("hf")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([make_text(seed, 100) for seed in range(5)], trainer)
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", model_max_length=8
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_hugging_face_folder_encodes_without_special_tokens(hf_folder):
+    tokenizer = load_tokenizer(hf_folder)
+    ids = tokenizer.encode(CODE)
+    assert tokenizer.decode(ids) == CODE
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
+    assert min(ids) > 1 and max(ids) < tokenizer.vocab_size
+    expected = hashlib.sha256((hf_folder / "tokenizer.json").read_bytes()).hexdigest()
+    assert tokenizer.sha256 == expected
+
+
+def test_special_token_names_in_the_text_stay_text_with_hugging_face(hf_folder):
+    tokenizer = load_tokenizer(hf_folder)
+    ids = tokenizer.encode("a </s> b <s>")
+    assert min(ids) > 1
+    assert tokenizer.decode(ids) == "a </s> b <s>"

@@ -1,0 +1,146 @@
+"""Operators stay monotonic, bounded and deterministic, and always end."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope.search.operators import crossover, mutate, random_candidate, unique
+from megatron_longrope.search.space import Candidate, SearchSpace
+
+QUICK = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def spaces(draw) -> SearchSpace:
+    scale = draw(st.floats(1.01, 1024.0))
+    start_tokens = draw(st.sampled_from([(0,), (0, 4), (0, 1, 2, 4, 8, 16, 256)]))
+    return SearchSpace(draw(st.integers(1, 64)), scale, start_tokens=start_tokens)
+
+
+seeds = st.integers(0, 2**32)
+
+
+@QUICK
+@given(space=spaces(), seed=seeds, prob=st.sampled_from([0.05, 0.3, 1.0]))
+def test_every_operator_stays_inside_the_space(space, seed, prob):
+    rng = np.random.default_rng(seed)
+    a, b = random_candidate(space, rng), random_candidate(space, rng)
+    for candidate in (a, b, mutate(a, space, rng, prob), crossover(a, b, space, rng)):
+        space.check(candidate)  # grid, bounds and monotonicity
+        assert all(type(value) is int for value in candidate.steps)
+        assert type(candidate.start_index) is int
+
+
+@QUICK
+@given(space=spaces(), seed=seeds)
+def test_the_same_generator_state_gives_the_same_child(space, seed):
+    def children() -> list[Candidate]:
+        rng = np.random.default_rng(seed)
+        a, b = random_candidate(space, rng), random_candidate(space, rng)
+        return [mutate(a, space, rng), crossover(a, b, space, rng)]
+
+    assert children() == children()
+
+
+def test_mutation_draws_between_the_updated_left_and_the_parents_right_neighbour():
+    space = SearchSpace(3, 4, start_tokens=(0,))
+    rng = np.random.default_rng(0)
+    parent = Candidate((10, 20, 30))
+    seen = [mutate(parent, space, rng, prob=1.0).steps for _ in range(3000)]
+    assert {k[0] for k in seen} == set(range(0, 21))
+    assert all(k[0] <= k[1] <= 30 for k in seen)
+    assert max(k[2] for k in seen) > 390  # the last gene reaches for the bound of 400
+    # The first gene is uniform: 21 values, about 143 draws each.
+    counts = Counter(k[0] for k in seen)
+    assert min(counts.values()) > 95 and max(counts.values()) < 195
+
+
+def test_mutation_changes_about_p_of_the_genes():
+    space = SearchSpace(64, 64)
+    rng = np.random.default_rng(1)
+    parent = Candidate(tuple(range(0, 6400, 100)))
+    children = np.array([mutate(parent, space, rng, 0.3).steps for _ in range(300)])
+    assert 0.27 < np.mean(children != np.array(parent.steps)) < 0.31
+
+
+def test_start_tokens_change_with_probability_p_to_every_other_choice():
+    space = SearchSpace(2, 4)
+    rng = np.random.default_rng(2)
+    seen = Counter(mutate(Candidate((0, 0), 3), space, rng, 0.3).start_index for _ in range(4000))
+    assert set(seen) == set(range(14))
+    assert 0.66 < seen[3] / 4000 < 0.74
+
+
+def test_start_tokens_never_change_when_there_is_one_choice():
+    space = SearchSpace(2, 4, start_tokens=(16,))
+    rng = np.random.default_rng(3)
+    assert {mutate(Candidate((0, 0)), space, rng, 1.0).start_index for _ in range(50)} == {0}
+
+
+def test_crossover_takes_each_gene_from_a_parent_and_repairs_decreases():
+    space = SearchSpace(4, 4)
+    rng = np.random.default_rng(4)
+    a, b = Candidate((1, 1, 1, 9), 0), Candidate((2, 5, 7, 8), 5)
+    children = [crossover(a, b, space, rng) for _ in range(500)]
+    for child in children:
+        assert all(
+            k in {a.steps[i], b.steps[i], child.steps[i - 1]} for i, k in enumerate(child.steps)
+        )
+    assert {child.start_index for child in children} == {0, 5}
+    assert (2, 2, 7, 9) in {child.steps for child in children}  # the second gene was repaired
+    assert 0.4 < np.mean([child.steps[0] == 1 for child in children]) < 0.6
+
+
+def test_crossover_of_a_candidate_with_itself_is_itself():
+    space, rng = SearchSpace(3, 4), np.random.default_rng(5)
+    a = Candidate((1, 2, 3), 4)
+    assert crossover(a, a, space, rng) == a
+
+
+def test_a_random_candidate_is_uniform_over_the_space():
+    space = SearchSpace(2, 1, upper=1.03, start_tokens=(0,))
+    rng = np.random.default_rng(6)
+    counts = Counter(random_candidate(space, rng) for _ in range(5000))
+    assert len(counts) == space.size == 10
+    assert min(counts.values()) > 400 and max(counts.values()) < 600
+
+
+def test_unique_returns_a_new_child_untouched():
+    space, rng = SearchSpace(3, 4), np.random.default_rng(7)
+    child = Candidate((1, 2, 3))
+    assert unique(child, space, rng, set()) is child
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(1.01, 1024.0), seed=seeds, identity=st.booleans())
+def test_unique_escapes_degenerate_parents_at_any_scale(scale, seed, identity):
+    """All factors equal to 1 or to the bound leave mutation almost no room."""
+    space = SearchSpace(64, scale, start_tokens=(0,))
+    rng = np.random.default_rng(seed)
+    parent = Candidate((0 if identity else space.max_step,) * 64)
+    seen = {parent}
+    for _ in range(30):
+        child = unique(parent, space, rng, seen)
+        assert child is not None and child not in seen
+        space.check(child)
+        seen.add(child)
+
+
+@pytest.mark.parametrize("start_tokens", [(0,), (0, 8)])
+@pytest.mark.parametrize("upper", [1.01, 1.03])
+@pytest.mark.parametrize("num_factors", [1, 3])
+def test_unique_finds_every_candidate_of_a_tiny_space_and_then_says_none(
+    num_factors, upper, start_tokens
+):
+    space = SearchSpace(num_factors, 1, upper=upper, start_tokens=start_tokens)
+    rng = np.random.default_rng(8)
+    start, seen = space.encode((1.0,) * num_factors), set()
+    for _ in range(space.size):
+        child = unique(start, space, rng, seen)
+        assert child is not None and child not in seen
+        space.check(child)
+        seen.add(child)
+    assert unique(start, space, rng, seen) is None

@@ -1,0 +1,113 @@
+"""Candidates live on an integer grid; floats appear only at the border."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope.search.space import START_TOKENS, Candidate, SearchSpace
+
+QUICK = settings(max_examples=60, deadline=None)
+scales = st.floats(1.01, 1024.0)
+
+
+def test_the_defaults_are_table_4_of_the_paper():
+    space = SearchSpace(num_factors=64, scale=4)
+    assert space.start_tokens == (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
+    assert (space.step, space.upper, space.max_step) == (0.01, 5.0, 400)  # 400 steps above 1
+
+
+def test_the_bound_itself_is_a_grid_point_despite_rounding():
+    # (1.29 - 1) / 0.01 is 28.999999999999996 in floating point.
+    assert SearchSpace(2, 1, upper=1.29).max_step == 29
+    assert SearchSpace(2, 1024).max_step == 127_900
+
+
+def test_decode_gives_clean_floats_and_plain_python_types():
+    space = SearchSpace(3, 8)
+    factors, start_tokens = space.decode(Candidate((0, 29, 900), 3))
+    assert factors == (1.0, 1.29, 10.0)
+    assert start_tokens == 4
+    assert all(type(value) is float for value in factors)
+
+
+def test_encode_rounds_clips_and_removes_decreases():
+    space = SearchSpace(5, 2)  # upper 2.5
+    candidate = space.encode((0.9, 1.174, 1.16, 1.156, 7.0), 30)
+    assert candidate.steps == (0, 17, 17, 17, 150)
+    assert space.start_tokens[candidate.start_index] == 28  # 28 and 32 tie; the smaller one
+
+
+def test_encode_without_start_tokens_drops_them():
+    assert SearchSpace(1, 2, start_tokens=(0,)).encode((1.0,), 64) == Candidate((0,), 0)
+
+
+@QUICK
+@given(scale=scales, data=st.data())
+def test_decoding_and_encoding_returns_the_same_candidate(scale, data):
+    space = SearchSpace(6, scale)
+    steps = st.lists(st.integers(0, space.max_step), min_size=6, max_size=6).map(sorted)
+    start = data.draw(st.integers(0, len(START_TOKENS) - 1))
+    candidate = Candidate(tuple(data.draw(steps)), start)
+    space.check(candidate)
+    assert space.encode(*space.decode(candidate)) == candidate
+
+
+@QUICK
+@given(scale=scales, factors=st.lists(st.floats(-5, 2000), min_size=4, max_size=4))
+def test_encode_always_lands_inside_the_space(scale, factors):
+    space = SearchSpace(4, scale)
+    candidate = space.encode(factors)
+    space.check(candidate)
+    decoded, _ = space.decode(candidate)
+    assert list(decoded) == sorted(decoded)
+    assert decoded[0] >= 1.0 and decoded[-1] <= space.upper + 1e-7
+
+
+def test_size_counts_what_enumerate_yields():
+    space = SearchSpace(3, 1, upper=1.04, start_tokens=(0, 4))
+    everything = list(space.enumerate())
+    assert len(everything) == len(set(everything)) == space.size == 2 * math.comb(7, 3)
+    for candidate in everything:
+        space.check(candidate)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_factors": 0}, "num_factors is 0"),
+        ({"scale": 0.5}, "scale is 0.5"),
+        ({"scale": 1}, "explicit upper"),
+        ({"scale": math.nan}, "scale is nan"),
+        ({"scale": math.inf}, "scale is inf"),
+        ({"step": 0}, "step is 0"),
+        ({"scale": 1, "upper": 1.005}, "upper is 1.005"),
+        ({"upper": 0.5}, "upper is 0.5"),
+        ({"start_tokens": ()}, "start_tokens is empty"),
+        ({"start_tokens": (0, 4, 4)}, r"start_tokens\[2\] is 4"),
+        ({"start_tokens": (-1,)}, r"start_tokens\[0\] is -1"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SearchSpace(**{"num_factors": 4, "scale": 2, **fields})
+
+
+def test_a_recovery_space_has_scale_1_and_an_upper():
+    assert SearchSpace(4, 1, upper=1.01).max_step == 1
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [Candidate((0, 1)), Candidate((3, 2, 2)), Candidate((0, 0, 999)), Candidate((0, 0, 0), 14)],
+)
+def test_check_refuses_a_candidate_from_elsewhere(candidate):
+    with pytest.raises(ValueError):
+        SearchSpace(3, 2).check(candidate)
+
+
+@pytest.mark.parametrize("factors", [(1.0, 2.0), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])
+def test_encode_refuses_wrong_counts_and_values_that_are_not_finite(factors):
+    with pytest.raises(ValueError, match="rescale_factors"):
+        SearchSpace(3, 2).encode(factors)

@@ -1,0 +1,832 @@
+"""The JSON artifact: what is refused and how, what a round trip keeps, what transformers reads."""
+
+import copy
+import json
+import logging
+import math
+import os
+import warnings
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.frequencies import angles_fp32, inv_freq_fp32
+
+DIM = 8
+SHORT = (1.0, 1.0, 1.05, 1.25)
+LONG = (1.0, 1.94, 5.18, 32.0)
+HUGE = 10**400  # JSON allows it, float() does not
+
+
+def payload(**changes) -> dict:
+    """A valid schema-1 object, with top-level fields replaced."""
+    value = {
+        "schema": 1,
+        "rope_type": "longrope",
+        "rotary_base": 10000.0,
+        "rotary_dim": DIM,
+        "original_max_position_embeddings": 4096,
+        "attention_factor": None,
+        "attention_factor_policy": "su",
+        "factor_sets": [
+            {"max_length": 4096, "rescale_factors": list(SHORT), "num_start_tokens": 0},
+            {"max_length": 131072, "rescale_factors": list(LONG), "num_start_tokens": 4},
+        ],
+    }
+    return {**value, **changes}
+
+
+def without(key: str) -> dict:
+    return {name: value for name, value in payload().items() if name != key}
+
+
+def with_set(index: int, **changes) -> dict:
+    """A valid object but for the changed fields of one factor set."""
+    value = payload()
+    value["factor_sets"][index].update(changes)
+    return value
+
+
+def with_factors(*factors) -> dict:
+    return with_set(1, rescale_factors=list(factors))
+
+
+def refusal(value) -> str:
+    with pytest.raises(ValueError) as caught:
+        LongRopeConfig.from_dict(value)
+    return str(caught.value)
+
+
+def exportable(**changes) -> LongRopeConfig:
+    """A configuration that transformers can hold: one attention factor, no start tokens."""
+    fields = {
+        "rotary_base": 10000.0,
+        "rotary_dim": DIM,
+        "original_max_position_embeddings": 4096,
+        "factor_sets": (FactorSet(4096, SHORT), FactorSet(131072, LONG)),
+        "attention_factor": 1.25,
+    }
+    return LongRopeConfig(**{**fields, **changes})
+
+
+def test_the_object_that_the_refusals_start_from_is_valid():
+    config = LongRopeConfig.from_dict(payload())
+    assert config.max_length == 131072
+    assert config.factor_sets[1] == FactorSet(131072, LONG, num_start_tokens=4)
+
+
+# Factor vectors
+
+
+def test_a_wrong_number_of_factors_is_refused():
+    assert refusal(with_factors(1.0, 2.0, 3.0)) == (
+        "factor_sets[1].rescale_factors has 3 values; rotary_dim 8 needs 4"
+    )
+
+
+def test_a_nan_factor_is_refused_with_its_index():
+    assert refusal(with_factors(1.0, math.nan, 3.0, 4.0)) == (
+        "factor_sets[1].rescale_factors[1] is NaN; factors must be finite"
+    )
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_factor_is_refused_with_its_index(value):
+    assert refusal(with_factors(1.0, 2.0, 3.0, value)) == (
+        "factor_sets[1].rescale_factors[3] is infinite; factors must be finite"
+    )
+
+
+@pytest.mark.parametrize("value", [0.999, 0.0, -2.0])
+def test_a_factor_below_one_is_refused_with_its_value(value):
+    assert refusal(with_factors(value, 2.0, 3.0, 4.0)) == (
+        f"factor_sets[1].rescale_factors[0] is {value!r}, below 1; "
+        "a factor may only slow a rotation"
+    )
+
+
+def test_decreasing_factors_are_refused_with_both_values():
+    assert refusal(with_factors(1.0, 3.0, 2.5, 4.0)) == (
+        "factor_sets[1].rescale_factors[2] is 2.5, below its predecessor 3.0; "
+        "factors must not decrease (the paper's monotonic constraint)"
+    )
+
+
+def test_a_factor_over_twice_the_extension_ratio_is_refused():
+    assert refusal(with_factors(1.0, 2.0, 3.0, 64.5)) == (
+        "factor_sets[1].rescale_factors[3] is 64.5, over the bound 64 = 2 x largest max_length / "
+        "original_max_position_embeddings; check both lengths"
+    )
+
+
+def test_a_factor_of_exactly_twice_the_extension_ratio_is_accepted():
+    LongRopeConfig.from_dict(with_factors(1.0, 2.0, 3.0, 64.0))
+
+
+def test_the_bound_of_a_short_window_is_that_of_the_largest_one():
+    LongRopeConfig.from_dict(with_set(0, rescale_factors=[1.0, 2.0, 3.0, 33.0]))
+
+
+def test_an_integer_too_large_for_a_float_is_refused_as_over_the_bound():
+    assert "over the bound 64" in refusal(with_factors(1.0, 2.0, 3.0, HUGE))
+
+
+def test_a_boolean_factor_is_refused():
+    assert refusal(with_factors(True, 2.0, 3.0, 4.0)) == (
+        "factor_sets[1].rescale_factors[0] is True; it must be a number"
+    )
+
+
+@pytest.mark.parametrize("value", ["2.0", None, [2.0], {}])
+def test_a_factor_that_is_no_number_is_refused(value):
+    assert refusal(with_factors(1.0, value, 3.0, 4.0)) == (
+        f"factor_sets[1].rescale_factors[1] is {value!r}; it must be a number"
+    )
+
+
+@pytest.mark.parametrize("value", [None, 2.0, "1.0, 2.0, 3.0, 4.0", {"0": 1.0}])
+def test_factors_that_are_no_list_are_refused(value):
+    assert refusal(with_set(0, rescale_factors=value)) == (
+        "factor_sets[0].rescale_factors must be a list of numbers"
+    )
+
+
+# Factor sets
+
+
+def test_an_empty_list_of_factor_sets_is_refused():
+    assert refusal(payload(factor_sets=[])) == "factor_sets is empty; at least one set is needed"
+
+
+@pytest.mark.parametrize("value", [None, {}, "all"])
+def test_factor_sets_that_are_no_list_are_refused(value):
+    assert refusal(payload(factor_sets=value)) == "factor_sets must be a list of objects"
+
+
+def test_a_factor_set_that_is_no_object_is_refused():
+    assert refusal(payload(factor_sets=[[1.0] * 4])) == (
+        "factor_sets[0] must be an object, got list"
+    )
+
+
+def test_unsorted_factor_sets_are_refused():
+    value = payload()
+    value["factor_sets"].reverse()
+    assert refusal(value) == ("factor_sets[1].max_length 4096 follows 131072; sets must be sorted")
+
+
+def test_a_duplicate_max_length_is_refused():
+    assert refusal(with_set(1, max_length=4096, rescale_factors=[1.0] * 4)) == (
+        "factor_sets[1].max_length 4096 is a duplicate; each length may stand once"
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1, 4096.0, "4096", None, True])
+def test_a_max_length_that_is_no_positive_integer_is_refused(value):
+    assert refusal(with_set(0, max_length=value)) == (
+        f"factor_sets[0].max_length is {value!r}; it must be an integer of at least 1"
+    )
+
+
+def test_a_negative_number_of_start_tokens_is_refused():
+    assert refusal(with_set(1, num_start_tokens=-1)) == (
+        "factor_sets[1].num_start_tokens is -1; it must be an integer of at least 0"
+    )
+
+
+@pytest.mark.parametrize("value", [True, False, 1.0, "4", None])
+def test_a_number_of_start_tokens_that_is_no_integer_is_refused(value):
+    assert refusal(with_set(1, num_start_tokens=value)) == (
+        f"factor_sets[1].num_start_tokens is {value!r}; it must be an integer of at least 0"
+    )
+
+
+@pytest.mark.parametrize("value", [None, [], "search"])
+def test_an_origin_that_is_no_object_is_refused(value):
+    assert refusal(with_set(0, origin=value)) == "factor_sets[0].origin must be an object"
+
+
+@pytest.mark.parametrize("value", [math.nan, {1, 2}, torch.zeros(1)])
+def test_an_origin_that_json_cannot_hold_is_refused(value):
+    assert refusal(with_set(0, origin={"seed": value})).startswith(
+        "factor_sets[0].origin must be plain JSON: "
+    )
+
+
+# Keys
+
+
+def test_an_unknown_key_of_the_configuration_is_refused():
+    message = refusal(payload(rotary_bass=1.0))
+    assert message.startswith("the configuration has unknown key 'rotary_bass'; known keys: [")
+    assert "'rotary_base'" in message
+
+
+def test_an_unknown_key_of_a_factor_set_is_refused():
+    message = refusal(with_set(1, rescale_factor=[1.0]))
+    assert message.startswith("factor_sets[1] has unknown key 'rescale_factor'; known keys: [")
+    assert "'rescale_factors'" in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["rope_type", "rotary_base", "rotary_dim", "original_max_position_embeddings", "factor_sets"],
+)
+def test_a_missing_key_of_the_configuration_is_named(key):
+    assert refusal(without(key)) == f"the configuration lacks the key {key!r}"
+
+
+@pytest.mark.parametrize("key", ["max_length", "rescale_factors"])
+def test_a_missing_key_of_a_factor_set_is_named(key):
+    value = payload()
+    del value["factor_sets"][1][key]
+    assert refusal(value) == f"factor_sets[1] lacks the key {key!r}"
+
+
+@pytest.mark.parametrize("key", ["attention_factor", "attention_factor_policy"])
+def test_the_attention_factor_may_be_left_out_and_follows_the_release(key):
+    config = LongRopeConfig.from_dict(without(key))
+    assert (config.attention_factor, config.attention_factor_policy) == (None, "su")
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", None, True])
+def test_an_unknown_schema_is_refused(schema):
+    assert refusal(payload(schema=schema)) == (
+        f"schema {schema!r} is not supported; this release reads schema 1"
+    )
+
+
+def test_a_missing_schema_is_refused():
+    assert refusal(without("schema")) == (
+        "schema None is not supported; this release reads schema 1"
+    )
+
+
+def test_another_schema_is_reported_before_its_unknown_keys():
+    assert refusal({"schema": 2, "sets": []}).startswith("schema 2 is not supported")
+
+
+@pytest.mark.parametrize("value", ["su", "yarn", None, 1])
+def test_another_rope_type_is_refused(value):
+    assert refusal(payload(rope_type=value)) == f'rope_type {value!r} must be "longrope"'
+
+
+@pytest.mark.parametrize(("value", "name"), [([], "list"), (None, "NoneType"), ("{}", "str")])
+def test_a_configuration_that_is_no_object_is_refused(value, name):
+    assert refusal(value) == f"expected a JSON object, got {name}"
+
+
+# Geometry
+
+
+def test_an_odd_rotary_dim_is_refused():
+    assert refusal(payload(rotary_dim=7)) == (
+        "rotary_dim is 7, which is odd; dimensions rotate in pairs"
+    )
+
+
+@pytest.mark.parametrize("value", [0, -8, 8.0, "8", None, True])
+def test_a_rotary_dim_that_is_no_integer_above_one_is_refused(value):
+    assert refusal(payload(rotary_dim=value)) == (
+        f"rotary_dim is {value!r}; it must be an integer of at least 2"
+    )
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "10000", None, True, HUGE])
+def test_a_rotary_base_that_is_no_finite_positive_number_is_refused(value):
+    assert refusal(payload(rotary_base=value)) == (
+        f"rotary_base is {value!r}; it must be a finite number above 0"
+    )
+
+
+@pytest.mark.parametrize("value", [1, 0.5])
+def test_a_rotary_base_of_at_most_one_is_refused(value):
+    assert refusal(payload(rotary_base=value)) == f"rotary_base is {value!r}; it must be above 1"
+
+
+@pytest.mark.parametrize("value", [1, 0, -4096, 4096.0, "4k", None, True])
+def test_an_original_window_that_is_no_integer_above_one_is_refused(value):
+    assert refusal(payload(original_max_position_embeddings=value)) == (
+        f"original_max_position_embeddings is {value!r}; it must be an integer of at least 2"
+    )
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.5])
+def test_a_non_positive_attention_factor_is_refused(value):
+    assert refusal(payload(attention_factor=value)) == (
+        f"attention_factor is {value!r}; it must be a finite number above 0"
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "su", True, [1.0], HUGE])
+def test_an_attention_factor_that_is_no_finite_number_is_refused(value):
+    assert refusal(payload(attention_factor=value)) == (
+        f"attention_factor is {value!r}; it must be a finite number above 0"
+    )
+
+
+@pytest.mark.parametrize("value", ["longrope", "SU", "", None, 1, ["su"]])
+def test_an_unknown_attention_factor_policy_is_refused(value):
+    assert refusal(payload(attention_factor_policy=value)) == (
+        f"attention_factor_policy is {value!r}; it must be one of su, yarn, none"
+    )
+
+
+@pytest.mark.parametrize("field", ["original_max_position_embeddings", "max_length"])
+def test_a_length_too_large_for_a_float_is_refused(field):
+    value = with_set(1, max_length=HUGE) if field == "max_length" else payload(**{field: HUGE})
+    assert refusal(value).endswith("it must be at most 2^53")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(HUGE),
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=5), children, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(value=JSON_VALUES, data=st.data())
+def test_any_field_may_hold_any_json_value_and_the_answer_is_a_config_or_a_value_error(value, data):
+    target = payload()
+    if data.draw(st.booleans()):
+        target = target["factor_sets"][1]
+        whole = payload(factor_sets=[payload()["factor_sets"][0], target])
+    else:
+        whole = target
+    target[data.draw(st.sampled_from(sorted(target)))] = value
+    try:
+        LongRopeConfig.from_dict(whole)
+    except ValueError as error:
+        assert str(error)
+
+
+# Files
+
+
+def load_error(path) -> str:
+    with pytest.raises(ValueError) as caught:
+        LongRopeConfig.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert load_error(tmp_path / "none.json") == "no such file; check the path"
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    (tmp_path / "a.json").touch()
+    assert load_error(tmp_path / "a.json") == "the file is empty; expected a JSON object"
+
+
+def test_a_file_that_is_not_json_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("rotary_base: 10000\n")
+    assert load_error(tmp_path / "a.json").startswith("not valid JSON at line 1 column 1")
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\x80\x02}q\x00")
+    assert load_error(tmp_path / "a.json").startswith("cannot be read as UTF-8 text")
+
+
+def test_a_saved_file_cut_at_any_point_is_refused_as_truncated(tmp_path):
+    LongRopeConfig.from_dict(payload()).save(tmp_path / "a.json")
+    text = (tmp_path / "a.json").read_text().rstrip()
+    for end in range(1, len(text), 7):
+        (tmp_path / "a.json").write_text(text[:end])
+        assert "the file is truncated, write or copy it again" in load_error(tmp_path / "a.json")
+
+
+def test_an_invalid_field_of_a_file_is_reported_behind_its_path(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(with_factors(1.0, 2.0, math.nan, 3.0)))
+    assert load_error(tmp_path / "a.json").startswith("factor_sets[1].rescale_factors[2] is NaN")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_other(
+    tmp_path, monkeypatch, step
+):
+    path = tmp_path / "a.json"
+    old = LongRopeConfig.from_dict(payload())
+    old.save(path)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, fail)
+        with pytest.raises(OSError, match="disk full"):
+            replace(old, attention_factor=1.5).save(path)
+    assert LongRopeConfig.load(path) == old
+    assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+@st.composite
+def configs(draw, start_tokens=True) -> LongRopeConfig:
+    dim = 2 * draw(st.integers(1, 8))
+    original = draw(st.integers(2, 8192))
+    lengths = sorted(draw(st.sets(st.integers(1, 2**21), min_size=1, max_size=4)))
+    bound = 2.0 * max(lengths[-1] / original, 1.0)
+    factors = st.lists(st.floats(1.0, bound), min_size=dim // 2, max_size=dim // 2)
+    origin = st.dictionaries(st.text(max_size=4), st.text(max_size=4) | st.integers(), max_size=2)
+    sets = [
+        FactorSet(
+            length,
+            tuple(sorted(draw(factors))),
+            draw(st.integers(0, 256)) if start_tokens else 0,
+            draw(origin),
+        )
+        for length in lengths
+    ]
+    return LongRopeConfig(
+        rotary_base=draw(st.floats(1.5, 1e8)),
+        rotary_dim=dim,
+        original_max_position_embeddings=original,
+        factor_sets=tuple(sets),
+        attention_factor=draw(st.none() | st.floats(0.5, 4.0)),
+        attention_factor_policy=draw(st.sampled_from(["su", "yarn", "none"])),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_a_saved_configuration_loads_as_itself(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("round_trip", numbered=True) / "a.json"
+    config.save(path)
+    assert LongRopeConfig.load(path) == config
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_reading_and_writing_leave_the_json_object_alone(config):
+    value = config.to_dict()
+    before = copy.deepcopy(value)
+    assert LongRopeConfig.from_dict(value).to_dict() == value == before
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    ("length", "max_length"),
+    [(1, 4096), (4095, 4096), (4096, 4096), (4097, 131072), (131071, 131072), (131072, 131072)],
+)
+def test_a_sequence_uses_the_smallest_set_that_covers_it(length, max_length):
+    assert LongRopeConfig.from_dict(payload()).factor_set_for(length).max_length == max_length
+
+
+def test_a_sequence_one_token_over_the_largest_set_is_refused():
+    with pytest.raises(ValueError) as caught:
+        LongRopeConfig.from_dict(payload()).factor_set_for(131073)
+    assert str(caught.value) == (
+        "sequence length 131073 exceeds 131072, the max_length of the largest factor set; "
+        "search factors for the longer window or shorten the sequence"
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [(32 * 4096, 1.190238), (512 * 4096, 1.322876), (4096, 1.0), (2048, 1.0)],
+)
+def test_the_su_attention_factor_has_the_values_of_the_release(max_length, expected):
+    config = exportable(factor_sets=(FactorSet(max_length, (1.0,) * 4),), attention_factor=None)
+    assert config.attention_factor_for(max_length) == pytest.approx(expected, abs=5e-7)
+
+
+def test_every_sequence_of_a_window_has_the_attention_factor_of_the_window():
+    config = exportable(attention_factor=None)
+    assert config.attention_factor_for(1) == config.attention_factor_for(4096) == 1.0
+    assert config.attention_factor_for(4097) == config.attention_factor_for(131072) > 1.19
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("yarn", 0.1 * math.log(32) + 1), ("none", 1.0)])
+def test_the_other_attention_factor_policies_follow_their_formula(policy, expected):
+    config = exportable(attention_factor=None, attention_factor_policy=policy)
+    assert config.attention_factor_for(131072) == pytest.approx(expected, rel=1e-15)
+
+
+def test_a_given_attention_factor_overrides_the_policy_in_every_window():
+    config = exportable(attention_factor=1.125, attention_factor_policy="yarn")
+    assert [config.attention_factor_for(length) for length in (1, 4096, 131072)] == [1.125] * 3
+
+
+def test_a_new_factor_set_is_inserted_in_order():
+    config = exportable().with_factor_set(FactorSet(8192, (1.0, 1.0, 1.0, 2.0)))
+    assert [item.max_length for item in config.factor_sets] == [4096, 8192, 131072]
+
+
+def test_a_new_factor_set_replaces_the_one_of_the_same_length():
+    old = exportable()
+    new = old.with_factor_set(FactorSet(131072, (1.0, 2.0, 3.0, 4.0)))
+    assert [item.rescale_factors for item in new.factor_sets] == [SHORT, (1.0, 2.0, 3.0, 4.0)]
+    assert old == exportable()
+
+
+def test_plain_rope_is_one_all_ones_set_of_the_original_window():
+    config = identity_config(10000.0, DIM, 4096)
+    assert config.factor_sets[0].is_identity
+    assert config.max_length == 4096
+    assert config.attention_factor_for(4096) == 1.0
+    assert not FactorSet(4096, (1.0, 1.0 + 1e-12)).is_identity
+
+
+def test_a_configuration_cannot_be_changed_in_place():
+    with pytest.raises(FrozenInstanceError):
+        exportable().rotary_base = 5.0
+
+
+def test_lists_given_to_the_constructor_become_tuples():
+    config = exportable(factor_sets=[FactorSet(4096, list(SHORT)), FactorSet(131072, list(LONG))])
+    assert config == exportable()
+
+
+# Hugging Face
+
+
+def test_an_export_holds_both_spellings_with_the_same_values():
+    value = exportable().to_hf()
+    assert value["max_position_embeddings"] == 131072
+    assert value["original_max_position_embeddings"] == 4096
+    assert value["rope_theta"] == 10000.0
+    assert value["rope_scaling"] == {
+        "rope_type": "longrope",
+        "factor": 32.0,
+        "attention_factor": 1.25,
+        "original_max_position_embeddings": 4096,
+        "short_factor": list(SHORT),
+        "long_factor": list(LONG),
+    }
+    assert value["rope_parameters"] == {**value["rope_scaling"], "rope_theta": 10000.0}
+    json.dumps(value, allow_nan=False)
+
+
+@pytest.mark.parametrize("dropped", ["rope_scaling", "rope_parameters", None])
+def test_an_export_reads_back_in_either_spelling(dropped):
+    value = exportable().to_hf()
+    value.pop(dropped, None)
+    if dropped == "rope_scaling":
+        del value["rope_theta"]  # transformers 5 keeps it within rope_parameters only
+    config = LongRopeConfig.from_hf(json.loads(json.dumps(value)))
+    origin = {"source": "hf"}
+    assert config == exportable(
+        factor_sets=(FactorSet(4096, SHORT, 0, origin), FactorSet(131072, LONG, 0, origin))
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(start_tokens=False), spelling=st.sampled_from(["scaling", "parameters"]))
+def test_an_export_of_any_configuration_reads_back_with_the_same_rotations(config, spelling):
+    original = config.original_max_position_embeddings
+    if config.max_length <= original:
+        return
+    config = replace(config, attention_factor=config.attention_factor_for(config.max_length))
+    value = config.to_hf()
+    del value["rope_" + ("parameters" if spelling == "scaling" else "scaling")]
+    back = LongRopeConfig.from_hf(value)
+    assert back.rotary_base == config.rotary_base
+    for length in (original, config.max_length):
+        ours, theirs = config.factor_set_for(length), back.factor_set_for(length)
+        assert ours.rescale_factors == theirs.rescale_factors
+        assert config.attention_factor_for(length) == back.attention_factor_for(length)
+
+
+def test_an_export_can_choose_its_two_windows():
+    config = exportable().with_factor_set(FactorSet(16384, (1.0, 1.0, 2.0, 4.0)))
+    value = config.to_hf(short_length=4096, long_length=16384)
+    assert value["max_position_embeddings"] == 16384
+    assert value["rope_scaling"]["factor"] == 4.0
+    assert value["rope_scaling"]["long_factor"] == [1.0, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(("index", "name"), [(0, "short"), (1, "long")])
+def test_start_tokens_are_refused_at_export(index, name):
+    sets = list(exportable().factor_sets)
+    sets[index] = replace(sets[index], num_start_tokens=4)
+    with pytest.raises(ValueError) as caught:
+        exportable(factor_sets=sets).to_hf()
+    assert str(caught.value) == (
+        f"the {name} factor set (max_length {sets[index].max_length}) has num_start_tokens 4; "
+        "transformers' longrope cannot express start tokens, search again with --start-tokens 0"
+    )
+
+
+def test_differing_attention_factors_are_refused_at_export():
+    with pytest.raises(ValueError) as caught:
+        exportable(attention_factor=None).to_hf()
+    assert str(caught.value).startswith(
+        "attention factor 1 at 4096 tokens differs from 1.19024 at 131072; "
+        "transformers applies one value to both windows"
+    )
+
+
+def test_one_set_for_all_windows_has_one_attention_factor_and_is_exported():
+    config = exportable(factor_sets=(FactorSet(131072, LONG),), attention_factor=None)
+    value = config.to_hf()["rope_scaling"]
+    assert value["short_factor"] == value["long_factor"] == list(LONG)
+    assert value["attention_factor"] == pytest.approx(1.190238, abs=5e-7)
+
+
+def test_a_long_window_below_the_original_one_is_refused_at_export():
+    with pytest.raises(ValueError, match="long_length 2048 is below the original window 4096"):
+        exportable().to_hf(long_length=2048)
+
+
+def test_the_legacy_spelling_of_phi_3_is_read():
+    config = LongRopeConfig.from_hf(
+        {
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "type": "su",
+                "short_factor": list(SHORT),
+                "long_factor": list(LONG),
+            },
+        }
+    )
+    assert config.rotary_base == 500000.0
+    assert config.rotary_dim == DIM
+    assert config.attention_factor == pytest.approx(1.190238, abs=5e-7)
+
+
+def hf_without(key: str) -> dict:
+    value = exportable().to_hf()
+    for holder in (value, value["rope_scaling"], value["rope_parameters"]):
+        holder.pop(key, None)
+    return value
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["short_factor", "long_factor", "max_position_embeddings", "original_max_position_embeddings"],
+)
+def test_a_config_json_that_lacks_a_field_is_refused(key):
+    with pytest.raises(ValueError, match=rf"config.json .*no {key}"):
+        LongRopeConfig.from_hf(hf_without(key))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": {"rope_type": "yarn"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ],
+)
+def test_a_config_json_of_another_rope_type_is_refused(value):
+    with pytest.raises(ValueError, match=r"in config\.json is not longrope"):
+        LongRopeConfig.from_hf(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("short_factor", 1.0),
+        ("long_factor", None),
+        ("long_factor", "abc"),
+        ("max_position_embeddings", "131072"),
+        ("original_max_position_embeddings", "4096"),
+        ("original_max_position_embeddings", 0),
+        ("attention_factor", "1.2"),
+        ("attention_factor", True),
+        ("factor", "32"),
+        ("rope_theta", "10000"),
+    ],
+)
+def test_a_config_json_field_of_a_wrong_type_is_refused_by_name(key, value):
+    hf = exportable().to_hf()
+    for holder in (hf, hf["rope_scaling"], hf["rope_parameters"]):
+        if key in holder:
+            holder[key] = value
+    if key == "factor":
+        del hf["rope_parameters"]["attention_factor"]
+    with pytest.raises(ValueError, match=rf"^{key} "):
+        LongRopeConfig.from_hf(hf)
+
+
+# A real transformers model
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SMALL_WINDOW = exportable(
+    rotary_base=500000.0,
+    original_max_position_embeddings=16,
+    factor_sets=(FactorSet(16, SHORT), FactorSet(64, (1.0, 1.94, 5.18, 7.5))),
+    attention_factor=1.25,
+)
+
+
+@pytest.fixture
+def transformers_messages():
+    """Everything transformers logs or warns about while the test runs."""
+    pytest.importorskip("transformers")
+    from transformers.utils import logging as hf_logging
+
+    messages = []
+
+    class Collector(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    handler = Collector(level=logging.WARNING)
+    library = logging.getLogger("transformers")
+    library.addHandler(handler)
+    hf_logging.warning_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield lambda: messages + [str(item.message) for item in caught]
+        finally:
+            library.removeHandler(handler)
+
+
+def rope_messages(messages) -> list[str]:
+    return [text for text in messages() if "rope" in text.lower() or "factor" in text.lower()]
+
+
+def test_the_collector_of_rope_warnings_sees_one_about_a_bad_factor(transformers_messages):
+    from transformers import LlamaConfig
+
+    value = SMALL_WINDOW.to_hf()
+    for key in ("rope_scaling", "rope_parameters"):
+        value[key]["short_factor"] = [1.0]
+    LlamaConfig(**TINY, **value)
+    assert any("short_factor" in text for text in rope_messages(transformers_messages))
+
+
+@pytest.mark.parametrize("dropped", ["rope_scaling", "rope_parameters", None])
+def test_a_llama_config_reads_our_export_without_a_warning_about_rope(
+    transformers_messages, tmp_path, dropped
+):
+    from transformers import LlamaConfig
+
+    value = SMALL_WINDOW.to_hf()
+    value.pop(dropped, None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY, **value}))
+    for theirs in (LlamaConfig(**TINY, **value), LlamaConfig.from_pretrained(tmp_path)):
+        assert theirs.rope_parameters == SMALL_WINDOW.to_hf()["rope_parameters"]
+        assert theirs.max_position_embeddings == 64
+    assert rope_messages(transformers_messages) == []
+
+
+def test_a_llama_saved_and_loaded_by_transformers_rotates_as_ours_in_both_windows(
+    transformers_messages, tmp_path
+):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**TINY, **SMALL_WINDOW.to_hf())).save_pretrained(tmp_path)
+    rotary = AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb
+    for length in (16, 17, 64, 16):  # at the switch, just over it, the longest, and back
+        ours = SMALL_WINDOW.factor_set_for(length)
+        factors = torch.tensor(ours.rescale_factors, dtype=torch.float64)
+        positions = torch.arange(length)
+        their_cos, their_sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
+        our_inv_freq = inv_freq_fp32(500000.0, DIM, factors)
+        our_scale = SMALL_WINDOW.attention_factor_for(length)
+        our_angles = angles_fp32(positions, 500000.0, DIM, factors).repeat(1, 2)
+        assert torch.equal(rotary.inv_freq, our_inv_freq)
+        assert rotary.attention_scaling == our_scale
+        assert torch.equal(their_cos[0], our_angles.cos() * our_scale)
+        assert torch.equal(their_sin[0], our_angles.sin() * our_scale)
+    assert rope_messages(transformers_messages) == []
+
+
+def test_a_config_json_written_by_transformers_reads_back_as_ours(transformers_messages, tmp_path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(**TINY, **SMALL_WINDOW.to_hf()).save_pretrained(tmp_path)
+    config = LongRopeConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    assert config.to_hf() == SMALL_WINDOW.to_hf()
+
+
+@pytest.mark.parametrize(
+    "stated", [{}, {"factor": 3.0}, {"factor": 0.5}, {"attention_factor": 1.5}]
+)
+def test_the_attention_factor_of_a_config_json_is_read_as_transformers_reads_it(
+    transformers_messages, stated
+):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    value = SMALL_WINDOW.to_hf()
+    del value["rope_scaling"], value["rope_parameters"]["factor"]
+    del value["rope_parameters"]["attention_factor"]
+    value["rope_parameters"].update(stated)
+    ours = LongRopeConfig.from_hf(copy.deepcopy(value)).attention_factor
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**TINY, **value)).attention_scaling
+    assert ours == theirs

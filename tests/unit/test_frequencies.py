@@ -1,0 +1,412 @@
+"""The formula against transformers, megatron-core, mpmath and the papers' identities."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope import frequencies
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.frequencies import (
+    angles,
+    angles_fp32,
+    attention_factor,
+    inv_freq,
+    inv_freq_fp32,
+    linear_factors,
+    named_factors,
+    ntk_factors,
+    yarn_factors,
+)
+
+# (rotary base, rotary dim): LLaMA2, LLaMA3, Phi-like 96, a partially rotated small head.
+GEOMETRIES = [(10000.0, 128), (500000.0, 128), (10000.0, 96), (1000000.0, 32)]
+
+
+def longrope_factors(rotary_dim: int, ratio: float = 512.0) -> torch.Tensor:
+    """A non-decreasing vector in [1, ratio] whose values are no powers of two."""
+    steps = torch.linspace(0, 1, rotary_dim // 2, dtype=torch.float64)
+    return 1.0 + (ratio - 1.0) * steps**3
+
+
+def llama_config(rotary_base: float, rotary_dim: int, rope: dict, max_position: int = 131072):
+    """A transformers LlamaConfig with one head of `rotary_dim`."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.LlamaConfig(
+        hidden_size=rotary_dim,
+        num_attention_heads=1,
+        head_dim=rotary_dim,
+        max_position_embeddings=max_position,
+        rope_parameters={"rope_theta": rotary_base, **rope},
+    )
+
+
+def theirs_from_transformers(rope_type: str, config, **kwargs):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", **kwargs)
+
+
+def distance_on_the_circle(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference of two angle tensors modulo 2 pi."""
+    difference = ours.to(torch.float64) - theirs.to(torch.float64)
+    return (difference - torch.round(difference / (2 * math.pi)) * 2 * math.pi).abs().max().item()
+
+
+# transformers
+
+
+@pytest.mark.parametrize(("base", "dim"), GEOMETRIES)
+def test_longrope_inverse_frequencies_equal_transformers_bit_for_bit_in_both_windows(base, dim):
+    short, long = longrope_factors(dim, 3.0), longrope_factors(dim, 37.7)
+    config = llama_config(
+        base,
+        dim,
+        {
+            "rope_type": "longrope",
+            "short_factor": short.tolist(),
+            "long_factor": long.tolist(),
+            "original_max_position_embeddings": 4096,
+            "factor": 32.0,
+        },
+    )
+    for length, factors in ((None, short), (1, short), (4096, short), (4097, long), (131072, long)):
+        theirs, their_scale = theirs_from_transformers("longrope", config, seq_len=length)
+        assert torch.equal(inv_freq_fp32(base, dim, factors), theirs)
+        assert attention_factor("su", 32.0, 4096) == their_scale
+
+
+@pytest.mark.parametrize(("base", "dim"), GEOMETRIES)
+def test_plain_fp32_angles_equal_the_ones_of_a_transformers_model_bit_for_bit(base, dim):
+    from_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    factors = longrope_factors(dim, 37.7)
+    ours_config = LongRopeConfig(
+        rotary_base=base,
+        rotary_dim=dim,
+        original_max_position_embeddings=4096,
+        factor_sets=(
+            FactorSet(4096, tuple(factors.tolist())),
+            FactorSet(2**21, tuple(factors.tolist())),
+        ),
+        attention_factor=1.0,
+    )
+    exported = ours_config.to_hf()
+    config = llama_config(base, dim, exported["rope_parameters"], 2**21)
+    positions = torch.cat([torch.arange(300), torch.arange(2**21 - 300, 2**21)])
+    cos, sin = from_llama.LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    ours = angles_fp32(positions, base, dim, factors).repeat(1, 2)
+    assert torch.equal(ours.cos(), cos[0])
+    assert torch.equal(ours.sin(), sin[0])
+
+
+@pytest.mark.parametrize("factor", [2.0, 8.0, 512.0])
+def test_position_interpolation_by_a_power_of_two_equals_linear_bit_for_bit(factor):
+    config = llama_config(10000.0, 128, {"rope_type": "linear", "factor": factor})
+    theirs, their_scale = theirs_from_transformers("linear", config)
+    factors = torch.tensor(linear_factors(128, factor))
+    assert torch.equal(inv_freq_fp32(10000.0, 128, factors), theirs)
+    assert their_scale == 1.0
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0, 7.3, 100.0])
+def test_position_interpolation_by_any_other_factor_equals_linear_to_fp32_rounding(factor):
+    config = llama_config(500000.0, 128, {"rope_type": "linear", "factor": factor})
+    theirs, _ = theirs_from_transformers("linear", config)
+    ours = inv_freq_fp32(500000.0, 128, torch.tensor(linear_factors(128, factor)))
+    torch.testing.assert_close(ours, theirs, rtol=2.5e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "dim", "original", "factor"),
+    [
+        (10000.0, 128, 4096, 2.0),
+        (10000.0, 128, 4096, 32.0),
+        (500000.0, 128, 8192, 16.0),
+        (1000000.0, 64, 32768, 4.0),
+    ],
+)
+def test_yarn_inverse_frequencies_equal_transformers(base, dim, original, factor):
+    rope = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    config = llama_config(base, dim, rope, int(original * factor))
+    theirs, their_scale = theirs_from_transformers("yarn", config)
+    factors = torch.tensor(yarn_factors(dim, factor, base, original), dtype=torch.float64)
+    torch.testing.assert_close(inv_freq_fp32(base, dim, factors), theirs, rtol=1e-6, atol=0)
+    assert attention_factor("yarn", factor, original) == their_scale
+
+
+def test_yarn_with_other_ramp_bounds_equals_transformers():
+    rope = {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+    }
+    theirs, _ = theirs_from_transformers("yarn", llama_config(10000.0, 128, rope, 32768))
+    factors = yarn_factors(128, 8.0, 10000.0, 4096, beta_fast=16.0, beta_slow=2.0)
+    ours = inv_freq_fp32(10000.0, 128, torch.tensor(factors, dtype=torch.float64))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+# megatron-core
+
+
+def megatron_rotary(*args, **kwargs):
+    module = pytest.importorskip("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    return module.RotaryEmbedding(*args, use_cpu_initialization=True, **kwargs)
+
+
+@pytest.mark.parametrize("base", [10000, 10000.0, 500000, 1000000])
+@pytest.mark.parametrize(("head_dim", "percent"), [(128, 1.0), (96, 1.0), (64, 0.5)])
+def test_factors_of_one_equal_megatron_core_bit_for_bit(base, head_dim, percent):
+    dim = int(head_dim * percent)
+    theirs = megatron_rotary(head_dim, percent, rotary_base=base)
+    positions, ones = torch.arange(5000), torch.ones(dim // 2)
+    assert torch.equal(inv_freq_fp32(base, dim, ones), theirs.inv_freq)
+    assert torch.equal(inv_freq_fp32(base, dim), theirs.inv_freq)
+    assert torch.equal(
+        angles_fp32(positions, base, dim, ones), theirs.get_freqs_non_repeated(len(positions))
+    )
+
+
+def test_far_positions_with_factors_of_one_equal_megatron_core_bit_for_bit():
+    theirs = megatron_rotary(128, 1.0).get_freqs_non_repeated(64, offset=2**21 - 64)
+    ours = angles_fp32(torch.arange(2**21 - 64, 2**21), 10000, 128)
+    assert torch.equal(ours, theirs)
+
+
+def test_power_of_two_interpolation_equals_megatron_core_bit_for_bit():
+    theirs = megatron_rotary(128, 1.0, seq_len_interpolation_factor=8)
+    ours = angles_fp32(torch.arange(4096), 10000, 128, torch.tensor(linear_factors(128, 8)))
+    assert torch.equal(ours, theirs.get_freqs_non_repeated(4096))
+
+
+# Exact angles
+
+
+@pytest.mark.parametrize(("base", "dim"), GEOMETRIES)
+@pytest.mark.parametrize("start_tokens", [0, 4, 4096])
+def test_angles_agree_with_mpmath_to_a_microradian_up_to_two_million_tokens(
+    base, dim, start_tokens
+):
+    factors = longrope_factors(dim)
+    positions = [0, 1, 3, 4, 5, 4095, 4096, 4097, 65535, 65536, 262143, 2**20 + 1, 2**21 - 1, 2**21]
+    ours = angles(torch.tensor(positions), base, dim, factors, start_tokens)
+    assert ours.dtype == torch.float32
+    assert ours.shape == (len(positions), dim // 2)
+    assert ours.abs().max().item() <= math.pi + 2e-7  # pi itself rounds up in fp32
+    with mpmath.workdps(40):
+        turn = 2 * mpmath.pi
+        for row, position in enumerate(positions):
+            for i, factor in enumerate(factors.tolist()):
+                beta = mpmath.mpf(base) ** (mpmath.mpf(2 * i) / dim)
+                scale = 1 if position < start_tokens else mpmath.mpf(factor)
+                error = mpmath.mpf(ours[row, i].item()) - position / (scale * beta)
+                error -= mpmath.nint(error / turn) * turn
+                assert abs(error) < 1e-6, (position, i)
+
+
+def test_plain_fp32_angles_are_off_by_a_tenth_of_a_radian_at_two_million_tokens():
+    positions = torch.arange(2**21 - 4096, 2**21)
+    ones = torch.ones(64)
+    exact, plain = angles(positions, 1e4, 128, ones), angles_fp32(positions, 1e4, 128, ones)
+    assert 0.1 < distance_on_the_circle(plain, exact) < 0.4
+
+
+def test_both_formulas_agree_at_short_positions():
+    positions, factors = torch.arange(256), longrope_factors(128)
+    exact = angles(positions, 1e4, 128, factors, 4)
+    plain = angles_fp32(positions, 1e4, 128, factors, 4)
+    assert distance_on_the_circle(plain, exact) < 1e-4
+
+
+@pytest.mark.parametrize("formula", [angles, angles_fp32])
+def test_start_tokens_keep_the_original_rotation_and_the_next_one_does_not(formula):
+    positions, factors = torch.arange(8), longrope_factors(64, 8.0)
+    original = formula(positions, 1e4, 64, torch.ones(32))
+    rescaled = formula(positions, 1e4, 64, factors)
+    mixed = formula(positions, 1e4, 64, factors, 4)
+    assert torch.equal(mixed[:4], original[:4])
+    assert torch.equal(mixed[4:], rescaled[4:])
+    assert not torch.equal(original[4:], rescaled[4:])
+
+
+@pytest.mark.parametrize("formula", [angles, angles_fp32])
+def test_start_tokens_are_counted_by_position_and_not_by_row(formula):
+    positions, factors = torch.tensor([9, 2, 4, 3, 100, 0]), longrope_factors(64, 8.0)
+    whole = formula(torch.arange(101), 1e4, 64, factors, 4)
+    assert torch.equal(formula(positions, 1e4, 64, factors, 4), whole[positions])
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_the_size_of_a_block_does_not_change_the_angles(monkeypatch, rows):
+    positions, factors = torch.arange(64).flip(0), longrope_factors(32)
+    whole = angles(positions, 1e4, 32, factors, 10)
+    monkeypatch.setattr(frequencies, "_ROWS_PER_BLOCK", rows)
+    assert torch.equal(angles(positions, 1e4, 32, factors, 10), whole)
+
+
+@pytest.mark.parametrize("formula", [angles, angles_fp32])
+def test_no_positions_give_no_angles(formula):
+    result = formula(torch.arange(0), 1e4, 32, torch.ones(16), 4)
+    assert result.shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_integer_type_of_positions_does_not_matter(dtype):
+    positions = torch.tensor([0, 5, 2**21 - 1])
+    factors = longrope_factors(32)
+    ours = angles(positions.to(dtype), 1e4, 32, factors)
+    assert torch.equal(ours, angles(positions, 1e4, 32, factors))
+
+
+def test_a_default_dtype_of_bfloat16_does_not_reach_the_angles():
+    positions, factors = torch.tensor([7, 2**21 - 1]), longrope_factors(128)
+    exact = angles(positions, 1e4, 128, factors)
+    plain = angles_fp32(positions, 1e4, 128, factors)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(angles(positions, 1e4, 128, factors), exact)
+        assert torch.equal(angles_fp32(positions, 1e4, 128, factors), plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_base_inverse_frequencies_fall_from_one_to_just_above_the_inverse_base():
+    ours = inv_freq(10000.0, 128)
+    assert ours.dtype == torch.float64
+    assert ours[0].item() == 1.0
+    assert ours[32].item() == pytest.approx(0.01, rel=1e-15)
+    assert ours[63].item() == pytest.approx(10000.0 ** (-126 / 128), rel=1e-15)
+
+
+# Factor vectors
+
+
+@pytest.mark.parametrize("dim", [4, 64, 128])
+@pytest.mark.parametrize("factor", [1.0, 2.0, 32.0, 512.0])
+def test_ntk_equals_enlarging_the_base(dim, factor):
+    factors = torch.tensor(ntk_factors(dim, factor), dtype=torch.float64)
+    enlarged = 10000.0 * factor ** (dim / (dim - 2))
+    torch.testing.assert_close(
+        inv_freq(10000.0, dim) / factors, inv_freq(enlarged, dim), rtol=1e-13, atol=0
+    )
+
+
+def test_ntk_keeps_the_fastest_dimension_and_slows_the_slowest_by_the_ratio():
+    factors = ntk_factors(128, 32.0)
+    assert (factors[0], factors[-1]) == (1.0, 32.0)
+
+
+def test_ntk_is_refused_for_a_single_pair_of_dimensions():
+    with pytest.raises(ValueError, match="rotary_dim 2 is below 4"):
+        ntk_factors(2, 8.0)
+
+
+def test_yarn_in_the_middle_of_the_ramp_mixes_inverse_frequencies_and_not_factors():
+    # LLaMA2: the ramp runs from dimension 20 to 46, so that dimension 33 is its middle.
+    factors = yarn_factors(128, 32.0, 10000.0, 4096)
+    assert factors[20] == 1.0 < factors[21]
+    assert factors[45] < 32.0 == factors[46]
+    assert factors[33] == pytest.approx(1 / (0.5 / 32 + 0.5), rel=1e-15)
+    assert factors[33] == pytest.approx(1.94, abs=1e-3)  # a mix of factors would give 16.5
+
+
+def test_yarn_with_equal_ramp_ends_switches_at_once():
+    factors = yarn_factors(8, 4.0, 10000.0, 6, beta_fast=1.0, beta_slow=1.0)
+    assert factors == [1.0, 4.0, 4.0, 4.0]
+
+
+def test_position_interpolation_slows_every_dimension_by_the_ratio():
+    assert linear_factors(8, 32) == [32.0] * 4
+
+
+def test_no_interpolation_is_all_ones():
+    assert named_factors("none", 8, 32.0, 1e4, 4096) == [1.0] * 4
+
+
+def test_a_named_method_gives_the_vector_of_its_function():
+    assert named_factors("pi", 64, 8.0, 1e4, 4096) == linear_factors(64, 8.0)
+    assert named_factors("ntk", 64, 8.0, 1e4, 4096) == ntk_factors(64, 8.0)
+    assert named_factors("yarn", 64, 8.0, 1e4, 4096) == yarn_factors(64, 8.0, 1e4, 4096)
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown method 'linear'; choose none, pi, ntk or yarn"):
+        named_factors("linear", 64, 8.0, 1e4, 4096)
+
+
+@pytest.mark.parametrize("name", ["none", "pi", "ntk", "yarn"])
+@pytest.mark.parametrize("ratio", [0.5, math.nan, math.inf])
+def test_an_extension_ratio_below_one_or_not_finite_is_refused(name, ratio):
+    with pytest.raises(ValueError, match=f"extension ratio {ratio} "):
+        named_factors(name, 64, ratio, 1e4, 4096)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(["none", "pi", "ntk", "yarn"]),
+    half=st.integers(2, 128),
+    ratio=st.floats(1.0, 1024.0),
+    base=st.floats(1.5, 1e8),
+    window=st.integers(2, 2**20),
+)
+def test_every_named_vector_is_finite_non_decreasing_within_the_ratio_and_a_valid_set(
+    name, half, ratio, base, window
+):
+    factors = named_factors(name, 2 * half, ratio, base, window)
+    assert len(factors) == half
+    assert all(math.isfinite(value) for value in factors)
+    assert all(a <= b for a, b in zip(factors, factors[1:], strict=False))
+    assert 1.0 <= factors[0]
+    assert factors[-1] <= ratio
+    target = math.ceil(window * ratio)
+    LongRopeConfig(base, 2 * half, window, (FactorSet(target, tuple(factors)),))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    half=st.integers(2, 64),
+    ratio=st.floats(1.0, 512.0),
+    positions=st.lists(st.integers(0, 2**22), min_size=1, max_size=8),
+    start=st.integers(0, 2**22),
+)
+def test_angles_are_the_fp64_product_reduced_for_any_factors_and_start_tokens(
+    half, ratio, positions, start
+):
+    factors = longrope_factors(2 * half, ratio)
+    ours = angles(torch.tensor(positions), 1e4, 2 * half, factors, start)
+    for row, position in enumerate(positions):
+        scale = torch.ones(half, dtype=torch.float64) if position < start else factors
+        exact = position * (inv_freq(1e4, 2 * half) / scale)
+        assert distance_on_the_circle(ours[row], exact) < 1e-6
+
+
+# Attention factor
+
+
+@pytest.mark.parametrize(
+    ("ratio", "window", "expected"),
+    [(32, 4096, 1.190238), (512, 4096, 1.322876), (16, 8192, 1.143544)],
+)
+def test_su_has_the_published_values(ratio, window, expected):
+    assert attention_factor("su", ratio, window) == pytest.approx(expected, abs=5e-7)
+
+
+def test_su_is_the_root_of_the_ratio_of_the_logarithms_of_both_windows():
+    expected = math.sqrt(math.log(131072) / math.log(4096))
+    assert attention_factor("su", 32, 4096) == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize("policy", ["su", "yarn", "none"])
+@pytest.mark.parametrize("ratio", [0.25, 1, 1.0])
+def test_every_policy_gives_one_without_an_extension(policy, ratio):
+    assert attention_factor(policy, ratio, 4096) == 1.0
+
+
+def test_an_unknown_attention_factor_policy_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'SU' is unknown; choose one of su, yarn, none"):
+        attention_factor("SU", 32, 4096)
