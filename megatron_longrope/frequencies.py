@@ -99,7 +99,9 @@ def yarn_factors(
     high = min(math.ceil(dimension_with(beta_slow)), rotary_dim - 1)
     span = high - low if high != low else 0.001  # avoids a division by zero, as the reference does
     ramps = [min(max((i - low) / span, 0.0), 1.0) for i in range(rotary_dim // 2)]
-    return [1.0 / (ramp / factor + (1.0 - ramp)) for ramp in ramps]
+    # Multiplied through by s, in the order that keeps both ends exact and rounding monotonic:
+    # as written above, 1 / (1 / s) exceeds s for s = 49.
+    return [factor / (factor - ramp * (factor - 1.0)) for ramp in ramps]
 
 
 def named_factors(
@@ -112,10 +114,13 @@ def named_factors(
     """Factor vector of a published method: `none`, `pi`, `ntk` or `yarn`.
 
     Raises:
-        ValueError: The name is unknown or the extension ratio is below 1.
+        ValueError: The name is unknown or the extension ratio is below 1 or not finite.
     """
-    if factor < 1:
-        raise ValueError(f"extension ratio {factor} is below 1; the target must not be shorter")
+    if not 1 <= factor < math.inf:
+        raise ValueError(
+            f"extension ratio {factor} must be a finite number of at least 1; "
+            "the target must not be shorter than the original window"
+        )
     if name == "none":
         return [1.0] * (rotary_dim // 2)
     if name == "pi":

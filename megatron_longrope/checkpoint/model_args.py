@@ -81,11 +81,6 @@ class ModelShape:
         """Rotated dimensions of a head."""
         return int(self.head_dim * self.rotary_percent)
 
-    @property
-    def vocab_size_is_known(self) -> bool:
-        """False when the padded size may include padding rows that nothing told apart."""
-        return self.vocab_size < self.padded_vocab_size
-
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelShape:
         """Read Megatron's arguments, filling what Megatron derives.

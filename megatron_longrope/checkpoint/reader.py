@@ -89,7 +89,9 @@ class MegatronCheckpoint:
             )
         sink = _Sink()
         index, zero = MetadataIndex(_COMMON_OBJECT), torch.Size((0,))
-        self._read(_COMMON_OBJECT, [ReadItem(LoadItemType.BYTE_IO, index, zero, index, zero, zero)], sink)
+        self._read(
+            _COMMON_OBJECT, [ReadItem(LoadItemType.BYTE_IO, index, zero, index, zero, zero)], sink
+        )
         return load_common(sink.data, f"{self.directory}: {_COMMON_OBJECT}")
 
     @cached_property
@@ -246,7 +248,9 @@ def _check_format(directory: Path) -> None:
         value = read_json(described)
         backend = value.get("sharded_backend") if isinstance(value, dict) else None
     elif not (directory / ".metadata").is_file():
-        raise ValueError(f"{directory}: no checkpoint here: metadata.json and .metadata are missing")
+        raise ValueError(
+            f"{directory}: no checkpoint here: metadata.json and .metadata are missing"
+        )
     if backend != "torch_dist":
         raise ValueError(
             f"{directory}: checkpoint format {backend!r} is not supported yet; this release reads "
@@ -265,7 +269,9 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
     for name, end in sorted(ends.items()):
         path = directory / name
         if Path(name).name != name:
-            raise ValueError(f"{directory}: .metadata names {name!r}, a file outside the checkpoint")
+            raise ValueError(
+                f"{directory}: .metadata names {name!r}, a file outside the checkpoint"
+            )
         if not path.is_file():
             raise ValueError(f"{path}: missing; the copy is incomplete")
         if (size := path.stat().st_size) < end:

@@ -44,8 +44,8 @@ def _add_tokenizer(actions: Any) -> None:
         "--output", type=Path, required=True, metavar="X.model", help="the model file to write"
     )
     parser.add_argument(
-        "--max-sentences", type=_positive, default=2_000_000, metavar="N",
-        help="train on a random sample of at most N lines, which bounds memory "
+        "--max-sentences", type=_positive, default=500_000, metavar="N",
+        help="train on a random sample of at most N lines, which bounds memory, about 3 KB a line "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -18,6 +18,9 @@ _MANIFEST_KEYS = (
 )  # fmt: skip
 _MODE_KEYS = {"segments": ("segment_length", "tail"), "whole": ("min_length", "max_length")}
 
+# Magic, version, dtype code, number of entries, number of document boundaries.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+
 # Problems beyond this many are only counted.
 _MAX_REPORTED_PROBLEMS = 10
 
@@ -146,17 +149,13 @@ def _open(prefix: str | Path) -> Any:
     for path in (bin_path, idx_path):
         if not path.exists():
             raise ValueError(f"{path}: no such file; check the path, which is given without suffix")
+    _check_index(idx_path)
+    if not bin_path.stat().st_size:
+        raise ValueError(f"{bin_path} is empty; prepare the set again")
 
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-    if not bin_path.stat().st_size:
-        raise ValueError(f"{bin_path} is empty; prepare the set again")
-    try:
-        dataset = IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, KeyError, IndexError, OSError, struct.error) as error:
-        raise ValueError(
-            f"{idx_path} is not a readable Megatron index ({error}); copy or prepare it again"
-        ) from None
+    dataset = IndexedDataset(str(prefix))
     expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
     if bin_path.stat().st_size != expected:
         raise ValueError(
@@ -164,3 +163,21 @@ def _open(prefix: str | Path) -> Any:
             "copy or prepare the set again"
         )
     return dataset
+
+
+def _check_index(path: Path) -> None:
+    """Check header and size of an .idx file."""
+    with path.open("rb") as file:
+        data = file.read(_INDEX_HEADER.size)
+    if len(data) == _INDEX_HEADER.size:
+        magic, version, dtype_code, entries, boundaries = _INDEX_HEADER.unpack(data)
+        # int32 length and int64 offset of each entry, then int64 document boundaries
+        size = _INDEX_HEADER.size + 12 * entries + 8 * boundaries
+        if (magic, version) == (b"MMIDIDX\x00\x00", 1) and 1 <= dtype_code <= 8:
+            if path.stat().st_size == size:
+                return
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, its header describes {size}; "
+                "copy or prepare the set again"
+            )
+    raise ValueError(f"{path} is not a Megatron index; copy or prepare the set again")

@@ -2,7 +2,8 @@
 
 Fine-tuning follows the paper: every sample is one segment, bookended with BOS and EOS. Megatron's
 GPTDataset concatenates the entries of a .bin and cuts sample i at tokens i * S to (i + 1) * S (plus
-one token for the labels), so samples equal segments exactly when every entry has S tokens.
+one token for the labels), so samples equal segments exactly when every entry has S tokens. The
+very last segment of a run has no label token behind it: n segments give n - 1 samples in one epoch.
 
 Search and evaluation read whole documents without special tokens and add BOS themselves.
 """

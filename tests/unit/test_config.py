@@ -296,7 +296,9 @@ def test_a_rotary_dim_that_is_no_integer_above_one_is_refused(value):
     )
 
 
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "10000", None, True, HUGE])
+@pytest.mark.parametrize(
+    "value", [0, -1.0, math.nan, math.inf, "10000", None, True, pytest.param(HUGE, id="huge")]
+)
 def test_a_rotary_base_that_is_no_finite_positive_number_is_refused(value):
     assert refusal(payload(rotary_base=value)) == (
         f"rotary_base is {value!r}; it must be a finite number above 0"
@@ -322,7 +324,9 @@ def test_a_non_positive_attention_factor_is_refused(value):
     )
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, "su", True, [1.0], HUGE])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, "su", True, [1.0], pytest.param(HUGE, id="huge")]
+)
 def test_an_attention_factor_that_is_no_finite_number_is_refused(value):
     assert refusal(payload(attention_factor=value)) == (
         f"attention_factor is {value!r}; it must be a finite number above 0"

@@ -1,11 +1,12 @@
 """The formula against transformers, megatron-core, mpmath and the papers' identities."""
 
 import math
+from itertools import pairwise
 
 import mpmath
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_longrope import frequencies
@@ -315,6 +316,12 @@ def test_yarn_in_the_middle_of_the_ramp_mixes_inverse_frequencies_and_not_factor
     assert factors[33] == pytest.approx(1.94, abs=1e-3)  # a mix of factors would give 16.5
 
 
+@pytest.mark.parametrize("ratio", [49, 98, 103, 107])
+def test_yarn_ends_exactly_on_the_ratio(ratio):
+    factors = yarn_factors(128, ratio, 10000.0, 4096)
+    assert (factors[0], factors[-1]) == (1.0, ratio)
+
+
 def test_yarn_with_equal_ramp_ends_switches_at_once():
     factors = yarn_factors(8, 4.0, 10000.0, 6, beta_fast=1.0, beta_slow=1.0)
     assert factors == [1.0, 4.0, 4.0, 4.0]
@@ -342,7 +349,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
 @pytest.mark.parametrize("name", ["none", "pi", "ntk", "yarn"])
 @pytest.mark.parametrize("ratio", [0.5, math.nan, math.inf])
 def test_an_extension_ratio_below_one_or_not_finite_is_refused(name, ratio):
-    with pytest.raises(ValueError, match=f"extension ratio {ratio} "):
+    with pytest.raises(ValueError, match=f"extension ratio {ratio} must be a finite number"):
         named_factors(name, 64, ratio, 1e4, 4096)
 
 
@@ -354,14 +361,17 @@ def test_an_extension_ratio_below_one_or_not_finite_is_refused(name, ratio):
     base=st.floats(1.5, 1e8),
     window=st.integers(2, 2**20),
 )
+@example(name="yarn", half=64, ratio=49.0, base=10000.0, window=4096)  # 1 / (1 / 49) > 49
+@example(name="yarn", half=64, ratio=1.0 + 2**-52, base=10000.0, window=4096)
+@example(name="yarn", half=64, ratio=1.0 + 2**-50, base=500000.0, window=8192)
 def test_every_named_vector_is_finite_non_decreasing_within_the_ratio_and_a_valid_set(
     name, half, ratio, base, window
 ):
     factors = named_factors(name, 2 * half, ratio, base, window)
     assert len(factors) == half
     assert all(math.isfinite(value) for value in factors)
-    assert all(a <= b for a, b in zip(factors, factors[1:], strict=False))
-    assert 1.0 <= factors[0]
+    assert all(a <= b for a, b in pairwise(factors))
+    assert factors[0] >= 1.0
     assert factors[-1] <= ratio
     target = math.ceil(window * ratio)
     LongRopeConfig(base, 2 * half, window, (FactorSet(target, tuple(factors)),))

@@ -1,18 +1,9 @@
 import json
 
 import pytest
+from tiny_corpus import make_text
 
 from megatron_longrope.data.tokenizer import train_sentencepiece
-
-WORDS = "window rotary position context length factor search segment model token".split()
-
-
-def make_text(seed, words):
-    lines = []
-    for index in range(words // 5):
-        picked = [WORDS[(seed * 7 + index * 3 + j * j) % len(WORDS)] for j in range(5)]
-        lines.append("    " * (index % 4) + " ".join(picked) + f" {seed * 100 + index}")
-    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="session")

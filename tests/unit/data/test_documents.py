@@ -76,7 +76,9 @@ def test_missing_and_damaged_files_are_named(whole, tmp_path):
     index = (tmp_path / "whole.idx").read_bytes()
     for damaged in (b"", b"x" * 100, index[:20], index[: len(index) // 2]):
         (tmp_path / "whole.idx").write_bytes(damaged)
-        with pytest.raises(ValueError, match="not a readable Megatron index"):
+        with pytest.raises(
+            ValueError, match=r"whole\.idx (is not a Megatron index|has \d+ bytes, its header)"
+        ):
             read_documents(whole)
 
 
@@ -91,9 +93,9 @@ def test_missing_and_damaged_files_are_named(whole, tmp_path):
 def test_manifests_of_another_kind_are_refused(whole, tmp_path, change, message):
     path = tmp_path / "whole.json"
     manifest = {**json.loads(path.read_text()), **change}
-    path.write_text(
-        json.dumps({k: v for k, v in manifest.items() if v is not None or k != "tokens"})
-    )
+    if change.get("tokens", 0) is None:
+        del manifest["tokens"]
+    path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=message):
         read_manifest(whole)
 

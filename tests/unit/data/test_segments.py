@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -63,7 +65,7 @@ def test_packed_pieces_each_stand_between_their_own_bos_and_eos(lengths, length)
     documents = numbered(lengths)
     owner = {int(token): k for k, document in enumerate(documents) for token in document}
     for segment in map(list, arrange(length, "pack", documents)):
-        for here, after in zip(segment, segment[1:], strict=False):
+        for here, after in itertools.pairwise(segment):
             if here > EOS and after > EOS:
                 assert owner[here] == owner[after]
             assert not (here == BOS and after <= EOS)  # no empty piece

@@ -1,11 +1,11 @@
 import hashlib
 
 import pytest
-from conftest import make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_corpus import make_text
 
-from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_longrope.data.tokenizer import _sample, load_tokenizer, train_sentencepiece
 
 CODE = "def f(x):\n    if x:\n\treturn 12345\r\n\n\n        # naïve 日本 🙂  \n"
 
@@ -133,3 +133,11 @@ def test_special_token_names_in_the_text_stay_text_with_hugging_face(hf_folder):
     ids = tokenizer.encode("a </s> b <s>")
     assert min(ids) > 1
     assert tokenizer.decode(ids) == "a </s> b <s>"
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, 51])
+def test_training_sample_holds_distinct_lines_up_to_its_size(size):
+    lines = [str(number) for number in range(50)]
+    sample = _sample(lines, size, seed=1)
+    assert len(set(sample)) == len(sample) == min(size, 50)
+    assert set(sample) <= set(lines)

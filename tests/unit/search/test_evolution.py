@@ -206,7 +206,7 @@ def test_telling_the_unasked_or_the_told_is_refused_and_changes_nothing():
         search.tell(first[:1], [1.0])
 
 
-def test_scores_that_are_not_finite_rank_last_and_leave_no_children():
+def test_scores_that_are_not_finite_rank_last():
     search = small_search()
     first = search.ask()
     scores = [math.nan, math.inf, -math.inf] + [5.0] * 8 + [1.0]
@@ -214,6 +214,25 @@ def test_scores_that_are_not_finite_rank_last_and_leave_no_children():
     assert search.best == (first[11], 1.0)
     # Equal scores stand in the order of asking, and the top-k holds num_parents.
     assert [item for item, _ in search.population] == [first[11], *first[3:8]]
+
+
+def test_equal_scores_rank_in_the_order_of_asking_not_of_telling():
+    search = small_search()
+    first = search.ask()
+    search.tell(first[::-1], [1.0] * 12)
+    assert [item for item, _ in search.population] == first[:6]
+
+
+def test_failed_candidates_have_no_children():
+    space = SearchSpace(8, 8.0)
+    fails, works = Candidate((0,) * 8), Candidate((space.max_step,) * 8)
+    parameters = EvolutionParameters(
+        population_size=2, num_mutations=0, num_crossovers=20, max_iterations=1, num_parents=2
+    )
+    search = EvolutionSearch(space, parameters, [fails, works], 0)
+    search.tell([fails, works], [math.nan, 1.0])
+    assert len(search.ask()) == 20
+    assert all(child.steps[0] > 0 for child in search.ask())  # half would start with 0
 
 
 def test_a_search_where_everything_fails_still_ends():

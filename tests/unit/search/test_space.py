@@ -19,8 +19,10 @@ def test_the_defaults_are_table_4_of_the_paper():
 
 
 def test_the_bound_itself_is_a_grid_point_despite_rounding():
-    # (1.29 - 1) / 0.01 is 28.999999999999996 in floating point.
-    assert SearchSpace(2, 1, upper=1.29).max_step == 29
+    # (1.13 - 1) / 0.01 is 12.99999999999999 in floating point.
+    for k in range(1, 400):
+        assert SearchSpace(2, 1, upper=1 + k / 100).max_step == k
+    assert SearchSpace(2, 1, upper=1.139).max_step == 13
     assert SearchSpace(2, 1024).max_step == 127_900
 
 

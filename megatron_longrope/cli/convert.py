@@ -1,0 +1,202 @@
+"""`longrope convert`: to-hf, verify, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from megatron_longrope.lengths import parse_length
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command and its actions."""
+    parser = commands.add_parser(
+        "convert",
+        help="Megatron checkpoint to Hugging Face folder",
+        description="Convert Megatron checkpoints (torch_dist) to Hugging Face folders.",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    to_hf = actions.add_parser("to-hf", help="write a Hugging Face folder and verify it")
+    _add_checkpoint(to_hf)
+    to_hf.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    to_hf.add_argument(
+        "--tokenizer",
+        metavar="T",
+        help="SentencePiece .model file or Hugging Face folder to include",
+    )
+    to_hf.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "keep"),
+        default="keep",
+        help="dtype of the weights (default: as on disk)",
+    )
+    to_hf.add_argument("--family", help="model family (default: llama)")
+    to_hf.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    to_hf.add_argument(
+        "--no-verify", action="store_true", help="do not compare logits before finishing"
+    )
+    to_hf.set_defaults(run=_run_to_hf)
+
+    verify = actions.add_parser("verify", help="compare the logits of checkpoint and folder")
+    _add_checkpoint(verify)
+    verify.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    verify.set_defaults(run=_run_verify)
+    for command in (to_hf, verify):
+        command.add_argument(
+            "--tolerance",
+            type=float,
+            default=1e-4,
+            help="largest difference of a logit (default: %(default)g)",
+        )
+
+    inspect = actions.add_parser("inspect", help="show what a checkpoint holds")
+    inspect.add_argument("checkpoint", metavar="CKPT", help="--save or iter_XXXXXXX directory")
+    inspect.add_argument("--iteration", type=int, help="iteration (default: the latest)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=_run_inspect)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--load", required=True, metavar="CKPT", help="Megatron --save or iter_XXXXXXX directory"
+    )
+    parser.add_argument("--iteration", type=int, help="iteration (default: the latest)")
+    parser.add_argument(
+        "--longrope-config",
+        metavar="F",
+        help="factors to export (default: those stored in the checkpoint)",
+    )
+    parser.add_argument(
+        "--short-length",
+        metavar="N",
+        help="window, in tokens, whose set becomes short_factor (default: the original window)",
+    )
+    parser.add_argument(
+        "--target-length",
+        metavar="N",
+        help="window, in tokens, whose set becomes long_factor (default: the largest)",
+    )
+
+
+def _run_to_hf(args: argparse.Namespace) -> int:
+    from megatron_longrope.conversion import convert_to_hf, verify
+    from megatron_longrope.conversion.families import dtype_named
+
+    shared = _shared_options(args)
+
+    def check(folder: Any) -> Any:
+        return verify(args.load, folder, tolerance=args.tolerance, **shared)
+
+    report = convert_to_hf(
+        args.load,
+        args.output,
+        tokenizer=args.tokenizer,
+        dtype=None if args.dtype == "keep" else dtype_named(args.dtype),
+        family=args.family,
+        overwrite=args.overwrite,
+        check=None if args.no_verify else check,
+        progress=_progress if sys.stderr.isatty() else None,
+        **shared,
+    )
+    if report.verification is None:
+        print("not verified (--no-verify)")
+    else:
+        _print_verification(report.verification)
+    print(
+        f"wrote {report.output_dir}: {report.family}, {report.num_tensors} tensors, "
+        f"{report.num_bytes} bytes in {len(report.files)} file(s), {report.dtype}, "
+        f"vocabulary {report.vocab_size}, window {report.max_position_embeddings} tokens"
+    )
+    return 0
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    from megatron_longrope.conversion import verify
+
+    shared = _shared_options(args, quiet=args.json)
+    report = verify(args.load, args.hf, tolerance=args.tolerance, **shared)
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        _print_verification(report)
+    return 0
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    import torch
+
+    from megatron_longrope.checkpoint import MegatronCheckpoint
+
+    checkpoint = MegatronCheckpoint.open(args.checkpoint, args.iteration)
+    shape = {
+        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        for name, value in vars(checkpoint.shape).items()
+    }
+    longrope = checkpoint.longrope
+    tensors = {
+        name: {"shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch.")}
+        for name, info in checkpoint.keys().items()
+    }
+    if args.json:
+        value = {
+            "directory": str(checkpoint.directory),
+            "iteration": checkpoint.iteration,
+            "model": shape,
+            "longrope": None if longrope is None else longrope.to_dict(),
+            "tensors": tensors,
+        }
+        print(json.dumps(value))
+        return 0
+    print(f"{checkpoint.directory}: iteration {checkpoint.iteration}")
+    for name, value in shape.items():
+        print(f"  {name:26} {value}")
+    if longrope is None:
+        print("  longrope                   none stored")
+    else:
+        lengths = ", ".join(str(item.max_length) for item in longrope.factor_sets)
+        print(f"  longrope                   factor sets up to {lengths} tokens")
+    for name, info in sorted(tensors.items()):
+        print(f"  {name}  {info['shape']}  {info['dtype']}")
+    return 0
+
+
+def _shared_options(args: argparse.Namespace, quiet: bool = False) -> dict[str, Any]:
+    """The options that conversion and verification have in common, lengths parsed."""
+    from megatron_longrope.checkpoint import MegatronCheckpoint
+    from megatron_longrope.config import LongRopeConfig
+
+    if args.longrope_config is not None:
+        config, source = LongRopeConfig.load(args.longrope_config), args.longrope_config
+    else:
+        config = MegatronCheckpoint.open(args.load, args.iteration).longrope
+        source = "none stored in the checkpoint, plain RoPE"
+        if config is not None:
+            source = f"stored in the checkpoint, up to {config.max_length} tokens"
+    lengths = {
+        "short_length": args.short_length and parse_length(args.short_length),
+        "target_length": args.target_length and parse_length(args.target_length),
+    }
+    if not quiet:
+        print(f"longrope configuration: {source}")
+        for name, value in lengths.items():
+            if value:
+                print(f"{name.replace('_', ' ')}: {value} tokens")
+    return {"longrope_config": config, "iteration": args.iteration, **lengths}
+
+
+def _print_verification(report: Any) -> None:
+    for item in report.windows:
+        print(
+            f"verified {item.window:5} {item.num_tokens:7} tokens: max |logit difference| "
+            f"{item.max_abs_diff:.2e}, mean KL {item.mean_kl:.2e}, same top token "
+            f"{item.top1_agreement:.2%}"
+        )
+
+
+def _progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\rwriting {done / total:4.0%} of {total} bytes", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,82 @@
+"""The README.md of an exported folder: what it is, where the factors come from, what to expect."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.lengths import format_length
+
+_LIMITS = """\
+## Known limits of the context switch in transformers
+
+- transformers chooses short or long factors once per forward pass, from the longest position in
+  the batch: one long sequence switches every sequence of its batch to the long factors.
+- When generation crosses {original} tokens the factors change but the key/value cache keeps keys
+  rotated with the short ones (transformers recomputes the cache for Phi-3 only). If prompt plus
+  answer may exceed {original} tokens, either generate with `use_cache=False`, or set `short_factor`
+  equal to `long_factor` in config.json so that nothing switches.
+- transformers multiplies position and frequency in fp32. Training used fp64 angles, unless it ran
+  with `--longrope-hf-parity`; beyond about 100k tokens the two differ by more than 0.005 rad.
+"""
+
+
+def model_card(
+    *,
+    name: str,
+    hf_config: dict[str, Any],
+    longrope_config: LongRopeConfig | None,
+    short_length: int | None,
+    target_length: int | None,
+    iteration: int,
+    version: str,
+    has_tokenizer: bool,
+) -> str:
+    """Markdown with the YAML front matter of a Hugging Face model card."""
+    original = hf_config.get("original_max_position_embeddings")
+    tags = ["megatron", *(["longrope", "long-context"] if longrope_config else [])]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{hf_config['architectures'][0]}`, {hf_config['num_hidden_layers']} layers, hidden size "
+        f"{hf_config['hidden_size']}, {hf_config['dtype']}, window "
+        f"{hf_config['max_position_embeddings']} tokens; converted from iteration {iteration} of a "
+        f"Megatron checkpoint by megatron_longrope {version}.",
+        "",
+        "Loads with transformers 4.57 or newer: `AutoModelForCausalLM.from_pretrained(folder)`.",
+        "",
+    ]
+    if not has_tokenizer:
+        lines += ["No tokenizer is included; add the files of the one used in training.", ""]
+    if longrope_config is None:
+        return "\n".join(lines)
+    lines += [
+        "## LongRoPE factors",
+        "",
+        f"Original window {original} tokens, rotary base {longrope_config.rotary_base:g}, attention "
+        f"factor {hf_config['rope_parameters']['attention_factor']:.6g}. `longrope.json` holds the "
+        "full configuration.",
+        "",
+        "| used as | factor set | first factor | last factor | provenance |",
+        "|---|---|---|---|---|",
+    ]
+    wanted = (
+        (f"short_factor (up to {original})", short_length or original),
+        ("long_factor (beyond)", target_length or longrope_config.max_length),
+    )
+    for role, length in wanted:
+        item = longrope_config.factor_set_for(length)
+        first, last = item.rescale_factors[0], item.rescale_factors[-1]
+        origin = json.dumps(dict(item.origin), sort_keys=True).replace("|", "\\|")
+        lines.append(
+            f"| {role} | up to {format_length(item.max_length)} | {first:.4g} | {last:.4g} | "
+            f"`{origin}` |"
+        )
+    return "\n".join([*lines, "", _LIMITS.format(original=original)])

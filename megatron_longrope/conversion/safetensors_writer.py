@@ -1,0 +1,92 @@
+"""Write sharded safetensors tensor by tensor; `safetensors.torch.save_file` wants a whole shard.
+
+The format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes back to back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_longrope.conversion.tensors import PlannedTensor
+from megatron_longrope.files import write_json_atomic
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_safetensors(
+    directory: Path,
+    plan: list[PlannedTensor],
+    load: Callable[[PlannedTensor], Tensor],
+    max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Write every planned tensor, with an index when one file does not hold them all.
+
+    Args:
+        load (Callable): Gives a planned tensor's data.
+        max_shard_bytes (int): Largest file, unless a single tensor is larger.
+        progress (Callable, optional): Called with bytes done and bytes in all.
+
+    Returns:
+        list[str]: Names of the files.
+    """
+    shards = _shards(plan, max_shard_bytes)
+    total = sum(item.num_bytes for item in plan)
+    done = 0
+    files: list[str] = []
+    for number, shard in enumerate(shards, start=1):
+        single = len(shards) == 1
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.append("model.safetensors" if single else name)
+        with (directory / files[-1]).open("wb") as file:
+            # Wide dtypes first keep every tensor aligned; the sort is stable.
+            shard = sorted(shard, key=lambda item: -item.dtype.itemsize)
+            file.write(_header(shard))
+            for item in shard:
+                value = load(item)
+                if tuple(value.shape) != item.shape or value.dtype != item.dtype:
+                    raise RuntimeError(f"{item.name} is not as planned; report this as a bug")
+                file.write(value.view(torch.uint8).numpy().data)
+                done += item.num_bytes
+                if progress is not None:
+                    progress(done, total)
+    if len(files) > 1:
+        weight_map = {
+            item.name: file for file, shard in zip(files, shards, strict=True) for item in shard
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json_atomic(directory / "model.safetensors.index.json", index)
+    return files
+
+
+def _shards(plan: list[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for item in plan:
+        if shards[-1] and size + item.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.num_bytes
+    return shards
+
+
+def _header(shard: list[PlannedTensor]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for item in shard:
+        end = offset + item.num_bytes
+        header[item.name] = {
+            "dtype": _DTYPES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

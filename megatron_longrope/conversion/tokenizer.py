@@ -1,0 +1,198 @@
+"""The tokenizer files of an exported folder, from a SentencePiece model or a Hugging Face folder.
+
+A SentencePiece model becomes a `tokenizer.json` that is compared with SentencePiece on probe texts
+before it is accepted: transformers' own LlamaTokenizer assumes Llama's normalization and drops
+characters or spaces of other models.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longrope.files import write_json_atomic
+
+_HF_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_PROBES = (
+    "Hello world",
+    "The quick brown fox jumps over the lazy dog, twice!",
+    "  def f(x):\n\treturn x * 12345  # done\n\n",
+    " one  two   three ",
+    "na\u00efve caf\u00e9 \u6f22\u5b57 \U0001f642 \u00bd \ufb01",
+    "https://example.org/?q=1&r=%20#top",
+)
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What config.json needs to know of a tokenizer; the defaults mean "no tokenizer given"."""
+
+    vocab_size: int | None = None
+    """Number of tokens."""
+
+    bos_token_id: int | None = None
+    """Beginning of sequence, if any."""
+
+    eos_token_id: int | None = None
+    """End of sequence, if any."""
+
+    pad_token_id: int | None = None
+    """Padding, if any."""
+
+
+def write_tokenizer(
+    tokenizer: str | Path | None, directory: Path, max_length: int
+) -> TokenizerInfo:
+    """Put a tokenizer that transformers loads into `directory`.
+
+    Args:
+        tokenizer (str | Path, optional): A SentencePiece `.model` file or a Hugging Face folder.
+        max_length (int): Window of the model, in tokens.
+
+    Raises:
+        ValueError: The path holds no tokenizer, or the converted one gives different tokens.
+    """
+    if tokenizer is None:
+        return TokenizerInfo()
+    path = Path(tokenizer)
+    if path.is_dir():
+        return _copy_hf(path, directory)
+    if path.is_file():
+        return _convert_sentencepiece(path, directory, max_length)
+    raise ValueError(
+        f"{path}: no such tokenizer; give a SentencePiece .model file or a Hugging Face folder"
+    )
+
+
+def _copy_hf(path: Path, directory: Path) -> TokenizerInfo:
+    names = [name for name in _HF_FILES if (path / name).is_file()]
+    if not names:
+        raise ValueError(f"{path}: holds no tokenizer files (looked for {', '.join(_HF_FILES)})")
+    for name in names:
+        shutil.copyfile(path / name, directory / name)
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # transformers raises many kinds
+        raise ValueError(f"{path}: transformers cannot load this tokenizer: {error}") from None
+    return TokenizerInfo(len(loaded), loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+
+
+def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a SentencePiece model: {error}") from None
+    fast = _fast_tokenizer(path)
+    for text in _PROBES:
+        ours, theirs = fast.encode(text, add_special_tokens=False).ids, model.encode(text)
+        if ours != theirs:
+            raise ValueError(
+                f"{path}: the tokenizer.json made from it tokenizes {text!r} differently "
+                f"({ours[:8]}... instead of {theirs[:8]}...); give --tokenizer a Hugging Face "
+                "folder of this tokenizer, or leave it out and add the files by hand"
+            )
+    names = {
+        key: model.id_to_piece(index)
+        for key, index in (
+            ("unk_token", model.unk_id()),
+            ("bos_token", model.bos_id()),
+            ("eos_token", model.eos_id()),
+            ("pad_token", model.pad_id()),
+        )
+        if index >= 0
+    }
+    _add_special_tokens(fast, names, model)
+    fast.save(str(directory / "tokenizer.json"))
+    shutil.copyfile(path, directory / "tokenizer.model")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+        **names,
+    }
+    write_json_atomic(directory / "tokenizer_config.json", config)
+    return TokenizerInfo(
+        model.vocab_size(),
+        *(
+            index if index >= 0 else None
+            for index in (model.bos_id(), model.eos_id(), model.pad_id())
+        ),
+    )
+
+
+def _fast_tokenizer(path: Path) -> Any:
+    """Rebuild a SentencePiece model (BPE or unigram) with the `tokenizers` library."""
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
+    spec, trainer = proto.normalizer_spec, proto.trainer_spec
+    pieces = [(item.piece, item.score) for item in proto.pieces]
+    vocab = {piece: index for index, (piece, _) in enumerate(pieces)}
+    if trainer.model_type == trainer.BPE:
+        mergeable = {item.piece for item in proto.pieces if item.type == kinds.NORMAL}
+        merges = [
+            (-score, vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
+            for piece, score in pieces
+            if piece in mergeable
+            for cut in range(1, len(piece))
+            if piece[:cut] in mergeable and piece[cut:] in mergeable
+        ]
+        core = models.BPE(
+            vocab=vocab,
+            merges=[(left, right) for *_, left, right in sorted(merges)],
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    elif trainer.model_type == trainer.UNIGRAM:
+        core = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+    else:
+        raise ValueError(f"{path}: only BPE and unigram SentencePiece models can be converted")
+    result = Tokenizer(core)
+    steps = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    steps.append(normalizers.Replace(" ", "\u2581"))
+    result.normalizer = normalizers.Sequence(steps)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        parts.append(decoders.Strip(" ", left=1))
+    result.decoder = decoders.Sequence(parts)
+    symbols = [item.piece for item in proto.pieces if item.type == kinds.USER_DEFINED]
+    result.add_tokens([AddedToken(piece, normalized=False) for piece in symbols])
+    return result
+
+
+def _add_special_tokens(fast: Any, names: dict[str, str], model: Any) -> None:
+    from tokenizers import AddedToken, processors
+
+    fast.add_special_tokens([AddedToken(name, special=True) for name in names.values()])
+    if "bos_token" in names:
+        bos = names["bos_token"]
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, model.bos_id())],
+        )

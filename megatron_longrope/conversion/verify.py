@@ -1,0 +1,187 @@
+"""Compare a Hugging Face folder with the Megatron checkpoint it came from, logit by logit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.conversion.families import dtype_named
+from megatron_longrope.files import read_json
+
+TOLERANCE = 1e-4
+_SHORT_TOKENS = 512
+_TOKENS_PAST_ORIGINAL = 64
+_ROWS_PER_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class WindowDifference:
+    """How far the two models are apart on one input."""
+
+    window: str
+    """`short` (the original window's factors) or `long`."""
+
+    num_tokens: int
+    """Length of the input."""
+
+    max_abs_diff: float
+    """Largest difference of a logit."""
+
+    mean_kl: float
+    """Mean over tokens of KL(Megatron || transformers), in nats."""
+
+    top1_agreement: float
+    """Fraction of tokens with the same most likely next token."""
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Result of :func:`verify`."""
+
+    windows: tuple[WindowDifference, ...]
+    """One entry for each window."""
+
+    tolerance: float
+    """Largest max_abs_diff that passes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def verify(
+    checkpoint_path: str | Path,
+    hf_dir: str | Path,
+    *,
+    longrope_config: LongRopeConfig | None,
+    engine_factory: Callable[[Path, LongRopeConfig | None], Any] | None = None,
+    iteration: int | None = None,
+    short_length: int | None = None,
+    target_length: int | None = None,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> VerificationReport:
+    """Run both models in fp32 on random tokens, within the original window and past it.
+
+    Args:
+        longrope_config (LongRopeConfig, optional): What was exported; None for plain RoPE.
+        engine_factory (Callable, optional): Gives an object with `logits(tokens [b, s]) ->
+            [b, s, vocab]` for a checkpoint directory and a configuration. Defaults to the
+            evaluation engine in `hf_parity` mode.
+        short_length (int, optional): As given to the conversion.
+        target_length (int, optional): As given to the conversion.
+        tolerance (float): Largest difference of a logit; for a folder in a narrower dtype than the
+            checkpoint, that dtype's rounding is added.
+
+    Raises:
+        ValueError: A window is over the tolerance, or its logits are not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    hf_dir = Path(hf_dir)
+    checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
+    hf_config = read_json(hf_dir / "config.json")
+    config = None
+    if longrope_config is not None:
+        config = exported_config(longrope_config, short_length, target_length)
+    engine = (engine_factory or _engine)(checkpoint.directory, config)
+    model = AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype=torch.float32).eval()
+    vocab_size = hf_config["vocab_size"]
+    narrower = _rounding(checkpoint, hf_config)
+    windows = []
+    for window, length in _windows(config, hf_config["max_position_embeddings"], target_length):
+        tokens = random_tokens(vocab_size, length, seed)
+        with torch.no_grad():
+            theirs = model(tokens, use_cache=False).logits
+            ours = engine.logits(tokens)[..., :vocab_size].to(device="cpu", dtype=torch.float32)
+        difference = compare(window, ours, theirs)
+        windows.append(difference)
+        allowed = tolerance + narrower * ours.abs().max().item()
+        if not difference.max_abs_diff <= allowed:  # also catches NaN
+            raise ValueError(
+                f"verification failed on {length} tokens ({window} factors): transformers' logits "
+                f"differ from Megatron's by up to {difference.max_abs_diff:.3g} (allowed "
+                f"{allowed:.3g}, mean KL {difference.mean_kl:.3g}, same top token for "
+                f"{difference.top1_agreement:.1%}); do not use this folder"
+            )
+    return VerificationReport(tuple(windows), tolerance)
+
+
+def exported_config(
+    config: LongRopeConfig, short_length: int | None = None, target_length: int | None = None
+) -> LongRopeConfig:
+    """What transformers makes of `config`: one set up to the original window, one beyond.
+
+    The sets between them, which only Megatron can hold, are left out.
+    """
+    original = config.original_max_position_embeddings
+    short = config.factor_set_for(short_length or original)
+    long_length = target_length or config.max_length
+    sets = {original: short}
+    if long_length > original:
+        sets[long_length] = config.factor_set_for(long_length)
+    sets.setdefault(config.max_length, config.factor_sets[-1])
+    return replace(
+        config,
+        factor_sets=tuple(
+            FactorSet(length, item.rescale_factors, item.num_start_tokens, item.origin)
+            for length, item in sorted(sets.items())
+        ),
+        attention_factor=config.attention_factor_for(long_length),
+    )
+
+
+def random_tokens(vocab_size: int, length: int, seed: int) -> Tensor:
+    """`[1, length]` tokens, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (1, length), generator=generator)
+
+
+def compare(window: str, ours: Tensor, theirs: Tensor) -> WindowDifference:
+    """Difference of two sets of fp32 logits `[b, s, vocab]`."""
+    ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1)
+    largest, divergence, agreeing = 0.0, 0.0, 0
+    # Blocks bound the fp64 copies for a large vocabulary.
+    for left, right in zip(ours.split(_ROWS_PER_BLOCK), theirs.split(_ROWS_PER_BLOCK), strict=True):
+        difference = (left - right).abs().max().item()
+        largest = difference if difference != difference else max(largest, difference)
+        agreeing += int((left.argmax(-1) == right.argmax(-1)).sum())
+        left, right = (value.double().log_softmax(-1) for value in (left, right))
+        divergence += (left.exp() * (left - right)).sum().item()
+        if largest != largest:
+            break
+    count = len(ours)
+    return WindowDifference(window, count, largest, divergence / count, agreeing / count)
+
+
+def _windows(
+    config: LongRopeConfig | None, max_length: int, target_length: int | None
+) -> list[tuple[str, int]]:
+    if config is None:
+        return [("short", min(_SHORT_TOKENS, max_length))]
+    original = config.original_max_position_embeddings
+    windows = [("short", min(_SHORT_TOKENS, original))]
+    longest = target_length or config.max_length
+    if longest > original:
+        windows.append(("long", min(original + _TOKENS_PAST_ORIGINAL, longest)))
+    return windows
+
+
+def _rounding(checkpoint: MegatronCheckpoint, hf_config: dict[str, Any]) -> float:
+    """Relative error to expect of a folder whose dtype is narrower than the checkpoint's."""
+    written = dtype_named(hf_config["dtype"])
+    stored = {info.dtype for info in checkpoint.keys().values()}
+    return 0.0 if stored == {written} else 32 * torch.finfo(written).eps
+
+
+def _engine(checkpoint_directory: Path, config: LongRopeConfig | None) -> Any:
+    from megatron_longrope.engine import load_engine
+
+    return load_engine(checkpoint_directory, longrope_config=config, hf_parity=True)

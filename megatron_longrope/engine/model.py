@@ -1,0 +1,117 @@
+"""Build a megatron-core model from a checkpoint: the one place that knows the model class."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_longrope.attention import SdpaCoreAttention
+from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.rotary import LongRopeRotaryEmbedding
+
+
+def build_model(
+    shape: ModelShape,
+    config: LongRopeConfig,
+    *,
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
+    mode: str = "auto",
+    hf_parity: bool = False,
+) -> nn.Module:
+    """An empty model of `shape` with the LongRoPE rotary module and SDPA attention, in fp32 on CPU.
+
+    Model-parallel groups must exist; see :func:`megatron_longrope.engine.process_groups.initialize`.
+
+    Raises:
+        ValueError: The architecture is not a dense decoder with SwiGLU and RMSNorm.
+    """
+    if not shape.swiglu or shape.normalization != "RMSNorm" or shape.add_bias_linear:
+        raise ValueError(
+            f"this checkpoint has swiglu={shape.swiglu}, normalization={shape.normalization}, "
+            f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
+            "(SwiGLU, RMSNorm, no linear biases)"
+        )
+    transformer = TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        layernorm_epsilon=shape.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.add_qkv_bias,
+        qk_layernorm=shape.qk_layernorm,
+        rotary_interleaved=shape.rotary_interleaved,
+        tensor_model_parallel_size=tensor_parallel,
+        context_parallel_size=context_parallel,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # Fused kernels need Apex or Transformer Engine; scoring is bound by matrix products anyway.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_layernorm)
+    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    model = GPTModel(
+        config=transformer,
+        transformer_layer_spec=spec,
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=config.max_length,
+        position_embedding_type="rope",
+        rotary_percent=shape.rotary_percent,
+        rotary_base=shape.rotary_base,
+        share_embeddings_and_output_weights=not shape.untie_embeddings,
+        parallel_output=True,
+    )
+    model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(
+        model.rotary_pos_emb, config, mode=mode, hf_parity=hf_parity
+    )
+    # The model then returns hidden states (after the final norm, which is the decoder's): the engine
+    # applies the output layer chunk by chunk, so that [sequence, vocabulary] logits never exist.
+    model.post_process = False
+    return model.eval()
+
+
+def set_attention_factor(model: nn.Module, factor: float) -> None:
+    """Carry the attention factor: the softmax scale when whole heads rotate, else cos and sin.
+
+    Args:
+        factor (float): Multiplier m of q and k; logits get m^2.
+    """
+    config = model.config
+    whole_head = model.rotary_pos_emb.rotary_dim == config.kv_channels
+    for layer in model.decoder.layers:
+        if whole_head:
+            scale = factor**2 / config.kv_channels**0.5
+            layer.self_attention.core_attention.softmax_scale = scale
+        else:
+            layer.self_attention._yarn_concentration_factor = factor
+
+
+def vocab_range(model: nn.Module, vocab_size: int) -> tuple[int, int]:
+    """First token id of this tensor-parallel rank's output rows, and how many are real tokens."""
+    rank, size = model.pg_collection.tp.rank(), model.pg_collection.tp.size()
+    rows = model.vocab_size // size
+    return rank * rows, max(0, min(rows, vocab_size - rank * rows))
+
+
+def default_device() -> torch.device:
+    """This process' GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""Perplexity and retrieval measurements, and the report that shows them."""
