@@ -35,8 +35,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         rotary_interleaved (bool): GPT-J pairing instead of two halves. Defaults to False.
         rotary_base (float, optional): Checked against the config's when given.
         cp_group (ProcessGroup, optional): Context-parallel group. Defaults to megatron-core's.
-        mode (str): `auto` chooses the factor set by sequence length, `long` always takes the largest
-            set, `short` always the original window's. Defaults to `auto`.
+        mode (str): `auto` chooses the factor set by sequence length, `long` always takes the
+            largest set, `short` always the original window's. Defaults to `auto`.
         hf_parity (bool): Reproduce transformers' fp32 angles bit for bit. Defaults to False.
 
     Raises:
@@ -86,8 +86,12 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
     def from_rotary(
         cls, rotary: RotaryEmbedding, config: LongRopeConfig, **options
     ) -> LongRopeRotaryEmbedding:
-        """Build the replacement of a model's existing rotary module."""
-        return cls(
+        """Build the replacement of a model's existing rotary module.
+
+        Raises:
+            ValueError: The config does not fit the module, or the module scales positions itself.
+        """
+        replacement = cls(
             config,
             kv_channels=2 * len(rotary.inv_freq),
             rotary_interleaved=rotary.rotary_interleaved,
@@ -95,6 +99,15 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             cp_group=rotary.cp_group,
             **options,
         )
+        # The module does not remember its base or scaling: its frequencies must tell.
+        theirs = rotary.inv_freq.to(device="cpu", dtype=torch.float32)
+        if not torch.allclose(theirs, replacement.inv_freq.cpu(), rtol=1e-4, atol=0.0):
+            raise ValueError(
+                "the model's rotary frequencies are not those of rotary_base "
+                f"{config.rotary_base}: it has another base or --use-rope-scaling; use factors "
+                "that were searched for it"
+            )
+        return replacement
 
     def set_config(self, config: LongRopeConfig) -> None:
         """Swap the factors; the next forward uses them.
@@ -166,7 +179,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         Args:
             max_seq_len (int): Global sequence length, over all context-parallel ranks.
             offset (int): First position. Defaults to 0.
-            packed_seq (bool): Packed sequences take the whole table; attention slices it by document.
+            packed_seq (bool): Packed sequences take the whole table; attention slices it by
+                document.
             cp_group (ProcessGroup, optional): Overrides the module's group.
 
         Returns:

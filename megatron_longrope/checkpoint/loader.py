@@ -102,7 +102,7 @@ def _listed(names: list[str], shown: int = 5) -> str:
 def _vocab_rows(
     value: Tensor, rows: int, vocab_size: int, tp_rank: int, tp_size: int, name: str
 ) -> Tensor:
-    """Rows of this rank. Padding depends on the layout of each run, so only true rows are copied."""
+    """Rows of this rank; only true ones, since padding depends on the layout of each run."""
     if rows * tp_size < vocab_size:
         raise ValueError(
             f"{name}: the model has {rows * tp_size} rows, fewer than the vocabulary's {vocab_size}"

@@ -204,7 +204,8 @@ def _iteration_directory(path: Path, iteration: int | None) -> Path:
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; give Megatron's --save directory")
     tracker = path / TRACKER
-    if not tracker.is_file() and (path / ".metadata").exists() | path.name.startswith("iter_"):
+    is_one = (path / ".metadata").exists() or path.name.startswith("iter_")
+    if is_one and not tracker.is_file():
         if iteration is not None and path.name != f"iter_{iteration:07d}":
             raise ValueError(
                 f"{path} is one iteration's directory but iteration {iteration} was asked for; "
@@ -258,7 +259,7 @@ def _check_format(directory: Path) -> None:
         )
     if not (directory / ".metadata").is_file():
         raise ValueError(
-            f"{directory / '.metadata'}: missing; the save was interrupted or the copy is incomplete"
+            f"{directory / '.metadata'}: missing; the save was interrupted or the copy incomplete"
         )
 
 

@@ -83,8 +83,9 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_to_hf(args: argparse.Namespace) -> int:
-    from megatron_longrope.conversion import convert_to_hf, verify
+    from megatron_longrope.conversion import convert_to_hf
     from megatron_longrope.conversion.families import dtype_named
+    from megatron_longrope.conversion.verify import verify
 
     shared = _shared_options(args)
 
@@ -115,7 +116,7 @@ def _run_to_hf(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
-    from megatron_longrope.conversion import verify
+    from megatron_longrope.conversion.verify import verify
 
     shared = _shared_options(args, quiet=args.json)
     report = verify(args.load, args.hf, tolerance=args.tolerance, **shared)

@@ -18,7 +18,7 @@ _LIMITS = """\
   answer may exceed {original} tokens, either generate with `use_cache=False`, or set `short_factor`
   equal to `long_factor` in config.json so that nothing switches.
 - transformers multiplies position and frequency in fp32. Training used fp64 angles, unless it ran
-  with `--longrope-hf-parity`; beyond about 100k tokens the two differ by more than 0.005 rad.
+  with `--longrope-hf-parity`; near 100k tokens the two differ by up to 0.006 rad.
 """
 
 
@@ -60,9 +60,9 @@ def model_card(
     lines += [
         "## LongRoPE factors",
         "",
-        f"Original window {original} tokens, rotary base {longrope_config.rotary_base:g}, attention "
-        f"factor {hf_config['rope_parameters']['attention_factor']:.6g}. `longrope.json` holds the "
-        "full configuration.",
+        f"Original window {original} tokens, rotary base {longrope_config.rotary_base:g}, "
+        f"attention factor {hf_config['rope_parameters']['attention_factor']:.6g}. "
+        "`longrope.json` holds the full configuration.",
         "",
         "| used as | factor set | first factor | last factor | provenance |",
         "|---|---|---|---|---|",

@@ -1,6 +1,7 @@
 """Write sharded safetensors tensor by tensor; `safetensors.torch.save_file` wants a whole shard.
 
-The format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes back to back.
+The format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes
+back to back.
 """
 
 from __future__ import annotations

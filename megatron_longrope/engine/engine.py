@@ -125,7 +125,9 @@ class Engine:
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.shape[1] < 2:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; expected [b, n] with n >= 2")
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; expected [b, n] with n >= 2"
+            )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.shape.vocab_size:
             raise ValueError(

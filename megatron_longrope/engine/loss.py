@@ -39,9 +39,7 @@ def logits_by_chunk(
         yield span, logits
 
 
-def token_nll(
-    model: nn.Module, hidden: Tensor, labels: Tensor, real_tokens: int
-) -> Tensor:
+def token_nll(model: nn.Module, hidden: Tensor, labels: Tensor, real_tokens: int) -> Tensor:
     """Negative log-likelihood of each label: `[n, h], [n] -> [n]`, fp32, in nats."""
     result = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
     parallel = model.pg_collection.tp.size() > 1

@@ -62,9 +62,7 @@ def prompt(key: int, num_characters: int, num_before: int) -> str:
     return "\n".join([_TASK, before, information, after, _QUESTION])
 
 
-def make_trial(
-    tokenizer: TextTokenizer, length: int, rng: np.random.Generator
-) -> Trial:
+def make_trial(tokenizer: TextTokenizer, length: int, rng: np.random.Generator) -> Trial:
     """A prompt of as many tokens as fit into `length`, answer and BOS included.
 
     Raises:

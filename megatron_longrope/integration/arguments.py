@@ -194,9 +194,7 @@ def _refuse_other_scaling(args: argparse.Namespace) -> None:
     if get("use_rope_scaling"):
         refuse("--use-rope-scaling", "it would scale the frequencies twice")
     if get("rotary_seq_len_interpolation_factor") is not None:
-        refuse(
-            "--rotary-seq-len-interpolation-factor", "it would interpolate the positions twice"
-        )
+        refuse("--rotary-seq-len-interpolation-factor", "it would interpolate the positions twice")
     if get("hybrid_context_parallel"):
         refuse("--hybrid-context-parallel", "its ranks would get another rank's positions")
     if get("reset_attention_mask") and attention_from_args(args) == "sdpa":

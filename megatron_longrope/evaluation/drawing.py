@@ -1,0 +1,235 @@
+"""How the figures of a report look: methods' styles, the blank page, axes, labels, formats.
+
+Every method has a colour (Okabe and Ito's palette), a marker and a line style of its own, so that
+the figures read in grey and with any colour vision. The neutral colours of the SVG are CSS
+variables, which let one drawing serve light screens, dark screens and paper.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from megatron_longrope.lengths import format_length
+
+INK, MUTED, GRID, PAPER = "#1b1d21", "#5f6671", "#e3e6ea", "#fefefe"
+_CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+_WIDTH = 7.4  # inches
+_DPI = 200
+
+
+class Style(NamedTuple):
+    """How a method looks in every figure and what it is called."""
+
+    label: str
+    color: str
+    marker: str
+    dashes: Any
+
+
+METHODS = {
+    "none": Style("No extension", INK, "x", (0, (1, 1.6))),
+    "pi": Style("PI", "#E69F00", "s", (0, (5, 2))),
+    "ntk": Style("NTK", "#56B4E9", "^", (0, (5, 1.5, 1, 1.5))),
+    "yarn": Style("YaRN", "#009E73", "D", (0, (3, 1.5))),
+    "longrope_search": Style("LongRoPE (search only)", "#0072B2", "o", "-"),
+    "longrope_finetuned": Style("LongRoPE (fine-tuned)", "#D55E00", "v", "-"),
+    "longrope_second": Style("LongRoPE (second search)", "#CC79A7", "P", "-"),
+}
+"""Methods of `results.json` in the order in which tables and figures list them."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One finished figure."""
+
+    name: str
+    """File name without suffix."""
+
+    title: str
+    """What it shows, in a few words."""
+
+    caption: str
+    """How to read it."""
+
+    png: bytes
+    svg: str
+    """Element for inlining; its neutral colours are --ink, --muted, --grid and --paper."""
+
+    csv: str
+    """The data behind it."""
+
+
+def style_of(method: str) -> Style:
+    """The method's style; one that this release does not know keeps its name and gets grey."""
+    return METHODS.get(method, Style(method, MUTED, "h", "-"))
+
+
+def format_score(value: float) -> str:
+    """Perplexity for people: `23.41`, `1,234`, `2.1e+07`."""
+    if value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def format_ratio(ratio: float) -> str:
+    """Extension ratio: `8` or `2.5`."""
+    return f"{ratio:.4g}"
+
+
+def spread_labels(places: Sequence[float], gap: float, top: float = 1.0) -> list[float]:
+    """Move places in [0, top] apart to at least `gap`, as little as possible, keeping their order.
+
+    Overlapping neighbours merge into a block that is centred on their mean.
+    """
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    blocks: list[list[int]] = []
+    starts: list[float] = []
+    for index in order:
+        blocks.append([index])
+        while True:
+            block = blocks[-1]
+            half = gap * (len(block) - 1) / 2
+            middle = sum(places[item] for item in block) / len(block)
+            start = max(min(middle - half, top - 2 * half), 0.0)
+            if len(blocks) == 1 or starts[-1] + gap * len(blocks[-2]) <= start + 1e-12:
+                break
+            blocks[-2:] = [blocks[-2] + block]
+            starts.pop()
+        starts.append(start)
+    result = [0.0] * len(places)
+    for start, block in zip(starts, blocks, strict=True):
+        for offset, index in enumerate(block):
+            result[index] = start + gap * offset
+    return result
+
+
+@contextmanager
+def blank_figure(title: str, height: float) -> Iterator[Figure]:
+    """A blank figure in the house style, whatever the user's matplotlibrc says."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({
+            "font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False,
+            "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": MUTED,
+            "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
+            "axes.facecolor": "none", "axes.grid": True, "axes.grid.axis": "y",
+            "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
+            "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK,
+            "ytick.labelcolor": INK, "ytick.left": False, "axes.labelpad": 7,
+            "lines.linewidth": 1.8, "lines.markersize": 5.5, "legend.handlelength": 2.6,
+            "figure.facecolor": PAPER, "svg.fonttype": "path", "svg.hashsalt": "longrope",
+        })  # fmt: skip
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, hspace=0.03, wspace=0.04)
+        figure.suptitle(title, x=0.016, ha="left", fontsize=11.5, fontweight="bold")
+        yield figure
+
+
+def finish(
+    figure: Figure, name: str, caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> Drawing:
+    """Render the figure, and its data under `header`, in every format."""
+    title = figure.get_suptitle()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=_DPI, metadata={"Title": title})
+    figure.suptitle("").set_in_layout(False)  # the page has its own headings
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg", transparent=True, metadata={"Date": None})
+    data = io.StringIO()
+    csv.writer(data, lineterminator="\n").writerows([header, *rows])
+    svg = _inline_svg(drawing.getvalue(), name)
+    return Drawing(name, title, caption, image.getvalue(), svg, data.getvalue())
+
+
+def _inline_svg(text: str, name: str) -> str:
+    """The bare element, with ids of its own, flexible size and theme-dependent neutral colours."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#|url\(#', lambda match: f"{match[0]}{name}-", text)
+    for color, variable in _CSS_VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
+    return text.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1).strip()
+
+
+def plot_line(axes: Axes, xs: Any, ys: Any, style: Style, **options: Any) -> None:
+    """Draw a line in the method's style; `options` override it."""
+    _, color, marker, dashes = style
+    edge = {} if marker == "x" else {"markeredgecolor": PAPER, "markeredgewidth": 0.7}
+    axes.plot(xs, ys, color=color, marker=marker, linestyle=dashes, **(edge | options))
+
+
+def swatch(style: Style) -> Line2D:
+    """Legend entry of a method."""
+    edge = {} if style.marker == "x" else {"markeredgecolor": PAPER, "markeredgewidth": 0.7}
+    return Line2D(
+        [], [], color=style.color, marker=style.marker, linestyle=style.dashes, markersize=5, **edge
+    )
+
+
+def score_axis(axes: Axes, values: Sequence[float], around: Sequence[float] | None = None) -> None:
+    """Limits with some air, logarithmic where the values span more than a factor of ten."""
+    low, high = min([*values, *(around or [])]), max(values)
+    if high > 10 * low:
+        axes.set_yscale("log")
+        air = (high / low) ** 0.05
+        axes.set_ylim(low / air, high * air)
+        subs = (1.0,) if high > 2000 * low else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        air = max((high - low) * 0.07, high * 0.002)
+        axes.set_ylim(low - air, high + air)
+    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+
+
+def _tick(value: float, _: Any) -> str:
+    return f"{value:.0e}" if value >= 1e6 else f"{value:,.10g}"
+
+
+def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    """Logarithmic x axis with exactly these lengths as ticks."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(lengths[0] / 2**0.12, lengths[-1] * 2**0.12)
+    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
+    axes.set_xlabel("Sequence length (tokens)")
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, Style, str, bool]]) -> None:
+    """Name each line in the right margin at its last value; (value, style, text, has a leader)."""
+    to_axes = axes.transScale + axes.transLimits
+    wanted = [float(to_axes.transform((1.0, value))[1]) for value, *_ in ends]
+    height = axes.figure.get_figheight() / len(axes.figure.axes) * 0.72 * 72  # points, roughly
+    for (_, style, text, leader), there, here in zip(
+        ends, wanted, spread_labels(wanted, 13.5 / height), strict=True
+    ):
+        margin = {"transform": axes.transAxes, "clip_on": False, "color": style.color}
+        if leader:
+            axes.plot([1.0, 1.03], [there, here], linewidth=0.8, **margin)
+        axes.plot([1.03, 1.055, 1.08], [here] * 3, linestyle=style.dashes, marker=style.marker,
+                  markevery=[1], markersize=4.8, linewidth=1.6, **margin)  # fmt: skip
+        axes.text(1.095, here, text, transform=axes.transAxes, va="center", fontsize=8.5)
+
+
+def panel_title(axes: Axes, name: str, detail: str) -> None:
+    """A bold line with a quiet second one; the start of a long name is cut."""
+    shown = name if len(name) <= 44 else f"...{name[-41:]}"
+    axes.set_title(shown, loc="left", fontsize=9, fontweight="bold", pad=19)
+    axes.annotate(detail, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
+                  fontsize=8.5, color=MUTED)  # fmt: skip

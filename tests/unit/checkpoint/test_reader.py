@@ -1,0 +1,190 @@
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_longrope
+from megatron_longrope.checkpoint import MegatronCheckpoint
+
+
+@pytest.mark.parametrize("layout", ["0.18", "0.19"])
+def test_both_layouts_give_the_same_arguments_and_tensors(make_checkpoint, tensors, layout):
+    save = make_checkpoint(layout=layout)
+    checkpoint = MegatronCheckpoint.open(save)
+    assert checkpoint.iteration == 3
+    assert checkpoint.args.num_layers == 2
+    assert checkpoint.shape.vocab_size == 50
+    assert checkpoint.shape.padded_vocab_size == 64
+    assert checkpoint.longrope is None
+    keys = checkpoint.keys()
+    assert set(keys) == set(tensors)
+    for name, expected in tensors.items():
+        assert keys[name].shape == tuple(expected.shape)
+        assert keys[name].dtype == torch.float32
+        assert torch.equal(checkpoint.tensor(name), expected)
+
+
+def test_one_layer_can_be_loaded_alone(make_checkpoint, tensors):
+    checkpoint = MegatronCheckpoint.open(make_checkpoint())
+    name = "decoder.layers.mlp.linear_fc1.weight"
+    assert torch.equal(checkpoint.tensor(name, layer=1), tensors[name][1])
+    with pytest.raises(ValueError, match="has no layer 2"):
+        checkpoint.tensor(name, layer=2)
+    assert list(checkpoint.tensors([name])) == [name]
+
+
+def test_the_longrope_configuration_comes_back_from_the_arguments(
+    make_checkpoint, expected_longrope
+):
+    save = make_checkpoint(longrope_config_value=expected_longrope.to_dict())
+    assert MegatronCheckpoint.open(save).longrope == expected_longrope
+
+
+def test_an_invalid_stored_configuration_is_refused_with_the_directory(make_checkpoint):
+    save = make_checkpoint(longrope_config_value={"schema": 7})
+    with pytest.raises(ValueError, match=r"iter_0000003: stored longrope.*schema 7"):
+        _ = MegatronCheckpoint.open(save).longrope
+
+
+def test_an_iteration_directory_and_an_iteration_number_open_the_same(make_checkpoint):
+    save = make_checkpoint()
+    by_path = MegatronCheckpoint.open(save / "iter_0000003")
+    assert by_path.directory == MegatronCheckpoint.open(save, iteration=3).directory
+    with pytest.raises(ValueError, match=r"iter_0000009: no such iteration.*iter_0000003"):
+        MegatronCheckpoint.open(save, iteration=9)
+    with pytest.raises(ValueError, match="iteration 9 was asked for"):
+        MegatronCheckpoint.open(save / "iter_0000003", iteration=9)
+
+
+def test_reading_needs_no_megatron(make_checkpoint):
+    code = (
+        "import sys; from megatron_longrope.checkpoint import MegatronCheckpoint as M; "
+        "M.open(sys.argv[1]).args; assert not any(m.startswith('megatron.') for m in sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(make_checkpoint())],
+        check=True,
+        cwd=Path(megatron_longrope.__file__).parents[1],
+    )
+
+
+def test_a_wrong_path_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="no such directory"):
+        MegatronCheckpoint.open(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="not a Megatron checkpoint"):
+        MegatronCheckpoint.open(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("banana")
+    with pytest.raises(ValueError, match="'banana'; expected an iteration number"):
+        MegatronCheckpoint.open(tmp_path)
+
+
+def test_a_missing_shard_is_named(make_checkpoint):
+    save = make_checkpoint()
+    (shard,) = (save / "iter_0000003").glob("*.distcp")
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name}: missing"):
+        MegatronCheckpoint.open(save)
+
+
+def test_a_truncated_shard_is_named_with_both_sizes(make_checkpoint):
+    save = make_checkpoint()
+    (shard,) = (save / "iter_0000003").glob("*.distcp")
+    os.truncate(shard, 1000)
+    with pytest.raises(ValueError, match=rf"{shard.name}: truncated: 1000 bytes"):
+        MegatronCheckpoint.open(save)
+
+
+def test_overwritten_tensor_data_is_a_clear_error(make_checkpoint):
+    save = make_checkpoint()
+    (shard,) = (save / "iter_0000003").glob("*.distcp")
+    shard.write_bytes(b"\0" * shard.stat().st_size)
+    checkpoint = MegatronCheckpoint.open(save)
+    with pytest.raises(ValueError, match=r"output_layer\.weight' is damaged"):
+        checkpoint.tensor("output_layer.weight")
+    with pytest.raises(ValueError, match="common_state"):
+        _ = checkpoint.args
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04garbage"])
+def test_damaged_metadata_is_a_clear_error(make_checkpoint, content):
+    save = make_checkpoint()
+    (save / "iter_0000003" / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match="not readable as checkpoint metadata"):
+        MegatronCheckpoint.open(save)
+
+
+def test_missing_metadata_is_a_clear_error(make_checkpoint):
+    save = make_checkpoint()
+    (save / "iter_0000003" / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"\.metadata: missing"):
+        MegatronCheckpoint.open(save)
+
+
+def test_other_formats_are_refused_by_name(make_checkpoint):
+    directory = make_checkpoint() / "iter_0000003"
+    (directory / "metadata.json").unlink()
+    with pytest.raises(ValueError, match=r"fsdp_dtensor' is not supported yet"):
+        MegatronCheckpoint.open(directory)
+    (directory / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(ValueError, match="'zarr' is not supported yet"):
+        MegatronCheckpoint.open(directory)
+    (directory / "mp_rank_00").mkdir()
+    with pytest.raises(ValueError, match=r"`torch` .* is not supported yet"):
+        MegatronCheckpoint.open(directory.parent)
+
+
+def test_enums_of_classes_that_are_not_imported_are_inert(make_checkpoint):
+    save = make_checkpoint(layout="0.18", exit_signal=signal.SIGTERM)
+    assert MegatronCheckpoint.open(save).args.exit_signal.arguments == (15,)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("layout", ["0.18", "0.19"])
+def test_a_malicious_pickle_in_the_common_state_does_not_run(make_checkpoint, tmp_path, layout):
+    marker = tmp_path / "executed"
+    save = make_checkpoint(layout=layout, common={"args": Malicious(marker), "iteration": 1})
+    with pytest.raises(ValueError, match=r"object of class posix\.system"):
+        _ = MegatronCheckpoint.open(save).args
+    assert not marker.exists()
+
+
+def test_a_malicious_pickle_in_the_metadata_does_not_run(make_checkpoint, tmp_path):
+    marker = tmp_path / "executed"
+    save = make_checkpoint()
+    (save / "iter_0000003" / ".metadata").write_bytes(pickle.dumps(Malicious(marker)))
+    with pytest.raises(ValueError, match=r"posix\.system is not part of checkpoint metadata"):
+        MegatronCheckpoint.open(save)
+    assert not marker.exists()
+
+
+def test_metadata_cannot_point_outside_the_checkpoint(make_checkpoint):
+    save = make_checkpoint()
+    path = save / "iter_0000003" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../secret"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="outside the checkpoint"):
+        MegatronCheckpoint.open(save)
+
+
+def test_missing_and_mistyped_arguments_are_named(make_checkpoint):
+    with pytest.raises(ValueError, match="argument num_layers is None"):
+        _ = MegatronCheckpoint.open(make_checkpoint(num_layers=None)).shape
+
+
+def test_heads_are_the_groups_without_grouped_queries(make_checkpoint):
+    save = make_checkpoint(group_query_attention=False, num_query_groups=1)
+    assert MegatronCheckpoint.open(save).shape.num_query_groups == 4

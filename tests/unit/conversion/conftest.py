@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+
+import megatron_longrope
+
+
+@dataclass(frozen=True)
+class MegatronRun:
+    """A checkpoint that megatron-core wrote and what its model computed."""
+
+    path: Path
+    logits: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def megatron_runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("megatron")
+    command = [sys.executable, maker.__file__, str(directory), str(torch.get_num_threads())]
+    package = Path(megatron_longrope.__file__).parents[1]
+    paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: MegatronRun(directory / name, torch.load(directory / f"{name}.pt"))
+        for name in maker.VARIANTS
+    }
+
+
+@pytest.fixture(params=list(maker.VARIANTS))
+def run(request, megatron_runs):
+    return megatron_runs[request.param]
+
+
+@pytest.fixture
+def untied_gqa(megatron_runs):
+    return megatron_runs["untied_gqa"]
+
+
+@pytest.fixture
+def config():
+    return maker.longrope_config()

@@ -1,0 +1,83 @@
+import argparse
+from dataclasses import replace
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+
+from megatron_longrope.checkpoint import ModelShape
+from megatron_longrope.conversion.families import (
+    FAMILIES,
+    dtype_named,
+    select_family,
+    shape_from_hf_config,
+    to_hf_config,
+)
+
+ARGS = maker.arguments(groups=2, untied=True)
+SHAPE = ModelShape.from_args(ARGS)
+
+
+def test_llama_is_the_default_and_mistral_can_be_asked_for():
+    assert select_family(SHAPE, ARGS).name == "llama"
+    assert select_family(SHAPE, ARGS, "mistral").architecture == "MistralForCausalLM"
+    with pytest.raises(ValueError, match="'gpt-j' is unknown; choose one of llama, mistral"):
+        select_family(SHAPE, ARGS, "gpt-j")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_experts": 8}, "num_experts = 8.*mixture of experts"),
+        ({"multi_latent_attention": True}, "multi-latent"),
+        ({"swiglu": False}, "swiglu = False.*SwiGLU"),
+        ({"normalization": "LayerNorm"}, "RMSNorm"),
+        ({"add_bias_linear": True}, "biases"),
+        ({"layernorm_zero_centered_gamma": True}, "zero-centred"),
+        ({"position_embedding_type": "yarn"}, "position_embedding_type = 'yarn'"),
+        ({"rotary_percent": 0.5}, "partially rotated"),
+        ({"rotary_interleaved": True}, "interleaved"),
+        ({"use_rope_scaling": True}, "rope scaling"),
+        ({"window_size": (128, 0)}, "sliding-window"),
+    ],
+)
+def test_what_no_family_has_is_refused_with_the_argument(change, reason):
+    args = argparse.Namespace(**{**vars(ARGS), **change})
+    with pytest.raises(ValueError, match=reason):
+        select_family(SHAPE, args)
+
+
+def test_biases_and_norms_of_other_families_are_refused():
+    with pytest.raises(ValueError, match="add_qkv_bias = True and qk_layernorm = False"):
+        select_family(replace(SHAPE, add_qkv_bias=True), ARGS)
+    with pytest.raises(ValueError, match="qk_layernorm = True"):
+        select_family(replace(SHAPE, qk_layernorm=True), ARGS)
+
+
+def test_a_hidden_size_that_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="not a multiple"):
+        select_family(replace(SHAPE, hidden_size=66), ARGS)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+@pytest.mark.parametrize("untied", [True, False])
+def test_the_shape_comes_back_from_config_json(family, untied):
+    shape = replace(SHAPE, padded_vocab_size=SHAPE.vocab_size, untie_embeddings=untied)
+    config = to_hf_config(shape, family, torch.float32)
+    assert shape_from_hf_config(config) == shape
+
+
+def test_a_config_json_that_is_not_of_a_family_is_refused():
+    config = to_hf_config(SHAPE, FAMILIES["llama"], torch.bfloat16)
+    with pytest.raises(ValueError, match="model_type 'mamba' is not supported"):
+        shape_from_hf_config({**config, "model_type": "mamba"})
+    with pytest.raises(ValueError, match="attention_bias = True"):
+        shape_from_hf_config({**config, "attention_bias": True})
+    config.pop("vocab_size")
+    with pytest.raises(ValueError, match="lacks vocab_size"):
+        shape_from_hf_config(config)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match="dtype 'int8' is not supported"):
+        dtype_named("int8")

@@ -1,0 +1,171 @@
+import json
+import math
+from dataclasses import replace
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion.verify import random_tokens
+
+SHORT = random_tokens(maker.VOCAB, maker.SHORT_TOKENS, 0)
+LONG = random_tokens(maker.VOCAB, maker.LONG_TOKENS, 0)
+
+
+def hf_logits(folder, tokens):
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+def test_logits_agree_with_megatron_core_on_short_and_long_inputs(run, config, tmp_path):
+    convert_to_hf(run.path, tmp_path / "hf", longrope_config=config)
+    for name, tokens in (("short", SHORT), ("long", LONG)):
+        ours = run.logits[name][..., : maker.VOCAB]
+        theirs = hf_logits(tmp_path / "hf", tokens)
+        assert theirs.shape == ours.shape
+        assert (ours - theirs).abs().max() < 1e-5
+        # the factors matter on these inputs, so the comparison above means something
+        assert name == "long" or (ours - run.logits["plain"][..., : maker.VOCAB]).abs().max() > 1e-2
+
+
+def test_short_and_long_factors_are_not_swapped(untied_gqa, config, tmp_path):
+    swapped = replace(
+        config,
+        factor_sets=tuple(
+            replace(item, rescale_factors=other.rescale_factors)
+            for item, other in zip(config.factor_sets, reversed(config.factor_sets), strict=True)
+        ),
+    )
+    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=swapped)
+    ours = untied_gqa.logits["long"][..., : maker.VOCAB]
+    assert (ours - hf_logits(tmp_path / "hf", LONG)).abs().max() > 1e-2
+
+
+def test_without_a_configuration_the_folder_is_a_plain_llama(run, tmp_path):
+    convert_to_hf(run.path, tmp_path / "hf", longrope_config=None)
+    ours = run.logits["plain"][..., : maker.VOCAB]
+    assert (ours - hf_logits(tmp_path / "hf", SHORT)).abs().max() < 1e-5
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["rope_theta"] == maker.BASE
+    assert "rope_scaling" not in written
+    assert not (tmp_path / "hf" / "longrope.json").exists()
+
+
+def test_the_mistral_family_gives_the_same_logits(untied_gqa, config, tmp_path):
+    report = convert_to_hf(
+        untied_gqa.path, tmp_path / "hf", longrope_config=config, family="mistral"
+    )
+    assert report.family == "mistral"
+    ours = untied_gqa.logits["long"][..., : maker.VOCAB]
+    assert (ours - hf_logits(tmp_path / "hf", LONG)).abs().max() < 1e-5
+
+
+def test_loading_into_a_fresh_gpt_model_gives_the_same_logits(run):
+    ours, theirs = (run.logits[name][..., : maker.VOCAB] for name in ("long", "loaded"))
+    assert torch.equal(ours, theirs)
+
+
+def test_config_json_holds_both_spellings_of_the_factors(untied_gqa, config, tmp_path):
+    report = convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for spelling in ("rope_scaling", "rope_parameters"):
+        assert written[spelling]["rope_type"] == "longrope"
+        assert written[spelling]["attention_factor"] == 1.15
+        assert written[spelling]["long_factor"] == list(config.factor_sets[1].rescale_factors)
+    assert written["max_position_embeddings"] == report.max_position_embeddings == 256
+    assert written["rope_theta"] == maker.BASE
+    assert written["vocab_size"] == report.vocab_size == 250
+    loaded = AutoConfig.from_pretrained(str(tmp_path / "hf"))
+    assert loaded.rope_parameters["rope_theta"] == maker.BASE
+    assert LongRopeConfig.load(tmp_path / "hf" / "longrope.json") == config
+
+
+def test_the_model_card_states_provenance_and_limits(untied_gqa, config, tmp_path):
+    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for part in ('{"by": "test"}', "use_cache=False", "once per forward pass", "iteration 3"):
+        assert part in card
+
+
+def test_many_shards_with_an_index_load_like_one_file(untied_gqa, tmp_path):
+    one = convert_to_hf(untied_gqa.path, tmp_path / "one", longrope_config=None)
+    many = convert_to_hf(
+        untied_gqa.path, tmp_path / "many", longrope_config=None, max_shard_bytes=40_000
+    )
+    assert one.files == ("model.safetensors",)
+    assert len(many.files) > 3
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == many.num_bytes == one.num_bytes
+    assert len(index["weight_map"]) == many.num_tensors
+    whole = safe_open(tmp_path / "one" / "model.safetensors", "pt")
+    for name, file in index["weight_map"].items():
+        part = safe_open(tmp_path / "many" / file, "pt")
+        assert torch.equal(part.get_tensor(name), whole.get_tensor(name))
+    assert torch.equal(hf_logits(tmp_path / "one", SHORT), hf_logits(tmp_path / "many", SHORT))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_converted_to_the_wanted_dtype(untied_gqa, tmp_path, dtype):
+    report = convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=None, dtype=dtype)
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    disk = MegatronCheckpoint.open(untied_gqa.path).tensor("decoder.final_layernorm.weight")
+    assert {value.dtype for value in values.values()} == {dtype}
+    assert torch.equal(values["model.norm.weight"], disk.to(dtype))
+    assert report.num_bytes == sum(value.numel() * 2 for value in values.values())
+    assert AutoConfig.from_pretrained(str(tmp_path / "hf")).dtype == dtype
+
+
+def test_an_existing_folder_is_kept_unless_overwriting_succeeds(untied_gqa, config, tmp_path):
+    output = tmp_path / "out" / "hf"
+    output.mkdir(parents=True)
+    (output / "precious").write_text("x")
+    with pytest.raises(ValueError, match="exists already"):
+        convert_to_hf(untied_gqa.path, output, longrope_config=config)
+
+    def fail(folder):
+        assert (folder / "model.safetensors").exists()
+        raise ValueError("not the same logits")
+
+    with pytest.raises(ValueError, match="not the same logits"):
+        convert_to_hf(untied_gqa.path, output, longrope_config=config, overwrite=True, check=fail)
+    assert (output / "precious").exists()
+    assert [item.name for item in output.parent.iterdir()] == ["hf"]
+    convert_to_hf(untied_gqa.path, output, longrope_config=config, overwrite=True)
+    assert not (output / "precious").exists()
+    assert [item.name for item in output.parent.iterdir()] == ["hf"]
+
+
+def test_a_failed_conversion_leaves_nothing_behind(untied_gqa, config, tmp_path):
+    def fail(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, progress=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_factors_of_another_model_are_refused(untied_gqa, config, tmp_path):
+    other = replace(config, rotary_base=10000.0)
+    with pytest.raises(ValueError, match="rotary_base 10000, the model has 50000"):
+        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=other)
+
+
+def test_factors_that_transformers_cannot_hold_are_refused(untied_gqa, config, tmp_path):
+    differing = replace(config, attention_factor=None)
+    with pytest.raises(ValueError, match="attention factor 1 at 64 tokens differs"):
+        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=differing)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shorter_target_exports_the_set_that_covers_it(untied_gqa, config, tmp_path):
+    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, target_length=128)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["max_position_embeddings"] == 128
+    assert math.isclose(written["rope_parameters"]["factor"], 2.0)

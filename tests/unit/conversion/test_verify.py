@@ -1,0 +1,159 @@
+import json
+import re
+from dataclasses import replace
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+
+from megatron_longrope.cli import convert as command
+from megatron_longrope.config import FactorSet
+from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion.verify import compare, exported_config, verify
+
+
+class RecordedEngine:
+    """Answers with megatron-core's recorded logits; remembers how it was made."""
+
+    def __init__(self, logits, error=0.0):
+        self.recorded, self.error = logits, error
+
+    def __call__(self, directory, config):
+        self.directory, self.config = directory, config
+        return self
+
+    def logits(self, tokens):
+        name = "short" if tokens.shape[1] <= maker.ORIGINAL else "long"
+        return self.recorded[name][:, : tokens.shape[1]] + self.error
+
+
+@pytest.fixture
+def lengths(monkeypatch):
+    """The lengths that logits were recorded for."""
+    monkeypatch.setattr("megatron_longrope.conversion.verify._SHORT_TOKENS", maker.SHORT_TOKENS)
+    past = maker.LONG_TOKENS - maker.ORIGINAL
+    monkeypatch.setattr("megatron_longrope.conversion.verify._TOKENS_PAST_ORIGINAL", past)
+
+
+@pytest.fixture
+def folder(untied_gqa, config, tmp_path):
+    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    return tmp_path / "hf"
+
+
+def test_a_good_folder_passes_on_both_windows(untied_gqa, config, folder, lengths):
+    engine = RecordedEngine(untied_gqa.logits)
+    report = verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+    assert [item.window for item in report.windows] == ["short", "long"]
+    assert [item.num_tokens for item in report.windows] == [48, 160]
+    for item in report.windows:
+        assert item.max_abs_diff < 1e-5
+        assert abs(item.mean_kl) < 1e-9
+        assert item.top1_agreement == 1.0
+    assert engine.directory.name == "iter_0000003"
+    assert engine.config == exported_config(config)
+
+
+def test_one_changed_weight_is_found(untied_gqa, config, folder, lengths):
+    path = folder / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.k_proj.weight"][0] += 0.05
+    save_file(tensors, path, metadata={"format": "pt"})
+    engine = RecordedEngine(untied_gqa.logits)
+    with pytest.raises(ValueError, match=r"verification failed on 48 tokens \(short factors\)"):
+        verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+
+
+def test_wrong_long_factors_are_found_on_the_long_input(untied_gqa, config, folder, lengths):
+    path = folder / "config.json"
+    value = json.loads(path.read_text())
+    for spelling in ("rope_scaling", "rope_parameters"):
+        value[spelling]["long_factor"] = value[spelling]["short_factor"]
+    path.write_text(json.dumps(value))
+    engine = RecordedEngine(untied_gqa.logits)
+    with pytest.raises(ValueError, match=r"failed on 160 tokens \(long factors\)"):
+        verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+
+
+def test_logits_that_are_not_finite_never_pass(untied_gqa, config, folder, lengths):
+    engine = RecordedEngine(untied_gqa.logits, error=float("nan"))
+    with pytest.raises(ValueError, match="by up to nan"):
+        verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+
+
+def test_a_narrower_dtype_is_allowed_its_rounding(untied_gqa, config, tmp_path, lengths):
+    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, dtype=torch.bfloat16)
+    engine = RecordedEngine(untied_gqa.logits)
+    report = verify(untied_gqa.path, tmp_path / "hf", longrope_config=config, engine_factory=engine)
+    assert report.windows[0].max_abs_diff > 1e-3
+
+
+def test_the_exported_configuration_is_what_transformers_can_hold(config):
+    middle = FactorSet(128, config.factor_sets[0].rescale_factors)
+    three = config.with_factor_set(middle)
+    exported = exported_config(three)
+    assert [item.max_length for item in exported.factor_sets] == [64, 256]
+    by_middle = exported_config(replace(three, attention_factor=None), short_length=128)
+    assert by_middle.factor_sets[0].rescale_factors == middle.rescale_factors
+    assert by_middle.attention_factor == three.__class__.attention_factor_for(
+        replace(three, attention_factor=None), 256
+    )
+
+
+def test_differences_are_measured_over_every_block():
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.randn(1, 600, 7, generator=generator)
+    theirs = ours.clone()
+    theirs[0, 599, 3] += 10.0
+    result = compare("long", ours, theirs)
+    assert result.max_abs_diff == pytest.approx(10.0, abs=1e-5)
+    expected = (ours[0].log_softmax(-1) - theirs[0].log_softmax(-1)) * ours[0].softmax(-1)
+    assert result.mean_kl == pytest.approx(expected.sum().item() / 600, rel=1e-4)
+    assert result.top1_agreement == pytest.approx(599 / 600)
+
+
+def run_command(*argv):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers(dest="command"))
+    args = parser.parse_args(["convert", *map(str, argv)])
+    return args.run(args)
+
+
+def test_the_command_verifies_before_the_folder_appears(
+    untied_gqa, tmp_path, lengths, monkeypatch, capsys
+):
+    module = "megatron_longrope.conversion.verify._engine"
+    monkeypatch.setattr(module, RecordedEngine(untied_gqa.logits, error=1.0))
+    arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf")
+    with pytest.raises(ValueError, match="verification failed"):
+        run_command(*arguments)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(module, RecordedEngine(untied_gqa.logits))
+    assert run_command(*arguments, "--target-length", "256") == 0
+    output = capsys.readouterr().out
+    assert "stored in the checkpoint, up to 256 tokens" in output
+    assert re.search(r"verified long +160 tokens", output)
+    assert (tmp_path / "hf" / "longrope.json").exists()
+    assert run_command("verify", "--load", untied_gqa.path, "--hf", tmp_path / "hf", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["windows"]) == 2
+
+
+def test_no_verify_skips_the_engine(untied_gqa, tmp_path, capsys):
+    arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf", "--no-verify")
+    assert run_command(*arguments) == 0
+    assert "not verified" in capsys.readouterr().out
+
+
+def test_inspect_prints_the_model_and_its_factors(untied_gqa, capsys):
+    assert run_command("inspect", untied_gqa.path, "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["iteration"] == 3
+    assert value["model"]["num_query_groups"] == 2
+    assert value["longrope"]["rotary_base"] == maker.BASE
+    assert value["tensors"]["output_layer.weight"] == {"shape": [256, 64], "dtype": "float32"}
+    assert run_command("inspect", untied_gqa.path) == 0
+    assert "factor sets up to 64, 256 tokens" in capsys.readouterr().out

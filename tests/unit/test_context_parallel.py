@@ -1,0 +1,108 @@
+"""Zigzag sharding, in literal integers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope.context_parallel import (
+    check_divisible,
+    shard,
+    unshard,
+    zigzag_chunks,
+    zigzag_positions,
+)
+
+
+@pytest.mark.parametrize(
+    ("length", "cp_size", "expected"),
+    [
+        (4, 1, [[0, 1, 2, 3]]),
+        (8, 2, [[0, 1, 6, 7], [2, 3, 4, 5]]),
+        (4, 2, [[0, 3], [1, 2]]),
+        (12, 3, [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]),
+        (
+            16,
+            4,
+            [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]],
+        ),
+    ],
+)
+def test_each_rank_holds_one_early_and_one_late_chunk(length, cp_size, expected):
+    assert [zigzag_positions(length, rank, cp_size).tolist() for rank in range(cp_size)] == expected
+
+
+def test_chunk_indices_of_four_ranks():
+    assert [zigzag_chunks(rank, 4) for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
+
+
+def test_positions_are_integers_so_that_none_is_rounded():
+    assert zigzag_positions(8, 1, 2).dtype == torch.int64
+    assert zigzag_positions(8, 0, 1).dtype == torch.int64
+
+
+def test_zigzag_positions_equal_megatrons_own_slicing_of_a_table():
+    rope_utils = pytest.importorskip("megatron.core.models.common.embeddings.rope_utils")
+    table = torch.arange(24)
+    for rank in range(3):
+        # Megatron's formula (rope_utils.get_pos_emb_on_this_cp_rank), which itself needs CUDA.
+        theirs = table.view(6, 4)[torch.tensor([rank, 5 - rank])].flatten()
+        assert torch.equal(zigzag_positions(24, rank, 3), theirs)
+    assert hasattr(rope_utils, "get_pos_emb_on_this_cp_rank")
+
+
+@settings(deadline=None)
+@given(
+    cp_size=st.integers(1, 6),
+    chunk=st.integers(1, 5),
+    dim=st.integers(0, 2),
+    others=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_unshard_undoes_shard_on_any_dimension(cp_size, chunk, dim, others):
+    shape = list(others)
+    shape.insert(dim, 2 * cp_size * chunk)
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    parts = [shard(whole, rank, cp_size, dim) for rank in range(cp_size)]
+    assert all(part.shape[dim] == 2 * chunk for part in parts)
+    assert torch.equal(unshard(parts, dim), whole)
+
+
+@settings(deadline=None)
+@given(cp_size=st.integers(1, 8), chunk=st.integers(1, 9))
+def test_shard_of_positions_is_zigzag_positions_and_covers_every_position_once(cp_size, chunk):
+    length = 2 * cp_size * chunk
+    rows = [zigzag_positions(length, rank, cp_size) for rank in range(cp_size)]
+    for rank, row in enumerate(rows):
+        assert torch.equal(shard(torch.arange(length), rank, cp_size, 0), row)
+    assert torch.cat(rows).sort().values.tolist() == list(range(length))
+
+
+@settings(deadline=None)
+@given(cp_size=st.integers(2, 8), chunk=st.integers(1, 9))
+def test_every_rank_has_the_same_amount_of_causal_attention(cp_size, chunk):
+    length = 2 * cp_size * chunk
+    work = {int(zigzag_positions(length, rank, cp_size).sum()) for rank in range(cp_size)}
+    assert len(work) == 1
+
+
+def test_an_indivisible_length_is_refused_with_the_next_length_that_fits():
+    message = (
+        "sequence length 130 is not divisible by 2 x context parallel size 4 = 8; "
+        "use 136 or another context parallel size"
+    )
+    for call in (
+        lambda: check_divisible(130, 4),
+        lambda: zigzag_positions(130, 0, 4),
+        lambda: shard(torch.zeros(2, 130), 0, 4, dim=1),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value) == message
+
+
+def test_one_rank_takes_any_length():
+    check_divisible(7, 1)
+    assert zigzag_positions(7, 0, 1).tolist() == list(range(7))
+    whole = torch.arange(7)
+    assert shard(whole, 0, 1, 0) is whole
+    assert unshard([whole], 0) is whole
