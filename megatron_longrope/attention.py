@@ -1,8 +1,8 @@
 """Core attention without Transformer Engine: torch SDPA, causal, grouped queries, context parallel.
 
 megatron-core's own local attention builds `[b, h, s, s]` scores and refuses context parallelism;
-Transformer Engine needs CUDA. `SdpaCoreAttention` fits the same slot of a layer spec, runs on CPU and
-CUDA, forward and backward, and never holds a mask larger than one `[s / 2cp, s]` tile.
+Transformer Engine needs CUDA. `SdpaCoreAttention` fits the same slot of a layer spec, runs on CPU
+and CUDA, forward and backward, and never holds a mask larger than one `[s / 2cp, s]` tile.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class SdpaCoreAttention(MegatronModule):
         return output.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_zigzag(self, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-        """Gather keys and values, then attend chunk by chunk so that one tile is alive at a time."""
+        """Gather keys and values, then attend chunk by chunk: one tile is alive at a time."""
         # [b, g, s / cp, d] -> [b, g, s, d]
         key, value = (unshard(_AllGather.apply(x, self.cp_group), dim=2) for x in (key, value))
         if not causal:
@@ -155,7 +155,7 @@ class SdpaCoreAttention(MegatronModule):
 
 
 def _dropout_rng(dropout: float) -> contextlib.AbstractContextManager:
-    """Megatron's model-parallel random state, so that tensor-parallel ranks drop different heads."""
+    """Megatron's model-parallel random state: tensor-parallel ranks drop different heads."""
     tracker = tensor_parallel.get_cuda_rng_tracker()
     if dropout > 0.0 and tracker.is_initialized():
         return tracker.fork()

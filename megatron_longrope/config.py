@@ -32,7 +32,7 @@ class FactorSet:
     """Longest sequence, in tokens, that this set serves."""
 
     rescale_factors: tuple[float, ...]
-    """lambda_i of equation 3, one for each of the rotary_dim / 2 frequencies, non-decreasing, >= 1."""
+    """lambda_i of equation 3, one per frequency (rotary_dim / 2), non-decreasing, >= 1."""
 
     num_start_tokens: int = 0
     """n_hat: positions below it keep the original rotation."""
@@ -226,7 +226,7 @@ class LongRopeConfig:
         if not math.isclose(short_value, long_value, rel_tol=1e-12):
             raise ValueError(
                 f"attention factor {short_value:.6g} at {short_length} tokens differs from "
-                f"{long_value:.6g} at {long_length}; transformers applies one value to both windows, "
+                f"{long_value:.6g} at {long_length}; transformers applies one value to both, "
                 "so search the short window again with --attention-factor "
                 f"{long_value!r} (recovery) before exporting"
             )

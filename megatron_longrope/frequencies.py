@@ -1,11 +1,12 @@
 """The formula: every rotary frequency, factor vector and angle of this package comes from here.
 
 Notation of the paper (arXiv 2402.13753, section 2 and equation 3): dimension i of d/2 rotates token
-n by n / beta_i with beta_i = base^(2i/d). A rescale factor lambda_i slows it to n / (lambda_i beta_i)
-for every position n >= n_hat; the first n_hat start tokens keep the original rotation.
+n by n / beta_i with beta_i = base^(2i/d). A rescale factor lambda_i slows it to
+n / (lambda_i beta_i) for every position n >= n_hat; the first n_hat start tokens keep the original
+rotation.
 
-Only torch is needed here. Positions and frequencies are fp64: at position 2^21 an fp32 product is off
-by 0.1 to 0.3 rad, which fp64 reduced modulo 2 pi brings below 1e-6 rad.
+Only torch is needed here. Positions and frequencies are fp64: at position 2^21 an fp32 product is
+off by 0.1 to 0.3 rad, which fp64 reduced modulo 2 pi brings below 1e-6 rad.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def inv_freq_fp32(
 ) -> Tensor:
     """Rescaled inverse frequencies with transformers' and megatron-core's fp32 rounding.
 
-    Both compute `1 / (factor * base ** (i / d))` in fp32 (factor 1 for Megatron); repeating the very
-    same operations is what makes parity bit for bit.
+    Both compute `1 / (factor * base ** (i / d))` in fp32 (factor 1 for Megatron); repeating the
+    very same operations is what makes parity bit for bit.
 
     Returns:
         Tensor: `[rotary_dim / 2]`, fp32.
@@ -83,8 +84,8 @@ def yarn_factors(
     """YaRN "NTK-by-parts": interpolate inverse frequencies between PI and none (arXiv 2309.00071).
 
     A dimension with more than `beta_fast` rotations within the original window is left alone, one
-    with fewer than `beta_slow` is interpolated, and between them the *inverse frequencies* are mixed
-    linearly: 1 / lambda_i = ramp / s + (1 - ramp).
+    with fewer than `beta_slow` is interpolated, and between them the *inverse frequencies* are
+    mixed linearly: 1 / lambda_i = ramp / s + (1 - ramp).
 
     Args:
         beta_fast (float): Rotations in the original window above which a dimension is kept.
@@ -135,8 +136,8 @@ def named_factors(
 def attention_factor(policy: str, factor: float, original_max_position_embeddings: int) -> float:
     """Multiplier of q and k that offsets the entropy growth of longer windows.
 
-    `su` is sqrt(1 + ln s / ln L) (the LongRoPE release and transformers), `yarn` 0.1 ln s + 1, `none`
-    1. Every policy gives 1.0 for s <= 1. The attention logits get the square of it.
+    `su` is sqrt(1 + ln s / ln L) (the LongRoPE release and transformers), `yarn` 0.1 ln s + 1,
+    `none` 1. Every policy gives 1.0 for s <= 1. The attention logits get the square of it.
 
     Raises:
         ValueError: Unknown policy.

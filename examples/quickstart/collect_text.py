@@ -2,9 +2,10 @@
 
     python examples/quickstart/collect_text.py --output build/quickstart/text
 
-Real files that are on every machine with Python. Each file goes, by the hash of its name, to exactly
-one of train, search and heldout, so that nothing that a search or an evaluation reads was trained on.
-Long files are preferred for search and heldout, which need documents beyond the longest window.
+Real files that are on every machine with Python. Each file goes, by the hash of its name, to
+exactly one of train, search and heldout, so that nothing that a search or an evaluation reads was
+trained on. Only long files go to search and heldout, which need documents beyond the
+longest window.
 """
 
 import argparse

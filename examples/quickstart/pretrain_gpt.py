@@ -1,9 +1,9 @@
 """Pre-train or fine-tune a GPT model with Megatron's own training loop.
 
-The megatron-core wheel ships the loop (`megatron.training`) but no script, so this is the quickstart's:
-plain causal language modelling on fixed-length samples. With a Megatron-LM checkout use its
-pretrain_gpt.py instead; the flags are the same. There is no LongRoPE in here: the plugin comes from
-outside.
+The megatron-core wheel ships the loop (`megatron.training`) but no script, so this is the
+quickstart's: plain causal language modelling on fixed-length samples. With a Megatron-LM checkout
+use its pretrain_gpt.py instead; the flags are the same. There is no LongRoPE in here: the plugin
+comes from outside.
 
     longrope pretrain examples/quickstart/pretrain_gpt.py --cpu --mock-data ...
     torchrun --nproc-per-node 2 -m megatron_longrope pretrain examples/quickstart/pretrain_gpt.py \

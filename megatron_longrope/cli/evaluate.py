@@ -21,8 +21,8 @@ def add_parser(commands) -> None:
     ppl = kinds.add_parser(
         "ppl",
         help="perplexity at several lengths, for baselines and factor files",
-        description="Perplexity by the paper's definition: BOS before every window, unweighted mean "
-        "over windows; one window per document unless --stride is given.",
+        description="Perplexity by the paper's definition: BOS before every window, unweighted "
+        "mean over windows; one window per document unless --stride is given.",
     )
     options.add_model(ppl)
     ppl.add_argument("--data", required=True, metavar="PREFIX", help="held-out documents")
@@ -250,8 +250,8 @@ def _print_table(records, cells) -> None:
         row = records.find(cell)
         policy = f" ({row['policy']})" if row["policy"] else ""
         print(
-            f"{row['label'] + policy:24}{row['length']:>9} tokens  ppl {row['ppl_window_mean']:10.4f}"
-            f"  ({row['protocol']}, {row['num_windows']} windows)"
+            f"{row['label'] + policy:24}{row['length']:>9} tokens  "
+            f"ppl {row['ppl_window_mean']:10.4f}  ({row['protocol']}, {row['num_windows']} windows)"
         )
 
 

@@ -78,7 +78,7 @@ def load_engine_from(args: argparse.Namespace, config=None, **options):
 
 
 def original_window(args: argparse.Namespace, engine) -> int:
-    """The pre-trained window: the flag, else the checkpoint's LongRoPE config, else its own window."""
+    """The pre-trained window: the flag, else what the checkpoint says."""
     return args.original_length or engine.config.original_max_position_embeddings
 
 

@@ -184,4 +184,6 @@ def _rounding(checkpoint: MegatronCheckpoint, hf_config: dict[str, Any]) -> floa
 def _engine(checkpoint_directory: Path, config: LongRopeConfig | None) -> Any:
     from megatron_longrope.engine import load_engine
 
-    return load_engine(checkpoint_directory, longrope_config=config, hf_parity=True)
+    return load_engine(
+        checkpoint_directory, longrope_config=config, dtype=torch.float32, hf_parity=True
+    )

@@ -26,7 +26,7 @@ class Engine:
     """A model that stays in memory while factors come and go.
 
     Args:
-        model (nn.Module): From :func:`megatron_longrope.engine.model.build_model`, weights in place.
+        model (nn.Module): From :func:`.model.build_model`, weights in place.
         shape (ModelShape): The model's geometry.
     """
 
@@ -77,7 +77,7 @@ class Engine:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """Logits `[b, n, vocab_size]` in fp32, for verification on short inputs; one process only."""
+        """Logits `[b, n, vocab_size]`, fp32, for verification on short inputs; one process."""
         self._check_single_process("logits")
         self._check_tokens(tokens)
         hidden = self._hidden(tokens)
@@ -157,8 +157,8 @@ def load_engine(
 
     Args:
         path (str | Path): The `--save` directory of a run, or one of its iteration directories.
-        longrope_config (LongRopeConfig, optional): Defaults to the checkpoint's own, else stock RoPE
-            up to its max_position_embeddings.
+        longrope_config (LongRopeConfig, optional): Defaults to the checkpoint's own, else stock
+            RoPE up to its max_position_embeddings.
         iteration (int, optional): Defaults to the latest.
         dtype (torch.dtype, optional): Defaults to fp32 on a CPU, the checkpoint's dtype on a GPU.
         device (optional): Defaults to this process' GPU, else the CPU.

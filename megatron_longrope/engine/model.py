@@ -26,7 +26,7 @@ def build_model(
 ) -> nn.Module:
     """An empty model of `shape` with the LongRoPE rotary module and SDPA attention, in fp32 on CPU.
 
-    Model-parallel groups must exist; see :func:`megatron_longrope.engine.process_groups.initialize`.
+    Model-parallel groups must exist; see :func:`.process_groups.initialize`.
 
     Raises:
         ValueError: The architecture is not a dense decoder with SwiGLU and RMSNorm.
@@ -81,8 +81,8 @@ def build_model(
     model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(
         model.rotary_pos_emb, config, mode=mode, hf_parity=hf_parity
     )
-    # The model then returns hidden states (after the final norm, which is the decoder's): the engine
-    # applies the output layer chunk by chunk, so that [sequence, vocabulary] logits never exist.
+    # The model then returns hidden states (after the final norm, which is the decoder's): the
+    # engine applies the output layer chunk by chunk; [sequence, vocabulary] logits never exist.
     model.post_process = False
     return model.eval()
 

@@ -1,14 +1,15 @@
 """How the figures of a report look: methods' styles, the blank page, axes, labels, formats.
 
 Every method has a colour (Okabe and Ito's palette), a marker and a line style of its own, so that
-the figures read in grey and with any colour vision. The neutral colours of the SVG are CSS
-variables, which let one drawing serve light screens, dark screens and paper.
+the figures read in grey and with any colour vision. The few neutral colours stand in `NEUTRALS`, so
+that a page can exchange them and one drawing serves light screens, dark screens and paper.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from megatron_longrope.lengths import format_length
 
 INK, MUTED, GRID, PAPER = "#1b1d21", "#5f6671", "#e3e6ea", "#fefefe"
-_CSS_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+NEUTRALS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
+"""Colours that a page may replace on dark screens, with the CSS variable that does."""
+
 _WIDTH = 7.4  # inches
 _DPI = 200
 
@@ -65,7 +68,7 @@ class Drawing:
 
     png: bytes
     svg: str
-    """Element for inlining; its neutral colours are --ink, --muted, --grid and --paper."""
+    """`<svg>` element for inlining, with the width of its container."""
 
     csv: str
     """The data behind it."""
@@ -115,6 +118,12 @@ def spread_labels(places: Sequence[float], gap: float, top: float = 1.0) -> list
     return result
 
 
+def shorten(text: str, most: int) -> str:
+    """At most `most` characters, without the middle of a longer text."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}\N{HORIZONTAL ELLIPSIS}{text[-half:]}"
+
+
 @contextmanager
 def blank_figure(title: str, height: float) -> Iterator[Figure]:
     """A blank figure in the house style, whatever the user's matplotlibrc says."""
@@ -154,15 +163,13 @@ def finish(
 
 
 def _inline_svg(text: str, name: str) -> str:
-    """The bare element, with ids of its own, flexible size and theme-dependent neutral colours."""
+    """The bare element, with ids of its own and a flexible size."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#|url\(#', lambda match: f"{match[0]}{name}-", text)
-    for color, variable in _CSS_VARIABLES.items():
-        text = text.replace(color, f"var({variable})")
     return text.replace("<svg", f'<svg role="img" aria-labelledby="{name}-title"', 1).strip()
 
 
@@ -201,11 +208,24 @@ def _tick(value: float, _: Any) -> str:
     return f"{value:.0e}" if value >= 1e6 else f"{value:,.10g}"
 
 
-def length_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    """Logarithmic x axis with exactly these lengths as ticks."""
+def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None = None) -> None:
+    """Logarithmic x axis with these lengths as ticks, less those that would collide.
+
+    The original window is within the frame and marked by a line.
+    """
+    ends = [lengths[0], lengths[-1]] + ([original_length] if original_length else [])
+    octaves = max(math.log2(max(ends) / min(ends)), 1.0)
+    ticks = [lengths[-1]]
+    room = octaves * 0.085
+    for length in reversed(lengths[:-1]):
+        if math.log2(ticks[-1] / length) >= room:
+            ticks.append(length)
     axes.set_xscale("log", base=2)
-    axes.set_xlim(lengths[0] / 2**0.12, lengths[-1] * 2**0.12)
-    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
+    axes.set_xlim(min(ends) / 2 ** (octaves * 0.035), max(ends) * 2 ** (octaves * 0.035))
+    if original_length:
+        axes.axvline(original_length, color=MUTED, linewidth=0.9, zorder=1)
+        note_above(axes, original_length, "original window")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
     axes.set_xlabel("Sequence length (tokens)")
@@ -224,12 +244,21 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, Style, str, bool]]) -> No
             axes.plot([1.0, 1.03], [there, here], linewidth=0.8, **margin)
         axes.plot([1.03, 1.055, 1.08], [here] * 3, linestyle=style.dashes, marker=style.marker,
                   markevery=[1], markersize=4.8, linewidth=1.6, **margin)  # fmt: skip
-        axes.text(1.095, here, text, transform=axes.transAxes, va="center", fontsize=8.5)
+        axes.text(
+            1.095, here, shorten(text, 32), transform=axes.transAxes, va="center", fontsize=8.5
+        )
+
+
+def note_above(axes: Axes, x: float, text: str) -> None:
+    """A small note on top of the frame."""
+    axes.annotate(
+        text, (x, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
+        ha="center", color=MUTED, fontsize=8,
+    )  # fmt: skip
 
 
 def panel_title(axes: Axes, name: str, detail: str) -> None:
-    """A bold line with a quiet second one; the start of a long name is cut."""
-    shown = name if len(name) <= 44 else f"...{name[-41:]}"
-    axes.set_title(shown, loc="left", fontsize=9, fontweight="bold", pad=19)
+    """A bold line with a quiet second one."""
+    axes.set_title(shorten(name, 42), loc="left", fontsize=9, fontweight="bold", pad=19)
     axes.annotate(detail, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
                   fontsize=8.5, color=MUTED)  # fmt: skip

@@ -22,6 +22,7 @@ from megatron_longrope.evaluation.drawing import (
     format_score,
     label_ends,
     length_axis,
+    note_above,
     panel_title,
     plot_line,
     score_axis,
@@ -58,13 +59,7 @@ def draw_perplexity(
             )
         score_axis(axes, [value for row in shown.values() for value in row.values()])
         axes.set_ylabel("Perplexity (lower is better)")
-        length_axis(axes, lengths)
-        if original_length is not None:
-            axes.axvline(original_length, color=MUTED, linewidth=0.9, zorder=1)
-            axes.annotate(
-                "original window", (original_length, 1), (0, 4), color=MUTED, fontsize=8,
-                xycoords=("data", "axes fraction"), textcoords="offset points", ha="center",
-            )  # fmt: skip
+        length_axis(axes, lengths, original_length)
         ends = [(row[max(row)], style_of(method)) for method, row in shown.items()]
         reach = [max(row) == lengths[-1] for row in shown.values()]
         label_ends(axes, [(*end, end[1].label, far) for end, far in zip(ends, reach, strict=True)])
@@ -108,10 +103,11 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
             axes.yaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.set_ylim(bottom=min(0.94, *axes.get_ylim()))
-            tokens = f"{format_length(chosen.max_length)} tokens, {format_ratio(ratio)} times"
+            detail = f"up to {format_length(chosen.max_length)} tokens "
+            detail += f"({format_ratio(ratio)}\N{MULTIPLICATION SIGN})"
             if chosen.num_start_tokens:
-                tokens += f", {chosen.num_start_tokens} start tokens"
-            panel_title(axes, name, tokens)
+                detail += f", {chosen.num_start_tokens} start tokens"
+            panel_title(axes, name, detail)
         for axes in grid[len(sets) :]:
             axes.set_visible(False)
         for index, axes in enumerate(grid[: len(sets)]):
@@ -200,10 +196,7 @@ def draw_passkey(
         within = sum(length <= original_length for length in lengths) if original_length else 0
         if within:
             axes.axvline(within - 0.5, color=MUTED, linewidth=0.9, zorder=1)
-            axes.annotate(
-                "original window ends", (within - 0.5, 1), (0, 4), ha="center", color=MUTED,
-                fontsize=8, xycoords=("data", "axes fraction"), textcoords="offset points",
-            )  # fmt: skip
+            note_above(axes, within - 0.5, "original window ends")
         axes.set_xticks(places, [format_length(length) for length in lengths])
         axes.tick_params(axis="x", length=0)
         axes.set_xlim(-0.7, len(lengths) - 0.3)

@@ -8,15 +8,30 @@ from typing import Any
 
 from megatron_longrope import __version__
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.drawing import Drawing, format_ratio, format_score, style_of
+from megatron_longrope.evaluation.drawing import (
+    NEUTRALS,
+    Drawing,
+    format_ratio,
+    format_score,
+    style_of,
+)
 from megatron_longrope.evaluation.results import ABSENT, best_cells, measured_lengths
 from megatron_longrope.lengths import format_length
 
 _LIGHT = "--ink: #1b1d21; --muted: #5f6671; --grid: #e3e6ea; --paper: #fefefe; --accent: #0062a3;"
 _DARK = "--ink: #e8eaed; --muted: #a2a9b4; --grid: #333941; --paper: #16191d; --accent: #6cb8ee;"
+# The drawings carry the light colours, which paper and simple viewers keep.
+_DARK_DRAWINGS = "\n".join(
+    f'svg [style*="{kind}: {color}"] {{ {kind}: var({variable}) !important; }}'
+    for color, variable in NEUTRALS.items()
+    for kind in ("fill", "stroke")
+)
 _CSS = f"""
 :root {{ color-scheme: light dark; {_LIGHT} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+@media screen and (prefers-color-scheme: dark) {{
+:root {{ {_DARK} }}
+{_DARK_DRAWINGS}
+}}
 * {{ box-sizing: border-box; }}
 body {{ margin: 0 auto; max-width: 54rem; padding: 3rem 1.5rem 4rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
@@ -51,10 +66,11 @@ a {{ color: var(--accent); }}
 footer {{ margin-top: 3.5rem; color: var(--muted); font-size: 0.87rem; }}
 @page {{ margin: 18mm 16mm; }}
 @media print {{
-  :root {{ color-scheme: light; {_LIGHT} }}
-  body {{ max-width: none; padding: 0; font-size: 10pt; }}
-  h2 {{ break-after: avoid; }}
-  figure, tr, .facts > div {{ break-inside: avoid; }}
+  :root {{ color-scheme: light; }}
+  body {{ max-width: none; padding: 0; background: none; font-size: 9.5pt; }}
+  h2 {{ break-after: avoid; margin-top: 2rem; }}
+  figure, tr, .facts > div, .whole {{ break-inside: avoid; }}
+  figure svg {{ width: 84%; }}
   .scroll {{ overflow: visible; }}
 }}
 """
@@ -218,7 +234,7 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
 def _with_difference(parity: Mapping[str, float]) -> dict[str, float]:
     facts = dict(parity)
     if {"cp1_loss", "cp2_loss"} <= facts.keys():
-        facts["difference"] = abs(facts["cp1_loss"] - facts["cp2_loss"])
+        facts["Difference"] = abs(facts["cp1_loss"] - facts["cp2_loss"])
     return facts
 
 
@@ -233,7 +249,7 @@ def _timings(seconds: Mapping[str, float]) -> str:
         for stage, value in seconds.items()
     ]
     rows.append(f'<th scope="row"><b>Total</b></th><td><b>{_duration(total)}</b></td><td></td>')
-    return f"<section><h2>Time</h2>\n{_table('', rows)}</section>"
+    return f'<section class="whole"><h2>Time</h2>\n{_table("", rows)}</section>'
 
 
 def _duration(seconds: float) -> str:

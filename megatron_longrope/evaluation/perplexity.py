@@ -1,8 +1,8 @@
 """Perplexity as the paper's authors compute it, with the protocol named in every result.
 
 BOS goes in front of every window of N tokens; a window's loss is the mean over the tokens that no
-earlier window scored; the paper's number is exp of the unweighted mean over windows. With a stride of
-the window itself and one window per document this is the "truncated" form of its tables 1 to 5.
+earlier window scored; the paper's number is exp of the unweighted mean over windows. With a stride
+of the window itself and one window per document this is the "truncated" form of tables 1 to 5.
 """
 
 from __future__ import annotations

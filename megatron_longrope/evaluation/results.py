@@ -101,14 +101,18 @@ def summary_sentence(results: Mapping[str, Any]) -> str:
     """What the perplexities say, in one sentence, at the longest length that all methods share.
 
     Where they share none, the longest of the lengths with the most methods counts.
+
+    Raises:
+        ValueError: The results are malformed.
     """
+    results = check_results(results)
     rows = {method: row for method, row in results["perplexity"].items() if row}
     if not rows:
         return "No perplexity was measured."
     counts = {n: sum(n in row for row in rows.values()) for n in measured_lengths(rows)}
     length = max(n for n, count in counts.items() if count == max(counts.values()))
-    ranked = sorted((row[length], style_of(method).label)
-                    for method, row in rows.items() if length in row)  # fmt: skip
+    measured = [(row[length], style_of(name).label) for name, row in rows.items() if length in row]
+    ranked = sorted(measured, key=lambda entry: entry[0])
     place = f"At {length:,} tokens"
     if original := results.get("original_length"):
         times = length / original
@@ -121,12 +125,12 @@ def summary_sentence(results: Mapping[str, Any]) -> str:
     if len(tied) > 1:
         return (
             f"{place} {', '.join(tied[:-1])} and {tied[-1]} share the lowest perplexity of the "
-            f"{len(ranked)} methods measured, {format_score(lowest)}."
+            f"{len(ranked)} methods measured there, {format_score(lowest)}."
         )
     second, runner_up = ranked[1]
     return (
-        f"{place} {name} has the lowest perplexity of the {len(ranked)} methods measured, "
-        f"{format_score(lowest)}; next is {runner_up} with {format_score(second)}."
+        f"{place} {name} has the lowest perplexity of the {len(ranked)} methods measured "
+        f"there, {format_score(lowest)}; next is {runner_up} with {format_score(second)}."
     )
 
 

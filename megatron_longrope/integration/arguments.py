@@ -82,7 +82,9 @@ def attention_from_args(args: argparse.Namespace) -> str:
     choice = getattr(args, "longrope_attention", "auto")
     is_local = args.transformer_impl == "local"
     if choice == "auto":
-        return "sdpa" if is_local else "te"
+        if not is_local:
+            return "te"
+        choice = "sdpa"
     if choice == "te" and transformer_engine_version() is None:
         raise ValueError(
             "--longrope-attention te needs Transformer Engine, which is not installed; "
@@ -98,14 +100,20 @@ def attention_from_args(args: argparse.Namespace) -> str:
             "--longrope-attention local cannot run context parallel size "
             f"{args.context_parallel_size}; use sdpa"
         )
+    if choice == "sdpa" and getattr(args, "reset_attention_mask", False):
+        raise ValueError(
+            "--reset-attention-mask is not supported by sdpa attention, which is causal over the "
+            "whole sample and would ignore document borders; remove the flag or use "
+            "--longrope-attention local"
+        )
     return choice
 
 
 def settings_from_args(args: argparse.Namespace) -> LongRopeSettings | None:
     """Read and check the flags after Megatron has validated its own; None without a config.
 
-    The factors are also stored in `args` by value (`longrope_config_value`), so that every checkpoint
-    of the run holds them.
+    The factors are also stored in `args` by value (`longrope_config_value`), so that every
+    checkpoint of the run holds them.
 
     Raises:
         ValueError: A combination that would train a different model than asked for.
@@ -134,13 +142,14 @@ def settings_from_args(args: argparse.Namespace) -> LongRopeSettings | None:
     factor = config.attention_factor_for(length)
     carrier = _carrier(args, factor, whole_head=rotary_dim == head_dim)
     if carrier == "softmax" and factor != 1.0:
-        if getattr(args, "softmax_scale", None) is not None:
+        scale = factor**2 / math.sqrt(head_dim)
+        if getattr(args, "softmax_scale", None) not in (None, scale):
             raise ValueError(
                 f"softmax_scale {args.softmax_scale} is already set, so the attention factor has "
                 "no room there; use --longrope-attention-factor-carrier rope"
             )
         # Megatron copies every args field that TransformerConfig knows: this one is our carrier.
-        args.softmax_scale = factor**2 / math.sqrt(head_dim)
+        args.softmax_scale = scale
     args.longrope_config_value = config.to_dict()
     args.longrope_attention_factor = factor
     return LongRopeSettings(
@@ -197,11 +206,6 @@ def _refuse_other_scaling(args: argparse.Namespace) -> None:
         refuse("--rotary-seq-len-interpolation-factor", "it would interpolate the positions twice")
     if get("hybrid_context_parallel"):
         refuse("--hybrid-context-parallel", "its ranks would get another rank's positions")
-    if get("reset_attention_mask") and attention_from_args(args) == "sdpa":
-        refuse(
-            "--reset-attention-mask",
-            "sdpa attention is causal over the whole sample and would ignore document borders",
-        )
     if get("dataloader_inter_document_masking"):
         refuse(
             "--dataloader-inter-document-masking",

@@ -1,7 +1,7 @@
 """Opt-in host that lets Megatron's training loop run on a machine without CUDA.
 
-For smoke runs, teaching and continuous integration: fp32, gloo, local transformer implementation. It
-answers the questions that Megatron asks of `torch.cuda` (devices, streams, events, random state,
+For smoke runs, teaching and continuous integration: fp32, gloo, local transformer implementation.
+It answers the questions that Megatron asks of `torch.cuda` (devices, streams, events, random state,
 memory statistics) with the CPU, for the rest of the process. It is no emulator: code that launches
 CUDA kernels still fails, with torch's own error.
 """
@@ -81,8 +81,8 @@ class CpuArguments:
 def cpu_arguments(arguments: Sequence[str]) -> CpuArguments:
     """Replace the flags that need CUDA, so that a GPU command line runs unchanged.
 
-    Flags may be spelled `--flag value` or `--flag=value`. A supplied flag that is already there with
-    the same value stays; one with another value is dropped and supplied anew.
+    Flags may be spelled `--flag value` or `--flag=value`. A supplied flag that is already there
+    with the same value stays; one with another value is dropped and supplied anew.
     """
     kept: list[str] = []
     dropped: list[str] = []
@@ -131,7 +131,7 @@ def enable() -> None:
     # The random-state tracker reaches for the functions where they are defined.
     for name in ("get_rng_state", "set_rng_state", "manual_seed"):
         setattr(torch.cuda.random, name, getattr(torch.cuda, name))
-    # It also warns when the CPU's state changes under a CUDA state, which here are one and the same.
+    # It also warns when the CPU's state changes under a CUDA state; here the two are one.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
     torch.cuda.nvtx.range_push = lambda *_: 0
     torch.cuda.nvtx.range_pop = lambda *_: 0
@@ -210,7 +210,7 @@ class _Properties:
 
 
 def _answer(value: object = None):
-    """A new function that returns `value`; torch.compile's tables want one function for each name."""
+    """A new function returning `value`; torch.compile's tables want one for each name."""
     return lambda *_, **__: value
 
 
@@ -272,10 +272,8 @@ def _cuda_to_cpu_mode(torch):
 
     def to_cpu(device):
         is_cuda = (
-            isinstance(device, str)
-            and device.startswith("cuda")
-            or isinstance(device, torch.device)
-            and device.type == "cuda"
+            (isinstance(device, str) and device.startswith("cuda"))
+            or (isinstance(device, torch.device) and device.type == "cuda")
             or type(device) is int
         )
         return torch.device("cpu") if is_cuda else device

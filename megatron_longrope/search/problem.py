@@ -70,10 +70,10 @@ def make_problem(
     """Choose the stage from the lengths: beyond the base it extends, within it recovers.
 
     Args:
-        base (LongRopeConfig): Plain RoPE for a first search, a fine-tuned model's factors otherwise.
+        base (LongRopeConfig): Plain RoPE for a first search, else a fine-tuned model's factors.
         target_length (int): Window in tokens.
-        upper (float, optional): Largest candidate factor. Defaults to 1.25 s (the paper's space), for
-            a recovery to max(3, 1 + s), which is what the published short factors stay within.
+        upper (float, optional): Largest candidate factor. Defaults to 1.25 s (the paper's space),
+            for a recovery to max(3, 1 + s), which the published short factors stay within.
         start_tokens (tuple[int, ...]): Choices of n_hat.
 
     Raises:
@@ -105,7 +105,7 @@ def make_problem(
     if not extended:
         raise ValueError(
             f"target length {target_length} is the original window and the model is not extended; "
-            "there is nothing to search: give a longer --target-length, or a --base-config to recover"
+            "nothing to search: give a longer --target-length, or a --base-config to recover"
         )
     scale = target_length / original
     space = SearchSpace(

@@ -40,8 +40,8 @@ class SearchOutcome:
 class Ledger:
     """Scores candidates once: from memory, else from the objective, into the journal.
 
-    With several model-parallel ranks every rank runs the same search on the same scores; rank 0 alone
-    owns the file and shares what it held.
+    With several model-parallel ranks every rank runs the same search on the same scores; rank 0
+    alone owns the file and shares what it held.
     """
 
     def __init__(
