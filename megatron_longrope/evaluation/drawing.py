@@ -216,7 +216,7 @@ def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None 
     ends = [lengths[0], lengths[-1]] + ([original_length] if original_length else [])
     octaves = max(math.log2(max(ends) / min(ends)), 1.0)
     ticks = [lengths[-1]]
-    room = octaves * 0.085
+    room = octaves * 0.09
     for length in reversed(lengths[:-1]):
         if math.log2(ticks[-1] / length) >= room:
             ticks.append(length)
@@ -228,6 +228,7 @@ def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None 
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
+    axes.tick_params(axis="x", labelsize=8.5)
     axes.set_xlabel("Sequence length (tokens)")
 
 
@@ -245,7 +246,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, Style, str, bool]]) -> No
         axes.plot([1.03, 1.055, 1.08], [here] * 3, linestyle=style.dashes, marker=style.marker,
                   markevery=[1], markersize=4.8, linewidth=1.6, **margin)  # fmt: skip
         axes.text(
-            1.095, here, shorten(text, 32), transform=axes.transAxes, va="center", fontsize=8.5
+            1.095, here, shorten(text, 26), transform=axes.transAxes, va="center", fontsize=8.5
         )
 
 

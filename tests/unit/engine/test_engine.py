@@ -1,0 +1,124 @@
+import math
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_longrope.baselines import baseline_config
+from megatron_longrope.conversion.verify import random_tokens
+from megatron_longrope.engine import load_engine
+from megatron_longrope.engine import loss as loss_module
+
+
+@pytest.fixture(scope="module")
+def engines(megatron_runs):
+    config = maker.longrope_config()
+    return {
+        name: load_engine(run.path, longrope_config=config, hf_parity=True, device="cpu")
+        for name, run in megatron_runs.items()
+    }
+
+
+@pytest.mark.parametrize("name", list(maker.VARIANTS))
+@pytest.mark.parametrize(
+    "window, length", [("short", maker.SHORT_TOKENS), ("long", maker.LONG_TOKENS)]
+)
+def test_logits_equal_megatrons_own_model_in_both_windows(
+    engines, megatron_runs, name, window, length
+):
+    ours = engines[name].logits(random_tokens(maker.VOCAB, length, 0))
+    theirs = megatron_runs[name].logits[window][..., : maker.VOCAB]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(maker.VARIANTS))
+def test_token_losses_equal_cross_entropy_of_the_logits(engines, name):
+    tokens = torch.cat([random_tokens(maker.VOCAB, 100, seed) for seed in (1, 2)])
+    engine = engines[name]
+    logits = engine.logits(tokens)[:, :-1]
+    theirs = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    ours = engine.nll(tokens)
+    assert ours.shape == (2, 99)
+    torch.testing.assert_close(ours.flatten(), theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_losses_do_not_depend_on_the_chunk_size(engines, monkeypatch):
+    tokens = random_tokens(maker.VOCAB, 100, 3)
+    engine = engines["untied_gqa"]
+    whole = engine.nll(tokens)
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 7 * maker.PADDED)
+    torch.testing.assert_close(engine.nll(tokens), whole, atol=1e-6, rtol=0)
+
+
+def test_no_chunk_of_logits_is_larger_than_its_budget(engines, monkeypatch):
+    monkeypatch.setattr(loss_module, "_LOGITS_PER_CHUNK", 16 * maker.PADDED)
+    sizes = []
+    linear = F.linear
+    monkeypatch.setattr(loss_module.F, "linear", lambda x, w: sizes.append(len(x)) or linear(x, w))
+    engines["untied_gqa"].nll(random_tokens(maker.VOCAB, 100, 3))
+    # The model's own projections pass through the same function; only the head has 100 rows to cut.
+    assert max(sizes) == 16 and sum(sizes) == 100
+
+
+def test_padding_rows_of_the_vocabulary_get_no_probability(engines):
+    logits = engines["untied_gqa"].logits(random_tokens(maker.VOCAB, 40, 4))
+    assert logits.shape[-1] == maker.VOCAB
+    nll = engines["untied_gqa"].nll(random_tokens(maker.VOCAB, 40, 4))
+    normaliser = torch.logsumexp(logits, -1)[0, :-1]
+    labels = random_tokens(maker.VOCAB, 40, 4)[0, 1:]
+    expected = normaliser - logits[0, :-1].gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(nll[0], expected, atol=1e-5, rtol=0)
+
+
+def test_predictions_are_the_argmax_from_the_start_position(engines):
+    tokens = random_tokens(maker.VOCAB, 50, 5)
+    engine = engines["tied_mha"]
+    expected = engine.logits(tokens)[:, 40:].argmax(-1)
+    assert torch.equal(engine.predictions(tokens, 40), expected)
+
+
+def test_swapping_factors_changes_the_losses_and_swapping_back_restores_them(engines):
+    engine = engines["untied_gqa"]
+    tokens = random_tokens(maker.VOCAB, 160, 6)
+    own = engine.config
+    before = engine.nll(tokens)
+    engine.set_config(
+        baseline_config("pi", maker.BASE, maker.HEAD_DIM, maker.ORIGINAL, maker.TARGET, "su")
+    )
+    other = engine.nll(tokens)
+    engine.set_config(own)
+    assert (before - other).abs().max() > 1e-3
+    assert torch.equal(engine.nll(tokens), before)
+
+
+def test_the_attention_factor_follows_the_length_of_the_sequence(engines):
+    engine = engines["untied_gqa"]
+    own = engine.config
+    config = baseline_config("ntk", maker.BASE, maker.HEAD_DIM, maker.ORIGINAL, maker.TARGET, "su")
+    engine.set_config(config)
+    attention = engine.model.decoder.layers[0].self_attention.core_attention
+    try:
+        engine.nll(random_tokens(maker.VOCAB, maker.ORIGINAL, 7))
+        assert attention.softmax_scale == pytest.approx(1 / math.sqrt(maker.HEAD_DIM))
+        engine.nll(random_tokens(maker.VOCAB, maker.ORIGINAL + 1, 7))
+        squared = 1 + math.log(maker.TARGET / maker.ORIGINAL) / math.log(maker.ORIGINAL)
+        assert attention.softmax_scale == pytest.approx(squared / math.sqrt(maker.HEAD_DIM))
+    finally:
+        engine.set_config(own)
+
+
+def test_the_checkpoints_own_factors_are_the_default(megatron_runs):
+    engine = load_engine(megatron_runs["tied_mha"].path, device="cpu")
+    assert engine.config == maker.longrope_config()
+
+
+def test_a_token_outside_the_vocabulary_is_refused(engines):
+    tokens = torch.tensor([[1, maker.VOCAB]])
+    with pytest.raises(ValueError, match="token id 250 is outside the vocabulary of 250"):
+        engines["tied_mha"].nll(tokens)
+
+
+def test_a_sequence_beyond_the_largest_set_is_refused(engines):
+    with pytest.raises(ValueError, match="exceeds 256"):
+        engines["tied_mha"].nll(random_tokens(maker.VOCAB, 257, 0))

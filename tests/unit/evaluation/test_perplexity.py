@@ -1,0 +1,86 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_longrope.evaluation.perplexity import perplexity, windows
+
+
+@given(data=st.data(), num_tokens=st.integers(1, 300), window=st.integers(2, 80))
+def test_sliding_windows_score_each_token_exactly_once(data, num_tokens, window):
+    stride = data.draw(st.integers(1, window - 1))
+    scored = []
+    for span in windows(num_tokens, window, stride, truncate=False):
+        assert 0 <= span.start < span.end <= num_tokens
+        assert span.end - span.start <= window - 1  # BOS takes one place
+        scored += range(span.end - span.num_scored, span.end)
+        assert span.num_scored <= span.end - span.start
+    assert scored == list(range(num_tokens))
+
+
+@given(num_tokens=st.integers(1, 300), window=st.integers(2, 80))
+def test_the_truncated_form_is_one_window_of_the_first_tokens(num_tokens, window):
+    (span,) = windows(num_tokens, window, window, truncate=True)
+    assert (span.start, span.end) == (0, min(num_tokens, window - 1))
+    assert span.num_scored == span.end
+
+
+@pytest.mark.parametrize("stride", [0, 8, 9])
+def test_a_stride_that_would_skip_tokens_is_refused(stride):
+    with pytest.raises(ValueError, match="between 1 and window - 1 = 7"):
+        list(windows(100, 8, stride, truncate=False))
+
+
+def position_nll(tokens):
+    """A model whose loss at a token is the token's place in the window."""
+    length = tokens.shape[1]
+    return torch.arange(1, length, dtype=torch.float32)[None].expand(len(tokens), -1)
+
+
+def test_the_papers_number_is_the_unweighted_mean_over_windows():
+    document = np.arange(10)
+    result = perplexity(position_nll, [document], bos_id=0, length=5, stride=2)
+    # windows of 4 tokens at 0, 2, 4, 6: the first scores 1..4, the others their last two (3, 4)
+    assert result.num_windows == 4 and result.num_tokens == 10
+    assert result.ppl_window_mean == pytest.approx(math.exp((2.5 + 3.5 * 3) / 4))
+    assert result.ppl_token_weighted == pytest.approx(math.exp((10 + 7 * 3) / 10))
+    assert result.protocol == "sliding" and result.stride == 2
+
+
+def test_the_truncated_form_scores_the_first_window_with_bos_in_front():
+    seen = []
+
+    def nll(tokens):
+        seen.append(tokens[0].tolist())
+        return position_nll(tokens)
+
+    result = perplexity(nll, [np.arange(10, 30), np.arange(40, 60)], bos_id=1, length=5)
+    assert seen == [[1, 10, 11, 12, 13], [1, 40, 41, 42, 43]]
+    assert result.protocol == "truncated" and result.num_windows == 2
+    assert result.nll_per_document == [2.5, 2.5]
+
+
+def test_position_buckets_hold_every_scored_token():
+    result = perplexity(position_nll, [np.arange(100)], bos_id=0, length=17)
+    assert sum(item["tokens"] for item in result.nll_by_position) == 16
+    assert [item["from"] for item in result.nll_by_position] == list(range(0, 16, 2))
+
+
+def test_the_hash_tells_different_text_apart():
+    hashes = {
+        perplexity(position_nll, [np.arange(start, start + 9)], 0, 8).sha256 for start in (0, 1)
+    }
+    assert len(hashes) == 2
+
+
+def test_a_document_shorter_than_the_window_is_refused():
+    with pytest.raises(ValueError, match="document 0 has 5 tokens, fewer than the 7"):
+        perplexity(position_nll, [np.arange(5)], bos_id=0, length=8)
+
+
+def test_a_loss_without_a_finite_perplexity_is_infinite_not_an_error():
+    result = perplexity(lambda t: torch.full((1, t.shape[1] - 1), 800.0), [np.arange(9)], 0, 8)
+    assert result.ppl_window_mean == math.inf

@@ -1,0 +1,33 @@
+import json
+
+import pytest
+
+from megatron_longrope.evaluation.records import Records, write_csv
+
+
+def test_a_finished_cell_is_found_again_by_its_key(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    Records(path, ("name", "length")).append({"name": "a", "length": 1, "value": 2.5})
+    again = Records(path, ("name", "length"))
+    assert again.find({"name": "a", "length": 1, "other": 0})["value"] == 2.5
+    assert again.find({"name": "a", "length": 2}) is None
+
+
+def test_a_torn_last_line_is_dropped_and_the_next_record_stands_alone(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"name": "a"}\n{"na')
+    records = Records(path, ("name",))
+    records.append({"name": "b"})
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b"]
+
+
+def test_a_corrupt_line_in_the_middle_is_an_error_with_its_number(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"name": "a"}\nnonsense\n{"name": "b"}\n')
+    with pytest.raises(ValueError, match="line 2: not JSON"):
+        Records(path, ("name",))
+
+
+def test_the_csv_has_the_chosen_columns_in_order(tmp_path):
+    write_csv(tmp_path / "x.csv", [{"b": 1, "a": 2, "c": 3}], ["a", "b"])
+    assert (tmp_path / "x.csv").read_text() == "a,b\n2,1\n"
