@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Flags with their number of values. Each CPU run needs all of SUPPLIED and none of DROPPED.
+# Flags with their values or number of values. Each CPU run needs all of SUPPLIED and none of
+# DROPPED.
 SUPPLIED: dict[str, tuple[str, ...]] = {
     "--transformer-impl": ("local",),
     "--distributed-backend": ("gloo",),
@@ -31,9 +32,12 @@ SUPPLIED: dict[str, tuple[str, ...]] = {
     "--no-create-attention-mask-in-dataloader": (),
     "--num-workers": ("0",),
 }
+_ANY_NUMBER = -1
 DROPPED: dict[str, int] = {
     "--bf16": 0,
     "--fp16": 0,
+    "--fp16-lm-cross-entropy": 0,
+    "--fp32-residual-connection": 0,
     "--fp8-format": 1,
     "--fp8-recipe": 1,
     "--fp8-amax-history-len": 1,
@@ -48,7 +52,7 @@ DROPPED: dict[str, int] = {
     "--tp-comm-overlap": 0,
     "--attention-backend": 1,
     "--use-flash-attn": 0,
-    "--cp-comm-type": 1,
+    "--cp-comm-type": _ANY_NUMBER,
     "--cross-entropy-loss-fusion": 0,
     "--cross-entropy-fusion-impl": 1,
     "--nccl-ub": 0,
@@ -93,6 +97,9 @@ def cpu_arguments(arguments: Sequence[str]) -> CpuArguments:
         item = items[position]
         flag, has_value, _ = item.partition("=")
         count = DROPPED.get(flag, len(SUPPLIED.get(flag, ())))
+        if count == _ANY_NUMBER:
+            rest = items[position + 1 :]
+            count = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
         span = [item] if has_value else items[position : position + 1 + count]
         position += len(span)
         if flag in SUPPLIED:

@@ -1,6 +1,7 @@
 """`longrope pretrain` drives Megatron's own training loop, on one process and on several."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,16 @@ pytest.importorskip("megatron.training")
 pytestmark = pytest.mark.slow
 
 # A model that was pre-trained on 64 tokens and now sees 128.
-MODEL = ["--num-layers", "2", "--hidden-size", "64", "--ffn-hidden-size", "128", "--num-attention-heads", "4", "--group-query-attention", "--num-query-groups", "2", "--seq-length", "128", "--max-position-embeddings", "128", "--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "--position-embedding-type", "rope", "--rotary-base", "10000", "--hidden-dropout", "0", "--attention-dropout", "0", "--make-vocab-size-divisible-by", "32", "--micro-batch-size", "2", "--global-batch-size", "4", "--train-iters", "3", "--lr", "1e-3", "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255", "--eval-iters", "1", "--eval-interval", "100", "--log-interval", "1", "--seed", "1"]
+MODEL = shlex.split(
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 2 --seq-length 128 --max-position-embeddings 128 "
+    "--swiglu --normalization RMSNorm --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --position-embedding-type rope --rotary-base 10000 "
+    "--hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 32 "
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-3 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 255 --eval-iters 1 --eval-interval 100 "
+    "--log-interval 1 --seed 1"
+)
 HEAD_DIM = 16
 FACTOR = 2.0
 

@@ -1,0 +1,377 @@
+"""The `--longrope-*` flags and every combination that is refused, on namespaces built by hand."""
+
+import argparse
+import json
+import math
+
+import pytest
+
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.integration import arguments
+from megatron_longrope.integration.arguments import (
+    add_longrope_args,
+    attention_from_args,
+    settings_from_args,
+)
+
+HEAD_DIM = 8
+CONFIG = LongRopeConfig(
+    rotary_base=10000.0,
+    rotary_dim=HEAD_DIM,
+    original_max_position_embeddings=64,
+    factor_sets=(
+        FactorSet(64, (1.0, 1.0, 1.0, 1.1)),
+        FactorSet(128, (1.0, 1.2, 1.6, 2.0), origin={"method": "yarn"}),
+        FactorSet(131072, (1.0, 2.0, 300.0, 2048.0), num_start_tokens=4),
+    ),
+)
+
+
+def su(ratio: float) -> float:
+    """The attention factor sqrt(1 + ln s / ln L), written out again."""
+    return math.sqrt(1 + math.log(ratio) / math.log(64))
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "factors.json"
+    CONFIG.save(file)
+    return str(file)
+
+
+def namespace(path, **changes) -> argparse.Namespace:
+    """What Megatron's parser and validation leave behind, as far as the plugin reads it."""
+    values = {
+        "longrope_config": path,
+        "longrope_mode": "auto",
+        "longrope_attention": "auto",
+        "longrope_attention_factor_carrier": "auto",
+        "longrope_hf_parity": False,
+        "position_embedding_type": "rope",
+        "transformer_impl": "local",
+        "context_parallel_size": 1,
+        "kv_channels": HEAD_DIM,
+        "rotary_percent": 1.0,
+        "rotary_base": 10000,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+        "multi_latent_attention": False,
+        "hybrid_context_parallel": False,
+        "seq_length": 128,
+        "create_attention_mask_in_dataloader": False,
+        "reset_attention_mask": False,
+    }
+    assert (
+        not changes.keys() - values.keys() - {"softmax_scale", "dataloader_inter_document_masking"}
+    )
+    return argparse.Namespace(**{**values, **changes})
+
+
+# Flags
+
+
+def test_flags_default_to_stock_rope():
+    args = add_longrope_args(argparse.ArgumentParser()).parse_args([])
+    assert vars(args) == {
+        "longrope_config": None,
+        "longrope_mode": "auto",
+        "longrope_attention": "auto",
+        "longrope_attention_factor_carrier": "auto",
+        "longrope_hf_parity": False,
+    }
+
+
+def test_flags_are_read():
+    words = (
+        "--longrope-config", "f.json", "--longrope-mode", "long", "--longrope-attention", "sdpa",
+        "--longrope-attention-factor-carrier", "rope", "--longrope-hf-parity",
+    )  # fmt: skip
+    args = add_longrope_args(argparse.ArgumentParser()).parse_args(words)
+    assert list(vars(args).values()) == ["f.json", "long", "sdpa", "rope", True]
+
+
+def test_every_flag_has_help():
+    parser = add_longrope_args(argparse.ArgumentParser(add_help=False))
+    assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--longrope-mode", "--longrope-attention", "--longrope-attention-factor-carrier"]
+)
+def test_an_unknown_choice_is_bad_usage(flag, capsys):
+    with pytest.raises(SystemExit) as error:
+        add_longrope_args(argparse.ArgumentParser()).parse_args([flag, "other"])
+    assert error.value.code == 2
+    assert "invalid choice: 'other'" in capsys.readouterr().err
+
+
+# Settings
+
+
+@pytest.mark.parametrize("absent", [None, ""])
+def test_without_a_config_nothing_is_read_or_stored(absent):
+    args = namespace(absent)
+    before = dict(vars(args))
+    assert settings_from_args(args) is None
+    assert vars(args) == before
+
+
+def test_settings_hold_the_config_and_the_factor_of_the_runs_length(path):
+    settings = settings_from_args(namespace(path, longrope_hf_parity=True))
+    assert settings.config == CONFIG
+    assert (settings.mode, settings.carrier, settings.hf_parity) == ("auto", "softmax", True)
+    assert settings.attention_factor == pytest.approx(su(2))
+
+
+@pytest.mark.parametrize(
+    ("mode", "seq_length", "ratio"),
+    [
+        ("auto", 64, 1),
+        ("auto", 65, 2),
+        ("auto", 128, 2),
+        ("auto", 129, 2048),
+        ("long", 64, 2048),
+        ("short", 128, 1),
+        ("short", 262144, 1),
+    ],
+)
+def test_the_attention_factor_follows_the_mode_and_the_length(path, mode, seq_length, ratio):
+    args = namespace(path, longrope_mode=mode, seq_length=seq_length)
+    assert settings_from_args(args).attention_factor == pytest.approx(su(ratio))
+    assert args.longrope_attention_factor == pytest.approx(su(ratio))
+
+
+def test_arguments_hold_the_factors_by_value_as_plain_json(path):
+    args = namespace(path)
+    settings_from_args(args)
+    assert args.longrope_config_value == json.loads(json.dumps(args.longrope_config_value))
+    assert LongRopeConfig.from_dict(args.longrope_config_value) == CONFIG
+
+    def plain(value):
+        if type(value) is dict:
+            return all(type(key) is str and plain(item) for key, item in value.items())
+        if type(value) is list:
+            return all(map(plain, value))
+        return value is None or type(value) in (str, int, float, bool)
+
+    assert plain(args.longrope_config_value)
+    assert type(args.longrope_attention_factor) is float
+
+
+# Exactly one carrier
+
+
+def test_the_softmax_carrier_sets_megatrons_softmax_scale(path):
+    args = namespace(path)
+    assert settings_from_args(args).carrier == "softmax"
+    assert args.softmax_scale == pytest.approx(su(2) ** 2 / math.sqrt(HEAD_DIM), rel=1e-15)
+
+
+def test_the_rope_carrier_leaves_the_softmax_scale_alone(path):
+    args = namespace(path, longrope_attention_factor_carrier="rope")
+    settings = settings_from_args(args)
+    assert settings.carrier == "rope"
+    assert settings.attention_factor == pytest.approx(su(2))
+    assert not hasattr(args, "softmax_scale")
+
+
+def test_a_partly_rotated_head_carries_the_factor_by_rope(path):
+    args = namespace(path, kv_channels=2 * HEAD_DIM, rotary_percent=0.5)
+    assert settings_from_args(args).carrier == "rope"
+    assert not hasattr(args, "softmax_scale")
+
+
+def test_a_factor_of_one_needs_no_carrier(path):
+    args = namespace(path, seq_length=64)
+    assert settings_from_args(args).attention_factor == 1.0
+    assert not hasattr(args, "softmax_scale")
+
+
+def test_reading_the_settings_twice_gives_the_same(path):
+    args = namespace(path)
+    first = settings_from_args(args)
+    stored = dict(vars(args))
+    assert settings_from_args(args) == first
+    assert vars(args) == stored
+
+
+def test_the_softmax_carrier_is_refused_for_a_partly_rotated_head(path):
+    args = namespace(
+        path,
+        kv_channels=2 * HEAD_DIM,
+        rotary_percent=0.5,
+        longrope_attention_factor_carrier="softmax",
+    )
+    with pytest.raises(ValueError) as error:
+        settings_from_args(args)
+    assert str(error.value) == (
+        "rotary_percent 0.5 rotates a part of each head, and the softmax scale would also multiply "
+        "the rest; use --longrope-attention-factor-carrier rope"
+    )
+
+
+def test_a_softmax_scale_of_another_origin_is_refused(path):
+    with pytest.raises(ValueError) as error:
+        settings_from_args(namespace(path, softmax_scale=0.5))
+    assert str(error.value) == (
+        "softmax_scale 0.5 is already set, so the attention factor has no room there; use "
+        "--longrope-attention-factor-carrier rope"
+    )
+    args = namespace(path, softmax_scale=0.5, longrope_attention_factor_carrier="rope")
+    settings_from_args(args)
+    assert args.softmax_scale == 0.5
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"position_embedding_type": "yarn"},
+            "--position-embedding-type yarn: LongRoPE rescales RoPE; use --position-embedding-type "
+            "rope",
+        ),
+        (
+            {"position_embedding_type": "mrope"},
+            "--position-embedding-type mrope: LongRoPE rescales RoPE; use "
+            "--position-embedding-type rope",
+        ),
+        (
+            {"multi_latent_attention": True},
+            "--multi-latent-attention: its attention builds a rotary embedding of its own",
+        ),
+        ({"use_rope_scaling": True}, "--use-rope-scaling: it would scale the frequencies twice"),
+        (
+            {"rotary_seq_len_interpolation_factor": 4},
+            "--rotary-seq-len-interpolation-factor: it would interpolate the positions twice",
+        ),
+        (
+            {"hybrid_context_parallel": True},
+            "--hybrid-context-parallel: its ranks would get another rank's positions",
+        ),
+        (
+            {"dataloader_inter_document_masking": True},
+            "--dataloader-inter-document-masking: packed sequences with LongRoPE are not supported "
+            "yet",
+        ),
+    ],
+)
+def test_flags_that_would_train_another_model_are_refused(path, changes, message):
+    args = namespace(path, **changes)
+    with pytest.raises(ValueError) as error:
+        settings_from_args(args)
+    assert str(error.value) == f"--longrope-config cannot be combined with {message}"
+    assert not hasattr(args, "longrope_config_value")
+
+
+def test_factors_of_another_head_dimension_are_refused(path):
+    with pytest.raises(ValueError) as error:
+        settings_from_args(namespace(path, kv_channels=16))
+    assert str(error.value) == (
+        f"{path}: rotary_dim 8 differs from this model's 16 (kv_channels 16 x rotary_percent 1.0)"
+    )
+
+
+def test_factors_of_another_rotary_base_are_refused(path):
+    with pytest.raises(ValueError) as error:
+        settings_from_args(namespace(path, rotary_base=500000))
+    assert str(error.value) == (
+        f"{path}: rotary_base 10000 differs from --rotary-base 500000; give the base that the "
+        "model was trained with"
+    )
+
+
+def test_a_length_that_does_not_split_over_context_parallel_ranks_is_refused(path):
+    message = "sequence length 126 is not divisible by 2 x context parallel size 4 = 8; use 128 "
+    with pytest.raises(ValueError, match=message):
+        settings_from_args(namespace(path, seq_length=126, context_parallel_size=4))
+
+
+@pytest.mark.parametrize("mode", ["auto", "long"])
+def test_a_sequence_beyond_the_largest_set_is_refused(path, mode):
+    with pytest.raises(ValueError, match="sequence length 131073 exceeds 131072, the max_length"):
+        settings_from_args(namespace(path, seq_length=131073, longrope_mode=mode))
+
+
+def test_a_dense_attention_mask_is_refused_from_64k_on(path):
+    args = namespace(path, seq_length=65536, create_attention_mask_in_dataloader=True)
+    with pytest.raises(ValueError) as error:
+        settings_from_args(args)
+    assert str(error.value) == (
+        "sequence length 65536 with a dense attention mask from the data loader would build a "
+        "65536 x 65536 mask per sample; add --no-create-attention-mask-in-dataloader (attention is "
+        "causal without it)"
+    )
+    settings_from_args(namespace(path, seq_length=65535, create_attention_mask_in_dataloader=True))
+    settings_from_args(namespace(path, seq_length=65536))
+
+
+def test_a_missing_factor_file_is_refused_with_its_path(tmp_path):
+    absent = str(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match=r"absent\.json: no such file"):
+        settings_from_args(namespace(absent))
+
+
+# Attention
+
+
+def test_auto_attention_is_sdpa_for_the_local_implementation_and_te_otherwise():
+    assert attention_from_args(namespace(None)) == "sdpa"
+    assert attention_from_args(namespace(None, transformer_impl="transformer_engine")) == "te"
+
+
+@pytest.mark.parametrize("choice", ["sdpa", "local"])
+def test_sdpa_and_local_attention_are_taken_when_asked_for(choice):
+    assert attention_from_args(namespace(None, longrope_attention=choice)) == choice
+
+
+@pytest.mark.parametrize("choice", ["sdpa", "local"])
+def test_sdpa_and_local_attention_need_the_local_implementation(choice):
+    args = namespace(None, longrope_attention=choice, transformer_impl="transformer_engine")
+    with pytest.raises(ValueError) as error:
+        attention_from_args(args)
+    assert str(error.value) == (
+        f"--longrope-attention {choice} needs --transformer-impl local, got transformer_engine"
+    )
+
+
+def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
+    monkeypatch.setattr(arguments, "transformer_engine_version", lambda: None)
+    args = namespace(None, longrope_attention="te", transformer_impl="transformer_engine")
+    with pytest.raises(ValueError) as error:
+        attention_from_args(args)
+    assert str(error.value) == (
+        "--longrope-attention te needs Transformer Engine, which is not installed; use "
+        "--transformer-impl local with --longrope-attention sdpa"
+    )
+    monkeypatch.setattr(arguments, "transformer_engine_version", lambda: "2.9")
+    assert attention_from_args(args) == "te"
+
+
+def test_local_attention_is_refused_under_context_parallelism():
+    args = namespace(None, longrope_attention="local", context_parallel_size=2)
+    with pytest.raises(ValueError) as error:
+        attention_from_args(args)
+    assert str(error.value) == (
+        "--longrope-attention local cannot run context parallel size 2; use sdpa"
+    )
+
+
+@pytest.mark.parametrize("choice", ["auto", "sdpa"])
+def test_sdpa_attention_refuses_document_borders_with_and_without_a_config(path, choice):
+    for config in (None, path):
+        args = namespace(config, longrope_attention=choice, reset_attention_mask=True)
+        with pytest.raises(ValueError, match="--reset-attention-mask is not supported by sdpa"):
+            attention_from_args(args)
+    args = namespace(path, longrope_attention="local", reset_attention_mask=True)
+    assert attention_from_args(args) == "local"
+
+
+def test_an_identity_file_trains_stock_rope_with_no_carrier(tmp_path):
+    file = tmp_path / "ones.json"
+    identity_config(10000.0, HEAD_DIM, 128).save(file)
+    args = namespace(str(file))
+    assert settings_from_args(args).attention_factor == 1.0
+    assert not hasattr(args, "softmax_scale")

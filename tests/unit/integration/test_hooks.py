@@ -1,0 +1,308 @@
+"""Hooks go in by name, twice is once, and every original comes back."""
+
+import argparse
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.training")
+
+import megatron_longrope
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.integration import compat, hooks
+from megatron_longrope.integration.arguments import LongRopeSettings
+
+CONFIG = LongRopeConfig(
+    rotary_base=10000.0,
+    rotary_dim=8,
+    original_max_position_embeddings=64,
+    factor_sets=(FactorSet(64, (1.0,) * 4), FactorSet(128, (1.0, 1.2, 1.6, 2.0))),
+)
+OTHER = CONFIG.with_factor_set(FactorSet(128, (1.0, 1.5, 1.8, 2.0)))
+SOFTMAX = LongRopeSettings(CONFIG, mode="long", attention_factor=1.1, hf_parity=True)
+ROPE = LongRopeSettings(CONFIG, carrier="rope", attention_factor=1.1)
+GPT_ROTARY = "megatron.core.models.gpt.gpt_model.RotaryEmbedding"
+LOCAL_ATTENTION = "megatron.core.models.backends.LocalSpecProvider.core_attention"
+CONCENTRATION = "megatron.core.transformer.attention._yarn_get_concentration_factor_from_config"
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Megatron's symbols are global: every test must leave them as they were."""
+    yield
+    hooks.remove()
+
+
+def every_symbol() -> list[compat.Symbol]:
+    return [
+        *compat.argument_symbols(),
+        *compat.validate_symbols(),
+        compat.compile_helpers_symbol(),
+        compat.local_attention_symbol(),
+        compat.concentration_symbol(),
+        *compat.rotary_symbols(),
+    ]
+
+
+def stored(symbol: compat.Symbol) -> object:
+    """The object as its holder stores it, without binding."""
+    holder, attribute = symbol.owner()
+    return vars(holder)[attribute]
+
+
+def gpt_rotary():
+    return importlib.import_module("megatron.core.models.gpt.gpt_model").RotaryEmbedding
+
+
+# In and out
+
+
+def test_apply_hooks_the_argument_parsing_and_no_model():
+    hooks.apply()
+    names = hooks.replaced_symbols()
+    assert names[:2] == [
+        "megatron.training.arguments.add_megatron_arguments",
+        "megatron.training.arguments.validate_args",
+    ]
+    assert GPT_ROTARY not in names
+
+
+def test_remove_restores_the_exact_original_objects():
+    before = {str(symbol): stored(symbol) for symbol in every_symbol()}
+    hooks.apply()
+    hooks.activate(ROPE, "sdpa")
+    changed = {str(item) for item in every_symbol() if stored(item) is not before[str(item)]}
+    assert changed == set(hooks.replaced_symbols())
+    assert {GPT_ROTARY, LOCAL_ATTENTION, CONCENTRATION} <= changed
+    hooks.remove()
+    assert all(stored(symbol) is before[str(symbol)] for symbol in every_symbol())
+    assert hooks.replaced_symbols() == []
+
+
+def test_applying_twice_is_applying_once():
+    hooks.apply()
+    once = {str(symbol): stored(symbol) for symbol in every_symbol()}
+    names = hooks.replaced_symbols()
+    hooks.apply()
+    assert hooks.replaced_symbols() == names
+    assert all(stored(symbol) is once[str(symbol)] for symbol in every_symbol())
+
+
+def test_removing_twice_or_without_apply_does_nothing():
+    before = {str(symbol): stored(symbol) for symbol in every_symbol()}
+    hooks.remove()
+    hooks.apply()
+    hooks.remove()
+    hooks.remove()
+    assert all(stored(symbol) is before[str(symbol)] for symbol in every_symbol())
+
+
+def test_apply_after_activate_still_hooks_the_argument_parsing():
+    hooks.activate(SOFTMAX, "sdpa")
+    hooks.apply()
+    assert "megatron.training.arguments.validate_args" in hooks.replaced_symbols()
+
+
+def test_each_replaced_symbol_is_logged_by_its_dotted_name(caplog):
+    with caplog.at_level(logging.INFO, logger=hooks.logger.name):
+        hooks.activate(SOFTMAX, "sdpa")
+    assert f"replaced {GPT_ROTARY}" in caplog.messages
+    assert f"replaced {LOCAL_ATTENTION}" in caplog.messages
+
+
+# What is active
+
+
+def test_models_get_a_rotary_module_with_the_runs_settings():
+    hooks.activate(SOFTMAX, "te")
+    rotary = gpt_rotary()(kv_channels=8, rotary_percent=1.0, rotary_base=10000)
+    assert (rotary.config, rotary.mode, rotary.hf_parity) == (CONFIG, "long", True)
+    assert not {LOCAL_ATTENTION, CONCENTRATION} & set(hooks.replaced_symbols())
+
+
+def test_without_settings_rope_stays_stock():
+    stock = gpt_rotary()
+    hooks.activate(None, "sdpa")
+    assert gpt_rotary() is stock
+    assert hooks.replaced_symbols() == [LOCAL_ATTENTION]
+
+
+def test_activating_again_takes_the_place_of_the_earlier_settings():
+    stock = gpt_rotary()
+    hooks.activate(ROPE, "sdpa")
+    hooks.activate(LongRopeSettings(OTHER), "te")
+    assert gpt_rotary()(kv_channels=8, rotary_percent=1.0).config is OTHER
+    assert not {LOCAL_ATTENTION, CONCENTRATION} & set(hooks.replaced_symbols())
+    hooks.activate(None, "te")
+    assert gpt_rotary() is stock
+    assert hooks.replaced_symbols() == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "replaced"),
+    [
+        (SOFTMAX, False),
+        (ROPE, True),
+        (LongRopeSettings(CONFIG, carrier="rope", attention_factor=1.0), False),
+    ],
+)
+def test_only_the_rope_carrier_multiplies_cos_and_sin(settings, replaced):
+    hooks.activate(settings, "sdpa")
+    assert (CONCENTRATION in hooks.replaced_symbols()) is replaced
+    if replaced:
+        holder, attribute = compat.concentration_symbol().owner()
+        assert getattr(holder, attribute)(None) == 1.1
+
+
+def test_local_layer_specs_get_sdpa_attention():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_longrope.attention import SdpaCoreAttention
+
+    def core_attention():
+        return get_gpt_layer_local_spec().submodules.self_attention.submodules.core_attention
+
+    stock = core_attention()
+    hooks.activate(None, "sdpa")
+    assert core_attention() is SdpaCoreAttention
+    hooks.remove()
+    assert core_attention() is stock is not SdpaCoreAttention
+
+
+# Through Megatron's parser
+
+
+def validated(monkeypatch, tmp_path, **changes) -> argparse.Namespace:
+    """Run the hooked validate_args on a hand-built namespace, without Megatron's own part."""
+    holder, attribute = compat.validate_symbols()[0].owner()
+    monkeypatch.setattr(holder, attribute, lambda args, defaults=None: args)
+    path = tmp_path / "factors.json"
+    CONFIG.save(path)
+    values = {
+        "longrope_config": str(path), "longrope_mode": "auto", "longrope_attention": "auto",
+        "longrope_attention_factor_carrier": "auto", "longrope_hf_parity": False,
+        "position_embedding_type": "rope", "transformer_impl": "local",
+        "context_parallel_size": 1, "kv_channels": 8, "rotary_percent": 1.0,
+        "rotary_base": 10000, "seq_length": 128, "rank": 0,
+        "create_attention_mask_in_dataloader": False,
+    }  # fmt: skip
+    args = argparse.Namespace(**{**values, **changes})
+    hooks.apply()
+    try:
+        return getattr(holder, attribute)(args)
+    finally:
+        active = hooks.replaced_symbols()
+        hooks.remove()
+        args.active = active
+
+
+def test_the_plugins_flags_join_megatrons_parser():
+    hooks.apply()
+    from megatron.training import arguments
+
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = parser.parse_args(["--longrope-mode", "short"])
+    assert args.longrope_mode == "short"
+    assert args.num_layers is None
+
+
+def test_validation_activates_the_hooks_and_says_so(monkeypatch, tmp_path, capsys):
+    args = validated(monkeypatch, tmp_path)
+    assert {GPT_ROTARY, LOCAL_ATTENTION} <= set(args.active)
+    assert args.longrope_config_value == CONFIG.to_dict()
+    assert capsys.readouterr().out == (
+        "> longrope: factor sets up to 64, 128 tokens, mode auto, attention factor 1.08012 by "
+        "softmax; attention sdpa\n"
+    )
+
+
+def test_validation_without_a_config_says_that_rope_is_stock(monkeypatch, tmp_path, capsys):
+    args = validated(monkeypatch, tmp_path, longrope_config=None)
+    assert GPT_ROTARY not in args.active
+    assert capsys.readouterr().out == (
+        "> longrope: no --longrope-config, stock RoPE; attention sdpa\n"
+    )
+
+
+def test_ranks_beyond_the_first_are_silent(monkeypatch, tmp_path, capsys):
+    validated(monkeypatch, tmp_path, rank=1)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"use_rope_scaling": True}, "--longrope-config cannot be combined with --use-rope-scal"),
+        ({"seq_length": 130, "context_parallel_size": 2}, "sequence length 130 is not divisible"),
+        ({"longrope_attention": "local", "context_parallel_size": 2}, "--longrope-attention local"),
+    ],
+)
+def test_a_refusal_ends_the_run_with_one_sentence(monkeypatch, tmp_path, changes, sentence):
+    with pytest.raises(SystemExit) as error:
+        validated(monkeypatch, tmp_path, **changes)
+    assert str(error.value).startswith(f"longrope: error: {sentence}")
+    assert "\n" not in str(error.value)
+
+
+# Other releases
+
+
+@pytest.mark.parametrize(
+    "symbol",
+    [
+        compat.Symbol("megatron.training.arguments", "absent_function"),
+        compat.Symbol("megatron.absent_module", "anything"),
+        compat.Symbol("megatron.core.models.backends", "LocalSpecProvider.absent_method"),
+    ],
+)
+def test_a_missing_symbol_fails_with_its_dotted_name_and_leaves_nothing_replaced(
+    monkeypatch, symbol
+):
+    before = {str(item): stored(item) for item in every_symbol()}
+    monkeypatch.setattr(compat, "validate_symbols", lambda: [symbol])
+    with pytest.raises(RuntimeError) as error:
+        hooks.apply()
+    assert str(error.value).startswith(f"{symbol} is missing from megatron-core ")
+    assert hooks.replaced_symbols() == []
+    monkeypatch.undo()
+    assert all(stored(item) is before[str(item)] for item in every_symbol())
+
+
+def test_a_model_symbol_that_is_missing_leaves_models_stock(monkeypatch):
+    from megatron.core.models.gpt import gpt_model
+
+    stock_attention = stored(compat.local_attention_symbol())
+    monkeypatch.delattr(gpt_model, "RotaryEmbedding")
+    with pytest.raises(RuntimeError, match=GPT_ROTARY.replace(".", r"\.")):
+        hooks.activate(SOFTMAX, "sdpa")
+    assert hooks.replaced_symbols() == []
+    assert stored(compat.local_attention_symbol()) is stock_attention
+
+
+@pytest.mark.parametrize(("version", "warns"), [("0.19.2", False), ("0.20.0", True)])
+def test_an_untested_release_warns_and_is_tried(monkeypatch, recwarn, version, warns):
+    monkeypatch.setattr(compat, "megatron_version", lambda: version)
+    hooks.apply()
+    assert hooks.replaced_symbols()
+    messages = [str(item.message) for item in recwarn if "tested releases" in str(item.message)]
+    assert len(messages) == warns
+    assert all(f"megatron-core {version} is outside" in message for message in messages)
+
+
+@pytest.mark.slow
+def test_importing_the_plugin_changes_nothing_in_megatron():
+    code = (
+        "import megatron_longrope.integration.hooks as hooks\n"
+        "import megatron_longrope.rotary, megatron_longrope.attention\n"
+        "from megatron.core.models.gpt import gpt_model\n"
+        "assert gpt_model.RotaryEmbedding.__module__.startswith('megatron.core')\n"
+        "assert hooks.replaced_symbols() == []\n"
+    )
+    root = str(Path(megatron_longrope.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
