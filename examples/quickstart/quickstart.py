@@ -8,6 +8,7 @@ where it stopped. Results: results.json, report.html and logs/ in the output dir
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from results import write_results
 
 from megatron_longrope.recipe.stages import Stage, StageError, run_stages
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))
 ORIGINAL = 256  # tokens; the base model's window
 PYTHON = sys.executable
 LONGROPE = [PYTHON, "-m", "megatron_longrope"]
@@ -36,7 +37,8 @@ MODEL = """
 """
 OPTIMIZER = """
     --lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
-    --split 1000,0,0 --data-cache-path {output}/cache --eval-iters 0 --log-interval 20
+    --split 1000,0,0 --data-cache-path {output}/cache --log-interval 20
+    --eval-iters 0 --eval-interval 1000
 """
 # On a GPU without Transformer Engine.
 LOCAL_GPU = """
@@ -60,7 +62,7 @@ class Scale:
     passkey_trials: int
 
 
-FULL = Scale(600, 120, (256, 512, 1024, 2048, 4096, 8192), 8, 8, 32, 12, 7, 5)
+FULL = Scale(600, 120, (256, 512, 1024, 2048, 4096, 8192), 10, 12, 32, 12, 7, 5)
 SMOKE = Scale(20, 4, (256, 1024, 2048, 8192), 2, 2, 6, 2, 1, 1)
 
 
@@ -142,6 +144,9 @@ class Walk:
             target = f"--output {{data}}/{{name}} {how} --overwrite"
             return self.longrope(f"data prepare {source} {target}", part=part, name=name)
 
+        # Each document as long as the longest window: every length then scores the same tokens.
+        cut = "--min-length {longest} --max-length {longest}"
+
         return self.stage(
             "text",
             50,
@@ -153,8 +158,8 @@ class Walk:
                 ),
                 prepare("train", "train_256", "--segment-length 256 --tail pack"),
                 prepare("train", "train_2k", "--segment-length 2k --tail pack"),
-                prepare("search", "search", "--whole-documents --min-length {longest}"),
-                prepare("heldout", "heldout", "--whole-documents --min-length {longest}"),
+                prepare("search", "search", f"--whole-documents {cut}"),
+                prepare("heldout", "heldout", f"--whole-documents {cut}"),
             ],
             reads="{here}/collect_text.py",
             writes="{text} {tokenizer} {data}",
@@ -169,8 +174,9 @@ class Walk:
             430,
             [
                 self.train(
-                    f"--data-path {{data}}/train_256 --micro-batch-size 32 --global-batch-size 32 "
-                    f"--train-iters {steps} --lr 3e-3 --min-lr 3e-4 --lr-warmup-iters {steps // 20 + 1} "
+                    f"--data-path {{data}}/train_256 --train-iters {steps} "
+                    f"--lr 3e-3 --min-lr 3e-4 --lr-warmup-iters {steps // 20 + 1} "
+                    "--micro-batch-size 32 --global-batch-size 32 "
                     "--load {base} --save {base} --save-interval 200",
                     length=ORIGINAL,
                 )
@@ -277,7 +283,7 @@ class Walk:
                 self.evolve(
                     f"--load {{finetuned}} --base-config {{search_8x}} "
                     f"--target-length {32 * ORIGINAL} --output {{second}}",
-                    min(3, self.scale.samples),
+                    min(5, self.scale.samples),
                     max(self.scale.iterations // 4, 1),
                 )
             ],
@@ -293,9 +299,9 @@ class Walk:
             [
                 self.evolve(
                     f"--load {{finetuned}} --base-config {{second}} --target-length {ORIGINAL} "
-                    "--attention-factor longest --output {final}",
+                    "--attention-factor longest --output {final} --windows-per-document 8",
                     self.scale.samples,
-                    self.scale.iterations,
+                    max(self.scale.iterations // 2, 1),
                 )
             ],
             reads="{finetuned} {second} {data}/search.bin",
@@ -391,7 +397,8 @@ class Walk:
     def evaluate(self, text: str) -> list[str]:
         """Perplexity on held-out text."""
         return self.longrope(
-            f"eval ppl --data {{data}}/heldout --num-documents {self.scale.documents} {text}"
+            f"eval ppl --data {{data}}/heldout --num-documents {self.scale.documents} "
+            f"--stride disjoint {text}"
         )
 
     def evolve(self, text: str, samples: int, iterations: int) -> list[str]:

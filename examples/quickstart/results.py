@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+from importlib import metadata
 from pathlib import Path
 
 from megatron_longrope import __version__
@@ -56,15 +57,10 @@ def parity(output: Path) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """What ran."""
-    import megatron.core
-    import torch
-    import transformers
-
+    packages = ("megatron-core", "torch", "transformers", "numpy", "sentencepiece")
     return {
         "megatron_longrope": __version__,
-        "megatron_core": megatron.core.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **{name.replace("-", "_"): metadata.version(name) for name in packages},
         "python": platform.python_version(),
     }
 

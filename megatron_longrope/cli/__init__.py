@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
+import warnings
 
 from megatron_longrope import __version__
 
@@ -29,6 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage."""
     args = build_parser().parse_args(argv)
+    if args.command not in ("pretrain", "doctor") and not args.debug:
+        _quiet_imports()
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -39,3 +43,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"longrope {args.command}: error: {error}", file=sys.stderr)
         return 1
+
+
+def _quiet_imports() -> None:
+    """Megatron and torch announce at import which kernels they lack; scoring on SDPA needs none."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -28,7 +28,11 @@ def add_parser(commands) -> None:
     ppl.add_argument("--data", required=True, metavar="PREFIX", help="held-out documents")
     ppl.add_argument("--num-documents", type=int, default=10, metavar="K")
     ppl.add_argument(
-        "--stride", type=options.length, metavar="S", help="slide by S tokens (default: truncate)"
+        "--stride",
+        type=_stride,
+        metavar="S",
+        help="slide by S tokens, or `disjoint`: windows side by side, so that every length scores "
+        "the same tokens (default: one window per document)",
     )
     ppl.add_argument(
         "--baselines",
@@ -94,7 +98,7 @@ def run_ppl(args: argparse.Namespace) -> None:
     engine = options.load_engine_from(args)
     records = Records(
         Path(args.output) / "ppl.jsonl",
-        ("label", "policy", "config", "length", "protocol", "stride", "checkpoint", "sources"),
+        ("label", "policy", "config", "length", "requested_stride", "checkpoint", "sources"),
     )
     cells = list(_ppl_cells(args, files, engine))
     units = len(documents) if args.stride is None else 1
@@ -196,6 +200,10 @@ def run_passkey(args: argparse.Namespace) -> None:
     print(f"wrote {records.path} and passkey.csv beside it")
 
 
+def _stride(text: str) -> int | str:
+    return text if text == "disjoint" else options.length(text)
+
+
 def _factor_files(items: list[str]) -> dict[str, str]:
     files: dict[str, str] = {}
     for item in items:
@@ -216,6 +224,7 @@ def _ppl_cells(args: argparse.Namespace, files: dict[str, str], engine) -> Itera
         "checkpoint": args.load,
         "sources": f"{args.data}:{args.num_documents}",
         "protocol": "truncated" if args.stride is None else "sliding",
+        "requested_stride": args.stride,
     }
     original = options.original_window(args, engine)
     for label, path in files.items():
@@ -223,7 +232,7 @@ def _ppl_cells(args: argparse.Namespace, files: dict[str, str], engine) -> Itera
         for length in args.lengths:
             config.factor_set_for(length)
             cell = {"label": label, "policy": None, "config": path, "length": length}
-            yield {**cell, **common, "stride": args.stride or length}, config
+            yield {**cell, **common}, config
     for method in args.baselines:
         for policy in args.attention_factor_policy:
             for length in args.lengths:
@@ -242,7 +251,7 @@ def _ppl_cells(args: argparse.Namespace, files: dict[str, str], engine) -> Itera
                     policy,
                 )
                 cell = {"label": method, "policy": policy, "config": None, "length": length}
-                yield {**cell, **common, "stride": args.stride or length}, config
+                yield {**cell, **common}, config
 
 
 def _print_table(records, cells) -> None:

@@ -82,8 +82,8 @@ def original_window(args: argparse.Namespace, engine) -> int:
     return args.original_length or engine.config.original_max_position_embeddings
 
 
-def read_samples(prefix: str, length: int, count: int):
-    """Token ids of the first `count` documents that fill a window of `length`, and the BOS id.
+def read_samples(prefix: str, length: int, count: int, windows: int = 1):
+    """Token ids of the first `count` documents that fill `windows` windows, and the BOS id.
 
     Raises:
         ValueError: Too few documents are that long, or the set's tokenizer has no BOS.
@@ -96,4 +96,4 @@ def read_samples(prefix: str, length: int, count: int):
             f"{prefix} was made with a tokenizer without BOS, which stands before every window; "
             "use a tokenizer that has one"
         )
-    return read_documents(prefix, min_length=length - 1, limit=count), bos_id
+    return read_documents(prefix, min_length=windows * (length - 1), limit=count), bos_id

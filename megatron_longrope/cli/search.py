@@ -37,6 +37,13 @@ def add_parser(commands) -> None:
         "--num-samples", type=int, default=5, metavar="K", help="documents per evaluation"
     )
     parser.add_argument(
+        "--windows-per-document",
+        type=int,
+        default=1,
+        metavar="W",
+        help="consecutive windows per document; useful for short windows (default: 1)",
+    )
+    parser.add_argument(
         "--held-out", metavar="PREFIX", help="other documents, to compare the winner on at the end"
     )
     algorithm = parser.add_argument_group("algorithm (defaults are the paper's)")
@@ -85,7 +92,6 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from megatron_longrope.config import LongRopeConfig, identity_config
-    from megatron_longrope.search.objective import PerplexityObjective
     from megatron_longrope.search.problem import make_problem
     from megatron_longrope.search.runner import run_evolution
     from megatron_longrope.search.space import START_TOKENS
@@ -93,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
     parameters = _parameters(args)
     start_tokens = _start_tokens(args.start_tokens) or START_TOKENS
     base = LongRopeConfig.load(args.base_config) if args.base_config else None
-    documents, bos_id = options.read_samples(args.data, args.target_length, args.num_samples)
+    if min(args.num_samples, args.windows_per_document) < 1:
+        raise ValueError("--num-samples and --windows-per-document must be at least 1")
     engine = options.load_engine_from(args, base)
     if base is None:
         shape = engine.shape
@@ -101,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
             shape.rotary_base, shape.rotary_dim, options.original_window(args, engine)
         )
     problem = make_problem(base, args.target_length, upper=args.upper, start_tokens=start_tokens)
-    objective = PerplexityObjective(engine, documents, bos_id, args.target_length)
+    objective = _objective(args, args.data, engine)
     settings = _settings(args, problem, parameters, start_tokens)
     journal_path = Path(args.output).with_suffix(".journal.jsonl")
     problem, policy_scores = _with_attention(
@@ -133,7 +140,16 @@ def run(args: argparse.Namespace) -> None:
     config = problem.config(outcome.candidate, origin)
     if _is_rank_0():
         config.save(args.output)
-        _print_summary(args, problem, outcome, config, engine, bos_id)
+        _print_summary(args, problem, outcome, config, engine)
+
+
+def _objective(args: argparse.Namespace, prefix: str, engine):
+    """The score of a configuration on the documents of a set."""
+    from megatron_longrope.search.objective import PerplexityObjective
+
+    windows = args.windows_per_document
+    documents, bos_id = options.read_samples(prefix, args.target_length, args.num_samples, windows)
+    return PerplexityObjective(engine, documents, bos_id, args.target_length, windows)
 
 
 def _parameters(args: argparse.Namespace):
@@ -175,6 +191,7 @@ def _settings(args: argparse.Namespace, problem, parameters, start_tokens) -> di
         "upper": problem.space.max_step,
         "seed": args.seed,
         "num_samples": args.num_samples,
+        "windows_per_document": args.windows_per_document,
         "data_sha256": read_manifest(args.data)["token_sha256"],
         "checkpoint": str(MegatronCheckpoint.open(args.load, args.iteration).directory),
         "dtype": args.dtype,
@@ -215,7 +232,7 @@ def _with_attention(args: argparse.Namespace, problem, objective, journal_path, 
     return problem.with_attention(None, policy), table
 
 
-def _print_summary(args, problem, outcome, config, engine, bos_id: int) -> None:
+def _print_summary(args, problem, outcome, config, engine) -> None:
     factor_set = config.factor_set_for(args.target_length)
     factor = config.attention_factor_for(args.target_length)
     print(
@@ -224,7 +241,7 @@ def _print_summary(args, problem, outcome, config, engine, bos_id: int) -> None:
         f"attention factor {factor:.6g}"
     )
     rows = {**outcome.seed_scores, "longrope": outcome.score}
-    held_out = _held_out(args, problem, outcome, engine, bos_id) if args.held_out else {}
+    held_out = _held_out(args, problem, outcome, engine) if args.held_out else {}
     print(
         f"{'':10}{'search text':>14}{'held-out text':>16}" if held_out else f"{'':10}{'search':>14}"
     )
@@ -234,14 +251,8 @@ def _print_summary(args, problem, outcome, config, engine, bos_id: int) -> None:
     print(f"wrote {args.output}")
 
 
-def _held_out(args, problem, outcome, engine, bos_id: int) -> dict[str, float]:
-    from megatron_longrope.data.documents import read_documents
-    from megatron_longrope.search.objective import PerplexityObjective
-
-    documents = read_documents(
-        args.held_out, min_length=args.target_length - 1, limit=args.num_samples
-    )
-    objective = PerplexityObjective(engine, documents, bos_id, args.target_length)
+def _held_out(args, problem, outcome, engine) -> dict[str, float]:
+    objective = _objective(args, args.held_out, engine)
     candidates = {**problem.seeds, "longrope": outcome.candidate}
     return {name: objective(problem.config(item)).score for name, item in candidates.items()}
 

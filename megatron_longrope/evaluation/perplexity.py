@@ -115,7 +115,7 @@ def perplexity(
     bos_id: int,
     length: int,
     *,
-    stride: int | None = None,
+    stride: int | str | None = None,
     on_window: Callable[[], None] | None = None,
 ) -> PerplexityResult:
     """Score documents at one window length.
@@ -125,13 +125,16 @@ def perplexity(
         documents (Sequence[np.ndarray]): Token ids without special tokens, each at least
             `length - 1` long.
         bos_id (int): Put before every window.
-        stride (int, optional): None for the truncated form.
+        stride (int | str, optional): Tokens between windows, or `disjoint` for windows side by side
+            (window - 1), so that every length scores the same tokens. None for the truncated form.
         on_window (Callable, optional): Called after each forward, for progress.
 
     Raises:
         ValueError: A document is shorter than the window.
     """
     started = time.perf_counter()
+    if stride == "disjoint":
+        stride = length - 1
     digest = hashlib.sha256()
     window_means: list[float] = []
     document_means: list[float] = []
