@@ -1,6 +1,20 @@
-"""LongRoPE (arXiv 2402.13753) for Megatron-LM: search, fine-tune, evaluate, export."""
+"""LongRoPE (arXiv 2402.13753) for Megatron-LM: search, fine-tune, evaluate, export.
+
+Importable without megatron-core; only building or hooking a model needs it.
+"""
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.integration.arguments import add_longrope_args
+from megatron_longrope.integration.hooks import apply, enable, remove
 
 __version__ = "0.1.0"
-__all__ = ["FactorSet", "LongRopeConfig", "__version__", "identity_config"]
+__all__ = [
+    "FactorSet",
+    "LongRopeConfig",
+    "__version__",
+    "add_longrope_args",
+    "apply",
+    "enable",
+    "identity_config",
+    "remove",
+]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.config_rules import (
+    check_int,
+    check_keys,
+    check_positive,
+    validate_factor_sets,
+    validate_geometry,
+)
 from megatron_longrope.files import read_json, write_json_atomic
-from megatron_longrope.frequencies import ATTENTION_FACTOR_POLICIES, attention_factor
+from megatron_longrope.frequencies import attention_factor
 
 SCHEMA_VERSION = 1
-_MAX_INT = 2**53
 """Largest integer of which every smaller one is exact in fp64, the type of positions."""
 _SET_KEYS = {"max_length", "rescale_factors", "num_start_tokens", "origin"}
 _CONFIG_KEYS = {
@@ -77,8 +81,8 @@ class LongRopeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor_sets", tuple(self.factor_sets))
-        _validate_geometry(self)
-        _validate_factor_sets(self)
+        validate_geometry(self)
+        validate_factor_sets(self)
 
     @property
     def max_length(self) -> int:
@@ -150,7 +154,7 @@ class LongRopeConfig:
             raise ValueError(
                 f"schema {schema!r} is not supported; this release reads schema {SCHEMA_VERSION}"
             )
-        _check_keys("the configuration", value, _CONFIG_KEYS, _OPTIONAL_CONFIG_KEYS)
+        check_keys("the configuration", value, _CONFIG_KEYS, _OPTIONAL_CONFIG_KEYS)
         if value["rope_type"] != "longrope":
             raise ValueError(f'rope_type {value["rope_type"]!r} must be "longrope"')
         if not isinstance(value["factor_sets"], list):
@@ -160,7 +164,7 @@ class LongRopeConfig:
             where = f"factor_sets[{index}]"
             if not isinstance(item, dict):
                 raise ValueError(f"{where} must be an object, got {type(item).__name__}")
-            _check_keys(where, item, _SET_KEYS, {"num_start_tokens", "origin"})
+            check_keys(where, item, _SET_KEYS, {"num_start_tokens", "origin"})
             if not isinstance(item["rescale_factors"], list):
                 raise ValueError(f"{where}.rescale_factors must be a list of numbers")
             if not isinstance(item.get("origin", {}), dict):
@@ -257,7 +261,8 @@ class LongRopeConfig:
         rope_type = scaling.get("rope_type", scaling.get("type"))
         if rope_type not in ("longrope", "su"):
             raise ValueError(f"rope_type {rope_type!r} in config.json is not longrope")
-        merged = {**scaling, **{key: hf_config[key] for key in _HF_TOP if hf_config.get(key)}}
+        top = hf_config.get("original_max_position_embeddings")
+        merged = {**scaling, **({"original_max_position_embeddings": top} if top else {})}
         for key in ("short_factor", "long_factor"):
             if key not in scaling:
                 raise ValueError(f"config.json has rope_type longrope but no {key}")
@@ -272,16 +277,16 @@ class LongRopeConfig:
                 "that the model was pre-trained with"
             )
         original = merged["original_max_position_embeddings"]
-        _check_int("max_position_embeddings", max_length, 2)
-        _check_int("original_max_position_embeddings", original, 2)
+        check_int("max_position_embeddings", max_length, 2)
+        check_int("original_max_position_embeddings", original, 2)
         theta = scaling.get("rope_theta") or hf_config.get("rope_theta") or 10000.0
-        _check_positive("rope_theta", theta)
+        check_positive("rope_theta", theta)
         value = scaling.get("attention_factor")
         if value is None:
             ratio = scaling.get("factor") or max_length / original
-            _check_positive("factor", ratio)
+            check_positive("factor", ratio)
             value = attention_factor("su", ratio, original)
-        _check_positive("attention_factor", value)
+        check_positive("attention_factor", value)
         sets = [FactorSet(original, tuple(scaling["short_factor"]), origin={"source": "hf"})]
         if max_length > original:
             sets.append(
@@ -296,9 +301,6 @@ class LongRopeConfig:
         )
 
 
-_HF_TOP = ("original_max_position_embeddings",)
-
-
 def identity_config(
     rotary_base: float, rotary_dim: int, original_max_position_embeddings: int
 ) -> LongRopeConfig:
@@ -310,104 +312,3 @@ def identity_config(
         original_max_position_embeddings=original_max_position_embeddings,
         factor_sets=(FactorSet(original_max_position_embeddings, ones, origin={"method": "none"}),),
     )
-
-
-def _check_keys(where: str, value: Mapping[str, Any], known: set[str], optional: set[str]) -> None:
-    if unknown := sorted(value.keys() - known):
-        raise ValueError(f"{where} has unknown key {unknown[0]!r}; known keys: {sorted(known)}")
-    if missing := sorted(known - optional - value.keys()):
-        raise ValueError(f"{where} lacks the key {missing[0]!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
-    if value > _MAX_INT:
-        raise ValueError(f"{name} is {value}; it must be at most 2^53")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
-
-
-def _validate_geometry(config: LongRopeConfig) -> None:
-    _check_positive("rotary_base", config.rotary_base)
-    if config.rotary_base <= 1:
-        raise ValueError(f"rotary_base is {config.rotary_base!r}; it must be above 1")
-    _check_int("rotary_dim", config.rotary_dim, 2)
-    if config.rotary_dim % 2:
-        raise ValueError(
-            f"rotary_dim is {config.rotary_dim}, which is odd; dimensions rotate in pairs"
-        )
-    _check_int("original_max_position_embeddings", config.original_max_position_embeddings, 2)
-    if config.attention_factor is not None:
-        _check_positive("attention_factor", config.attention_factor)
-    if config.attention_factor_policy not in ATTENTION_FACTOR_POLICIES:
-        raise ValueError(
-            f"attention_factor_policy is {config.attention_factor_policy!r}; "
-            f"it must be one of {', '.join(ATTENTION_FACTOR_POLICIES)}"
-        )
-
-
-def _validate_factor_sets(config: LongRopeConfig) -> None:
-    if not config.factor_sets:
-        raise ValueError("factor_sets is empty; at least one set is needed")
-    for index, item in enumerate(config.factor_sets):
-        _check_int(f"factor_sets[{index}].max_length", item.max_length, 1)
-    # LongRoPE searches up to 1.25 s (the release: 1 + s), LongRoPE2 up to 2 s. A short window's
-    # recovered factors stay near the long ones, so the bound is one for all sets.
-    ratio = max(item.max_length for item in config.factor_sets)
-    bound = 2.0 * max(ratio / config.original_max_position_embeddings, 1.0)
-    previous = 0
-    for index, item in enumerate(config.factor_sets):
-        where = f"factor_sets[{index}]"
-        if item.max_length == previous:
-            raise ValueError(
-                f"{where}.max_length {item.max_length} is a duplicate; each length may stand once"
-            )
-        if item.max_length < previous:
-            raise ValueError(
-                f"{where}.max_length {item.max_length} follows {previous}; sets must be sorted"
-            )
-        previous = item.max_length
-        _check_int(f"{where}.num_start_tokens", item.num_start_tokens, 0)
-        _validate_factors(f"{where}.rescale_factors", item.rescale_factors, config, bound)
-        try:
-            json.dumps(dict(item.origin), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}.origin must be plain JSON: {error}") from None
-
-
-def _validate_factors(
-    where: str, factors: Sequence[float], config: LongRopeConfig, bound: float
-) -> None:
-    expected = config.rotary_dim // 2
-    if len(factors) != expected:
-        raise ValueError(
-            f"{where} has {len(factors)} values; rotary_dim {config.rotary_dim} needs {expected}"
-        )
-    for index, value in enumerate(factors):
-        here = f"{where}[{index}]"
-        if not _is_number(value):
-            raise ValueError(f"{here} is {value!r}; it must be a number")
-        if value != value:  # not math.isnan, which overflows on an integer of 400 digits
-            raise ValueError(f"{here} is NaN; factors must be finite")
-        if abs(value) == math.inf:
-            raise ValueError(f"{here} is infinite; factors must be finite")
-        if value < 1:
-            raise ValueError(f"{here} is {value!r}, below 1; a factor may only slow a rotation")
-        if index and value < factors[index - 1]:
-            raise ValueError(
-                f"{here} is {value!r}, below its predecessor {factors[index - 1]!r}; "
-                "factors must not decrease (the paper's monotonic constraint)"
-            )
-        if value > bound:
-            raise ValueError(
-                f"{here} is {value!r}, over the bound {bound:g} = 2 x largest max_length / "
-                "original_max_position_embeddings; check both lengths"
-            )

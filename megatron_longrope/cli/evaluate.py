@@ -134,8 +134,9 @@ def run_passkey(args: argparse.Namespace) -> None:
 
     from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.data.tokenizer import load_tokenizer
-    from megatron_longrope.evaluation.passkey import is_retrieved, make_trial, wilson_interval
+    from megatron_longrope.evaluation.passkey import is_retrieved, make_trial
     from megatron_longrope.evaluation.records import Records, write_csv
+    from megatron_longrope.evaluation.statistics import wilson_interval
     from megatron_longrope.progress import Progress
 
     if args.trials < 1:
@@ -180,7 +181,7 @@ def run_passkey(args: argparse.Namespace) -> None:
                         records.append(found)
                     hits += found["correct"]
                     progress.update(f"{label} at {length}: {hits}/{number + 1}")
-                low, high = wilson_interval(hits, args.trials)
+                low, high = wilson_interval(hits / args.trials, args.trials)
                 summary.append(
                     {
                         "label": label,

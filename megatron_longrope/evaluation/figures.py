@@ -29,6 +29,7 @@ from megatron_longrope.evaluation.drawing import (
     style_of,
     swatch,
 )
+from megatron_longrope.evaluation.statistics import wilson_interval
 from megatron_longrope.frequencies import named_factors
 from megatron_longrope.lengths import format_length
 
@@ -222,15 +223,6 @@ def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[fl
         name: named_factors(name, config.rotary_dim, ratio, *geometry)
         for name in ("pi", "ntk", "yarn")
     }
-
-
-def wilson_interval(accuracy: float, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927), sensible at 0 and at 1."""
-    z = 1.959964
-    center = (accuracy + z * z / (2 * trials)) / (1 + z * z / trials)
-    spread = accuracy * (1 - accuracy) / trials + z * z / (4 * trials * trials)
-    half = z * math.sqrt(spread) / (1 + z * z / trials)
-    return max(center - half, 0.0), min(center + half, 1.0)
 
 
 def _running_minimum(scores: Sequence[float]) -> list[float]:

@@ -6,7 +6,6 @@ greedy choice equals every answer token. For greedy decoding that is the same te
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,14 +102,3 @@ def is_retrieved(predictions: torch.Tensor, trial: Trial) -> bool:
     """
     answer = trial.tokens[-trial.num_answer_tokens :]
     return predictions.tolist() == answer
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson score)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

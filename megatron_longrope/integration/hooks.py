@@ -1,13 +1,14 @@
 """Replace a few Megatron symbols, each by name, each undone by :func:`remove`.
 
 Two layers. :func:`apply` adds the command-line flags and, once Megatron has validated its
-arguments, calls :func:`activate`, which swaps the rotary module and the local attention. People who
-own their script skip `apply`: they pass `add_longrope_args` as `extra_args_provider` and call
-`activate(settings_from_args(args), attention_from_args(args))` before the model is built.
+arguments, calls :func:`enable`, which reads them and swaps the rotary module and the local
+attention. People who own their script skip `apply`: they pass `add_longrope_args` as
+`extra_args_provider` and call `enable(args)` before the model is built.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import logging
@@ -50,6 +51,23 @@ def apply() -> None:
     except RuntimeError:
         _restore(_argument_hooks)
         raise
+
+
+def enable(args: argparse.Namespace) -> None:
+    """Make models that are built from now on follow the `--longrope-*` flags in `args`.
+
+    Call it after Megatron has validated `args` and before the model is built.
+
+    Raises:
+        SystemExit: A flag is wrong; the message is one sentence.
+        RuntimeError: This Megatron lacks a symbol that the plugin needs.
+    """
+    with _errors_in_one_sentence():
+        settings = settings_from_args(args)
+        attention = attention_from_args(args)
+    activate(settings, attention)
+    if args.rank == 0:
+        print(describe(settings, attention), flush=True)
 
 
 def activate(settings: LongRopeSettings | None, attention: str) -> None:
@@ -124,12 +142,7 @@ def _with_activation(original: Callable) -> Callable:
                 # Before Megatron's own assertion, which names no remedy.
                 check_divisible(args.seq_length, args.context_parallel_size)
         result = original(args, *rest, **options)
-        with _errors_in_one_sentence():
-            settings = settings_from_args(args)
-            attention = attention_from_args(args)
-        activate(settings, attention)
-        if args.rank == 0:
-            print(describe(settings, attention), flush=True)
+        enable(args)
         return result
 
     return validate_args

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import launching
@@ -226,3 +227,39 @@ def test_the_unmodified_script_of_a_megatron_lm_checkout_trains_with_the_plugin(
     theirs = train([command], directory / "checkout")
     assert "attention factor 1.08012 by softmax; attention sdpa" in theirs.log
     assert_same_losses(theirs, one_process)
+
+
+# Without the launcher
+
+HOST = """\
+import runpy, sys
+from megatron_longrope.integration import cpu_host, launcher
+cpu_host.prepare_environment()
+rewrite = cpu_host.cpu_arguments(sys.argv[2:])
+cpu_host.enable()
+launcher._default_rendezvous()
+from megatron.core.datasets import utils
+utils.compile_helpers = lambda: None  # the wheel ships no Makefile
+if __name__ == "__main__":
+    sys.argv = [sys.argv[1], *rewrite.arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_readmes_three_lines_in_an_own_script_give_the_launchers_losses(
+    directory, continued, one_process
+):
+    text = launching.SCRIPT.read_text()
+    parse = "    args = parse_and_validate_args()\n"
+    assert text.count(parse) == 1
+    text = text.replace(
+        parse,
+        "    args = parse_and_validate_args(extra_args_provider=add_longrope_args)\n"
+        "    enable(args)\n",
+    )
+    (directory / "own_script.py").write_text(
+        f"from megatron_longrope import add_longrope_args, enable\n{text}"
+    )
+    (directory / "host.py").write_text(HOST)
+    command = [sys.executable, str(directory / "host.py"), str(directory / "own_script.py")]
+    assert_same_losses(train([[*command, *continued]], directory / "own-script"), one_process, 0)

@@ -13,7 +13,7 @@ import pytest
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.evaluation.drawing import METHODS, NEUTRALS, spread_labels
-from megatron_longrope.evaluation.figures import SearchTrace, draw_search, wilson_interval
+from megatron_longrope.evaluation.figures import SearchTrace, draw_search
 from megatron_longrope.evaluation.report import (
     find_factor_sets,
     find_search_traces,
@@ -23,6 +23,7 @@ from megatron_longrope.evaluation.report import (
     write_report,
 )
 from megatron_longrope.evaluation.results import check_results
+from megatron_longrope.evaluation.statistics import wilson_interval
 from megatron_longrope.frequencies import named_factors
 from megatron_longrope.search.journal import Evaluation, Journal
 

@@ -1,0 +1,103 @@
+"""The whole walk with hardly any work: text, training, searches, evaluation, export."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_longrope.config import LongRopeConfig
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def walk(output):
+    command = [sys.executable, "examples/quickstart/quickstart.py", "--smoke"]
+    return subprocess.run(
+        [*command, "--output", str(output)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    # A space in the path, because people have them.
+    directory = tmp_path_factory.mktemp("quick start")
+    done = walk(directory)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def results(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_every_cell_of_the_results_is_a_measured_number(results):
+    assert results["original_length"] == 256 and results["seed"] == 0
+    perplexity = results["perplexity"]
+    assert set(perplexity) == {
+        "none", "pi", "ntk", "yarn", "longrope_search", "longrope_finetuned", "longrope_second",
+    }  # fmt: skip
+    for method in ("none", "pi", "ntk", "yarn", "longrope_second"):
+        assert list(perplexity[method]) == ["256", "1024", "2048", "8192"]
+    assert list(perplexity["longrope_search"]) == ["256", "1024", "2048"]
+    values = [value for row in perplexity.values() for value in row.values()]
+    assert all(math.isfinite(value) and value > 1 for value in values)
+
+
+def test_unextended_methods_agree_within_the_original_window(results):
+    within = {results["perplexity"][method]["256"] for method in ("none", "pi", "ntk", "yarn")}
+    assert len(within) == 1
+
+
+def test_context_parallel_training_gives_the_loss_of_one_process(results):
+    parity = results["cp_parity"]
+    assert parity["cp2_loss"] == pytest.approx(parity["cp1_loss"], rel=1e-6)
+
+
+def test_the_export_has_the_logits_and_perplexity_of_the_checkpoint(results):
+    conversion = results["conversion"]
+    assert conversion["max_abs_logit_diff_short"] < 1e-5
+    assert conversion["max_abs_logit_diff_long"] < 1e-5
+    for length, ours in conversion["perplexity_megatron"].items():
+        assert conversion["perplexity_transformers"][length] == pytest.approx(ours, rel=1e-5)
+    assert conversion["greedy_agreement_across_switch"] == 1.0
+
+
+def test_the_final_factors_hold_every_stage_and_its_provenance(output):
+    config = LongRopeConfig.load(output / "factors/final.json")
+    assert [item.max_length for item in config.factor_sets] == [256, 2048, 8192]
+    assert [item.origin["stage"] for item in config.factor_sets] == ["recovery", "first", "second"]
+    second = LongRopeConfig.load(output / "factors/second.json")
+    assert config.attention_factor == second.attention_factor_for(8192)
+
+
+def test_the_fine_tuned_checkpoint_holds_the_factors_by_value(output):
+    from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+
+    checkpoint = MegatronCheckpoint.open(output / "checkpoints/finetuned")
+    assert checkpoint.longrope == LongRopeConfig.load(output / "factors/search_8x.json")
+    assert checkpoint.args.longrope_config.endswith("search_8x.json")
+
+
+def test_the_report_is_one_file_with_its_figures_beside_it(output):
+    page = (output / "report.html").read_text()
+    assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "")
+    names = {path.name for path in (output / "figures").iterdir()}
+    assert {"perplexity.png", "perplexity.csv"} <= names
+
+
+def test_a_second_run_repeats_nothing(output):
+    before = (output / "results.json").read_text()
+    done = walk(output)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("done before") == 14
+    after = json.loads((output / "results.json").read_text())
+    assert after == json.loads(before)

@@ -1,0 +1,97 @@
+import subprocess
+import sys
+
+import pytest
+
+from megatron_longrope.cli import build_parser, main
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain",
+        "search",
+        "eval ppl",
+        "eval passkey",
+        "convert to-hf",
+        "convert verify",
+        "convert inspect",
+        "data tokenizer",
+        "data prepare",
+        "data inspect",
+        "report",
+        "doctor",
+    ],
+)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([*command.split(), "--help"])
+    assert stop.value.code == 0
+    assert "usage: longrope" in capsys.readouterr().out
+
+
+def test_help_is_instant_because_it_imports_neither_torch_kernels_nor_megatron():
+    code = (
+        "import sys; sys.argv = ['longrope', '--version']\n"
+        "from megatron_longrope.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "sys.exit('megatron.core' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "nonsense",
+        "eval ppl --load x --data y --output z --lengths 4x",
+        "eval ppl --load x --data y --output z --lengths 4k,4096",
+        "eval ppl --load x --data y --output z --lengths 4k --baselines alibi",
+        "search --load x --data y --target-length 0 --output z",
+        "search --load x --data y --target-length 4k --output z --resume --overwrite",
+    ],
+)
+def test_bad_usage_exits_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("pretrain absent.py --cpu", "script absent.py does not exist"),
+        ("report absent", "results.json"),
+        ("eval ppl --load x --data y --output z --lengths 4k", "nothing to measure"),
+        ("data inspect absent", "absent"),
+        ("convert inspect absent", "absent"),
+    ],
+)
+def test_a_failure_is_one_sentence_and_exit_code_one(arguments, sentence, capsys):
+    assert main(arguments.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"longrope {arguments.split()[0]}: error: ")
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["--debug", "pretrain", "absent.py"])
+
+
+def test_doctor_finds_every_hook_on_this_megatron(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "MISSING" not in printed
+    assert "megatron.core.models.gpt.gpt_model.RotaryEmbedding: found" in printed
+
+
+def test_doctor_fails_when_a_symbol_is_gone(monkeypatch, capsys):
+    from megatron_longrope.integration import compat
+
+    gone = compat.Symbol("megatron.core.models.backends", "LocalSpecProvider.gone")
+    monkeypatch.setattr(compat, "local_attention_symbol", lambda: gone)
+    assert main(["doctor"]) == 1
+    assert f"{gone}: MISSING" in capsys.readouterr().out
