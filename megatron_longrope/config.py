@@ -230,8 +230,8 @@ class LongRopeConfig:
         if not math.isclose(short_value, long_value, rel_tol=1e-12):
             raise ValueError(
                 f"attention factor {short_value:.6g} at {short_length} tokens differs from "
-                f"{long_value:.6g} at {long_length}; transformers applies one value to both, "
-                "so search the short window again with --attention-factor "
+                f"{long_value:.6g} at {long_length}; transformers applies one value to both "
+                "windows, so search the short window again with --attention-factor "
                 f"{long_value!r} (recovery) before exporting"
             )
         scaling = {
