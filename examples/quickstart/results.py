@@ -9,6 +9,9 @@ from pathlib import Path
 from megatron_longrope import __version__
 from megatron_longrope.files import read_json, write_json_atomic
 
+# Windows lie side by side and the last of a document may hold a few tokens only, which an
+# unweighted mean over windows would count as much as thousands.
+PERPLEXITY = "ppl_token_weighted"
 BASELINES = ("none", "pi", "ntk", "yarn")
 
 
@@ -30,13 +33,13 @@ def perplexities(output: Path, original: int) -> tuple[dict, dict]:
         methods = BASELINES if row["length"] <= original else (row["label"],)
         for method in methods:
             cells, length = table.setdefault(method, {}), str(row["length"])
-            if row["ppl_window_mean"] < cells.get(length, float("inf")):
-                cells[length] = row["ppl_window_mean"]
+            if row[PERPLEXITY] < cells.get(length, float("inf")):
+                cells[length] = row[PERPLEXITY]
                 if row["length"] > original:
                     policies.setdefault(method, {})[length] = row["policy"]
     for name in ("searched", "finetuned"):
         for row in read_lines(output / name / "ppl.jsonl"):
-            table.setdefault(row["label"], {})[str(row["length"])] = row["ppl_window_mean"]
+            table.setdefault(row["label"], {})[str(row["length"])] = row[PERPLEXITY]
     return table, policies
 
 

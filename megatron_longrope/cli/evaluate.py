@@ -256,12 +256,14 @@ def _ppl_cells(args: argparse.Namespace, files: dict[str, str], engine) -> Itera
 
 
 def _print_table(records, cells) -> None:
+    """Both means: the paper's over windows, and the one over tokens."""
+    print(f"{'':24}{'length':>9}{'window mean':>14}{'token mean':>14}  protocol")
     for cell, _ in cells:
         row = records.find(cell)
         policy = f" ({row['policy']})" if row["policy"] else ""
         print(
-            f"{row['label'] + policy:24}{row['length']:>9} tokens  "
-            f"ppl {row['ppl_window_mean']:10.4f}  ({row['protocol']}, {row['num_windows']} windows)"
+            f"{row['label'] + policy:24}{row['length']:>9}{row['ppl_window_mean']:14.4f}"
+            f"{row['ppl_token_weighted']:14.4f}  {row['protocol']}, {row['num_windows']} windows"
         )
 
 
