@@ -94,7 +94,20 @@ def summary_table(results: Mapping[str, Any]) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     if best:
         lines.append("* lowest of its column")
+    if policies := results.get("attention_factor_policy"):
+        kept = (f"{style_of(name).label} {_kept(row)}" for name, row in policies.items())
+        lines.append("attention factor of the better value: " + "; ".join(kept))
     return "\n".join(lines)
+
+
+def _kept(policies: Mapping[Any, str]) -> str:
+    """`su`, or `none (512, 1k), su (2k)` where the better policy changes with the length."""
+    lengths: dict[str, list[str]] = {}
+    for length, policy in policies.items():
+        lengths.setdefault(policy, []).append(format_length(int(length)))
+    if len(lengths) == 1:
+        return next(iter(lengths))
+    return ", ".join(f"{policy} ({', '.join(items)})" for policy, items in lengths.items())
 
 
 def summary_sentence(results: Mapping[str, Any]) -> str:

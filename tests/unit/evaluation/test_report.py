@@ -281,6 +281,7 @@ def test_the_plain_table_lists_methods_in_order_and_stars_the_lowest():
         "NTK                     32.10   33.90       \N{EN DASH}",
         "LongRoPE (search only)  31.60   31.50*  36.80*",
         "* lowest of its column",
+        "attention factor of the better value: NTK su",
     ]
     assert summary_table({}) == "No perplexity was measured."
 
@@ -363,3 +364,15 @@ def test_the_command_prints_the_table_and_the_page(tmp_path, capsys):
     assert printed.startswith(summary_table(RESULTS)) and "report.html" in printed
     assert main(["report", str(tmp_path)]) == 1
     assert "has no results.json" in capsys.readouterr().err
+
+
+def test_the_table_says_which_attention_factor_gave_a_methods_better_value():
+    results = {
+        "perplexity": {"ntk": {"512": 3.0, "1024": 4.0}, "yarn": {"512": 2.0, "1024": 3.0}},
+        "attention_factor_policy": {
+            "ntk": {"512": "none", "1024": "su"},
+            "yarn": {"512": "su", "1024": "su"},
+        },
+    }
+    last = summary_table(results).splitlines()[-1]
+    assert last == "attention factor of the better value: NTK none (512), su (1k); YaRN su"
