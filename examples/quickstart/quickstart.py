@@ -79,6 +79,7 @@ class Walk:
             "tokenizer": output / "tokenizer.model",
             "base": output / "checkpoints/base",
             "finetuned": output / "checkpoints/finetuned",
+            "search_2x": output / "factors/search_2x.json",
             "search_4x": output / "factors/search_4x.json",
             "search_8x": output / "factors/search_8x.json",
             "second": output / "factors/second.json",
@@ -88,7 +89,8 @@ class Walk:
             "longest": max(scale.lengths),
             "lengths": join(scale.lengths),
             "tuned_lengths": join(n for n in scale.lengths if n <= 8 * ORIGINAL),
-            "lengths_4x": join(n for n in scale.lengths if n <= 4 * ORIGINAL),
+            "lengths_2x": join(n for n in scale.lengths if n <= 2 * ORIGINAL),
+            "lengths_4x": join(n for n in scale.lengths if 2 * ORIGINAL < n <= 4 * ORIGINAL),
             "lengths_8x": join(n for n in scale.lengths if 4 * ORIGINAL < n <= 8 * ORIGINAL),
         }
 
@@ -123,8 +125,9 @@ class Walk:
             self.text(),
             self.pretrain(),
             self.baselines(),
-            self.search(4, 90),
-            self.search(8, 200),
+            self.search(2, 60),
+            self.search(4, 105),
+            self.search(8, 205),
             self.searched(),
             self.finetune(),
             self.parity(),
@@ -228,9 +231,9 @@ class Walk:
                     f"--load {{base}} --longrope-config longrope_search={{search_{times}x}} "
                     f"--lengths {{lengths_{times}x}} --output {{output}}/searched"
                 )
-                for times in (4, 8)
+                for times in (2, 4, 8)
             ],
-            reads="{base} {search_4x} {search_8x} {data}/heldout.bin",
+            reads="{base} {search_2x} {search_4x} {search_8x} {data}/heldout.bin",
             writes="{output}/searched",
         )
 
@@ -275,13 +278,17 @@ class Walk:
         )
 
     def second_search(self) -> Stage:
-        """Second search: the fine-tuned model to four times more, without further training."""
+        """Second search: the fine-tuned model to four times more, without further training.
+
+        It stays under the attention factor that the model was fine-tuned with, from here on for
+        every window, as transformers will have it.
+        """
         return self.stage(
             "second_search",
             200,
             [
                 self.evolve(
-                    f"--load {{finetuned}} --base-config {{search_8x}} "
+                    f"--load {{finetuned}} --base-config {{search_8x}} --attention-factor longest "
                     f"--target-length {32 * ORIGINAL} --output {{second}}",
                     min(5, self.scale.samples),
                     max(self.scale.iterations // 4, 1),
@@ -292,14 +299,14 @@ class Walk:
         )
 
     def recovery(self) -> Stage:
-        """Recovery search: the original window, under the attention factor of the longest."""
+        """Recovery search: the original window of the fine-tuned model."""
         return self.stage(
             "recovery",
             50,
             [
                 self.evolve(
                     f"--load {{finetuned}} --base-config {{second}} --target-length {ORIGINAL} "
-                    "--attention-factor longest --output {final} --windows-per-document 8",
+                    "--output {final} --windows-per-document 8",
                     self.scale.samples,
                     max(self.scale.iterations // 2, 1),
                 )
@@ -404,7 +411,7 @@ class Walk:
     def evolve(self, text: str, samples: int, iterations: int) -> list[str]:
         """A search. Start tokens stay off because Hugging Face cannot express them."""
         scale = self.scale
-        attention = "" if "--attention-factor" in text else "--attention-factor-policy auto"
+        attention = "" if "--base-config" in text else "--attention-factor-policy auto"
         return self.longrope(
             f"search {text} --data {{data}}/search --held-out {{data}}/heldout "
             f"--num-samples {samples} --population-size {scale.population} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,10 @@ class ModelShape:
     params_dtype: torch.dtype
     """Dtype of the parameters in that run."""
 
+    softmax_scale: float | None = None
+    """Custom scale of the attention logits; None is 1 / sqrt(head_dim). LongRoPE's attention
+    factor, which a run carries there, is not part of it: it belongs to the factors."""
+
     @property
     def rotary_dim(self) -> int:
         """Rotated dimensions of a head."""
@@ -117,7 +122,19 @@ class ModelShape:
             max_position_embeddings=_int(args, "max_position_embeddings", seq_length),
             seq_length=seq_length,
             params_dtype=_dtype(args),
+            softmax_scale=custom_softmax_scale(args),
         )
+
+
+def custom_softmax_scale(args: argparse.Namespace) -> float | None:
+    """The run's softmax scale, unless it is what the LongRoPE plugin put there itself."""
+    scale = _optional(args, "softmax_scale")
+    factor = _optional(args, "longrope_attention_factor")
+    if scale is None or factor is None:
+        return scale
+    head_dim = _int(args, "kv_channels", args.hidden_size // args.num_attention_heads)
+    ours = math.isclose(scale, factor**2 / math.sqrt(head_dim), rel_tol=1e-9)
+    return None if ours else scale
 
 
 def _optional(args: argparse.Namespace, name: str, default: Any = None) -> Any:

@@ -132,7 +132,6 @@ _REFUSED_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("no_rope_freq", (None,), "layers without RoPE"),
     ("window_size", (None,), "sliding-window attention"),
     ("softmax_type", ("vanilla", None), "attention sinks"),
-    ("softmax_scale", (None,), "a custom softmax scale"),
     ("attention_output_gate", (False, None), "gated attention output"),
     ("qk_l2_norm", (False, None), "L2-normalized q and k"),
     ("activation_func_clamp_value", (None,), "clamped activations"),
@@ -166,6 +165,11 @@ def select_family(
                 f"the model has {argument} = {value!r}; conversion does not support {lacking} "
                 f"(families: {', '.join(FAMILIES)})"
             )
+    if shape.softmax_scale is not None:
+        raise ValueError(
+            f"the model has softmax_scale = {shape.softmax_scale!r}; conversion does not support a "
+            f"custom softmax scale (families: {', '.join(FAMILIES)})"
+        )
     if name is not None and name not in FAMILIES:
         raise ValueError(f"family {name!r} is unknown; choose one of {', '.join(FAMILIES)}")
     if shape.hidden_size % shape.num_attention_heads:

@@ -37,6 +37,11 @@ def build_model(
             f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
             "(SwiGLU, RMSNorm, no linear biases)"
         )
+    if shape.softmax_scale is not None:
+        raise ValueError(
+            f"this checkpoint has softmax_scale {shape.softmax_scale}, which is not LongRoPE's "
+            "attention factor; the engine does not support a custom softmax scale"
+        )
     transformer = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

@@ -55,6 +55,9 @@ def arguments(groups, untied):
         max_position_embeddings=ORIGINAL,
         seq_length=ORIGINAL,
         params_dtype=torch.float32,
+        # What a training run with these factors stores: the attention factor's carrier.
+        softmax_scale=longrope_config().attention_factor ** 2 / HEAD_DIM**0.5,
+        longrope_attention_factor=longrope_config().attention_factor,
         longrope_config_value=longrope_config().to_dict(),
     )
 
