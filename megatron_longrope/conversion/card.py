@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
@@ -74,9 +74,19 @@ def model_card(
     for role, length in wanted:
         item = longrope_config.factor_set_for(length)
         first, last = item.rescale_factors[0], item.rescale_factors[-1]
-        origin = json.dumps(dict(item.origin), sort_keys=True).replace("|", "\\|")
         lines.append(
             f"| {role} | up to {format_length(item.max_length)} | {first:.4g} | {last:.4g} | "
-            f"`{origin}` |"
+            f"{_origin(item.origin)} |"
         )
     return "\n".join([*lines, "", _LIMITS.format(original=original)])
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    """Where factors come from, in a table cell; `longrope.json` has all of it."""
+    plain = {key: value for key, value in origin.items() if isinstance(value, str | int | float)}
+    plain.pop("checkpoint", None)  # a path of the machine that searched
+    cells = (
+        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in sorted(plain.items())
+    )
+    return ", ".join(cells).replace("|", "\\|") or "not stated"
