@@ -117,6 +117,7 @@ class Walk:
             inputs=[self.path(item) for item in reads.split()],
             shown=shown,
             expected_seconds=seconds,
+            environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},  # Megatron asks for it on GPUs
         )
 
     def stages(self) -> list[Stage]:
