@@ -11,7 +11,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -144,6 +144,36 @@ def blank_figure(title: str, height: float) -> Iterator[Figure]:
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, hspace=0.03, wspace=0.04)
         figure.suptitle(title, x=0.016, ha="left", fontsize=11.5, fontweight="bold")
         yield figure
+
+
+@contextmanager
+def panels(title: str, count: int, xlabel: str, ylabel: str) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A blank figure with `count` axes in two columns, named along the outer edges."""
+    columns = min(2, count)
+    lines = math.ceil(count / columns)
+    with blank_figure(title, 0.9 + 2.9 * lines) as figure:
+        grid = list(figure.subplots(lines, columns, squeeze=False).flatten())
+        for index, axes in enumerate(grid):
+            axes.set_visible(index < count)
+            if index + columns >= count:
+                axes.set_xlabel(xlabel)
+            if index % columns == 0:
+                axes.set_ylabel(ylabel)
+        yield figure, grid[:count]
+
+
+def method_legend(
+    figure: Figure, methods: Iterable[str], names: Mapping[str, str], *, markers: bool = True
+) -> None:
+    """One legend below all panels, in the house order; `names` override the methods' own."""
+    used = set(methods)
+    order = [method for method in METHODS if method in used]
+    styles = [style_of(m) if markers else style_of(m)._replace(marker="") for m in order]
+    figure.legend(
+        handles=[swatch(style) for style in styles],
+        labels=[names.get(method, METHODS[method].label) for method in order],
+        loc="outside lower center", ncols=len(order), frameon=False,
+    )  # fmt: skip
 
 
 def finish(

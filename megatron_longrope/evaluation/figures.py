@@ -22,12 +22,13 @@ from megatron_longrope.evaluation.drawing import (
     format_score,
     label_ends,
     length_axis,
+    method_legend,
     note_above,
     panel_title,
+    panels,
     plot_line,
     score_axis,
     style_of,
-    swatch,
 )
 from megatron_longrope.evaluation.statistics import wilson_interval
 from megatron_longrope.frequencies import named_factors
@@ -79,13 +80,11 @@ def draw_perplexity(
 
 def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawing:
     """Rescale factors of each set against PI, NTK and YaRN at the same extension ratio."""
-    columns = min(2, len(sets))
-    lines = math.ceil(len(sets) / columns)
     rows: list[tuple[Any, ...]] = []
     used: dict[str, None] = {}
-    with blank_figure("Rescale factors by dimension", 0.9 + 2.9 * lines) as figure:
-        grid = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axes, (name, config, chosen) in zip(grid, sets, strict=False):
+    title = "Rescale factors by dimension"
+    with panels(title, len(sets), "Dimension, fast to slow", "Rescale factor") as (figure, grid):
+        for axes, (name, config, chosen) in zip(grid, sets, strict=True):
             ratio = chosen.max_length / config.original_max_position_embeddings
             curves = {**reference_factors(config, ratio), "longrope_search": chosen.rescale_factors}
             every = max(1, config.rotary_dim // 2 // 8)
@@ -109,19 +108,7 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
             if chosen.num_start_tokens:
                 detail += f", {chosen.num_start_tokens} start tokens"
             panel_title(axes, name, detail)
-        for axes in grid[len(sets) :]:
-            axes.set_visible(False)
-        for index, axes in enumerate(grid[: len(sets)]):
-            if index + columns >= len(sets):
-                axes.set_xlabel("Dimension, fast to slow")
-            if index % columns == 0:
-                axes.set_ylabel("Rescale factor")
-        order = [method for method in METHODS if method in used]
-        figure.legend(
-            handles=[swatch(style_of(method)) for method in order],
-            labels=["LongRoPE" if m == "longrope_search" else METHODS[m].label for m in order],
-            loc="outside lower center", ncols=len(order), frameon=False,
-        )  # fmt: skip
+        method_legend(figure, used, {"longrope_search": "LongRoPE"})
         return finish(
             figure, "rescale_factors",
             "A factor of 1 keeps a dimension's rotation, a factor of 2 halves its speed. "
@@ -133,10 +120,9 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
 def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
     """Best score after each evaluation of each search, with the scores of its known seeds."""
     rows: list[tuple[Any, ...]] = []
-    with blank_figure("Search progress", 0.5 + 2.9 * len(traces)) as figure:
-        for axes, trace in zip(
-            figure.subplots(len(traces), squeeze=False).flatten(), traces, strict=True
-        ):
+    used: dict[str, None] = {"longrope_search": None}
+    with panels("Search progress", len(traces), "Evaluation", "Perplexity") as (figure, grid):
+        for axes, trace in zip(grid, traces, strict=True):
             best = _running_minimum(trace.scores)
             xs = range(1, len(best) + 1)
             rows += [
@@ -149,24 +135,23 @@ def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
             inside = [(x, y) for x, y in zip(xs, trace.scores, strict=True) if y <= top]
             above = [x for x, y in zip(xs, trace.scores, strict=True) if y > top]
             axes.plot(*zip(*inside, strict=True), ".", color=MUTED, markersize=3.2, alpha=0.5)
-            axes.plot(above, [top] * len(above), "^", color=MUTED, markersize=3.2, alpha=0.5,
-                      clip_on=False)  # fmt: skip
+            if above:  # an empty artist without clipping would break the layout
+                axes.plot(above, [top] * len(above), "^", color=MUTED, markersize=3.2, alpha=0.5,
+                          clip_on=False)  # fmt: skip
             style = METHODS["longrope_search"]
             axes.step(xs, best, where="post", color=style.color, linewidth=2, zorder=4)
             for method, score in trace.seeds.items():
                 seed = style_of(method)
                 axes.axhline(score, color=seed.color, linestyle=seed.dashes, linewidth=1.3)
-            label_ends(
-                axes,
-                [(s, style_of(m), f"{METHODS[m].label} {format_score(s)}", True)
-                 for m, s in trace.seeds.items()]
-                + [(best[-1], style._replace(marker=""), f"Best {format_score(best[-1])}", True)],
-            )  # fmt: skip
+            used |= dict.fromkeys(trace.seeds)
             axes.set_xlim(1, max(len(best), 2))
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-            axes.set_ylabel("Perplexity")
-            panel_title(axes, trace.name, f"{len(best)} evaluations")
-        figure.axes[-1].set_xlabel("Evaluation")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            detail = f"best of {len(best)}: {format_score(best[-1])}"
+            if trace.seeds:
+                method = min(trace.seeds, key=trace.seeds.__getitem__)
+                detail += f"; {METHODS[method].label}: {format_score(trace.seeds[method])}"
+            panel_title(axes, trace.name, detail)
+        method_legend(figure, used, {"longrope_search": "Best so far"}, markers=False)
         return finish(
             figure, "search_progress",
             "The line is the best candidate so far, each dot one candidate; triangles at the top "

@@ -376,3 +376,8 @@ def test_the_table_says_which_attention_factor_gave_a_methods_better_value():
     }
     last = summary_table(results).splitlines()[-1]
     assert last == "attention factor of the better value: NTK none (512), su (1k); YaRN su"
+
+
+def test_a_search_whose_candidates_all_fit_the_frame_is_laid_out_without_a_warning(recwarn):
+    draw_search([SearchTrace(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
+    assert not [item for item in recwarn if "layout" in str(item.message)]
