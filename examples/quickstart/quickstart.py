@@ -62,7 +62,7 @@ class Scale:
     passkey_trials: int
 
 
-FULL = Scale(600, 120, (256, 512, 1024, 2048, 4096, 8192), 10, 12, 32, 12, 7, 5)
+FULL = Scale(600, 100, (256, 512, 1024, 2048, 4096, 8192), 6, 10, 32, 12, 6, 5)
 SMOKE = Scale(20, 4, (256, 1024, 2048, 8192), 2, 2, 6, 2, 1, 1)
 
 
@@ -126,9 +126,9 @@ class Walk:
             self.text(),
             self.pretrain(),
             self.baselines(),
-            self.search(2, 60),
-            self.search(4, 105),
-            self.search(8, 205),
+            self.search(2, 45),
+            self.search(4, 85),
+            self.search(8, 180),
             self.searched(),
             self.finetune(),
             self.parity(),
@@ -153,7 +153,7 @@ class Walk:
 
         return self.stage(
             "text",
-            50,
+            35,
             [
                 [PYTHON, *self.words("{here}/collect_text.py --output {text}")],
                 self.longrope(
@@ -175,7 +175,7 @@ class Walk:
         steps = self.scale.train_steps
         return self.stage(
             "pretrain",
-            430,
+            385,
             [
                 self.train(
                     f"--data-path {{data}}/train_256 --train-iters {steps} "
@@ -194,7 +194,7 @@ class Walk:
         """What PI, NTK and YaRN reach without training."""
         return self.stage(
             "baselines",
-            170,
+            110,
             [
                 self.evaluate(
                     "--load {base} --baselines none,pi,ntk,yarn --attention-factor-policy su,none "
@@ -226,7 +226,7 @@ class Walk:
         """The winners on held-out text, still without training."""
         return self.stage(
             "searched",
-            30,
+            25,
             [
                 self.evaluate(
                     f"--load {{base}} --longrope-config longrope_search={{search_{times}x}} "
@@ -242,7 +242,7 @@ class Walk:
         """Fine-tune at 2048 tokens with the found factors, context parallel over two processes."""
         return self.stage(
             "finetune",
-            150,
+            140,
             [
                 self.train(
                     "--data-path {data}/train_2k --micro-batch-size 4 --global-batch-size 4 "
@@ -286,12 +286,12 @@ class Walk:
         """
         return self.stage(
             "second_search",
-            200,
+            175,
             [
                 self.evolve(
                     f"--load {{finetuned}} --base-config {{search_8x}} --attention-factor longest "
                     f"--target-length {32 * ORIGINAL} --output {{second}}",
-                    min(5, self.scale.samples),
+                    min(4, self.scale.samples),
                     max(self.scale.iterations // 4, 1),
                 )
             ],
@@ -320,7 +320,7 @@ class Walk:
         """The fine-tuned model within its window, and after the second search at every length."""
         return self.stage(
             "evaluation",
-            60,
+            40,
             [
                 self.evaluate(
                     "--load {finetuned} --longrope-config longrope_finetuned={search_8x} "
@@ -339,7 +339,7 @@ class Walk:
         """Retrieval at every length; a model of 1.4 million parameters is not expected to."""
         return self.stage(
             "passkey",
-            40,
+            20,
             [
                 self.longrope(
                     "eval passkey --load {finetuned} --longrope-config longrope_second={final} "
@@ -356,7 +356,7 @@ class Walk:
         """To Hugging Face format; logits of both windows are compared before it is in place."""
         return self.stage(
             "convert",
-            30,
+            15,
             [
                 self.longrope(
                     "convert to-hf --load {finetuned} --longrope-config {final} "
@@ -371,7 +371,7 @@ class Walk:
         """Load the result with transformers: perplexity, and text across the window switch."""
         return self.stage(
             "huggingface",
-            40,
+            20,
             [
                 [
                     PYTHON,
