@@ -219,7 +219,10 @@ class Walk:
                 )
             ],
             reads="{base} {data}/search.bin",
-            writes=f"{{{name}}} {{output}}/factors/{name}.journal.jsonl",
+            # All journals: a search with other settings must not find an old one.
+            writes=f"{{{name}}} {{output}}/factors/{name}.journal.jsonl "
+            f"{{output}}/factors/{name}.journal.policy-su.jsonl "
+            f"{{output}}/factors/{name}.journal.policy-none.jsonl",
         )
 
     def searched(self) -> Stage:
