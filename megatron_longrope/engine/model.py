@@ -95,17 +95,19 @@ def build_model(
 def set_attention_factor(model: nn.Module, factor: float) -> None:
     """Carry the attention factor: the softmax scale when whole heads rotate, else cos and sin.
 
+    transformers multiplies cos and sin. In its parity mode so do we, which makes the logits of an
+    fp32 model equal to the last bit; through the softmax scale they differ by fp32 rounding.
+
     Args:
         factor (float): Multiplier m of q and k; logits get m^2.
     """
-    config = model.config
-    whole_head = model.rotary_pos_emb.rotary_dim == config.kv_channels
+    head_dim = model.config.kv_channels
+    rotary = model.rotary_pos_emb
+    by_softmax = rotary.rotary_dim == head_dim and not rotary.hf_parity
     for layer in model.decoder.layers:
-        if whole_head:
-            scale = factor**2 / config.kv_channels**0.5
-            layer.self_attention.core_attention.softmax_scale = scale
-        else:
-            layer.self_attention._yarn_concentration_factor = factor
+        attention = layer.self_attention
+        attention._yarn_concentration_factor = 1.0 if by_softmax else factor
+        attention.core_attention.softmax_scale = (factor**2 if by_softmax else 1.0) / head_dim**0.5
 
 
 def vocab_range(model: nn.Module, vocab_size: int) -> tuple[int, int]:

@@ -92,20 +92,35 @@ def test_swapping_factors_changes_the_losses_and_swapping_back_restores_them(eng
     assert torch.equal(engine.nll(tokens), before)
 
 
-def test_the_attention_factor_follows_the_length_of_the_sequence(engines):
-    engine = engines["untied_gqa"]
-    own = engine.config
+@pytest.mark.parametrize("hf_parity", [False, True])
+def test_the_attention_factor_follows_the_length_by_exactly_one_carrier(megatron_runs, hf_parity):
     config = baseline_config("ntk", maker.BASE, maker.HEAD_DIM, maker.ORIGINAL, maker.TARGET, "su")
-    engine.set_config(config)
-    attention = engine.model.decoder.layers[0].self_attention.core_attention
-    try:
-        engine.nll(random_tokens(maker.VOCAB, maker.ORIGINAL, 7))
-        assert attention.softmax_scale == pytest.approx(1 / math.sqrt(maker.HEAD_DIM))
-        engine.nll(random_tokens(maker.VOCAB, maker.ORIGINAL + 1, 7))
-        squared = 1 + math.log(maker.TARGET / maker.ORIGINAL) / math.log(maker.ORIGINAL)
-        assert attention.softmax_scale == pytest.approx(squared / math.sqrt(maker.HEAD_DIM))
-    finally:
-        engine.set_config(own)
+    engine = load_engine(
+        megatron_runs["tied_mha"].path, longrope_config=config, hf_parity=hf_parity, device="cpu"
+    )
+    attention = engine.model.decoder.layers[0].self_attention
+
+    def factor_at(length):
+        engine.nll(random_tokens(maker.VOCAB, length, 7))
+        by_softmax = math.sqrt(attention.core_attention.softmax_scale * math.sqrt(maker.HEAD_DIM))
+        by_rope = attention._yarn_concentration_factor
+        assert (by_rope if not hf_parity else by_softmax) == pytest.approx(1.0)
+        return by_softmax * by_rope
+
+    assert factor_at(maker.ORIGINAL) == pytest.approx(1.0)
+    squared = 1 + math.log(maker.TARGET / maker.ORIGINAL) / math.log(maker.ORIGINAL)
+    assert factor_at(maker.ORIGINAL + 1) == pytest.approx(math.sqrt(squared))
+
+
+def test_both_carriers_of_the_attention_factor_give_the_same_logits(megatron_runs):
+    run = megatron_runs["untied_gqa"]
+    tokens = random_tokens(maker.VOCAB, maker.LONG_TOKENS, 0)
+    config = maker.longrope_config()
+    by_softmax, by_rope = (
+        load_engine(run.path, longrope_config=config, hf_parity=parity, device="cpu").logits(tokens)
+        for parity in (False, True)
+    )
+    torch.testing.assert_close(by_softmax, by_rope, atol=2e-5, rtol=0)
 
 
 def test_the_checkpoints_own_factors_are_the_default(megatron_runs):
