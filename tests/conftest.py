@@ -16,6 +16,17 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_left_behind():
+    """Modules find the process as they expect it: Megatron's groups outlive what made them."""
+    yield
+    if torch.distributed.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class MegatronRun:
     """A checkpoint that megatron-core wrote and what its model computed."""
