@@ -119,9 +119,9 @@ def run_ppl(args: argparse.Namespace) -> None:
             )
             if units == 1:
                 progress.update(note)
-            if _is_rank_0():
+            if options.is_rank_0():
                 records.append({**cell, **result.to_dict()})
-    if _is_rank_0():
+    if options.is_rank_0():
         _print_table(records, cells)
         write_csv(Path(args.output) / "ppl.csv", records.rows, _PPL_COLUMNS)
         print(f"wrote {records.path} and ppl.csv beside it")
@@ -265,9 +265,3 @@ def _print_table(records, cells) -> None:
             f"{row['label'] + policy:24}{row['length']:>9}{row['ppl_window_mean']:14.4f}"
             f"{row['ppl_token_weighted']:14.4f}  {row['protocol']}, {row['num_windows']} windows"
         )
-
-
-def _is_rank_0() -> bool:
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0

@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
         "versions": _versions(),
     }
     config = problem.config(outcome.candidate, origin)
-    if _is_rank_0():
+    if options.is_rank_0():
         config.save(args.output)
         _print_summary(args, problem, outcome, config, engine)
 
@@ -255,12 +255,6 @@ def _held_out(args, problem, outcome, engine) -> dict[str, float]:
     objective = _objective(args, args.held_out, engine)
     candidates = {**problem.seeds, "longrope": outcome.candidate}
     return {name: objective(problem.config(item)).score for name, item in candidates.items()}
-
-
-def _is_rank_0() -> bool:
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _versions() -> dict[str, str]:
