@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage."""
     args = build_parser().parse_args(argv)
-    if args.command not in ("pretrain", "doctor") and not args.debug:
+    if args.command != "pretrain" and not args.debug:
         _quiet_imports()
     try:
         return args.run(args) or 0
@@ -47,6 +47,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _quiet_imports() -> None:
     """Megatron and torch announce at import which kernels they lack; scoring on SDPA needs none."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
         logging.getLogger(name).setLevel(logging.ERROR)
