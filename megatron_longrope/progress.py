@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 
 from tqdm import tqdm
+
+from megatron_longrope.ranks import rank
 
 
 class Progress:
@@ -20,7 +21,7 @@ class Progress:
     """
 
     def __init__(self, total: int, label: str, unit: str, interval: float = 15.0) -> None:
-        self._quiet = int(os.environ.get("RANK", "0")) != 0
+        self._quiet = rank() != 0
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total, desc=label, unit=unit, disable=self._quiet or not self._terminal

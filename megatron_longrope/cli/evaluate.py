@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_longrope.cli import options
+from megatron_longrope.ranks import rank
 
 _PPL_COLUMNS = (
     "label", "policy", "length", "protocol", "stride", "ppl_window_mean", "ppl_token_weighted",
@@ -93,7 +94,8 @@ def run_ppl(args: argparse.Namespace) -> None:
     files = _factor_files(args.longrope_config)
     if not files and not args.baselines:
         raise ValueError("nothing to measure; give --longrope-config and/or --baselines")
-    print(f"lengths: {', '.join(map(str, args.lengths))} tokens", flush=True)
+    if rank() == 0:
+        print(f"lengths: {', '.join(map(str, args.lengths))} tokens", flush=True)
     documents, bos_id = options.read_samples(args.data, max(args.lengths), args.num_documents)
     engine = options.load_engine_from(args)
     records = Records(
@@ -119,9 +121,9 @@ def run_ppl(args: argparse.Namespace) -> None:
             )
             if units == 1:
                 progress.update(note)
-            if options.is_rank_0():
+            if rank() == 0:
                 records.append({**cell, **result.to_dict()})
-    if options.is_rank_0():
+    if rank() == 0:
         _print_table(records, cells)
         write_csv(Path(args.output) / "ppl.csv", records.rows, _PPL_COLUMNS)
         print(f"wrote {records.path} and ppl.csv beside it")

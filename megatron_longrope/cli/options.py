@@ -97,10 +97,3 @@ def read_samples(prefix: str, length: int, count: int, windows: int = 1):
             "use a tokenizer that has one"
         )
     return read_documents(prefix, min_length=windows * (length - 1), limit=count), bos_id
-
-
-def is_rank_0() -> bool:
-    """True for the process that writes files and prints results."""
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_longrope.cli import options
+from megatron_longrope.ranks import rank
 
 
 def add_parser(commands) -> None:
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
         "versions": _versions(),
     }
     config = problem.config(outcome.candidate, origin)
-    if options.is_rank_0():
+    if rank() == 0:
         config.save(args.output)
         _print_summary(args, problem, outcome, config, engine)
 

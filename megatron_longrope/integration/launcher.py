@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_longrope.ranks import rank
+
 
 def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
     """Run `script` as `__main__` with `arguments`, after the hooks are in.
@@ -36,7 +38,7 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         cpu_host.prepare_environment()
         rewrite = cpu_host.cpu_arguments(arguments)
         arguments = rewrite.arguments
-        if _rank() == 0:
+        if rank() == 0:
             print(rewrite.describe(), flush=True)
         cpu_host.enable()
     from megatron_longrope.integration import hooks
@@ -49,10 +51,6 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         # What fails inside the script is the script's: its traceback is the message.
         traceback.print_exc()
         raise SystemExit(1) from None
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def _default_rendezvous() -> None:

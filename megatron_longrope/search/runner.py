@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.progress import Progress
+from megatron_longrope.ranks import rank
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.search.journal import Evaluation, Journal
 from megatron_longrope.search.problem import SearchProblem
@@ -56,7 +57,7 @@ class Ledger:
         self._problem = problem
         self._journal = None
         held: list[Any] = [None, None]
-        if _rank() == 0:
+        if rank() == 0:
             try:
                 self._journal = Journal(path, dict(settings), resume=resume, overwrite=overwrite)
                 held[0] = list(self._journal.records)
@@ -174,7 +175,3 @@ def run_evolution(
             f"no candidate could be scored; see the error fields in {journal_path} for the reason"
         )
     return SearchOutcome(candidate, score, search.num_evaluations, seed_scores)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
