@@ -1,0 +1,294 @@
+"""`SdpaCoreAttention`: torch's scaled dot-product attention in megatron-core's layer specs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from megatron_longrope.attention.documents import (
+    Documents,
+    check_queries_see_keys,
+    documents_of,
+    padded_rows,
+    padding_alone,
+    token_rows,
+)
+from megatron_longrope.attention.gathered import attend_gathered
+from megatron_longrope.attention.ring import attend_ring
+from megatron_longrope.attention.tiles import attend_tile
+
+# Elements of a mask on the CPU, whose kernel turns it into floats: 64 MiB.
+_MASK = 2**24
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Scaled dot-product attention for the `core_attention` slot of a megatron-core layer spec.
+
+    Causal attention over one sequence or over packed documents that do not see one another, with
+    grouped queries and context parallelism, on CPU and CUDA, forward and backward. With several
+    documents there is one kernel call each and never a mask over the pack.
+
+    Under context parallelism keys and values are gathered for training and travel around a ring
+    when neither gradients nor training mode are on. The two differ by rounding. A checkpointed
+    forward pass is in training mode and hence takes the form of its recomputation.
+
+    Args:
+        config (TransformerConfig): megatron-core configuration.
+        layer_number (int): Accepted for interface compatibility.
+        attn_mask_type (AttnMaskType): `causal`, `padding_causal` or `no_mask`.
+        attention_type (str): Accepted for interface compatibility.
+        attention_dropout (float, optional): Overrides the config's.
+        softmax_scale (float, optional): Defaults to 1 / sqrt(head_dim). LongRoPE's attention factor
+            m rides here as m^2 / sqrt(head_dim).
+        cp_comm_type (str, optional): Accepted for interface compatibility.
+        pg_collection (ProcessGroupCollection, optional): Supplies the context-parallel group.
+
+    Raises:
+        ValueError: A feature that would silently change the result: sliding windows, sinks.
+    """
+
+    kernel: ClassVar[str] = "sdpa"
+    """The value of `--longrope-attention` that selects this class."""
+
+    document_scale: ClassVar[Callable[[int], float] | None] = None
+    """Multiplier of the softmax scale for a document of that many tokens; subclasses set it to a
+    staticmethod. Padding counts, as it does where RoPE is applied, so that one length decides both.
+    A batch that is not packed is one document of its global length."""
+
+    ring: ClassVar[bool] = True
+    """Whether work without gradients passes keys around instead of gathering them."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        if config.window_size is not None:
+            raise self._unsupported(f"window_size {config.window_size}")
+        if getattr(config, "softmax_type", "vanilla") != "vanilla":
+            raise self._unsupported(f"softmax_type {config.softmax_type!r}")
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = (
+            1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        )
+        self.attention_dropout = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
+        self.cp_group = getattr(pg_collection, "cp", None)
+        if self.cp_group is None:
+            self.cp_group = parallel_state.get_context_parallel_group(check_initialized=False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query (Tensor): `[s / cp, b, h, d]`, zigzag order under context parallelism. Packed:
+                `[t / cp, h, d]`, every document in its own zigzag order.
+            key (Tensor): `[s / cp, b, g, d]` or `[t / cp, g, d]`, g divides h.
+            value (Tensor): `[s / cp, b, g, d_v]` or `[t / cp, g, d_v]`.
+            attention_mask (Tensor, optional): Ignored: the mask is causal by construction.
+            attn_mask_type (AttnMaskType, optional): Overrides the module's.
+            attention_bias (Tensor, optional): Refused.
+            packed_seq_params (PackedSeqParams, optional): Documents of a pack (`thd`).
+
+        Returns:
+            Tensor: `[s / cp, b, h * d_v]`, or `[t / cp, h * d_v]` with zeros in padding rows.
+
+        Raises:
+            ValueError: Something that would silently change the result.
+        """
+        if attention_bias is not None:
+            raise self._unsupported("attention_bias")
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        causal = mask_type in _CAUSAL
+        if not causal and mask_type is not AttnMaskType.no_mask:
+            raise self._unsupported(f"attention mask type {mask_type.name}")
+        packed = self._is_packed(packed_seq_params)
+        if packed and query.dim() != 3:
+            raise ValueError(
+                f"packed sequences came with a micro batch of {query.shape[1]}; packing puts all "
+                "documents into one row: use --micro-batch-size 1"
+            )
+        # [t, h, d] or [s, b, h, d] -> [b, s, h, d]
+        query, key, value = (x[None] if packed else x.transpose(0, 1) for x in (query, key, value))
+        queries, keys = documents_of(
+            packed_seq_params if packed else None, query.shape[1], key.shape[1], self._cp_size()
+        )
+        if causal:
+            check_queries_see_keys(queries, keys)
+        output = self._attend_all(query, key, value, queries, keys, causal)
+        # [b, s, h, d_v] -> [t, h * d_v] or [s, b, h * d_v]; Megatron's next layer takes a view.
+        output = (output[0] if packed else output.transpose(0, 1)).flatten(-2)
+        return output.contiguous()
+
+    def _attend_all(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        queries: Documents,
+        keys: Documents,
+        causal: bool,
+    ) -> Tensor:
+        """Choose the form: `[b, s / cp, ...] -> [b, s / cp, h, d_v]`, padding included."""
+        if not any(queries.lengths):
+            return padding_alone(query, value.shape[-1], key, value)
+        scales = [self._scale_of(rows) for rows in keys.rows]
+        if self._cp_size() > 1:
+            if self.ring and not torch.is_grad_enabled() and not self.training:
+                form, kernel = attend_ring, self._tile
+            else:
+                form, kernel = attend_gathered, self._attend
+            return form(kernel, query, key, value, keys, scales, causal, self.cp_group)
+        output = self._attend(
+            token_rows(query, queries),
+            token_rows(key, keys),
+            token_rows(value, keys),
+            queries.lengths,
+            keys.lengths,
+            scales,
+            causal,
+        )
+        return padded_rows(output, queries, query.shape[1])
+
+    def _cp_size(self) -> int:
+        return 1 if self.cp_group is None else self.cp_group.size()
+
+    def _is_packed(self, packed: PackedSeqParams | None) -> bool:
+        """Whether the batch is a pack, after a look at what else the description asks for."""
+        if packed is None:
+            return False
+        if packed.qkv_format not in (None, "sbhd", "thd"):
+            raise self._unsupported(f"qkv_format {packed.qkv_format!r}")
+        if packed.local_cp_size not in (None, self._cp_size()) or (
+            packed.cp_group is not None and packed.cp_group is not self.cp_group
+        ):
+            raise self._unsupported("hybrid context parallelism, a group for each batch,")
+        return packed.qkv_format == "thd"
+
+    def _scale_of(self, length: int) -> float:
+        factor = 1.0 if self.document_scale is None else self.document_scale(length)
+        return self.softmax_scale * factor
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scales: Sequence[float],
+        causal: bool,
+    ) -> Tensor:
+        """Attention within documents that lie back to back, with gradients.
+
+        Args:
+            query (Tensor): `[b, sum of query_lengths, h, d]`.
+            key (Tensor): `[b, sum of key_lengths, g, d]`.
+            value (Tensor): `[b, sum of key_lengths, g, d_v]`.
+            query_lengths (Sequence[int]): Queries of each document, the last at its last key.
+            key_lengths (Sequence[int]): Keys of each document.
+            scales (Sequence[float]): Softmax scale of each document.
+            causal (bool): Whether a query sees no later key.
+
+        Returns:
+            Tensor: `[b, sum of query_lengths, h, d_v]`.
+        """
+        outputs = [
+            self._attend_document(*document, causal)
+            for document in zip(
+                query.split(list(query_lengths), dim=1),
+                key.split(list(key_lengths), dim=1),
+                value.split(list(key_lengths), dim=1),
+                scales,
+                strict=True,
+            )
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _attend_document(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
+    ) -> Tensor:
+        rows, columns = query.shape[1], key.shape[1]
+        if rows == 0:
+            return query.new_zeros(*query.shape[:3], value.shape[-1])
+        causal = causal and rows > 1  # a single query is the last one and sees every key
+        mask = None
+        if causal and rows != columns:
+            if query.is_cuda:
+                mask = causal_lower_right(rows, columns)  # flash kernels, no mask in memory
+            elif rows * columns <= _MASK:
+                mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+            else:
+                half = rows // 2
+                seen = columns - rows + half
+                first = (query[:, :half], key[:, :seen], value[:, :seen])
+                parts = (first, (query[:, half:], key, value))
+                outputs = [self._attend_document(*part, scale, causal) for part in parts]
+                return torch.cat(outputs, dim=1)
+        dropout = self._dropout()
+        with dropout_rng(dropout):
+            output = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal and rows == columns,
+                scale=scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
+        return output.transpose(1, 2)
+
+    def _tile(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One tile of the ring and its logsumexp; see :func:`.tiles.attend_tile`."""
+        return attend_tile(query, key, value, scale, causal)
+
+    def _dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
+
+    def _unsupported(self, what: str) -> ValueError:
+        return ValueError(
+            f"{what} is not supported by {self.kernel} attention; use --longrope-attention te"
+        )
+
+
+def dropout_rng(dropout: float) -> contextlib.AbstractContextManager:
+    """Megatron's model-parallel random state: tensor-parallel ranks drop different heads."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    if dropout > 0.0 and tracker.is_initialized():
+        return tracker.fork()
+    return contextlib.nullcontext()
