@@ -158,14 +158,17 @@ def angles(
     positions: Tensor,
     rotary_base: float,
     rotary_dim: int,
-    rescale_factors: Tensor,
+    rescale_factors: Tensor | None = None,
     num_start_tokens: int = 0,
 ) -> Tensor:
     """Rotation angles of LongRoPE (equation 3), exact to 1e-6 rad at any practical position.
 
+    Takes any positions, at the cost of fp64 scratch; :mod:`.rotary_table` makes the long tables of
+    attention from a few of these angles.
+
     Args:
         positions (Tensor): `[s]`, integer token positions.
-        rescale_factors (Tensor): `[rotary_dim / 2]`, lambda_i.
+        rescale_factors (Tensor, optional): `[rotary_dim / 2]`, lambda_i. None is stock RoPE.
         num_start_tokens (int): n_hat; positions below it are not rescaled.
 
     Returns:
@@ -173,7 +176,9 @@ def angles(
     """
     device = positions.device
     base = inv_freq(rotary_base, rotary_dim).to(device)
-    rescaled = base / rescale_factors.to(device=device, dtype=torch.float64)
+    rescaled = base
+    if rescale_factors is not None:
+        rescaled = base / rescale_factors.to(device=device, dtype=torch.float64)
     result = torch.empty(len(positions), rotary_dim // 2, dtype=torch.float32, device=device)
     for start in range(0, len(positions), _ROWS_PER_BLOCK):
         block = positions[start : start + _ROWS_PER_BLOCK]
@@ -202,9 +207,24 @@ def angles_fp32(
     """
     device = positions.device
     rescaled = inv_freq_fp32(rotary_base, rotary_dim, rescale_factors).to(device)
-    result = torch.outer(positions.to(torch.float32), rescaled)
+    result = product_fp32(positions, rescaled)
     if num_start_tokens > 0:
         kept = positions < num_start_tokens
         base = inv_freq_fp32(rotary_base, rotary_dim).to(device)
-        result[kept] = torch.outer(positions[kept].to(torch.float32), base)
+        result[kept] = product_fp32(positions[kept], base)
     return result
+
+
+def product_fp32(positions: Tensor, frequencies: Tensor, out: Tensor | None = None) -> Tensor:
+    """The one operation behind :func:`angles_fp32`, for tables that place the columns themselves.
+
+    Args:
+        positions (Tensor): `[s]`, integer token positions.
+        frequencies (Tensor): `[n]`, from :func:`inv_freq_fp32`, in the order of the columns.
+        out (Tensor, optional): `[s, n]`, fp32; where to write.
+
+    Returns:
+        Tensor: `[s, n]`, fp32; `out` when given.
+    """
+    # [s, 1] x [n] -> [s, n]
+    return torch.mul(positions.to(torch.float32)[:, None], frequencies, out=out)

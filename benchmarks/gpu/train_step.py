@@ -1,0 +1,244 @@
+"""Training steps of a 1B-class model at 32k to 256k tokens on one GPU, the plugin against stock.
+
+bf16 weights and gradients, fused AdamW, full activation recompute, loss in chunks of the sequence
+(no [sequence, vocabulary] logits). Both arms run SdpaCoreAttention or FlashCoreAttention on the
+same shapes; only the rotary module and the softmax scale differ. Model FLOPs leave recomputation
+out. `ratio` is the plugin's seconds over stock's at the longest length that fits.
+
+    python benchmarks/gpu/train_step.py [--quick] [--attention sdpa|flash] [--lengths 32k,64k,...]
+
+`--quick` runs a toy model, on the CPU if need be: it checks the script, not the claim.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import measure
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.integration import cpu_host
+from megatron_longrope.lengths import parse_lengths
+
+_LOSS_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-type model."""
+
+    layers: int = 16
+    hidden: int = 2048
+    ffn: int = 8192
+    heads: int = 32
+    groups: int = 8
+    head_dim: int = 64
+    vocabulary: int = 32000
+    base: float = 500000.0
+    window: int = 8192
+
+    def flops(self, length: int) -> float:
+        """Model FLOPs of a training step on one sequence: backward is twice forward."""
+        projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
+        weights = self.layers * (projections + 3 * self.hidden * self.ffn)
+        weights += self.hidden * self.vocabulary
+        attention = self.layers * 2 * length * self.heads * self.head_dim  # causal: half of s^2
+        return 3 * length * (2 * weights + attention)
+
+
+TOY = Shape(2, 64, 128, 4, 2, 16, 512, 10000.0, 128)
+
+
+def longrope(shape: Shape, length: int) -> LongRopeConfig:
+    """YaRN's factors for the length: any non-trivial set costs the same."""
+    factors = yarn_factors(shape.head_dim, length / shape.window, shape.base, shape.window)
+    sets = (
+        FactorSet(shape.window, (1.0,) * (shape.head_dim // 2)),
+        FactorSet(length, tuple(factors)),
+    )
+    return LongRopeConfig(shape.base, shape.head_dim, shape.window, sets)
+
+
+def build(shape: Shape, length: int, attention: str, *, plugin: bool, device: str):
+    """A GPTModel that returns hidden states, as Megatron builds it with or without the plugin."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_longrope.integration import hooks, seams
+    from megatron_longrope.integration.settings import LongRopeSettings
+    from megatron_longrope.selection import FactorSelection
+
+    hooks.apply()
+    scale, settings = None, None
+    if plugin:
+        selection = FactorSelection(longrope(shape, length), "auto", length)
+        factor = selection.attention_factor(length)
+        settings = LongRopeSettings(selection, "softmax", factor)
+        scale = factor**2 / math.sqrt(shape.head_dim)
+    seams.activate(seams.Run(settings, attention))
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        softmax_scale=scale,
+        bf16=device == "cuda",
+        params_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        use_cpu_initialization=device == "cpu",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=shape.vocabulary,
+        max_sequence_length=length,
+        position_embedding_type="rope",
+        rotary_base=int(shape.base),
+        share_embeddings_and_output_weights=False,
+    )
+    model.post_process = False
+    return model.to(device).train()
+
+
+def training_step(model, optimizer, tokens: torch.Tensor):
+    """One optimizer step on `[1, s + 1]` tokens; returns the loss as a number."""
+    positions = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
+    hidden = model(tokens[:, :-1], positions, None)[:, 0]  # [s, 1, h] -> [s, h]
+    weight, labels = model.output_layer.weight, tokens[0, 1:]
+
+    def chunk_loss(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy((rows @ weight.T).float(), targets, reduction="sum")
+
+    loss = sum(
+        checkpoint(chunk_loss, rows, targets, use_reentrant=False)
+        for rows, targets in zip(hidden.split(_LOSS_ROWS), labels.split(_LOSS_ROWS), strict=True)
+    ) / len(labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def measure_arm(shape: Shape, length: int, attention: str, plugin: bool, steps: int) -> dict:
+    """Seconds of a step and peak memory of one arm, alone on the device."""
+    device = "cuda" if torch.cuda.is_available() and not _on_cpu() else "cpu"
+    model = build(shape, length, attention, plugin=plugin, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, shape.vocabulary, (1, length + 1), generator=generator).to(device)
+    losses: list[float] = []
+    synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+    def step() -> None:
+        losses.append(training_step(model, optimizer, tokens))
+        synchronize()
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    samples = measure.sample_interleaved({"step": step}, steps)["step"]
+    seconds = statistics.median(samples)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": length / seconds,
+        "model_tflops": shape.flops(length) / seconds / 1e12,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+def _on_cpu() -> bool:
+    return issubclass(torch.cuda.Stream, cpu_host._Stream)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a toy model, on the CPU if need be")
+    parser.add_argument("--attention", choices=("sdpa", "flash"), default="sdpa")
+    parser.add_argument("--lengths", default=None, help="default 32k,64k,128k,256k")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        if not options.quick:
+            parser.error("there is no GPU; --quick checks the script with a toy model")
+        cpu_host.prepare_environment()
+        cpu_host.enable()
+    shape = TOY if options.quick else Shape()
+    default = "256,512" if options.quick else "32k,64k,128k,256k"
+    lengths = parse_lengths(options.lengths or default)
+
+    from megatron.core import parallel_state, tensor_parallel
+
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+    )
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(0)
+    measure.print_environment()
+    results: dict[int, dict] = {}
+    for length in lengths:
+        arms = {}
+        try:
+            for name, plugin in (("stock", False), ("longrope", True)):
+                arms[name] = measure_arm(shape, length, options.attention, plugin, options.steps)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{length}: out of memory")
+            break
+        results[length] = arms
+        ours = arms["longrope"]
+        memory = "" if ours["peak_gib"] is None else f", peak {ours['peak_gib']:.1f} GiB"
+        print(
+            f"{length}: {ours['tokens_per_second']:.0f} tokens/s, "
+            f"{ours['model_tflops']:.1f} model TFLOP/s{memory}, "
+            f"x{ours['seconds'] / arms['stock']['seconds']:.3f} of stock",
+            flush=True,
+        )
+    if not results:
+        raise SystemExit("no length fitted into memory; give shorter --lengths")
+    longest = results[max(results)]
+    measure.finish(
+        f"gpu_train_step_{options.attention}",
+        longest["longrope"]["seconds"] / longest["stock"]["seconds"],
+        full_run=not options.quick and torch.cuda.is_available(),
+        ratio_of="seconds per step with LongRoPE over stock RoPE at the longest length",
+        device=torch.cuda.get_device_name() if not _on_cpu() else "cpu",
+        lengths=results,
+    )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The benchmarks run and end with their result. How fast anything is, no test asserts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def result_of(script: str, *options: str) -> dict:
+    """The last line of a benchmark's output."""
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["benchmark"] == Path(script).stem
+    assert result["ratio"] > 0
+    assert {"cpu", "cores", "torch", "megatron-core", "date"} <= result["environment"].keys()
+    return result
+
+
+@pytest.fixture(autouse=True)
+def results_stay_as_they_are():
+    before = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
+    yield
+    assert {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")} == before
+
+
+@pytest.mark.slow
+def test_the_rope_table_benchmark_ends_with_its_result():
+    result = result_of("rope_table.py", "--lengths", "65536", "--repeats", "1")
+    assert {"time_ratio_cp1", "time_ratio_cp8", "memory_ratio_cp1"} <= result.keys()
+    assert [(row["positions"], row["cp_size"]) for row in result["rows"]] == [
+        (65536, 1),
+        (65536, 8),
+    ]
+    # Memory is no matter of speed: one rank of eight holds an eighth, and stock the whole.
+    assert 0 < result["memory_ratio_cp8"] < 0.2
+
+
+@pytest.mark.slow
+def test_the_step_overhead_benchmark_ends_with_its_result():
+    result = result_of("step_overhead.py", "--seq-length", "64", "--repeats", "2")
+    (row,) = result["rows"]
+    assert (row["seq_length"], row["ratio"]) == (64, result["ratio"])
+    assert row["seconds"].keys() == {"stock", "plugin"}
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda p: p.stem)
+def test_a_stored_result_is_one_of_a_script_that_exists(path):
+    result = json.loads(path.read_text())
+    assert result["benchmark"] == path.stem
+    assert (BENCHMARKS / f"{path.stem}.py").exists()
+    assert result["ratio"] > 0
