@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import make_hybrid_checkpoint as hybrid_maker
 import make_megatron_checkpoint as maker
 import pytest
 import torch
@@ -35,23 +36,38 @@ class MegatronRun:
     logits: dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="session")
-def megatron_runs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("megatron")
-    command = [sys.executable, maker.__file__, str(directory), str(torch.get_num_threads())]
+def _make(script: str, *arguments: str) -> None:
+    """Run a maker of checkpoints, which needs a process of its own."""
     package = Path(megatron_longrope.__file__).parents[1]
     paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        command,
+        [sys.executable, script, *arguments, str(torch.get_num_threads())],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="session")
+def megatron_runs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("megatron")
+    _make(maker.__file__, str(directory))
     return {
         name: MegatronRun(directory / name, torch.load(directory / f"{name}.pt"))
         for name in maker.VARIANTS
+    }
+
+
+@pytest.fixture(scope="session")
+def hybrid_runs(tmp_path_factory, megatron_runs):
+    """HybridModel checkpoints and their logits; `same` has the weights of `untied_gqa`."""
+    directory = tmp_path_factory.mktemp("hybrid")
+    _make(hybrid_maker.__file__, str(directory), str(megatron_runs["untied_gqa"].path))
+    return {
+        name: (directory / name, torch.load(directory / f"{name}.pt"))
+        for name in hybrid_maker.VARIANTS
     }
 
 

@@ -1,26 +1,19 @@
-"""Put a checkpoint's tensors into an in-memory megatron-core GPTModel, strictly, tensor by tensor.
+"""Put a checkpoint's tensors into an in-memory megatron-core model, strictly, tensor by tensor.
 
-On disk the layers are stacked on dimension 0 and norms carry the fused names of Transformer Engine,
-whatever spec the run used; a model of the local spec names its norms differently in memory.
+Norms carry the fused names of Transformer Engine on disk, whatever spec the run used; a model of
+the local spec names them differently in memory. :mod:`.layout` knows how, and the order of layers.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from megatron_longrope.checkpoint.layout import Layout
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_LOCAL_TO_DISK = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
-}
 _VOCAB = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -30,7 +23,8 @@ def load_into(
     """Fill every parameter of `model`; peak extra memory is one layer's tensor.
 
     Args:
-        model (nn.Module): GPTModel of the local or the Transformer Engine spec, possibly wrapped.
+        model (nn.Module): GPTModel or HybridModel of the local or the Transformer Engine spec,
+            possibly wrapped. It need not be the class that the checkpoint was saved from.
         tp_rank (int): This process' tensor-parallel rank.
         tp_size (int): Tensor-parallel ranks the model is split over.
 
@@ -40,35 +34,29 @@ def load_into(
     Raises:
         ValueError: The model or the checkpoint has a tensor that the other lacks, or shapes differ.
     """
-    stored = checkpoint.keys()
-    plan: list[tuple[Tensor, str, int | None]] = []
-    layers_seen: dict[str, int] = {}
-    missing = []
-    for name, parameter in model.named_parameters():
-        disk, layer = disk_name(name)
-        if disk not in stored:
-            missing.append(f"{name} (on disk: {disk})")
-            continue
-        plan.append((parameter, disk, layer))
-        layers_seen[disk] = max(layers_seen.get(disk, 0), 1 if layer is None else layer + 1)
-    if missing:
+    parameters = dict(model.named_parameters())
+    ours, theirs = Layout.of_model(parameters), Layout.of_checkpoint(checkpoint.keys())
+    if ours.pattern != theirs.pattern:
+        raise ValueError(f"{checkpoint.directory}: {_other_layers(theirs.pattern, ours.pattern)}")
+    if missing := [
+        f"{name} (on disk: {address[0]})"
+        for address, (name, _) in ours.places.items()
+        if address not in theirs.places
+    ]:
         raise ValueError(f"{checkpoint.directory}: lacks {_listed(missing)}, which the model has")
-    if unused := sorted(stored.keys() - layers_seen.keys()):
-        raise ValueError(f"{checkpoint.directory}: holds {_listed(unused)}, which the model lacks")
-    for _, disk, layer in plan:
-        if layer is not None and stored[disk].shape[0] != layers_seen[disk]:
-            raise ValueError(
-                f"{checkpoint.directory}: {disk} has {stored[disk].shape[0]} layers, "
-                f"the model {layers_seen[disk]}"
-            )
+    if unused := {place[0] for key, place in theirs.places.items() if key not in ours.places}:
+        raise ValueError(
+            f"{checkpoint.directory}: holds {_listed(sorted(unused))}, which the model lacks"
+        )
     vocab_size = checkpoint.shape.vocab_size
     if tp_size > 1 and checkpoint.shape.num_query_groups % tp_size:
         raise ValueError(
             f"tensor parallel size {tp_size} does not divide the "
             f"{checkpoint.shape.num_query_groups} query groups; use a divisor"
         )
-    for parameter, disk, layer in plan:
-        value = checkpoint.tensor(disk, layer)
+    for address, (name, _) in ours.places.items():
+        parameter, disk = parameters[name], address[0]
+        value = checkpoint.tensor(*theirs.places[address])
         if disk in _VOCAB:
             value = _vocab_rows(value, parameter.shape[0], vocab_size, tp_rank, tp_size, disk)
         elif tp_size > 1:
@@ -80,18 +68,17 @@ def load_into(
             )
         with torch.no_grad():
             parameter.copy_(value)
-    return len(plan)
+    return len(ours.places)
 
 
-def disk_name(name: str) -> tuple[str, int | None]:
-    """Name on disk and layer index of an in-memory parameter of either spec."""
-    while name.startswith("module."):  # DDP and Float16Module wrappers
-        name = name.removeprefix("module.")
-    match = _LAYER.fullmatch(name)
-    if not match:
-        return name, None
-    rest = match[2]
-    return f"decoder.layers.{_LOCAL_TO_DISK.get(rest, rest)}", int(match[1])
+def _other_layers(theirs: str, ours: str) -> str:
+    """How the layers of the checkpoint differ from the model's."""
+    if all(pattern == "*-" * (len(pattern) // 2) for pattern in (theirs, ours)):
+        return f"has {len(theirs) // 2} layers, the model {len(ours) // 2}"
+    return (
+        f"has the layers {theirs} (* attention, - MLP), the model {ours}; build the model with the "
+        "checkpoint's --hybrid-layer-pattern"
+    )
 
 
 def _listed(names: list[str], shown: int = 5) -> str:

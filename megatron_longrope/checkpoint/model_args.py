@@ -15,7 +15,8 @@ class ModelShape:
     """What is needed to build a dense transformer or to describe it elsewhere."""
 
     num_layers: int
-    """Transformer layers."""
+    """Transformer layers; of a HybridModel, which counts attention and MLPs one by one, its
+    attention layers."""
 
     hidden_size: int
     """Width of the residual stream."""
@@ -81,6 +82,10 @@ class ModelShape:
     """Custom scale of the attention logits; None is 1 / sqrt(head_dim). LongRoPE's attention
     factor, which a run carries there, is not part of it: it belongs to the factors."""
 
+    hybrid_layer_pattern: str | None = None
+    """Layers of a HybridModel, a letter each, without the borders of pipeline stages; None for
+    GPTModel."""
+
     @property
     def rotary_dim(self) -> int:
         """Rotated dimensions of a head."""
@@ -100,8 +105,9 @@ class ModelShape:
         seq_length = _int(args, "seq_length")
         # `--norm-epsilon` is stored under the name that the transformer config uses.
         epsilon = _optional(args, "layernorm_epsilon", _optional(args, "norm_epsilon", 1e-5))
+        pattern = _hybrid_layer_pattern(args)
         return cls(
-            num_layers=_int(args, "num_layers"),
+            num_layers=_int(args, "num_layers") if pattern is None else _attention_layers(pattern),
             hidden_size=hidden_size,
             ffn_hidden_size=_int(args, "ffn_hidden_size"),
             num_attention_heads=heads,
@@ -123,6 +129,7 @@ class ModelShape:
             seq_length=seq_length,
             params_dtype=_dtype(args),
             softmax_scale=custom_softmax_scale(args),
+            hybrid_layer_pattern=pattern,
         )
 
 
@@ -135,6 +142,16 @@ def custom_softmax_scale(args: argparse.Namespace) -> float | None:
     head_dim = _int(args, "kv_channels", args.hidden_size // args.num_attention_heads)
     ours = math.isclose(scale, factor**2 / math.sqrt(head_dim), rel_tol=1e-9)
     return None if ours else scale
+
+
+def _hybrid_layer_pattern(args: argparse.Namespace) -> str | None:
+    # The second is the flag's older name; releases that know both copy it into the first.
+    pattern = _optional(args, "hybrid_layer_pattern", _optional(args, "hybrid_override_pattern"))
+    return None if pattern is None else str(pattern).replace("|", "")
+
+
+def _attention_layers(pattern: str) -> int:
+    return pattern.partition("/")[0].count("*")  # what follows is multi-token prediction
 
 
 def _optional(args: argparse.Namespace, name: str, default: Any = None) -> Any:

@@ -127,6 +127,14 @@ class MegatronCheckpoint:
         except ValueError as error:
             raise ValueError(f"{self.directory}: stored longrope configuration: {error}") from None
 
+    @cached_property
+    def lineage(self) -> list[dict[str, Any]]:
+        """The stages that the weights went through, the latest last; empty without this plugin.
+
+        See :mod:`megatron_longrope.integration.provenance` for what a stage holds.
+        """
+        return list(getattr(self.args, "longrope_lineage", None) or [])
+
     def keys(self) -> dict[str, TensorInfo]:
         """Name -> shape and dtype of every model tensor (no optimizer or extra state)."""
         return {

@@ -113,9 +113,6 @@ _CONFIG_KEYS = (
 _REFUSED_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("num_experts", (None, 0), "mixture of experts"),
     ("multi_latent_attention", (False, None), "multi-latent attention"),
-    ("is_hybrid_model", (False, None), "hybrid layers"),
-    ("hybrid_layer_pattern", (None,), "hybrid layers"),
-    ("hybrid_override_pattern", (None,), "hybrid layers"),
     ("experimental_attention_variant", (None,), "other attention variants"),
     ("heterogeneous_layers_config_path", (None,), "layers that differ from each other"),
     ("mtp_num_layers", (None, 0), "multi-token prediction layers"),
@@ -165,6 +162,11 @@ def select_family(
                 f"the model has {argument} = {value!r}; conversion does not support {lacking} "
                 f"(families: {', '.join(FAMILIES)})"
             )
+    if others := set(shape.hybrid_layer_pattern or "") - set("*-"):
+        raise ValueError(
+            f"the hybrid layer pattern {shape.hybrid_layer_pattern} has {sorted(others)[0]!r}; "
+            "conversion supports '*' (attention) and '-' (dense MLP) layers"
+        )
     if shape.softmax_scale is not None:
         raise ValueError(
             f"the model has softmax_scale = {shape.softmax_scale!r}; conversion does not support a "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_longrope.checkpoint.layout import Layout
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.conversion.families import Family, TensorRule
@@ -64,8 +65,15 @@ class TensorSource:
     ) -> None:
         self._checkpoint = checkpoint
         self._shape = shape
+        self._layout = Layout.of_checkpoint(checkpoint.keys())
         self._last: tuple[tuple[str, int | None], Tensor] | None = None
         rules = family.tensor_rules(shape)
+        if self._layout.pattern != "*-" * shape.num_layers:
+            raise ValueError(
+                f"{checkpoint.directory}: its layers are {self._layout.pattern} (* attention, "
+                "- MLP); a Hugging Face decoder has one MLP after each attention, "
+                f"{shape.num_layers} times"
+            )
         self._check_names(rules)
         self.plan = [planned for rule in rules for planned in self._planned(rule, dtype)]
 
@@ -74,16 +82,16 @@ class TensorSource:
         key = (planned.rule.disk, planned.layer)
         if self._last is None or self._last[0] != key:
             self._last = None  # free the previous one first
-            self._last = (key, self._checkpoint.tensor(*key))
+            self._last = (key, self._checkpoint.tensor(*self._layout.places[key]))
         value = _part(self._last[1], planned, self._shape)
         return value.to(planned.dtype).contiguous()
 
     def _check_names(self, rules: tuple[TensorRule, ...]) -> None:
-        stored = self._checkpoint.keys()
+        stored = {name for name, _ in self._layout.places}
         wanted = {rule.disk for rule in rules}
         for lacks, names in (
-            ("lacks", wanted - stored.keys()),
-            ("also holds", stored.keys() - wanted),
+            ("lacks", wanted - stored),
+            ("also holds", stored - wanted),
         ):
             if names:
                 raise ValueError(
@@ -92,13 +100,11 @@ class TensorSource:
                 )
 
     def _planned(self, rule: TensorRule, dtype: torch.dtype | None) -> list[PlannedTensor]:
-        shape, info = self._shape, self._checkpoint.keys()[rule.disk]
+        shape = self._shape
         layers: list[int | None] = list(range(shape.num_layers)) if rule.is_stacked else [None]
-        stored = info.shape[1:] if rule.is_stacked else info.shape
-        if rule.is_stacked and info.shape[0] != shape.num_layers:
-            raise ValueError(
-                f"{rule.disk} holds {info.shape[0]} layers, the arguments say {shape.num_layers}"
-            )
+        name, index = self._layout.places[rule.disk, layers[0]]
+        info = self._checkpoint.keys()[name]
+        stored = info.shape if index is None else info.shape[1:]
         rows = _rows(rule, stored[0], shape)
         return [
             PlannedTensor(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.integration import compat
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
 
@@ -31,19 +34,8 @@ def build_model(
     Raises:
         ValueError: The architecture is not a dense decoder with SwiGLU and RMSNorm.
     """
-    if not shape.swiglu or shape.normalization != "RMSNorm" or shape.add_bias_linear:
-        raise ValueError(
-            f"this checkpoint has swiglu={shape.swiglu}, normalization={shape.normalization}, "
-            f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
-            "(SwiGLU, RMSNorm, no linear biases)"
-        )
-    if shape.softmax_scale is not None:
-        raise ValueError(
-            f"this checkpoint has softmax_scale {shape.softmax_scale}, which is not LongRoPE's "
-            "attention factor; the engine does not support a custom softmax scale"
-        )
-    transformer = TransformerConfig(
-        num_layers=shape.num_layers,
+    _check_architecture(shape)
+    settings = dict(
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -70,11 +62,7 @@ def build_model(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_layernorm)
-    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
-    model = GPTModel(
-        config=transformer,
-        transformer_layer_spec=spec,
+    options = dict(
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=config.max_length,
         position_embedding_type="rope",
@@ -83,6 +71,9 @@ def build_model(
         share_embeddings_and_output_weights=not shape.untie_embeddings,
         parallel_output=True,
     )
+    model = _language_model(shape, settings, options)
+    # HybridModel takes no such argument; its rotary module is replaced here anyway.
+    model.rotary_pos_emb.rotary_interleaved = shape.rotary_interleaved
     model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(
         model.rotary_pos_emb, config, mode=mode, hf_parity=hf_parity
     )
@@ -90,6 +81,59 @@ def build_model(
     # engine applies the output layer chunk by chunk; [sequence, vocabulary] logits never exist.
     model.post_process = False
     return model.eval()
+
+
+def _check_architecture(shape: ModelShape) -> None:
+    if not shape.swiglu or shape.normalization != "RMSNorm" or shape.add_bias_linear:
+        raise ValueError(
+            f"this checkpoint has swiglu={shape.swiglu}, normalization={shape.normalization}, "
+            f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
+            "(SwiGLU, RMSNorm, no linear biases)"
+        )
+    if shape.softmax_scale is not None:
+        raise ValueError(
+            f"this checkpoint has softmax_scale {shape.softmax_scale}, which is not LongRoPE's "
+            "attention factor; the engine does not support a custom softmax scale"
+        )
+    if shape.hybrid_layer_pattern and shape.rotary_interleaved:
+        raise ValueError(
+            "this checkpoint is a HybridModel with --rotary-interleaved, which Megatron applies to "
+            "angles in the order of two halves; the engine does not reproduce that"
+        )
+
+
+def _language_model(
+    shape: ModelShape, settings: dict[str, Any], options: dict[str, Any]
+) -> nn.Module:
+    """The one place that knows Megatron's model classes.
+
+    GPTModel is deprecated since megatron-core 0.19. HybridModel runs what was trained with it, and
+    also the checkpoints of GPTModel once that is gone: a transformer layer is then two layers.
+
+    Args:
+        settings (dict): Of the TransformerConfig, without the number of layers.
+        options (dict): Arguments that all model classes take.
+    """
+    if shape.hybrid_layer_pattern is None:
+        try:
+            from megatron.core.models.gpt import GPTModel
+            from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+        except ImportError:
+            pass
+        else:
+            transformer = TransformerConfig(num_layers=shape.num_layers, **settings)
+            spec = get_gpt_layer_local_spec(
+                normalization="RMSNorm", qk_layernorm=shape.qk_layernorm
+            )
+            spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+            return GPTModel(transformer, spec, **options)
+    from megatron_longrope.integration import hybrid_spec
+
+    pattern = shape.hybrid_layer_pattern or "*-" * shape.num_layers
+    hybrid_spec.check_layers(pattern)
+    transformer = TransformerConfig(num_layers=len(pattern), **settings)
+    spec = ModuleSpec(hybrid_spec.LocalHybridStack, params={"core_attention": SdpaCoreAttention})
+    return hybrid_spec.HybridModel(transformer, spec, hybrid_layer_pattern=pattern, **options)
 
 
 def set_attention_factor(model: nn.Module, factor: float) -> None:
@@ -106,7 +150,9 @@ def set_attention_factor(model: nn.Module, factor: float) -> None:
     by_softmax = rotary.rotary_dim == head_dim and not rotary.hf_parity
     for layer in model.decoder.layers:
         attention = layer.self_attention
-        attention._yarn_concentration_factor = 1.0 if by_softmax else factor
+        if not isinstance(attention, Attention):
+            continue  # an MLP layer of HybridModel
+        compat.set_cos_sin_factor(attention, 1.0 if by_softmax else factor)
         attention.core_attention.softmax_scale = (factor**2 if by_softmax else 1.0) / head_dim**0.5
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
-from megatron_longrope.checkpoint.loader import disk_name
+from megatron_longrope.checkpoint.layout import disk_name
 
 LOCAL = ("input_layernorm.weight", "pre_mlp_layernorm.weight")
 FUSED = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")

@@ -57,6 +57,34 @@ def test_without_a_configuration_the_folder_is_a_plain_llama(run, tmp_path):
     assert not (tmp_path / "hf" / "longrope.json").exists()
 
 
+def tensors(folder):
+    names = sorted(folder.glob("*.safetensors"))
+    assert names
+    found = {}
+    for name in names:
+        with safe_open(name, "pt") as file:
+            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return found
+
+
+def test_a_hybrid_checkpoint_gives_the_tensors_of_its_gpt_twin(
+    untied_gqa, hybrid_runs, config, tmp_path
+):
+    for name, path in (("gpt", untied_gqa.path), ("hybrid", hybrid_runs["same"][0])):
+        convert_to_hf(path, tmp_path / name, longrope_config=config)
+    ours, theirs = tensors(tmp_path / "hybrid"), tensors(tmp_path / "gpt")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_hybrid_checkpoint_of_another_order_is_refused(hybrid_runs, config, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"its layers are -\*\*--\* .* one MLP after each attention"
+    ):
+        convert_to_hf(hybrid_runs["other"][0], tmp_path / "hf", longrope_config=config)
+    assert not (tmp_path / "hf").exists()
+
+
 def test_the_mistral_family_gives_the_same_logits(untied_gqa, config, tmp_path):
     report = convert_to_hf(
         untied_gqa.path, tmp_path / "hf", longrope_config=config, family="mistral"

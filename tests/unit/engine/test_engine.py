@@ -9,6 +9,7 @@ from megatron_longrope.baselines import baseline_config
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import loss as loss_module
+from megatron_longrope.integration import compat
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_the_attention_factor_follows_the_length_by_exactly_one_carrier(megatron
     def factor_at(length):
         engine.nll(random_tokens(maker.VOCAB, length, 7))
         by_softmax = math.sqrt(attention.core_attention.softmax_scale * math.sqrt(maker.HEAD_DIM))
-        by_rope = attention._yarn_concentration_factor
+        by_rope = compat.cos_sin_factor(attention)
         assert (by_rope if not hf_parity else by_softmax) == pytest.approx(1.0)
         return by_softmax * by_rope
 

@@ -1,0 +1,116 @@
+"""Where the tensors of a model's layers are, whichever of Megatron's model classes they belong to.
+
+A layer of GPTModel is attention followed by an MLP; a checkpoint holds each tensor once, stacked
+over the layers. A layer of HybridModel is attention (`*`) or an MLP (`-`), and a checkpoint numbers
+them. Both are addressed here as GPTModel's checkpoint names them: by a name without layer number
+and by which attention, or which MLP, of the model it is. So `*-*-` and two layers of GPTModel are
+the same model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_STACKED = re.compile(r"decoder\.layers\.(?!\d)")
+# In memory, layers without Transformer Engine keep their norms outside of the linear layers.
+_LOCAL_TO_DISK = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
+}
+_HYBRID_FINAL_NORM, _FINAL_NORM = "decoder.final_norm.", "decoder.final_layernorm."
+_PARTS = {"self_attention.": "*", "mlp.": "-"}
+
+# A name as in a checkpoint of GPTModel, and which attention or MLP; None outside of the layers.
+Address = tuple[str, int | None]
+
+
+class _Sized(Protocol):
+    """What is needed of a stored tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Addresses of tensors, and where each of them is."""
+
+    pattern: str
+    """Attention (`*`) and MLPs (`-`) in the order in which the model runs them."""
+
+    places: Mapping[Address, Address]
+    """Address -> the tensor's name and, if it is stacked over layers, the index there."""
+
+    @classmethod
+    def of_model(cls, names: Iterable[str]) -> Layout:
+        """Layout of a model in memory.
+
+        Args:
+            names (Iterable[str]): Its parameters, of any spec, possibly wrapped (`module.`).
+        """
+        return _numbered({name: disk_name(name) for name in names})
+
+    @classmethod
+    def of_checkpoint(cls, stored: Mapping[str, _Sized]) -> Layout:
+        """Layout of a checkpoint.
+
+        Args:
+            stored (Mapping): Name -> tensor with its full shape.
+        """
+        stacked = {
+            name: item.shape[0]
+            for name, item in stored.items()
+            if item.shape and _STACKED.match(name)
+        }
+        if not stacked:
+            return _numbered({name: disk_name(name) for name in stored})
+        places: dict[Address, Address] = {}
+        for name in stored:
+            indices: Sequence[int | None] = range(stacked[name]) if name in stacked else (None,)
+            places |= {(disk_name(name)[0], index): (name, index) for index in indices}
+        return cls("*-" * max(stacked.values()), places)
+
+
+def _numbered(names: Mapping[str, Address]) -> Layout:
+    """Layout of layers with numbers: the i-th that holds attention holds attention i."""
+    numbers: dict[str, set[int]] = {part: set() for part in _PARTS.values()}
+    for canonical, number in names.values():
+        if number is not None and (part := _part(canonical)):
+            numbers[part].add(number)
+    ordinals = {
+        (part, number): index
+        for part, found in numbers.items()
+        for index, number in enumerate(sorted(found))
+    }
+    # Within a layer of GPTModel attention comes first, and "*" sorts before "-".
+    order = sorted((number, part) for part, number in ordinals)
+    places: dict[Address, Address] = {}
+    for name, (canonical, number) in names.items():
+        # Layers of other kinds keep their number: there is nothing to count them by.
+        index = ordinals.get((_part(canonical), number), number)
+        places[canonical, index] = (name, None)
+    return Layout("".join(part for _, part in order), places)
+
+
+def disk_name(name: str) -> Address:
+    """A name as in a checkpoint of GPTModel, and the number of the layer that it belongs to."""
+    while name.startswith("module."):  # DDP and Float16Module wrappers
+        name = name.removeprefix("module.")
+    if name.startswith(_HYBRID_FINAL_NORM):
+        name = _FINAL_NORM + name.removeprefix(_HYBRID_FINAL_NORM)
+    match = _LAYER.fullmatch(name)
+    if not match:
+        return name, None
+    return f"decoder.layers.{_LOCAL_TO_DISK.get(match[2], match[2])}", int(match[1])
+
+
+def _part(canonical: str) -> str:
+    """`*`, `-`, or nothing for a tensor of another kind of layer."""
+    rest = canonical.removeprefix("decoder.layers.")
+    return next((part for prefix, part in _PARTS.items() if rest.startswith(prefix)), "")

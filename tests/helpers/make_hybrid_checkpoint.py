@@ -1,0 +1,103 @@
+"""Write tiny HybridModel checkpoints with megatron-core itself, and the logits it computes.
+
+Run as `python make_hybrid_checkpoint.py DIRECTORY GPT_CHECKPOINT TORCH_THREADS`; a process of its
+own for the same reasons as make_megatron_checkpoint.py, whose geometry it shares.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import make_megatron_checkpoint as maker
+import torch
+import torch.distributed as dist
+
+# Name -> pattern, query groups, untied. `same` gets the weights of the GPT checkpoint.
+VARIANTS = {"same": ("*-" * maker.LAYERS, 2, True), "other": ("-**--*", 4, False)}
+
+
+def build(pattern, groups, untied, **settings):
+    """HybridModel of the plugin's spec with megatron-core's own core attention."""
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_longrope.integration.hybrid_spec import HybridModel, hybrid_stack_spec
+
+    defaults = dict(
+        num_layers=len(pattern),
+        hidden_size=maker.HIDDEN,
+        ffn_hidden_size=maker.FFN,
+        num_attention_heads=maker.HEADS,
+        num_query_groups=groups,
+        kv_channels=maker.HEAD_DIM,
+        use_cpu_initialization=True,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=0.1,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    return HybridModel(
+        TransformerConfig(**{**defaults, **settings}),
+        hybrid_stack_spec,
+        vocab_size=maker.PADDED,
+        max_sequence_length=maker.TARGET,
+        hybrid_layer_pattern=pattern,
+        position_embedding_type="rope",
+        rotary_base=int(maker.BASE),
+        share_embeddings_and_output_weights=not untied,
+    ).eval()
+
+
+def logits(model, tokens, config):
+    """[b, s] -> [b, s, PADDED], as make_megatron_checkpoint.logits for GPTModel."""
+    length = tokens.shape[1]
+    model.rotary_pos_emb = maker.Rotary(config)
+    for module in model.decoder.modules():
+        if hasattr(module, "softmax_scale") and hasattr(module, "scale_mask_softmax"):
+            module.softmax_scale = config.attention_factor_for(length) ** 2 / maker.HEAD_DIM**0.5
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        return model(tokens, torch.arange(length)[None], mask)
+
+
+def main(directory, gpt_checkpoint):
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
+    from megatron_longrope.conversion.verify import random_tokens
+
+    store = dist.FileStore(str(directory / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    maker.answer_for_cuda()
+    for name, (pattern, groups, untied) in VARIANTS.items():
+        torch.manual_seed(2)
+        model = build(pattern, groups, untied)
+        if name == "same":
+            load_into(model, MegatronCheckpoint.open(gpt_checkpoint))
+        save = directory / name / "iter_0000003"
+        save.mkdir(parents=True)
+        args = maker.arguments(groups, untied)
+        args.num_layers = len(pattern)
+        # Where pipeline stages begin is not where layers end.
+        args.hybrid_layer_pattern = f"{pattern[:3]}|{pattern[3:]}"
+        state = {**model.sharded_state_dict(), "args": args, "iteration": 3}
+        dist_checkpointing.save(state, str(save))
+        (save.parent / "latest_checkpointed_iteration.txt").write_text("3")
+        tokens = random_tokens(maker.VOCAB, maker.LONG_TOKENS, 0)
+        result = {"long": logits(model, tokens, maker.longrope_config())}
+        torch.save(result, directory / f"{name}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.set_num_threads(int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
