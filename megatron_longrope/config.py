@@ -19,7 +19,6 @@ from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.frequencies import attention_factor
 
 SCHEMA_VERSION = 1
-"""Largest integer of which every smaller one is exact in fp64, the type of positions."""
 _SET_KEYS = {"max_length", "rescale_factors", "num_start_tokens", "origin"}
 _CONFIG_KEYS = {
     "schema", "rope_type", "rotary_base", "rotary_dim", "original_max_position_embeddings",

@@ -8,6 +8,7 @@ and rotary tables must follow.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,3 +72,29 @@ def unshard(parts: Sequence[Tensor], dim: int) -> Tensor:
         first, second = zigzag_chunks(cp_rank, cp_size)
         chunks[first], chunks[second] = part.chunk(2, dim=dim)
     return torch.cat(chunks, dim=dim)
+
+
+def shard_documents(
+    tensor: Tensor, cu_seqlens: Sequence[int], cp_rank: int, cp_size: int, dim: int
+) -> Tensor:
+    """This rank's part of packed documents, each split by itself along `dim`.
+
+    Args:
+        tensor (Tensor): `[..., t, ...]`, documents one after the other.
+        cu_seqlens (Sequence[int]): Offsets of the documents in `t`, from 0 to t.
+        cp_rank (int): Rank in the context-parallel group.
+        cp_size (int): Size of that group.
+        dim (int): Dimension of the tokens.
+
+    Raises:
+        ValueError: A document is no multiple of 2 * cp_size.
+    """
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    for index, length in enumerate(lengths):
+        try:
+            check_divisible(length, cp_size)
+        except ValueError as error:
+            raise ValueError(f"packed document {index}: {error}") from None
+    return torch.cat(
+        [shard(part, cp_rank, cp_size, dim) for part in tensor.split(lengths, dim=dim)], dim=dim
+    )

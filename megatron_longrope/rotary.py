@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.context_parallel import zigzag_positions
-from megatron_longrope.frequencies import angles, angles_fp32
+from megatron_longrope.context_parallel import check_divisible, zigzag_chunks
+from megatron_longrope.rotary_table import build_table
+from megatron_longrope.selection import FactorSelection
 
-MODES = ("auto", "long", "short")
 _CACHED_TABLES = 2  # training and validation lengths; a table at 2048k and d = 128 is 1 GiB
 
 
@@ -35,9 +41,16 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         rotary_interleaved (bool): GPT-J pairing instead of two halves. Defaults to False.
         rotary_base (float, optional): Checked against the config's when given.
         cp_group (ProcessGroup, optional): Context-parallel group. Defaults to megatron-core's.
-        mode (str): `auto` chooses the factor set by sequence length, `long` always takes the
-            largest set, `short` always the original window's. Defaults to `auto`.
+        mode (str): Which factor set a sequence uses; see :class:`.selection.FactorSelection`.
+            Defaults to `auto`.
+        run_length (int): Sequence length of a training run, which shorter sequences and packed
+            documents share the set of. Defaults to 0, no run.
         hf_parity (bool): Reproduce transformers' fp32 angles bit for bit. Defaults to False.
+        carried_attention_factor (float, optional): The attention factor that the model carries for
+            the whole run; a sequence that needs another one is refused. Defaults to None: who owns
+            the model sets it sequence by sequence.
+        factor_in_cos_sin (bool): `get_cos_sin` (flash decoding) multiplies by the attention factor,
+            because nothing else does there. Defaults to False.
 
     Raises:
         ValueError: The config does not fit the model, or another scaling method is active.
@@ -57,15 +70,17 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         cp_group: torch.distributed.ProcessGroup | None = None,
         *,
         mode: str = "auto",
+        run_length: int = 0,
         hf_parity: bool = False,
+        carried_attention_factor: float | None = None,
+        factor_in_cos_sin: bool = False,
     ) -> None:
         if seq_len_interpolation_factor is not None or rope_scaling:
             raise ValueError(
                 "LongRoPE cannot be combined with --rotary-seq-len-interpolation-factor or "
                 "--use-rope-scaling, which would scale positions twice; remove that flag"
             )
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
+        selection = FactorSelection(config, mode, run_length)
         # CPU initialisation keeps the base class away from CUDA; tables choose their own device.
         super().__init__(
             kv_channels=kv_channels,
@@ -77,9 +92,13 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         )
         self.rotary_dim = 2 * len(self.inv_freq)
         self.rotary_base = config.rotary_base if rotary_base is None else rotary_base
-        self.mode = mode
+        self.selection = selection
         self.hf_parity = hf_parity
+        self.carried_attention_factor = carried_attention_factor
+        self.factor_in_cos_sin = factor_in_cos_sin
+        self.table_device: torch.device | None = None  # where tables live; None is this GPU, if any
         self._tables: dict[tuple, Tensor] = {}
+        self._document_offsets: list[int] | None = None
         self.set_config(config)
 
     @classmethod
@@ -125,47 +144,68 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
                 f"rotary_base {config.rotary_base} of the LongRoPE config differs from the model's "
                 f"{self.rotary_base}; use factors that were searched for this base"
             )
-        self.config = config
+        self.selection = replace(self.selection, config=config)
         self._tables.clear()
+
+    @property
+    def config(self) -> LongRopeConfig:
+        """Factor sets."""
+        return self.selection.config
+
+    @property
+    def mode(self) -> str:
+        """How a sequence chooses among them."""
+        return self.selection.mode
 
     def factor_set(self, length: int) -> FactorSet:
         """The factor set that a sequence of `length` tokens uses under the current mode."""
-        if self.mode == "short":
-            return self.config.factor_set_for(self.config.original_max_position_embeddings)
-        selected = self.config.factor_set_for(length)  # raises beyond the largest set
-        return self.config.factor_sets[-1] if self.mode == "long" else selected
+        return self.selection.factor_set(length)
 
     def attention_factor(self, length: int) -> float:
         """Multiplier of q and k for a sequence of `length` tokens under the current mode."""
-        return self.config.attention_factor_for(self.factor_set(length).max_length)
+        return self.selection.attention_factor(length)
 
-    def _angles(self, positions: Tensor, length: int) -> Tensor:
-        selected = self.factor_set(length)
-        if selected.is_identity:
+    def _fitting_set(self, length: int) -> FactorSet:
+        """The factor set of a sequence, if the model's attention factor is that set's too."""
+        carried, needed = self.carried_attention_factor, self.attention_factor(length)
+        if carried is not None and not math.isclose(needed, carried, rel_tol=1e-9):
+            raise ValueError(
+                f"a sequence of {length} tokens needs attention factor {needed:.6g}, but this run "
+                f"carries {carried:.6g}, that of {self.selection.run_length} tokens; set "
+                "--seq-length to the longest sequence of the run"
+            )
+        return self.factor_set(length)
+
+    def _table(self, chunks: Sequence[range], selected: FactorSet) -> Tensor:
+        """Angles of the chunks' positions: `[s, 1, 1, d]`, fp32."""
+        return build_table(
+            chunks,
+            rotary_base=self.rotary_base,
+            rotary_dim=self.rotary_dim,
             # Start tokens cannot matter when nothing is rescaled.
-            return angles_fp32(positions, self.rotary_base, self.rotary_dim)
-        compute = angles_fp32 if self.hf_parity else angles
-        return compute(
-            positions,
-            self.rotary_base,
-            self.rotary_dim,
-            torch.tensor(selected.rescale_factors, dtype=torch.float64, device=positions.device),
-            selected.num_start_tokens,
+            rescale_factors=None if selected.is_identity else selected.rescale_factors,
+            num_start_tokens=selected.num_start_tokens,
+            interleaved=self.rotary_interleaved,
+            exact=not (selected.is_identity or self.hf_parity),
+            device=self._device(),
         )
 
     def get_freqs_non_repeated(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """Angles of positions offset ... offset + max_seq_len - 1: `[max_seq_len, d / 2]`, fp32."""
-        positions = torch.arange(offset, offset + max_seq_len, device=_table_device())
-        return self._angles(positions, offset + max_seq_len)
+        emb = self.get_emb(max_seq_len, offset)[:, 0, 0]
+        once = emb[:, 0::2] if self.rotary_interleaved else emb[:, : self.rotary_dim // 2]
+        return once.contiguous()
 
     def get_cos_sin(self, max_seq_len: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each `[max_seq_len, d / 2]`; the attention factor is not in them."""
+        """Cosines and sines, each `[max_seq_len, d / 2]`, for the kernels of flash decoding."""
         freqs = self.get_freqs_non_repeated(max_seq_len, offset)
-        return torch.cos(freqs), torch.sin(freqs)
+        factor = self.attention_factor(offset + max_seq_len) if self.factor_in_cos_sin else 1.0
+        return torch.cos(freqs) * factor, torch.sin(freqs) * factor
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """Angles of the whole sequence: `[max_seq_len, 1, 1, d]`, fp32."""
-        return self._repeat(self.get_freqs_non_repeated(max_seq_len, offset))
+        end = offset + max_seq_len
+        return self._table([range(offset, end)], self._fitting_set(end))
 
     def forward(
         self,
@@ -180,34 +220,79 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             max_seq_len (int): Global sequence length, over all context-parallel ranks.
             offset (int): First position. Defaults to 0.
             packed_seq (bool): Packed sequences take the whole table; attention slices it by
-                document.
+                document. In mixed mode, after :meth:`get_rotary_seq_len` has seen the pack, the
+                table has a row for each of its tokens.
             cp_group (ProcessGroup, optional): Overrides the module's group.
 
         Returns:
-            Tensor: `[max_seq_len / cp_size, 1, 1, d]` (zigzag rows of this rank), or
-            `[max_seq_len, 1, 1, d]` for packed sequences; fp32.
+            Tensor: `[max_seq_len / cp_size, 1, 1, d]` (zigzag rows of this rank), or for packed
+            sequences `[max_seq_len, 1, 1, d]`, in mixed mode `[tokens of the pack, 1, 1, d]`; fp32.
         """
+        if packed_seq and self.mode == "mixed" and self._document_offsets is not None:
+            return self._document_table(self._document_offsets)
         group = self.cp_group if cp_group is None else cp_group
         cp_size, cp_rank = 1, 0
         if group is not None and not packed_seq and group.size() > 1:
             cp_size, cp_rank = group.size(), group.rank()
-        device = _table_device()
+        device = self._device()
         key = (max_seq_len, offset, cp_rank, cp_size, self.mode, self.hf_parity, device)
         if key not in self._tables:
-            positions = zigzag_positions(max_seq_len, cp_rank, cp_size, device) + offset
-            table = self._repeat(self._angles(positions, offset + max_seq_len))
-            while len(self._tables) >= _CACHED_TABLES:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[key] = table
+            chunks = _chunks(max_seq_len, offset, cp_rank, cp_size)
+            self._remember(key, self._table(chunks, self._fitting_set(offset + max_seq_len)))
         return self._tables[key]
 
-    def _repeat(self, freqs: Tensor) -> Tensor:
-        """Give both members of a rotated pair their angle: `[s, d / 2] -> [s, 1, 1, d]`."""
-        if self.rotary_interleaved:
-            emb = freqs.repeat_interleave(2, dim=-1)
-        else:
-            emb = torch.cat((freqs, freqs), dim=-1)
-        return emb[:, None, None, :]
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Tensor,
+        transformer_config: Any,
+        packed_seq_params: Any = None,
+        **options: Any,
+    ) -> int:
+        """megatron-core's; models call it right before `forward`, with the pack's documents."""
+        self._document_offsets = None
+        if packed_seq_params is not None and self.mode == "mixed":
+            offsets = packed_seq_params.cu_seqlens_q_padded
+            if offsets is None:
+                offsets = packed_seq_params.cu_seqlens_q
+            self._document_offsets = offsets.tolist()
+        return super().get_rotary_seq_len(
+            inference_context,
+            transformer,
+            transformer_input,
+            transformer_config,
+            packed_seq_params,
+            **options,
+        )
+
+    def _document_table(self, offsets: Sequence[int]) -> Tensor:
+        """A row per token of the pack, each document with its own factor set.
+
+        megatron-core reads a table with as many rows as the pack has tokens token by token.
+        """
+        parts = []
+        for start, end in pairwise(offsets):
+            selected = self.factor_set(end - start)
+            key = ("document", selected.max_length)
+            if key not in self._tables or len(self._tables[key]) < end - start:
+                rows = min(selected.max_length, max(self.selection.run_length, end - start))
+                self._remember(key, self._table([range(rows)], selected))
+            parts.append(self._tables[key][: end - start])
+        return torch.cat(parts)
+
+    def _device(self) -> torch.device:
+        if self.table_device is not None:
+            return self.table_device
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def _remember(self, key: tuple, table: Tensor) -> None:
+        self._tables.pop(key, None)
+        while len(self._tables) >= _CACHED_TABLES:
+            self._tables.pop(next(iter(self._tables)))
+        self._tables[key] = table
 
     def extra_repr(self) -> str:
         """Shown by print(model), so that a log proves which factors are in."""
@@ -215,7 +300,11 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         return f"rotary_dim={self.rotary_dim}, factor sets up to [{lengths}], mode={self.mode}"
 
 
-def _table_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _chunks(length: int, offset: int, cp_rank: int, cp_size: int) -> list[range]:
+    """Positions of a context-parallel rank, contiguous chunk by chunk, in local order."""
+    if cp_size == 1:
+        return [range(offset, offset + length)]
+    check_divisible(length, cp_size)
+    size = length // (2 * cp_size)
+    starts = (offset + index * size for index in zigzag_chunks(cp_rank, cp_size))
+    return [range(start, start + size) for start in starts]

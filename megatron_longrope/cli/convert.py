@@ -148,6 +148,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
             "iteration": checkpoint.iteration,
             "model": shape,
             "longrope": None if longrope is None else longrope.to_dict(),
+            "lineage": checkpoint.lineage,
             "tensors": tensors,
         }
         print(json.dumps(value))
@@ -160,6 +161,9 @@ def _run_inspect(args: argparse.Namespace) -> int:
     else:
         lengths = ", ".join(str(item.max_length) for item in longrope.factor_sets)
         print(f"  longrope                   factor sets up to {lengths} tokens")
+    for stage in checkpoint.lineage:
+        told = ", ".join(f"{key} {value}" for key, value in stage.items())
+        print(f"  {'stage':26} {told}")
     for name, info in sorted(tensors.items()):
         print(f"  {name}  {info['shape']}  {info['dtype']}")
     return 0

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_longrope.integration.checkup import Checkup
 
 
 def add_parser(commands) -> None:
@@ -10,62 +14,47 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="versions, kernels, and whether the hooks fit this Megatron",
-        description="Exits with 1 when the plugin would not work.",
+        description="Versions, attention and RoPE kernels, and whether every Megatron symbol that "
+        "the plugin replaces is there with the parameters that it relies on. Exits with 1 when "
+        "the plugin would not work.",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    import importlib.util
-    import platform
+    import dataclasses
+    import json
 
-    import torch
+    from megatron_longrope.integration.checkup import examine
 
-    from megatron_longrope import __version__
-    from megatron_longrope.integration import compat
-
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    engine = compat.transformer_engine_version()
-    flash = "installed" if importlib.util.find_spec("flash_attn") else "not installed"
-    print(f"megatron_longrope   {__version__}")
-    print(f"python              {platform.python_version()}")
-    print(f"torch               {torch.__version__} (GPU: {cuda})")
-    print(f"megatron-core       {compat.megatron_version()}")
-    print(f"transformer-engine  {engine or 'not installed'}")
-    print(f"flash-attn          {flash}")
-    print(
-        f"attention           {'te, or sdpa with --transformer-impl local' if engine else 'sdpa'}"
-    )
-    missing = 0
-    for symbol in _symbols(compat):
-        try:
-            symbol.owner()
-            state = "found"
-        except RuntimeError:
-            state, missing = "MISSING", missing + 1
-        print(f"hook                {symbol}: {state}")
-    if missing:
-        print(
-            f"{missing} of the symbols that the plugin replaces are missing; it is tested with "
-            f"megatron-core {', '.join(compat.TESTED_RELEASES)}"
-        )
-    elif not compat.megatron_version().startswith(
-        tuple(f"{release}." for release in compat.TESTED_RELEASES)
-    ):
-        print("all hooks fit, but this release is untested")
-    return 1 if missing else 0
+    checkup = examine()
+    if args.json:
+        print(json.dumps({"works": checkup.works, **dataclasses.asdict(checkup)}, indent=2))
+    else:
+        print("\n".join(_lines(checkup)))
+    return 0 if checkup.works else 1
 
 
-def _symbols(compat) -> list:
-    try:
-        return [
-            *compat.argument_symbols(),
-            *compat.validate_symbols(),
-            compat.compile_helpers_symbol(),
-            *compat.rotary_symbols(),
-            compat.local_attention_symbol(),
-            compat.concentration_symbol(),
-        ]
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"megatron-core cannot be imported: {error}") from None
+def _lines(checkup: Checkup) -> list[str]:
+    versions = {name: version or "not installed" for name, version in checkup.versions.items()}
+    cuda = versions.pop("cuda") if checkup.versions["cuda"] else "none"
+    versions.pop("cuda", None)
+    versions["torch"] += f" (CUDA {cuda}, GPU {checkup.gpu or 'none'})"
+    rows = list(versions.items())
+    rows += [(name, f"from {path or 'nowhere'}") for name, path in checkup.locations.items()]
+    rows.append(("dataset helpers", checkup.helpers))
+    rows += [(f"attention, {name}", choice) for name, choice in checkup.attention.items()]
+    rows.append(("rope kernel", checkup.rope))
+    rows += [
+        (item.role, f"{item.symbol}: {item.state}" + (f" ({item.detail})" if item.detail else ""))
+        for item in checkup.symbols
+    ]
+    rows += [("note", note) for note in checkup.notes]
+    rows += [("problem", problem) for problem in checkup.problems]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [f"{name:<{width}}{value}" for name, value in rows]
+    if checkup.works:
+        return [*lines, "the plugin works here"]
+    return [*lines, f"the plugin would not work here: {checkup.problems[0]}"]

@@ -79,19 +79,3 @@ def test_a_failure_is_one_sentence_and_exit_code_one(arguments, sentence, capsys
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="does not exist"):
         main(["--debug", "pretrain", "absent.py"])
-
-
-def test_doctor_finds_every_hook_on_this_megatron(capsys):
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert "MISSING" not in printed
-    assert "megatron.core.models.gpt.gpt_model.RotaryEmbedding: found" in printed
-
-
-def test_doctor_fails_when_a_symbol_is_gone(monkeypatch, capsys):
-    from megatron_longrope.integration import compat
-
-    gone = compat.Symbol("megatron.core.models.backends", "LocalSpecProvider.gone")
-    monkeypatch.setattr(compat, "local_attention_symbol", lambda: gone)
-    assert main(["doctor"]) == 1
-    assert f"{gone}: MISSING" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Zigzag sharding, in literal integers."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_longrope.context_parallel import (
     check_divisible,
     shard,
+    shard_documents,
     unshard,
     zigzag_chunks,
     zigzag_positions,
@@ -106,3 +109,22 @@ def test_one_rank_takes_any_length():
     whole = torch.arange(7)
     assert shard(whole, 0, 1, 0) is whole
     assert unshard([whole], 0) is whole
+
+
+@settings(deadline=None)
+@given(cp_size=st.integers(1, 4), chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_packed_documents_are_each_sharded_by_themselves(cp_size, chunks):
+    lengths = [2 * cp_size * chunk for chunk in chunks]
+    offsets = [0, *accumulate(lengths)]
+    batch = torch.arange(3 * offsets[-1]).view(3, -1)
+    for rank in range(cp_size):
+        ours = shard_documents(batch, offsets, rank, cp_size, dim=1)
+        alone = [
+            shard(batch[:, start:end], rank, cp_size, dim=1) for start, end in pairwise(offsets)
+        ]
+        assert torch.equal(ours, torch.cat(alone, dim=1))
+
+
+def test_a_packed_document_that_does_not_split_is_named():
+    with pytest.raises(ValueError, match="packed document 1: sequence length 6 is not divisible"):
+        shard_documents(torch.arange(14), [0, 8, 14], 0, 2, dim=0)

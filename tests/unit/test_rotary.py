@@ -1,6 +1,9 @@
 """`LongRopeRotaryEmbedding` against megatron-core, transformers and a formula of its own."""
 
 import copy
+from dataclasses import replace
+from itertools import accumulate
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +141,20 @@ def test_offset_moves_the_positions_and_counts_for_the_choice_of_the_set():
     assert torch.equal(sin, torch.sin(rotary(128)[118:, 0, 0, : DIM // 2]))
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("length", "hf_parity"), [(64, False), (128, True), (500, False)])
+def test_angles_once_are_those_of_the_table(length, hf_parity, interleaved):
+    rotary = LongRopeRotaryEmbedding(
+        THREE_SETS, DIM, rotary_interleaved=interleaved, hf_parity=hf_parity
+    )
+    once = rotary.get_freqs_non_repeated(length)
+    assert once.shape == (length, DIM // 2)
+    table = rotary(length)[:, 0, 0]
+    first, second = (table[:, 0::2], table[:, 1::2]) if interleaved else table.chunk(2, dim=-1)
+    assert torch.equal(once, first)
+    assert torch.equal(once, second)
+
+
 def test_interleaved_pairs_share_an_angle_side_by_side():
     halves = LongRopeRotaryEmbedding(THREE_SETS, DIM)(100)[:, 0, 0]
     pairs = LongRopeRotaryEmbedding(THREE_SETS, DIM, rotary_interleaved=True)(100)[:, 0, 0]
@@ -208,7 +225,7 @@ def test_swapping_factors_never_returns_a_stale_table():
 def test_changing_the_mode_or_parity_never_returns_a_stale_table():
     rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM)
     auto = rotary(100)
-    rotary.mode = "long"
+    rotary.selection = replace(rotary.selection, mode="long")
     long = rotary(100)
     rotary.hf_parity = True
     parity = rotary(100)
@@ -269,13 +286,13 @@ def test_a_context_parallel_rank_builds_its_own_rows_and_never_the_whole_table(
 ):
     whole = LongRopeRotaryEmbedding(THREE_SETS, DIM)(128)
     built = []
-    formula = rotary_module.angles
+    build = rotary_module.build_table
 
-    def recorded(positions, *args):
-        built.append(len(positions))
-        return formula(positions, *args)
+    def recorded(chunks, **options):
+        built.append(sum(map(len, chunks)))
+        return build(chunks, **options)
 
-    monkeypatch.setattr(rotary_module, "angles", recorded)
+    monkeypatch.setattr(rotary_module, "build_table", recorded)
     for rank in range(cp_size):
         group = FakeGroup(rank, cp_size)
         rows = zigzag_positions(128, rank, cp_size)
@@ -398,8 +415,70 @@ def test_replacing_a_module_with_other_frequencies_is_refused(option):
         LongRopeRotaryEmbedding.from_rotary(stock, identity_config(10000.0, 128, 64))
 
 
-def test_an_unknown_mode_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match="mode 'mixed' is unknown; choose one of auto, long, short"
-    ):
-        LongRopeRotaryEmbedding(THREE_SETS, DIM, mode="mixed")
+# A training run
+
+
+def test_documents_of_a_run_keep_the_runs_set():
+    rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, run_length=512)
+    whole = rotary(512, packed_seq=True)
+    assert torch.equal(rotary(40, packed_seq=True), whole[:40])
+
+
+def test_a_sequence_that_needs_another_attention_factor_than_the_run_carries_is_refused():
+    carried = THREE_SETS.attention_factor_for(128)
+    rotary = LongRopeRotaryEmbedding(
+        THREE_SETS, DIM, run_length=128, carried_attention_factor=carried
+    )
+    rotary(64)
+    with pytest.raises(ValueError) as error:
+        rotary(129)
+    assert str(error.value) == (
+        "a sequence of 129 tokens needs attention factor 1.22474, but this run carries 1.08012, "
+        "that of 128 tokens; set --seq-length to the longest sequence of the run"
+    )
+
+
+@pytest.mark.parametrize("in_cos_sin", [False, True])
+def test_flash_decoding_gets_the_factor_with_cos_and_sin_where_nothing_else_carries_it(in_cos_sin):
+    rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, factor_in_cos_sin=in_cos_sin)
+    factor = THREE_SETS.attention_factor_for(128) if in_cos_sin else 1.0
+    expected = angles_in_numpy(range(100), MIDDLE)
+    for ours, function in zip(rotary.get_cos_sin(100), (np.cos, np.sin), strict=True):
+        assert np.abs(ours.numpy() - factor * function(expected)).max() < 1e-6
+
+
+# Mixed windows
+
+
+def pack(*lengths: int, padded: bool = False) -> SimpleNamespace:
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return SimpleNamespace(
+        cu_seqlens_q=None if padded else offsets,
+        cu_seqlens_q_padded=offsets if padded else None,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mixed_pack_has_a_row_per_token_with_each_documents_own_factors(padded):
+    rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, mode="mixed", run_length=128)
+    lengths = (10, 100, 64, 65, 10)
+    for _ in range(2):  # the second pack reads cached tables
+        longest = rotary.get_rotary_seq_len(None, None, None, None, pack(*lengths, padded=padded))
+        table = rotary(longest, packed_seq=True)
+        assert table.shape == (sum(lengths), 1, 1, DIM)
+        expected = np.concatenate(
+            [angles_in_numpy(range(n), SHORT if n <= 64 else MIDDLE) for n in lengths]
+        )
+        assert distance_on_the_circle(table[:, 0, 0, : DIM // 2], expected) < 1e-6
+        assert len(rotary._tables) <= 2
+
+
+def test_a_mixed_run_treats_a_batch_that_is_not_packed_as_one_document():
+    rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, mode="mixed", run_length=128)
+    rotary.get_rotary_seq_len(None, None, None, None, pack(10, 20))
+    config = SimpleNamespace(sequence_parallel=False, context_parallel_size=1)
+    assert rotary.get_rotary_seq_len(None, None, torch.zeros(128, 1, 4), config) == 128
+    auto = LongRopeRotaryEmbedding(THREE_SETS, DIM)
+    assert torch.equal(rotary(128), auto(128))

@@ -3,16 +3,21 @@
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.integration import arguments
-from megatron_longrope.integration.arguments import (
-    add_longrope_args,
+from megatron_longrope.integration import settings as settings_module
+from megatron_longrope.integration.arguments import add_longrope_args
+from megatron_longrope.integration.settings import (
     attention_from_args,
+    check_spec,
+    config_from_args,
     settings_from_args,
 )
+from megatron_longrope.selection import FactorSelection
 
 HEAD_DIM = 8
 CONFIG = LongRopeConfig(
@@ -39,6 +44,12 @@ def path(tmp_path):
     return str(file)
 
 
+def read(args):
+    """The run's settings, as seams.configure reads them."""
+    config = config_from_args(args)
+    return None if config is None else settings_from_args(args, config, attention_from_args(args))
+
+
 def namespace(path, **changes) -> argparse.Namespace:
     """What Megatron's parser and validation leave behind, as far as the plugin reads it."""
     values = {
@@ -61,9 +72,12 @@ def namespace(path, **changes) -> argparse.Namespace:
         "create_attention_mask_in_dataloader": False,
         "reset_attention_mask": False,
     }
-    assert (
-        not changes.keys() - values.keys() - {"softmax_scale", "dataloader_inter_document_masking"}
-    )
+    optional = {
+        "softmax_scale", "dataloader_inter_document_masking", "sft", "apply_rope_fusion",
+        "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
+        "rotary_interleaved",
+    }  # fmt: skip
+    assert not changes.keys() - values.keys() - optional
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -78,6 +92,7 @@ def test_flags_default_to_stock_rope():
         "longrope_attention": "auto",
         "longrope_attention_factor_carrier": "auto",
         "longrope_hf_parity": False,
+        "longrope_replace_factors": False,
     }
 
 
@@ -85,9 +100,10 @@ def test_flags_are_read():
     words = (
         "--longrope-config", "f.json", "--longrope-mode", "long", "--longrope-attention", "sdpa",
         "--longrope-attention-factor-carrier", "rope", "--longrope-hf-parity",
+        "--longrope-replace-factors",
     )  # fmt: skip
     args = add_longrope_args(argparse.ArgumentParser()).parse_args(words)
-    assert list(vars(args).values()) == ["f.json", "long", "sdpa", "rope", True]
+    assert list(vars(args).values()) == ["f.json", "long", "sdpa", "rope", True, True]
 
 
 def test_every_flag_has_help():
@@ -112,14 +128,15 @@ def test_an_unknown_choice_is_bad_usage(flag, capsys):
 def test_without_a_config_nothing_is_read_or_stored(absent):
     args = namespace(absent)
     before = dict(vars(args))
-    assert settings_from_args(args) is None
+    assert read(args) is None
     assert vars(args) == before
 
 
 def test_settings_hold_the_config_and_the_factor_of_the_runs_length(path):
-    settings = settings_from_args(namespace(path, longrope_hf_parity=True))
+    settings = read(namespace(path, longrope_hf_parity=True))
     assert settings.config == CONFIG
-    assert (settings.mode, settings.carrier, settings.hf_parity) == ("auto", "softmax", True)
+    assert settings.selection == FactorSelection(CONFIG, "auto", run_length=128)
+    assert (settings.carrier, settings.hf_parity) == ("softmax", True)
     assert settings.attention_factor == pytest.approx(su(2))
 
 
@@ -137,13 +154,13 @@ def test_settings_hold_the_config_and_the_factor_of_the_runs_length(path):
 )
 def test_the_attention_factor_follows_the_mode_and_the_length(path, mode, seq_length, ratio):
     args = namespace(path, longrope_mode=mode, seq_length=seq_length)
-    assert settings_from_args(args).attention_factor == pytest.approx(su(ratio))
+    assert read(args).attention_factor == pytest.approx(su(ratio))
     assert args.longrope_attention_factor == pytest.approx(su(ratio))
 
 
 def test_arguments_hold_the_factors_by_value_as_plain_json(path):
     args = namespace(path)
-    settings_from_args(args)
+    read(args)
     assert args.longrope_config_value == json.loads(json.dumps(args.longrope_config_value))
     assert LongRopeConfig.from_dict(args.longrope_config_value) == CONFIG
 
@@ -163,13 +180,13 @@ def test_arguments_hold_the_factors_by_value_as_plain_json(path):
 
 def test_the_softmax_carrier_sets_megatrons_softmax_scale(path):
     args = namespace(path)
-    assert settings_from_args(args).carrier == "softmax"
+    assert read(args).carrier == "softmax"
     assert args.softmax_scale == pytest.approx(su(2) ** 2 / math.sqrt(HEAD_DIM), rel=1e-15)
 
 
 def test_the_rope_carrier_leaves_the_softmax_scale_alone(path):
     args = namespace(path, longrope_attention_factor_carrier="rope")
-    settings = settings_from_args(args)
+    settings = read(args)
     assert settings.carrier == "rope"
     assert settings.attention_factor == pytest.approx(su(2))
     assert not hasattr(args, "softmax_scale")
@@ -177,21 +194,21 @@ def test_the_rope_carrier_leaves_the_softmax_scale_alone(path):
 
 def test_a_partly_rotated_head_carries_the_factor_by_rope(path):
     args = namespace(path, kv_channels=2 * HEAD_DIM, rotary_percent=0.5)
-    assert settings_from_args(args).carrier == "rope"
+    assert read(args).carrier == "rope"
     assert not hasattr(args, "softmax_scale")
 
 
 def test_a_factor_of_one_needs_no_carrier(path):
     args = namespace(path, seq_length=64)
-    assert settings_from_args(args).attention_factor == 1.0
+    assert read(args).attention_factor == 1.0
     assert not hasattr(args, "softmax_scale")
 
 
 def test_reading_the_settings_twice_gives_the_same(path):
     args = namespace(path)
-    first = settings_from_args(args)
+    first = read(args)
     stored = dict(vars(args))
-    assert settings_from_args(args) == first
+    assert read(args) == first
     assert vars(args) == stored
 
 
@@ -203,7 +220,7 @@ def test_the_softmax_carrier_is_refused_for_a_partly_rotated_head(path):
         longrope_attention_factor_carrier="softmax",
     )
     with pytest.raises(ValueError) as error:
-        settings_from_args(args)
+        read(args)
     assert str(error.value) == (
         "rotary_percent 0.5 rotates a part of each head, and the softmax scale would also multiply "
         "the rest; use --longrope-attention-factor-carrier rope"
@@ -212,13 +229,13 @@ def test_the_softmax_carrier_is_refused_for_a_partly_rotated_head(path):
 
 def test_a_softmax_scale_of_another_origin_is_refused(path):
     with pytest.raises(ValueError) as error:
-        settings_from_args(namespace(path, softmax_scale=0.5))
+        read(namespace(path, softmax_scale=0.5))
     assert str(error.value) == (
         "softmax_scale 0.5 is already set, so the attention factor has no room there; use "
         "--longrope-attention-factor-carrier rope"
     )
     args = namespace(path, softmax_scale=0.5, longrope_attention_factor_carrier="rope")
-    settings_from_args(args)
+    read(args)
     assert args.softmax_scale == 0.5
 
 
@@ -252,23 +269,23 @@ def test_a_softmax_scale_of_another_origin_is_refused(path):
             "--hybrid-context-parallel: its ranks would get another rank's positions",
         ),
         (
-            {"dataloader_inter_document_masking": True},
-            "--dataloader-inter-document-masking: packed sequences with LongRoPE are not supported "
-            "yet",
+            {"hybrid_layer_pattern": "*-", "rotary_interleaved": True},
+            "--rotary-interleaved: Megatron's HybridModel applies it to angles in the order of two "
+            "halves",
         ),
     ],
 )
 def test_flags_that_would_train_another_model_are_refused(path, changes, message):
     args = namespace(path, **changes)
     with pytest.raises(ValueError) as error:
-        settings_from_args(args)
+        read(args)
     assert str(error.value) == f"--longrope-config cannot be combined with {message}"
     assert not hasattr(args, "longrope_config_value")
 
 
 def test_factors_of_another_head_dimension_are_refused(path):
     with pytest.raises(ValueError) as error:
-        settings_from_args(namespace(path, kv_channels=16))
+        read(namespace(path, kv_channels=16))
     assert str(error.value) == (
         f"{path}: rotary_dim 8 differs from this model's 16 (kv_channels 16 x rotary_percent 1.0)"
     )
@@ -276,7 +293,7 @@ def test_factors_of_another_head_dimension_are_refused(path):
 
 def test_factors_of_another_rotary_base_are_refused(path):
     with pytest.raises(ValueError) as error:
-        settings_from_args(namespace(path, rotary_base=500000))
+        read(namespace(path, rotary_base=500000))
     assert str(error.value) == (
         f"{path}: rotary_base 10000 differs from --rotary-base 500000; give the base that the "
         "model was trained with"
@@ -286,32 +303,40 @@ def test_factors_of_another_rotary_base_are_refused(path):
 def test_a_length_that_does_not_split_over_context_parallel_ranks_is_refused(path):
     message = "sequence length 126 is not divisible by 2 x context parallel size 4 = 8; use 128 "
     with pytest.raises(ValueError, match=message):
-        settings_from_args(namespace(path, seq_length=126, context_parallel_size=4))
+        read(namespace(path, seq_length=126, context_parallel_size=4))
 
 
 @pytest.mark.parametrize("mode", ["auto", "long"])
 def test_a_sequence_beyond_the_largest_set_is_refused(path, mode):
     with pytest.raises(ValueError, match="sequence length 131073 exceeds 131072, the max_length"):
-        settings_from_args(namespace(path, seq_length=131073, longrope_mode=mode))
+        read(namespace(path, seq_length=131073, longrope_mode=mode))
 
 
 def test_a_dense_attention_mask_is_refused_from_64k_on(path):
     args = namespace(path, seq_length=65536, create_attention_mask_in_dataloader=True)
     with pytest.raises(ValueError) as error:
-        settings_from_args(args)
+        read(args)
     assert str(error.value) == (
         "sequence length 65536 with a dense attention mask from the data loader would build a "
         "65536 x 65536 mask per sample; add --no-create-attention-mask-in-dataloader (attention is "
         "causal without it)"
     )
-    settings_from_args(namespace(path, seq_length=65535, create_attention_mask_in_dataloader=True))
-    settings_from_args(namespace(path, seq_length=65536))
+    read(namespace(path, seq_length=65535, create_attention_mask_in_dataloader=True))
+    read(namespace(path, seq_length=65536))
 
 
 def test_a_missing_factor_file_is_refused_with_its_path(tmp_path):
     absent = str(tmp_path / "absent.json")
     with pytest.raises(ValueError, match=r"absent\.json: no such file"):
-        settings_from_args(namespace(absent))
+        read(namespace(absent))
+
+
+def test_our_hybrid_spec_refuses_layers_that_it_does_not_have():
+    spec = ["megatron_longrope.integration.hybrid_spec", "hybrid_stack_spec"]
+    check_spec(namespace(None, spec=spec, hybrid_layer_pattern="*-|*-"))
+    check_spec(namespace(None, spec=["their.spec", "name"], hybrid_layer_pattern="M*"))
+    with pytest.raises(ValueError, match="the hybrid layer pattern has 'M': a Mamba layer"):
+        check_spec(namespace(None, spec=spec, hybrid_layer_pattern="M*-"))
 
 
 # Attention
@@ -327,6 +352,18 @@ def test_sdpa_and_local_attention_are_taken_when_asked_for(choice):
     assert attention_from_args(namespace(None, longrope_attention=choice)) == choice
 
 
+def test_auto_attention_is_flash_for_half_precision_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(settings_module, "flash_attention_is_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert attention_from_args(namespace(None, bf16=True)) == "flash"
+    assert attention_from_args(namespace(None)) == "sdpa"
+
+
+def test_flash_attention_that_is_not_installed_is_refused():
+    with pytest.raises(ValueError, match="needs flash-attn, which is not installed; use sdpa"):
+        attention_from_args(namespace(None, longrope_attention="flash"))
+
+
 @pytest.mark.parametrize("choice", ["sdpa", "local"])
 def test_sdpa_and_local_attention_need_the_local_implementation(choice):
     args = namespace(None, longrope_attention=choice, transformer_impl="transformer_engine")
@@ -338,7 +375,7 @@ def test_sdpa_and_local_attention_need_the_local_implementation(choice):
 
 
 def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
-    monkeypatch.setattr(arguments, "transformer_engine_version", lambda: None)
+    monkeypatch.setattr(settings_module, "transformer_engine_version", lambda: None)
     args = namespace(None, longrope_attention="te", transformer_impl="transformer_engine")
     with pytest.raises(ValueError) as error:
         attention_from_args(args)
@@ -346,7 +383,7 @@ def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
         "--longrope-attention te needs Transformer Engine, which is not installed; use "
         "--transformer-impl local with --longrope-attention sdpa"
     )
-    monkeypatch.setattr(arguments, "transformer_engine_version", lambda: "2.9")
+    monkeypatch.setattr(settings_module, "transformer_engine_version", lambda: "2.9")
     assert attention_from_args(args) == "te"
 
 
@@ -373,5 +410,82 @@ def test_an_identity_file_trains_stock_rope_with_no_carrier(tmp_path):
     file = tmp_path / "ones.json"
     identity_config(10000.0, HEAD_DIM, 128).save(file)
     args = namespace(str(file))
-    assert settings_from_args(args).attention_factor == 1.0
+    assert read(args).attention_factor == 1.0
     assert not hasattr(args, "softmax_scale")
+
+
+# Kernels that would drop the attention factor
+
+
+def test_flash_decoding_carries_the_factor_by_rope(path):
+    assert read(namespace(path, flash_decode=True)).carrier == "rope"
+    args = namespace(path, flash_decode=True, longrope_attention_factor_carrier="softmax")
+    with pytest.raises(ValueError, match="--flash-decode ignores the softmax scale; use "):
+        read(args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sft": True, "apply_rope_fusion": True},
+            "attention factor 1.08012 on cos and sin is ignored by the fused RoPE kernel for "
+            "packed sequences; add --no-rope-fusion",
+        ),
+        (
+            {"fused_single_qkv_rope": True},
+            "attention factor 1.08012 on cos and sin is ignored by --fused-single-qkv-rope; remove "
+            "that flag",
+        ),
+    ],
+)
+def test_kernels_that_ignore_the_rope_carrier_are_refused(path, changes, message):
+    with pytest.raises(ValueError) as error:
+        read(namespace(path, longrope_attention_factor_carrier="rope", **changes))
+    assert str(error.value) == message
+    read(namespace(path, **changes))  # the softmax scale is safe there
+
+
+# Mixed windows
+
+
+def mixed(path, **changes):
+    packed = {"longrope_mode": "mixed", "dataloader_inter_document_masking": True}
+    return namespace(path, **{**packed, **changes})
+
+
+def test_mixed_mode_scales_the_softmax_of_documents_within_the_original_window(path):
+    args = mixed(path)
+    settings = read(args)
+    assert args.softmax_scale == pytest.approx(su(2) ** 2 / math.sqrt(HEAD_DIM))
+    assert settings.document_scale(64) * su(2) ** 2 == pytest.approx(1.0)
+    assert settings.document_scale(65) == settings.document_scale(128) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataloader_inter_document_masking": False}, "chooses factors by packed document, and"),
+        ({"apply_rope_fusion": True}, "needs a table row per token, and the fused RoPE kernel"),
+        ({"longrope_attention": "local"}, "needs another softmax scale for short documents, which"),
+        ({"longrope_attention_factor_carrier": "rope"}, "carries the attention factor of a docume"),
+    ],
+)
+def test_mixed_mode_refuses_runs_in_which_documents_cannot_differ(path, changes, message):
+    with pytest.raises(ValueError, match=f"^--longrope-mode mixed {message}"):
+        read(mixed(path, **changes))
+
+
+def test_mixed_mode_with_one_attention_factor_takes_any_attention(tmp_path):
+    file = tmp_path / "one.json"
+    replace(CONFIG, attention_factor=1.0).save(file)
+    settings = read(mixed(str(file), longrope_attention="local"))
+    assert not settings.follows_documents
+
+
+def test_factors_that_a_checkpoint_restored_need_no_file(path):
+    args = namespace(path)
+    read(args)
+    restored = namespace(None)
+    restored.longrope_config_value = args.longrope_config_value
+    assert read(restored).config == CONFIG

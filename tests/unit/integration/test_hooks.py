@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +15,11 @@ pytest.importorskip("megatron.training")
 
 import megatron_longrope
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.integration import compat, hooks
-from megatron_longrope.integration.arguments import LongRopeSettings
+from megatron_longrope.integration import compat, hooks, seams
+from megatron_longrope.integration.seams import Run
+from megatron_longrope.integration.settings import LongRopeSettings
+from megatron_longrope.rotary import LongRopeRotaryEmbedding
+from megatron_longrope.selection import FactorSelection
 
 CONFIG = LongRopeConfig(
     rotary_base=10000.0,
@@ -24,8 +28,9 @@ CONFIG = LongRopeConfig(
     factor_sets=(FactorSet(64, (1.0,) * 4), FactorSet(128, (1.0, 1.2, 1.6, 2.0))),
 )
 OTHER = CONFIG.with_factor_set(FactorSet(128, (1.0, 1.5, 1.8, 2.0)))
-SOFTMAX = LongRopeSettings(CONFIG, mode="long", attention_factor=1.1, hf_parity=True)
-ROPE = LongRopeSettings(CONFIG, carrier="rope", attention_factor=1.1)
+FACTOR = CONFIG.attention_factor_for(128)
+SOFTMAX = LongRopeSettings(FactorSelection(CONFIG, "long", 128), "softmax", FACTOR, True)
+ROPE = LongRopeSettings(FactorSelection(CONFIG, "auto", 128), "rope", FACTOR)
 GPT_ROTARY = "megatron.core.models.gpt.gpt_model.RotaryEmbedding"
 LOCAL_ATTENTION = "megatron.core.models.backends.LocalSpecProvider.core_attention"
 CONCENTRATION = "megatron.core.transformer.attention._yarn_get_concentration_factor_from_config"
@@ -39,14 +44,14 @@ def restored():
 
 
 def every_symbol() -> list[compat.Symbol]:
-    return [
-        *compat.argument_symbols(),
-        *compat.validate_symbols(),
-        compat.compile_helpers_symbol(),
-        compat.local_attention_symbol(),
-        compat.concentration_symbol(),
-        *compat.rotary_symbols(),
-    ]
+    pairs = [*hooks.argument_seams(), *hooks.model_seams()]
+    return [*(symbol for symbol, _ in pairs), compat.compile_helpers_symbol()]
+
+
+def configured(settings: LongRopeSettings | None, attention: str = "sdpa") -> None:
+    """What a run does after its arguments are read: models follow it from now on."""
+    hooks.apply()
+    seams.activate(Run(settings, attention))
 
 
 def stored(symbol: compat.Symbol) -> object:
@@ -62,23 +67,21 @@ def gpt_rotary():
 # In and out
 
 
-def test_apply_hooks_the_argument_parsing_and_no_model():
+def test_apply_hooks_the_parser_and_the_models():
     hooks.apply()
     names = hooks.replaced_symbols()
     assert names[:2] == [
         "megatron.training.arguments.add_megatron_arguments",
         "megatron.training.arguments.validate_args",
     ]
-    assert GPT_ROTARY not in names
+    assert {GPT_ROTARY, LOCAL_ATTENTION, CONCENTRATION} <= set(names)
 
 
 def test_remove_restores_the_exact_original_objects():
     before = {str(symbol): stored(symbol) for symbol in every_symbol()}
-    hooks.apply()
-    hooks.activate(ROPE, "sdpa")
+    configured(ROPE)
     changed = {str(item) for item in every_symbol() if stored(item) is not before[str(item)]}
-    assert changed == set(hooks.replaced_symbols())
-    assert {GPT_ROTARY, LOCAL_ATTENTION, CONCENTRATION} <= changed
+    assert changed == set(hooks.replaced_symbols()) == set(before)
     hooks.remove()
     assert all(stored(symbol) is before[str(symbol)] for symbol in every_symbol())
     assert hooks.replaced_symbols() == []
@@ -102,76 +105,78 @@ def test_removing_twice_or_without_apply_does_nothing():
     assert all(stored(symbol) is before[str(symbol)] for symbol in every_symbol())
 
 
-def test_apply_after_activate_still_hooks_the_argument_parsing():
-    hooks.activate(SOFTMAX, "sdpa")
-    hooks.apply()
-    assert "megatron.training.arguments.validate_args" in hooks.replaced_symbols()
-
-
 def test_each_replaced_symbol_is_logged_by_its_dotted_name(caplog):
     with caplog.at_level(logging.INFO, logger=hooks.logger.name):
-        hooks.activate(SOFTMAX, "sdpa")
+        hooks.apply()
     assert f"replaced {GPT_ROTARY}" in caplog.messages
     assert f"replaced {LOCAL_ATTENTION}" in caplog.messages
 
 
-# What is active
+# What models are built with
+
+
+def rotary(**options):
+    return gpt_rotary()(kv_channels=8, rotary_percent=1.0, rotary_base=10000, **options)
+
+
+def core_attention():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec().submodules.self_attention.submodules.core_attention
+
+
+def concentration(config=None):
+    holder, attribute = compat.concentration_symbol().owner()
+    return getattr(holder, attribute)(config)
 
 
 def test_models_get_a_rotary_module_with_the_runs_settings():
-    hooks.activate(SOFTMAX, "te")
-    rotary = gpt_rotary()(kv_channels=8, rotary_percent=1.0, rotary_base=10000)
-    assert (rotary.config, rotary.mode, rotary.hf_parity) == (CONFIG, "long", True)
-    assert not {LOCAL_ATTENTION, CONCENTRATION} & set(hooks.replaced_symbols())
+    configured(SOFTMAX)
+    ours = rotary()
+    assert (ours.config, ours.mode, ours.hf_parity) == (CONFIG, "long", True)
+    assert (ours.carried_attention_factor, ours.factor_in_cos_sin) == (FACTOR, False)
 
 
-def test_without_settings_rope_stays_stock():
-    stock = gpt_rotary()
-    hooks.activate(None, "sdpa")
-    assert gpt_rotary() is stock
-    assert hooks.replaced_symbols() == [LOCAL_ATTENTION]
+@pytest.mark.parametrize("run", [None, Run(None, "te")])
+def test_without_a_run_or_without_factors_everything_is_stock(run):
+    stock_rotary, stock_attention = gpt_rotary(), core_attention()
+    hooks.apply()
+    seams.activate(run)
+    assert type(rotary(use_cpu_initialization=True)) is stock_rotary
+    assert core_attention() is stock_attention
+    assert concentration(SimpleNamespace()) == 1.0
 
 
-def test_activating_again_takes_the_place_of_the_earlier_settings():
-    stock = gpt_rotary()
-    hooks.activate(ROPE, "sdpa")
-    hooks.activate(LongRopeSettings(OTHER), "te")
-    assert gpt_rotary()(kv_channels=8, rotary_percent=1.0).config is OTHER
-    assert not {LOCAL_ATTENTION, CONCENTRATION} & set(hooks.replaced_symbols())
-    hooks.activate(None, "te")
-    assert gpt_rotary() is stock
-    assert hooks.replaced_symbols() == []
+def test_the_latest_run_counts():
+    configured(ROPE)
+    seams.activate(Run(LongRopeSettings(FactorSelection(OTHER, "auto", 128)), "te"))
+    assert rotary().config is OTHER
+    assert concentration(SimpleNamespace()) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("settings", "replaced"),
-    [
-        (SOFTMAX, False),
-        (ROPE, True),
-        (LongRopeSettings(CONFIG, carrier="rope", attention_factor=1.0), False),
-    ],
-)
-def test_only_the_rope_carrier_multiplies_cos_and_sin(settings, replaced):
-    hooks.activate(settings, "sdpa")
-    assert (CONCENTRATION in hooks.replaced_symbols()) is replaced
-    if replaced:
-        holder, attribute = compat.concentration_symbol().owner()
-        assert getattr(holder, attribute)(None) == 1.1
+@pytest.mark.parametrize(("settings", "factor"), [(SOFTMAX, 1.0), (ROPE, FACTOR)])
+def test_only_the_rope_carrier_multiplies_cos_and_sin(settings, factor):
+    configured(settings)
+    assert concentration(SimpleNamespace()) == factor
+    assert rotary().factor_in_cos_sin is (factor != 1.0)
 
 
 def test_local_layer_specs_get_sdpa_attention():
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
     from megatron_longrope.attention import SdpaCoreAttention
 
-    def core_attention():
-        return get_gpt_layer_local_spec().submodules.self_attention.submodules.core_attention
-
     stock = core_attention()
-    hooks.activate(None, "sdpa")
+    configured(None)
     assert core_attention() is SdpaCoreAttention
     hooks.remove()
     assert core_attention() is stock is not SdpaCoreAttention
+
+
+def test_mixed_windows_get_attention_that_scales_by_document():
+    settings = LongRopeSettings(FactorSelection(CONFIG, "mixed", 128), "softmax", FACTOR)
+    configured(settings)
+    scale = core_attention().document_scale
+    assert (scale(64), scale(128)) == (settings.document_scale(64), 1.0)
+    assert scale(64) * FACTOR**2 == pytest.approx(1.0)
 
 
 # Through Megatron's parser
@@ -194,11 +199,12 @@ def validated(monkeypatch, tmp_path, **changes) -> argparse.Namespace:
     args = argparse.Namespace(**{**values, **changes})
     hooks.apply()
     try:
-        return getattr(holder, attribute)(args)
+        getattr(holder, attribute)(args)
+        args.active = hooks.replaced_symbols()
+        args.built = type(rotary(use_cpu_initialization=True))
+        return args
     finally:
-        active = hooks.replaced_symbols()
         hooks.remove()
-        args.active = active
 
 
 def test_the_plugins_flags_join_megatrons_parser():
@@ -214,6 +220,7 @@ def test_the_plugins_flags_join_megatrons_parser():
 def test_validation_activates_the_hooks_and_says_so(monkeypatch, tmp_path, capsys):
     args = validated(monkeypatch, tmp_path)
     assert {GPT_ROTARY, LOCAL_ATTENTION} <= set(args.active)
+    assert args.built is LongRopeRotaryEmbedding
     assert args.longrope_config_value == CONFIG.to_dict()
     assert capsys.readouterr().out == (
         "> longrope: factor sets up to 64, 128 tokens, mode auto, attention factor 1.08012 by "
@@ -223,7 +230,7 @@ def test_validation_activates_the_hooks_and_says_so(monkeypatch, tmp_path, capsy
 
 def test_validation_without_a_config_says_that_rope_is_stock(monkeypatch, tmp_path, capsys):
     args = validated(monkeypatch, tmp_path, longrope_config=None)
-    assert GPT_ROTARY not in args.active
+    assert args.built is not LongRopeRotaryEmbedding
     assert capsys.readouterr().out == (
         "> longrope: no --longrope-config, stock RoPE; attention sdpa\n"
     )
@@ -264,7 +271,7 @@ def test_a_missing_symbol_fails_with_its_dotted_name_and_leaves_nothing_replaced
     monkeypatch, symbol
 ):
     before = {str(item): stored(item) for item in every_symbol()}
-    monkeypatch.setattr(compat, "validate_symbols", lambda: [symbol])
+    monkeypatch.setattr(compat, "batch_split_symbols", lambda: [symbol])
     with pytest.raises(RuntimeError) as error:
         hooks.apply()
     assert str(error.value).startswith(f"{symbol} is missing from megatron-core ")
@@ -279,7 +286,7 @@ def test_a_model_symbol_that_is_missing_leaves_models_stock(monkeypatch):
     stock_attention = stored(compat.local_attention_symbol())
     monkeypatch.delattr(gpt_model, "RotaryEmbedding")
     with pytest.raises(RuntimeError, match=GPT_ROTARY.replace(".", r"\.")):
-        hooks.activate(SOFTMAX, "sdpa")
+        hooks.apply()
     assert hooks.replaced_symbols() == []
     assert stored(compat.local_attention_symbol()) is stock_attention
 

@@ -1,0 +1,201 @@
+"""What a checkpoint says about its factors: compared with the run that loads it, and restored.
+
+Every checkpoint of a run with LongRoPE holds `longrope_config_value` (the factor sets by value) and
+`longrope_lineage` among its arguments. The lineage lists the stages that the weights went through,
+the latest last. A stage is a dict of plain values: `rope` (`stock` or `longrope`), `iteration` (of
+the checkpoint that it began from, 0 from scratch), `seq_length`, and with LongRoPE `max_length` of
+the set in use, `attention_factor` and `sha256`, a hash of all that :class:`.rotation.InUse` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_longrope.integration.rotation import Rotary, difference
+from megatron_longrope.integration.settings import LongRopeSettings
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from a checkpoint that the run may load."""
+
+    lineage: list[dict[str, Any]]
+    """What the run's own checkpoints shall hold as `longrope_lineage`; empty without LongRoPE."""
+
+    remark: str | None = None
+    """One line for the log, or None when the run goes on as the checkpoint's did."""
+
+
+def check(
+    args: argparse.Namespace,
+    saved: argparse.Namespace,
+    settings: LongRopeSettings | None,
+    iteration: int = 0,
+) -> Verdict:
+    """Compare the factors of a checkpoint with those of the run that loads it.
+
+    Weights fit the rotation that they were trained under. So they fit this run when
+
+    - it rotates exactly as the checkpoint's run did (:class:`.rotation.InUse`): factors, start
+      tokens, attention factor and max_length of the set in use, original window, base, dimension
+      and precision of angles; neither the origin of factors nor a set not in use counts; or
+    - only the sequence length moved on under the same factors: the checkpoint's run would have
+      rotated as this one at this one's length, and this run's factors would have rotated as the
+      checkpoint's did at its length.
+
+    A model that was trained with plain RoPE fits any factors for its base: that is the first
+    stage. Everything else is refused, unless `--longrope-replace-factors` asks for it.
+
+    Args:
+        args (Namespace): The run's arguments.
+        saved (Namespace): The checkpoint's.
+        settings (LongRopeSettings): The run's; None leaves RoPE stock.
+        iteration (int): The checkpoint's. Defaults to 0.
+
+    Raises:
+        ValueError: The run would silently train or evaluate another model.
+    """
+    theirs = Rotary.of_checkpoint(saved)
+    if settings is None:
+        if theirs is None or theirs.is_stock:
+            return Verdict(saved_lineage(saved) if theirs else [])
+        raise ValueError(
+            f"the checkpoint was trained with LongRoPE, {theirs.describe()}, and this run has "
+            "stock RoPE; give the checkpoint's factors with --longrope-config, or "
+            "--use-checkpoint-args, which restores them"
+        )
+    ours = Rotary.of_run(args, settings)
+    lineage = saved_lineage(saved)
+    if theirs is not None and theirs.in_use() == ours.in_use():
+        return Verdict(lineage)
+    step = ours.describe()
+    if theirs is None or theirs.is_stock:
+        if ours.is_stock:
+            return Verdict(lineage)
+        refusal = _other_base(saved, ours)
+        remark = f"first LongRoPE stage: {step}, on a model with stock RoPE"
+    else:
+        refusal = _other_factors(theirs, ours)
+        step += f", after {theirs.describe()}"
+        remark = f"same factors at another length: {step}"
+    if refusal is not None:
+        if not getattr(args, "longrope_replace_factors", False):
+            raise ValueError(
+                f"{refusal}, or add --longrope-replace-factors to go on with this run's"
+            )
+        remark = f"factors replaced (--longrope-replace-factors): {step}"
+    return Verdict([*lineage, _stage(ours, iteration)], remark)
+
+
+def begin(args: argparse.Namespace, settings: LongRopeSettings) -> list[dict[str, Any]]:
+    """Lineage of a run that loads nothing."""
+    return [_stage(Rotary.of_run(args, settings), 0)]
+
+
+def saved_lineage(saved: argparse.Namespace) -> list[dict[str, Any]]:
+    """A checkpoint's lineage; where none is stored, the one stage that its arguments tell."""
+    stored = getattr(saved, "longrope_lineage", None)
+    if stored:
+        return [dict(stage) for stage in stored]
+    rotary = Rotary.of_checkpoint(saved)
+    if rotary is None:
+        return [_stock_stage(0, getattr(saved, "seq_length", None))]
+    return [_stage(rotary, 0)]
+
+
+def restore(args: argparse.Namespace, saved: argparse.Namespace | None) -> bool:
+    """Give a run without `--longrope-config` the checkpoint's factors (`--use-checkpoint-args`).
+
+    The mode and the precision of angles follow where the user left the defaults. A softmax scale
+    that an earlier stage of the plugin left in `args` goes: Megatron restores none, but scripts may
+    copy a checkpoint's arguments as a whole. One that the user set stays.
+
+    Args:
+        args (Namespace): The run's arguments, validated by Megatron; changed in place.
+        saved (Namespace): Arguments of the checkpoint as Megatron read them while it parsed. None
+            lets the checkpoint be read here: scripts may parse before the plugin's hooks are in.
+
+    Returns:
+        bool: True when factors were restored.
+    """
+    _forget_softmax_scale(args)
+    if getattr(args, "longrope_config", None):
+        return False
+    if saved is None and getattr(args, "use_checkpoint_args", False):
+        saved = _read_saved_args(args)
+    value = getattr(saved, "longrope_config_value", None)
+    if value is None:
+        return False
+    args.longrope_config_value = value
+    if args.longrope_mode == "auto":
+        args.longrope_mode = getattr(saved, "longrope_mode", "auto")
+    if getattr(saved, "longrope_hf_parity", False):
+        args.longrope_hf_parity = True
+    return True
+
+
+def _forget_softmax_scale(args: argparse.Namespace) -> None:
+    factor = getattr(args, "longrope_attention_factor", None)
+    scale = getattr(args, "softmax_scale", None)
+    if factor is None or scale is None:
+        return
+    if math.isclose(scale, factor**2 / math.sqrt(args.kv_channels), rel_tol=1e-9):
+        args.softmax_scale = None
+
+
+def _read_saved_args(args: argparse.Namespace) -> argparse.Namespace | None:
+    from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+
+    for name in ("load", "pretrained_checkpoint"):  # the order in which Megatron looks for weights
+        directory = getattr(args, name, None)
+        if not directory:
+            continue
+        try:
+            return MegatronCheckpoint.open(directory, getattr(args, "ckpt_step", None) or None).args
+        except ValueError:
+            continue  # no checkpoint yet, or another format: it is compared when Megatron loads it
+    return None
+
+
+def _stage(rotary: Rotary, iteration: int) -> dict[str, Any]:
+    if rotary.is_stock:
+        return _stock_stage(iteration, rotary.seq_length)
+    in_use = rotary.in_use()
+    text = json.dumps(asdict(in_use), sort_keys=True)
+    return {
+        "rope": "longrope",
+        "iteration": iteration,
+        "seq_length": rotary.seq_length,
+        "max_length": in_use.sequence.max_length,
+        "attention_factor": in_use.sequence.attention_factor,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _stock_stage(iteration: int, seq_length: int | None) -> dict[str, Any]:
+    return {"rope": "stock", "iteration": iteration, "seq_length": seq_length}
+
+
+def _other_factors(theirs: Rotary, ours: Rotary) -> str | None:
+    found = difference(theirs, ours)
+    return found and (
+        f"the checkpoint was trained with other LongRoPE factors than this run's: {found}; give "
+        "the checkpoint's factors (--use-checkpoint-args without --longrope-config restores them)"
+    )
+
+
+def _other_base(saved: argparse.Namespace, ours: Rotary) -> str | None:
+    """Factors rescale the frequencies that the model was trained with."""
+    base = getattr(saved, "rotary_base", None)
+    is_rope = getattr(saved, "position_embedding_type", None) == "rope"
+    if not is_rope or base is None or float(base) == float(ours.config.rotary_base):
+        return None
+    return (
+        f"the checkpoint was trained with rotary_base {base:g} and this run's factors are for "
+        f"{ours.config.rotary_base:g}; give factors and --rotary-base for the checkpoint's"
+    )

@@ -1,0 +1,357 @@
+"""What the plugin puts around Megatron's own functions, and the state of the run they follow.
+
+Each function takes a Megatron symbol and returns what replaces it: the original, until a run with
+`--longrope-config` is configured. There are two ways in. hooks.py installs them at run time; the
+files in patches/ bind them in Megatron's source. Both therefore train the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.context_parallel import check_divisible, shard_documents
+from megatron_longrope.integration import agreement, compat, provenance
+from megatron_longrope.integration.arguments import add_longrope_args
+from megatron_longrope.integration.settings import (
+    LongRopeSettings,
+    attention_from_args,
+    check_flags,
+    check_spec,
+    config_from_args,
+    settings_from_args,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What models that are built from now on use."""
+
+    settings: LongRopeSettings | None = None
+    """None leaves RoPE stock."""
+
+    attention: str = "te"
+    """`te`, `flash`, `sdpa` or `local`; see :func:`.settings.attention_from_args`."""
+
+    def describe(self) -> str:
+        """One line for the log that says what the plugin does in this run."""
+        if self.settings is None:
+            return f"> longrope: no --longrope-config, stock RoPE; attention {self.attention}"
+        selection = self.settings.selection
+        lengths = ", ".join(str(item.max_length) for item in selection.config.factor_sets)
+        return (
+            f"> longrope: factor sets up to {lengths} tokens, mode {selection.mode}, attention "
+            f"factor {self.settings.attention_factor:.6g} by {self.settings.carrier}; "
+            f"attention {self.attention}"
+        )
+
+
+_run: Run | None = None  # module state, because the symbols are global too
+_saved_args: argparse.Namespace | None = None  # of the checkpoint that Megatron read while parsing
+_compared: set[str | None] = set()  # checkpoint directories whose factors fit the run
+
+
+def activate(run: Run | None) -> None:
+    """Let models that are built from now on follow `run`; None makes every seam transparent."""
+    global _run
+    _run = run
+
+
+def configure(args: argparse.Namespace) -> None:
+    """Read the `--longrope-*` flags in `args`, which Megatron has validated, and activate them.
+
+    Raises:
+        SystemExit: A flag or the factor file is wrong; the message is one sentence.
+    """
+    global _saved_args
+    activate(None)
+    saved, _saved_args = _saved_args, None
+    _compared.clear()
+    try:
+        attention = attention_from_args(args)
+        check_spec(args)
+        if args.longrope_config:
+            check_flags(args)
+    except ValueError as error:
+        agreement.stop(str(error))
+    try:
+        is_restored = provenance.restore(args, saved)
+        config = config_from_args(args)
+        settings = None if config is None else settings_from_args(args, config, attention)
+    except ValueError as error:
+        # Perhaps only this rank's file is wrong: the others must hear before anything ends.
+        agreement.record(agreement.Finding(error=str(error)))
+        agreement.settle()
+        return
+    agreement.record(agreement.Finding(fingerprint=_fingerprint(config)))
+    agreement.settle()
+    if settings is not None:
+        args.longrope_lineage = provenance.begin(args, settings)
+    activate(Run(settings, attention))
+    if args.rank == 0:
+        if is_restored:
+            print("> longrope: factors restored from the checkpoint", flush=True)
+        print(_run.describe(), flush=True)
+
+
+def _fingerprint(config: LongRopeConfig | None) -> str | None:
+    if config is None:
+        return None
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def is_bound(symbol: Any) -> bool:
+    """True when a seam surrounds `symbol`: a file of patches/ put it into Megatron's source."""
+    while symbol is not None:
+        if getattr(symbol, "__globals__", None) is globals():
+            return True
+        symbol = getattr(symbol, "__wrapped__", None)
+    return False
+
+
+# Arguments
+
+
+def with_arguments(add_megatron_arguments: Callable) -> Callable:
+    """Around Megatron's parser builder: the plugin's flags join."""
+
+    @functools.wraps(add_megatron_arguments)
+    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return add_longrope_args(add_megatron_arguments(parser))
+
+    return add_arguments
+
+
+def with_validation(validate_args: Callable) -> Callable:
+    """Around Megatron's validation of its arguments: ours follows, and the run is configured."""
+
+    @functools.wraps(validate_args)
+    def validate(args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
+        if args.longrope_config and args.seq_length:
+            try:  # before Megatron's own assertion, which names no remedy
+                check_divisible(args.seq_length, args.context_parallel_size)
+            except ValueError as error:
+                agreement.stop(str(error))
+        result = validate_args(args, *rest, **options)
+        configure(args)
+        return result
+
+    return validate
+
+
+def with_agreement(initialize_distributed: Callable) -> Callable:
+    """Around the creation of process groups: the ranks then compare their factors."""
+
+    @functools.wraps(initialize_distributed)
+    def initialize(*rest: Any, **options: Any) -> Any:
+        result = initialize_distributed(*rest, **options)
+        agreement.settle()
+        args = _megatron_args()
+        if _run is None and getattr(args, "longrope_config", None):
+            agreement.stop(
+                "--longrope-config was given but Megatron did not validate its arguments "
+                "(--yaml-cfg skips that); give the settings as flags"
+            )
+        return result
+
+    return initialize
+
+
+def _megatron_args() -> argparse.Namespace:
+    from megatron.training.global_vars import get_args
+
+    return get_args()
+
+
+# Checkpoints
+
+
+def with_factor_check(load_base_checkpoint: Callable) -> Callable:
+    """Around the reading of a checkpoint: its factors must be the run's."""
+
+    @functools.wraps(load_base_checkpoint)
+    def load(load_dir: str | None, args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
+        result = load_base_checkpoint(load_dir, args, *rest, **options)
+        # A teacher and the like come through here as well; they are not this run's past.
+        if load_dir in (args.load, args.pretrained_checkpoint):
+            _compare(args, load_dir, result[0] or {})
+        return result
+
+    return load
+
+
+def _compare(args: argparse.Namespace, load_dir: str | None, state_dict: dict) -> None:
+    global _saved_args
+    saved = state_dict.get("args")
+    if _run is None:  # --use-checkpoint-args: Megatron is still parsing
+        _saved_args = saved or _saved_args
+        return
+    if load_dir in _compared:  # metadata first, then the tensors
+        return
+    error, verdict = None, None
+    try:
+        if saved is not None:
+            iteration = state_dict.get("iteration") or 0
+            verdict = provenance.check(args, saved, _run.settings, iteration)
+    except ValueError as refusal:
+        error = f"{load_dir}: {refusal}"
+    agreement.decide(error)
+    # Only the first checkpoint is the run's past: a reference model may be loaded after it.
+    if verdict is not None and verdict.lineage and not _compared:
+        args.longrope_lineage = verdict.lineage
+    _compared.add(load_dir)
+    if verdict is not None and verdict.remark and args.rank == 0:
+        print(f"> longrope: {load_dir}: {verdict.remark}", flush=True)
+
+
+# Models
+
+
+def with_rotary(rotary_embedding: type) -> Callable:
+    """In the place of `RotaryEmbedding` where a model builds it."""
+
+    @functools.wraps(rotary_embedding, updated=())
+    def build(*rest: Any, **options: Any) -> Any:
+        settings = None if _run is None else _run.settings
+        if settings is None:
+            return rotary_embedding(*rest, **options)
+        from megatron_longrope.rotary import LongRopeRotaryEmbedding
+
+        # In mixed windows attention itself follows the documents.
+        carried = None if settings.follows_documents else settings.attention_factor
+        return LongRopeRotaryEmbedding(
+            settings.config,
+            *rest,
+            mode=settings.selection.mode,
+            run_length=settings.selection.run_length,
+            hf_parity=settings.hf_parity,
+            carried_attention_factor=carried,
+            factor_in_cos_sin=settings.carrier == "rope",
+            **options,
+        )
+
+    return build
+
+
+def with_core_attention(core_attention: Callable) -> Callable:
+    """Around the local spec provider's choice of a core attention class."""
+
+    @functools.wraps(core_attention)
+    def choose(self: Any) -> type:
+        if _run is None or _run.attention not in ("sdpa", "flash"):
+            return core_attention(self)
+        from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
+
+        chosen = FlashCoreAttention if _run.attention == "flash" else SdpaCoreAttention
+        if _run.settings is None or not _run.settings.follows_documents:
+            return chosen
+        scale = staticmethod(_run.settings.document_scale)
+        return type(chosen.__name__, (chosen,), {"document_scale": scale})
+
+    return choose
+
+
+def with_concentration(concentration_factor: Callable) -> Callable:
+    """Around the multiplier of cos and sin that attention reads from its config."""
+
+    @functools.wraps(concentration_factor)
+    def factor(config: Any) -> float:
+        settings = None if _run is None else _run.settings
+        if settings is None or settings.carrier != "rope":
+            return concentration_factor(config)
+        return settings.attention_factor
+
+    return factor
+
+
+def with_softmax_scale(attention_init: Callable) -> Callable:
+    """Around `Attention.__init__`: dynamic inference asks the layer, not the config, for it.
+
+    Before 0.19 its decoding asks nobody, and gives keys no multiplier of cos and sin either: there
+    it is refused.
+    """
+
+    @functools.wraps(attention_init)
+    def init(self: Any, config: Any, *rest: Any, **options: Any) -> None:
+        attention_init(self, config, *rest, **options)
+        settings = None if _run is None else _run.settings
+        if settings is None or settings.attention_factor == 1.0:
+            return
+        if settings.carrier == "softmax":
+            self.softmax_scale = config.softmax_scale
+        if compat.megatron_version().startswith(("0.17.", "0.18.")):
+            self.flash_decode_and_prefill = _refuse_dynamic_inference
+
+    return init
+
+
+def _refuse_dynamic_inference(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        f"megatron-core {compat.megatron_version()} drops the attention factor when it decodes in "
+        "dynamic batches; use megatron-core 0.19 or a static inference context"
+    )
+
+
+def with_model_check(setup_model_and_optimizer: Callable) -> Callable:
+    """Around the building of models: a run with factors must have them in every chunk."""
+
+    @functools.wraps(setup_model_and_optimizer)
+    def setup(*rest: Any, **options: Any) -> Any:
+        result = setup_model_and_optimizer(*rest, **options)
+        if _run is not None and _run.settings is not None:
+            _check_models(result[0])
+        return result
+
+    return setup
+
+
+def _check_models(chunks: list) -> None:
+    from megatron.core.utils import unwrap_model
+
+    from megatron_longrope.rotary import LongRopeRotaryEmbedding
+
+    for chunk in unwrap_model(chunks):
+        found = [
+            type(module).__name__
+            for name, module in chunk.named_modules()
+            if name.endswith("rotary_pos_emb")
+        ]
+        if LongRopeRotaryEmbedding.__name__ not in found:
+            agreement.stop(
+                f"the model {type(chunk).__name__} did not take the LongRoPE rotary module "
+                f"(it has {', '.join(found) or 'none'}); the plugin supports GPTModel and "
+                "HybridModel"
+            )
+
+
+# Batches
+
+
+def with_document_shards(split_batch: Callable) -> Callable:
+    """Around the context-parallel split of a batch: packed documents are each split by themselves.
+
+    megatron-core 0.19 cuts a packed sample as a whole, while its attention and rotary code expect
+    every document to be split; the split that does so needs Transformer Engine's CUDA extension.
+    """
+
+    @functools.wraps(split_batch)
+    def split(batch: dict, cp_group: Any) -> dict:
+        cu_seqlens = batch.get("cu_seqlens_padded")
+        if cu_seqlens is None:
+            cu_seqlens = batch.get("cu_seqlens")
+        if _run is None or cu_seqlens is None or cp_group.size() == 1:
+            return split_batch(batch, cp_group=cp_group)
+        for key in ("tokens", "labels", "loss_mask", "position_ids"):
+            if batch.get(key) is not None:
+                batch[key] = shard_documents(
+                    batch[key], cu_seqlens[0].tolist(), cp_group.rank(), cp_group.size(), dim=1
+                )
+        return batch
+
+    return split

@@ -1,0 +1,311 @@
+"""`LongRopeSettings`: the flags of a run, checked against Megatron's own flags."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.context_parallel import check_divisible
+from megatron_longrope.integration.compat import transformer_engine_version
+from megatron_longrope.selection import FactorSelection
+
+# Above this a dense [s, s] mask from the data loader is no longer affordable (4 GiB of bools).
+DENSE_MASK_LIMIT = 65536
+_OURS = ("flash", "sdpa")  # attention that the plugin provides
+
+
+@dataclass(frozen=True)
+class LongRopeSettings:
+    """What a run does with LongRoPE."""
+
+    selection: FactorSelection
+    """Factor sets and which one a sequence uses."""
+
+    carrier: str = "softmax"
+    """`softmax` or `rope`: where the attention factor is applied."""
+
+    attention_factor: float = 1.0
+    """Multiplier of q and k at the run's sequence length."""
+
+    hf_parity: bool = False
+    """fp32 angles as transformers computes them."""
+
+    @property
+    def config(self) -> LongRopeConfig:
+        """Factor sets."""
+        return self.selection.config
+
+    @property
+    def follows_documents(self) -> bool:
+        """True when packed documents may need another attention factor than the run carries."""
+        return self.selection.mode == "mixed" and self.document_scale(1) != 1.0
+
+    def document_scale(self, length: int) -> float:
+        """What a document of `length` tokens multiplies the run's softmax scale by."""
+        return (self.selection.attention_factor(length) / self.attention_factor) ** 2
+
+
+def attention_from_args(args: argparse.Namespace) -> str:
+    """Resolve `--longrope-attention` to `te`, `flash`, `sdpa` or `local`.
+
+    Raises:
+        ValueError: The choice does not fit the transformer implementation or the parallel layout.
+    """
+    choice = getattr(args, "longrope_attention", "auto")
+    is_local = args.transformer_impl == "local"
+    if choice == "auto":
+        if not is_local:
+            return "te"
+        choice = "flash" if _flash_attention_fits(args) else "sdpa"
+    if choice == "te" and transformer_engine_version() is None:
+        raise ValueError(
+            "--longrope-attention te needs Transformer Engine, which is not installed; "
+            "use --transformer-impl local with --longrope-attention sdpa"
+        )
+    if choice != "te" and not is_local:
+        raise ValueError(
+            f"--longrope-attention {choice} needs --transformer-impl local, "
+            f"got {args.transformer_impl}"
+        )
+    if choice == "flash" and not flash_attention_is_installed():
+        raise ValueError(
+            "--longrope-attention flash needs flash-attn, which is not installed; use sdpa"
+        )
+    if choice == "local" and args.context_parallel_size > 1:
+        raise ValueError(
+            "--longrope-attention local cannot run context parallel size "
+            f"{args.context_parallel_size}; use sdpa"
+        )
+    if choice in _OURS and getattr(args, "reset_attention_mask", False):
+        raise ValueError(
+            f"--reset-attention-mask is not supported by {choice} attention, which is causal over "
+            "the whole sample and would ignore document borders; remove the flag, pack documents "
+            "with --dataloader-inter-document-masking, or use --longrope-attention local"
+        )
+    return choice
+
+
+def flash_attention_is_installed() -> bool:
+    """True when flash-attn can be imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _flash_attention_fits(args: argparse.Namespace) -> bool:
+    import torch
+
+    half = getattr(args, "bf16", False) or getattr(args, "fp16", False)
+    return bool(half and flash_attention_is_installed() and torch.cuda.is_available())
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Check what is wrong whatever the factor file holds, and so wrong on every rank.
+
+    Raises:
+        ValueError: A flag does not go with `--longrope-config`.
+    """
+    _refuse_other_scaling(args)
+    check_divisible(args.seq_length, args.context_parallel_size)
+    _check_data(args)
+
+
+def check_spec(args: argparse.Namespace) -> None:
+    """Check the layers of a HybridModel that the plugin's own spec would build.
+
+    Raises:
+        ValueError: A kind of layer that the spec does not have.
+    """
+    spec = getattr(args, "spec", None) or [""]
+    if spec[0] != f"{__package__}.hybrid_spec":
+        return
+    from megatron_longrope.integration.hybrid_spec import check_layers
+
+    check_layers((getattr(args, "hybrid_layer_pattern", None) or "").replace("|", ""))
+
+
+def config_from_args(args: argparse.Namespace) -> LongRopeConfig | None:
+    """The run's factor sets: the file's, else what `--use-checkpoint-args` restored, else None.
+
+    Raises:
+        ValueError: The file is missing or invalid.
+    """
+    if getattr(args, "longrope_config", None):
+        return LongRopeConfig.load(args.longrope_config)
+    value = getattr(args, "longrope_config_value", None)
+    return None if value is None else LongRopeConfig.from_dict(value)
+
+
+def settings_from_args(
+    args: argparse.Namespace, config: LongRopeConfig, attention: str
+) -> LongRopeSettings:
+    """Check the flags after Megatron has validated its own.
+
+    The factors are also stored in `args` by value (`longrope_config_value`), so that every
+    checkpoint of the run holds them.
+
+    Args:
+        args (Namespace): Megatron's arguments.
+        config (LongRopeConfig): From :func:`config_from_args`.
+        attention (str): From :func:`attention_from_args`.
+
+    Raises:
+        ValueError: A combination that would train a different model than asked for.
+    """
+    _refuse_other_scaling(args)
+    rotary_dim = int(args.kv_channels * args.rotary_percent)
+    _check_geometry(args, config, rotary_dim)
+    check_divisible(args.seq_length, args.context_parallel_size)
+    _check_data(args)
+    selection = FactorSelection(config, args.longrope_mode, args.seq_length)
+    factor = selection.attention_factor(args.seq_length)
+    settings = LongRopeSettings(
+        selection=selection,
+        carrier=_carrier(args, factor, whole_head=rotary_dim == args.kv_channels),
+        attention_factor=factor,
+        hf_parity=args.longrope_hf_parity,
+    )
+    _check_kernels(args, settings)
+    if selection.mode == "mixed":
+        _check_mixed(args, settings, attention)
+    if settings.carrier == "softmax" and factor != 1.0:
+        scale = factor**2 / math.sqrt(args.kv_channels)
+        if getattr(args, "softmax_scale", None) not in (None, scale):
+            raise ValueError(
+                f"softmax_scale {args.softmax_scale} is already set, so the attention factor has "
+                "no room there; use --longrope-attention-factor-carrier rope"
+            )
+        # Megatron copies every args field that TransformerConfig knows: this one is our carrier.
+        args.softmax_scale = scale
+    args.longrope_config_value = config.to_dict()
+    args.longrope_attention_factor = factor
+    return settings
+
+
+def is_packed(args: argparse.Namespace) -> bool:
+    """True when the data loader packs documents (THD format)."""
+    return bool(
+        getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
+    )
+
+
+def _carrier(args: argparse.Namespace, factor: float, *, whole_head: bool) -> str:
+    choice = args.longrope_attention_factor_carrier
+    obstacle = _softmax_obstacle(args, whole_head)
+    if choice == "auto":
+        return "softmax" if obstacle is None else "rope"
+    if choice == "softmax" and factor != 1.0 and obstacle is not None:
+        raise ValueError(f"{obstacle}; use --longrope-attention-factor-carrier rope")
+    return choice
+
+
+def _softmax_obstacle(args: argparse.Namespace, whole_head: bool) -> str | None:
+    """Why the softmax scale cannot carry the attention factor, or None when it can."""
+    if not whole_head:
+        return (
+            f"rotary_percent {args.rotary_percent} rotates a part of each head, and the softmax "
+            "scale would also multiply the rest"
+        )
+    if getattr(args, "no_rope_freq", None):
+        return "--no-rope-freq leaves layers unrotated, and the softmax scale would multiply them"
+    if getattr(args, "use_mup", False):
+        return "--use-mup has a softmax scale of its own"
+    if getattr(args, "flash_decode", False):
+        return "--flash-decode ignores the softmax scale"
+    return None
+
+
+def _check_kernels(args: argparse.Namespace, settings: LongRopeSettings) -> None:
+    """Refuse kernels that would drop the multiplier of cos and sin."""
+    if settings.carrier != "rope" or settings.attention_factor == 1.0:
+        return
+    if is_packed(args) and getattr(args, "apply_rope_fusion", False):
+        raise ValueError(
+            f"attention factor {settings.attention_factor:.6g} on cos and sin is ignored by the "
+            "fused RoPE kernel for packed sequences; add --no-rope-fusion"
+        )
+    if getattr(args, "fused_single_qkv_rope", False):
+        raise ValueError(
+            f"attention factor {settings.attention_factor:.6g} on cos and sin is ignored by "
+            "--fused-single-qkv-rope; remove that flag"
+        )
+
+
+def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention: str) -> None:
+    """Refuse runs in which documents could not follow their own window."""
+    mode = "--longrope-mode mixed"
+    if not is_packed(args):
+        raise ValueError(
+            f"{mode} chooses factors by packed document, and this run packs none; add "
+            "--dataloader-inter-document-masking (megatron-core 0.19) or --sft, or another mode"
+        )
+    if getattr(args, "apply_rope_fusion", False):
+        raise ValueError(
+            f"{mode} needs a table row per token, and the fused RoPE kernel has one table for all "
+            "documents; add --no-rope-fusion"
+        )
+    if settings.follows_documents and attention not in _OURS:
+        raise ValueError(
+            f"{mode} needs another softmax scale for short documents, which {attention} attention "
+            "cannot give; use --transformer-impl local with --longrope-attention flash or sdpa, or "
+            "factors with one attention factor"
+        )
+    if settings.follows_documents and settings.carrier != "softmax":
+        raise ValueError(
+            f"{mode} carries the attention factor of a document on the softmax scale; remove "
+            "--longrope-attention-factor-carrier rope, or use factors with one attention factor"
+        )
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    if args.seq_length >= DENSE_MASK_LIMIT and args.create_attention_mask_in_dataloader:
+        raise ValueError(
+            f"sequence length {args.seq_length} with a dense attention mask from the data loader "
+            f"would build a {args.seq_length} x {args.seq_length} mask per sample; add "
+            "--no-create-attention-mask-in-dataloader (attention is causal without it)"
+        )
+
+
+def _check_geometry(args: argparse.Namespace, config: LongRopeConfig, rotary_dim: int) -> None:
+    source = args.longrope_config or "the checkpoint's factors"
+    if config.rotary_dim != rotary_dim:
+        raise ValueError(
+            f"{source}: rotary_dim {config.rotary_dim} differs from this model's "
+            f"{rotary_dim} (kv_channels {args.kv_channels} x rotary_percent {args.rotary_percent})"
+        )
+    if float(config.rotary_base) != float(args.rotary_base):
+        raise ValueError(
+            f"{source}: rotary_base {config.rotary_base:g} differs from "
+            f"--rotary-base {args.rotary_base}; give the base that the model was trained with"
+        )
+
+
+def _refuse_other_scaling(args: argparse.Namespace) -> None:
+    def refuse(flag: str, reason: str) -> None:
+        raise ValueError(f"--longrope-config cannot be combined with {flag}: {reason}")
+
+    def get(name: str) -> Any:
+        return getattr(args, name, None)
+
+    if get("position_embedding_type") != "rope":
+        refuse(
+            f"--position-embedding-type {get('position_embedding_type')}",
+            "LongRoPE rescales RoPE; use --position-embedding-type rope",
+        )
+    if get("multi_latent_attention"):
+        refuse("--multi-latent-attention", "its attention builds a rotary embedding of its own")
+    if get("use_rope_scaling"):
+        refuse("--use-rope-scaling", "it would scale the frequencies twice")
+    if get("rotary_seq_len_interpolation_factor") is not None:
+        refuse("--rotary-seq-len-interpolation-factor", "it would interpolate the positions twice")
+    if get("hybrid_layer_pattern") and get("rotary_interleaved"):
+        refuse(
+            "--rotary-interleaved",
+            "Megatron's HybridModel applies it to angles in the order of two halves",
+        )
+    for name in ("hybrid_context_parallel", "dynamic_context_parallel"):
+        if get(name):
+            flag = f"--{name.replace('_', '-')}"
+            refuse(flag, "its ranks would get another rank's positions")

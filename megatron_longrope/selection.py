@@ -1,0 +1,52 @@
+"""Which factor set a sequence uses: the one place that knows the modes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_longrope.config import FactorSet, LongRopeConfig
+
+MODES = ("auto", "long", "short", "mixed")
+
+
+@dataclass(frozen=True)
+class FactorSelection:
+    """Factor sets, the mode that chooses among them, and the length that a run is fixed to.
+
+    Raises:
+        ValueError: The mode is unknown.
+    """
+
+    config: LongRopeConfig
+    """Factor sets."""
+
+    mode: str = "auto"
+    """`auto`: the smallest set that covers the sequence. `long`: always the largest. `short`:
+    always the original window's. `mixed`: documents within the original window use its set, longer
+    ones the set of the run (mixed-window training of LongRoPE2)."""
+
+    run_length: int = 0
+    """Sequence length, in tokens, of a training run: shorter sequences and packed documents do not
+    switch to another set batch by batch. 0 when there is no run."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+
+    def factor_set(self, length: int) -> FactorSet:
+        """The set that a sequence, or in mixed mode a document, of `length` tokens uses.
+
+        Raises:
+            ValueError: No set reaches that far.
+        """
+        original = self.config.original_max_position_embeddings
+        if self.mode == "short":
+            return self.config.factor_set_for(original)
+        if self.mode == "mixed" and length <= original:
+            return self.config.factor_set_for(original)
+        covering = self.config.factor_set_for(max(length, self.run_length))
+        return self.config.factor_sets[-1] if self.mode == "long" else covering
+
+    def attention_factor(self, length: int) -> float:
+        """Multiplier of q and k for a sequence of `length` tokens; logits get its square."""
+        return self.config.attention_factor_for(self.factor_set(length).max_length)

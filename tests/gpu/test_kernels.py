@@ -1,0 +1,196 @@
+"""What only a GPU can show: fused RoPE, flash kernels, half precision; skipped without one.
+
+Each result is compared with the same computation in fp32 or fp64 on plain torch operations.
+"""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.rotary import LongRopeRotaryEmbedding
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+needs_flash = pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed"
+)
+needs_te = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None,
+    reason="Transformer Engine is not installed",
+)
+
+HEAD_DIM, HEADS, GROUPS, ORIGINAL, LENGTH = 64, 8, 2, 256, 2048
+CONFIG = LongRopeConfig(
+    rotary_base=10000.0,
+    rotary_dim=HEAD_DIM,
+    original_max_position_embeddings=ORIGINAL,
+    factor_sets=(
+        FactorSet(ORIGINAL, (1.0,) * (HEAD_DIM // 2)),
+        FactorSet(LENGTH, tuple(yarn_factors(HEAD_DIM, LENGTH / ORIGINAL, 10000.0, ORIGINAL))),
+    ),
+)
+DOCUMENTS = (512, 256, 1024, 256)
+
+
+class OneRank:
+    """A context-parallel group of one."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def table(device: str = "cuda") -> torch.Tensor:
+    rotary = LongRopeRotaryEmbedding(CONFIG, HEAD_DIM, cp_group=OneRank())
+    rotary.table_device = torch.device(device)
+    return rotary(LENGTH)
+
+
+def random(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+
+def rotate(tensor: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Rotate halves in fp32: `[s, ..., d]` by angles `[s, d]`."""
+    angles = angles.view(len(angles), *(1,) * (tensor.dim() - 2), -1).float()
+    first, second = tensor.float().chunk(2, dim=-1)
+    return tensor.float() * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+
+
+def offsets(lengths=DOCUMENTS) -> torch.Tensor:
+    ends = torch.tensor(lengths).cumsum(0)
+    return torch.cat((torch.zeros(1), ends)).to(torch.int32).cuda()
+
+
+def transformer_config(**options) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        **options,
+    )
+
+
+def attention(cls, scale: float | None = None):
+    groups = SimpleNamespace(cp=OneRank())
+    return cls(
+        transformer_config(),
+        1,
+        AttnMaskType.causal,
+        "self",
+        softmax_scale=scale,
+        pg_collection=groups,
+    )
+
+
+def plain_attention(query, key, value, scale, lengths) -> torch.Tensor:
+    """Causal softmax per document in fp32: `[t, h, d] -> [t, h * d]`."""
+    parts = []
+    for q, k, v in zip(*(x.float().split(lengths) for x in (query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        scores += torch.full_like(scores[0], float("-inf")).triu(1)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1))
+    return torch.cat(parts)
+
+
+def test_a_table_on_the_gpu_equals_the_cpus():
+    torch.testing.assert_close(table().cpu(), table("cpu"), rtol=0, atol=1e-6)
+
+
+@needs_te
+def test_fused_rope_rotates_by_our_table():
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        apply_rope_fusion=True,
+    )
+    query = random(LENGTH, 2, HEADS, HEAD_DIM)
+    ours = rope_utils.apply_rotary_pos_emb(query, table(), config, cp_group=OneRank())
+    torch.testing.assert_close(ours.float(), rotate(query, table()[:, 0, 0]), rtol=0, atol=0.04)
+
+
+@needs_te
+def test_fused_rope_of_packed_documents_starts_every_document_at_position_0():
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        apply_rope_fusion=True,
+    )
+    query = random(sum(DOCUMENTS), HEADS, HEAD_DIM)
+    angles = table()
+    ours = rope_utils.apply_rotary_pos_emb(
+        query, angles, config, cu_seqlens=offsets(), cp_group=OneRank()
+    )
+    rows = torch.cat([angles[:length, 0, 0] for length in DOCUMENTS])
+    torch.testing.assert_close(ours.float(), rotate(query, rows), rtol=0, atol=0.04)
+
+
+@pytest.mark.parametrize(
+    "cls", [SdpaCoreAttention, pytest.param(FlashCoreAttention, marks=needs_flash)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_kernels_take_the_attention_factor_with_the_softmax_scale(cls, dtype, packed):
+    lengths = DOCUMENTS if packed else (LENGTH,)
+    scale = CONFIG.attention_factor_for(LENGTH) ** 2 / HEAD_DIM**0.5
+    query = random(LENGTH, HEADS, HEAD_DIM, dtype=dtype)
+    key, value = random(2, LENGTH, GROUPS, HEAD_DIM, dtype=dtype)
+    module = attention(cls, scale)
+    if packed:
+        cu_seqlens = offsets(lengths)
+        description = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
+        )  # fmt: skip
+        ours = module(query, key, value, packed_seq_params=description)
+    else:
+        ours = module(*(x[:, None] for x in (query, key, value)))[:, 0]
+    expected = plain_attention(query, key, value, scale, lengths)
+    torch.testing.assert_close(ours.float(), expected, rtol=0, atol=0.03)
+
+
+@needs_flash
+def test_flash_and_sdpa_attention_have_the_same_gradients():
+    gradients = []
+    for cls in (SdpaCoreAttention, FlashCoreAttention):
+        tensors = [random(LENGTH, 1, heads, HEAD_DIM) for heads in (HEADS, GROUPS, GROUPS)]
+        for tensor in tensors:
+            tensor.requires_grad_()
+        attention(cls)(*tensors).float().square().mean().backward()
+        gradients.append([tensor.grad.float() for tensor in tensors])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * theirs.abs().max().item())
+
+
+def test_the_engine_scores_in_bf16_nearly_as_in_fp32(untied_gqa):
+    from megatron_longrope.engine import load_engine
+
+    tokens = torch.arange(160)[None] % 250
+    half, full = (
+        load_engine(untied_gqa.path, dtype=dtype).nll(tokens)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    torch.testing.assert_close(half, full, rtol=0, atol=0.1)

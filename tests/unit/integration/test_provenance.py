@@ -1,0 +1,407 @@
+"""Which checkpoints a run may load, what it says when it may not, and what it remembers."""
+
+import argparse
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("megatron.training")
+
+from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.integration import provenance, seams
+from megatron_longrope.integration.seams import Run
+from megatron_longrope.integration.settings import LongRopeSettings
+from megatron_longrope.selection import FactorSelection
+
+SHORT = FactorSet(64, (1.0, 1.0, 1.0, 1.1))
+LONG = FactorSet(128, (1.0, 1.2, 1.6, 2.0), origin={"method": "yarn"})
+LONGER = FactorSet(256, (1.0, 1.4, 2.5, 4.0), num_start_tokens=4)
+CONFIG = LongRopeConfig(
+    rotary_base=10000.0,
+    rotary_dim=8,
+    original_max_position_embeddings=64,
+    factor_sets=(SHORT, LONG),
+)
+OTHER = CONFIG.with_factor_set(FactorSet(128, (1.0, 1.2, 1.7, 2.0)))
+REMEDY = "or add --longrope-replace-factors to go on with this run's"
+
+
+def settings(config=CONFIG, seq_length=128, mode="auto", hf_parity=False) -> LongRopeSettings:
+    return LongRopeSettings(FactorSelection(config, mode, seq_length), hf_parity=hf_parity)
+
+
+def arguments(seq_length=128, **more) -> argparse.Namespace:
+    values = {"seq_length": seq_length, "rank": 0, "longrope_replace_factors": False}
+    return argparse.Namespace(**{**values, **more})
+
+
+def stock(seq_length=64, **more) -> argparse.Namespace:
+    """What Megatron alone stores."""
+    values = {"position_embedding_type": "rope", "rotary_base": 10000}
+    return argparse.Namespace(seq_length=seq_length, **{**values, **more})
+
+
+def saved(config=CONFIG, seq_length=128, mode="auto", hf_parity=False, **more):
+    """What a run with the plugin stores."""
+    factor = FactorSelection(config, mode, seq_length).attention_factor(seq_length)
+    plugin = {
+        "longrope_config_value": config.to_dict(), "longrope_mode": mode,
+        "longrope_hf_parity": hf_parity, "longrope_attention_factor": factor,
+    }  # fmt: skip
+    return stock(seq_length, **{**plugin, **more})
+
+
+def check(run, checkpoint, iteration=7, **more):
+    args = arguments(run.selection.run_length, **more) if run else arguments(**more)
+    return provenance.check(args, checkpoint, run, iteration)
+
+
+def refusal(run, checkpoint) -> str:
+    with pytest.raises(ValueError) as error:
+        check(run, checkpoint)
+    text = str(error.value)
+    assert "\n" not in text
+    if run is not None:  # the flag is the deliberate way on, whatever the reason
+        assert text.endswith(REMEDY)
+        verdict = check(run, checkpoint, longrope_replace_factors=True)
+        assert verdict.remark.startswith("factors replaced (--longrope-replace-factors): ")
+        assert verdict.lineage[-1]["seq_length"] == run.selection.run_length
+        assert len(verdict.lineage) == 2
+    return text
+
+
+# Weights that fit
+
+
+def test_the_same_factors_say_nothing_and_keep_the_lineage():
+    lineage = [{"rope": "stock", "iteration": 0, "seq_length": 64}, {"rope": "longrope"}]
+    verdict = check(settings(), saved(longrope_lineage=lineage))
+    assert (verdict.lineage, verdict.remark) == (lineage, None)
+
+
+def test_the_origin_of_factors_is_no_difference():
+    unknown = CONFIG.with_factor_set(replace(LONG, origin={}))
+    assert check(settings(unknown), saved()).remark is None
+
+
+def test_a_set_that_neither_length_uses_is_no_difference():
+    for config in (CONFIG.with_factor_set(LONGER), replace(CONFIG, factor_sets=(LONG,))):
+        assert check(settings(config), saved()).remark is None
+        assert check(settings(), saved(config)).remark is None
+
+
+def test_a_length_under_the_same_set_is_no_difference():
+    verdict = check(settings(seq_length=100), saved())
+    assert verdict.remark is None and len(verdict.lineage) == 1
+
+
+def test_a_stock_checkpoint_begins_the_first_stage():
+    verdict = check(settings(), stock())
+    assert verdict.remark == (
+        "first LongRoPE stage: 128 tokens with the set up to 128, attention factor 1.08012, on a "
+        "model with stock RoPE"
+    )
+    first, second = verdict.lineage
+    assert first == {"rope": "stock", "iteration": 0, "seq_length": 64}
+    digest = second.pop("sha256")
+    assert len(digest) == 64 and int(digest, 16)
+    assert second == {
+        "rope": "longrope", "iteration": 7, "seq_length": 128, "max_length": 128,
+        "attention_factor": pytest.approx(math.sqrt(1 + math.log(2) / math.log(64))),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [64, 128])
+def test_a_checkpoint_of_ones_counts_as_stock(length):
+    ones = identity_config(10000.0, 8, length)
+    checkpoint = saved(ones, length)
+    verdict = check(settings(), checkpoint)
+    assert verdict.remark.startswith("first LongRoPE stage: ")
+    assert [stage["rope"] for stage in verdict.lineage] == ["stock", "longrope"]
+    assert check(None, checkpoint).remark is None
+    assert check(settings(ones, length), stock()).remark is None
+
+
+def test_a_stock_run_loads_a_stock_checkpoint_without_a_word():
+    assert check(None, stock()) == provenance.Verdict([])
+
+
+def test_the_same_factors_at_another_length_are_a_stage_that_is_logged():
+    config = CONFIG.with_factor_set(LONGER)
+    verdict = check(settings(config, 256), saved(config, 128))
+    assert verdict.remark == (
+        "same factors at another length: 256 tokens with the set up to 256, attention factor "
+        "1.1547, after 128 tokens with the set up to 128, attention factor 1.08012"
+    )
+    assert [stage["max_length"] for stage in verdict.lineage] == [128, 256]
+    assert check(settings(config, 64), saved(config, 128)).lineage[-1]["max_length"] == 64
+
+
+def test_mode_long_keeps_the_trained_set_for_short_samples():
+    assert check(settings(seq_length=64, mode="long"), saved()).remark is None
+
+
+# Weights that do not
+
+
+def test_other_factors_are_refused_and_both_sides_are_named():
+    assert refusal(settings(OTHER), saved()) == (
+        "the checkpoint was trained with other LongRoPE factors than this run's: rescale factor 2 "
+        "is 1.6 against 1.7 (checkpoint: 128 tokens with the set up to 128, attention factor "
+        "1.08012; this run: 128 tokens with the set up to 128, attention factor 1.08012); give the "
+        "checkpoint's factors (--use-checkpoint-args without --longrope-config restores them), "
+        "or add --longrope-replace-factors to go on with this run's"
+    )
+
+
+def test_the_next_stage_is_refused_without_the_flag():
+    both = CONFIG.with_factor_set(LONGER)
+    for config in (both, replace(both, factor_sets=(SHORT, LONGER))):
+        text = refusal(settings(config, 256), saved())
+        assert (
+            "rescale factor 1 is 1.2 against 1.4 (checkpoint: 128 tokens with the set up to 128, "
+            "attention factor 1.08012; this run: 256 tokens with the set up to 256, attention "
+            "factor 1.1547)"
+        ) in text
+
+
+@pytest.mark.parametrize(
+    ("config", "difference"),
+    [
+        (replace(CONFIG, attention_factor=1.25), "attention_factor 1.0801234 against 1.25"),
+        (replace(CONFIG, attention_factor_policy="none"), "attention_factor 1.0801234 against 1"),
+        (
+            replace(CONFIG, original_max_position_embeddings=32),
+            "original_max_position_embeddings 64 against 32",
+        ),
+        (replace(CONFIG, rotary_base=500000.0), "rotary_base 10000 against 500000"),
+        (
+            CONFIG.with_factor_set(replace(LONG, num_start_tokens=4)),
+            "num_start_tokens 0 against 4",
+        ),
+    ],
+)
+def test_everything_that_changes_the_model_is_compared(config, difference):
+    assert difference in refusal(settings(config), saved())
+
+
+def test_the_length_that_factors_are_made_for_is_compared():
+    one = replace(CONFIG, attention_factor=1.1)
+    other = replace(one, factor_sets=(SHORT, replace(LONG, max_length=130)))
+    assert "max_length 128 against 130" in refusal(settings(other), saved(one))
+
+
+def test_a_file_that_differs_only_where_the_checkpoint_was_trained_is_refused():
+    text = refusal(settings(OTHER, 64), saved())
+    assert "rescale factor 2 is 1.6 against 1.7 (checkpoint: 128 tokens with the" in text
+
+
+def test_a_file_that_differs_only_at_the_runs_length_is_refused():
+    other = CONFIG.with_factor_set(FactorSet(64, (1.0, 1.0, 1.05, 1.1)))
+    text = refusal(settings(other, 64), saved())
+    assert "rescale factor 2 is 1 against 1.05 (checkpoint: 64 tokens with the set up to 64" in text
+
+
+def test_a_file_that_does_not_reach_the_checkpoints_length_is_refused():
+    text = refusal(settings(CONFIG), saved(CONFIG.with_factor_set(LONGER), 256))
+    assert "(checkpoint: 256 tokens with the set up to 256, attention factor 1.1547; this" in text
+
+
+def test_a_mode_that_changes_the_set_in_use_is_refused():
+    text = refusal(settings(mode="short"), saved())
+    assert "rescale factor 1 is 1.2 against 1 (checkpoint: 128 tokens with the set up to" in text
+    assert "this run: 128 tokens in mode short with the set up to 64" in text
+
+
+def test_mixed_windows_rotate_short_documents_differently():
+    assert "in short documents rescale factor 1 is 1.2 against 1" in refusal(
+        settings(mode="mixed"), saved()
+    )
+    assert check(settings(mode="mixed"), saved(mode="mixed")).remark is None
+
+
+def test_the_precision_of_angles_is_compared():
+    text = refusal(settings(), saved(hf_parity=True))
+    assert "fp32 (--longrope-hf-parity) angles against exact angles" in text
+
+
+def test_an_attention_factor_that_another_release_computed_is_compared():
+    text = refusal(settings(), saved(longrope_attention_factor=1.19))
+    assert "attention_factor 1.19 against 1.0801234" in text
+    almost = saved(longrope_attention_factor=saved().longrope_attention_factor * (1 + 1e-15))
+    assert check(settings(), almost).remark is None
+
+
+def test_a_stock_run_on_a_checkpoint_with_factors_is_refused():
+    assert refusal(None, saved()) == (
+        "the checkpoint was trained with LongRoPE, 128 tokens with the set up to 128, attention "
+        "factor 1.08012, and this run has stock RoPE; give the checkpoint's factors with "
+        "--longrope-config, or --use-checkpoint-args, which restores them"
+    )
+
+
+def test_factors_for_another_base_than_the_stock_models_are_refused():
+    text = refusal(settings(), stock(rotary_base=500000))
+    assert text.startswith(
+        "the checkpoint was trained with rotary_base 500000 and this run's factors are for 10000; "
+    )
+    assert check(settings(), stock(position_embedding_type="learned_absolute", rotary_base=5))
+
+
+def test_damaged_factors_in_a_checkpoint_are_one_sentence():
+    checkpoint = saved()
+    checkpoint.longrope_config_value["factor_sets"] = []
+    with pytest.raises(ValueError, match="the LongRoPE factors in the checkpoint: "):
+        check(settings(), checkpoint)
+
+
+# Lineage
+
+
+def test_stages_add_up():
+    base = check(settings(), stock())
+    checkpoint = saved(longrope_lineage=base.lineage)
+    longer = settings(CONFIG.with_factor_set(LONGER), 256)
+    verdict = check(longer, checkpoint, iteration=400, longrope_replace_factors=True)
+    told = [(stage["rope"], stage["iteration"], stage["seq_length"]) for stage in verdict.lineage]
+    assert told == [("stock", 0, 64), ("longrope", 7, 128), ("longrope", 400, 256)]
+    assert len({stage.get("sha256") for stage in verdict.lineage}) == 3
+    assert checkpoint.longrope_lineage == base.lineage
+
+
+def test_equal_factors_have_equal_hashes():
+    def digest(config, **more):
+        return provenance.begin(arguments(), settings(config, **more))[-1]["sha256"]
+
+    assert digest(CONFIG) == digest(CONFIG.with_factor_set(replace(LONG, origin={})))
+    assert digest(CONFIG) != digest(OTHER)
+    assert digest(CONFIG) != digest(CONFIG, hf_parity=True)
+
+
+def test_a_checkpoint_without_a_lineage_has_an_empty_one(untied_gqa):
+    assert MegatronCheckpoint.open(untied_gqa.path).lineage == []
+
+
+# What --use-checkpoint-args restores
+
+
+def run_arguments(**more) -> argparse.Namespace:
+    values = {
+        "longrope_config": None, "longrope_mode": "auto", "longrope_hf_parity": False,
+        "use_checkpoint_args": True, "load": None, "pretrained_checkpoint": None, "kv_channels": 8,
+    }  # fmt: skip
+    return arguments(**{**values, **more})
+
+
+def test_factors_mode_and_precision_are_restored():
+    args = run_arguments()
+    assert provenance.restore(args, saved(mode="long", hf_parity=True))
+    assert args.longrope_config_value == CONFIG.to_dict()
+    assert (args.longrope_mode, args.longrope_hf_parity) == ("long", True)
+
+
+def test_what_the_user_asked_for_is_not_replaced():
+    args = run_arguments(longrope_mode="short")
+    assert provenance.restore(args, saved(mode="long"))
+    assert args.longrope_mode == "short"
+    args = run_arguments(longrope_config="factors.json")
+    assert not provenance.restore(args, saved(mode="long"))
+    assert args.longrope_mode == "auto" and not hasattr(args, "longrope_config_value")
+
+
+def test_nothing_is_restored_without_the_flag_or_without_factors():
+    args = run_arguments()
+    before = dict(vars(args))
+    assert not provenance.restore(args, stock())
+    assert not provenance.restore(args, None)
+    assert not provenance.restore(run_arguments(load="absent"), None)
+    assert vars(args) == before
+
+
+def test_an_own_script_reads_the_checkpoint_itself(untied_gqa, config):
+    args = run_arguments(pretrained_checkpoint=str(untied_gqa.path), load="absent")
+    assert provenance.restore(args, None)
+    assert LongRopeConfig.from_dict(args.longrope_config_value) == config
+    args = run_arguments(load=str(untied_gqa.path), use_checkpoint_args=False)
+    assert not provenance.restore(args, None)
+
+
+@pytest.mark.parametrize(("scale", "left"), [(1.08**2 / math.sqrt(8), None), (0.5, 0.5)])
+def test_only_the_plugins_own_softmax_scale_is_forgotten(scale, left):
+    args = run_arguments(longrope_attention_factor=1.08, softmax_scale=scale)
+    provenance.restore(args, None)
+    assert args.softmax_scale == left
+
+
+# Around Megatron's reading of a checkpoint
+
+
+@pytest.fixture
+def load():
+    """The seam around a reader that returns what it is told."""
+    seams.activate(None)
+    seams._compared.clear()
+    content = {}
+
+    def read(load_dir, args, rank0=False):
+        return content.get(load_dir), load_dir, False, None
+
+    yield SimpleNamespace(read=seams.with_factor_check(read), content=content)
+    seams.activate(None)
+    seams._compared.clear()
+    seams._saved_args = None
+
+
+def test_the_checkpoint_of_the_run_is_compared_once(load, capsys):
+    seams.activate(Run(settings(), "sdpa"))
+    args = arguments(load="a", pretrained_checkpoint=None)
+    load.content["a"] = {"args": stock(), "iteration": 600}
+    for rank0 in (True, False):
+        load.read("a", args, rank0=rank0)
+    assert capsys.readouterr().out == (
+        "> longrope: a: first LongRoPE stage: 128 tokens with the set up to 128, attention factor "
+        "1.08012, on a model with stock RoPE\n"
+    )
+    assert [stage["iteration"] for stage in args.longrope_lineage] == [0, 600]
+
+
+def test_a_refusal_names_the_directory_and_ends_the_run(load):
+    seams.activate(Run(settings(OTHER), "sdpa"))
+    load.content["a"] = {"args": saved(), "iteration": 600}
+    with pytest.raises(SystemExit) as error:
+        load.read("a", arguments(load=None, pretrained_checkpoint="a"), rank0=True)
+    assert str(error.value).startswith("longrope: error: a: the checkpoint was trained with other")
+
+
+def test_another_models_checkpoint_is_not_compared(load):
+    seams.activate(Run(settings(OTHER), "sdpa"))
+    load.content["teacher"] = {"args": saved()}
+    args = arguments(load="a", pretrained_checkpoint=None)
+    load.read("teacher", args)
+    assert not hasattr(args, "longrope_lineage")
+
+
+def test_a_reference_model_does_not_change_the_lineage(load, capsys):
+    seams.activate(Run(settings(), "sdpa"))
+    args = arguments(load="a", pretrained_checkpoint="base")
+    load.content["a"] = {"args": saved(longrope_lineage=[{"rope": "longrope"}]), "iteration": 9}
+    load.content["base"] = {"args": stock(), "iteration": 600}
+    load.read("a", args)
+    load.read("base", args)
+    assert args.longrope_lineage == [{"rope": "longrope"}]
+
+
+def test_nothing_to_load_is_nothing_to_compare(load):
+    seams.activate(Run(settings(), "sdpa"))
+    args = arguments(load="absent", pretrained_checkpoint=None)
+    assert load.read("absent", args)[0] is None
+    assert not hasattr(args, "longrope_lineage")
+
+
+def test_megatrons_parsing_hands_the_checkpoints_arguments_on(load):
+    load.content["a"] = {"args": saved(), "iteration": 600}
+    load.read("a", arguments(load="a", pretrained_checkpoint=None), rank0=True)
+    assert seams._saved_args is load.content["a"]["args"]
