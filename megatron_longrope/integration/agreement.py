@@ -83,6 +83,17 @@ def settle() -> None:
     raise SystemExit(1)
 
 
+def require() -> None:
+    """Settle at the latest possible moment: a finding must not be lost on the way to a model.
+
+    Raises:
+        SystemExit: This rank had an error, or another rank or different factors after all.
+    """
+    settle()
+    if _pending is not None and _pending.error:  # still no process group: each rank for itself
+        stop(_pending.error)
+
+
 def decide(error: str | None) -> None:
     """End the run on every rank when any rank has an `error`; each rank must call this.
 

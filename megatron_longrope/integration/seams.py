@@ -218,6 +218,7 @@ def with_rotary(rotary_embedding: type) -> Callable:
 
     @functools.wraps(rotary_embedding, updated=())
     def build(*rest: Any, **options: Any) -> Any:
+        agreement.require()
         settings = None if _run is None else _run.settings
         if settings is None:
             return rotary_embedding(*rest, **options)

@@ -154,11 +154,9 @@ def settings_from_args(
     Raises:
         ValueError: A combination that would train a different model than asked for.
     """
-    _refuse_other_scaling(args)
+    check_flags(args)
     rotary_dim = int(args.kv_channels * args.rotary_percent)
     _check_geometry(args, config, rotary_dim)
-    check_divisible(args.seq_length, args.context_parallel_size)
-    _check_data(args)
     selection = FactorSelection(config, args.longrope_mode, args.seq_length)
     factor = selection.attention_factor(args.seq_length)
     settings = LongRopeSettings(

@@ -92,6 +92,14 @@ def test_an_error_of_one_rank_waits_for_the_others(monkeypatch):
     assert agreement._pending == Finding(error="no file")
 
 
+def test_a_model_is_not_built_over_an_error_that_no_rank_has_heard_of(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    agreement.require()
+    agreement.record(Finding(error="no file"))
+    with pytest.raises(SystemExit, match="longrope: error: no file"):
+        agreement.require()
+
+
 def test_without_a_process_group_a_decision_is_the_ranks_own(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit, match="no file"):

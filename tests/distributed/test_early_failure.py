@@ -1,0 +1,191 @@
+"""What is wrong ends a run before its model is built: one sentence of rank 0, every rank ends.
+
+The launches would take ten minutes if anything waited for a rank that has gone: they get three.
+"""
+
+import argparse
+from dataclasses import replace
+
+import launching
+import pytest
+from launching import PRETRAIN, SCRIPT, TORCHRUN, two_agent_commands
+from tiny_training import HEAD_DIM, MODEL, refusal, yarn_config
+
+from megatron_longrope.integration import agreement, seams
+from megatron_longrope.integration.agreement import Finding
+
+CONFIG = yarn_config(2, 2048)
+TOO_SHORT = replace(CONFIG, factor_sets=CONFIG.factor_sets[:1])
+ABSENT = None
+
+
+# Through the seam around Megatron's validation
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(agreement, "_pending", None)
+    yield
+    seams.activate(None)
+
+
+@pytest.fixture
+def path(tmp_path):
+    CONFIG.save(tmp_path / "factors.json")
+    return str(tmp_path / "factors.json")
+
+
+def validate(path, **changes):
+    values = {
+        "longrope_config": path, "longrope_mode": "auto", "longrope_attention": "auto",
+        "longrope_attention_factor_carrier": "auto", "longrope_hf_parity": False,
+        "position_embedding_type": "rope", "transformer_impl": "local",
+        "context_parallel_size": 1, "kv_channels": HEAD_DIM, "rotary_percent": 1.0,
+        "rotary_base": 10000, "seq_length": 128, "rank": 0,
+        "create_attention_mask_in_dataloader": False,
+    }  # fmt: skip
+    args = argparse.Namespace(**{**values, **changes})
+    return seams.with_validation(lambda args: args)(args)
+
+
+FLAGS = [
+    pytest.param(
+        {"seq_length": 126, "context_parallel_size": 2},
+        "sequence length 126 is not divisible by 2 x context parallel size 2 = 4; use 128 or "
+        "another context parallel size",
+        id="indivisible",
+    ),
+    pytest.param(
+        {"seq_length": 65536, "create_attention_mask_in_dataloader": True},
+        "sequence length 65536 with a dense attention mask from the data loader would build a "
+        "65536 x 65536 mask per sample; add --no-create-attention-mask-in-dataloader (attention "
+        "is causal without it)",
+        id="dense mask",
+    ),
+]
+FILE = [
+    pytest.param(
+        {"seq_length": 131076},
+        "sequence length 131076 exceeds 131072, the max_length of the largest factor set; search "
+        "factors for the longer window or shorten the sequence",
+        id="too long",
+    ),
+    pytest.param(
+        {"kv_channels": 32},
+        "factors.json: rotary_dim 16 differs from this model's 32 (kv_channels 32 x "
+        "rotary_percent 1.0)",
+        id="head dimension",
+    ),
+    pytest.param(
+        {"longrope_config": "absent.json"},
+        "absent.json: no such file; check the path",
+        id="no file",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), FLAGS + FILE)
+def test_a_single_process_ends_with_the_sentence(path, changes, sentence):
+    with pytest.raises(SystemExit) as error:
+        validate(path, **changes)
+    assert error.value.code.startswith("longrope: error: ")
+    assert error.value.code.endswith(sentence)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), FLAGS)
+def test_rank_0_of_several_speaks_at_once_about_flags(monkeypatch, path, changes, sentence):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="longrope: error: sequence length "):
+        validate(path, **changes)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), FLAGS)
+def test_the_other_ranks_are_silent_about_flags(monkeypatch, capsys, path, changes, sentence):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(agreement.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as error:
+        validate(path, rank=1, **changes)
+    assert error.value.code == 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("changes", "sentence"), FILE)
+def test_what_may_be_wrong_with_one_ranks_file_waits_until_the_ranks_have_met(
+    monkeypatch, capsys, path, changes, sentence, rank
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    validate(path, rank=rank, **changes)
+    assert agreement._pending.error.endswith(sentence)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_good_file_is_compared_between_ranks_by_its_content(monkeypatch, path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    validate(path)
+    ours = agreement._pending
+    other = CONFIG.with_factor_set(replace(CONFIG.factor_sets[1], num_start_tokens=4))
+    other.save(path)
+    validate(path, rank=1)
+    assert ours.error is agreement._pending.error is None
+    assert ours.fingerprint != agreement._pending.fingerprint
+    validate(None)
+    assert agreement._pending == Finding()
+
+
+# Two processes
+
+# Each rank in a directory of its own, like nodes without a shared disk.
+BY_RANK = """\
+import os, sys
+os.chdir(os.environ["RANK"])
+from megatron_longrope.cli import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+def launch(directory, files, *, agents):
+    """Two processes under one torchrun or two, each with the factor file of its rank."""
+    for rank, config in enumerate(files):
+        (directory / str(rank)).mkdir()
+        if config is not ABSENT:
+            config.save(directory / str(rank) / "factors.json")
+    script = directory / "by_rank.py"
+    script.write_text(BY_RANK)
+    command = [str(script), "pretrain", str(SCRIPT), "--cpu", *MODEL]
+    command += ["--longrope-config", "factors.json"]
+    if agents == 1:
+        starters = [[*TORCHRUN, "--standalone", "--nproc-per-node", "2"]]
+    else:
+        whole = two_agent_commands([])
+        starters = [item[: item.index(PRETRAIN[0], len(TORCHRUN))] for item in whole]
+    return launching.run([[*starter, *command] for starter in starters], directory)
+
+
+@pytest.mark.slow
+def test_a_file_that_rank_1_lacks_is_named_by_rank_0(tmp_path):
+    pytest.importorskip("megatron.training")
+    ended = launch(tmp_path, [CONFIG, ABSENT], agents=1)
+    assert refusal(*ended) == "factors.json: no such file; check the path (rank 1)"
+
+
+@pytest.mark.slow
+def test_a_file_that_rank_0_lacks_ends_the_other_nodes_torchrun_too(tmp_path):
+    pytest.importorskip("megatron.training")
+    ended = launch(tmp_path, [ABSENT, CONFIG], agents=2)
+    assert refusal(*ended) == "factors.json: no such file; check the path (rank 0)"
+
+
+@pytest.mark.slow
+def test_a_stale_file_on_rank_1_that_is_too_short_for_the_run_is_named_by_rank_0(tmp_path):
+    pytest.importorskip("megatron.training")
+    ended = launch(tmp_path, [CONFIG, TOO_SHORT], agents=1)
+    assert refusal(*ended) == (
+        "sequence length 128 exceeds 64, the max_length of the largest factor set; search factors "
+        "for the longer window or shorten the sequence (rank 1)"
+    )
