@@ -8,7 +8,12 @@ from megatron_longrope.selection import MODES
 
 
 def add_longrope_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the plugin's flags; fits Megatron's `extra_args_provider`."""
+    """Add the plugin's flags; fits Megatron's `extra_args_provider`.
+
+    A parser that has them already, that of a patched Megatron, is left as it is.
+    """
+    if "--longrope-config" in parser._option_string_actions:
+        return parser
     group = parser.add_argument_group(title="longrope")
     group.add_argument(
         "--longrope-config",

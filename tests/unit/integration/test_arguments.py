@@ -106,6 +106,13 @@ def test_flags_are_read():
     assert list(vars(args).values()) == ["f.json", "long", "sdpa", "rope", True, True]
 
 
+def test_a_parser_that_has_the_flags_already_stays_as_it_is():
+    parser = add_longrope_args(argparse.ArgumentParser())
+    before = len(parser._actions)
+    assert add_longrope_args(parser) is parser
+    assert len(parser._actions) == before
+
+
 def test_every_flag_has_help():
     parser = add_longrope_args(argparse.ArgumentParser(add_help=False))
     assert all(action.help for action in parser._actions)

@@ -1,0 +1,207 @@
+"""The files of patches/ bind in Megatron's source what the hooks replace at run time."""
+
+import importlib.util
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import launching
+import pytest
+from launching import pretrain_command, train
+
+pytest.importorskip("megatron.training")
+
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.integration import compat, seams
+
+PATCHES = Path(__file__).parents[2] / "patches"
+# What a release cannot use: 0.17 has no function for it that could be replaced.
+ABSENT = {"0.17": {"with_document_shards"}}
+HEAD_DIM = 16
+MODEL = shlex.split(
+    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
+    "--seq-length 128 --max-position-embeddings 128 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope "
+    "--rotary-base 10000 --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 "
+    "--global-batch-size 4 --train-iters 3 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
+    "--vocab-size 255 --eval-iters 1 --eval-interval 100 --log-interval 1 --seed 1"
+)
+
+# Runs the script that is its first argument on the CPU, without the launcher and its hooks.
+HOST = """\
+import runpy, sys
+from pathlib import Path
+from megatron_longrope.integration import cpu_host, hooks, launcher
+cpu_host.prepare_environment()
+rewrite = cpu_host.cpu_arguments(sys.argv[2:])
+cpu_host.enable()
+launcher._default_rendezvous()
+from megatron.core.datasets import utils
+utils.compile_helpers = lambda: None  # the wheel ships no Makefile
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(sys.argv[1]).parent))
+    sys.argv = [sys.argv[1], *rewrite.arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    assert hooks.replaced_symbols() == []
+"""
+
+# Ends with an error unless every symbol is bound in the source and the hooks leave it alone.
+EVERY_SEAM = """\
+from megatron_longrope.integration import hooks, seams
+for symbol, _ in [*hooks.argument_seams(), *hooks.model_seams()]:
+    holder, attribute = symbol.owner()
+    assert seams.is_bound(vars(holder)[attribute]), f"{symbol} is not bound"
+hooks.apply()
+assert [name for name in hooks.replaced_symbols() if "compile_helpers" not in name] == []
+"""
+
+
+def patch_of(release: str) -> Path:
+    return PATCHES / f"megatron-lm-{release}.patch"
+
+
+def installed_patch() -> Path:
+    release = ".".join(compat.megatron_version().split(".")[:2])
+    if release not in compat.TESTED_RELEASES:
+        pytest.skip(f"there is no patch for megatron-core {release}")
+    return patch_of(release)
+
+
+def installed_megatron() -> Path:
+    return Path(importlib.util.find_spec("megatron.core").origin).resolve().parents[1]
+
+
+def patched_files(patch: Path) -> list[str]:
+    return re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE)
+
+
+def git_apply(patch: Path, tree: Path, *options: str) -> None:
+    """Run `git apply` in a tree that is no repository, even when it lies inside of one."""
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
+    command = ["git", "apply", *options, str(patch)]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def run_python(code: str, tree: Path) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(tree), str(launching.ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory) -> Path:
+    """A patched copy of the installed Megatron."""
+    directory = tmp_path_factory.mktemp("patched") / "tree"
+    shutil.copytree(installed_megatron(), directory / "megatron")
+    git_apply(installed_patch(), directory)
+    return directory
+
+
+# The files
+
+
+def test_every_tested_release_has_a_patch():
+    files = {path.name for path in PATCHES.glob("*.patch")}
+    assert files == {patch_of(release).name for release in compat.TESTED_RELEASES}
+
+
+@pytest.mark.parametrize("release", compat.TESTED_RELEASES)
+def test_a_patch_only_adds_lines(release):
+    lines = patch_of(release).read_text().splitlines()
+    assert [line for line in lines if line.startswith("-") and not line.startswith("--- a/")] == []
+
+
+@pytest.mark.parametrize("release", compat.TESTED_RELEASES)
+def test_a_patch_uses_every_seam(release):
+    every = {name for name in vars(seams) if name.startswith("with_")}
+    used = set(
+        re.findall(r"^\+.*longrope\.(with_\w+)", patch_of(release).read_text(), re.MULTILINE)
+    )
+    assert used == every - ABSENT.get(release, set())
+
+
+def test_the_patch_is_what_make_py_writes():
+    make = runpy.run_path(str(PATCHES / "make.py"))
+    assert installed_patch().read_text() == make["patch"](), "run: python patches/make.py"
+
+
+def test_the_patch_goes_on_and_comes_off(tmp_path):
+    patch, tree = installed_patch(), tmp_path / "tree"
+    originals = {}
+    for name in patched_files(patch):
+        originals[name] = (installed_megatron().parent / name).read_bytes()
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(originals[name])
+    git_apply(patch, tree, "--check")
+    git_apply(patch, tree)
+    assert all((tree / name).read_bytes() != text for name, text in originals.items())
+    git_apply(patch, tree, "--reverse", "--check")
+    git_apply(patch, tree, "--reverse")
+    assert all((tree / name).read_bytes() == text for name, text in originals.items())
+
+
+@pytest.mark.skipif("MEGATRON_LM_PATH" not in os.environ, reason="MEGATRON_LM_PATH is not set")
+def test_the_patch_fits_a_checkout():
+    checkout = Path(os.environ["MEGATRON_LM_PATH"])
+    package = runpy.run_path(str(checkout / "megatron" / "core" / "package_info.py"))
+    git_apply(patch_of(f"{package['MAJOR']}.{package['MINOR']}"), checkout, "--check")
+
+
+# A patched Megatron
+
+
+@pytest.mark.slow
+def test_a_patch_binds_what_the_hooks_replace_and_the_hooks_then_leave_it_alone(tree):
+    done = run_python(EVERY_SEAM, tree)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_patched_megatron_without_the_plugin_names_it(tree):
+    hidden = "import sys; sys.modules['megatron_longrope'] = None\n"
+    done = run_python(f"{hidden}import megatron.training", tree)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert last.startswith("ModuleNotFoundError: ")
+    assert "megatron_longrope" in last
+
+
+@pytest.fixture(scope="session")
+def factors(tmp_path_factory) -> Path:
+    """YaRN's factors for twice the window of 64 tokens; the attention factor is 1.08."""
+    path = tmp_path_factory.mktemp("factors") / "factors.json"
+    yarn = tuple(yarn_factors(HEAD_DIM, 2.0, 10000.0, 64))
+    sets = (FactorSet(64, (1.0,) * (HEAD_DIM // 2)), FactorSet(128, yarn))
+    LongRopeConfig(10000.0, HEAD_DIM, 64, sets).save(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_factors", [False, True], ids=["stock", "factors"])
+def test_patch_and_hooks_give_identical_losses(tmp_path, monkeypatch, tree, factors, has_factors):
+    flags = [*MODEL, "--longrope-config", str(factors)] if has_factors else MODEL
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "megatron").symlink_to(installed_megatron())
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    hooked = train([pretrain_command(flags)], tmp_path / "hooked")
+    host = tmp_path / "host.py"
+    host.write_text(HOST)
+    monkeypatch.setenv("PYTHONPATH", str(tree))
+    command = [sys.executable, str(host), str(launching.SCRIPT), *flags]
+    patched = train([command], tmp_path / "patched")
+    line = "attention factor 1.08012 by softmax" if has_factors else "stock RoPE; attention sdpa"
+    assert line in patched.log
+    assert line in hooked.log
+    assert len(patched.losses) == len(hooked.losses) == 3
+    assert patched.losses == hooked.losses
+    assert patched.gradient_norms == hooked.gradient_norms
+    assert patched.evaluations == hooked.evaluations
