@@ -98,7 +98,9 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         self.factor_in_cos_sin = factor_in_cos_sin
         self.table_device: torch.device | None = None  # where tables live; None is this GPU, if any
         self._tables: dict[tuple, Tensor] = {}
+        # What the model last said about its batch; see get_rotary_seq_len.
         self._document_offsets: list[int] | None = None
+        self._longest_request: int | None = None
         self.set_config(config)
 
     @classmethod
@@ -234,11 +236,15 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         cp_size, cp_rank = 1, 0
         if group is not None and not packed_seq and group.size() > 1:
             cp_size, cp_rank = group.size(), group.rank()
+        length = offset + max_seq_len
+        if self._longest_request is not None:
+            # A dynamic batch has a row per token, and may have more of them than a sequence.
+            length = min(length, self._longest_request)
         device = self._device()
-        key = (max_seq_len, offset, cp_rank, cp_size, self.mode, self.hf_parity, device)
+        key = (max_seq_len, offset, length, cp_rank, cp_size, self.mode, self.hf_parity, device)
         if key not in self._tables:
             chunks = _chunks(max_seq_len, offset, cp_rank, cp_size)
-            self._remember(key, self._table(chunks, self._fitting_set(offset + max_seq_len)))
+            self._remember(key, self._table(chunks, self._fitting_set(length)))
         return self._tables[key]
 
     def get_rotary_seq_len(
@@ -250,8 +256,16 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         packed_seq_params: Any = None,
         **options: Any,
     ) -> int:
-        """megatron-core's; models call it right before `forward`, with the pack's documents."""
-        self._document_offsets = None
+        """megatron-core's; models call it right before `forward`, with what is in the batch."""
+        self._document_offsets = self._longest_request = None
+        if self.mode == "mixed" and packed_seq_params is None and inference_context is None:
+            raise ValueError(
+                "--longrope-mode mixed got a batch that is not packed: the script does not pass "
+                "packed_seq_params to the model; use one that does, such as Megatron-LM's "
+                "pretrain_gpt.py, or another mode"
+            )
+        if inference_context is not None:
+            self._longest_request = inference_context.max_sequence_length
         if packed_seq_params is not None and self.mode == "mixed":
             offsets = packed_seq_params.cu_seqlens_q_padded
             if offsets is None:

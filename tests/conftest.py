@@ -22,9 +22,11 @@ def no_process_group_left_behind():
     """Modules find the process as they expect it: Megatron's groups outlive what made them."""
     yield
     if torch.distributed.is_initialized():
-        from megatron.core import parallel_state
+        from megatron.core import parallel_state, tensor_parallel
 
         parallel_state.destroy_model_parallel()
+        # Recomputation restores the random states, and thereby declares an empty set complete.
+        tensor_parallel.get_cuda_rng_tracker().reset()
         torch.distributed.destroy_process_group()
 
 

@@ -50,7 +50,7 @@ class SdpaCoreAttention(MegatronModule):
         config (TransformerConfig): megatron-core configuration.
         layer_number (int): Accepted for interface compatibility.
         attn_mask_type (AttnMaskType): `causal`, `padding_causal` or `no_mask`.
-        attention_type (str): Accepted for interface compatibility.
+        attention_type (str): `self` or `cross`.
         attention_dropout (float, optional): Overrides the config's.
         softmax_scale (float, optional): Defaults to 1 / sqrt(head_dim). LongRoPE's attention factor
             m rides here as m^2 / sqrt(head_dim).
@@ -90,6 +90,7 @@ class SdpaCoreAttention(MegatronModule):
         if getattr(config, "softmax_type", "vanilla") != "vanilla":
             raise self._unsupported(f"softmax_type {config.softmax_type!r}")
         self.attn_mask_type = attn_mask_type
+        self.attention_type = attention_type
         self.softmax_scale = (
             1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         )
@@ -135,6 +136,14 @@ class SdpaCoreAttention(MegatronModule):
         if not causal and mask_type is not AttnMaskType.no_mask:
             raise self._unsupported(f"attention mask type {mask_type.name}")
         packed = self._is_packed(packed_seq_params)
+        drops_mask = self.attention_type == "self" and not causal and not packed
+        if drops_mask and 1 < query.shape[0] < key.shape[0]:
+            # Static inference drops the mask after the prompt, which is right for one token only.
+            raise ValueError(
+                f"{query.shape[0]} new tokens came after {key.shape[0] - query.shape[0]} cached "
+                "ones without a mask, so that they would see each other's future; decode one token "
+                "at a time"
+            )
         if packed and query.dim() != 3:
             raise ValueError(
                 f"packed sequences came with a micro batch of {query.shape[1]}; packing puts all "

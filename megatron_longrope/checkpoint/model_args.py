@@ -82,6 +82,9 @@ class ModelShape:
     """Custom scale of the attention logits; None is 1 / sqrt(head_dim). LongRoPE's attention
     factor, which a run carries there, is not part of it: it belongs to the factors."""
 
+    has_layers_without_rope: bool = False
+    """True when some layers do not rotate (`--no-rope-freq`)."""
+
     hybrid_layer_pattern: str | None = None
     """Layers of a HybridModel, a letter each, without the borders of pipeline stages; None for
     GPTModel."""
@@ -129,6 +132,7 @@ class ModelShape:
             seq_length=seq_length,
             params_dtype=_dtype(args),
             softmax_scale=custom_softmax_scale(args),
+            has_layers_without_rope=bool(getattr(args, "no_rope_freq", None)),
             hybrid_layer_pattern=pattern,
         )
 

@@ -181,6 +181,7 @@ def load_engine(
     tensor_group = model.pg_collection.tp
     load_into(model, checkpoint, tp_rank=tensor_group.rank(), tp_size=tensor_group.size())
     device = torch.device(device) if device is not None else default_device()
+    model.rotary_pos_emb.table_device = device
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else shape.params_dtype
     return Engine(model.to(device=device, dtype=dtype), shape)

@@ -90,6 +90,10 @@ def _check_architecture(shape: ModelShape) -> None:
             f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
             "(SwiGLU, RMSNorm, no linear biases)"
         )
+    if shape.has_layers_without_rope:
+        raise ValueError(
+            "this checkpoint was trained with --no-rope-freq; the engine rotates every layer"
+        )
     if shape.softmax_scale is not None:
         raise ValueError(
             f"this checkpoint has softmax_scale {shape.softmax_scale}, which is not LongRoPE's "

@@ -20,6 +20,7 @@ from megatron_longrope.context_parallel import check_divisible, shard_documents
 from megatron_longrope.integration import agreement, compat, provenance
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.settings import (
+    OURS,
     LongRopeSettings,
     attention_from_args,
     check_flags,
@@ -245,7 +246,7 @@ def with_core_attention(core_attention: Callable) -> Callable:
 
     @functools.wraps(core_attention)
     def choose(self: Any) -> type:
-        if _run is None or _run.attention not in ("sdpa", "flash"):
+        if _run is None or _run.attention not in OURS:
             return core_attention(self)
         from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 
@@ -346,7 +347,8 @@ def with_document_shards(split_batch: Callable) -> Callable:
         cu_seqlens = batch.get("cu_seqlens_padded")
         if cu_seqlens is None:
             cu_seqlens = batch.get("cu_seqlens")
-        if _run is None or cu_seqlens is None or cp_group.size() == 1:
+        is_stock = _run is None or (_run.settings is None and _run.attention not in OURS)
+        if is_stock or cu_seqlens is None or cp_group.size() == 1:
             return split_batch(batch, cp_group=cp_group)
         for key in ("tokens", "labels", "loss_mask", "position_ids"):
             if batch.get(key) is not None:

@@ -15,7 +15,7 @@ from megatron_longrope.selection import FactorSelection
 
 # Above this a dense [s, s] mask from the data loader is no longer affordable (4 GiB of bools).
 DENSE_MASK_LIMIT = 65536
-_OURS = ("flash", "sdpa")  # attention that the plugin provides
+OURS = ("flash", "sdpa")  # attention that the plugin provides
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def attention_from_args(args: argparse.Namespace) -> str:
             "--longrope-attention local cannot run context parallel size "
             f"{args.context_parallel_size}; use sdpa"
         )
-    if choice in _OURS and getattr(args, "reset_attention_mask", False):
+    if choice in OURS and getattr(args, "reset_attention_mask", False):
         raise ValueError(
             f"--reset-attention-mask is not supported by {choice} attention, which is causal over "
             "the whole sample and would ignore document borders; remove the flag, pack documents "
@@ -244,7 +244,7 @@ def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention
             f"{mode} needs a table row per token, and the fused RoPE kernel has one table for all "
             "documents; add --no-rope-fusion"
         )
-    if settings.follows_documents and attention not in _OURS:
+    if settings.follows_documents and attention not in OURS:
         raise ValueError(
             f"{mode} needs another softmax scale for short documents, which {attention} attention "
             "cannot give; use --transformer-impl local with --longrope-attention flash or sdpa, or "

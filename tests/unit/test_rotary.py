@@ -475,10 +475,7 @@ def test_a_mixed_pack_has_a_row_per_token_with_each_documents_own_factors(padded
         assert len(rotary._tables) <= 2
 
 
-def test_a_mixed_run_treats_a_batch_that_is_not_packed_as_one_document():
+def test_a_mixed_run_refuses_a_batch_that_is_not_packed():
     rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, mode="mixed", run_length=128)
-    rotary.get_rotary_seq_len(None, None, None, None, pack(10, 20))
-    config = SimpleNamespace(sequence_parallel=False, context_parallel_size=1)
-    assert rotary.get_rotary_seq_len(None, None, torch.zeros(128, 1, 4), config) == 128
-    auto = LongRopeRotaryEmbedding(THREE_SETS, DIM)
-    assert torch.equal(rotary(128), auto(128))
+    with pytest.raises(ValueError, match="--longrope-mode mixed got a batch that is not packed"):
+        rotary.get_rotary_seq_len(None, None, torch.zeros(128, 1, 4), SimpleNamespace())

@@ -111,6 +111,12 @@ def test_a_training_pass_holds_no_dense_mask(monkeypatch, cp_group):
     assert calls == [(None, True)]
 
 
+def test_several_new_tokens_after_cached_ones_without_a_mask_are_refused():
+    query, key, value, _ = random_batch(8, batch=2)
+    with pytest.raises(ValueError, match="3 new tokens came after 5 cached ones without a mask"):
+        core_attention()(query[5:], key, value, attn_mask_type=AttnMaskType.no_mask)
+
+
 def test_no_mask_on_the_cpu_is_larger_than_its_budget(monkeypatch):
     sizes = []
     sdpa = F.scaled_dot_product_attention

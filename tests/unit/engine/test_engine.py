@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import make_megatron_checkpoint as maker
 import pytest
@@ -6,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from megatron_longrope.baselines import baseline_config
+from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import loss as loss_module
+from megatron_longrope.engine.model import build_model
 from megatron_longrope.integration import compat
 
 
@@ -138,3 +141,12 @@ def test_a_token_outside_the_vocabulary_is_refused(engines):
 def test_a_sequence_beyond_the_largest_set_is_refused(engines):
     with pytest.raises(ValueError, match="exceeds 256"):
         engines["tied_mha"].nll(random_tokens(maker.VOCAB, 257, 0))
+
+
+def test_layers_without_rope_are_refused(megatron_runs):
+    shape = replace(
+        MegatronCheckpoint.open(megatron_runs["untied_gqa"].path).shape,
+        has_layers_without_rope=True,
+    )
+    with pytest.raises(ValueError, match="trained with --no-rope-freq; the engine rotates every"):
+        build_model(shape, maker.longrope_config())
