@@ -1,5 +1,6 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens (25 minutes on 2 cores)
 # make test         everything, CPU only (20 minutes on 2 cores);  make test-fast: 3 minutes
+# make test-matrix  the tests of the Megatron seams on older releases (4 minutes each on 2 cores)
 # make style        ruff (lint and format)
 # Each installs what it needs into $(VENV) first.
 
@@ -7,7 +8,18 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-fast style format constraints clean
+# Releases of megatron-core beside the installed one, and the tests that touch Megatron.
+MATRIX := 0.17.1 0.18.2
+MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/integration tests/unit/engine \
+	tests/unit/checkpoint tests/unit/test_doctor.py \
+	$(addprefix tests/unit/attention/test_,sdpa_attention.py packed_attention.py \
+	attention_in_megatron.py) \
+	$(addprefix tests/distributed/test_,launcher.py hybrid_launcher.py mixed_windows.py patches.py)
+# Among them, but without any Megatron.
+MATRIX_IGNORED := tests/unit/integration/test_agreement.py
+
+.PHONY: quickstart test test-fast test-matrix style format constraints clean
+.PHONY: $(MATRIX:%=test-matrix-%)
 
 quickstart: $(STAMP)
 	$(PYTHON) examples/quickstart/quickstart.py
@@ -17,6 +29,19 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(PYTHON) -m pytest -m "not slow"
+
+test-matrix: $(MATRIX:%=test-matrix-%)
+
+# megatron is a namespace package: the first folder on the path that has megatron.core wins.
+$(MATRIX:%=test-matrix-%): test-matrix-%: build/matrix/%/.installed
+	PYTHONPATH=$(CURDIR)/build/matrix/$* LONGROPE_EXPECT_MEGATRON=$* \
+		$(PYTHON) -m pytest -m "not one_release" $(MATRIX_TESTS) $(MATRIX_IGNORED:%=--ignore=%)
+
+$(MATRIX:%=build/matrix/%/.installed): build/matrix/%/.installed: | $(STAMP)
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps \
+		--only-binary megatron-core --target $(@D) megatron-core==$*
+	@touch $@
 
 style: $(STAMP)
 	$(PYTHON) -m ruff check .

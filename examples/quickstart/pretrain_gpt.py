@@ -10,6 +10,7 @@ comes from outside.
         --cpu --context-parallel-size 2 --longrope-config factors.json ...
 """
 
+import inspect
 from functools import partial
 
 import torch
@@ -18,46 +19,36 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.training import (
+    argument_utils,
+    arguments,
+    get_args,
+    get_timers,
+    pretrain,
+    print_rank_0,
+)
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 def get_batch(data_iterator):
-    """Next micro-batch of this rank: broadcast over tensor ranks, zigzag over context ranks."""
-    args = get_args()
+    """Next micro-batch of this rank: its zigzag part of the samples.
+
+    The ranks of one model-parallel group read the same samples, each for itself.
+    """
     if not is_first_or_last_pipeline_stage(None):
         return dict.fromkeys(BATCH_KEYS)
-    batch = {}
-    if mpu.get_tensor_model_parallel_rank() == 0:
-        sample = next(data_iterator)
-        batch = {
-            key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
-            for key in BATCH_KEYS
-        }
-    batch = get_batch_on_this_tp_rank(
-        batch,
-        has_cu_seqlens=False,
-        is_hybrid_cp=False,
-        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-        broadcast_group=mpu.get_tensor_model_parallel_group(),
-        cp_size=args.context_parallel_size,
-        tp_rank=mpu.get_tensor_model_parallel_rank(),
-        micro_batch_size=args.micro_batch_size,
-        seq_length=args.seq_length,
-        mtp_on_this_rank=False,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-    )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
-    )
+    sample = next(data_iterator)
+    batch = {
+        key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
+        for key in BATCH_KEYS
+    }
+    options = {"cp_group": mpu.get_context_parallel_group()}
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        options["is_hybrid_cp"] = False  # asked for from megatron-core 0.18 on
+    return get_batch_on_this_cp_rank(batch, **options)
 
 
 def loss_func(loss_mask, losses):
@@ -102,7 +93,7 @@ def datasets_provider(num_samples):
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
-        lambda: mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(None),
+        lambda: is_first_or_last_pipeline_stage(None),
         config,
     ).build()
 
@@ -117,11 +108,17 @@ def embedding_ranks(pp_ranks):
 # Megatron's checkpoint writer starts workers that import this file again: keep the guard.
 if __name__ == "__main__":
     datasets_provider.is_distributed = True
-    args = parse_and_validate_args()
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        get_embedding_ranks=embedding_ranks,
-    )
+    if hasattr(argument_utils, "gpt_config_from_args"):
+        args = arguments.parse_and_validate_args()
+        model_config = argument_utils.gpt_config_from_args(args)
+        pretrain(
+            argument_utils.pretrain_cfg_container_from_args(args, model_config),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            get_embedding_ranks=embedding_ranks,
+        )
+    else:  # megatron-core 0.17 and 0.18
+        import older_megatron
+
+        older_megatron.pretrain(datasets_provider, forward_step, embedding_ranks)
