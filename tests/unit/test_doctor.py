@@ -124,3 +124,10 @@ def test_kernels_of_transformer_engine_are_named_where_it_is_usable(monkeypatch)
     found = checkup.examine()
     assert found.attention["transformer_engine"] == "te"
     assert found.rope.startswith("fused (Transformer Engine)")
+
+
+def test_no_megatron_at_all_is_a_problem(monkeypatch, capsys):
+    for package in ("megatron.core", "megatron.training"):
+        monkeypatch.setitem(sys.modules, package, None)
+    printed = doctor(capsys, 1)
+    assert "megatron-core" in printed and "the plugin would not work here: megatron.core" in printed
