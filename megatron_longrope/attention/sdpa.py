@@ -298,6 +298,7 @@ class SdpaCoreAttention(MegatronModule):
 def dropout_rng(dropout: float) -> contextlib.AbstractContextManager:
     """Megatron's model-parallel random state: tensor-parallel ranks drop different heads."""
     tracker = tensor_parallel.get_cuda_rng_tracker()
-    if dropout > 0.0 and tracker.is_initialized():
+    # An empty tracker may call itself initialized, after a recomputation restored nothing.
+    if dropout > 0.0 and "model-parallel-rng" in tracker.get_states():
         return tracker.fork()
     return contextlib.nullcontext()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,8 @@ def _install(pairs: list[tuple[compat.Symbol, Seam]]) -> None:
             original = vars(holder)[attribute]
             if seams.is_bound(original):
                 continue
+            if misfit := symbol.misfit():
+                warnings.warn(f"{symbol} {misfit}; see `longrope doctor`", stacklevel=3)
             setattr(holder, attribute, seam(original))
             _replaced.append((symbol, original))
             logger.info("replaced %s", symbol)

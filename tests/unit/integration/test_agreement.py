@@ -131,6 +131,8 @@ if isinstance(mine, Finding):
 else:
     agreement.decide(mine)
 print("went on")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -147,10 +149,11 @@ print("went on")
 )
 def test_two_processes_go_on_together_or_stop_together(tmp_path, case, sentence):
     root = str(Path(megatron_longrope.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, case, str(tmp_path / "store")],
-            env={**os.environ, "PYTHONPATH": root, "RANK": str(rank), "WORLD_SIZE": "2"},
+            env={**os.environ, "PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

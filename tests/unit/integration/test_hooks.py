@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -301,6 +302,14 @@ def test_an_untested_release_warns_and_is_tried(monkeypatch, recwarn, version, w
     assert all(f"megatron-core {version} is outside" in message for message in messages)
 
 
+def test_a_symbol_whose_parameters_changed_warns_and_is_tried(monkeypatch):
+    changed = replace(compat.local_attention_symbol(), parameters=("self", "backend"))
+    monkeypatch.setattr(compat, "local_attention_symbol", lambda: changed)
+    with pytest.warns(UserWarning, match=r"core_attention has no parameter 'backend' any more"):
+        hooks.apply()
+    assert LOCAL_ATTENTION in hooks.replaced_symbols()
+
+
 @pytest.mark.slow
 def test_importing_the_plugin_changes_nothing_in_megatron():
     code = (
@@ -311,5 +320,6 @@ def test_importing_the_plugin_changes_nothing_in_megatron():
         "assert hooks.replaced_symbols() == []\n"
     )
     root = str(Path(megatron_longrope.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
