@@ -14,7 +14,8 @@ MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/integration tests/unit/engi
 	tests/unit/checkpoint tests/unit/test_doctor.py \
 	$(addprefix tests/unit/attention/test_,sdpa_attention.py packed_attention.py \
 	attention_in_megatron.py) \
-	$(addprefix tests/distributed/test_,launcher.py hybrid_launcher.py mixed_windows.py patches.py)
+	$(addprefix tests/distributed/test_,launcher.py hybrid_launcher.py mixed_windows.py patches.py \
+	from_hf_launcher.py)
 # Among them, but without any Megatron.
 MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 

@@ -1,9 +1,10 @@
-"""`longrope convert`: to-hf, verify, inspect."""
+"""`longrope convert`: to-hf, from-hf, verify, inspect."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from typing import Any
 
@@ -14,8 +15,8 @@ def add_parser(commands: Any) -> None:
     """Register the command and its actions."""
     parser = commands.add_parser(
         "convert",
-        help="Megatron checkpoint to Hugging Face folder",
-        description="Convert Megatron checkpoints (torch_dist) to Hugging Face folders.",
+        help="Megatron checkpoint to Hugging Face folder and back",
+        description="Convert Megatron checkpoints (torch_dist) to Hugging Face folders and back.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
@@ -28,24 +29,51 @@ def add_parser(commands: Any) -> None:
         help="SentencePiece .model file or Hugging Face folder to include",
     )
     to_hf.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "keep"),
-        default="keep",
-        help="dtype of the weights (default: as on disk)",
+        "--family",
+        help="model family (default: the one converted from, else the first that fits)",
     )
-    to_hf.add_argument("--family", help="model family (default: llama)")
     to_hf.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    to_hf.add_argument(
-        "--no-verify", action="store_true", help="do not compare logits before finishing"
-    )
     to_hf.set_defaults(run=_run_to_hf)
+
+    from_hf = actions.add_parser(
+        "from-hf", help="write a Megatron checkpoint, verify it, print the flags of the model"
+    )
+    from_hf.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder to read")
+    from_hf.add_argument(
+        "--output", required=True, metavar="CKPT", help="Megatron --load directory to write"
+    )
+    from_hf.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        metavar="N",
+        help="pad the vocabulary to a multiple of N rows per rank (default: %(default)s)",
+    )
+    from_hf.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks to pad the vocabulary for; tensors are not split (default: %(default)s)",
+    )
+    from_hf.set_defaults(run=_run_from_hf)
+    for command in (to_hf, from_hf):
+        command.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16", "keep"),
+            default="keep",
+            help="dtype of the weights (default: as on disk)",
+        )
+        command.add_argument(
+            "--no-verify", action="store_true", help="do not compare logits before finishing"
+        )
 
     verify = actions.add_parser("verify", help="compare the logits of checkpoint and folder")
     _add_checkpoint(verify)
     verify.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_run_verify)
-    for command in (to_hf, verify):
+    for command in (to_hf, from_hf, verify):
         command.add_argument(
             "--tolerance",
             type=float,
@@ -112,6 +140,56 @@ def _run_to_hf(args: argparse.Namespace) -> int:
         f"{report.num_bytes} bytes in {len(report.files)} file(s), {report.dtype}, "
         f"vocabulary {report.vocab_size}, window {report.max_position_embeddings} tokens"
     )
+    return 0
+
+
+def _run_from_hf(args: argparse.Namespace) -> int:
+    from megatron_longrope.conversion.families import dtype_named
+    from megatron_longrope.conversion.from_hf import convert_from_hf
+    from megatron_longrope.conversion.megatron_args import divisor_without_padding
+    from megatron_longrope.conversion.verify_import import verify_import
+
+    def check(directory: Any) -> Any:
+        return verify_import(directory, args.hf, tolerance=args.tolerance)
+
+    report = convert_from_hf(
+        args.hf,
+        args.output,
+        dtype=None if args.dtype == "keep" else dtype_named(args.dtype),
+        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        check=None if args.no_verify else check,
+        progress=_progress if sys.stderr.isatty() else None,
+    )
+    if report.verification is None:
+        print("not verified (--no-verify)")
+    else:
+        _print_verification(report.verification)
+    shape = report.shape
+    print(
+        f"wrote {report.output_dir}: {report.family}, {report.num_tensors} tensors, "
+        f"{report.num_bytes} bytes, {str(shape.params_dtype).removeprefix('torch.')}, vocabulary "
+        f"{shape.vocab_size} padded to {shape.padded_vocab_size} rows (multiple of "
+        f"{args.make_vocab_size_divisible_by} x {args.tensor_model_parallel_size})"
+    )
+    if padding := shape.padded_vocab_size - shape.vocab_size:
+        divisor = divisor_without_padding(shape.vocab_size, args.tensor_model_parallel_size)
+        advice = f"; --make-vocab-size-divisible-by {divisor} pads nothing" if divisor else ""
+        print(
+            f"the {padding} rows of padding are zero, and Megatron's training loss counts them as "
+            f"tokens of logit 0{advice}"
+        )
+    if report.left_out:
+        print(
+            f"left out {len(report.left_out)} tensors that others determine: {report.left_out[0]}"
+            f"{', ...' if len(report.left_out) > 1 else ''}"
+        )
+    if report.longrope_config is not None:
+        print(f"longrope configuration: {report.output_dir / 'longrope.json'}")
+    print("\nMegatron flags of this model:\n")
+    print(" \\\n".join((f"--load {shlex.quote(str(report.output_dir.resolve()))}", *report.flags)))
+    beside = " ".join(report.flags_beside_checkpoint_args)
+    print(f"\nor, read from the checkpoint:\n\n--use-checkpoint-args {beside}")
     return 0
 
 

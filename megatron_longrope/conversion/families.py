@@ -14,50 +14,15 @@ from typing import Any
 import torch
 
 from megatron_longrope.checkpoint.model_args import ModelShape
-
-_LAYER = "decoder.layers."
-_HF_LAYER = "model.layers.{layer}."
-
-
-@dataclass(frozen=True)
-class TensorRule:
-    """One tensor on disk and what it becomes."""
-
-    disk: str
-    """Name in the Megatron checkpoint."""
-
-    hf: tuple[str, ...]
-    """Names in the Hugging Face folder; `{layer}` where the disk tensor is stacked over layers."""
-
-    split: str = "whole"
-    """`whole`, `vocab` (padding rows cut), `qkv` or `gate_up`."""
-
-    @property
-    def is_stacked(self) -> bool:
-        """True for tensors with layers on dimension 0."""
-        return "{layer}" in self.hf[0]
-
-
-def _layer_rule(disk: str, *hf: str, split: str = "whole") -> TensorRule:
-    return TensorRule(_LAYER + disk, tuple(_HF_LAYER + name for name in hf), split)
-
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_DENSE = (
-    TensorRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
-    _layer_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
-    _layer_rule(
-        "self_attention.linear_qkv.weight", *(f"{name}.weight" for name in _QKV), split="qkv"
-    ),
-    _layer_rule("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
-    _layer_rule("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight"),
-    _layer_rule(
-        "mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", split="gate_up"
-    ),
-    _layer_rule("mlp.linear_fc2.weight", "mlp.down_proj.weight"),
-    TensorRule("decoder.final_layernorm.weight", ("model.norm.weight",)),
+from megatron_longrope.conversion.rules import (
+    FUSED,
+    OUTPUT_LAYER,
+    QK_NORMS,
+    QKV_BIAS,
+    SEPARATE,
+    TensorRule,
+    decoder,
 )
-_OUTPUT_LAYER = TensorRule("output_layer.weight", ("lm_head.weight",), "vocab")
 
 
 @dataclass(frozen=True)
@@ -70,7 +35,7 @@ class Family:
     architecture: str
     """Class in transformers."""
 
-    rules: tuple[TensorRule, ...] = _DENSE
+    rules: tuple[TensorRule, ...] = decoder(*SEPARATE)
     """Every tensor but the output layer, which is there when embeddings are untied."""
 
     qkv_bias: bool = False
@@ -82,16 +47,46 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that are the same for every model of the family."""
 
+    absent: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes for a key that a config.json lacks, where the families differ."""
+
     def tensor_rules(self, shape: ModelShape) -> tuple[TensorRule, ...]:
         """The rules that hold for one model."""
-        return (*self.rules, _OUTPUT_LAYER) if shape.untie_embeddings else self.rules
+        return (*self.rules, OUTPUT_LAYER) if shape.untie_embeddings else self.rules
 
 
 FAMILIES = {
     family.name: family
     for family in (
         Family("llama", "LlamaForCausalLM", config={"attention_bias": False, "mlp_bias": False}),
-        Family("mistral", "MistralForCausalLM", config={"sliding_window": None}),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            config={"sliding_window": None},
+            absent={"sliding_window": 4096, "num_key_value_heads": 8},
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            rules=decoder(*SEPARATE, QKV_BIAS),
+            qkv_bias=True,
+            config={"use_sliding_window": False},
+            absent={"use_sliding_window": False, "num_key_value_heads": 32},
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            rules=decoder(*SEPARATE, *QK_NORMS),
+            qk_layernorm=True,
+            config={"attention_bias": False, "use_sliding_window": False},
+            absent={"use_sliding_window": False, "num_key_value_heads": 32, "head_dim": 128},
+        ),
+        Family(
+            "phi3",
+            "Phi3ForCausalLM",
+            rules=decoder(*FUSED),
+            config={"sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        ),
     )
 }
 
@@ -107,6 +102,17 @@ _CONFIG_KEYS = (
     ("max_position_embeddings", "max_position_embeddings"),
     ("rms_norm_eps", "norm_epsilon"),
     ("rope_theta", "rotary_base"),
+)
+
+# (config.json key, values that are fine, what conversion lacks); an absent key is fine. What only
+# acts in training, such as dropout, is free.
+_REFUSED_CONFIG: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("hidden_act", ("silu", "swish"), "activations other than SiLU"),
+    ("attention_bias", (False,), "biases on the attention projections"),
+    ("mlp_bias", (False,), "biases in the MLP"),
+    ("partial_rotary_factor", (1, None), "partially rotated heads"),
+    ("quantization_config", (None,), "quantized weights"),
+    ("is_encoder_decoder", (False, None), "encoders"),
 )
 
 # (argument, values that are fine, what the Hugging Face families lack); an absent argument is fine.
@@ -150,7 +156,8 @@ def select_family(
 
     Args:
         args (Namespace, optional): The checkpoint's arguments, to refuse what no family has.
-        name (str, optional): Wanted family. Defaults to the first that fits.
+        name (str, optional): Wanted family. Defaults to the one that the checkpoint was converted
+            from, else the first that fits.
 
     Raises:
         ValueError: No family has what this model has; the message names the argument.
@@ -172,6 +179,9 @@ def select_family(
             f"the model has softmax_scale = {shape.softmax_scale!r}; conversion does not support a "
             f"custom softmax scale (families: {', '.join(FAMILIES)})"
         )
+    # What `convert from-hf` wrote remembers where it came from.
+    origin = getattr(args, "longrope_hf_family", None)
+    name = origin if name is None and origin in FAMILIES else name
     if name is not None and name not in FAMILIES:
         raise ValueError(f"family {name!r} is unknown; choose one of {', '.join(FAMILIES)}")
     if shape.hidden_size % shape.num_attention_heads:
@@ -237,7 +247,8 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     """Inverse of :func:`to_hf_config`, for `config.json` files of any origin.
 
     Raises:
-        ValueError: The model type is not one of the families or a key is missing.
+        ValueError: The model type is not one of the families, a key is missing, or a value is one
+            that conversion does not support.
     """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
@@ -245,17 +256,15 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
             f"model_type {config.get('model_type')!r} is not supported; "
             f"families: {', '.join(FAMILIES)}"
         )
-    for key, value in family.config.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f"config.json has {key} = {config[key]!r}; only {value!r} is supported"
-            )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    _check_values({**rope, **config})
     heads = config.get("num_attention_heads")
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": config["hidden_size"] // heads if heads and "hidden_size" in config else None,
         "rope_theta": rope.get("rope_theta", 10000.0),
+        # `null` and a missing key differ: transformers reads the first as "as many as heads".
+        **{key: value for key, value in family.absent.items() if key not in config},
     }
     fields = {}
     for key, name in _CONFIG_KEYS:
@@ -264,6 +273,8 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
             raise ValueError(f"config.json lacks {key}")
         fields[name] = value
     fields["rotary_base"] = float(fields["rotary_base"])
+    _check_rope(rope)
+    _check_sliding_window({**family.absent, **config}, fields["max_position_embeddings"])
     return ModelShape(
         **fields,
         padded_vocab_size=fields["vocab_size"],
@@ -277,4 +288,34 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
         normalization="RMSNorm",
         seq_length=fields["max_position_embeddings"],
         params_dtype=dtype_named(config.get("dtype") or config.get("torch_dtype") or "float32"),
+    )
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    for key, fine, lacking in _REFUSED_CONFIG:
+        if config.get(key, fine[0]) not in fine:
+            raise ValueError(
+                f"config.json has {key} = {config[key]!r}; conversion does not support {lacking}, "
+                f"only {key} = {fine[0]!r}"
+            )
+
+
+def _check_rope(rope: Mapping[str, Any]) -> None:
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind not in (None, "default", "longrope", "su"):
+        raise ValueError(
+            f"config.json has rope_type {kind!r}; conversion supports plain RoPE and longrope, so "
+            "start from a model of the family that was not extended this way"
+        )
+
+
+def _check_sliding_window(config: Mapping[str, Any], max_length: int) -> None:
+    """Refuse a window below the model's; one that is never reached changes nothing."""
+    window = config.get("sliding_window")
+    if window is None or window >= max_length or not config.get("use_sliding_window", True):
+        return
+    raise ValueError(
+        f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
+        "conversion does not support sliding-window attention: set max_position_embeddings to "
+        f"{window}, which the model attends to in full"
     )

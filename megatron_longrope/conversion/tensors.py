@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_longrope.checkpoint.layout import Layout
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
-from megatron_longrope.conversion.families import Family, TensorRule
+from megatron_longrope.conversion.families import Family
+from megatron_longrope.conversion.rules import TensorRule, dimensions
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class TensorSource:
         if self._last is None or self._last[0] != key:
             self._last = None  # free the previous one first
             self._last = (key, self._checkpoint.tensor(*self._layout.places[key]))
-        value = _part(self._last[1], planned, self._shape)
+        value = split(self._last[1], planned.rule, self._shape)[planned.part]
         return value.to(planned.dtype).contiguous()
 
     def _check_names(self, rules: tuple[TensorRule, ...]) -> None:
@@ -105,7 +106,14 @@ class TensorSource:
         name, index = self._layout.places[rule.disk, layers[0]]
         info = self._checkpoint.keys()[name]
         stored = info.shape if index is None else info.shape[1:]
-        rows = _rows(rule, stored[0], shape)
+        rows = part_rows(rule, shape)
+        if rule.split == "vocab" and stored[0] < shape.vocab_size:
+            raise ValueError(
+                f"{rule.disk} has {stored[0]} rows, fewer than the vocabulary's "
+                f"{shape.vocab_size}; the tokenizer is not the one the model was trained with"
+            )
+        if rule.split != "vocab" and stored[0] != sum(rows):
+            raise ValueError(f"{rule.disk} has {stored[0]} rows, the arguments say {sum(rows)}")
         return [
             PlannedTensor(
                 name=name.format(layer=layer),
@@ -120,38 +128,58 @@ class TensorSource:
         ]
 
 
-def _rows(rule: TensorRule, stored: int, shape: ModelShape) -> list[int]:
-    """Rows of each part of a tensor with `stored` rows."""
-    if rule.split == "vocab":
-        if stored < shape.vocab_size:
-            raise ValueError(
-                f"{rule.disk} has {stored} rows, fewer than the vocabulary's {shape.vocab_size}; "
-                "the tokenizer is not the one the model was trained with"
-            )
-        return [shape.vocab_size]
+def part_rows(rule: TensorRule, shape: ModelShape) -> list[int]:
+    """Rows of each Hugging Face tensor of a rule."""
+    total = dimensions(shape)[rule.dims[0]]
+    if len(rule.hf) == 1:
+        return [total]
     if rule.split == "qkv":
         kv = shape.num_query_groups * shape.head_dim
-        rows = [shape.num_attention_heads * shape.head_dim, kv, kv]
-    elif rule.split == "gate_up":
-        rows = [shape.ffn_hidden_size, shape.ffn_hidden_size]
-    else:
-        return [stored]
-    if sum(rows) != stored:
-        raise ValueError(f"{rule.disk} has {stored} rows, the arguments say {sum(rows)}")
-    return rows
+        return [total - 2 * kv, kv, kv]
+    return [total // len(rule.hf)] * len(rule.hf)
 
 
-def _part(value: Tensor, planned: PlannedTensor, shape: ModelShape) -> Tensor:
-    if planned.rule.split == "vocab":
-        return value[: shape.vocab_size]
-    if planned.rule.split == "gate_up":
-        return value.chunk(2, dim=0)[planned.part]
-    if planned.rule.split == "qkv":
-        # Group by group: the queries of the group, then its key, then its value.
-        # [(nh + 2 ng) hd, ...] -> [ng, nh / ng + 2, hd, ...]
-        groups, rest = shape.num_query_groups, value.shape[1:]
-        heads = shape.num_attention_heads // groups
-        grouped = value.view(groups, heads + 2, shape.head_dim, *rest)
-        part = (slice(0, heads), slice(heads, heads + 1), slice(heads + 1, None))[planned.part]
-        return grouped[:, part].reshape(-1, *rest)
-    return value
+def split(value: Tensor, rule: TensorRule, shape: ModelShape) -> list[Tensor]:
+    """A Megatron tensor as Hugging Face has it.
+
+    Args:
+        value (Tensor): `[rows, ...]`, of one layer.
+
+    Returns:
+        list[Tensor]: One for each of `rule.hf`.
+    """
+    if rule.split == "vocab":
+        return [value[: shape.vocab_size]]
+    if rule.split == "qkv":
+        # [(nh + 2 ng) hd, ...] -> [ng, nh / ng + 2, hd, ...] -> [nh hd, ...] and 2 x [ng hd, ...]
+        rest = value.shape[1:]
+        grouped = value.view(shape.num_query_groups, -1, shape.head_dim, *rest)
+        queries = grouped.shape[1] - 2
+        parts = [part.reshape(-1, *rest) for part in grouped.split([queries, 1, 1], dim=1)]
+        return parts if len(rule.hf) == 3 else [torch.cat(parts)]
+    return list(value.chunk(len(rule.hf)))
+
+
+def join(parts: list[Tensor], rule: TensorRule, shape: ModelShape) -> Tensor:
+    """Inverse of :func:`split`; the vocabulary is padded with rows of zeros.
+
+    Args:
+        parts (list[Tensor]): One for each of `rule.hf`.
+
+    Returns:
+        Tensor: `[rows, ...]`, of one layer.
+    """
+    if rule.split == "vocab":
+        rows = shape.padded_vocab_size - shape.vocab_size
+        if rows == 0:  # spare a copy of the largest tensor
+            return parts[0]
+        return torch.cat([parts[0], parts[0].new_zeros(rows, shape.hidden_size)])
+    if rule.split == "qkv":
+        kv = shape.num_query_groups * shape.head_dim
+        if len(parts) == 1:
+            parts = list(parts[0].split([len(parts[0]) - 2 * kv, kv, kv]))
+        # [nh hd, ...] and 2 x [ng hd, ...] -> [ng, nh / ng + 2, hd, ...] -> [(nh + 2 ng) hd, ...]
+        rest = parts[0].shape[1:]
+        grouped = [part.view(shape.num_query_groups, -1, shape.head_dim, *rest) for part in parts]
+        return torch.cat(grouped, dim=1).view(-1, *rest)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

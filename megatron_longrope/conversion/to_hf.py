@@ -87,7 +87,8 @@ def convert_to_hf(
         target_length (int, optional): Window, in tokens, whose set becomes long_factor. Defaults
             to the largest.
         dtype (torch.dtype, optional): Dtype to convert to. Defaults to the one on disk.
-        family (str, optional): `llama` or `mistral`. Defaults to the first that fits.
+        family (str, optional): One of :data:`.families.FAMILIES`. Defaults to the one the
+            checkpoint was imported from, else the first that fits.
         max_shard_bytes (int): Largest safetensors file.
         overwrite (bool): Replace an existing folder (once the new one is complete).
         check (Callable, optional): Called with the temporary folder before it is put in place;

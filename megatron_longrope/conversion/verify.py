@@ -176,7 +176,8 @@ def _windows(
 
 def _rounding(checkpoint: MegatronCheckpoint, hf_config: dict[str, Any]) -> float:
     """Relative error to expect of a folder whose dtype is narrower than the checkpoint's."""
-    written = dtype_named(hf_config["dtype"])
+    # transformers 4 spells it torch_dtype, and so do folders of that time.
+    written = dtype_named(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
     stored = {info.dtype for info in checkpoint.keys().values()}
     return 0.0 if stored == {written} else 32 * torch.finfo(written).eps
 

@@ -47,11 +47,19 @@ def test_what_no_family_has_is_refused_with_the_argument(change, reason):
         select_family(SHAPE, args)
 
 
-def test_biases_and_norms_of_other_families_are_refused():
-    with pytest.raises(ValueError, match="add_qkv_bias = True and qk_layernorm = False"):
-        select_family(replace(SHAPE, add_qkv_bias=True), ARGS)
-    with pytest.raises(ValueError, match="qk_layernorm = True"):
-        select_family(replace(SHAPE, qk_layernorm=True), ARGS)
+def test_biases_and_norms_choose_the_family():
+    assert select_family(replace(SHAPE, add_qkv_bias=True), ARGS).name == "qwen2"
+    assert select_family(replace(SHAPE, qk_layernorm=True), ARGS).name == "qwen3"
+    with pytest.raises(ValueError, match="add_qkv_bias = True and qk_layernorm = True"):
+        select_family(replace(SHAPE, add_qkv_bias=True, qk_layernorm=True), ARGS)
+    with pytest.raises(ValueError, match="no supported family has add_qkv_bias = True"):
+        select_family(replace(SHAPE, add_qkv_bias=True), ARGS, "llama")
+
+
+def test_a_converted_checkpoint_goes_back_to_its_family():
+    args = argparse.Namespace(**vars(ARGS), longrope_hf_family="phi3")
+    assert select_family(SHAPE, args).name == "phi3"
+    assert select_family(SHAPE, args, "llama").name == "llama"
 
 
 def test_a_hidden_size_that_heads_do_not_divide_is_refused():
@@ -62,7 +70,13 @@ def test_a_hidden_size_that_heads_do_not_divide_is_refused():
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 @pytest.mark.parametrize("untied", [True, False])
 def test_the_shape_comes_back_from_config_json(family, untied):
-    shape = replace(SHAPE, padded_vocab_size=SHAPE.vocab_size, untie_embeddings=untied)
+    shape = replace(
+        SHAPE,
+        padded_vocab_size=SHAPE.vocab_size,
+        untie_embeddings=untied,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_layernorm,
+    )
     config = to_hf_config(shape, family, torch.float32)
     assert shape_from_hf_config(config) == shape
 

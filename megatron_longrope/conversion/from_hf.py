@@ -1,0 +1,268 @@
+"""Convert a Hugging Face folder to a Megatron checkpoint; all of it appears or nothing does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion.families import FAMILIES, Family, shape_from_hf_config
+from megatron_longrope.conversion.hf_reader import HfFolder
+from megatron_longrope.conversion.megatron_args import (
+    flags_beside_checkpoint_args,
+    megatron_flags,
+    padded_vocab_size,
+    stored_arguments,
+)
+from megatron_longrope.conversion.megatron_writer import StoredTensor, write_release
+from megatron_longrope.conversion.rules import EMBEDDING, OUTPUT_LAYER, TensorRule, dimensions
+from megatron_longrope.conversion.tensors import join, part_rows
+from megatron_longrope.conversion.to_hf import check_fits
+
+_LONGROPE_FILE = "longrope.json"
+# Older exports store the frequencies, which every implementation computes from rope_theta.
+_FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was written."""
+
+    output_dir: Path
+    """Megatron's `--load` directory."""
+
+    family: str
+    """`model_type` in config.json."""
+
+    shape: ModelShape
+    """The model."""
+
+    longrope_config: LongRopeConfig | None
+    """Factors that config.json states."""
+
+    num_tensors: int
+    """Tensors read."""
+
+    num_bytes: int
+    """Bytes of tensor data written."""
+
+    left_out: tuple[str, ...]
+    """Tensors that Megatron does not store because others determine them."""
+
+    flags: tuple[str, ...]
+    """Megatron flags that build the model, in lines."""
+
+    flags_beside_checkpoint_args: tuple[str, ...]
+    """Those that `--use-checkpoint-args` does not restore."""
+
+    verification: Any = None
+    """What the `check` returned."""
+
+
+def convert_from_hf(
+    hf_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    tensor_model_parallel_size: int = 1,
+    check: Callable[[Path], Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportReport:
+    """Write a torch_dist checkpoint that Megatron's `--load` takes at any parallel layout.
+
+    Everything goes to a temporary sibling of `output_dir`, which takes its name at the very end.
+
+    Args:
+        hf_dir (str | Path): Folder with config.json and safetensors.
+        output_dir (str | Path): Directory to write; must not exist or be empty.
+        dtype (torch.dtype, optional): Dtype to convert to. Defaults to each tensor's own.
+        make_vocab_size_divisible_by (int): With the next, what the vocabulary is padded to.
+        tensor_model_parallel_size (int): Largest tensor parallel size to pad the vocabulary for.
+        check (Callable, optional): Called with the temporary directory before it is put in place;
+            an exception leaves nothing behind.
+        progress (Callable, optional): Called with bytes written and bytes in all.
+
+    Raises:
+        ValueError: The folder is damaged, or holds a model that is not supported.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} exists already; give another --output")
+    folder = HfFolder(hf_dir)
+    family, shape, longrope_config = _model(folder)
+    rows = padded_vocab_size(
+        shape.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
+    )
+    source = HfSource(folder, family, replace(shape, padded_vocab_size=rows), dtype)
+    longrope_path = output_dir.resolve() / _LONGROPE_FILE
+    args = stored_arguments(
+        source.shape,
+        family=family.name,
+        tokenizer=folder.directory,
+        divisible_by=make_vocab_size_divisible_by,
+        tensor_parallel=tensor_model_parallel_size,
+        longrope_config=longrope_config,
+        longrope_path=longrope_path if longrope_config else None,
+    )
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}."))
+    try:
+        write_release(temporary, source.plan, source.load, common, progress)
+        if longrope_config is not None:
+            longrope_config.save(temporary / _LONGROPE_FILE)
+        verification = None if check is None else check(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp gave 0700
+        temporary.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return ImportReport(
+        output_dir=output_dir,
+        family=family.name,
+        shape=source.shape,
+        longrope_config=longrope_config,
+        num_tensors=len(folder.tensors) - len(source.left_out),
+        num_bytes=sum(item.num_bytes for item in source.plan),
+        left_out=source.left_out,
+        flags=tuple(megatron_flags(args)),
+        flags_beside_checkpoint_args=tuple(flags_beside_checkpoint_args(args)),
+        verification=verification,
+    )
+
+
+def _model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | None]:
+    """What config.json describes."""
+    config = folder.config
+    try:
+        shape = shape_from_hf_config(config)
+        family = FAMILIES[config["model_type"]]
+        if (classes := config.get("architectures")) and family.architecture not in classes:
+            raise ValueError(
+                f"config.json has architectures = {classes!r}; conversion supports "
+                f"{family.architecture} of model_type {family.name}"
+            )
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) == "default":
+            return family, shape, None
+        longrope_config = LongRopeConfig.from_hf(config)
+        check_fits(longrope_config, shape)
+    except ValueError as error:
+        raise ValueError(f"{folder.directory}: {error}") from None
+    return family, shape, longrope_config
+
+
+class HfSource:
+    """Plans the tensors of a checkpoint and assembles them one at a time.
+
+    Peak memory is one tensor of one layer (or the embedding) and its parts.
+
+    Args:
+        shape (ModelShape): Geometry, with the padded vocabulary to write.
+        dtype (torch.dtype, optional): Dtype to convert to. Defaults to each tensor's own.
+
+    Raises:
+        ValueError: The folder lacks a tensor, holds one too many, or one whose shape or dtype does
+            not fit.
+    """
+
+    def __init__(
+        self, folder: HfFolder, family: Family, shape: ModelShape, dtype: torch.dtype | None = None
+    ) -> None:
+        self._folder = folder
+        self._family = family
+        self._dtype = dtype
+        self._rules = {rule.disk: rule for rule in family.tensor_rules(shape)}
+        self.shape = shape
+        self.left_out = self._check_names()
+        self.plan = [self._planned(rule) for rule in self._rules.values()]
+        stored = {item.name: item.dtype for item in self.plan}
+        self.shape = replace(shape, params_dtype=stored[EMBEDDING])
+
+    def load(self, name: str, layer: int | None) -> Tensor:
+        """A tensor of the plan, or one of its layers."""
+        rule = self._rules[name]
+        parts = [self._folder.tensor(part.format(layer=layer)) for part in rule.hf]
+        value = join(parts, rule, self.shape)
+        return value if self._dtype is None else value.to(self._dtype)
+
+    def _layers(self, rule: TensorRule) -> list[int | None]:
+        return list(range(self.shape.num_layers)) if rule.is_stacked else [None]
+
+    def _check_names(self) -> tuple[str, ...]:
+        """Compare the names in the folder with the family's; gives those that are derived."""
+        wanted = {
+            name.format(layer=layer)
+            for rule in self._rules.values()
+            for layer in self._layers(rule)
+            for name in rule.hf
+        }
+        found = set(self._folder.tensors)
+        derived = {name for name in found - wanted if _FREQUENCIES.fullmatch(name)}
+        head, embedding = OUTPUT_LAYER.hf[0], self._rules[EMBEDDING].hf[0]
+        if head in found - wanted and embedding in found:
+            if not torch.equal(self._folder.tensor(head), self._folder.tensor(embedding)):
+                raise ValueError(
+                    f"{self._folder.directory}: {head} differs from {embedding}, though "
+                    "config.json ties them; set tie_word_embeddings to false there"
+                )
+            derived.add(head)
+        if missing := sorted(wanted - found):
+            raise ValueError(
+                f"{self._folder.directory}: lacks tensor {missing[0]}{_others(missing)}, which a "
+                f"{self._family.name} model as in config.json has"
+            )
+        if unexpected := sorted(found - wanted - derived):
+            raise ValueError(
+                f"{self._folder.directory}: holds tensor {unexpected[0]}{_others(unexpected)}, "
+                f"which a {self._family.name} model as in config.json does not have; conversion "
+                "leaves nothing out"
+            )
+        return tuple(sorted(derived))
+
+    def _planned(self, rule: TensorRule) -> StoredTensor:
+        """Check shapes and dtypes of all that a checkpoint's tensor is made of."""
+        sizes = dimensions(self.shape)
+        rest = tuple(sizes[name] for name in rule.dims[1:])
+        layers = self._layers(rule)
+        first = rule.hf[0].format(layer=layers[0])
+        dtype = self._folder.tensors[first].dtype
+        for layer in layers:
+            for name, rows in zip(rule.hf, part_rows(rule, self.shape), strict=True):
+                name = name.format(layer=layer)
+                info = self._folder.tensors[name]
+                if info.shape != (rows, *rest):
+                    raise ValueError(
+                        f"{self._folder.directory}: tensor {name} has shape {info.shape}, "
+                        f"config.json says {(rows, *rest)}"
+                    )
+                if self._dtype is None and info.dtype != dtype:
+                    raise ValueError(
+                        f"{self._folder.directory}: tensor {name} is {info.dtype} and {first} "
+                        f"{dtype}, which are one tensor in a checkpoint; choose one with --dtype"
+                    )
+        rows = self.shape.padded_vocab_size if rule.split == "vocab" else sizes[rule.dims[0]]
+        return StoredTensor(
+            name=rule.disk,
+            shape=(rows, *rest),
+            dtype=self._dtype or dtype,
+            num_layers=len(layers) if rule.is_stacked else None,
+        )
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

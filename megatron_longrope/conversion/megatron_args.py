@@ -1,0 +1,183 @@
+"""Megatron's arguments of a model: those stored in a checkpoint, and the flags that spell them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.config import LongRopeConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+# (flag, argument), in lines as they are printed; a flag with a value.
+_VALUES = (
+    (("--num-layers", "num_layers"), ("--hidden-size", "hidden_size")),
+    (("--ffn-hidden-size", "ffn_hidden_size"), ("--num-attention-heads", "num_attention_heads")),
+    (("--kv-channels", "kv_channels"), ("--num-query-groups", "num_query_groups")),
+    (("--seq-length", "seq_length"), ("--max-position-embeddings", "max_position_embeddings")),
+    (("--position-embedding-type", "position_embedding_type"), ("--rotary-base", "rotary_base")),
+    (("--normalization", "normalization"), ("--norm-epsilon", "norm_epsilon")),
+    (("--attention-dropout", "attention_dropout"), ("--hidden-dropout", "hidden_dropout")),
+    (("--make-vocab-size-divisible-by", "make_vocab_size_divisible_by"),),
+    (("--tokenizer-type", "tokenizer_type"), ("--tokenizer-model", "tokenizer_model")),
+    (("--longrope-config", "longrope_config"),),
+)
+# (flag, argument, the value that asks for the flag)
+_SWITCHES = (
+    ("--swiglu", "swiglu", True),
+    ("--disable-bias-linear", "add_bias_linear", False),
+    ("--group-query-attention", "group_query_attention", True),
+    ("--untie-embeddings-and-output-weights", "untie_embeddings_and_output_weights", True),
+    ("--add-qkv-bias", "add_qkv_bias", True),
+    ("--qk-layernorm", "qk_layernorm", True),
+    ("--bf16", "bf16", True),
+    ("--fp16", "fp16", True),
+)
+# What `--use-checkpoint-args` of Megatron 0.17 to 0.19 does not restore.
+_NOT_RESTORED = ("--norm-epsilon", "--make-vocab-size-divisible-by", "--qk-layernorm", "--bf16",
+                 "--fp16")  # fmt: skip
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Rows of the embedding by Megatron's rule.
+
+    Raises:
+        ValueError: A size is not positive.
+    """
+    for name, value in (
+        ("make-vocab-size-divisible-by", divisible_by),
+        ("tensor-model-parallel-size", tensor_parallel),
+    ):
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    multiple = divisible_by * tensor_parallel
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def divisor_without_padding(vocab_size: int, tensor_parallel: int) -> int | None:
+    """Largest power of two, up to Megatron's 128, that leaves a vocabulary unpadded."""
+    for divisor in (128, 64, 32, 16, 8, 4, 2, 1):
+        if padded_vocab_size(vocab_size, divisor, tensor_parallel) == vocab_size:
+            return divisor
+    return None
+
+
+def stored_arguments(
+    shape: ModelShape,
+    *,
+    family: str,
+    tokenizer: Path,
+    divisible_by: int,
+    tensor_parallel: int,
+    longrope_config: LongRopeConfig | None = None,
+    longrope_path: Path | None = None,
+) -> argparse.Namespace:
+    """What a run that saved this model would have stored, as far as it concerns the model.
+
+    Args:
+        family (str): Where the model comes from; `convert to-hf` goes back there.
+        tokenizer (Path): A Hugging Face folder; stored if it holds a tokenizer.
+        divisible_by (int): Megatron's `--make-vocab-size-divisible-by`.
+        tensor_parallel (int): What the vocabulary was padded for; the tensors are not split.
+        longrope_path (Path, optional): The file that holds `longrope_config`.
+
+    Raises:
+        ValueError: The rotary base is not an integer, which is all that Megatron takes.
+    """
+    if not float(shape.rotary_base).is_integer():
+        raise ValueError(
+            f"config.json has rope_theta = {shape.rotary_base}; Megatron's --rotary-base takes "
+            "integers only"
+        )
+    values: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "group_query_attention": shape.num_query_groups != shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "seq_length": shape.seq_length,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "rotary_base": int(shape.rotary_base),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "normalization": shape.normalization,
+        # Megatron's releases know the epsilon by one name or the other.
+        "norm_epsilon": shape.norm_epsilon,
+        "layernorm_epsilon": shape.norm_epsilon,
+        "apply_layernorm_1p": False,
+        "swiglu": True,
+        "squared_relu": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+        "apply_query_key_layer_scaling": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "untie_embeddings_and_output_weights": shape.untie_embeddings,
+        "vocab_size": shape.vocab_size,
+        "padded_vocab_size": shape.padded_vocab_size,
+        "make_vocab_size_divisible_by": divisible_by,
+        "params_dtype": shape.params_dtype,
+        "bf16": shape.params_dtype == torch.bfloat16,
+        "fp16": shape.params_dtype == torch.float16,
+        "tensor_model_parallel_size": tensor_parallel,
+        "pipeline_model_parallel_size": 1,
+        "ckpt_format": "torch_dist",
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "iteration": 0,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "longrope_hf_family": family,
+    }
+    if any((tokenizer / name).is_file() for name in _TOKENIZER_FILES):
+        values["tokenizer_type"] = "HuggingFaceTokenizer"
+        values["tokenizer_model"] = str(tokenizer.resolve())
+    if longrope_config is not None:
+        values["longrope_config"] = str(longrope_path)
+        values["longrope_config_value"] = longrope_config.to_dict()
+    return argparse.Namespace(**values)
+
+
+def megatron_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of a Megatron script that build the model, in lines.
+
+    Args:
+        args (Namespace): From :func:`stored_arguments`.
+    """
+    lines = []
+    for line in _VALUES:
+        told = [
+            f"{flag} {shlex.quote(str(value))}"
+            for flag, name in line
+            if (value := getattr(args, name, None)) is not None and _applies(args, name)
+        ]
+        lines += [" ".join(told)] if told else []
+    switches = [flag for flag, name, wanted in _SWITCHES if getattr(args, name) == wanted]
+    return [*lines, " ".join(switches)]
+
+
+def flags_beside_checkpoint_args(args: argparse.Namespace) -> list[str]:
+    """The flags that are still needed with `--use-checkpoint-args`."""
+    return [
+        flag
+        for line in megatron_flags(args)
+        for flag in re.split(r" (?=--)", line)
+        if flag.split()[0] in _NOT_RESTORED
+    ]
+
+
+def _applies(args: argparse.Namespace, name: str) -> bool:
+    """Megatron refuses query groups without grouped queries."""
+    return name != "num_query_groups" or args.group_query_attention

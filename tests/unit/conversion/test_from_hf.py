@@ -1,0 +1,457 @@
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.cli import main
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion.from_hf import convert_from_hf
+from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
+from megatron_longrope.conversion.verify_import import verify_import
+
+LAYERS, HIDDEN, HEADS, GROUPS, VOCAB, WINDOW = 3, 32, 4, 2, 250, 64
+GEOMETRY = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "max_position_embeddings": WINDOW,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 2.0, 4.0],
+}
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "phi3": (
+        "Phi3Config",
+        {
+            "max_position_embeddings": 2 * WINDOW,
+            "original_max_position_embeddings": WINDOW // 2,
+            "rope_parameters": LONGROPE,
+            "sliding_window": 2 * WINDOW,  # not below the window, so of no effect
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Random models of every family as `save_pretrained` writes them, made when asked for."""
+    root = tmp_path_factory.mktemp("hf")
+
+    def folder(family, dtype=torch.float32):
+        path = root / f"{family}-{dtype}"
+        if not path.exists():
+            name, changes = FAMILIES[family]
+            config = getattr(transformers, name)(**{**GEOMETRY, **changes})
+            torch.manual_seed(1)
+            model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+            for (
+                key,
+                parameter,
+            ) in model.named_parameters():  # none may equal another, or its default
+                noise = 0.1 * torch.randn(parameter.shape)
+                parameter.data = (noise + ("norm" in key)).to(dtype)
+            model.save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture
+def llama(folders, tmp_path):
+    """A llama folder to damage."""
+    return shutil.copytree(folders("llama"), tmp_path / "llama")
+
+
+def tensors(folder):
+    return {
+        key: value
+        for path in folder.glob("*.safetensors")
+        for key, value in load_file(path).items()
+    }
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def assert_refused(folder, sentence):
+    """One sentence, and nothing left of the attempt."""
+    with pytest.raises(ValueError, match=sentence) as caught:
+        convert_from_hf(folder, folder.parent / "out")
+    assert "\n" not in str(caught.value)
+    assert [item for item in folder.parent.iterdir() if "out" in item.name] == []
+
+
+# There and back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_every_tensor_is_the_same_to_the_bit(folders, tmp_path, family, dtype):
+    folder = folders(family, dtype)
+    report = convert_from_hf(folder, tmp_path / "megatron")
+    checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
+    back = convert_to_hf(
+        tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope
+    )
+    before, after = tensors(folder), tensors(tmp_path / "back")
+    assert back.family == report.family == family
+    assert report.num_tensors == back.num_tensors == len(before)
+    assert report.left_out == ()
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype == dtype
+        assert torch.equal(value, after[key]), key
+    configs = [
+        transformers.AutoConfig.from_pretrained(path) for path in (folder, tmp_path / "back")
+    ]
+    for name in (*GEOMETRY, "rms_norm_eps", "tie_word_embeddings", "dtype"):
+        assert getattr(configs[0], name) == getattr(configs[1], name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_agree_with_transformers(folders, tmp_path, family):
+    folder = folders(family)
+    report = convert_from_hf(
+        folder, tmp_path / "megatron", check=lambda path: verify_import(path, folder)
+    )
+    windows = {item.window: item for item in report.verification.windows}
+    assert list(windows) == (["short", "long"] if family == "phi3" else ["short"])
+    assert all(item.max_abs_diff < 1e-5 for item in windows.values())
+
+
+def test_a_narrower_dtype_is_verified_within_its_rounding(folders, tmp_path):
+    folder = folders("llama")
+    report = convert_from_hf(
+        folder,
+        tmp_path / "megatron",
+        dtype=torch.bfloat16,
+        check=lambda path: verify_import(path, folder),
+    )
+    assert 1e-4 < report.verification.windows[0].max_abs_diff < 0.5
+    assert report.shape.params_dtype == torch.bfloat16
+
+
+def test_a_folder_in_several_files_gives_the_same_checkpoint(folders, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("qwen3"))
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    checkpoints = []
+    for name, folder in (("one", folders("qwen3")), ("many", tmp_path / "hf")):
+        convert_from_hf(folder, tmp_path / name)
+        checkpoints.append(MegatronCheckpoint.open(tmp_path / name))
+    one, many = checkpoints
+    assert one.keys() == many.keys()
+    names = list(one.keys())
+    assert all(torch.equal(one.tensor(name), many.tensor(name)) for name in names)
+
+
+# What is written
+
+
+def test_factors_of_phi3_are_beside_the_checkpoint_and_in_its_arguments(folders, tmp_path):
+    report = convert_from_hf(folders("phi3"), tmp_path / "megatron")
+    config = LongRopeConfig.load(tmp_path / "megatron" / "longrope.json")
+    assert MegatronCheckpoint.open(tmp_path / "megatron").longrope == config
+    assert report.longrope_config == config
+    assert [item.max_length for item in config.factor_sets] == [WINDOW // 2, 2 * WINDOW]
+    assert list(config.factor_sets[0].rescale_factors) == LONGROPE["short_factor"]
+    assert list(config.factor_sets[1].rescale_factors) == LONGROPE["long_factor"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("phi3"))
+    theirs = model.model.rotary_emb.attention_scaling
+    assert config.attention_factor == pytest.approx(theirs, rel=1e-12)
+    assert theirs > 1.1
+
+
+def test_stored_arguments_describe_the_model(folders, tmp_path):
+    report = convert_from_hf(folders("qwen3"), tmp_path / "megatron", tensor_model_parallel_size=2)
+    checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
+    assert checkpoint.shape == report.shape
+    assert (checkpoint.shape.vocab_size, checkpoint.shape.padded_vocab_size) == (VOCAB, 256)
+    assert checkpoint.iteration == 0
+    assert checkpoint.longrope is None
+    assert not hasattr(checkpoint.args, "tokenizer_model")  # the folder has none
+    padding = checkpoint.tensor("embedding.word_embeddings.weight")[VOCAB:]
+    assert padding.shape == (6, HIDDEN)
+    assert not padding.any()
+
+
+def test_a_tokenizer_beside_the_model_is_pointed_to(llama, tmp_path):
+    (llama / "tokenizer.json").write_text("{}")
+    report = convert_from_hf(llama, tmp_path / "megatron")
+    args = MegatronCheckpoint.open(tmp_path / "megatron").args
+    assert (args.tokenizer_type, args.tokenizer_model) == ("HuggingFaceTokenizer", str(llama))
+    assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {llama}" in report.flags
+
+
+def test_old_and_new_releases_find_the_common_state_and_every_extra_state(folders, tmp_path):
+    convert_from_hf(folders("qwen3"), tmp_path / "megatron")
+    release = tmp_path / "megatron" / "release"
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    in_file = MegatronCheckpoint.open(release.parent).common
+    (release / "common.pt").unlink()
+    in_shards = MegatronCheckpoint.open(release.parent).common
+    assert in_file == in_shards
+    assert in_file["checkpoint_version"] == 3.0
+    names = FileSystemReader(release).read_metadata().state_dict_metadata
+    for module in ("self_attention.linear_qkv", "self_attention.core_attention", "mlp.linear_fc2"):
+        assert f"decoder.layers.{module}._extra_state/shard_{LAYERS - 1}_{LAYERS}" in names
+
+
+def test_flags_of_a_model(folders, tmp_path):
+    report = convert_from_hf(folders("qwen3", torch.bfloat16), tmp_path / "megatron")
+    assert shlex.split(" ".join(report.flags)) == shlex.split(
+        "--num-layers 3 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
+        "--kv-channels 16 --num-query-groups 2 --seq-length 64 --max-position-embeddings 64 "
+        "--position-embedding-type rope --rotary-base 10000 --normalization RMSNorm "
+        "--norm-epsilon 1e-06 --attention-dropout 0.0 --hidden-dropout 0.0 "
+        "--make-vocab-size-divisible-by 128 --swiglu --disable-bias-linear "
+        "--group-query-attention --untie-embeddings-and-output-weights --qk-layernorm --bf16"
+    )
+    assert report.flags_beside_checkpoint_args == (
+        "--norm-epsilon 1e-06",
+        "--make-vocab-size-divisible-by 128",
+        "--qk-layernorm",
+        "--bf16",
+    )
+
+
+def test_padding_follows_megatrons_rule():
+    assert padded_vocab_size(32000, 128, 1) == 32000
+    assert padded_vocab_size(32001, 128, 8) == 32768
+    assert divisor_without_padding(128256, 1) == 128
+    assert divisor_without_padding(128256, 8) == 32
+    assert divisor_without_padding(32001, 2) is None
+    with pytest.raises(ValueError, match="--tensor-model-parallel-size 0 must be at least 1"):
+        padded_vocab_size(250, 128, 0)
+
+
+def test_neither_megatron_nor_a_process_group_is_needed(folders, tmp_path):
+    code = (
+        "import sys, torch\n"
+        "sys.modules['megatron'] = None\n"
+        "from megatron_longrope.conversion.from_hf import convert_from_hf\n"
+        "convert_from_hf(*sys.argv[1:])\n"
+        "assert not torch.distributed.is_initialized()\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    arguments = [str(folders("llama")), str(tmp_path / "megatron")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Redundant tensors
+
+
+def test_tensors_that_others_determine_are_left_out_and_reported(folders, tmp_path):
+    folder = shutil.copytree(folders("qwen2"), tmp_path / "hf")
+    stored = tensors(folder)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(stored, folder / "model.safetensors")
+    report = convert_from_hf(folder, tmp_path / "megatron")
+    assert report.left_out == (
+        "lm_head.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    )
+    stored["lm_head.weight"][0, 0] += 1
+    save_file(stored, folder / "model.safetensors")
+    assert_refused(folder, "lm_head.weight differs from model.embed_tokens.weight")
+
+
+# Other models
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported; families: llama"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "supports LlamaForCausalLM"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*activations other than SiLU"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}},
+            "partial_rotary_factor = 0.75",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type 'linear'",
+        ),
+        ({"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta = 10000.5.*integers only"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope but no short_factor"),
+        ({"sliding_window": 16}, "sliding_window = 16 and max_position_embeddings = 64"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights"),
+        ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
+    ],
+)
+def test_a_model_that_is_not_supported_is_refused_by_name(llama, changes, sentence):
+    edit_config(llama, **changes)
+    assert_refused(llama, sentence)
+
+
+def test_a_sliding_window_counts_when_it_is_in_use(folders, tmp_path):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "hf")
+    edit_config(folder, sliding_window=16)
+    convert_from_hf(folder, tmp_path / "unused")
+    edit_config(folder, use_sliding_window=True)
+    with pytest.raises(ValueError, match="sliding_window = 16"):
+        convert_from_hf(folder, tmp_path / "used")
+    mistral = shutil.copytree(folders("mistral"), tmp_path / "mistral")
+    config = json.loads((mistral / "config.json").read_text())
+    del config["sliding_window"]
+    config["max_position_embeddings"] = 8192
+    (mistral / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sliding_window = 4096"):  # transformers' default
+        convert_from_hf(mistral, tmp_path / "absent")
+
+
+# Broken folders
+
+
+def rewrite(folder, change):
+    stored = tensors(folder)
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(llama):
+    original = tensors(llama)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for change, sentence in (
+        (lambda stored: stored.pop(name), f"lacks tensor {name}, which a llama model"),
+        (
+            lambda stored: stored.update({"model.layers.1.self_attn.k_proj.bias": torch.ones(16)}),
+            "holds tensor model.layers.1.self_attn.k_proj.bias, which a llama model",
+        ),
+        (
+            lambda stored: stored.update({name: torch.ones(8, HIDDEN)}),
+            rf"tensor {name} has shape \(8, 32\), config.json says \(16, 32\)",
+        ),
+        (
+            lambda stored: stored.update({name: original[name].bfloat16()}),
+            f"tensor {name} is torch.bfloat16.*choose one with --dtype",
+        ),
+        (
+            lambda stored: stored.update({name: original[name].to(torch.int8)}),
+            f"tensor {name} is of dtype I8",
+        ),
+    ):
+        changed = dict(original)
+        change(changed)
+        save_file(changed, llama / "model.safetensors")
+        assert_refused(llama, sentence)
+
+
+def test_damaged_files_are_refused_by_name(folders, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"))
+    folder = tmp_path / "hf"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    assert_refused(folder, f"{shard.name}: truncated or damaged")
+    shard.unlink()
+    assert_refused(folder, f"{shard.name}: missing")
+    save_file({"other": torch.ones(1)}, shard)
+    assert_refused(folder, f"{shard.name}: lacks tensor")
+    shard.write_bytes(content)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    assert_refused(folder, "outside of the folder")
+
+
+def test_pickles_and_empty_folders_are_refused_with_the_remedy(llama, tmp_path):
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    assert_refused(llama, r"pytorch_model.bin, a pickle.*save_pretrained\(other\)")
+    (llama / "pytorch_model.bin").unlink()
+    assert_refused(llama, "nothing to convert")
+    with pytest.raises(ValueError, match="no such folder; give a local Hugging Face folder"):
+        convert_from_hf(tmp_path / "absent", tmp_path / "out")
+
+
+# All or nothing
+
+
+def test_what_exists_is_not_touched(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(ValueError, match="exists already; give another --output"):
+        convert_from_hf(folders("llama"), tmp_path / "out")
+    assert [item.name for item in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_failure_on_the_way_leaves_nothing(folders, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("the disk is full")
+
+    with pytest.raises(ValueError, match="the disk is full"):
+        convert_from_hf(folders("llama"), tmp_path / "out", check=fail)
+    assert list(tmp_path.iterdir()) == []
+    # Within the writing itself torch wraps what went wrong; the sentence must come through.
+    with pytest.raises(ValueError, match=r"^the disk is full$"):
+        convert_from_hf(folders("llama"), tmp_path / "out", progress=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_differ_leave_no_checkpoint(folders, tmp_path):
+    other = shutil.copytree(folders("llama"), tmp_path / "other")
+    rewrite(other, lambda stored: stored["model.norm.weight"].mul_(1.1))
+    with pytest.raises(ValueError, match=r"verification failed on 64 tokens.*nothing was written"):
+        convert_from_hf(
+            other, tmp_path / "out", check=lambda path: verify_import(path, folders("llama"))
+        )
+    assert [item.name for item in tmp_path.iterdir()] == ["other"]
+
+
+# The command
+
+
+def test_the_command_prints_what_was_verified_and_the_flags(folders, tmp_path, capsys):
+    output = tmp_path / "my model"
+    assert main(["convert", "from-hf", "--hf", str(folders("phi3")), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "verified short      32 tokens: max |logit difference| " in printed
+    assert "verified long       96 tokens: max |logit difference| " in printed
+    assert "vocabulary 250 padded to 256 rows (multiple of 128 x 1)" in printed
+    assert "6 rows of padding are zero" in printed
+    assert "--make-vocab-size-divisible-by 2 pads nothing" in printed
+    block = printed.split("Megatron flags of this model:\n\n")[1].split("\n\n")[0]
+    words = shlex.split(block.replace("\\\n", " "))
+    assert words[:2] == ["--load", str(output)]
+    assert words[words.index("--longrope-config") + 1] == str(output / "longrope.json")
+    assert "--use-checkpoint-args --norm-epsilon 1e-05 --make-vocab-size-div" in printed
+
+
+def test_the_command_ends_with_one_sentence(llama, tmp_path, capsys):
+    edit_config(llama, model_type="mamba")
+    arguments = ["--hf", str(llama), "--output", str(tmp_path / "out"), "--no-verify"]
+    assert main(["convert", "from-hf", *arguments]) == 1
+    assert "model_type 'mamba' is not supported" in capsys.readouterr().err
