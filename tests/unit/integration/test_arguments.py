@@ -75,7 +75,7 @@ def namespace(path, **changes) -> argparse.Namespace:
     optional = {
         "softmax_scale", "dataloader_inter_document_masking", "sft", "apply_rope_fusion",
         "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
-        "rotary_interleaved",
+        "rotary_interleaved", "dynamic_context_parallel",
     }  # fmt: skip
     assert not changes.keys() - values.keys() - optional
     return argparse.Namespace(**{**values, **changes})
@@ -274,6 +274,10 @@ def test_a_softmax_scale_of_another_origin_is_refused(path):
         (
             {"hybrid_context_parallel": True},
             "--hybrid-context-parallel: its ranks would get another rank's positions",
+        ),
+        (
+            {"dynamic_context_parallel": True},  # its name after 0.19
+            "--dynamic-context-parallel: its ranks would get another rank's positions",
         ),
         (
             {"hybrid_layer_pattern": "*-", "rotary_interleaved": True},
