@@ -64,6 +64,10 @@ def activate(run: Run | None) -> None:
     _run = run
 
 
+def _settings() -> LongRopeSettings | None:
+    return None if _run is None else _run.settings
+
+
 def configure(args: argparse.Namespace) -> None:
     """Read the `--longrope-*` flags in `args`, which Megatron has validated, and activate them.
 
@@ -220,7 +224,7 @@ def with_rotary(rotary_embedding: type) -> Callable:
     @functools.wraps(rotary_embedding, updated=())
     def build(*rest: Any, **options: Any) -> Any:
         agreement.require()
-        settings = None if _run is None else _run.settings
+        settings = _settings()
         if settings is None:
             return rotary_embedding(*rest, **options)
         from megatron_longrope.rotary import LongRopeRotaryEmbedding
@@ -264,7 +268,7 @@ def with_concentration(concentration_factor: Callable) -> Callable:
 
     @functools.wraps(concentration_factor)
     def factor(config: Any) -> float:
-        settings = None if _run is None else _run.settings
+        settings = _settings()
         if settings is None or settings.carrier != "rope":
             return concentration_factor(config)
         return settings.attention_factor
@@ -282,7 +286,7 @@ def with_softmax_scale(attention_init: Callable) -> Callable:
     @functools.wraps(attention_init)
     def init(self: Any, config: Any, *rest: Any, **options: Any) -> None:
         attention_init(self, config, *rest, **options)
-        settings = None if _run is None else _run.settings
+        settings = _settings()
         if settings is None or settings.attention_factor == 1.0:
             return
         if settings.carrier == "softmax":
@@ -306,7 +310,7 @@ def with_model_check(setup_model_and_optimizer: Callable) -> Callable:
     @functools.wraps(setup_model_and_optimizer)
     def setup(*rest: Any, **options: Any) -> Any:
         result = setup_model_and_optimizer(*rest, **options)
-        if _run is not None and _run.settings is not None:
+        if _settings() is not None:
             _check_models(result[0])
         return result
 
@@ -350,10 +354,11 @@ def with_document_shards(split_batch: Callable) -> Callable:
         is_stock = _run is None or (_run.settings is None and _run.attention not in OURS)
         if is_stock or cu_seqlens is None or cp_group.size() == 1:
             return split_batch(batch, cp_group=cp_group)
+        offsets = cu_seqlens[0].tolist()  # once: the host waits for the device here
         for key in ("tokens", "labels", "loss_mask", "position_ids"):
             if batch.get(key) is not None:
                 batch[key] = shard_documents(
-                    batch[key], cu_seqlens[0].tolist(), cp_group.rank(), cp_group.size(), dim=1
+                    batch[key], offsets, cp_group.rank(), cp_group.size(), dim=1
                 )
         return batch
 
