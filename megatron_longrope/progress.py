@@ -27,23 +27,46 @@ class Progress:
             total=total, desc=label, unit=unit, disable=self._quiet or not self._terminal
         )
         self._total, self._label, self._unit, self._interval = total, label, unit, interval
-        self._done = 0
+        self._done = self._resumed = 0
         self._started = self._shown = time.monotonic()
 
-    def update(self, note: str = "", count: int = 1) -> None:
-        """Count finished units; `note` is shown beside them."""
+    def update(self, note: str = "", count: int = 1, *, resumed: bool = False) -> None:
+        """Count finished units; `note` is shown beside them.
+
+        Args:
+            resumed (bool): An earlier run did them: they count, but say nothing about the speed.
+        """
+        if resumed:
+            self._resumed += count
+            if not self._bar.disable:
+                self._bar.initial += count
         self._done += count
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = time.monotonic()
-        due = now - self._shown >= self._interval or self._done == self._total
-        if due and not self._terminal and not self._quiet:
-            self._shown = now
-            elapsed = now - self._started
-            left = elapsed / max(self._done, 1) * (self._total - self._done)
-            line = f"{self._label}: {self._done}/{self._total} {self._unit}, {elapsed:.0f} s, "
-            print(f"{line}about {left:.0f} s left{'; ' + note if note else ''}", flush=True)
+        if not resumed and (now - self._shown >= self._interval or self._done == self._total):
+            self._print(note)
+
+    def finish(self, note: str = "") -> None:
+        """Less than `total` was needed: say so, unless the last line already did."""
+        if self._done < self._total:
+            self._total = self._bar.total = self._done
+            self._bar.refresh()
+            self._print(note)
+
+    def _print(self, note: str) -> None:
+        """A plain line."""
+        if self._terminal or self._quiet:
+            return
+        self._shown = time.monotonic()
+        elapsed = self._shown - self._started
+        fresh = self._done - self._resumed
+        line = f"{self._label}: {self._done}/{self._total} {self._unit}, {elapsed:.0f} s"
+        if fresh:
+            left = elapsed / fresh * (self._total - self._done)
+            line += f", about {_duration(left)} left"
+        print(f"{line}{'; ' + note if note else ''}", flush=True)
 
     def close(self) -> None:
         """Finish the bar."""
@@ -54,3 +77,10 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _duration(seconds: float) -> str:
+    """`42 s`, `7 min`, `13.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -418,7 +418,7 @@ class Walk:
         attention = "" if "--base-config" in text else "--attention-factor-policy auto"
         return self.longrope(
             f"search {text} --data {{data}}/search --held-out {{data}}/heldout "
-            f"--num-samples {samples} --population-size {scale.population} "
+            f"--algorithm evolution --num-samples {samples} --population-size {scale.population} "
             f"--num-mutations {scale.children} --num-crossovers {scale.children} "
             f"--num-parents {scale.population // 2} --iterations {iterations} "
             f"--start-tokens 0 --seed {{seed}} --resume {attention}"

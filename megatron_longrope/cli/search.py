@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 
 from megatron_longrope.cli import options
 from megatron_longrope.ranks import rank
+
+_HALVED_FROM = 512 * 1024  # tokens; section 4.1 of the paper
+
+_EVOLUTION = {
+    "population_size": "--population-size",
+    "num_mutations": "--num-mutations",
+    "num_crossovers": "--num-crossovers",
+    "num_parents": "--num-parents",
+    "max_iterations": "--iterations",
+    "mutation_prob": "--mutation-prob",
+}
+_CMA = {"population_size": "--population-size", "initial_deviation": "--initial-deviation"}
 
 
 def add_parser(commands) -> None:
@@ -15,9 +29,16 @@ def add_parser(commands) -> None:
         help="search rescale factors for a target length",
         description="Search LongRoPE factors. Without --base-config: a first search on the base "
         "model. With it: a second search beyond its window (factors multiply) or, for a length "
-        "within it, a recovery search of that window.",
+        "within it, a recovery search of that window. Under torchrun, ranks form replicas of "
+        "TP x CP that score candidates in parallel.",
     )
     options.add_model(parser)
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "sdpa", "flash"),
+        default="auto",
+        help="kernels (default: auto, flash-attn where it is installed and fits, else torch SDPA)",
+    )
     parser.add_argument(
         "--data", required=True, metavar="PREFIX", help="search documents (longrope data prepare)"
     )
@@ -35,40 +56,16 @@ def add_parser(commands) -> None:
         help="pre-trained window in tokens (default: the checkpoint's max_position_embeddings)",
     )
     parser.add_argument(
-        "--num-samples", type=int, default=5, metavar="K", help="documents per evaluation"
-    )
-    parser.add_argument(
-        "--windows-per-document",
-        type=int,
-        default=1,
-        metavar="W",
-        help="consecutive windows per document; useful for short windows (default: 1)",
-    )
-    parser.add_argument(
         "--held-out", metavar="PREFIX", help="other documents, to compare the winner on at the end"
     )
-    algorithm = parser.add_argument_group("algorithm (defaults are the paper's)")
-    algorithm.add_argument("--algorithm", choices=("evolution",), default="evolution")
-    algorithm.add_argument("--population-size", type=int, default=64, metavar="P")
-    algorithm.add_argument("--num-mutations", type=int, default=16, metavar="N1")
-    algorithm.add_argument("--num-crossovers", type=int, default=16, metavar="N2")
-    algorithm.add_argument("--num-parents", type=int, default=32, metavar="K", help="top-k kept")
-    algorithm.add_argument("--iterations", type=int, default=40, metavar="T")
-    algorithm.add_argument("--mutation-prob", type=float, default=0.3, metavar="p", help="per gene")
-    algorithm.add_argument(
-        "--max-evaluations", type=int, metavar="K", help="stop after so many candidates"
+    parser.add_argument(
+        "--tensorboard-dir", metavar="DIR", help="write scalars while the search runs"
     )
-    algorithm.add_argument(
-        "--start-tokens",
-        default=None,
-        metavar="LIST",
-        help="choices of n_hat, for example 0,1,2,4 (default: the paper's 14; 0 switches them off, "
-        "which export to Hugging Face needs)",
-    )
-    algorithm.add_argument(
-        "--upper", type=float, help="largest factor (default: 1.25 s; recovery: max(3, 1 + s))"
-    )
-    algorithm.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-figures", action="store_true", help="write no PNG and CSV files")
+    _add_objective(parser)
+    _add_space(parser)
+    _add_algorithm(parser)
+    _add_estimate(parser)
     attention = parser.add_mutually_exclusive_group()
     attention.add_argument(
         "--attention-factor-policy",
@@ -88,184 +85,200 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def _add_objective(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--objective",
+        choices=("ppl", "needle"),
+        default="ppl",
+        help="ppl: perplexity of all tokens. needle: of a hidden number's tokens when it is asked "
+        "for at the end (LongRoPE2); needs --tokenizer (default: ppl)",
+    )
+    group.add_argument(
+        "--num-samples", type=int, default=5, metavar="K", help="documents per evaluation"
+    )
+    group.add_argument(
+        "--windows-per-document",
+        type=int,
+        default=1,
+        metavar="W",
+        help="consecutive windows per document; useful for short windows (default: 1)",
+    )
+    group.add_argument("--tokenizer", metavar="T", help="the data's tokenizer, for needle")
+    group.add_argument(
+        "--needle-depths",
+        metavar="LIST",
+        help="where needles stand, from 0 (start; all of them in the LongRoPE2 paper) to 1, for "
+        "example 0,0.5,1 (default: evenly spread over the documents)",
+    )
+    group.add_argument(
+        "--tokens-per-forward",
+        type=options.length,
+        default=8192,
+        metavar="N",
+        help="shorter samples share a forward pass up to so many tokens (default: 8k)",
+    )
+
+
+def _add_space(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("space")
+    group.add_argument(
+        "--space",
+        choices=("full", "critical"),
+        default="full",
+        help="full: every factor in [1, 1.25 s]. critical: factors in [s, 2 s] from the critical "
+        "dimension up, NTK below (LongRoPE2) (default: full)",
+    )
+    group.add_argument(
+        "--critical-dimension",
+        type=int,
+        metavar="I",
+        help="fix it, as an index of frequencies (default: searched)",
+    )
+    group.add_argument(
+        "--start-tokens",
+        default=None,
+        metavar="LIST",
+        help="choices of n_hat, for example 0,1,2,4 (default: the paper's 14; 0 switches them off, "
+        "which export to Hugging Face needs)",
+    )
+    group.add_argument(
+        "--upper",
+        type=float,
+        help="largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s))",
+    )
+
+
+def _add_algorithm(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("algorithm")
+    group.add_argument(
+        "--algorithm",
+        choices=("cma", "evolution"),
+        default="cma",
+        help="cma: CMA-ES with start tokens by successive halving and a coordinate polish. "
+        "evolution: algorithm 1 of the paper with its numbers (default: cma)",
+    )
+    group.add_argument(
+        "--max-evaluations",
+        type=int,
+        metavar="K",
+        help="stop after so many candidates (default: cma 336, evolution 1344; half at 512k and "
+        "above)",
+    )
+    group.add_argument(
+        "--population-size", type=int, metavar="P", help="evolution: 64; cma: 4 + 3 ln n"
+    )
+    group.add_argument("--num-mutations", type=int, metavar="N1", help="evolution: 16")
+    group.add_argument("--num-crossovers", type=int, metavar="N2", help="evolution: 16")
+    group.add_argument("--num-parents", type=int, metavar="K", help="evolution: top 32 kept")
+    group.add_argument("--iterations", type=int, metavar="T", help="evolution: 40")
+    group.add_argument("--mutation-prob", type=float, metavar="p", help="evolution: 0.3 per gene")
+    group.add_argument(
+        "--initial-deviation",
+        type=float,
+        metavar="D",
+        help="cma: of log factors, relative to the largest seed factor's (default: 0.1)",
+    )
+    group.add_argument(
+        "--racing",
+        choices=("exact", "paired", "off"),
+        default="exact",
+        help="when to stop scoring a candidate. exact: when it certainly cannot survive; the "
+        "result stays the same. paired: also when a paired t-test says so (default: exact)",
+    )
+    group.add_argument(
+        "--racing-significance", type=float, default=0.05, metavar="A", help="of the paired test"
+    )
+    group.add_argument(
+        "--lookahead",
+        type=int,
+        default=0,
+        metavar="G",
+        help="generations that may start before an earlier one is complete, so that replicas do "
+        "not wait for the slowest; 0 is the published algorithm (default: 0)",
+    )
+    group.add_argument("--seed", type=int, default=0)
+
+
+def _add_estimate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("estimate")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print FLOPs, memory and hours, and stop; loads no weights",
+    )
+    group.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="a100, h100, ... or TFLOPS:GIB, for --dry-run"
+    )
+    group.add_argument(
+        "--num-gpus",
+        type=int,
+        metavar="G",
+        help="GPUs of the job, for --dry-run (default: TP x CP, one replica)",
+    )
+    group.add_argument(
+        "--mfu", type=float, default=0.4, metavar="U", help="part of the GPU's peak, for --dry-run"
+    )
+
+
+def run(args: argparse.Namespace) -> int | None:
     """Run the command."""
-    from pathlib import Path
+    from megatron_longrope.search import session
 
-    from megatron_longrope.config import LongRopeConfig, identity_config
-    from megatron_longrope.search.problem import make_problem
-    from megatron_longrope.search.runner import run_evolution
-    from megatron_longrope.search.space import START_TOKENS
-
-    parameters = _parameters(args)
-    start_tokens = _start_tokens(args.start_tokens) or START_TOKENS
-    base = LongRopeConfig.load(args.base_config) if args.base_config else None
-    if min(args.num_samples, args.windows_per_document) < 1:
-        raise ValueError("--num-samples and --windows-per-document must be at least 1")
-    engine = options.load_engine_from(args, base)
-    if base is None:
-        shape = engine.shape
-        base = identity_config(
-            shape.rotary_base, shape.rotary_dim, options.original_window(args, engine)
-        )
-    problem = make_problem(base, args.target_length, upper=args.upper, start_tokens=start_tokens)
-    objective = _objective(args, args.data, engine)
-    settings = _settings(args, problem, parameters, start_tokens)
-    journal_path = Path(args.output).with_suffix(".journal.jsonl")
-    problem, policy_scores = _with_attention(
-        args, problem, objective, journal_path, {**settings, "attention": "per seed"}
-    )
-    settings["attention"] = [problem.base.attention_factor, problem.base.attention_factor_policy]
-    outcome = run_evolution(
-        problem,
-        parameters,
-        objective,
-        journal_path,
-        settings,
-        seed=args.seed,
-        max_evaluations=args.max_evaluations,
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )
-    origin = {
-        "method": f"longrope-{args.algorithm}",
-        "stage": problem.stage,
-        "scale": problem.space.scale,
-        "search_perplexity": outcome.score,
-        "seed_perplexity": outcome.seed_scores,
-        "policy_perplexity": policy_scores,
-        "evaluations": outcome.num_evaluations,
-        **{key: settings[key] for key in ("data_sha256", "num_samples", "seed", "checkpoint")},
-        "versions": _versions(),
-    }
-    config = problem.config(outcome.candidate, origin)
-    if rank() == 0:
-        config.save(args.output)
-        _print_summary(args, problem, outcome, config, engine)
+    plan = session.SearchPlan.from_options(args, parameters(args))
+    if args.dry_run:
+        for line in plan.estimate(args.gpu, args.num_gpus, args.mfu):
+            print(line)
+        return None
+    # So ends torchrun the other ranks when one dies, and a batch system a job at its time limit.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        plan.run()
+    except KeyboardInterrupt as stop:
+        if rank() == 0:
+            reason = str(stop) or "Ctrl-C"
+            print(
+                f"longrope search: stopped by {reason}; {plan.num_journaled()} evaluations are in "
+                f"{plan.journal}: run the same command with --resume to go on",
+                file=sys.stderr,
+            )
+        return 130
+    return None
 
 
-def _objective(args: argparse.Namespace, prefix: str, engine):
-    """The score of a configuration on the documents of a set."""
-    from megatron_longrope.search.objective import PerplexityObjective
-
-    windows = args.windows_per_document
-    documents, bos_id = options.read_samples(prefix, args.target_length, args.num_samples, windows)
-    return PerplexityObjective(engine, documents, bos_id, args.target_length, windows)
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt("SIGTERM (the job was cancelled, or another rank ended)")
 
 
-def _parameters(args: argparse.Namespace):
+def parameters(args: argparse.Namespace):
+    """Sizes of the algorithm: the flags given, else the paper's, halved from 512k on.
+
+    Raises:
+        ValueError: A flag belongs to the other algorithm, or its value breaks a rule.
+    """
+    from megatron_longrope.search.cma import CmaParameters
     from megatron_longrope.search.evolution import EvolutionParameters
 
-    return EvolutionParameters(
-        population_size=args.population_size,
-        num_mutations=args.num_mutations,
-        num_crossovers=args.num_crossovers,
-        mutation_prob=args.mutation_prob,
-        max_iterations=args.iterations,
-        num_parents=args.num_parents,
-    )
-
-
-def _start_tokens(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise ValueError(f"--start-tokens {text!r} must be integers, for example 0,2,4") from None
-
-
-def _settings(args: argparse.Namespace, problem, parameters, start_tokens) -> dict:
-    """What a resumed search must agree on."""
-    from dataclasses import asdict
-
-    from megatron_longrope.checkpoint.reader import MegatronCheckpoint
-    from megatron_longrope.data.documents import read_manifest
-
-    return {
-        "algorithm": args.algorithm,
-        "stage": problem.stage,
-        "target_length": args.target_length,
-        "base": problem.base.to_dict(),
-        "parameters": asdict(parameters),
-        "start_tokens": list(start_tokens),
-        "upper": problem.space.max_step,
-        "seed": args.seed,
-        "num_samples": args.num_samples,
-        "windows_per_document": args.windows_per_document,
-        "data_sha256": read_manifest(args.data)["token_sha256"],
-        "checkpoint": str(MegatronCheckpoint.open(args.load, args.iteration).directory),
-        "dtype": args.dtype,
-    }
-
-
-def _with_attention(args: argparse.Namespace, problem, objective, journal_path, settings):
-    """Settle the attention factor of the search; scores the seeds when it is left open."""
-    from megatron_longrope.search.runner import choose_policy
-
-    base = problem.base
-    if args.attention_factor == "longest":
-        return problem.with_attention(
-            base.attention_factor_for(base.max_length), base.attention_factor_policy
-        ), {}
-    if args.attention_factor is not None:
-        try:
-            value = float(args.attention_factor)
-        except ValueError:
+    ours, theirs = (_CMA, _EVOLUTION) if args.algorithm == "cma" else (_EVOLUTION, _CMA)
+    for name in theirs.keys() - ours.keys():
+        if getattr(args, "iterations" if name == "max_iterations" else name) is not None:
             raise ValueError(
-                f"--attention-factor {args.attention_factor!r} must be a number or `longest`"
-            ) from None
-        return problem.with_attention(value, base.attention_factor_policy), {}
-    policy = args.attention_factor_policy or ("auto" if args.base_config is None else None)
-    if policy is None:
-        return problem, {}
-    if policy != "auto":
-        return problem.with_attention(None, policy), {}
-    policy, table = choose_policy(
-        problem,
-        ("su", "none"),
-        objective,
-        journal_path,
-        settings,
-        resume=args.resume,
-        overwrite=args.overwrite,
-    )
-    return problem.with_attention(None, policy), table
-
-
-def _print_summary(args, problem, outcome, config, engine) -> None:
-    factor_set = config.factor_set_for(args.target_length)
-    factor = config.attention_factor_for(args.target_length)
-    print(
-        f"{problem.stage} search to {args.target_length} tokens: perplexity {outcome.score:.4f} "
-        f"after {outcome.num_evaluations} evaluations, {factor_set.num_start_tokens} start tokens, "
-        f"attention factor {factor:.6g}"
-    )
-    rows = {**outcome.seed_scores, "longrope": outcome.score}
-    held_out = _held_out(args, problem, outcome, engine) if args.held_out else {}
-    print(
-        f"{'':10}{'search text':>14}{'held-out text':>16}" if held_out else f"{'':10}{'search':>14}"
-    )
-    for name, score in rows.items():
-        other = f"{held_out[name]:16.4f}" if held_out else ""
-        print(f"{name:10}{score:14.4f}{other}")
-    print(f"wrote {args.output}")
-
-
-def _held_out(args, problem, outcome, engine) -> dict[str, float]:
-    objective = _objective(args, args.held_out, engine)
-    candidates = {**problem.seeds, "longrope": outcome.candidate}
-    return {name: objective(problem.config(item)).score for name, item in candidates.items()}
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    from megatron_longrope import __version__
-    from megatron_longrope.integration.compat import megatron_version
-
-    return {
-        "megatron_longrope": __version__,
-        "megatron_core": megatron_version(),
-        "torch": torch.__version__,
+                f"{theirs[name]} has no meaning with --algorithm {args.algorithm}; leave it out or "
+                "choose the other algorithm"
+            )
+    given = {
+        name: value
+        for name in ours
+        if (value := getattr(args, "iterations" if name == "max_iterations" else name)) is not None
     }
+    halved = args.target_length >= _HALVED_FROM
+    if args.algorithm == "cma":
+        default = CmaParameters().max_evaluations // (2 if halved else 1)
+        samples = args.num_samples * args.windows_per_document
+        budget = default if args.max_evaluations is None else args.max_evaluations
+        return CmaParameters(max_evaluations=budget, num_samples=max(samples, 1), **given)
+    defaults = EvolutionParameters().halved() if halved else EvolutionParameters()
+    values = {name: getattr(defaults, name) for name in _EVOLUTION}
+    if "population_size" in given and "num_parents" not in given:
+        values["num_parents"] = min(values["num_parents"], given["population_size"])
+    return EvolutionParameters(**{**values, **given})

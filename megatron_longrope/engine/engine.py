@@ -14,6 +14,7 @@ from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.context_parallel import check_divisible, shard, unshard
 from megatron_longrope.engine import loss, process_groups
+from megatron_longrope.engine.kernels import core_attention
 from megatron_longrope.engine.model import (
     build_model,
     default_device,
@@ -50,37 +51,60 @@ class Engine:
         """
         self.model.rotary_pos_emb.set_config(config)
 
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Index of this process' copy of the model, and how many there are."""
+        return process_groups.replica()
+
     @torch.no_grad()
-    def nll(self, tokens: Tensor) -> Tensor:
-        """Negative log-likelihood of every token but the first, given those before it.
+    def nll(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Negative log-likelihood of every token behind `start`, given those before it.
 
         The factor set and the attention factor are chosen by the full length n, the length that
         transformers would choose them by.
 
         Args:
-            tokens (Tensor): `[b, n]`, int64, the same on every rank.
+            tokens (Tensor): `[b, n]`, int64, the same on every rank of this copy of the model.
+            start (int): Leave out the losses of tokens at positions up to it; without context
+                parallelism their logits are not computed either. Defaults to 0.
 
         Returns:
-            Tensor: `[b, n - 1]`, fp32, in nats, on every rank, on the CPU.
+            Tensor: `[b, n - 1 - start]`, fp32, in nats, on every rank, on the CPU.
+
+        Raises:
+            ValueError: Tokens outside the vocabulary, a length that no factor set covers or that
+                does not split over the context-parallel ranks, or nothing behind `start`.
         """
         batch, length = tokens.shape
         self._check_tokens(tokens)
-        # The last position has no successor; its loss is computed and cut off, which keeps the
-        # length divisible for context parallelism.
-        labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1).to(self.device)
-        labels = shard(labels, self.cp_group.rank(), self.cp_group.size(), dim=1)
-        hidden = self._hidden(tokens)  # [b, n / cp, h]
+        if not 0 <= start < length - 1:
+            raise ValueError(
+                f"start {start} leaves no token to score; with {length} tokens it must be from 0 to"
+                f" {length - 2}"
+            )
+        hidden = self._hidden(tokens)  # [n / cp, b, h]
+        if self.cp_group.size() == 1:
+            hidden, labels, first = hidden[start:-1], tokens[:, start + 1 :], 0
+        else:
+            # The ranks' parts must stay alike, so that unneeded losses are computed and cut off:
+            # those before `start`, and that of the last position, which has no successor.
+            labels, first = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1), start
+            labels = shard(labels, self.cp_group.rank(), self.cp_group.size(), dim=1)
         values = loss.token_nll(
-            self.model, hidden.flatten(0, 1), labels.flatten(), self._real_tokens
-        ).view(batch, -1)
-        return self._whole(values)[:, : length - 1].cpu()
+            self.model,
+            hidden.flatten(0, 1),
+            labels.to(self.device).t().flatten(),  # [b, n] -> [n b], as the hidden states lie
+            self._real_tokens,
+        )
+        values = self._whole(values.view(-1, batch).t().contiguous())  # [n b] -> [b, n]
+        return values[:, first : first + length - 1 - start].cpu()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits `[b, n, vocab_size]`, fp32, for verification on short inputs; one process."""
         self._check_single_process("logits")
         self._check_tokens(tokens)
-        hidden = self._hidden(tokens)
+        hidden = self._hidden(tokens).transpose(0, 1)
         flat = loss.map_logits(self.model, hidden.flatten(0, 1), self._real_tokens, lambda x: x)
         return flat[:, : self.shape.vocab_size].view(*tokens.shape, -1)
 
@@ -97,14 +121,14 @@ class Engine:
         """
         self._check_single_process("predictions")
         self._check_tokens(tokens)
-        hidden = self._hidden(tokens)[:, start:]
+        hidden = self._hidden(tokens).transpose(0, 1)[:, start:]
         best = loss.map_logits(
             self.model, hidden.flatten(0, 1), self._real_tokens, lambda x: x.argmax(-1)
         )
         return best.view(tokens.shape[0], -1).cpu()
 
     def _hidden(self, tokens: Tensor) -> Tensor:
-        """`[b, n] -> [b, n / cp, h]`, after the final norm."""
+        """`[b, n] -> [n / cp, b, h]`, after the final norm."""
         length = tokens.shape[1]
         rotary = self.model.rotary_pos_emb
         set_attention_factor(self.model, rotary.attention_factor(length))
@@ -112,15 +136,14 @@ class Engine:
         check_divisible(length, size)
         local = shard(tokens.to(self.device), rank, size, dim=1)
         # RoPE models read no position ids: the rotary module knows this rank's positions.
-        hidden = self.model(input_ids=local, position_ids=None, attention_mask=None)
-        return hidden.transpose(0, 1)  # [s, b, h] -> [b, s, h]
+        return self.model(input_ids=local, position_ids=None, attention_mask=None)
 
     def _whole(self, values: Tensor) -> Tensor:
         """Undo the zigzag: `[b, n / cp] -> [b, n]` on every rank."""
         if self.cp_group.size() == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.cp_group.size())]
-        dist.all_gather(parts, values.contiguous(), group=self.cp_group)
+        dist.all_gather(parts, values, group=self.cp_group)
         return unshard(parts, dim=1)
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -128,7 +151,7 @@ class Engine:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; expected [b, n] with n >= 2"
             )
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = (int(value) for value in torch.aminmax(tokens))
         if low < 0 or high >= self.shape.vocab_size:
             raise ValueError(
                 f"token id {low if low < 0 else high} is outside the vocabulary of "
@@ -152,6 +175,8 @@ def load_engine(
     device: torch.device | str | None = None,
     mode: str = "auto",
     hf_parity: bool = False,
+    attention: str = "auto",
+    replicas: bool = False,
 ) -> Engine:
     """Load a Megatron checkpoint for scoring.
 
@@ -160,16 +185,28 @@ def load_engine(
         longrope_config (LongRopeConfig, optional): Defaults to the checkpoint's own, else stock
             RoPE up to its max_position_embeddings.
         iteration (int, optional): Defaults to the latest.
+        tensor_parallel (int): Ranks that share a layer. Defaults to 1.
+        context_parallel (int): Ranks that share a sequence. Defaults to 1.
         dtype (torch.dtype, optional): Defaults to fp32 on a CPU, the checkpoint's dtype on a GPU.
         device (optional): Defaults to this process' GPU, else the CPU.
+        mode (str): How a sequence chooses its factor set. Defaults to "auto".
+        hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
+        attention (str): `auto` takes flash-attn where it is installed and can run (CUDA, half
+            precision), else torch SDPA; `sdpa` or `flash` insist. Defaults to "auto".
+        replicas (bool): Accept a multiple of TP x CP processes, each TP x CP of which hold a copy
+            of the model; :attr:`Engine.replica` tells which. Defaults to False.
 
     Raises:
-        ValueError: The checkpoint is damaged, of another format, or does not fit the config.
+        ValueError: The checkpoint is damaged, of another format, or does not fit the config; the
+            number of processes does not fit; or flash-attn cannot run and was insisted on.
     """
     checkpoint = MegatronCheckpoint.open(path, iteration)
     shape = checkpoint.shape
     config = longrope_config or checkpoint.longrope or default_config(shape)
-    process_groups.initialize(tensor_parallel, context_parallel)
+    process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)
+    device = torch.device(device) if device is not None else default_device()
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else shape.params_dtype
     model = build_model(
         shape,
         config,
@@ -177,13 +214,11 @@ def load_engine(
         context_parallel=context_parallel,
         mode=mode,
         hf_parity=hf_parity,
+        core_attention=core_attention(attention, device, dtype),
     )
     tensor_group = model.pg_collection.tp
     load_into(model, checkpoint, tp_rank=tensor_group.rank(), tp_size=tensor_group.size())
-    device = torch.device(device) if device is not None else default_device()
     model.rotary_pos_emb.table_device = device
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else shape.params_dtype
     return Engine(model.to(device=device, dtype=dtype), shape)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.engine.mlp import slice_mlps
 from megatron_longrope.integration import compat
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
@@ -26,10 +27,20 @@ def build_model(
     context_parallel: int = 1,
     mode: str = "auto",
     hf_parity: bool = False,
+    core_attention: type[SdpaCoreAttention] = SdpaCoreAttention,
 ) -> nn.Module:
-    """An empty model of `shape` with the LongRoPE rotary module and SDPA attention, in fp32 on CPU.
+    """An empty model of `shape` with the LongRoPE rotary module, in fp32 on CPU, for scoring.
 
     Model-parallel groups must exist; see :func:`.process_groups.initialize`.
+
+    Args:
+        shape (ModelShape): The model's geometry.
+        config (LongRopeConfig): Factors to begin with.
+        tensor_parallel (int): Ranks that share a layer. Defaults to 1.
+        context_parallel (int): Ranks that share a sequence. Defaults to 1.
+        mode (str): How a sequence chooses its factor set. Defaults to "auto".
+        hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
+        core_attention (type): See :func:`.kernels.core_attention`. Defaults to SDPA.
 
     Raises:
         ValueError: The architecture is not a dense decoder with SwiGLU and RMSNorm.
@@ -71,7 +82,8 @@ def build_model(
         share_embeddings_and_output_weights=not shape.untie_embeddings,
         parallel_output=True,
     )
-    model = _language_model(shape, settings, options)
+    model = _language_model(shape, settings, options, core_attention)
+    slice_mlps(model)
     # HybridModel takes no such argument; its rotary module is replaced here anyway.
     model.rotary_pos_emb.rotary_interleaved = shape.rotary_interleaved
     model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(
@@ -107,7 +119,10 @@ def _check_architecture(shape: ModelShape) -> None:
 
 
 def _language_model(
-    shape: ModelShape, settings: dict[str, Any], options: dict[str, Any]
+    shape: ModelShape,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    core_attention: type[SdpaCoreAttention],
 ) -> nn.Module:
     """The one place that knows Megatron's model classes.
 
@@ -117,6 +132,7 @@ def _language_model(
     Args:
         settings (dict): Of the TransformerConfig, without the number of layers.
         options (dict): Arguments that all model classes take.
+        core_attention (type): Class for the attention's innermost part.
     """
     if shape.hybrid_layer_pattern is None:
         try:
@@ -129,14 +145,14 @@ def _language_model(
             spec = get_gpt_layer_local_spec(
                 normalization="RMSNorm", qk_layernorm=shape.qk_layernorm
             )
-            spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+            spec.submodules.self_attention.submodules.core_attention = core_attention
             return GPTModel(transformer, spec, **options)
     from megatron_longrope.integration import hybrid_spec
 
     pattern = shape.hybrid_layer_pattern or "*-" * shape.num_layers
     hybrid_spec.check_layers(pattern)
     transformer = TransformerConfig(num_layers=len(pattern), **settings)
-    spec = ModuleSpec(hybrid_spec.LocalHybridStack, params={"core_attention": SdpaCoreAttention})
+    spec = ModuleSpec(hybrid_spec.LocalHybridStack, params={"core_attention": core_attention})
     return hybrid_spec.HybridModel(transformer, spec, hybrid_layer_pattern=pattern, **options)
 
 

@@ -9,11 +9,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 
-def initialize(tensor_parallel: int = 1, context_parallel: int = 1) -> None:
+def initialize(
+    tensor_parallel: int = 1, context_parallel: int = 1, *, replicas: bool = False
+) -> None:
     """Join torchrun's processes, or be alone, and lay out TP x CP groups. Idempotent.
 
+    Args:
+        tensor_parallel (int): Ranks that share a layer. Defaults to 1.
+        context_parallel (int): Ranks that share a sequence. Defaults to 1.
+        replicas (bool): Take any multiple of TP x CP processes. Each block of TP x CP neighbouring
+            ranks holds a whole model; see :func:`replica`. Defaults to False.
+
     Raises:
-        ValueError: The number of processes is not TP x CP (or groups exist with another layout).
+        ValueError: The number of processes does not fit, or groups exist with another layout.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -24,13 +32,7 @@ def initialize(tensor_parallel: int = 1, context_parallel: int = 1) -> None:
         else:
             # One process needs no rendezvous, hence no port that could be taken.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    wanted = tensor_parallel * context_parallel
-    if dist.get_world_size() != wanted:
-        raise ValueError(
-            f"{dist.get_world_size()} processes do not fit tensor parallel {tensor_parallel} x "
-            f"context parallel {context_parallel} = {wanted}; start torchrun with "
-            f"--nproc-per-node {wanted}"
-        )
+    _check_world(dist.get_world_size(), tensor_parallel, context_parallel, replicas)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_parallel, context_parallel_size=context_parallel
@@ -43,4 +45,30 @@ def initialize(tensor_parallel: int = 1, context_parallel: int = 1) -> None:
         raise ValueError(
             f"this process already runs tensor x context parallel {sizes[0]} x {sizes[1]}; "
             f"it cannot also run {tensor_parallel} x {context_parallel}"
+        )
+
+
+def replica() -> tuple[int, int]:
+    """Index of this process' copy of the model, rank // (TP x CP), and how many copies there are.
+
+    Megatron orders ranks by tensor, then context, then data parallelism; a copy is a rank of the
+    latter.
+    """
+    return (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _check_world(world: int, tensor_parallel: int, context_parallel: int, replicas: bool) -> None:
+    model = tensor_parallel * context_parallel
+    layout = f"tensor parallel {tensor_parallel} x context parallel {context_parallel} = {model}"
+    if replicas and world % model:
+        raise ValueError(
+            f"{world} processes do not fit copies of {layout}; start torchrun with a number of "
+            f"processes that is a multiple of {model}"
+        )
+    if not replicas and world != model:
+        raise ValueError(
+            f"{world} processes do not fit {layout}; start torchrun with --nproc-per-node {model}"
         )

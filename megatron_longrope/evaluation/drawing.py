@@ -10,18 +10,22 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from megatron_longrope.files import write_text_atomic
 from megatron_longrope.lengths import format_length
 
 INK, MUTED, GRID, PAPER = "#1b1d21", "#5f6671", "#e3e6ea", "#fefefe"
@@ -52,6 +56,12 @@ METHODS = {
 }
 """Methods of `results.json` in the order in which tables and figures list them."""
 
+_SEEDS = {
+    "base": Style("Base factors", "#D55E00", "v", (0, (5, 2, 1, 2))),
+    "longest": Style("Longest window's", "#CC79A7", "P", (0, (2, 1.5))),
+}
+"""Starting points of a recovery search that are no method of their own."""
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -73,10 +83,38 @@ class Drawing:
     csv: str
     """The data behind it."""
 
+    def save(self, directory: str | Path, stem: str | None = None) -> list[Path]:
+        """Write `<stem>.png` and `<stem>.csv`, each whole or not at all.
+
+        Args:
+            directory (str | Path): Made if it does not exist.
+            stem (str, optional): File name without suffix. Defaults to the drawing's name.
+
+        Returns:
+            list[Path]: The image and the data.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        image, data = (directory / f"{stem or self.name}.{kind}" for kind in ("png", "csv"))
+        _write_bytes_atomic(image, self.png)
+        write_text_atomic(data, self.csv)
+        return [image, data]
+
 
 def style_of(method: str) -> Style:
-    """The method's style; one that this release does not know keeps its name and gets grey."""
-    return METHODS.get(method, Style(method, MUTED, "h", "-"))
+    """The method's style; one that this release does not know keeps its name and gets grey.
+
+    `near-pi`, the candidate of a narrower space nearest to PI, looks like PI.
+    """
+    known = METHODS | _SEEDS
+    if style := known.get(method.removeprefix("near-")):
+        return style._replace(label=f"near {style.label}") if method not in known else style
+    return Style(method, MUTED, "h", "-")
+
+
+def has_style(method: str) -> bool:
+    """Whether the method has colours of its own."""
+    return style_of(method).color != MUTED
 
 
 def format_score(value: float) -> str:
@@ -218,19 +256,30 @@ def swatch(style: Style) -> Line2D:
     )
 
 
-def score_axis(axes: Axes, values: Sequence[float], around: Sequence[float] | None = None) -> None:
-    """Limits with some air, logarithmic where the values span more than a factor of ten."""
+def score_axis(
+    axes: Axes,
+    values: Sequence[float],
+    around: Sequence[float] | None = None,
+    bottom: float = 0.0,
+) -> None:
+    """Limits with some air, logarithmic where the values span more than a factor of ten.
+
+    Args:
+        values (Sequence[float]): All of them are within the frame.
+        around (Sequence[float], optional): Only the lowest of these need be.
+        bottom (float): Further room below, as a part of the span.
+    """
     low, high = min([*values, *(around or [])]), max(values)
     if high > 10 * low:
         axes.set_yscale("log")
         air = (high / low) ** 0.05
-        axes.set_ylim(low / air, high * air)
+        axes.set_ylim(low / air / (high / low) ** bottom, high * air)
         subs = (1.0,) if high > 2000 * low else (1.0, 2.0, 5.0)
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         air = max((high - low) * 0.07, high * 0.002)
-        axes.set_ylim(low - air, high + air)
+        axes.set_ylim(low - air - bottom * (high - low), high + air)
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
 
 
@@ -262,11 +311,35 @@ def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None 
     axes.set_xlabel("Sequence length (tokens)")
 
 
+def start_token_axis(axes: Axes, counts: Sequence[int], *, narrow: bool = False) -> None:
+    """x axis for n_hat, logarithmic in 1 + n so that 0 has a place.
+
+    Labels that would collide are left out.
+
+    Args:
+        counts (Sequence[int]): Numbers of start tokens, ascending.
+        narrow (bool): The panel shares its line with another.
+    """
+    axes.set_xscale("function", functions=(np.log1p, np.expm1))
+    span = math.log1p(counts[-1]) - math.log1p(counts[0])
+    room, air = span * (0.075 if narrow else 0.035), span * 0.035
+    axes.set_xlim(math.expm1(math.log1p(counts[0]) - air), math.expm1(math.log1p(counts[-1]) + air))
+    # The ends first, then powers of two, which read more easily than what lies between them.
+    labelled: list[int] = []
+    for count in sorted(counts, key=lambda n: (n not in (counts[0], counts[-1]), n & (n - 1), n)):
+        if all(abs(math.log1p(count) - math.log1p(other)) >= room for other in labelled):
+            labelled.append(count)
+    axes.xaxis.set_major_locator(FixedLocator(list(counts)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(list(counts), [str(n) if n in labelled else "" for n in counts], fontsize=8.5)
+
+
 def label_ends(axes: Axes, ends: Sequence[tuple[float, Style, str, bool]]) -> None:
     """Name each line in the right margin at its last value; (value, style, text, has a leader)."""
     to_axes = axes.transScale + axes.transLimits
     wanted = [float(to_axes.transform((1.0, value))[1]) for value, *_ in ends]
-    height = axes.figure.get_figheight() / len(axes.figure.axes) * 0.72 * 72  # points, roughly
+    rows = axes.get_subplotspec().get_gridspec().nrows
+    height = axes.figure.get_figheight() / rows * 0.72 * 72  # points, roughly
     for (_, style, text, leader), there, here in zip(
         ends, wanted, spread_labels(wanted, 13.5 / height), strict=True
     ):
@@ -293,3 +366,13 @@ def panel_title(axes: Axes, name: str, detail: str) -> None:
     axes.set_title(shorten(name, 42), loc="left", fontsize=9, fontweight="bold", pad=19)
     axes.annotate(detail, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
                   fontsize=8.5, color=MUTED)  # fmt: skip
+
+
+def _write_bytes_atomic(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,12 +1,13 @@
-"""The figures of a report: perplexity, rescale factors, search progress and passkey accuracy."""
+"""The figures of a report: perplexity, rescale factors, search, start tokens and passkey."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
@@ -20,6 +21,7 @@ from megatron_longrope.evaluation.drawing import (
     finish,
     format_ratio,
     format_score,
+    has_style,
     label_ends,
     length_axis,
     method_legend,
@@ -28,23 +30,16 @@ from megatron_longrope.evaluation.drawing import (
     panels,
     plot_line,
     score_axis,
+    start_token_axis,
     style_of,
 )
 from megatron_longrope.evaluation.statistics import wilson_interval
+from megatron_longrope.evaluation.traces import SearchTrace, StartTokenCurve, is_failed
 from megatron_longrope.frequencies import named_factors
 from megatron_longrope.lengths import format_length
 
-
-@dataclass(frozen=True)
-class SearchTrace:
-    """What a search journal tells about the progress of its search."""
-
-    name: str
-    scores: tuple[float, ...]
-    """One per evaluation, in order; infinity when it failed."""
-
-    seeds: Mapping[str, float]
-    """Score of each published method (`pi`, `ntk`, `yarn`) found among the starting points."""
+_MARKS = ("Best so far", "Fully scored", "Stopped early", "Beyond the frame or failed")
+"""Legend of the search progress, in order."""
 
 
 def draw_perplexity(
@@ -120,44 +115,78 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
 def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
     """Best score after each evaluation of each search, with the scores of its known seeds."""
     rows: list[tuple[Any, ...]] = []
-    used: dict[str, None] = {"longrope_search": None}
+    used: dict[str, Line2D] = {}
     with panels("Search progress", len(traces), "Evaluation", "Perplexity") as (figure, grid):
         for axes, trace in zip(grid, traces, strict=True):
-            best = _running_minimum(trace.scores)
-            xs = range(1, len(best) + 1)
+            best = trace.best_scores
             rows += [
-                (trace.name, *row)
-                for row in zip(xs, map(_finite, trace.scores), map(_finite, best), strict=True)
-            ]
+                (trace.name, number, _finite(record.score), _finite(lowest), record.stopped or "",
+                 record.num_start_tokens, forwards)
+                for number, (record, lowest, forwards) in enumerate(
+                    zip(trace.records, best, trace.sample_forwards, strict=True), start=1
+                )
+            ]  # fmt: skip
             first = next(value for value in best if math.isfinite(value))
-            score_axis(axes, [first, best[-1], *trace.seeds.values()], around=list(trace.scores))
-            top = axes.get_ylim()[1]
-            inside = [(x, y) for x, y in zip(xs, trace.scores, strict=True) if y <= top]
-            above = [x for x, y in zip(xs, trace.scores, strict=True) if y > top]
-            axes.plot(*zip(*inside, strict=True), ".", color=MUTED, markersize=3.2, alpha=0.5)
-            if above:  # an empty artist without clipping would break the layout
-                axes.plot(above, [top] * len(above), "^", color=MUTED, markersize=3.2, alpha=0.5,
-                          clip_on=False)  # fmt: skip
-            style = METHODS["longrope_search"]
-            axes.step(xs, best, where="post", color=style.color, linewidth=2, zorder=4)
-            for method, score in trace.seeds.items():
+            finite = [record.score for record in trace.records if math.isfinite(record.score)]
+            seeds = _shown(trace.seeds)
+            score_axis(axes, [first, best[-1], *seeds.values()], around=finite)
+            count = max(len(best), 2)
+            axes.set_xlim(1 - 0.012 * count, count)
+            used |= _draw_candidates(axes, trace.records)
+            for method, score in seeds.items():
                 seed = style_of(method)
                 axes.axhline(score, color=seed.color, linestyle=seed.dashes, linewidth=1.3)
-            used |= dict.fromkeys(trace.seeds)
-            axes.set_xlim(1, max(len(best), 2))
+            used["Best so far"] = _draw_best(axes, best)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            detail = f"best of {len(best)}: {format_score(best[-1])}"
-            if trace.seeds:
-                method = min(trace.seeds, key=trace.seeds.__getitem__)
-                detail += f"; {METHODS[method].label}: {format_score(trace.seeds[method])}"
-            panel_title(axes, trace.name, detail)
-        method_legend(figure, used, {"longrope_search": "Best so far"}, markers=False)
+            named = [(best[-1], METHODS["longrope_search"]._replace(label="Best"))]
+            named += [(score, style_of(method)) for method, score in seeds.items()]
+            label_ends(axes, [
+                (score, style._replace(marker=""), f"{style.label} {format_score(score)}", True)
+                for score, style in named
+            ])  # fmt: skip
+            panel_title(axes, trace.name, _search_detail(trace))
+        order = [label for label in _MARKS if label in used]
+        figure.legend(
+            handles=[used[label] for label in order], labels=order, loc="outside lower center",
+            ncols=len(order), frameon=False, numpoints=1,
+        )  # fmt: skip
         return finish(
             figure, "search_progress",
-            "The line is the best candidate so far, each dot one candidate; triangles at the top "
-            "edge are candidates beyond the frame or failed. Dashed lines are the published "
-            "methods among the starting points.",
-            ("journal", "evaluation", "score", "best_score"), rows,
+            "The line is the best candidate so far among those scored on every sample. Those "
+            "stopped early have an estimate or a bound, which never counts as best. Triangles at "
+            "the top edge are beyond the frame or failed. Named lines are starting "
+            "points: the published methods, and the best of the others.",
+            ("journal", "evaluation", "score", "best_score", "stopped", "num_start_tokens",
+             "sample_forwards"), rows,
+        )  # fmt: skip
+
+
+def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
+    """Perplexity against the number of start tokens, the factors held fixed."""
+    style = METHODS["longrope_search"]
+    xlabel, ylabel = "Start tokens that keep their positions", "Perplexity"
+    rows: list[tuple[Any, ...]] = []
+    with panels("Perplexity by start tokens", len(curves), xlabel, ylabel) as (figure, grid):
+        for axes, curve in zip(grid, curves, strict=True):
+            counts, values = list(curve.points), list(curve.points.values())
+            rows += [(curve.name, n, value, curve.num_samples) for n, value in curve.points.items()]
+            score_axis(axes, values, bottom=0.2)
+            start_token_axis(axes, counts, narrow=len(curves) > 1)
+            if 0 in curve.points:
+                axes.axhline(curve.points[0], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            plot_line(axes, counts, values, style, clip_on=False, zorder=3)
+            lowest = min(curve.points, key=curve.points.__getitem__)
+            _ring(axes, lowest, curve)
+            panel_title(axes, curve.name, _curve_detail(curve))
+        samples = sorted({curve.num_samples for curve in curves})
+        many = _samples(samples[0])
+        if len(samples) > 1:
+            many = f"{samples[0]} to {samples[-1]} samples, the same ones within a panel"
+        return finish(
+            figure, "start_tokens",
+            f"Each point is the same rescale factors with another number of start tokens, over "
+            f"{many}. The ring marks the lowest, the dashed line no start tokens.",
+            ("journal", "num_start_tokens", "perplexity", "samples"), rows,
         )  # fmt: skip
 
 
@@ -210,9 +239,90 @@ def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[fl
     }
 
 
-def _running_minimum(scores: Sequence[float]) -> list[float]:
-    best = math.inf
-    return [best := min(best, score) for score in scores]
+def _draw_candidates(axes: Axes, records: Sequence[Any]) -> dict[str, Line2D]:
+    """A light mark for each candidate; returns one artist of each kind by its legend label."""
+    top = axes.get_ylim()[1]
+    size, alpha = (3.4, 0.5) if len(records) <= 300 else (2.2, 0.38)
+    kinds: dict[str, list[tuple[int, float]]] = {label: [] for label in _MARKS[1:]}
+    for number, record in enumerate(records, start=1):
+        if record.score > top:
+            kinds["Beyond the frame or failed"].append((number, top))
+        else:
+            label = "Fully scored" if record.stopped is None else "Stopped early"
+            kinds[label].append((number, record.score))
+    marks = {
+        "Fully scored": {"marker": "o", "markeredgewidth": 0},
+        "Stopped early": {"marker": "x", "markeredgewidth": 0.8},
+        "Beyond the frame or failed": {"marker": "^", "markeredgewidth": 0},
+    }
+    return {
+        label: axes.plot(
+            *zip(*points, strict=True), linestyle="", color=MUTED, markersize=size, alpha=alpha,
+            clip_on=False, **marks[label],
+        )[0]
+        for label, points in kinds.items() if points  # one without points would break the layout
+    }  # fmt: skip
+
+
+def _draw_best(axes: Axes, best: Sequence[float]) -> Line2D:
+    """The running minimum as steps, with a dot at each improvement."""
+    values = [value if math.isfinite(value) else math.nan for value in best]
+    better = [
+        index
+        for index, value in enumerate(best)
+        if value < (best[index - 1] if index else math.inf)
+    ]
+    style = METHODS["longrope_search"]
+    (line,) = axes.step(
+        range(1, len(best) + 1), values, where="post", color=style.color, linewidth=2, zorder=4,
+        marker="o", markevery=better, markersize=3.6 if len(better) <= 40 else 2.6, clip_on=False,
+    )  # fmt: skip
+    return line
+
+
+def _shown(seeds: Mapping[str, float]) -> dict[str, float]:
+    """The starting points with a style, and the best of the others, which can be dozens."""
+    known = {name: score for name, score in seeds.items() if has_style(name)}
+    others = {name: score for name, score in seeds.items() if name not in known}
+    best = min(others, key=others.__getitem__, default=None)
+    return known if best is None else {**known, best: others[best]}
+
+
+def _search_detail(trace: SearchTrace) -> str:
+    failed = sum(map(is_failed, trace.records))
+    stopped = sum(record.stopped is not None for record in trace.records)
+    parts = [f"{len(trace.records):,} evaluations"]
+    parts += [f"{stopped:,} stopped early"] if stopped else []
+    parts += [f"{failed:,} failed"] if failed else []
+    return ", ".join(parts)
+
+
+def _ring(axes: Axes, lowest: int, curve: StartTokenCurve) -> None:
+    """Mark and name the lowest point; nothing can lie below it, so its label goes there."""
+    score, counts = curve.points[lowest], list(curve.points)
+    axes.plot(
+        [lowest], [score], "o", color=METHODS["longrope_search"].color, markerfacecolor="none",
+        markersize=11, markeredgewidth=1.3, clip_on=False, zorder=4,
+    )  # fmt: skip
+    side = {counts[0]: "left", counts[-1]: "right"}.get(lowest, "center")
+    axes.annotate(
+        f"{format_score(score)} with {lowest}", (lowest, score), (0, -9), ha=side, va="top",
+        textcoords="offset points", fontsize=8.5, fontweight="bold",
+    )  # fmt: skip
+
+
+def _curve_detail(curve: StartTokenCurve) -> str:
+    if curve.whose == "best":
+        whose = "factors of the best candidate"
+    elif curve.whose is not None:
+        whose = f"factors of {style_of(curve.whose).label}"
+    else:
+        whose = f"factors {min(curve.factors):.3g} to {max(curve.factors):.3g}"
+    return f"{whose}, {_samples(curve.num_samples)}"
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample{'s' if count > 1 else ''}"
 
 
 def _finite(value: float) -> float | str:

@@ -9,8 +9,6 @@ What was not measured is left out of the page; nothing is ever filled in.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +17,11 @@ from typing import Any
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.evaluation.drawing import Drawing
 from megatron_longrope.evaluation.figures import (
-    SearchTrace,
     draw_factors,
     draw_passkey,
     draw_perplexity,
     draw_search,
+    draw_start_tokens,
     reference_factors,
 )
 from megatron_longrope.evaluation.page import render_page
@@ -32,6 +30,13 @@ from megatron_longrope.evaluation.results import (
     measured_lengths,
     summary_sentence,
     summary_table,
+)
+from megatron_longrope.evaluation.traces import (
+    JournalRecord,
+    SearchTrace,
+    is_complete,
+    read_records,
+    start_token_curve,
 )
 from megatron_longrope.files import read_json, write_text_atomic
 
@@ -73,10 +78,7 @@ def write_report(directory: str | Path, output: str | Path | None = None) -> Pat
     traces = find_search_traces(directory, [config for _, config, _ in sets])
     drawings = _draw(results, sets, traces)
     for drawing in drawings:
-        figures = page.parent / "figures"
-        figures.mkdir(parents=True, exist_ok=True)
-        _write_bytes_atomic(figures / f"{drawing.name}.png", drawing.png)
-        write_text_atomic(figures / f"{drawing.name}.csv", drawing.csv)
+        drawing.save(page.parent / "figures")
     name = directory.resolve().name
     text = render_page(name, summary_sentence(results), results, drawings, sets, notes)
     write_text_atomic(page, text)
@@ -117,17 +119,17 @@ def find_factor_sets(
 def find_search_traces(
     directory: str | Path, configs: Sequence[LongRopeConfig] = ()
 ) -> list[SearchTrace]:
-    """Progress of every search journal below `directory` that has a finite score.
+    """Progress of every search journal below `directory` that scored a candidate completely.
 
     Lines that cannot be read are passed over. `configs` tell which geometry the seeds may have.
     """
     traces = []
     for path, name in _files(Path(directory), ".journal.jsonl"):
-        records = _journal_records(path)
-        scores = tuple(math.inf if score is None else score for _, score in records)
-        if any(map(math.isfinite, scores)):
-            seeds = _recognise_seeds(records[:_SEEDS_SEARCHED], configs)
-            traces.append(SearchTrace(name.removesuffix(".journal.jsonl"), scores, seeds))
+        records = read_records(path)
+        if any(map(is_complete, records)):
+            first = sorted(records, key=lambda record: record.index)[:_SEEDS_SEARCHED]
+            name = name.removesuffix(".journal.jsonl")
+            traces.append(SearchTrace(name, records, _recognise(first, configs)))
     return traces
 
 
@@ -144,6 +146,8 @@ def _draw(
         drawings.append(draw_factors(sets))
     if traces:
         drawings.append(draw_search(traces))
+    if curves := [curve for trace in traces if (curve := start_token_curve(trace))]:
+        drawings.append(draw_start_tokens(curves))
     if results["passkey"]:
         trials = results.get("passkey_trials")
         drawings.append(draw_passkey(results["passkey"], trials, original))
@@ -161,24 +165,10 @@ def _files(directory: Path, suffix: str) -> list[tuple[Path, str]]:
     )
 
 
-def _journal_records(path: Path) -> list[tuple[tuple[float, ...], float | None]]:
-    """(rescale factors, score or None) of each readable record."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-            score = value["score"]
-            score = float(score) if score is not None and math.isfinite(score) else None
-            records.append((tuple(float(item) for item in value["rescale_factors"]), score))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue  # the header, a torn last line, or damage
-    return records
-
-
-def _recognise_seeds(
-    records: Sequence[tuple[tuple[float, ...], float | None]], configs: Sequence[LongRopeConfig]
-) -> dict[str, float]:
-    """Scores of the records whose factors are PI's, NTK's or YaRN's up to the search grid."""
+def _recognise(
+    records: Sequence[JournalRecord], configs: Sequence[LongRopeConfig]
+) -> dict[tuple[float, ...], str]:
+    """Factors of the records that are PI's, NTK's or YaRN's up to the search grid."""
     known = dict.fromkeys(
         (name, tuple(factors))
         for config in configs
@@ -187,22 +177,11 @@ def _recognise_seeds(
             config, item.max_length / config.original_max_position_embeddings
         ).items()
     )
-    found: dict[str, float] = {}
+    found: dict[tuple[float, ...], str] = {}
     for name, factors in known:
-        for values, score in records:
-            if score is not None and len(values) == len(factors) and all(
+        for values in (record.rescale_factors for record in records):
+            if name not in found.values() and len(values) == len(factors) and all(
                 abs(ours - theirs) <= 0.011 for ours, theirs in zip(values, factors, strict=True)
             ):  # fmt: skip
-                found.setdefault(name, score)
-                break
+                found.setdefault(values, name)
     return found
-
-
-def _write_bytes_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,16 +1,4 @@
-"""Evolutionary search of LongRoPE (arXiv 2402.13753, algorithm 1) behind ask and tell.
-
-The caller owns the loop, so candidates can be scored on any number of ranks:
-
-    search = EvolutionSearch(space, EvolutionParameters(), seeds, rng_seed=0)
-    while not search.done:
-        candidates = search.ask()
-        search.tell(candidates, [objective(*space.decode(item)) for item in candidates])
-    candidate, score = search.best
-
-The trajectory is a pure function of the seed and the scores told: telling the records of a journal,
-one by one or in any grouping, restores the search exactly.
-"""
+"""Evolutionary search of LongRoPE (arXiv 2402.13753, algorithm 1) behind ask and tell."""
 
 from __future__ import annotations
 
@@ -20,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_longrope.search.generations import Generation, GenerationalSearch
 from megatron_longrope.search.operators import MUTATION_PROB, crossover, mutate, unique
 from megatron_longrope.search.space import Candidate, SearchSpace, check_int
 
@@ -86,7 +75,7 @@ class EvolutionParameters:
         )
 
 
-class EvolutionSearch:
+class EvolutionSearch(GenerationalSearch):
     """Algorithm 1 with ask and tell; no candidate is ever asked for twice.
 
     Args:
@@ -95,8 +84,8 @@ class EvolutionSearch:
         seeds (Sequence[Candidate]): Starting points, such as PI, NTK and YaRN. The rest of the
             initial population are mutations of them, in turn.
         rng_seed (int): Seed of every random choice.
-        max_evaluations (int, optional): Stop after so many evaluations. The last generation is cut
-            short, so a search with a larger cap continues the same trajectory.
+        max_evaluations (int, optional): Stop after so many evaluations.
+        lookahead (int): See :class:`GenerationalSearch`; 0 is the algorithm of the paper.
 
     Raises:
         ValueError: No seed, more seeds than the population holds, or a seed outside the space.
@@ -110,29 +99,19 @@ class EvolutionSearch:
         rng_seed: int,
         *,
         max_evaluations: int | None = None,
+        lookahead: int = 0,
     ) -> None:
+        super().__init__(space, max_evaluations=max_evaluations, lookahead=lookahead)
         check_int("rng_seed", rng_seed, 0)
-        if max_evaluations is not None:
-            check_int("max_evaluations", max_evaluations, 1)
-        seeds = list(dict.fromkeys(seeds))
-        if not seeds:
-            raise ValueError("seeds is empty; give at least one starting candidate")
-        if len(seeds) > parameters.population_size:
+        self._seeds = checked_seeds(space, seeds)
+        if len(self._seeds) > parameters.population_size:
             raise ValueError(
-                f"population_size is {parameters.population_size}, below the {len(seeds)} "
+                f"population_size is {parameters.population_size}, below the {len(self._seeds)} "
                 "different seeds; raise it or give fewer seeds"
             )
-        for seed in seeds:
-            space.check(seed)
-        self.space = space
         self.parameters = parameters
-        self.iteration = 0
-        """Generation in progress: 0 is the initial population, max_iterations the last."""
-        self._max_evaluations = max_evaluations
         self._rng = np.random.default_rng(rng_seed)
-        self._asked: dict[Candidate, int] = {}  # everything ever asked for -> order of asking
-        self._scores: dict[Candidate, float] = {}
-        self._generation = self._within_budget(self._initial_population(seeds))
+        self._advance()
 
     @property
     def total_evaluations(self) -> int:
@@ -142,76 +121,31 @@ class EvolutionSearch:
             bounds.append(self._max_evaluations)
         return min(bounds)
 
-    @property
-    def num_evaluations(self) -> int:
-        """Evaluations told so far."""
-        return len(self._scores)
-
-    @property
-    def done(self) -> bool:
-        """True when nothing is left to evaluate: iterations, budget or space are used up."""
-        return not self.ask()
+    def total_samples(self, num_samples: int) -> int:
+        """Upper bound of the sample-forwards of the whole search."""
+        return num_samples * self.total_evaluations
 
     @property
     def population(self) -> list[tuple[Candidate, float]]:
         """The top-k told so far, best first; equal scores stand in the order of asking."""
-        ranked = sorted(self._scores.items(), key=lambda item: (item[1], self._asked[item[0]]))
-        return ranked[: self.parameters.num_parents]
+        return self._ranked()[: self.parameters.num_parents]
 
-    @property
-    def best(self) -> tuple[Candidate, float]:
-        """The best candidate told so far and its score (infinite when every evaluation failed).
+    def _draw(self, number: int) -> Generation | None:
+        if number == 0:
+            return self._generation(self._initial_population())
+        if number > self.parameters.max_iterations:
+            return None
+        survivors = self._ranked(self._known(number))[: self.parameters.num_parents]
+        rival, score = survivors[-1]
+        # Whoever is not better than the last survivor has no children: racing may stop it.
+        full = len(survivors) == self.parameters.num_parents and math.isfinite(score)
+        return self._generation(self._children(survivors), rival=rival if full else None)
 
-        Raises:
-            RuntimeError: Nothing has been told yet.
-        """
-        if not self._scores:
-            raise RuntimeError("no candidate has a score yet; call ask() and tell() first")
-        return self.population[0]
-
-    def ask(self) -> list[Candidate]:
-        """The candidates of the current generation that have no score yet; empty when done.
-
-        Asking again without telling returns the same candidates.
-        """
-        return [item for item in self._generation if item not in self._scores]
-
-    def tell(self, candidates: Sequence[Candidate], scores: Sequence[float]) -> None:
-        """Record scores, lower is better; NaN and infinite scores rank last.
-
-        The order of telling within a generation, and whether it is told at once or in parts, do not
-        matter: the next generation is drawn when the last score has arrived.
-
-        Raises:
-            ValueError: Lengths differ, or a candidate is not among those now asked for. Nothing is
-                recorded then.
-        """
-        if len(candidates) != len(scores):
-            raise ValueError(f"{len(candidates)} candidates came with {len(scores)} scores")
-        waiting = set(self.ask())
-        for candidate in candidates:
-            if candidate not in waiting:
-                known = candidate in self._asked
-                raise ValueError(
-                    f"candidate {self.space.decode(candidate)} "
-                    + ("was told before" if known else "was not asked for")
-                    + "; tell each candidate of ask() once (a journal must come from the same "
-                    "seed, seeds and settings)"
-                )
-            waiting.remove(candidate)
-        finite = [float(score) if math.isfinite(score) else math.inf for score in scores]
-        self._scores.update(zip(candidates, finite, strict=True))
-        if candidates and not waiting and self.iteration < self.parameters.max_iterations:
-            children = self._within_budget(self._children())
-            if children:
-                self._generation = children
-                self.iteration += 1
-
-    def _initial_population(self, seeds: list[Candidate]) -> list[Candidate]:
+    def _initial_population(self) -> list[Candidate]:
         """P_0: the seeds and mutations of each in turn."""
-        population = dict.fromkeys(seeds)
-        for index in range(self.parameters.population_size - len(seeds)):
-            child = self._mutated(seeds[index % len(seeds)])
+        population = dict.fromkeys(self._seeds)
+        for index in range(self.parameters.population_size - len(self._seeds)):
+            child = self._mutated(self._seeds[index % len(self._seeds)])
             child = unique(
                 child, self.space, self._rng, population.keys(), self.parameters.mutation_prob
             )
@@ -220,12 +154,11 @@ class EvolutionSearch:
             population[child] = None
         return list(population)
 
-    def _children(self) -> list[Candidate]:
+    def _children(self, survivors: Sequence[tuple[Candidate, float]]) -> list[Candidate]:
         """P_mut and P_cro of one iteration; fewer when the space runs out of new candidates."""
-        ranked = self.population
         # Failed evaluations are parents only when there is nothing else.
-        parents = [item for item, score in ranked if math.isfinite(score)]
-        parents = parents or [item for item, _ in ranked]
+        parents = [item for item, score in survivors if math.isfinite(score)]
+        parents = parents or [item for item, _ in survivors]
         seen = set(self._asked)
         children: list[Candidate] = []
         for index in range(self.parameters.num_mutations + self.parameters.num_crossovers):
@@ -244,10 +177,16 @@ class EvolutionSearch:
     def _mutated(self, parent: Candidate) -> Candidate:
         return mutate(parent, self.space, self._rng, self.parameters.mutation_prob)
 
-    def _within_budget(self, generation: list[Candidate]) -> list[Candidate]:
-        """Cut the generation to the evaluations left and note what will be asked for."""
-        if self._max_evaluations is not None:
-            generation = generation[: self._max_evaluations - len(self._asked)]
-        for candidate in generation:
-            self._asked[candidate] = len(self._asked)
-        return generation
+
+def checked_seeds(space: SearchSpace, seeds: Sequence[Candidate]) -> list[Candidate]:
+    """The different seeds, in order.
+
+    Raises:
+        ValueError: There is none, or one lies outside the space.
+    """
+    seeds = list(dict.fromkeys(seeds))
+    if not seeds:
+        raise ValueError("seeds is empty; give at least one starting candidate")
+    for seed in seeds:
+        space.check(seed)
+    return seeds

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 _MARK = b'{"journal": '  # how every journal starts; nothing else is ever truncated
 
 
@@ -35,16 +35,26 @@ class Evaluation:
     """n_hat as evaluated."""
 
     score: float
-    """What the search minimises; infinity when the evaluation failed."""
+    """Perplexity, which the search minimises. Of a candidate that a race stopped, a bound or an
+    estimate that its rival beats; infinity when the evaluation failed."""
 
     sample_nlls: tuple[float, ...] = ()
-    """Mean negative log-likelihood per token of each sample."""
+    """Mean negative log-likelihood per token of each sample scored, from the first one."""
 
     seconds: float = 0.0
     """Wall-clock time of the evaluation."""
 
     error: str | None = None
     """Why the evaluation failed, or None; always set when the score is infinite."""
+
+    index: int = 0
+    """Order of asking. Lines stand in the order in which scores arrived, which depends on the
+    number and speed of the replicas; apart from that and from `seconds`, journals of one seed are
+    the same."""
+
+    stopped: str | None = None
+    """Why samples are missing: `exact` or `paired`, a race was lost; `budget`, only so many were
+    asked for. None when every sample was scored."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score) and not self.error:
@@ -55,6 +65,7 @@ class Evaluation:
         object.__setattr__(self, "score", _finite_or_inf(self.score))
         object.__setattr__(self, "sample_nlls", tuple(map(_finite_or_inf, self.sample_nlls)))
         object.__setattr__(self, "seconds", float(self.seconds))
+        object.__setattr__(self, "index", int(self.index))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object with null in place of infinity."""

@@ -2,86 +2,133 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.engine import Engine
-from megatron_longrope.search.journal import Evaluation
 
-# Samples of short windows are scored together up to this many tokens.
-_TOKENS_PER_BATCH = 8192
+# Short samples go through the model together, up to this many tokens.
+TOKENS_PER_FORWARD = 8192
+
+
+class Objective(Protocol):
+    """Scores a configuration sample by sample."""
+
+    num_samples: int
+    """Samples of a full evaluation."""
+
+    samples_per_forward: int
+    """How many of them share a forward pass."""
+
+    def losses(self, config: LongRopeConfig, first: int) -> list[float]:
+        """Mean loss in nats of sample `first`, a multiple of `samples_per_forward`, and those that
+        share its forward pass."""
+
+
+class TokenModel(Protocol):
+    """What an objective needs of :class:`.engine.Engine`."""
+
+    def set_config(self, config: LongRopeConfig) -> None:
+        """Swap the factors."""
+
+    def nll(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """`[b, n] -> [b, n - 1 - start]` losses."""
 
 
 class PerplexityObjective:
-    """Mean loss of windows of `target_length` tokens (BOS included) from each document.
+    """Mean loss of samples of `target_length` tokens, over all their tokens or over marked ones.
+
+    Args:
+        engine (TokenModel): Resident model; only its factors change.
+        samples (Tensor): `[k, target_length]`, int64, BOS included.
+        scored (Tensor, optional): `[k, target_length - 1]`, bool: which targets count (those of
+            sample position 1, 2, ...). Defaults to all of them.
+        tokens_per_forward (int): Samples shorter than this share a forward pass, and a race looks
+            at its runners after each pass. Defaults to 8192.
+
+    Raises:
+        ValueError: There is no sample, or one in which nothing counts.
+    """
+
+    def __init__(
+        self,
+        engine: TokenModel,
+        samples: Tensor,
+        *,
+        scored: Tensor | None = None,
+        tokens_per_forward: int = TOKENS_PER_FORWARD,
+    ) -> None:
+        if not len(samples):
+            raise ValueError("there is no sample to score; give at least one document")
+        if scored is not None and not bool(scored.any(dim=1).all()):
+            raise ValueError("a sample has no token that counts; mark at least one target of each")
+        self._engine = engine
+        self._samples, self._scored = samples, scored
+        self._config: LongRopeConfig | None = None
+        self.num_samples = len(samples)
+        self.samples_per_forward = max(1, tokens_per_forward // samples.shape[1])
+        self.target_length = samples.shape[1]
+
+    def losses(self, config: LongRopeConfig, first: int) -> list[float]:
+        """Mean loss in nats of sample `first` and those that share its forward pass.
+
+        Args:
+            config (LongRopeConfig): Factors to score.
+            first (int): A multiple of the samples of a forward pass.
+        """
+        if config is not self._config:
+            self._engine.set_config(config)
+            self._config = config
+        rows = slice(first, first + self.samples_per_forward)
+        if self._scored is None:
+            means = self._engine.nll(self._samples[rows]).double().mean(dim=1)
+        else:
+            scored = self._scored[rows]
+            start = int(scored.any(dim=0).nonzero()[0])
+            losses = self._engine.nll(self._samples[rows], start).double()
+            scored = scored[:, start:]
+            means = torch.where(scored, losses, 0.0).sum(dim=1) / scored.sum(dim=1)
+        # Rounding can take the loss of a certain token below zero, where races assume it never is.
+        return [max(0.0, value) if value == value else value for value in means.tolist()]
+
+
+def window_samples(
+    documents: Sequence[np.ndarray], bos_id: int, length: int, windows_per_document: int = 1
+) -> Tensor:
+    """Windows of `length` tokens, BOS included, from the beginning of each document.
 
     One window per document is the truncated form of
     :mod:`megatron_longrope.evaluation.perplexity`, so that the score of a search and that of an
     evaluation are the same number.
 
     Args:
-        engine (Engine): Resident model; only its factors change.
         documents (Sequence[np.ndarray]): Token ids without special tokens.
         bos_id (int): Put before every sample.
-        target_length (int): Sample length in tokens.
+        length (int): Sample length in tokens.
         windows_per_document (int): Consecutive windows taken from each document; more of them make
             up for the little text in a short window. Defaults to 1.
+
+    Returns:
+        Tensor: `[documents * windows_per_document, length]`, int64.
 
     Raises:
         ValueError: A document is too short.
     """
-
-    def __init__(
-        self,
-        engine: Engine,
-        documents: Sequence[np.ndarray],
-        bos_id: int,
-        target_length: int,
-        windows_per_document: int = 1,
-    ) -> None:
-        content = target_length - 1
-        for index, document in enumerate(documents):
-            if len(document) < windows_per_document * content:
-                raise ValueError(
-                    f"document {index} has {len(document)} tokens; {windows_per_document} windows "
-                    f"of {target_length} need {windows_per_document * content} (BOS is added)"
-                )
-        self.engine = engine
-        self.target_length = target_length
-        samples = torch.stack(
-            [
-                torch.from_numpy(
-                    np.concatenate(([bos_id], document[i * content : (i + 1) * content]))
-                )
-                for document in documents
-                for i in range(windows_per_document)
-            ]
-        )
-        self.batches = samples.split(max(1, _TOKENS_PER_BATCH // target_length))
-
-    def __call__(self, config: LongRopeConfig) -> Evaluation:
-        """Score a configuration; a failed forward is a score of infinity with its reason."""
-        target = config.factor_set_for(self.target_length)
-        started = time.perf_counter()
-        losses: list[float] = []
-        error = None
-        try:
-            self.engine.set_config(config)
-            for batch in self.batches:
-                losses += self.engine.nll(batch).double().mean(dim=1).tolist()
-            score = math.exp(sum(losses) / len(losses))
-        except (torch.OutOfMemoryError, OverflowError) as failure:
-            score, error = math.inf, f"{type(failure).__name__}: {failure}"
-        return Evaluation(
-            target.rescale_factors,
-            target.num_start_tokens,
-            score,
-            tuple(losses),
-            time.perf_counter() - started,
-            error,
-        )
+    content = length - 1
+    for index, document in enumerate(documents):
+        if len(document) < windows_per_document * content:
+            raise ValueError(
+                f"document {index} has {len(document)} tokens; {windows_per_document} windows "
+                f"of {length} need {windows_per_document * content} (BOS is added)"
+            )
+    return torch.stack(
+        [
+            torch.from_numpy(np.concatenate(([bos_id], document[i * content : (i + 1) * content])))
+            for document in documents
+            for i in range(windows_per_document)
+        ]
+    )

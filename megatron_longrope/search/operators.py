@@ -1,8 +1,11 @@
-"""Genetic operators of LongRoPE's search: pure functions of candidates and an explicit generator.
+"""Genetic operators of both searches: pure functions of candidates and an explicit generator.
 
 The paper's monotonic constraint lambda_i <= lambda_{i+1} (section 3.2) holds by construction: genes
 are drawn between their neighbours or repaired with a running maximum. No sample is rejected for
 breaking it, so every function ends after a bounded amount of work in any space.
+
+In LongRoPE2's space the factors before `space.first_gene` are no genes: they keep the lowest step,
+so that they never push up those that count. Every function returns canonical candidates.
 """
 
 from __future__ import annotations
@@ -29,22 +32,24 @@ def mutate(
     """Mutation_with_mono_constraint of algorithm 1: redraw each gene with probability `prob`.
 
     From the first factor to the last, a redrawn k_i is uniform on [k_{i-1}, k_{i+1}]: the *updated*
-    left neighbour and the parent's right neighbour, 0 and the space's bound at the two ends. The
-    start-token count changes with the same probability to any other choice.
+    left neighbour and the parent's right neighbour, the space's bounds at the two ends. The
+    start-token count (LongRoPE2: the critical dimension) changes with the same probability to any
+    other choice.
     """
     parent = candidate.steps
     changes = rng.random(space.num_factors) < prob
     draws = rng.random(space.num_factors)
     steps = list(parent)
-    for i in np.flatnonzero(changes):
-        low = steps[i - 1] if i else 0
+    first = space.first_gene(candidate.start_index)
+    for i in np.flatnonzero(changes[first:]) + first:
+        low = steps[i - 1] if i else space.min_step
         high = parent[i + 1] if i + 1 < len(parent) else space.max_step
         steps[i] = low + int(draws[i] * (high - low + 1))
     start_index = candidate.start_index
-    if len(space.start_tokens) > 1 and rng.random() < prob:
-        shift = int(rng.integers(1, len(space.start_tokens)))
-        start_index = (start_index + shift) % len(space.start_tokens)
-    return Candidate(tuple(steps), start_index)
+    if space.num_choices > 1 and rng.random() < prob:
+        shift = int(rng.integers(1, space.num_choices))
+        start_index = (start_index + shift) % space.num_choices
+    return space.canonical(Candidate(tuple(steps), start_index))
 
 
 def crossover(
@@ -55,17 +60,22 @@ def crossover(
     A running maximum restores the constraint; it stays within the bounds, as both parents do.
     """
     from_a = rng.random(space.num_factors) < 0.5
-    mixed = (x if take else y for x, y, take in zip(a.steps, b.steps, from_a, strict=True))
+    mixed = [x if take else y for x, y, take in zip(a.steps, b.steps, from_a, strict=True)]
     start_index = a.start_index if rng.random() < 0.5 else b.start_index
-    return Candidate(tuple(accumulate(mixed, max)), start_index)
+    first = space.first_gene(start_index)
+    mixed[:first] = [space.min_step] * first
+    return space.canonical(Candidate(tuple(accumulate(mixed, max)), start_index))
 
 
 def random_candidate(space: SearchSpace, rng: np.random.Generator) -> Candidate:
-    """A uniform draw from all monotonic vectors of the space."""
+    """A uniform draw: first a choice (start tokens or critical dimension), then its genes."""
+    start_index = int(rng.integers(space.num_choices))
+    first = space.first_gene(start_index)
+    genes, levels = space.num_factors - first, space.max_step - space.min_step
     # Stars and bars: d distinct values below K + d, sorted, minus 0 .. d-1, are d values of 0 .. K.
-    picks = rng.choice(space.max_step + space.num_factors, space.num_factors, replace=False)
-    steps = np.sort(picks) - np.arange(space.num_factors)
-    return Candidate(tuple(steps.tolist()), int(rng.integers(len(space.start_tokens))))
+    picks = np.sort(rng.choice(levels + genes, genes, replace=False)) - np.arange(genes)
+    steps = [space.min_step] * first + (picks + space.min_step).tolist()
+    return space.canonical(Candidate(tuple(steps), start_index))
 
 
 def unique(

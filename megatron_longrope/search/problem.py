@@ -3,19 +3,30 @@
 - first: factors for a longer window of the base model (section 3.2);
 - second: a further, small extension of a fine-tuned model; candidates multiply its factors (3.3);
 - recovery: factors for a short window of an extended model, with a reduced upper bound (3.3).
+
+The first two also run in LongRoPE2's space (arXiv 2502.20082), see
+:mod:`megatron_longrope.search.critical`.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.frequencies import named_factors
+from megatron_longrope.search.critical import CriticalSpace, critical_choices, critical_seeds
 from megatron_longrope.search.space import START_TOKENS, Candidate, SearchSpace
 
 SEED_METHODS = ("pi", "ntk", "yarn")
+SPACES = ("full", "critical")
+"""LongRoPE's space, and LongRoPE2's."""
+
+# Section 3.3 extends a fine-tuned model by 2x to 16x without further training.
+_SECOND_SCALES = (2.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -66,51 +77,124 @@ def make_problem(
     *,
     upper: float | None = None,
     start_tokens: tuple[int, ...] = START_TOKENS,
+    space: str = "full",
+    critical_dimension: int | None = None,
 ) -> SearchProblem:
     """Choose the stage from the lengths: beyond the base it extends, within it recovers.
+
+    A second search in the critical space varies the multipliers, so its range [s, 2 s] is that of
+    the further, small extension. Its critical dimensions are still the pre-training window's: a
+    fine-tuned window is longer, but so are, by the base's factors, the periods there.
 
     Args:
         base (LongRopeConfig): Plain RoPE for a first search, else a fine-tuned model's factors.
         target_length (int): Window in tokens.
-        upper (float, optional): Largest candidate factor. Defaults to 1.25 s (the paper's space),
-            for a recovery to max(3, 1 + s), which the published short factors stay within.
-        start_tokens (tuple[int, ...]): Choices of n_hat.
+        upper (float, optional): Largest candidate factor. Defaults to 1.25 s (LongRoPE's space) or
+            2 s (LongRoPE2's), for a recovery to max(3, 1 + s), which the published short factors
+            stay within; less where the product with the base's factors would leave the
+            configuration's bound.
+        start_tokens (tuple[int, ...]): Choices of n_hat; the critical space has none.
+        space (str): `full`, or `critical` for LongRoPE2's.
+        critical_dimension (int, optional): Fixes the critical space's dimension, an index of
+            frequencies. Defaults to the choices of algorithm 1.
 
     Raises:
         ValueError: Nothing to search, or a setting outside its range.
     """
+    if space not in SPACES:
+        raise ValueError(f"space {space!r} is unknown; choose one of {', '.join(SPACES)}")
+    if critical_dimension is not None and space == "full":
+        raise ValueError(
+            f"critical_dimension {critical_dimension} has no meaning in the full space; "
+            "leave it out or search the critical space"
+        )
     original = base.original_max_position_embeddings
-    extended = base.max_length > original
-    half = base.rotary_dim // 2
-    ones = (1.0,) * half
     if target_length < original:
         raise ValueError(
             f"target length {target_length} is below the original window {original}; "
             "search for the original window or a longer one"
         )
     if target_length > base.max_length:
-        longest = base.factor_sets[-1]
-        scale = target_length / longest.max_length
-        space = SearchSpace(half, scale, upper=upper, start_tokens=start_tokens)
-        seeds = {
-            name: space.encode(
-                named_factors(name, base.rotary_dim, scale, base.rotary_base, longest.max_length)
-            )
-            for name in SEED_METHODS
-        }
-        stage = "second" if extended else "first"
-        return SearchProblem(
-            stage, base, target_length, space, longest.rescale_factors, _distinct(seeds)
-        )
-    if not extended:
+        if space == "critical":
+            return _critical_extension(base, target_length, upper, start_tokens, critical_dimension)
+        return _extension(base, target_length, upper, start_tokens)
+    if base.max_length <= original:
         raise ValueError(
             f"target length {target_length} is the original window and the model is not extended; "
             "nothing to search: give a longer --target-length, or a --base-config to recover"
         )
-    scale = target_length / original
-    space = SearchSpace(
-        half, max(scale, 1.01), upper=upper or max(3.0, 1.0 + scale), start_tokens=start_tokens
+    if space == "critical":
+        raise ValueError(
+            f"target length {target_length} lies within the base's window, which is a recovery, "
+            "and LongRoPE2's critical space only extends (its short factors are 1); "
+            "search the full space"
+        )
+    return _recovery(base, target_length, upper, start_tokens)
+
+
+def _extension(
+    base: LongRopeConfig,
+    target_length: int,
+    upper: float | None,
+    start_tokens: tuple[int, ...],
+) -> SearchProblem:
+    """First or second search in LongRoPE's space."""
+    stage, scale, multiplier = _further(base, target_length)
+    limit = _limit(base, target_length, multiplier)
+    upper = _bounded(upper, SearchSpace.upper_ratio * scale, limit)
+    space = SearchSpace(base.rotary_dim // 2, scale, upper=upper, start_tokens=start_tokens)
+    seeds = {name: space.encode(item) for name, item in _methods(base, scale).items()}
+    return SearchProblem(stage, base, target_length, space, multiplier, _distinct(seeds))
+
+
+def _critical_extension(
+    base: LongRopeConfig,
+    target_length: int,
+    upper: float | None,
+    start_tokens: tuple[int, ...],
+    dimension: int | None,
+) -> SearchProblem:
+    """First or second search in LongRoPE2's space."""
+    if tuple(start_tokens) not in (START_TOKENS, (0,)):
+        raise ValueError(
+            f"start_tokens {tuple(start_tokens)} cannot be searched in the critical space, which "
+            "has none; leave them out or search the full space"
+        )
+    stage, scale, multiplier = _further(base, target_length)
+    limit = _limit(base, target_length, multiplier)
+    if upper is None and limit < scale + SearchSpace.step:
+        raise ValueError(
+            f"the base's largest factor {max(multiplier):g} leaves candidates up to {limit:.4g}, "
+            f"not above the extension ratio {scale:g} that starts the critical space; "
+            "search the full space"
+        )
+    choices = (
+        critical_choices(base.rotary_dim, base.rotary_base, base.original_max_position_embeddings)
+        if dimension is None
+        else (dimension,)
     )
+    space = CriticalSpace(
+        base.rotary_dim // 2,
+        scale,
+        upper=_bounded(upper, CriticalSpace.upper_ratio * scale, limit),
+        critical_dimensions=choices,
+    )
+    # A published method is only the candidate nearest to it here, hence the name.
+    nearest = {f"near-{name}": space.encode(item) for name, item in _methods(base, scale).items()}
+    seeds = {**critical_seeds(space), **nearest}
+    return SearchProblem(stage, base, target_length, space, multiplier, _distinct(seeds))
+
+
+def _recovery(
+    base: LongRopeConfig, target_length: int, upper: float | None, start_tokens: tuple[int, ...]
+) -> SearchProblem:
+    """Search for a window that the base already covers."""
+    original = base.original_max_position_embeddings
+    scale = target_length / original
+    ones = (1.0,) * (base.rotary_dim // 2)
+    limit = _limit(base, target_length, ones)
+    upper = _bounded(upper, max(3.0, 1.0 + scale), limit)
+    space = SearchSpace(len(ones), max(scale, 1.01), upper=upper, start_tokens=start_tokens)
     seeds = {
         "none": space.encode(ones),
         "base": space.encode(base.factor_set_for(target_length).rescale_factors),
@@ -121,6 +205,58 @@ def make_problem(
             named_factors("ntk", base.rotary_dim, scale, base.rotary_base, original)
         )
     return SearchProblem("recovery", base, target_length, space, ones, _distinct(seeds))
+
+
+def _further(base: LongRopeConfig, target_length: int) -> tuple[str, float, tuple[float, ...]]:
+    """Stage, extension ratio and multiplier of a search beyond the base's window."""
+    longest = base.factor_sets[-1]
+    scale = target_length / longest.max_length
+    if longest.max_length <= base.original_max_position_embeddings:
+        return "first", scale, longest.rescale_factors
+    low, high = _SECOND_SCALES
+    if not low <= scale <= high:
+        warnings.warn(
+            f"the second search extends {longest.max_length} tokens by {scale:.4g}, outside the "
+            f"{low:g}x to {high:g}x of the paper (section 3.3); check that the target length is "
+            f"{target_length}, or fine-tune for a window in between",
+            stacklevel=4,
+        )
+    return "second", scale, longest.rescale_factors
+
+
+def _methods(base: LongRopeConfig, scale: float) -> dict[str, list[float]]:
+    """Factor vectors of the published methods for the extension."""
+    window = base.factor_sets[-1].max_length
+    return {
+        name: named_factors(name, base.rotary_dim, scale, base.rotary_base, window)
+        for name in SEED_METHODS
+    }
+
+
+def _limit(base: LongRopeConfig, target_length: int, multiplier: tuple[float, ...]) -> float:
+    """Largest candidate factor whose product the configuration accepts (2 x its longest ratio)."""
+    longest = max(base.max_length, target_length)
+    bound = 2.0 * longest / base.original_max_position_embeddings
+    largest = max(multiplier)
+    if largest == 1.0:
+        return bound
+    # On the grid, as only there it shows whether the rounded product exceeds the bound.
+    step = SearchSpace.step
+    steps = math.floor((bound / largest - 1.0) / step + 1e-6)
+    limit = round(1.0 + steps * step, 10)
+    return limit if limit * largest <= bound else round(limit - step, 10)
+
+
+def _bounded(upper: float | None, default: float, limit: float) -> float:
+    """The `upper` of a space, which no candidate's product may carry over the bound."""
+    if upper is None:
+        return min(default, limit)
+    if isinstance(upper, (int, float)) and upper > limit:
+        raise ValueError(
+            f"upper {upper:g} admits factors over the configuration's bound of 2 x extension ratio;"
+            f" give at most {limit:.6g}"
+        )
+    return upper
 
 
 def _distinct(seeds: Mapping[str, Candidate]) -> dict[str, Candidate]:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.progress import Progress
-from megatron_longrope.ranks import rank
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.journal import Evaluation, Journal
+from megatron_longrope.search.board import Board
+from megatron_longrope.search.generations import Generation, GenerationalSearch
+from megatron_longrope.search.journal import Evaluation
+from megatron_longrope.search.ledger import Ledger, Team, opened
+from megatron_longrope.search.objective import Objective
 from megatron_longrope.search.problem import SearchProblem
+from megatron_longrope.search.racing import Race
+from megatron_longrope.search.scoring import score_trial
 from megatron_longrope.search.space import Candidate
-
-Objective = Callable[[LongRopeConfig], Evaluation]
+from megatron_longrope.search.telemetry import SearchStatus, Telemetry
 
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """The winner of a search."""
+    """The winner of a search, and what it took."""
 
     candidate: Candidate
     """Best candidate."""
@@ -31,79 +31,175 @@ class SearchOutcome:
     score: float
     """Its perplexity on the search samples."""
 
-    num_evaluations: int
-    """Scored candidates, resumed ones included."""
-
     seed_scores: dict[str, float]
-    """Perplexity of each named starting point."""
+    """Perplexity of each named starting point that was scored."""
+
+    num_evaluations: int
+    """Trials, resumed ones included."""
+
+    sample_forwards: int
+    """Samples that went through the model for them."""
+
+    sample_forwards_saved: int
+    """Samples that racing made unnecessary."""
+
+    num_failed: int
+    """Trials without a score."""
+
+    records: tuple[Evaluation, ...] = field(repr=False, compare=False, default=())
+    """All evaluations, in the order of asking."""
 
 
-class Ledger:
-    """Scores candidates once: from memory, else from the objective, into the journal.
+@dataclass(frozen=True)
+class SearchRun:
+    """Where and how a search is run; says nothing about what it looks for."""
 
-    With several model-parallel ranks every rank runs the same search on the same scores; rank 0
-    alone owns the file and shares what it held.
+    journal: Path
+    """One line per evaluation; see :class:`Journal`."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What must not change between a run and its resumption."""
+
+    race: Race = field(default_factory=Race)
+    """When a candidate is given up."""
+
+    resume: bool = False
+    """Continue the journal, if there is one."""
+
+    overwrite: bool = False
+    """Discard the journal, if there is one."""
+
+    team: Team = field(default_factory=Team)
+    """Replicas that share the work."""
+
+    tensorboard: Path | None = None
+    """Directory for TensorBoard scalars."""
+
+
+def run_search(
+    search: GenerationalSearch,
+    problem: SearchProblem,
+    objective: Objective,
+    run: SearchRun,
+    *,
+    label: str = "search",
+) -> SearchOutcome:
+    """Score what `search` asks for until it is done.
+
+    Args:
+        search (GenerationalSearch): A new one; the journal brings it up to date.
+        problem (SearchProblem): What the candidates mean.
+        objective (Objective): Scores a sample.
+        run (SearchRun): Where and how.
+        label (str): Of the progress line.
+
+    Raises:
+        ValueError: The journal exists and is not to be resumed, or belongs to other settings.
+        RuntimeError: No candidate could be scored, or a replica died.
     """
+    num_samples = objective.num_samples
+    status = SearchStatus(num_samples)
+    records: dict[int, Evaluation] = {}
+    settings = {**run.settings, "racing": [run.race.rule, run.race.significance]}
+    total = search.total_samples(num_samples)
+    with (
+        opened(
+            run.journal, settings, problem, run.team, resume=run.resume, overwrite=run.overwrite
+        ) as (ledger, board),
+        Progress(total, label, "samples") as bar,
+        Telemetry(run.tensorboard) as telemetry,
+    ):
+        while trials := search.trials():
+            arrived = [record for trial in trials if (record := ledger.find(trial))]
+            if not arrived:
+                arrived = _work(trials, problem, objective, run.race, ledger, board)
+            trials_by_index = {trial.index: trial for trial in trials}
+            for record in sorted(arrived, key=lambda item: item.index):
+                search.tell([trials_by_index[record.index].candidate], [record.score])
+                done = status.sample_forwards + status.avoided
+                status.add(record, trials_by_index[record.index].samples)
+                records[record.index] = record
+                resumed = len(records) <= ledger.num_resumed
+                bar.update(
+                    status.note(), status.sample_forwards + status.avoided - done, resumed=resumed
+                )
+                if not resumed:
+                    telemetry.evaluated(record, status.best and status.best.score, status)
+        bar.finish(status.note())
+    candidate, score = search.best
+    if not math.isfinite(score):
+        raise RuntimeError(
+            f"no candidate could be scored; see the error fields in {run.journal} for the reason"
+        )
+    return SearchOutcome(
+        candidate,
+        score,
+        _named_scores(problem, records.values()),
+        len(records),
+        status.sample_forwards,
+        status.avoided,
+        status.failed,
+        tuple(records[index] for index in sorted(records)),
+    )
 
-    def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        problem: SearchProblem,
-        *,
-        resume: bool,
-        overwrite: bool,
-    ) -> None:
-        self._problem = problem
-        self._journal = None
-        held: list[Any] = [None, None]
-        if rank() == 0:
-            try:
-                self._journal = Journal(path, dict(settings), resume=resume, overwrite=overwrite)
-                held[0] = list(self._journal.records)
-            except ValueError as error:
-                held[1] = str(error)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast_object_list(held)
-        if held[1]:
-            raise ValueError(held[1])
-        self._known = {
-            (record.rescale_factors, record.num_start_tokens): record for record in held[0]
-        }
-        self.num_resumed = len(self._known)
 
-    def score(self, candidate: Candidate, objective: Objective) -> Evaluation:
-        """The candidate's evaluation."""
-        target = self._problem.factor_set(candidate)
-        key = (target.rescale_factors, target.num_start_tokens)
-        if key not in self._known:
-            self.record(objective(self._problem.config(candidate)))
-        return self._known[key]
+def _work(
+    trials: Sequence, problem: SearchProblem, objective: Objective, race: Race,
+    ledger: Ledger, board: Board,
+) -> list[Evaluation]:  # fmt: skip
+    """Score one trial, or wait for the other replicas; returns what is new."""
+    arrived = [record for trial in trials if (record := board.fetch(trial.index))]
+    if not arrived:
+        trial = next((trial for trial in trials if board.claim(trial.index)), None)
+        if trial is None:
+            board.wait()
+            return []
+        races = trial.rival is not None and (trial.certain or race.rule == "paired")
+        rival = ledger.losses(trial.rival) if races else None
+        record = score_trial(
+            trial, problem, objective, race, known=ledger.losses(trial.candidate), rival=rival
+        )
+        board.publish(record)
+        arrived = [record]
+    for record in arrived:
+        ledger.add(record)
+    return arrived
 
-    def record(self, evaluation: Evaluation) -> None:
-        """Keep an evaluation, unless it is there already."""
-        key = (evaluation.rescale_factors, evaluation.num_start_tokens)
-        if key in self._known:
-            return
-        if self._journal is not None:
-            self._journal.append(evaluation)
-        self._known[key] = evaluation
 
-    def close(self) -> None:
-        """Release the file."""
-        if self._journal is not None:
-            self._journal.close()
+def _named_scores(problem: SearchProblem, records) -> dict[str, float]:
+    """Perplexity of the seeds, as far as all of their samples were scored."""
+    scores = {
+        (record.rescale_factors, record.num_start_tokens): record.score
+        for record in records
+        if record.stopped is None
+    }
+    named = {}
+    for name, candidate in problem.seeds.items():
+        target = problem.factor_set(candidate)
+        score = scores.get((target.rescale_factors, target.num_start_tokens))
+        if score is not None:
+            named[name] = score
+    return named
+
+
+class SeedSearch(GenerationalSearch):
+    """Scores given candidates, and that is all."""
+
+    def __init__(self, space, candidates: Sequence[Candidate]) -> None:
+        super().__init__(space)
+        self._candidates = list(dict.fromkeys(candidates))
+        self._advance()
+
+    def total_samples(self, num_samples: int) -> int:
+        """Sample-forwards of all candidates."""
+        return num_samples * len(self._candidates)
+
+    def _draw(self, number: int) -> Generation | None:
+        return self._generation(self._candidates) if number == 0 else None
 
 
 def choose_policy(
-    problem: SearchProblem,
-    policies: tuple[str, ...],
-    objective: Objective,
-    journal_path: Path,
-    settings: Mapping[str, Any],
-    *,
-    resume: bool,
-    overwrite: bool,
+    problem: SearchProblem, policies: tuple[str, ...], objective: Objective, run: SearchRun
 ) -> tuple[str, dict[str, dict[str, float]]]:
     """Score the seeds under each attention-factor policy; the policy of the best seed wins.
 
@@ -111,67 +207,11 @@ def choose_policy(
         tuple: The policy, and the perplexity of every seed under every policy.
     """
     table: dict[str, dict[str, float]] = {}
-    with Progress(len(policies) * len(problem.seeds), "attention factor", "seeds") as progress:
-        for policy in policies:
-            variant = problem.with_attention(None, policy)
-            path = journal_path.with_suffix(f".policy-{policy}.jsonl")
-            ledger = Ledger(path, settings, variant, resume=resume, overwrite=overwrite)
-            with contextlib.closing(ledger):
-                table[policy] = {}
-                for name, candidate in problem.seeds.items():
-                    table[policy][name] = ledger.score(candidate, objective).score
-                    progress.update(f"{policy} {name} {table[policy][name]:.3f}")
+    for policy in policies:
+        variant = problem.with_attention(None, policy)
+        path = run.journal.with_suffix(f".policy-{policy}.jsonl")
+        part = SearchRun(path, run.settings, Race("off"), run.resume, run.overwrite, run.team)
+        search = SeedSearch(problem.space, list(problem.seeds.values()))
+        label = f"attention factor {policy}"
+        table[policy] = run_search(search, variant, objective, part, label=label).seed_scores
     return min(policies, key=lambda policy: min(table[policy].values())), table
-
-
-def run_evolution(
-    problem: SearchProblem,
-    parameters: EvolutionParameters,
-    objective: Objective,
-    journal_path: Path,
-    settings: Mapping[str, Any],
-    *,
-    seed: int = 0,
-    max_evaluations: int | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> SearchOutcome:
-    """Algorithm 1 of the paper on `problem`.
-
-    Args:
-        journal_path (Path): One line per evaluation; see :class:`Journal`.
-        settings (Mapping): What must not change between a run and its resumption.
-        seed (int): Of the random choices.
-        max_evaluations (int, optional): Stop early. Defaults to the whole budget.
-
-    Raises:
-        ValueError: The journal exists and is not to be resumed, or belongs to other settings.
-        RuntimeError: No candidate could be scored.
-    """
-    search = EvolutionSearch(
-        problem.space,
-        parameters,
-        list(problem.seeds.values()),
-        seed,
-        max_evaluations=max_evaluations,
-    )
-    ledger = Ledger(journal_path, settings, problem, resume=resume, overwrite=overwrite)
-    with contextlib.closing(ledger), Progress(search.total_evaluations, "search", "evals") as bar:
-        while not search.done:
-            generation = search.ask()
-            if not generation:
-                break  # the space is exhausted
-            for candidate in generation:
-                evaluation = ledger.score(candidate, objective)
-                search.tell([candidate], [evaluation.score])
-                bar.update(f"best {search.best[1]:.4f}, iteration {search.iteration}")
-        seed_scores = {
-            name: ledger.score(candidate, objective).score
-            for name, candidate in problem.seeds.items()
-        }
-    candidate, score = search.best
-    if score == float("inf"):
-        raise RuntimeError(
-            f"no candidate could be scored; see the error fields in {journal_path} for the reason"
-        )
-    return SearchOutcome(candidate, score, search.num_evaluations, seed_scores)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, combinations_with_replacement
-from typing import Any
+from typing import Any, ClassVar
 
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 """Choices for n_hat in table 4 of the paper."""
@@ -27,12 +27,16 @@ class Candidate:
     """k_i >= 0, non-decreasing, one for each of the rotary_dim / 2 frequencies."""
 
     start_index: int = 0
-    """Index into the space's start_tokens."""
+    """Index into the space's start_tokens; in a critical space, into its critical_dimensions."""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
     """Bounds, grid and start-token choices of a search.
+
+    :class:`megatron_longrope.search.critical.CriticalSpace` narrows it to LongRoPE2's. Operators
+    and algorithms know a space by `min_step`, `max_step`, `num_choices`, `first_gene`, `canonical`
+    and `enumerate`, and treat both alike.
 
     Raises:
         ValueError: A field breaks its rule; the message names field, value and rule.
@@ -53,6 +57,9 @@ class SearchSpace:
     start_tokens: tuple[int, ...] = START_TOKENS
     """Choices for n_hat, ascending; `(0,)` leaves start tokens out of the search."""
 
+    upper_ratio: ClassVar[float] = 1.25
+    """Default of `upper` in units of `scale`."""
+
     def __post_init__(self) -> None:
         check_int("num_factors", self.num_factors, 1)
         _check_number("scale", self.scale, 1.0)
@@ -63,7 +70,7 @@ class SearchSpace:
                     "scale is 1, which leaves no factor above 1 to search; give an extension ratio "
                     "above 1, or an explicit upper for a recovery search"
                 )
-            object.__setattr__(self, "upper", 1.25 * self.scale)
+            object.__setattr__(self, "upper", self.upper_ratio * self.scale)
         _check_number("upper", self.upper, 1.0)
         if self.max_step < 1:
             raise ValueError(
@@ -81,16 +88,39 @@ class SearchSpace:
                 )
 
     @property
+    def lower(self) -> float:
+        """Smallest factor of a gene."""
+        return 1.0
+
+    @property
+    def min_step(self) -> int:
+        """Smallest k_i: the first grid point that is not below `lower`."""
+        return math.ceil((self.lower - 1.0) / self.step - 1e-6)
+
+    @property
     def max_step(self) -> int:
         """Largest k_i: the last grid point that does not exceed `upper`."""
         # 1e-6 of a step absorbs the rounding of (upper - 1) / step.
         return math.floor((self.upper - 1.0) / self.step + 1e-6)
 
     @property
+    def num_choices(self) -> int:
+        """Number of values of a candidate's `start_index`."""
+        return len(self.start_tokens)
+
+    @property
     def size(self) -> int:
         """Number of candidates; exact, as there are C(K + d, d) monotonic vectors."""
         vectors = math.comb(self.max_step + self.num_factors, self.num_factors)
         return vectors * len(self.start_tokens)
+
+    def first_gene(self, start_index: int) -> int:
+        """Index of the first factor that is a gene; those before it follow from the genes."""
+        return 0
+
+    def canonical(self, candidate: Candidate) -> Candidate:
+        """The one representative of all candidates with the same factors: here itself."""
+        return candidate
 
     def encode(self, rescale_factors: Sequence[float], num_start_tokens: int = 0) -> Candidate:
         """Nearest candidate: factors rounded to the grid, clipped, then made non-decreasing.
@@ -101,23 +131,14 @@ class SearchSpace:
         Raises:
             ValueError: Wrong number of factors, or one that is not finite.
         """
-        if len(rescale_factors) != self.num_factors:
-            raise ValueError(
-                f"rescale_factors has {len(rescale_factors)} values; "
-                f"this search space has {self.num_factors}"
-            )
         check_int("num_start_tokens", num_start_tokens, 0)
-        steps = []
-        for index, value in enumerate(rescale_factors):
-            if not math.isfinite(value):
-                raise ValueError(f"rescale_factors[{index}] is {value!r}; it must be finite")
-            steps.append(min(max(round((float(value) - 1.0) / self.step), 0), self.max_step))
+        steps = self._nearest_steps(rescale_factors)
         distances = [abs(choice - num_start_tokens) for choice in self.start_tokens]
         return Candidate(tuple(accumulate(steps, max)), distances.index(min(distances)))
 
     def decode(self, candidate: Candidate) -> tuple[tuple[float, ...], int]:
         """Rescale factors and num_start_tokens of a candidate, without floating-point dust."""
-        factors = tuple(round(1.0 + k * self.step, 10) for k in candidate.steps)
+        factors = tuple(self._factor(k) for k in candidate.steps)
         return factors, self.start_tokens[candidate.start_index]
 
     def check(self, candidate: Candidate) -> None:
@@ -131,7 +152,7 @@ class SearchSpace:
             raise ValueError(
                 f"the candidate has {len(steps)} factors; this search space has {self.num_factors}"
             )
-        previous = 0
+        previous = self.min_step
         for index, value in enumerate(steps):
             if not previous <= value <= self.max_step:
                 raise ValueError(
@@ -139,10 +160,10 @@ class SearchSpace:
                     f"predecessor {previous} and {self.max_step}"
                 )
             previous = value
-        if not 0 <= candidate.start_index < len(self.start_tokens):
+        if not 0 <= candidate.start_index < self.num_choices:
             raise ValueError(
-                f"start_index {candidate.start_index} is not one of the "
-                f"{len(self.start_tokens)} start-token choices"
+                f"start_index {candidate.start_index} of the candidate is not an index into this "
+                f"space's {self.num_choices} choices"
             )
 
     def enumerate(self) -> Iterator[Candidate]:
@@ -150,6 +171,40 @@ class SearchSpace:
         for steps in combinations_with_replacement(range(self.max_step + 1), self.num_factors):
             for start_index in range(len(self.start_tokens)):
                 yield Candidate(steps, start_index)
+
+    def _factor(self, k: int) -> float:
+        return round(1.0 + k * self.step, 10)
+
+    def _nearest_steps(self, rescale_factors: Sequence[float]) -> list[int]:
+        """Every factor rounded to the grid and clipped."""
+        if len(rescale_factors) != self.num_factors:
+            raise ValueError(
+                f"rescale_factors has {len(rescale_factors)} values; "
+                f"this search space has {self.num_factors}"
+            )
+        steps = []
+        for index, value in enumerate(rescale_factors):
+            if not math.isfinite(value):
+                raise ValueError(f"rescale_factors[{index}] is {value!r}; it must be finite")
+            nearest = round((float(value) - 1.0) / self.step)
+            steps.append(min(max(nearest, self.min_step), self.max_step))
+        return steps
+
+    # What continuous search needs: the genes that count, and the way back to the grid.
+
+    def genes(self, candidate: Candidate) -> range:
+        """Indices of the factors that may be changed one by one."""
+        return range(self.num_factors)
+
+    def with_factors(
+        self, candidate: Candidate, genes: Sequence[int], factors: Sequence[float]
+    ) -> Candidate:
+        """`candidate` with other factors at `genes`, all of those that count, on the grid."""
+        return replace(self.encode(factors), start_index=candidate.start_index)
+
+    def choices(self, candidate: Candidate) -> list[Candidate]:
+        """`candidate` under every start-token count."""
+        return [replace(candidate, start_index=index) for index in range(len(self.start_tokens))]
 
 
 def check_int(name: str, value: Any, minimum: int) -> None:

@@ -61,8 +61,46 @@ def test_no_chunk_of_logits_is_larger_than_its_budget(engines, monkeypatch):
     linear = F.linear
     monkeypatch.setattr(loss_module.F, "linear", lambda x, w: sizes.append(len(x)) or linear(x, w))
     engines["untied_gqa"].nll(random_tokens(maker.VOCAB, 100, 3))
-    # The model's own projections pass through the same function; only the head has 100 rows to cut.
-    assert max(sizes) == 16 and sum(sizes) == 100
+    # The model's own projections pass through the same function; only the head has 99 rows to cut.
+    assert max(sizes) == 16 and sum(sizes) == 99
+
+
+@pytest.mark.parametrize("start", [0, 1, 57, 98])
+def test_losses_from_a_start_are_the_last_of_all_losses(engines, start):
+    tokens = torch.cat([random_tokens(maker.VOCAB, 100, seed) for seed in (1, 2)])
+    engine = engines["untied_gqa"]
+    ours = engine.nll(tokens, start)
+    assert ours.shape == (2, 99 - start)
+    torch.testing.assert_close(ours, engine.nll(tokens)[:, start:], atol=1e-6, rtol=0)
+
+
+def test_the_output_layer_sees_only_what_is_scored(engines, monkeypatch):
+    rows = []
+    token_nll = loss_module.token_nll
+    monkeypatch.setattr(
+        loss_module, "token_nll", lambda m, h, *rest: rows.append(len(h)) or token_nll(m, h, *rest)
+    )
+    engines["untied_gqa"].nll(random_tokens(maker.VOCAB, 100, 3), start=90)
+    assert rows == [9]
+
+
+@pytest.mark.parametrize("start", [-1, 99])
+def test_a_start_that_leaves_nothing_is_refused(engines, start):
+    with pytest.raises(ValueError, match=rf"start {start} leaves .* 100 tokens .* from 0 to 98"):
+        engines["untied_gqa"].nll(random_tokens(maker.VOCAB, 100, 3), start)
+
+
+def test_a_candidate_builds_one_rotary_table_for_all_layers_and_samples(engines, monkeypatch):
+    engine = engines["untied_gqa"]
+    built = []
+    rotary = engine.model.rotary_pos_emb
+    table = rotary._table
+    monkeypatch.setattr(rotary, "_table", lambda *args: built.append(args) or table(*args))
+    for _ in range(3):
+        engine.set_config(engine.config)
+        for seed in range(4):
+            engine.nll(random_tokens(maker.VOCAB, 100, seed))
+    assert len(built) == 3
 
 
 def test_padding_rows_of_the_vocabulary_get_no_probability(engines):

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.drawing import METHODS, NEUTRALS, spread_labels
-from megatron_longrope.evaluation.figures import SearchTrace, draw_search
+from megatron_longrope.evaluation.drawing import METHODS, NEUTRALS, spread_labels, style_of
+from megatron_longrope.evaluation.figures import draw_search, draw_start_tokens
 from megatron_longrope.evaluation.report import (
     find_factor_sets,
     find_search_traces,
@@ -24,8 +24,13 @@ from megatron_longrope.evaluation.report import (
 )
 from megatron_longrope.evaluation.results import check_results
 from megatron_longrope.evaluation.statistics import wilson_interval
+from megatron_longrope.evaluation.traces import (
+    JournalRecord,
+    SearchTrace,
+    StartTokenCurve,
+    read_records,
+)
 from megatron_longrope.frequencies import named_factors
-from megatron_longrope.search.journal import Evaluation, Journal
 
 RESULTS = {
     "original_length": 256,
@@ -91,12 +96,33 @@ def save_config(path, factors=FACTORS):
     LongRopeConfig(10000.0, 16, 256, sets).save(path)
 
 
-def save_journal(path, scores=(61.0, 71.2, 42.9, 40.0, math.inf, 38.5)):
+def save_journal(path, scores=(61.0, 71.2, 42.9, 40.0, math.inf, 38.5), extra=()):
+    """A journal of the first version, which knew no index and no stopping."""
     seeds = [named_factors(name, *GEOMETRY) for name in ("pi", "ntk", "yarn")]
-    with Journal(path, {"seed": 1}) as journal:
-        for index, score in enumerate(scores):
-            values = seeds[index] if index < 3 else FACTORS
-            journal.append(Evaluation(tuple(round(v, 2) for v in values), 0, score))
+    lines = [{"journal": 1, "settings": {"seed": 1}, "settings_sha256": ""}]
+    for index, score in enumerate(scores):
+        values = seeds[index] if index < 3 else FACTORS
+        lines.append({
+            "rescale_factors": [round(value, 2) for value in values], "num_start_tokens": 0,
+            "score": score if math.isfinite(score) else None, "sample_nlls": [], "seconds": 0.5,
+            "error": None if math.isfinite(score) else "out of memory",
+        })  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *extra]))
+
+
+def entry(index, score, start_tokens=0, nlls=(), stopped=None):
+    """A line of a later version's journal."""
+    return {
+        "index": index, "rescale_factors": list(FACTORS), "num_start_tokens": start_tokens,
+        "score": score, "sample_nlls": list(nlls), "seconds": 0.5, "stopped": stopped,
+        "error": None,
+    }  # fmt: skip
+
+
+def trace_of(name, scores, seeds):
+    return SearchTrace(
+        name, [JournalRecord(i, FACTORS, 0, score) for i, score in enumerate(scores)], {}, seeds
+    )
 
 
 @pytest.fixture(scope="module")
@@ -325,14 +351,57 @@ def test_seeds_are_recognised_and_damaged_lines_passed_over(tmp_path):
     configs = [config for _, config, _ in find_factor_sets(tmp_path)[0]]
     (trace,) = find_search_traces(tmp_path, configs)
     assert trace.name == "first"
-    assert trace.scores == (61.0, 71.2, 42.9, 40.0, math.inf, 38.5)
+    scores = [record.score for record in trace.records]
+    assert scores == [61.0, 71.2, 42.9, 40.0, math.inf, 38.5]
     assert trace.seeds == {"pi": 61.0, "ntk": 71.2, "yarn": 42.9}
     assert find_search_traces(tmp_path)[0].seeds == {}
 
 
 @pytest.mark.parametrize("scores", [(5.0,), (math.inf, 4.0), (9e9, 3.0, math.inf, 2.0)])
 def test_a_short_or_wild_search_can_be_drawn(scores):
-    assert draw_search([SearchTrace("x", scores, {})]).png.startswith(b"\x89PNG")
+    assert draw_search([trace_of("x", scores, {})]).png.startswith(b"\x89PNG")
+
+
+def test_candidates_stopped_early_are_shown_and_never_the_best(tmp_path):
+    save_config(tmp_path / "first.json")
+    later = [
+        entry(8, 37.0, 2, (3.5, 3.7)),
+        entry(7, 12.0, 4, (2.0,), "budget"),
+        entry(6, None, 8, (9.0,), "exact"),
+    ]
+    save_journal(tmp_path / "first.journal.jsonl", extra=later)
+    results = save_results(tmp_path, {"perplexity": {"pi": {"512": 7.0}}})
+    shown = write_report(results).read_text(encoding="utf-8")
+    progress = rows_of((tmp_path / "figures" / "search_progress.csv").read_text())[1:]
+    assert [row[3] for row in progress[5:]] == ["38.5", "38.5", "38.5", "37.0"]
+    assert [row[4] for row in progress[5:]] == ["", "exact", "budget", ""]
+    assert [row[6] for row in progress[5:]] == ["0", "1", "2", "4"]
+    curve = rows_of((tmp_path / "figures" / "start_tokens.csv").read_text())[1:]
+    assert [(row[1], row[3]) for row in curve] == [("2", "1"), ("4", "1"), ("8", "1")]
+    assert "Perplexity by start tokens" in shown and "over 1 sample." in shown
+    StrictPage(shown)
+
+
+def test_a_search_without_a_complete_candidate_has_no_trace(tmp_path):
+    save_journal(tmp_path / "x.journal.jsonl", (), [entry(0, 5.0, stopped="budget")])
+    assert len(read_records(tmp_path / "x.journal.jsonl")) == 1
+    assert find_search_traces(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "points", [{0: 3.0, 1: 3.0}, {4: 2.0, 256: 9e5}, {0: 1.0, 20: 1.1, 24: 1.2, 28: 1.3, 32: 1.0}]
+)
+def test_flat_wild_and_crowded_start_token_curves_can_be_drawn(points):
+    drawing = draw_start_tokens([StartTokenCurve("x", FACTORS, "yarn", 5, points)])
+    assert drawing.png.startswith(b"\x89PNG") and "over 5 samples" in drawing.caption
+
+
+def test_of_many_unpublished_starting_points_only_the_best_has_a_line():
+    seeds = {f"cd{index}": 39.0 - index for index in range(30)} | {"near-pi": 8.0}
+    svg = [draw_search([trace_of("x", (5.0, 4.0), some)]).svg
+           for some in (seeds, {"cd29": 10.0, "near-pi": 8.0})]  # fmt: skip
+    assert svg[0] == svg[1]
+    assert style_of("near-pi") == METHODS["pi"]._replace(label="near PI")
 
 
 def test_labels_move_apart_as_little_as_possible():
@@ -379,5 +448,7 @@ def test_the_table_says_which_attention_factor_gave_a_methods_better_value():
 
 
 def test_a_search_whose_candidates_all_fit_the_frame_is_laid_out_without_a_warning(recwarn):
-    draw_search([SearchTrace(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
+    draw_search([trace_of(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
+    points = {0: 3.0, 1: 2.9, 2: 2.8, 256: 90.0}
+    draw_start_tokens([StartTokenCurve("x", FACTORS, None, 1, points)] * 5)
     assert not [item for item in recwarn if "layout" in str(item.message)]

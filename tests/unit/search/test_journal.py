@@ -51,7 +51,7 @@ def test_records_come_back_equal_and_in_order(path):
 
 def test_the_file_is_one_header_and_one_json_line_per_evaluation(path):
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert header["journal"] == 1
+    assert header["journal"] == 2
     assert header["settings"] == {"seed": 1, "space": {"scale": 8, "start_tokens": [0, 4]}}
     assert len(header["settings_sha256"]) == 64
     assert lines[0] == {
@@ -61,6 +61,8 @@ def test_the_file_is_one_header_and_one_json_line_per_evaluation(path):
         "sample_nlls": [3.0, 3.0],
         "seconds": 0.25,
         "error": None,
+        "index": 0,
+        "stopped": None,
     }
 
 
@@ -183,7 +185,7 @@ def test_an_edited_header_is_an_error(path):
 
 
 def test_another_version_is_refused(path):
-    path.write_bytes(path.read_bytes().replace(b'"journal": 1', b'"journal": 9', 1))
+    path.write_bytes(path.read_bytes().replace(b'"journal": 2', b'"journal": 9', 1))
     assert "version 9" in refusal(path, resume=True)
 
 

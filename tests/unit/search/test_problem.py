@@ -1,6 +1,11 @@
+import warnings
+
+import numpy as np
 import pytest
 
 from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.search.critical import CriticalSpace
+from megatron_longrope.search.operators import random_candidate
 from megatron_longrope.search.problem import make_problem
 
 DIM, BASE, ORIGINAL = 32, 10000.0, 256
@@ -63,3 +68,105 @@ def test_a_plain_model_has_nothing_to_recover(plain):
 def test_a_target_below_the_original_window_is_refused(extended):
     with pytest.raises(ValueError, match="below the original window 256"):
         make_problem(extended, 128)
+
+
+@pytest.mark.parametrize("scale", [1.5, 32])
+def test_a_second_search_outside_2x_to_16x_warns_once_and_runs(extended, scale):
+    with pytest.warns(UserWarning, match="outside the 2x to 16x of the paper") as caught:
+        problem = make_problem(extended, int(2048 * scale))
+    assert len(caught) == 1 and problem.stage == "second"
+
+
+def test_searches_within_the_papers_range_do_not_warn(plain, extended):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_problem(plain, 256 * 64)
+        make_problem(extended, 4096)
+        make_problem(extended, 2048 * 16)
+        make_problem(extended, 256)
+
+
+# LongRoPE2's space
+
+
+def test_the_critical_space_has_algorithm_1s_dimensions_bounds_and_seeds(plain):
+    problem = make_problem(plain, 2048, space="critical")
+    space = problem.space
+    assert isinstance(space, CriticalSpace) and problem.stage == "first"
+    assert space.critical_dimensions == (3, 4, 5, 6, 7)
+    assert (space.scale, space.lower, space.upper) == (8, 8.0, 16.0)
+    assert {item.start_index for item in problem.seeds.values()} == set(range(5))
+    assert len(set(problem.seeds.values())) == len(problem.seeds)
+    assert "cd4x1.125" in problem.seeds
+    factors = problem.config(problem.seeds["cd4x1.125"]).factor_set_for(2048)
+    assert factors.rescale_factors[4:] == (9.0,) * 12 and factors.num_start_tokens == 0
+
+
+def test_published_methods_are_seeds_under_the_name_of_an_approximation(plain):
+    problem = make_problem(plain, 2048, space="critical", critical_dimension=6)
+    assert {name for name in problem.seeds if not name.startswith("cd")} <= {
+        "near-pi",
+        "near-ntk",
+        "near-yarn",
+    }
+    assert problem.space.critical_dimensions == (6,)
+
+
+def test_a_second_search_in_the_critical_space_ranges_over_the_further_extension(extended):
+    problem = make_problem(extended, 8192, space="critical")
+    assert problem.stage == "second"
+    assert (problem.space.lower, problem.space.upper) == (4.0, 8.0)
+    assert problem.space.critical_dimensions == (3, 4, 5, 6, 7)  # of the pre-training window
+    base = extended.factor_set_for(2048).rescale_factors
+    got = problem.config(problem.seeds["cd7x1.5"]).factor_set_for(8192).rescale_factors
+    assert got[7:] == tuple(6.0 * value for value in base[7:])
+
+
+@pytest.mark.parametrize("space", ["full", "critical"])
+@pytest.mark.parametrize("largest", [8.0, 9.6, 12.7, 14.3])
+def test_no_candidate_of_a_second_search_exceeds_the_configurations_bound(plain, largest, space):
+    base = plain.with_factor_set(FactorSet(2048, (largest,) * 16))
+    problem = make_problem(base, 8192, space=space)
+    rng = np.random.default_rng(0)
+    top = problem.space.encode((1e6,) * 16)
+    for candidate in (top, *(random_candidate(problem.space, rng) for _ in range(50))):
+        problem.config(candidate)
+
+
+def test_a_base_at_its_bound_leaves_the_critical_space_empty(plain):
+    base = plain.with_factor_set(FactorSet(2048, (16.0,) * 16))
+    with pytest.raises(ValueError, match="largest factor 16 leaves candidates up to 4"):
+        make_problem(base, 8192, space="critical")
+    make_problem(base, 8192)
+
+
+def test_an_upper_over_the_configurations_bound_is_refused_before_the_search(plain, extended):
+    assert make_problem(plain, 2048, upper=16.0).space.max_step == 1500
+    with pytest.raises(ValueError, match=r"upper 16.5 admits .*; give at most 16"):
+        make_problem(plain, 2048, upper=16.5)
+    with pytest.raises(ValueError, match="upper 17 admits"):
+        make_problem(extended, 256, upper=17)
+
+
+def test_recovery_in_the_critical_space_is_refused(extended):
+    with pytest.raises(ValueError, match="only extends"):
+        make_problem(extended, 256, space="critical")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"space": "critcal"}, "space 'critcal' is unknown; choose one of full, critical"),
+        ({"critical_dimension": 5}, "critical_dimension 5 has no meaning in the full space"),
+        ({"space": "critical", "critical_dimension": 16}, "must be below rotary_dim / 2 = 16"),
+        ({"space": "critical", "start_tokens": (0, 8)}, r"start_tokens \(0, 8\) cannot be"),
+    ],
+)
+def test_settings_that_do_not_fit_the_space_are_refused(plain, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_problem(plain, 2048, **arguments)
+
+
+def test_a_window_longer_than_every_period_has_no_critical_dimension():
+    with pytest.raises(ValueError, match="none is critical"):
+        make_problem(identity_config(100.0, 8, 4096), 8192, space="critical")

@@ -1,92 +1,214 @@
+import json
 import math
 
 import pytest
+import torch
+from synthetic_search import Synthetic, drop_seconds, small_problem
 
-from megatron_longrope.config import identity_config
-from megatron_longrope.search.evolution import EvolutionParameters
-from megatron_longrope.search.journal import Evaluation
-from megatron_longrope.search.problem import make_problem
-from megatron_longrope.search.runner import choose_policy, run_evolution
+from megatron_longrope.search.cma import CmaParameters, CmaSearch
+from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.search.journal import Journal
+from megatron_longrope.search.racing import Race
+from megatron_longrope.search.runner import SearchRun, choose_policy, run_search
 
 SMALL = EvolutionParameters(
     population_size=8, num_mutations=4, num_crossovers=4, max_iterations=3, num_parents=4
 )
-
-
-class Synthetic:
-    """Perplexity that is lowest for factors rising as a square; counts its calls."""
-
-    def __init__(self, fail_after=None):
-        self.calls, self.fail_after = 0, fail_after
-
-    def __call__(self, config):
-        self.calls += 1
-        if self.fail_after is not None and self.calls > self.fail_after:
-            raise KeyboardInterrupt
-        item = config.factor_set_for(2048)
-        target = [1 + 7 * (i / 15) ** 2 for i in range(16)]
-        distance = sum((a - b) ** 2 for a, b in zip(item.rescale_factors, target, strict=True))
-        bonus = config.attention_factor_for(2048) - 1
-        score = 2 + math.sqrt(distance) - bonus
-        return Evaluation(item.rescale_factors, item.num_start_tokens, score, (math.log(score),))
+OFF = Race("off")
 
 
 @pytest.fixture
 def problem():
-    return make_problem(identity_config(10000.0, 32, 256), 2048, start_tokens=(0,))
+    return small_problem()
 
 
-def test_the_winner_is_at_least_as_good_as_every_seed(problem, tmp_path):
-    outcome = run_evolution(problem, SMALL, Synthetic(), tmp_path / "j.jsonl", {}, seed=1)
-    assert outcome.score <= min(outcome.seed_scores.values())
+def evolution(problem, rng_seed=1, **options):
+    return EvolutionSearch(problem.space, SMALL, list(problem.seeds.values()), rng_seed, **options)
+
+
+def covariance(problem, rng_seed=1, **options):
+    parameters = CmaParameters(max_evaluations=60, num_samples=Synthetic.num_samples)
+    return CmaSearch(problem.space, parameters, list(problem.seeds.values()), rng_seed, **options)
+
+
+SEARCHES = {"evolution": evolution, "cma": covariance}
+
+
+@pytest.fixture(params=SEARCHES)
+def new_search(request):
+    return SEARCHES[request.param]
+
+
+def test_the_winner_is_at_least_as_good_as_every_seed(problem, new_search, tmp_path):
+    search = new_search(problem)
+    outcome = run_search(search, problem, Synthetic(), SearchRun(tmp_path / "j.jsonl"))
+    assert set(outcome.seed_scores) == {"pi", "ntk", "yarn"}
+    assert outcome.score < min(outcome.seed_scores.values())
+    assert outcome.num_evaluations == search.num_evaluations == len(outcome.records)
+
+
+def test_an_evolution_scores_what_its_parameters_say(problem, tmp_path):
+    outcome = run_search(
+        evolution(problem), problem, Synthetic(), SearchRun(tmp_path / "j", race=OFF)
+    )
     assert outcome.num_evaluations == 8 + 3 * 8
+    assert outcome.sample_forwards == 32 * Synthetic.num_samples
 
 
-def test_an_interrupted_search_resumes_to_the_same_winner_without_repeating_work(problem, tmp_path):
-    whole = run_evolution(problem, SMALL, Synthetic(), tmp_path / "whole.jsonl", {}, seed=1)
-    path = tmp_path / "cut.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        run_evolution(problem, SMALL, Synthetic(fail_after=13), path, {}, seed=1)
-    rest = Synthetic()
-    resumed = run_evolution(problem, SMALL, rest, path, {}, seed=1, resume=True)
-    assert resumed == whole
-    assert rest.calls == whole.num_evaluations - 13
-    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-def test_a_changed_setting_refuses_to_resume(problem, tmp_path):
+def test_the_journal_holds_every_samples_loss_of_every_candidate(problem, tmp_path):
     path = tmp_path / "j.jsonl"
-    run_evolution(problem, SMALL, Synthetic(), path, {"seed": 1}, seed=1)
-    with pytest.raises(ValueError, match="seed"):
-        run_evolution(problem, SMALL, Synthetic(), path, {"seed": 2}, seed=2, resume=True)
+    run_search(evolution(problem), problem, Synthetic(), SearchRun(path, race=OFF))
+    with Journal(path, {"racing": ["off", 0.05]}, resume=True) as journal:
+        for index, record in enumerate(journal.records):
+            assert record.index == index
+            assert len(record.sample_nlls) == Synthetic.num_samples
+            assert record.score == math.exp(math.fsum(record.sample_nlls) / 5)
+
+
+@pytest.mark.parametrize("rule", ["exact", "paired", "off"])
+@pytest.mark.parametrize("stop", [0, 7, 38, 77])
+def test_an_interrupted_search_resumes_to_the_same_journal_without_repeating_work(
+    problem, new_search, tmp_path, rule, stop
+):
+    race = Race(rule)
+    whole = Synthetic()
+    run = SearchRun(tmp_path / "whole.jsonl", {"seed": 1}, race)
+    outcome = run_search(new_search(problem), problem, whole, run)
+    cut = SearchRun(tmp_path / "cut.jsonl", {"seed": 1}, race, resume=True)
+    first = Synthetic(fail_after=stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(new_search(problem), problem, first, cut)
+    rest = Synthetic()
+    assert run_search(new_search(problem), problem, rest, cut) == outcome
+    assert drop_seconds(cut.journal) == drop_seconds(run.journal)
+    # Only the trial that was interrupted is scored again.
+    assert 0 <= first.calls + rest.calls - whole.calls < Synthetic.num_samples
+
+
+def test_a_torn_last_line_costs_one_evaluation(problem, new_search, tmp_path):
+    run = SearchRun(tmp_path / "j.jsonl", resume=True)
+    outcome = run_search(new_search(problem), problem, Synthetic(), run)
+    run.journal.write_bytes(run.journal.read_bytes()[:-20])
+    rest = Synthetic()
+    assert run_search(new_search(problem), problem, rest, run) == outcome
+    assert 1 <= rest.calls <= Synthetic.num_samples
+
+
+def test_a_changed_setting_refuses_to_resume_and_shows_it(problem, tmp_path):
+    path = tmp_path / "j.jsonl"
+    run_search(evolution(problem), problem, Synthetic(), SearchRun(path, {"seed": 1}))
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        changed = SearchRun(path, {"seed": 2}, resume=True)
+        run_search(evolution(problem, 2), problem, Synthetic(), changed)
+    with pytest.raises(ValueError, match="racing"):
+        changed = SearchRun(path, {"seed": 1}, OFF, resume=True)
+        run_search(evolution(problem), problem, Synthetic(), changed)
+
+
+def test_a_journal_of_other_candidates_is_refused(problem, tmp_path):
+    run = SearchRun(tmp_path / "j.jsonl", resume=True)
+    run_search(evolution(problem, 1), problem, Synthetic(), run)
+    with pytest.raises(ValueError, match="not the candidate that this search asks for"):
+        run_search(evolution(problem, 2), problem, Synthetic(), run)
 
 
 def test_an_existing_journal_is_not_overwritten_silently(problem, tmp_path):
-    path = tmp_path / "j.jsonl"
-    run_evolution(problem, SMALL, Synthetic(), path, {}, seed=1)
+    run = SearchRun(tmp_path / "j.jsonl")
+    run_search(evolution(problem), problem, Synthetic(), run)
     with pytest.raises(ValueError, match="resume"):
-        run_evolution(problem, SMALL, Synthetic(), path, {}, seed=1)
+        run_search(evolution(problem), problem, Synthetic(), run)
 
 
-def test_a_search_in_which_every_evaluation_fails_says_so(problem, tmp_path):
-    def broken(config):
-        item = config.factor_set_for(2048)
-        return Evaluation(item.rescale_factors, 0, math.inf, error="out of memory")
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (math.nan, "the loss of sample 1 is nan"),
+        (1e5, "is no perplexity"),
+    ],
+)
+def test_a_failed_evaluation_is_recorded_with_its_reason_and_the_search_goes_on(
+    problem, new_search, tmp_path, failure, reason
+):
+    objective = Synthetic(failures={1: failure})
+    outcome = run_search(new_search(problem), problem, objective, SearchRun(tmp_path / "j.jsonl"))
+    assert outcome.num_failed == 1
+    (failed,) = [record for record in outcome.records if record.error]
+    assert failed.index == 1 and failed.score == math.inf and reason in failed.error
 
+
+def test_an_unknown_failure_ends_the_search_with_the_journal_intact(problem, tmp_path):
+    path = tmp_path / "j.jsonl"
+    objective = Synthetic(failures={3: RuntimeError("NCCL error")})
+    with pytest.raises(RuntimeError, match="NCCL"):
+        run_search(evolution(problem), problem, objective, SearchRun(path))
+    assert len(path.read_text().splitlines()) == 1 + 3
+
+
+def test_a_search_in_which_every_evaluation_fails_says_so(problem, new_search, tmp_path):
+    broken = Synthetic(failures=dict.fromkeys(range(1000), math.nan))
     with pytest.raises(RuntimeError, match="no candidate could be scored"):
-        run_evolution(problem, SMALL, broken, tmp_path / "j.jsonl", {})
+        run_search(new_search(problem), problem, broken, SearchRun(tmp_path / "j.jsonl"))
 
 
 def test_the_policy_of_the_best_seed_is_chosen_and_remembered(problem, tmp_path):
-    def choose(objective, resume):
-        return choose_policy(
-            problem, ("su", "none"), objective, tmp_path / "j.jsonl", {}, resume=resume,
-            overwrite=False,
-        )  # fmt: skip
-
-    policy, table = choose(Synthetic(), False)
+    run = SearchRun(tmp_path / "j.jsonl", resume=True)
+    policy, table = choose_policy(problem, ("su", "none"), Synthetic(), run)
     assert policy == "su"  # its attention factor lowers the synthetic score
     assert set(table) == {"su", "none"} and set(table["su"]) == {"pi", "ntk", "yarn"}
     again = Synthetic()
-    assert choose(again, True) == (policy, table)
+    assert choose_policy(problem, ("su", "none"), again, run) == (policy, table)
     assert again.calls == 0
+
+
+# Racing
+
+
+def test_exact_racing_changes_neither_the_winner_nor_the_population(problem, tmp_path):
+    # Losses close to zero for good candidates, so that the bound stops many.
+    results = {}
+    for rule in ("off", "exact"):
+        search = evolution(problem)
+        objective = Synthetic(offset=0.0)
+        run = SearchRun(tmp_path / f"{rule}.jsonl", race=Race(rule))
+        outcome = run_search(search, problem, objective, run)
+        results[rule] = outcome.candidate, outcome.score, search.population
+        if rule == "exact":
+            assert outcome.sample_forwards_saved > 0
+            assert outcome.sample_forwards + outcome.sample_forwards_saved == 32 * 5
+            assert objective.calls == outcome.sample_forwards
+    assert results["off"] == results["exact"]
+
+
+def test_exact_racing_changes_nothing_in_cma_either(problem, tmp_path):
+    winners = []
+    for rule in ("off", "exact"):
+        run = SearchRun(tmp_path / f"{rule}.jsonl", race=Race(rule))
+        outcome = run_search(covariance(problem), problem, Synthetic(offset=0.0), run)
+        winners.append((outcome.candidate, outcome.score))
+    assert winners[0] == winners[1]
+
+
+def test_a_stopped_candidate_never_wins(problem, new_search, tmp_path):
+    run = SearchRun(tmp_path / "j.jsonl", race=Race("paired", 0.4))
+    outcome = run_search(new_search(problem), problem, Synthetic(noise=0.3), run)
+    complete = [record.score for record in outcome.records if record.stopped is None]
+    stopped = [record.score for record in outcome.records if record.stopped == "paired"]
+    assert stopped and outcome.score == min(complete) < min(stopped)
+
+
+def test_samples_that_share_a_forward_pass_race_together(problem, tmp_path):
+    objective = Synthetic(offset=0.0, samples_per_forward=2)
+    run = SearchRun(tmp_path / "j.jsonl")
+    outcome = run_search(evolution(problem), problem, objective, run)
+    stopped = {len(record.sample_nlls) for record in outcome.records if record.stopped}
+    assert stopped and stopped <= {2, 4}
+
+
+def test_journals_are_plain_json_with_the_provenance_in_their_first_line(problem, tmp_path):
+    run = SearchRun(tmp_path / "j.jsonl", {"data_sha256": "abc"})
+    run_search(evolution(problem), problem, Synthetic(), run)
+    header, *lines = map(json.loads, run.journal.read_text().splitlines())
+    assert header["settings"] == {"data_sha256": "abc", "racing": ["exact", 0.05]}
+    assert all(line["seconds"] >= 0 for line in lines)

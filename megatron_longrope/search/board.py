@@ -1,0 +1,219 @@
+"""How replicas share a search: who scores which trial, and what came out.
+
+Every replica runs the same search on the same scores, so that nobody has to hand out candidates: a
+replica claims the next trial that nobody else has claimed, scores it and publishes the result. No
+replica waits for another one within a generation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol
+
+import torch.distributed as dist
+
+from megatron_longrope.search.journal import Evaluation
+
+_POLL_SECONDS = 0.02
+_POLL_LIMIT_SECONDS = 0.5
+_BEAT_SECONDS = 5.0
+SILENCE_SECONDS = 120.0
+"""A replica that shows no sign of life for so long is taken for dead."""
+
+
+class Board(Protocol):
+    """What a search needs of the other replicas."""
+
+    def claim(self, index: int) -> bool:
+        """Whether this replica is the first to ask for the trial."""
+
+    def publish(self, record: Evaluation) -> None:
+        """Share a result; the journal has it, or soon will."""
+
+    def fetch(self, index: int) -> Evaluation | None:
+        """Another replica's result, if it is there."""
+
+    def wait(self) -> None:
+        """Nothing can be claimed: pause until something may have changed."""
+
+    def close(self, done: bool) -> None:
+        """Return when every published result is in the journal.
+
+        Args:
+            done (bool): Whether the search has ended on every replica, rather than failed here.
+        """
+
+
+class LocalBoard:
+    """One replica: everything is its own.
+
+    Args:
+        write (Callable): Puts a result into the journal.
+    """
+
+    def __init__(self, write: Callable[[Evaluation], None]) -> None:
+        self.publish = write
+
+    def claim(self, index: int) -> bool:
+        """Always."""
+        return True
+
+    def fetch(self, index: int) -> Evaluation | None:
+        """Never anything."""
+        return None
+
+    def wait(self) -> None:
+        """Never called while there is something to claim."""
+        raise RuntimeError("a search of one replica has nothing to wait for")
+
+    def close(self, done: bool) -> None:
+        """Nothing is on its way."""
+
+
+class SharedBoard:
+    """Several replicas around a key-value store.
+
+    The replica that has the journal writes it from a thread, so that a result is on disk within a
+    fraction of a second, however long its own forward pass takes.
+
+    Args:
+        store (dist.Store): Shared by the replicas and used by no other search.
+        replica (int): This one.
+        replicas (int): How many there are.
+        write (Callable, optional): Puts a result into the journal, on the replica that has it.
+        silence (float): Seconds without a sign of life after which a replica is taken for dead.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        replica: int,
+        replicas: int,
+        write: Callable[[Evaluation], None] | None = None,
+        *,
+        silence: float = SILENCE_SECONDS,
+    ) -> None:
+        self._store, self._replica, self._replicas = store, replica, replicas
+        self._taken: set[int] = set()
+        self._pause = _POLL_SECONDS
+        self._silence = silence
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+        self._threads = [threading.Thread(target=self._beat, args=(store.clone(),), daemon=True)]
+        if write is not None:
+            target = threading.Thread(
+                target=self._write_all, args=(store.clone(), write), daemon=True
+            )
+            self._threads.append(target)
+        for thread in self._threads:
+            thread.start()
+
+    def claim(self, index: int) -> bool:
+        """Whether this replica is the first to ask for the trial."""
+        if index in self._taken:
+            return False
+        self._taken.add(index)
+        if self._store.add(f"claim/{index}", 1) > 1:
+            return False
+        self._pause = _POLL_SECONDS
+        return True
+
+    def publish(self, record: Evaluation) -> None:
+        """Share a result."""
+        self._check_writer()
+        self._store.set(f"record/{record.index}", json.dumps(record.to_dict()))
+        number = self._store.add("published", 1)
+        self._store.set(f"order/{number}", str(record.index))
+
+    def fetch(self, index: int) -> Evaluation | None:
+        """Another replica's result, if it is there."""
+        return _read(self._store, index) if self._store.check([f"record/{index}"]) else None
+
+    def wait(self) -> None:
+        """Pause, a little longer each time in a row.
+
+        Raises:
+            RuntimeError: A replica has fallen silent, or the journal cannot be written.
+        """
+        self._check_writer()
+        self._check_beats()
+        time.sleep(self._pause)
+        self._pause = min(_POLL_LIMIT_SECONDS, 1.5 * self._pause)
+
+    def close(self, done: bool) -> None:
+        """Return when every published result is in the journal, and the others are done as well."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        self._check_writer()
+        if done and self._replica == 0:
+            # The store lives here: it stays until nobody needs it any more.
+            beats = [f"beat/{replica}" for replica in range(self._replicas)]
+            while any(self._store.get(key) != b"ended" for key in beats):
+                self.wait()
+
+    def _check_writer(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _beat(self, store: dist.Store) -> None:
+        count = 0
+        while True:
+            count += 1
+            store.set(f"beat/{self._replica}", str(count))
+            if self._ended.wait(_BEAT_SECONDS):
+                store.set(f"beat/{self._replica}", "ended")
+                return
+
+    def _check_beats(self) -> None:
+        now = time.monotonic()
+        for replica in range(self._replicas):
+            key = f"beat/{replica}"
+            beat = self._store.get(key).decode() if self._store.check([key]) else "none"
+            last, since = self._beats.get(replica, (None, now))
+            if beat != last:
+                last, since = beat, now
+            self._beats[replica] = last, since
+            if beat != "ended" and now - since > self._silence:
+                raise RuntimeError(
+                    f"replica {replica} of {self._replicas} has shown no sign of life for "
+                    f"{now - since:.0f} s; the journal holds every finished evaluation: start the "
+                    "job again with --resume"
+                )
+
+    def _write_all(self, store: dist.Store, write: Callable[[Evaluation], None]) -> None:
+        """Journal results in the order of publishing, until the search has ended and all are in."""
+        try:
+            number = 1
+            while True:
+                if store.check([f"order/{number}"]):
+                    write(_read(store, int(store.get(f"order/{number}"))))
+                    number += 1
+                elif self._ended.wait(_POLL_SECONDS) and store.add("published", 0) < number:
+                    return
+        except BaseException as failure:
+            self._failure = failure
+
+
+def _read(store: dist.Store, index: int) -> Evaluation:
+    return Evaluation.from_dict(json.loads(store.get(f"record/{index}")))
+
+
+def shared_store() -> dist.Store:
+    """A key-value store on rank 0 that every rank of the job can reach; call it on every rank."""
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    server = None
+    port = [0]
+    if dist.get_rank() == 0:
+        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        port[0] = server.port
+    dist.broadcast_object_list(port)
+    if server is not None:
+        return server
+    return dist.TCPStore(host, port[0], is_master=False, timeout=timedelta(minutes=5))

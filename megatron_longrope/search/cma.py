@@ -1,0 +1,331 @@
+"""CMA-ES on the logarithms of the rescale factors, behind the same ask and tell as the evolution.
+
+The search has four parts, each a generation or more:
+
+1. the seeds (PI, NTK, YaRN, ...);
+2. start tokens, by successive halving on the best seed's factors: every choice is scored on one
+   sample, the better half on two, and so on, so that most choices cost one sample each;
+3. CMA-ES (Hansen's `cma` package) around the best candidate, on what its factors are multiplied by;
+4. start tokens again, now on the factors found, and a coordinate polish: single factors up and
+   down, improvements joined, the step halved when there are none. What is then left of the budget
+   goes to another CMA-ES around the best.
+
+Neighbouring dimensions rotate at similar speeds, so that good factors vary smoothly around a good
+seed. CMA-ES therefore starts from a smooth prior: its coordinates are the leading eigenvectors of a
+squared-exponential covariance over the dimension index, which cuts 64 factors to about a dozen
+numbers; the polish then frees every factor.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import cma
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from megatron_longrope.search.evolution import checked_seeds
+from megatron_longrope.search.generations import Generation, GenerationalSearch
+from megatron_longrope.search.space import Candidate, SearchSpace, check_int
+
+_PRIOR_LENGTH = 0.1  # of the prior's correlation, in units of the number of factors
+_PRIOR_VARIANCE = 0.99  # share of the prior that the coordinates cover
+_FLAT = 0.25  # deviation of a factor that its seed leaves at 1, relative to the largest one's
+_STALE = 10  # generations of known candidates in a row: CMA-ES has converged on the grid
+_POLISH_STEPS = 5
+
+
+@dataclass(frozen=True)
+class CmaParameters:
+    """Sizes of the search.
+
+    Raises:
+        ValueError: A field breaks its rule; the message names field, value and rule.
+    """
+
+    max_evaluations: int = 336
+    """Budget, in evaluations of all samples: a quarter of the evolution's 1,344. An evaluation of
+    fewer samples, in successive halving, counts as its share."""
+
+    population_size: int | None = None
+    """Candidates of a CMA-ES generation; None is the package's 4 + 3 ln n. Give a multiple of the
+    number of replicas, or a lookahead, to keep many of them busy."""
+
+    initial_deviation: float = 0.1
+    """Of the logarithm of the factors, relative to that of the largest factor of the best seed."""
+
+    polish_share: float = 0.25
+    """Share of the budget kept for the coordinate polish."""
+
+    polish_step: float = 0.04
+    """First step of the polish, of the logarithm of a factor; halved four times at most."""
+
+    num_samples: int = 5
+    """Samples of a full evaluation, which bound the rounds of successive halving."""
+
+    def __post_init__(self) -> None:
+        check_int("max_evaluations", self.max_evaluations, 1)
+        check_int("num_samples", self.num_samples, 1)
+        if self.population_size is not None:
+            check_int("population_size", self.population_size, 4)
+        for name in ("initial_deviation", "polish_step"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+        if not 0 <= self.polish_share < 1:
+            raise ValueError(
+                f"polish_share is {self.polish_share!r}; it must be at least 0 and below 1"
+            )
+
+
+class CmaSearch(GenerationalSearch):
+    """CMA-ES with start tokens by successive halving and a coordinate polish.
+
+    Args:
+        space (SearchSpace): Bounds and grid.
+        parameters (CmaParameters): Sizes of the search.
+        seeds (Sequence[Candidate]): Starting points; the best of them is where it starts.
+        rng_seed (int): Seed of every random choice.
+        lookahead (int): See :class:`GenerationalSearch`; applies to the generations of CMA-ES.
+
+    Raises:
+        ValueError: No seed, or one outside the space.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        parameters: CmaParameters,
+        seeds: Sequence[Candidate],
+        rng_seed: int,
+        *,
+        lookahead: int = 0,
+    ) -> None:
+        super().__init__(space, lookahead=lookahead)
+        check_int("rng_seed", rng_seed, 0)
+        self._seeds = checked_seeds(space, seeds)
+        self.parameters = parameters
+        self._rng = np.random.default_rng(rng_seed)
+        self._left = parameters.max_evaluations * parameters.num_samples  # sample-forwards
+        self._synchronous = True
+        self._parts = self._program()
+        self._advance()
+
+    def total_samples(self, num_samples: int) -> int:
+        """Upper bound of the sample-forwards of the whole search."""
+        return num_samples * min(self.parameters.max_evaluations, self.space.size)
+
+    # Generations
+
+    def _known(self, number: int) -> int:
+        # Only CMA-ES itself can go on without the latest scores; every other part starts from them.
+        return number if self._synchronous else super()._known(number)
+
+    def _draw(self, number: int) -> Generation | None:
+        return next(self._parts, None)
+
+    def _generation(
+        self,
+        candidates: Iterable[Candidate],
+        *,
+        samples: int | None = None,
+        rival: Candidate | None = None,
+        certain: bool = True,
+    ) -> Generation | None:
+        cost = samples or self.parameters.num_samples
+        chosen = tuple(candidates)[: self._left // cost]
+        self._left -= cost * len(chosen)
+        return super()._generation(chosen, samples=samples, rival=rival, certain=certain)
+
+    def _ask(
+        self, candidates: Iterable[Candidate], rival: Candidate | None = None, certain: bool = True
+    ) -> Iterator[Generation]:
+        """One generation of those among `candidates` that have not been asked for."""
+        new = [item for item in dict.fromkeys(candidates) if item not in self._asked]
+        generation = self._generation(new, rival=rival, certain=certain)
+        if generation is not None:
+            yield generation
+
+    def _program(self) -> Iterator[Generation]:
+        """All generations, in order; each `yield` returns when the next one may be drawn."""
+        yield from self._ask(self._seeds)
+        yield from self._halve_start_tokens()
+        while self._left:
+            before = self._left
+            yield from self._run_cma()
+            yield from self._halve_start_tokens()
+            yield from self._polish()
+            if self._left == before:
+                return  # nothing new is within reach
+
+    # Start tokens
+
+    def _halve_start_tokens(self) -> Iterator[Generation]:
+        """Successive halving over the second gene, on the best candidate's factors."""
+        best = self.best[0]
+        choices = self.space.choices(best)
+        samples = 1
+        while len(choices) > 1 and samples < self.parameters.num_samples:
+            generation = self._generation(choices, samples=samples)
+            if generation is None or len(generation.candidates) < len(choices):
+                return
+            yield generation
+            kept = sorted(choices, key=lambda item: (generation.scores[item], choices.index(item)))
+            choices = kept[: (len(kept) + 1) // 2]
+            samples *= 2
+        yield from self._ask(choices, rival=best)
+
+    # CMA-ES
+
+    def _run_cma(self) -> Iterator[Generation]:
+        """CMA-ES around the best candidate until its part of the budget or its step is used up."""
+        reserve = int(self.parameters.polish_share * self._left)
+        coordinates = Coordinates(self.space, self.best[0])
+        strategy = self._strategy(coordinates.size)
+        waiting: list[tuple[list[np.ndarray], list[Candidate]]] = []
+        rival, stale = None, 0
+        self._synchronous = False
+        while self._left > reserve and stale < _STALE:
+            if max(strategy.stds) * coordinates.widest < self.space.step / 2:
+                break  # below the grid
+            points = strategy.ask()
+            candidates = [coordinates.candidate(point) for point in points]
+            waiting.append((points, candidates))
+            asked = self._left
+            yield from self._ask(candidates, rival, certain=False)
+            stale = stale + 1 if self._left == asked else 0
+            if stale:  # nothing to wait for, hence wait for what is on its way
+                yield from self._barrier()
+            while len(waiting) > (0 if stale else self.lookahead):
+                points, candidates = waiting.pop(0)
+                if any(item not in self._asked for item in candidates):
+                    break  # the budget cut the generation
+                with warnings.catch_warnings():
+                    # With a lookahead, points come from an earlier distribution than the latest.
+                    warnings.simplefilter("ignore", cma.evolution_strategy.InjectionWarning)
+                    strategy.tell(points, self._fitness(candidates))
+                rival = self._median(candidates)
+                if waiting:
+                    strategy.ask()  # the package wants one before each tell; they go unused
+        yield from self._barrier()
+        self._synchronous = True
+
+    def _barrier(self) -> Iterator[Generation]:
+        """Wait for every trial: an empty generation that knows all the others."""
+        before, self._synchronous = self._synchronous, True
+        yield Generation(self._num_asked, ())
+        self._synchronous = before
+
+    def _strategy(self, size: int) -> cma.CMAEvolutionStrategy:
+        options = {
+            "verbose": -9,
+            "seed": math.nan,  # our generator draws; numpy's global state stays untouched
+            "randn": lambda *shape: self._rng.standard_normal(shape),
+        }
+        if self.parameters.population_size is not None:
+            options["popsize"] = self.parameters.population_size
+        deviation = self.parameters.initial_deviation
+        return cma.CMAEvolutionStrategy(np.zeros(size), deviation, options)
+
+    def _fitness(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Mean losses; failures are worse than the others of their generation."""
+        scores = [self._scores[item] for item in candidates]
+        losses = [math.log(value) for value in scores if math.isfinite(value)]
+        failed = max(losses, default=0.0) + 1.0
+        return [math.log(value) if math.isfinite(value) else failed for value in scores]
+
+    def _median(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        """Whom a member of the next generation must beat to pull the mean its way."""
+        ranked = sorted(set(candidates), key=lambda item: (self._scores[item], self._asked[item]))
+        # A stopped candidate has no complete losses to compare with, but the better half has.
+        middle = ranked[(len(ranked) - 1) // 2]
+        return middle if math.isfinite(self._scores[middle]) else None
+
+    # Polish
+
+    def _polish(self) -> Iterator[Generation]:
+        """Single factors of the best candidate up and down, improvements joined."""
+        step = self.parameters.polish_step
+        for _ in range(_POLISH_STEPS):
+            improved = True
+            while improved and self._left:
+                best, score = self.best
+                genes = self._rng.permutation(np.asarray(self.space.genes(best))).tolist()
+                moves = [(gene, sign * step) for gene in genes for sign in (1, -1)]
+                moved = {move: moved_candidate(self.space, best, [move]) for move in moves}
+                yield from self._ask(moved.values(), rival=best)
+                gains = {
+                    move: self._scores[item]
+                    for move, item in moved.items()
+                    if self._scores.get(item, math.inf) < score
+                }
+                order = sorted(gains, key=lambda move: gains[move])
+                parts = [order[: math.ceil(len(order) / divisor)] for divisor in (1, 2, 4)]
+                joined = [moved_candidate(self.space, best, part) for part in parts]
+                yield from self._ask(joined, rival=self.best[0])
+                improved = self.best[0] != best
+            step /= 2
+
+
+class Coordinates:
+    """A smooth family of factor vectors around a candidate.
+
+    log lambda = log lambda_0 + B x, where the covariance B B^T is squared-exponential in the
+    dimension index and its deviation follows log lambda_0: fast dimensions, which every good seed
+    leaves near 1, move least. Results are made non-decreasing by isotonic regression, the nearest
+    monotone vector in the least-squares sense.
+
+    Args:
+        space (SearchSpace): Bounds and grid.
+        start (Candidate): x = 0.
+    """
+
+    def __init__(self, space: SearchSpace, start: Candidate) -> None:
+        self._space, self._start = space, start
+        self._genes = np.asarray(space.genes(start))
+        factors = np.asarray(space.decode(start)[0])
+        self._logs = np.log(factors[self._genes])
+        largest = max(self._logs.max(), math.log(space.scale))
+        deviation = largest * _FLAT + (1 - _FLAT) * self._logs
+        length = max(1.0, _PRIOR_LENGTH * len(self._genes))
+        distance = (self._genes[:, None] - self._genes[None, :]) / length
+        values, vectors = np.linalg.eigh(np.exp(-0.5 * distance**2))
+        values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+        share = np.cumsum(values) / values.sum()
+        count = int(np.searchsorted(share, _PRIOR_VARIANCE)) + 1
+        # The sign of an eigenvector is the library's choice; the trajectory must not depend on it.
+        signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])])
+        basis = vectors * signs * np.sqrt(values)
+        self._basis = deviation[:, None] * basis[:, :count]
+        self.size = count
+        """Number of coordinates."""
+        self.widest = float((np.abs(self._basis) * factors[self._genes, None]).max())
+        """How far the most sensitive factor moves with a coordinate, to first order."""
+
+    def candidate(self, point: np.ndarray) -> Candidate:
+        """The grid point nearest to coordinates `[size]`."""
+        logs = isotonic_regression(self._logs + self._basis @ point).x
+        return self._space.with_factors(self._start, self._genes, np.exp(logs))
+
+
+def moved_candidate(
+    space: SearchSpace, candidate: Candidate, moves: Sequence[tuple[int, float]]
+) -> Candidate:
+    """The candidate with some factors multiplied by exp(step); neighbours in the way move along.
+
+    Args:
+        moves (Sequence): `(gene, step)` pairs.
+    """
+    genes = np.asarray(space.genes(candidate))
+    logs = np.log(np.asarray(space.decode(candidate)[0])[genes])
+    for gene, step in moves:
+        at = int(np.searchsorted(genes, gene))
+        logs[at] += step
+        if len(moves) == 1 and step > 0:
+            logs[at:] = np.maximum(logs[at:], logs[at])
+        elif len(moves) == 1:
+            logs[: at + 1] = np.minimum(logs[: at + 1], logs[at])
+    return space.with_factors(candidate, genes, np.exp(isotonic_regression(logs).x))

@@ -1,0 +1,277 @@
+"""LongRoPE2's search space (arXiv 2502.20082, section 3.2 and algorithms 1 and 2).
+
+A dimension that never completes its period within the pre-training window meets unseen angles in a
+longer one, unless its factor reaches the extension ratio s. Only the dimensions from the critical
+one up are searched, on [s, 2 s]; those below follow from the critical one's factor as in NTK
+interpolation. There are no start tokens: a candidate's second gene chooses the critical dimension,
+which is found below the theory's because the slow dimensions are under-trained.
+
+Dimensions are indices i of frequencies, 0 .. d/2 - 1, half of the paper's d_tcd and d_rcd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, combinations_with_replacement
+from typing import ClassVar
+
+from megatron_longrope.search.space import Candidate, SearchSpace, check_int
+
+_MIN_SEEDS = 8  # starting points of the released code for its single critical dimension
+_SEED_RATIOS = 8
+
+
+def critical_dimension(
+    rotary_dim: int, rotary_base: float, original_length: int, periods: float = 1.0
+) -> int:
+    """First dimension with fewer than `periods` periods in the pre-training window.
+
+    ceil(d/2 * log_base(L / (2 pi periods))), half of section 3.1's d_tcd for one period: 31 for
+    Phi3-mini (d = 96, base 1e4, L = 2048), 35 for LLaMA3-8B (128, 5e5, 8192).
+
+    Args:
+        original_length (int): Pre-training window L in tokens.
+        periods (float): Periods in the window; 10 gives the lower end of algorithm 1.
+
+    Returns:
+        int: At least 0.
+
+    Raises:
+        ValueError: Every dimension completes that many periods.
+    """
+    ratio = math.log(original_length / (2 * math.pi * periods)) / math.log(rotary_base)
+    dimension = max(math.ceil(rotary_dim / 2 * ratio), 0)
+    if dimension >= rotary_dim // 2:
+        raise ValueError(
+            f"all {rotary_dim // 2} dimensions complete {periods:g} periods in the original window "
+            f"of {original_length} tokens, so that none is critical; search the full space"
+        )
+    return dimension
+
+
+def critical_choices(rotary_dim: int, rotary_base: float, original_length: int) -> tuple[int, ...]:
+    """Critical dimensions of algorithm 1: from ten periods in the window to one.
+
+    Raises:
+        ValueError: No dimension is critical.
+    """
+    highest = critical_dimension(rotary_dim, rotary_base, original_length)
+    lowest = critical_dimension(rotary_dim, rotary_base, original_length, periods=10.0)
+    return tuple(range(lowest, highest + 1))
+
+
+@dataclass(frozen=True)
+class CriticalSpace(SearchSpace):
+    """Factors on [s, 2 s] from a critical dimension up, NTK below it.
+
+    The steps of a candidate below its critical dimension are no genes and hold `min_step`. Where
+    two critical dimensions give the very same factors, the higher one stands for both; so different
+    candidates never decode to the same factors, and no evaluation is repeated.
+
+    Raises:
+        ValueError: A field breaks its rule; the message names field, value and rule.
+    """
+
+    start_tokens: tuple[int, ...] = (0,)
+    """LongRoPE2 has none."""
+
+    critical_dimensions: tuple[int, ...] = ()
+    """Choices of the critical dimension, ascending indices of frequencies."""
+
+    upper_ratio: ClassVar[float] = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start_tokens != (0,):
+            raise ValueError(
+                f"start_tokens is {self.start_tokens!r}; LongRoPE2's space has none: "
+                "give (0,), or search the full space"
+            )
+        if self.max_step < self.min_step:
+            raise ValueError(
+                f"upper is {self.upper!r}, below {super()._factor(self.min_step)}, the smallest "
+                "factor of this space (the extension ratio, on the grid); raise upper"
+            )
+        object.__setattr__(self, "critical_dimensions", tuple(self.critical_dimensions))
+        if not self.critical_dimensions:
+            raise ValueError("critical_dimensions is empty; give at least one dimension")
+        for index, value in enumerate(self.critical_dimensions):
+            check_int(f"critical_dimensions[{index}]", value, 0)
+            if value >= self.num_factors:
+                raise ValueError(
+                    f"critical_dimensions[{index}] is {value}; it must be below rotary_dim / 2 = "
+                    f"{self.num_factors}"
+                )
+            if index and value <= self.critical_dimensions[index - 1]:
+                raise ValueError(
+                    f"critical_dimensions[{index}] is {value}, not above its predecessor "
+                    f"{self.critical_dimensions[index - 1]}; the choices must ascend"
+                )
+
+    @property
+    def lower(self) -> float:
+        """Smallest factor of a gene: the extension ratio."""
+        return self.scale
+
+    @property
+    def num_choices(self) -> int:
+        """Number of critical dimensions to choose from."""
+        return len(self.critical_dimensions)
+
+    @property
+    def size(self) -> int:
+        """Number of candidates, or a few more: coinciding ones are not subtracted."""
+        levels = self.max_step - self.min_step
+        genes = [self.num_factors - first for first in self.critical_dimensions]
+        return sum(math.comb(levels + count, count) for count in genes)
+
+    def first_gene(self, start_index: int) -> int:
+        """The critical dimension of a choice."""
+        return self.critical_dimensions[start_index]
+
+    def canonical(self, candidate: Candidate) -> Candidate:
+        """The representative of all candidates with the same factors.
+
+        Args:
+            candidate (Candidate): Monotone from its critical dimension up; anything below it.
+        """
+        ours = self._without_dormant(candidate.steps, candidate.start_index)
+        for index in range(self.num_choices - 1, candidate.start_index, -1):
+            higher = self.critical_dimensions[index]
+            # A cheap test comes first: the neighbour below already lies on the other's NTK curve.
+            expected = _ntk(self._factor(ours.steps[higher]), higher - 1, higher)
+            if self._factor(ours.steps[higher - 1]) == expected:
+                theirs = self._without_dormant(ours.steps, index)
+                if self.decode(theirs) == self.decode(ours):
+                    return theirs
+        return ours
+
+    def encode(
+        self,
+        rescale_factors: Sequence[float],
+        num_start_tokens: int = 0,
+        *,
+        critical_dimension: int | None = None,
+    ) -> Candidate:
+        """Nearest candidate: of every choice's rounded factors, the closest in log(lambda).
+
+        Args:
+            rescale_factors (Sequence[float]): `[rotary_dim / 2]`.
+            num_start_tokens (int): Without effect, as the space has no start tokens.
+            critical_dimension (int, optional): Only candidates of this choice. Defaults to all.
+
+        Raises:
+            ValueError: Wrong number of factors, one that is not finite, or an unknown choice.
+        """
+        check_int("num_start_tokens", num_start_tokens, 0)
+        nearest = self._nearest_steps(rescale_factors)
+        if critical_dimension is None:
+            indices = range(self.num_choices)
+        elif critical_dimension in self.critical_dimensions:
+            indices = [self.critical_dimensions.index(critical_dimension)]
+        else:
+            raise ValueError(
+                f"critical_dimension {critical_dimension!r} is not one of this space's choices "
+                f"{self.critical_dimensions}"
+            )
+        wanted = [math.log(max(value, 1.0)) for value in rescale_factors]
+
+        def distance(candidate: Candidate) -> float:
+            return math.dist(wanted, [math.log(value) for value in self.decode(candidate)[0]])
+
+        return min((self._rounded(nearest, index) for index in indices), key=distance)
+
+    def decode(self, candidate: Candidate) -> tuple[tuple[float, ...], int]:
+        """Rescale factors and num_start_tokens (0) of a candidate.
+
+        Below the critical dimension c, lambda_i = lambda_c^(i / c), as in the released code: NTK
+        interpolation whose base makes dimension c meet its own factor.
+        """
+        first = self.critical_dimensions[candidate.start_index]
+        factors = [self._factor(k) for k in candidate.steps[first:]]
+        return (*(_ntk(factors[0], i, first) for i in range(first)), *factors), 0
+
+    def check(self, candidate: Candidate) -> None:
+        """Refuse a candidate from outside this space, or one that is not canonical.
+
+        Raises:
+            ValueError: Wrong number of genes, out of bounds, decreasing, or not canonical.
+        """
+        super().check(candidate)
+        canonical = self.canonical(candidate)
+        if candidate != canonical:
+            raise ValueError(
+                f"the candidate {candidate} stands for the same factors as {canonical}; "
+                "give the latter, which `canonical` returns"
+            )
+
+    def enumerate(self) -> Iterator[Candidate]:
+        """Every candidate once, by critical dimension, then in lexicographic order."""
+        levels = range(self.min_step, self.max_step + 1)
+        for index, first in enumerate(self.critical_dimensions):
+            dormant = (self.min_step,) * first
+            for genes in combinations_with_replacement(levels, self.num_factors - first):
+                candidate = Candidate(dormant + genes, index)
+                if self.canonical(candidate) == candidate:
+                    yield candidate
+
+    def genes(self, candidate: Candidate) -> range:
+        """Indices from the candidate's critical dimension up."""
+        return range(self.first_gene(candidate.start_index), self.num_factors)
+
+    def with_factors(
+        self, candidate: Candidate, genes: Sequence[int], factors: Sequence[float]
+    ) -> Candidate:
+        """`candidate` with other factors at `genes`, all of those that count, on the grid."""
+        values = [self.lower] * self.num_factors
+        for gene, value in zip(genes, factors, strict=True):
+            values[gene] = float(value)
+        return self._rounded(self._nearest_steps(values), candidate.start_index)
+
+    def choices(self, candidate: Candidate) -> list[Candidate]:
+        """The candidates nearest to `candidate` with each critical dimension."""
+        nearest = self._nearest_steps(self.decode(candidate)[0])
+        return list(
+            dict.fromkeys(self._rounded(nearest, index) for index in range(self.num_choices))
+        )
+
+    def _factor(self, k: int) -> float:
+        # The last grid point may exceed the bound by rounding, which the configuration refuses.
+        return min(super()._factor(k), float(self.upper))
+
+    def _rounded(self, steps: Sequence[int], start_index: int) -> Candidate:
+        """The candidate with these steps, made non-decreasing, at the genes of a choice."""
+        first = self.critical_dimensions[start_index]
+        genes = accumulate(steps[first:], max)
+        return self.canonical(Candidate((self.min_step,) * first + tuple(genes), start_index))
+
+    def _without_dormant(self, steps: tuple[int, ...], start_index: int) -> Candidate:
+        first = self.critical_dimensions[start_index]
+        return Candidate((self.min_step,) * first + steps[first:], start_index)
+
+
+def critical_seeds(space: CriticalSpace) -> dict[str, Candidate]:
+    """Starting points of algorithm 1: lambda_i = s0 from a critical dimension up, NTK below.
+
+    The paper draws s0 from [s, 2 s]; here it runs through s (1 + k/8), k = 0 .. 7, as in the
+    released code. Every critical dimension has one, and there are at least eight.
+
+    Returns:
+        dict: `cd<dimension>x<s0 / s>` -> candidate; seeds that coincide stand once.
+    """
+    seeds: dict[str, Candidate] = {}
+    for index in range(max(_MIN_SEEDS, space.num_choices)):
+        dimension = space.critical_dimensions[index % space.num_choices]
+        ratio = 1.0 + index % _SEED_RATIOS / _SEED_RATIOS
+        candidate = space.encode(
+            (ratio * space.scale,) * space.num_factors, critical_dimension=dimension
+        )
+        if candidate not in seeds.values():
+            seeds[f"cd{dimension}x{ratio:g}"] = candidate
+    return seeds
+
+
+def _ntk(critical_factor: float, i: int, critical: int) -> float:
+    return round(critical_factor ** (i / critical), 10)

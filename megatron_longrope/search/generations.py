@@ -1,0 +1,265 @@
+"""What every search algorithm shares: generations of trials behind ask and tell.
+
+The caller owns the loop, so that trials can be scored on any number of ranks, in any order:
+
+    while not search.done:
+        candidates = search.ask()
+        search.tell(candidates, [objective(*search.space.decode(item)) for item in candidates])
+    candidate, score = search.best
+
+The trajectory is a pure function of the seed and the scores told: telling the records of a journal,
+one by one or in any grouping, restores the search exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_longrope.search.space import Candidate, SearchSpace, check_int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One request for a score."""
+
+    index: int
+    """Order of asking, from 0; the same whatever the order in which scores arrive."""
+
+    candidate: Candidate
+    """What to score."""
+
+    samples: int | None = None
+    """How many samples the score covers, from the first one; None for all of them."""
+
+    rival: Candidate | None = None
+    """A candidate, scored on all samples, that this one must beat to matter; scoring may stop as
+    soon as it cannot. None: its score is needed whatever it is."""
+
+    certain: bool = True
+    """Whether losing to the rival means for certain that it does not matter. Where it is only
+    likely, as in CMA-ES, the exact rule stops nobody."""
+
+
+@dataclass
+class Generation:
+    """Trials that are asked for together."""
+
+    first: int
+    """Index of the first trial."""
+
+    candidates: tuple[Candidate, ...]
+    """One for each trial."""
+
+    samples: int | None = None
+    """See :class:`Trial`."""
+
+    rival: Candidate | None = None
+    """See :class:`Trial`."""
+
+    certain: bool = True
+    """See :class:`Trial`."""
+
+    scores: dict[Candidate, float] = field(default_factory=dict)
+    """Told so far."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trial has its score."""
+        return len(self.scores) == len(self.candidates)
+
+
+class GenerationalSearch(ABC):
+    """Ask and tell over generations; a subclass says what the next generation is.
+
+    Args:
+        space (SearchSpace): Bounds and grid.
+        max_evaluations (int, optional): Stop after so many trials. The last generation is cut
+            short, so a search with a larger cap continues the same trajectory.
+        lookahead (int): Generations that may be drawn before an earlier one is complete, so that
+            no replica waits for the slowest one at the end of a generation. Generation g then
+            descends from the scores of generations up to g - 1 - lookahead, however many of the
+            later ones have arrived: the trajectory depends on the setting, never on the timing.
+            Defaults to 0.
+    """
+
+    def __init__(
+        self, space: SearchSpace, *, max_evaluations: int | None = None, lookahead: int = 0
+    ) -> None:
+        if max_evaluations is not None:
+            check_int("max_evaluations", max_evaluations, 1)
+        check_int("lookahead", lookahead, 0)
+        self.space = space
+        self.lookahead = lookahead
+        self._max_evaluations = max_evaluations
+        self._generations: list[Generation] = []
+        self._num_asked = 0
+        self._asked: dict[Candidate, int] = {}  # in full, -> index of the trial
+        self._scores: dict[Candidate, float] = {}  # of candidates asked for in full
+
+    # What a subclass knows.
+
+    @abstractmethod
+    def _draw(self, number: int) -> Generation | None:
+        """Generation `number`, through `_generation`; None when the search is over.
+
+        Called once for every number, in order, when the generations that it may know are complete.
+        """
+
+    @abstractmethod
+    def total_samples(self, num_samples: int) -> int:
+        """Upper bound of the sample-forwards of the whole search.
+
+        Args:
+            num_samples (int): Samples of a full evaluation.
+        """
+
+    # What the caller sees.
+
+    @property
+    def num_evaluations(self) -> int:
+        """Trials told so far."""
+        return sum(len(generation.scores) for generation in self._generations)
+
+    @property
+    def iteration(self) -> int:
+        """Number of the generation in progress: 0 for the initial population."""
+        for number, generation in enumerate(self._generations):
+            if not generation.complete:
+                return number
+        return max(0, len(self._generations) - 1)
+
+    @property
+    def done(self) -> bool:
+        """True when nothing is left to evaluate: iterations, budget or space are used up."""
+        return not self.ask()
+
+    @property
+    def best(self) -> tuple[Candidate, float]:
+        """The best candidate told so far and its score (infinite when every evaluation failed).
+
+        Raises:
+            RuntimeError: Nothing has been told yet.
+        """
+        if not self._scores:
+            raise RuntimeError("no candidate has a score yet; call ask() and tell() first")
+        return self._ranked()[0]
+
+    def ask(self) -> list[Candidate]:
+        """The candidates of the generations in progress that have no score yet; empty when done.
+
+        Asking again without telling returns the same candidates.
+        """
+        return [trial.candidate for trial in self.trials()]
+
+    def trials(self) -> list[Trial]:
+        """The same, with all that the scorer needs to know, in order of asking."""
+        return [
+            Trial(
+                generation.first + offset,
+                candidate,
+                generation.samples,
+                generation.rival,
+                generation.certain,
+            )
+            for generation in self._open()
+            for offset, candidate in enumerate(generation.candidates)
+            if candidate not in generation.scores
+        ]
+
+    def tell(self, candidates: Sequence[Candidate], scores: Sequence[float]) -> None:
+        """Record scores, lower is better; NaN and infinite scores rank last.
+
+        The order of telling within a generation, and whether it is told at once or in parts, do not
+        matter: the next generation is drawn when the last score has arrived. A candidate whose
+        scoring was stopped is told with a score that its rival beats.
+
+        Raises:
+            ValueError: Lengths differ, or a candidate is not among those now asked for. Nothing is
+                recorded then.
+        """
+        if len(candidates) != len(scores):
+            raise ValueError(f"{len(candidates)} candidates came with {len(scores)} scores")
+        waiting = {
+            candidate: generation
+            for generation in self._open()
+            for candidate in generation.candidates
+            if candidate not in generation.scores
+        }
+        targets = []
+        for candidate in candidates:
+            if candidate not in waiting:
+                known = candidate in self._asked
+                raise ValueError(
+                    f"candidate {self.space.decode(candidate)} "
+                    + ("was told before" if known else "was not asked for")
+                    + "; tell each candidate of ask() once (a journal must come from the same "
+                    "seed, seeds and settings)"
+                )
+            targets.append(waiting.pop(candidate))
+        for candidate, score, generation in zip(candidates, scores, targets, strict=True):
+            value = float(score) if math.isfinite(score) else math.inf
+            generation.scores[candidate] = value
+            if generation.samples is None:
+                self._scores[candidate] = value
+        self._advance()
+
+    # What subclasses use.
+
+    def _generation(
+        self,
+        candidates: Iterable[Candidate],
+        *,
+        samples: int | None = None,
+        rival: Candidate | None = None,
+        certain: bool = True,
+    ) -> Generation | None:
+        """A generation of `candidates`, cut to the budget; None when nothing is left of it."""
+        chosen = tuple(candidates)
+        if self._max_evaluations is not None:
+            chosen = chosen[: self._max_evaluations - self._num_asked]
+        if not chosen:
+            return None
+        generation = Generation(self._num_asked, chosen, samples, rival, certain)
+        self._num_asked += len(chosen)
+        if samples is None:
+            for offset, candidate in enumerate(chosen):
+                self._asked.setdefault(candidate, generation.first + offset)
+        return generation
+
+    def _known(self, number: int) -> int:
+        """How many generations, from the first, generation `number` may know the scores of."""
+        return max(min(number, 1), number - self.lookahead)
+
+    def _ranked(self, generations: int | None = None) -> list[tuple[Candidate, float]]:
+        """Candidates with a full score, best first; equal scores in the order of asking.
+
+        Args:
+            generations (int, optional): Only the first so many. Defaults to all.
+        """
+        scores = self._scores
+        if generations is not None and generations < len(self._generations):
+            scores = {
+                candidate: score
+                for generation in self._generations[:generations]
+                if generation.samples is None
+                for candidate, score in generation.scores.items()
+            }
+        return sorted(scores.items(), key=lambda item: (item[1], self._asked[item[0]]))
+
+    def _advance(self) -> None:
+        """Draw every generation that can be drawn now."""
+        while True:
+            number = len(self._generations)
+            known = self._generations[: self._known(number)]
+            if not all(generation.complete for generation in known):
+                return
+            generation = self._draw(number)
+            if generation is None:
+                return
+            self._generations.append(generation)
+
+    def _open(self) -> Iterable[Generation]:
+        return (item for item in self._generations if not item.complete)

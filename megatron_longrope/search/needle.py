@@ -1,0 +1,213 @@
+"""Samples for needle-driven perplexity (LongRoPE2, arXiv 2502.20082, section 3.2).
+
+A number is hidden in a long document and asked for at its end; only the tokens of the answer are
+scored. Plain perplexity averages over tokens that hardly need the long window; here every scored
+token does.
+
+The samples are put together from tokens, so that each has exactly the window's length with the
+answer as its last tokens: a text cut to the window afterwards would lose the answer first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.search.space import check_int
+
+_INSTRUCTION = (
+    "Somewhere in this text a lighthouse is given its registration number. Keep that number in "
+    "mind while reading: it is asked for after the last line.\n"
+)
+_NEEDLE = "\nThe registration number of the lighthouse is {number}.\n"
+_QUESTION = (
+    "\n\nThis is the end of the text. It was to be read for one number. As stated above, the "
+    "registration number of the lighthouse is"
+)
+
+_SMALLEST, _LARGEST = 1_000_000, 9_999_999  # seven digits, as in the paper
+
+# How far, in tokens, a needle may move to the end of a line or sentence.
+_SEARCHED = 64
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleSamples:
+    """Fixed samples with the targets that count."""
+
+    tokens: Tensor
+    """`[k, n]`, int64: BOS, instruction, document with the needle, question and answer."""
+
+    scored: Tensor
+    """`[k, n - 1]`, bool: True at j where tokens[:, j + 1] belongs to the answer."""
+
+    depths: tuple[float, ...]
+    """Where each needle was to stand: 0 before the document's text, 1 behind it."""
+
+    positions: tuple[int, ...]
+    """Index of each needle's first token in its row."""
+
+    numbers: tuple[int, ...]
+    """The hidden numbers."""
+
+    def describe(self) -> dict[str, Any]:
+        """Wording and places, as plain JSON for a journal or a result's origin."""
+        return {
+            "instruction": _INSTRUCTION,
+            "needle": _NEEDLE,
+            "question": _QUESTION,
+            "depths": list(self.depths),
+            "positions": list(self.positions),
+            "numbers": list(self.numbers),
+        }
+
+
+def needle_samples(
+    documents: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    bos_id: int,
+    depths: Sequence[float] | None = None,
+    seed: int = 0,
+) -> NeedleSamples:
+    """Hide a number in each document and ask for it.
+
+    Sample j takes document j and depth j, starting over at the end of either list; there are as
+    many samples as the longer list has entries. A needle stands on a line of its own, where a line
+    (failing that, a sentence) of the document ends within 64 tokens of its depth.
+
+    Args:
+        documents (Sequence[np.ndarray]): Token ids, int64 [n], without special tokens; the first
+            tokens of each are used.
+        tokenizer (Tokenizer): The one that made the documents.
+        length (int): Tokens of every sample, BOS and answer included.
+        bos_id (int): Put before every sample.
+        depths (Sequence[float], optional): Places in [0, 1]; `(0,)` is the paper's. Defaults to
+            one for each document, evenly from 0 to 1.
+        seed (int): Of the numbers.
+
+    Raises:
+        ValueError: Documents or length too short, depths outside [0, 1], or a tokenizer that is not
+            the documents' or that does not keep question and answer apart.
+    """
+    check_int("length", length, 1)
+    check_int("seed", seed, 0)
+    if not len(documents):
+        raise ValueError("documents is empty; give at least one")
+    if depths is None:
+        depths = [index / max(len(documents) - 1, 1) for index in range(len(documents))]
+    if not len(depths):
+        raise ValueError("depths is empty; give at least one, such as (0,)")
+    for index, depth in enumerate(depths):
+        if not 0 <= depth <= 1:
+            raise ValueError(f"depths[{index}] is {depth!r}; it must be between 0 and 1")
+    count = max(len(documents), len(depths))
+    rng = np.random.default_rng(seed)
+    numbers = rng.choice(_LARGEST + 1 - _SMALLEST, count, replace=False) + _SMALLEST
+    tokens = torch.empty(count, length, dtype=torch.int64)
+    scored = torch.zeros(count, length - 1, dtype=torch.bool)
+    positions = []
+    for row, number in enumerate(numbers.tolist()):
+        which = row % len(documents)
+        parts = _Parts.of(tokenizer, bos_id, number)
+        text = _trimmed(documents[which], which, length, parts, tokenizer)
+        place = _place(text, depths[row % len(depths)], tokenizer)
+        ids = [*parts.before, *text[:place], *parts.needle, *text[place:], *parts.after]
+        tokens[row] = torch.tensor(ids)
+        scored[row, length - 1 - parts.num_answer_tokens :] = True
+        positions.append(len(parts.before) + place)
+    used = tuple(float(depths[row % len(depths)]) for row in range(count))
+    return NeedleSamples(tokens, scored, used, tuple(positions), tuple(numbers.tolist()))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Tokens of a sample that are not the document's."""
+
+    before: list[int]
+    needle: list[int]
+    after: list[int]
+    """Question and answer."""
+    num_answer_tokens: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, bos_id: int, number: int) -> _Parts:
+        question, after = tokenizer.encode(_QUESTION), tokenizer.encode(f"{_QUESTION} {number}")
+        if after[: len(question)] != question:
+            raise ValueError(
+                "the tokenizer merges the end of the question with the answer, so that scoring "
+                "would not equal generation; use a tokenizer with stable prefixes"
+            )
+        answer = after[len(question) :]
+        # The space before the number is no part of it, where it is a token of its own.
+        while answer and not tokenizer.decode(answer[:1]).strip():
+            answer = answer[1:]
+        if tokenizer.decode(answer).strip() != str(number):
+            raise ValueError(
+                f"the tokenizer reads {tokenizer.decode(answer)!r} where the answer {number} was "
+                "written; use a tokenizer that keeps digits"
+            )
+        return cls(
+            [bos_id, *tokenizer.encode(_INSTRUCTION)],
+            tokenizer.encode(_NEEDLE.format(number=number)),
+            after,
+            len(answer),
+        )
+
+
+def _trimmed(
+    document: np.ndarray, index: int, length: int, parts: _Parts, tokenizer: Tokenizer
+) -> list[int]:
+    """As much of the document as fits beside the other parts."""
+    fixed = len(parts.before) + len(parts.needle) + len(parts.after)
+    if length <= fixed:
+        raise ValueError(
+            f"length {length} is too short for a needle sample, which needs {fixed} tokens besides "
+            f"the document; give at least {fixed + 1}"
+        )
+    if len(document) < length - fixed:
+        raise ValueError(
+            f"document {index} has {len(document)} tokens; a needle sample of {length} tokens "
+            f"needs {length - fixed} of a document: give longer documents or a shorter length"
+        )
+    text = document[: length - fixed].tolist()
+    if max(text) >= tokenizer.vocab_size:
+        raise ValueError(
+            f"document {index} holds token {max(text)}, the tokenizer has {tokenizer.vocab_size}; "
+            "give the tokenizer that the documents were made with"
+        )
+    return text
+
+
+def _place(text: list[int], depth: float, tokenizer: Tokenizer) -> int:
+    """Number of tokens before the needle: the nearest end of a line or sentence, else exact."""
+    exact = round(depth * len(text))
+    low, high = max(exact - _SEARCHED, 0), min(exact + _SEARCHED, len(text))
+    nearest_first = sorted(range(low, high + 1), key=lambda place: (abs(place - exact), place))
+    for ends in (_ends_line, _ends_sentence):
+        for place in nearest_first:
+            if ends(text, place, tokenizer):
+                return place
+    return exact
+
+
+def _ends_line(text: list[int], place: int, tokenizer: Tokenizer) -> bool:
+    # Both ends of the text count, so that depths 0 and 1 are exact.
+    if place in (0, len(text)):
+        return True
+    return tokenizer.decode(text[place - 1 : place]).endswith("\n")
+
+
+def _ends_sentence(text: list[int], place: int, tokenizer: Tokenizer) -> bool:
+    last = tokenizer.decode(text[place - 1 : place])
+    if not last.endswith((".", "!", "?")):
+        return False
+    # Decoded together, as some tokenizers drop a token's leading space when it stands alone.
+    return tokenizer.decode(text[place - 1 : place + 1])[len(last) :][:1].isspace()

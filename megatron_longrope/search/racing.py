@@ -1,0 +1,74 @@
+"""When to stop scoring a candidate: as soon as it cannot matter to the search.
+
+Samples are scored in a fixed order. After each forward pass a candidate is compared with its rival,
+whom it must beat to matter (for the evolution: the last survivor when its generation was drawn), on
+the samples both have been scored on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.special import stdtrit
+
+RULES = ("exact", "paired", "off")
+
+
+@dataclass(frozen=True)
+class Race:
+    """A rule for stopping early.
+
+    Raises:
+        ValueError: The rule is unknown or the significance is not between 0 and 0.5.
+    """
+
+    rule: str = "exact"
+    """`exact`: losses are not negative, so a candidate whose sum has passed the rival's whole sum
+    has lost; nothing changes in the result. `paired`: also when a one-sided paired t-test on the
+    differences says so, which the search may pay for with a lost candidate now and then. `off`:
+    score every sample."""
+
+    significance: float = 0.05
+    """Of the paired test, each time it looks."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"racing rule {self.rule!r} is unknown; choose {', '.join(RULES)}")
+        if not 0 < self.significance < 0.5:
+            raise ValueError(
+                f"significance is {self.significance!r}; it must lie between 0 and 0.5"
+            )
+
+    def lost(self, losses: Sequence[float], rival: Sequence[float]) -> tuple[str, float] | None:
+        """Whether a candidate is out after some of its samples.
+
+        Args:
+            losses (Sequence[float]): Its losses so far, in nats, not negative.
+            rival (Sequence[float]): The rival's losses on all samples, in the same order.
+
+        Returns:
+            tuple[str, float] | None: The rule that stops it and the mean loss to report for it,
+            never below the rival's: a lower bound (`exact`) or an estimate (`paired`). None while
+            it is in the race; a candidate with all its samples is never out.
+        """
+        if self.rule == "off" or len(losses) >= len(rival):
+            return None
+        total = math.fsum(losses)
+        whole = math.fsum(rival)
+        if total > whole:
+            return "exact", total / len(rival)
+        if self.rule == "paired" and len(losses) >= 2:
+            differences = [a - b for a, b in zip(losses, rival, strict=False)]
+            mean = math.fsum(differences) / len(differences)
+            if mean > 0 and mean > self._margin(differences, mean):
+                return "paired", whole / len(rival) + mean
+        return None
+
+    def _margin(self, differences: Sequence[float], mean: float) -> float:
+        """What a mean difference must exceed to be no accident: t * s / sqrt(n)."""
+        count = len(differences)
+        variance = math.fsum((value - mean) ** 2 for value in differences) / (count - 1)
+        quantile = float(stdtrit(count - 1, 1 - self.significance))
+        return quantile * math.sqrt(variance / count)

@@ -1,0 +1,86 @@
+"""Score one trial: sample by sample, racing its rival, and never dying of a bad candidate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from megatron_longrope.search.generations import Trial
+from megatron_longrope.search.journal import Evaluation
+from megatron_longrope.search.objective import Objective
+from megatron_longrope.search.problem import SearchProblem
+from megatron_longrope.search.racing import Race
+
+
+def score_trial(
+    trial: Trial,
+    problem: SearchProblem,
+    objective: Objective,
+    race: Race,
+    *,
+    known: Sequence[float] = (),
+    rival: Sequence[float] | None = None,
+) -> Evaluation:
+    """The evaluation of a trial.
+
+    A pure function of the trial, the rival's losses and the model: known losses save forward passes
+    and change nothing else.
+
+    Args:
+        known (Sequence[float]): Losses of the candidate's first samples, from an earlier trial.
+        rival (Sequence[float], optional): Losses of the trial's rival on all samples.
+
+    Returns:
+        Evaluation: With the reason instead of a score when memory ran out or a loss is not finite.
+    """
+    started = time.perf_counter()
+    target = problem.factor_set(trial.candidate)
+    config = problem.config(trial.candidate)
+    wanted = objective.num_samples if trial.samples is None else trial.samples
+    losses: list[float] = []
+    stopped = error = None
+    mean = math.inf
+    try:
+        while len(losses) < wanted:
+            # Whole forward passes, known or not, so that races look at the same places.
+            first = len(losses)
+            batch = list(known[first : first + objective.samples_per_forward])
+            losses += batch or objective.losses(config, first)
+            if bad := [i for i in range(first, len(losses)) if not math.isfinite(losses[i])]:
+                error = f"the loss of sample {bad[0]} is {losses[bad[0]]}"
+                break
+            if rival is not None and (verdict := race.lost(losses, rival)):
+                stopped, mean = verdict
+                break
+    except (torch.OutOfMemoryError, RuntimeError) as failure:
+        if not _out_of_memory(failure):
+            raise
+        error = f"out of memory: {str(failure).splitlines()[0]}"
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if error is None and stopped is None:
+        mean = math.fsum(losses[:wanted]) / wanted
+        stopped = "budget" if wanted < objective.num_samples else None
+    try:
+        score = math.exp(mean)
+    except OverflowError:
+        score, error = math.inf, f"a mean loss of {mean:.6g} nats is no perplexity"
+    return Evaluation(
+        target.rescale_factors,
+        target.num_start_tokens,
+        math.inf if error else score,
+        tuple(losses),
+        time.perf_counter() - started,
+        error,
+        trial.index,
+        None if error else stopped,
+    )
+
+
+def _out_of_memory(failure: RuntimeError) -> bool:
+    if isinstance(failure, torch.OutOfMemoryError):
+        return True
+    return "can't allocate memory" in str(failure)  # torch's CPU allocator has no type of its own

@@ -1,0 +1,322 @@
+"""A whole search as the command line asks for it: from its settings to the files it leaves."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.data.documents import read_documents, read_manifest
+from megatron_longrope.data.tokenizer import load_tokenizer
+from megatron_longrope.ranks import rank
+from megatron_longrope.search import outcome as outcome_files
+from megatron_longrope.search.board import shared_store
+from megatron_longrope.search.cma import CmaParameters, CmaSearch
+from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.search.ledger import Team
+from megatron_longrope.search.needle import needle_samples
+from megatron_longrope.search.objective import PerplexityObjective, TokenModel, window_samples
+from megatron_longrope.search.problem import SearchProblem, make_problem
+from megatron_longrope.search.racing import Race
+from megatron_longrope.search.replicas import Replica
+from megatron_longrope.search.runner import SearchRun, choose_policy, run_search
+from megatron_longrope.search.space import START_TOKENS
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """Settings that were checked before any weight is loaded."""
+
+    args: argparse.Namespace
+    """The command line's options."""
+
+    parameters: CmaParameters | EvolutionParameters
+    """Sizes of the algorithm."""
+
+    checkpoint: MegatronCheckpoint
+    """Whose model is searched for; only its metadata has been read."""
+
+    problem: SearchProblem
+    """What is searched, under the base's attention factor."""
+
+    race: Race
+    """When candidates are given up."""
+
+    samples: Mapping[str, Any]
+    """Of :func:`read_samples`, for the search documents."""
+
+    @classmethod
+    def from_options(
+        cls, args: argparse.Namespace, parameters: CmaParameters | EvolutionParameters
+    ) -> SearchPlan:
+        """Check everything that can be checked without the model.
+
+        Raises:
+            ValueError: Something does not fit; one sentence says what.
+        """
+        if min(args.num_samples, args.windows_per_document) < 1:
+            raise ValueError("--num-samples and --windows-per-document must be at least 1")
+        if args.objective == "needle" and args.windows_per_document > 1:
+            raise ValueError("--windows-per-document has no meaning with --objective needle")
+        checkpoint = MegatronCheckpoint.open(args.load, args.iteration)
+        problem = make_problem(
+            _base(args, checkpoint),
+            args.target_length,
+            upper=args.upper,
+            start_tokens=_start_tokens(args.start_tokens, args.space),
+            space=args.space,
+            critical_dimension=args.critical_dimension,
+        )
+        samples = read_samples(args, args.data)
+        if isinstance(parameters, CmaParameters):
+            parameters = replace(parameters, num_samples=len(samples["tokens"]))
+        race = Race(args.racing, args.racing_significance)
+        plan = cls(args, parameters, checkpoint, problem, race, samples)
+        if args.held_out:
+            read_samples(args, args.held_out)
+        _algorithm(plan, problem)  # seeds that do not fit its sizes
+        return plan
+
+    @property
+    def journal(self) -> Path:
+        """Where evaluations are recorded."""
+        return Path(self.args.output).with_suffix(".journal.jsonl")
+
+    def num_journaled(self) -> int:
+        """Evaluations in the journal."""
+        with contextlib.suppress(OSError):
+            return max(0, self.journal.read_bytes().count(b"\n") - 1)
+        return 0
+
+    def estimate(self, gpu: str, num_gpus: int | None, mfu: float) -> Sequence[str]:
+        """FLOPs, memory and hours in words; see :mod:`.cost`."""
+        from megatron_longrope.search.cost import estimate, parse_gpu
+
+        args = self.args
+        model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
+        count = len(self.samples["tokens"])
+        forwards = _algorithm(self, self.problem).total_samples(count)
+        gpus = num_gpus or model_ranks
+        if gpus % model_ranks:
+            raise ValueError(
+                f"--num-gpus {gpus} is not a multiple of tensor parallel x context parallel = "
+                f"{model_ranks}"
+            )
+        return estimate(
+            self.checkpoint.shape,
+            target_length=args.target_length,
+            samples=count,
+            evaluations=-(-forwards // count),
+            tensor_parallel=args.tensor_model_parallel_size,
+            context_parallel=args.context_parallel_size,
+            replicas=gpus // model_ranks,
+            batch=min(count, max(1, args.tokens_per_forward // args.target_length)),
+            dtype=args.dtype or "bfloat16",
+            gpu=parse_gpu(gpu),
+            utilisation=mfu,
+        ).lines()
+
+    def run(self) -> None:
+        """Search, and write the winner with what is known about it."""
+        from megatron_longrope.engine import load_engine
+
+        args = self.args
+        engine = load_engine(
+            args.load,
+            longrope_config=self.problem.base,
+            iteration=args.iteration,
+            tensor_parallel=args.tensor_model_parallel_size,
+            context_parallel=args.context_parallel_size,
+            dtype=_dtype(args.dtype),
+            attention=args.attention,
+            replicas=True,
+        )
+        replica = Replica(engine, args.tensor_model_parallel_size * args.context_parallel_size)
+        store = shared_store() if replica.count > 1 else None
+        if not replica.is_leader:
+            replica.serve()
+            return
+        try:
+            self._lead(replica, Team(replica.index, replica.count, store))
+        finally:
+            replica.close()
+
+    def _lead(self, model: TokenModel, team: Team) -> None:
+        args = self.args
+        objective = self._objective(model, self.samples)
+        settings = self._settings()
+        run = SearchRun(
+            self.journal, settings, self.race, args.resume, args.overwrite, team,
+            Path(args.tensorboard_dir) if args.tensorboard_dir else None,
+        )  # fmt: skip
+        problem, policy_scores = self._with_attention(objective, run)
+        attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
+        run = replace(run, settings={**settings, "attention": attention})
+        outcome = run_search(_algorithm(self, problem), problem, objective, run)
+        if rank() != 0:
+            return
+        origin = {
+            "method": f"longrope-{args.algorithm}",
+            "stage": problem.stage,
+            "scale": problem.space.scale,
+            "search_perplexity": outcome.score,
+            "seed_perplexity": outcome.seed_scores,
+            "policy_perplexity": policy_scores,
+            "evaluations": outcome.num_evaluations,
+            "failed_evaluations": outcome.num_failed,
+            "sample_forwards": outcome.sample_forwards,
+            "sample_forwards_saved": outcome.sample_forwards_saved,
+            **{key: value for key, value in settings.items() if key != "base"},
+            "versions": outcome_files.versions(),
+        }
+        held_out = {}
+        if args.held_out:
+            other = self._objective(model, read_samples(args, args.held_out))
+            held_out = outcome_files.held_out_scores(problem, outcome.candidate, other)
+            origin["held_out_perplexity"] = held_out
+            origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
+        outcome_files.write(args.output, problem, outcome, origin, figures=not args.no_figures)
+        outcome_files.print_summary(args.output, problem, outcome, held_out)
+
+    def _objective(self, model: TokenModel, samples: Mapping[str, Any]) -> PerplexityObjective:
+        return PerplexityObjective(
+            model,
+            samples["tokens"],
+            scored=samples["scored"],
+            tokens_per_forward=self.args.tokens_per_forward,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed search must agree on, and what a result's provenance names."""
+        args, space = self.args, self.problem.space
+        return {
+            "algorithm": args.algorithm,
+            "stage": self.problem.stage,
+            "target_length": args.target_length,
+            "base": self.problem.base.to_dict(),
+            "parameters": asdict(self.parameters),
+            "lookahead": args.lookahead,
+            "space": args.space,
+            "start_tokens": list(space.start_tokens),
+            "critical_dimensions": list(getattr(space, "critical_dimensions", ())),
+            "upper": space.max_step,
+            "seed": args.seed,
+            "objective": args.objective,
+            "num_samples": args.num_samples,
+            "windows_per_document": args.windows_per_document,
+            "needles": self.samples["description"],
+            "tokens_per_forward": args.tokens_per_forward,
+            "data_sha256": read_manifest(args.data)["token_sha256"],
+            "checkpoint": str(self.checkpoint.directory),
+            "dtype": args.dtype,
+        }
+
+    def _with_attention(
+        self, objective: PerplexityObjective, run: SearchRun
+    ) -> tuple[SearchProblem, dict[str, Any]]:
+        """Settle the attention factor of the search; scores the seeds when it is left open."""
+        args, problem = self.args, self.problem
+        base = problem.base
+        policy = base.attention_factor_policy
+        if args.attention_factor == "longest":
+            return problem.with_attention(base.attention_factor_for(base.max_length), policy), {}
+        if args.attention_factor is not None:
+            return problem.with_attention(float(args.attention_factor), policy), {}
+        wanted = args.attention_factor_policy or (None if args.base_config else "auto")
+        if wanted is None:
+            return problem, {}
+        if wanted != "auto":
+            return problem.with_attention(None, wanted), {}
+        run = replace(run, settings={**run.settings, "attention": "per seed"})
+        wanted, table = choose_policy(problem, ("su", "none"), objective, run)
+        return problem.with_attention(None, wanted), table
+
+
+def read_samples(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """Samples of a data set: `tokens`, `scored` (None: all of them) and a `description` of needles.
+
+    Raises:
+        ValueError: Too few documents are long enough, or the tokenizer does not fit.
+    """
+    manifest = read_manifest(prefix)
+    if manifest["bos_id"] is None:
+        raise ValueError(
+            f"{prefix} was made with a tokenizer without BOS, which stands before every window; "
+            "use a tokenizer that has one"
+        )
+    windows, length = args.windows_per_document, args.target_length
+    documents = read_documents(prefix, min_length=windows * (length - 1), limit=args.num_samples)
+    if args.objective == "ppl":
+        tokens = window_samples(documents, manifest["bos_id"], length, windows)
+        return {"tokens": tokens, "scored": None, "description": None}
+    if args.tokenizer is None:
+        raise ValueError("--objective needle writes text into documents: give their --tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer)
+    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
+        raise ValueError(
+            f"{args.tokenizer} is not the tokenizer that {prefix} was made with "
+            f"({manifest['tokenizer']}); give that one"
+        )
+    samples = needle_samples(
+        documents, tokenizer, length, bos_id=manifest["bos_id"],
+        depths=_depths(args.needle_depths), seed=args.seed,
+    )  # fmt: skip
+    return {"tokens": samples.tokens, "scored": samples.scored, "description": samples.describe()}
+
+
+def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | EvolutionSearch:
+    args, seeds = plan.args, list(problem.seeds.values())
+    if isinstance(plan.parameters, CmaParameters):
+        return CmaSearch(problem.space, plan.parameters, seeds, args.seed, lookahead=args.lookahead)
+    return EvolutionSearch(
+        problem.space, plan.parameters, seeds, args.seed,
+        max_evaluations=args.max_evaluations, lookahead=args.lookahead,
+    )  # fmt: skip
+
+
+def _base(args: argparse.Namespace, checkpoint: MegatronCheckpoint) -> LongRopeConfig:
+    """What the search extends: the fine-tuned model's factors, or plain RoPE."""
+    if args.attention_factor not in (None, "longest"):
+        try:
+            float(args.attention_factor)
+        except ValueError:
+            raise ValueError(
+                f"--attention-factor {args.attention_factor!r} must be a number or `longest`"
+            ) from None
+    if args.base_config:
+        return LongRopeConfig.load(args.base_config)
+    shape = checkpoint.shape
+    stored = checkpoint.longrope
+    original = args.original_length or (
+        stored.original_max_position_embeddings if stored else shape.max_position_embeddings
+    )
+    return identity_config(shape.rotary_base, shape.rotary_dim, original)
+
+
+def _start_tokens(text: str | None, space: str) -> tuple[int, ...]:
+    if text is None:
+        return (0,) if space == "critical" else START_TOKENS
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ValueError(f"--start-tokens {text!r} must be integers, for example 0,2,4") from None
+
+
+def _depths(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--needle-depths {text!r} must be numbers, for example 0,0.5,1") from None
+
+
+def _dtype(name: str | None):
+    import torch
+
+    return getattr(torch, name) if name else None

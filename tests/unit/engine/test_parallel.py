@@ -1,0 +1,129 @@
+"""Token losses on several processes equal those of one."""
+
+import dataclasses
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_longrope.conversion.verify import random_tokens
+from megatron_longrope.engine import load_engine, process_groups
+from megatron_longrope.engine import mlp as mlp_module
+
+WORLD = 4
+LAYOUTS = ((1, 4), (2, 2), (1, 2), (2, 1), (1, 1))  # (tensor parallel, context parallel)
+START = 37
+RUN = "untied_gqa"
+
+
+def tokens_of(replica: int) -> torch.Tensor:
+    """Every copy of the model scores samples of its own."""
+    seeds = (10 * replica, 10 * replica + 1)
+    return torch.cat([random_tokens(maker.VOCAB, maker.LONG_TOKENS, seed) for seed in seeds])
+
+
+def run_rank(rank: int, directory: str, checkpoint: str) -> None:
+    """One of four processes: all layouts, one after another."""
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=WORLD
+    )
+    mlp_module._TOKENS_PER_SLICE = 14  # of two samples seven positions
+    results = {}
+    for tensor_parallel, context_parallel in LAYOUTS:
+        engine = load_engine(
+            checkpoint,
+            longrope_config=maker.longrope_config(),
+            tensor_parallel=tensor_parallel,
+            context_parallel=context_parallel,
+            device="cpu",
+            replicas=True,
+        )
+        tokens = tokens_of(engine.replica[0])
+        results[tensor_parallel, context_parallel] = {
+            "replica": engine.replica,
+            "nll": engine.nll(tokens),
+            "from start": engine.nll(tokens, START),
+        }
+        parallel_state.destroy_model_parallel()
+    torch.save(results, f"{directory}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, megatron_runs):
+    """What every rank computed, in rank order."""
+    directory = tmp_path_factory.mktemp("gloo")
+    mp.get_context("forkserver").set_forkserver_preload(["megatron_longrope.engine"])
+    mp.start_processes(
+        run_rank,
+        args=(str(directory), str(megatron_runs[RUN].path)),
+        nprocs=WORLD,
+        start_method="forkserver",
+    )
+    return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def one_process(megatron_runs):
+    engine = load_engine(
+        megatron_runs[RUN].path, longrope_config=maker.longrope_config(), device="cpu"
+    )
+    assert engine.replica == (0, 1)
+    return [engine.nll(tokens_of(replica)) for replica in range(WORLD)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_has_the_losses_of_one_process(ranks, one_process, layout):
+    for rank, results in enumerate(ranks):
+        result = results[layout]
+        replica = rank // (layout[0] * layout[1])
+        assert result["replica"] == (replica, WORLD // (layout[0] * layout[1]))
+        theirs = one_process[replica]
+        torch.testing.assert_close(result["nll"], theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(result["from start"], theirs[:, START:], atol=1e-5, rtol=0)
+
+
+# How many processes fit
+
+
+@dataclasses.dataclass
+class World:
+    """A number of processes that nobody has to start."""
+
+    size: int
+
+
+@pytest.fixture
+def world(monkeypatch):
+    process_groups.initialize()
+    world = World(1)
+    monkeypatch.setattr(process_groups.dist, "get_world_size", lambda: world.size)
+    return world
+
+
+def test_without_replicas_the_processes_are_exactly_one_model(world):
+    world.size = 8
+    with pytest.raises(
+        ValueError, match=r"8 processes do not fit .* 2 x .* 2 = 4; .* --nproc-per-node 4"
+    ):
+        process_groups.initialize(2, 2)
+
+
+def test_replicas_are_a_multiple_of_one_model(world):
+    world.size = 6
+    with pytest.raises(
+        ValueError, match=r"6 processes do not fit copies of .* = 4; .* is a multiple of 4"
+    ):
+        process_groups.initialize(2, 2, replicas=True)
+
+
+def test_another_layout_in_the_same_process_is_refused(world):
+    world.size = 2
+    with pytest.raises(ValueError, match="already runs tensor x context parallel 1 x 1"):
+        process_groups.initialize(1, 2, replicas=True)

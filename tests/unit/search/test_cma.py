@@ -1,0 +1,209 @@
+"""CMA-ES with halved start tokens and a polish: deterministic, within its budget, and better."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope.frequencies import named_factors
+from megatron_longrope.search.cma import CmaParameters, CmaSearch, Coordinates, moved_candidate
+from megatron_longrope.search.critical import CriticalSpace, critical_seeds
+from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.search.space import START_TOKENS, SearchSpace
+
+SMALL = CmaParameters(max_evaluations=60, num_samples=4)
+
+
+def published(space: SearchSpace) -> list:
+    return [
+        space.encode(named_factors(name, 2 * space.num_factors, space.scale, 10000.0, 4096))
+        for name in ("pi", "ntk", "yarn")
+    ]
+
+
+def objective(space: SearchSpace, best_start: int = 4, rng_seed: int = 0):
+    """exp of a squared log distance to a smooth detour from YaRN."""
+    d = space.num_factors
+    rng = np.random.default_rng(rng_seed)
+    yarn = np.log(named_factors("yarn", 2 * d, space.scale, 10000.0, 4096))
+    bump = np.exp(-0.5 * ((np.arange(d) - 0.6 * d) / (0.12 * d)) ** 2)
+    target = np.maximum.accumulate(yarn * (1 + 0.15 * bump))
+    weight = rng.uniform(0.5, 2.0, d)
+
+    def score(factors, num_start_tokens) -> float:
+        loss = float(np.mean(weight * (np.log(factors) - target) ** 2))
+        return math.exp(
+            3 + loss + 0.002 * abs(math.log2((1 + num_start_tokens) / (1 + best_start)))
+        )
+
+    return score
+
+
+def run(search, score) -> list[tuple]:
+    told = []
+    while trials := search.trials():
+        for trial in trials:
+            value = score(*search.space.decode(trial.candidate))
+            search.tell([trial.candidate], [value])
+            told.append((trial, value))
+    return told
+
+
+def cost(told, num_samples: int) -> int:
+    return sum(trial.samples or num_samples for trial, _ in told)
+
+
+@pytest.mark.parametrize("num_factors", [16, 64])
+def test_a_quarter_of_the_evaluations_reaches_more_than_the_evolution(num_factors):
+    space = SearchSpace(num_factors, 16.0, start_tokens=(0,))
+    score = objective(space)
+    ours = CmaSearch(space, CmaParameters(), published(space), 0)
+    run(ours, score)
+    theirs = EvolutionSearch(space, EvolutionParameters(), published(space), 0)
+    run(theirs, score)
+    assert theirs.num_evaluations == 1344
+    assert ours.best[1] < theirs.best[1]
+
+
+def test_the_same_seed_gives_the_same_trajectory_and_leaves_numpys_state_alone():
+    space = SearchSpace(16, 8.0)
+    before = np.random.get_state()[1].tolist()
+    first = run(CmaSearch(space, SMALL, published(space), 3), objective(space))
+    assert np.random.get_state()[1].tolist() == before
+    assert first == run(CmaSearch(space, SMALL, published(space), 3), objective(space))
+    assert first != run(CmaSearch(space, SMALL, published(space), 4), objective(space))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    scale=st.floats(1.01, 1024.0),
+    num_factors=st.sampled_from([1, 2, 7, 64]),
+    start_tokens=st.sampled_from([(0,), (0, 4, 64), START_TOKENS]),
+    budget=st.integers(1, 90),
+    lookahead=st.integers(0, 2),
+)
+def test_the_budget_is_kept_and_nothing_is_scored_in_full_twice(
+    scale, num_factors, start_tokens, budget, lookahead
+):
+    space = SearchSpace(num_factors, scale, start_tokens=start_tokens)
+    seeds = [space.encode([scale] * num_factors)]
+    parameters = CmaParameters(max_evaluations=budget, num_samples=4)
+    search = CmaSearch(space, parameters, seeds, 0, lookahead=lookahead)
+    told = run(search, lambda factors, n: math.exp(float(np.var(factors)) / scale**2) + n)
+    whole = [trial.candidate for trial, _ in told if trial.samples is None]
+    assert len(set(whole)) == len(whole)
+    assert cost(told, 4) <= 4 * budget and cost(told, 4) <= search.total_samples(4) + 40
+    for trial, _ in told:
+        space.check(trial.candidate)
+    assert [trial.index for trial, _ in told] == list(range(len(told)))
+
+
+def test_start_tokens_are_found_for_a_fraction_of_what_trying_them_all_costs():
+    space = SearchSpace(16, 8.0, start_tokens=START_TOKENS)
+    search = CmaSearch(space, CmaParameters(max_evaluations=200), published(space), 0)
+    told = run(search, objective(space, best_start=20))
+    halving = [trial for trial, _ in told[3:] if trial.samples is not None][: 14 + 7 + 4]
+    assert [trial.samples for trial in halving] == [1] * 14 + [2] * 7 + [4] * 4
+    # Samples known from an earlier round are not scored again: 14 + 7 + 4 x 2 of 70.
+    assert space.decode(search.best[0])[1] == 20
+
+
+def test_every_candidate_of_the_critical_space_is_canonical():
+    space = CriticalSpace(16, 8.0, critical_dimensions=(5, 6, 7, 8, 9))
+    search = CmaSearch(space, SMALL, list(critical_seeds(space).values()), 0)
+    told = run(search, objective(space, 0))
+    for trial, _ in told:
+        space.check(trial.candidate)
+    decoded = [space.decode(trial.candidate) for trial, _ in told if trial.samples is None]
+    assert len(set(decoded)) == len(decoded)
+    assert search.best[1] < told[0][1]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_the_order_in_which_scores_arrive_changes_nothing(lookahead):
+    space = SearchSpace(16, 8.0)
+    score = objective(space)
+
+    def scored(order):
+        search = CmaSearch(space, SMALL, published(space), 1, lookahead=lookahead)
+        asked = {}
+        while trials := search.trials():
+            trial = order(trials)
+            asked[trial.index] = trial
+            search.tell([trial.candidate], [score(*space.decode(trial.candidate))])
+        return [asked[index] for index in sorted(asked)], search.best
+
+    assert scored(lambda trials: trials[0]) == scored(lambda trials: trials[-1])
+
+
+def test_failures_everywhere_but_in_the_seeds_do_not_end_the_search_early():
+    space = SearchSpace(16, 8.0, start_tokens=(0,))
+    search = CmaSearch(space, SMALL, published(space), 0)
+    seeds = set(published(space))
+    while trials := search.trials():
+        for trial in trials:
+            value = 5.0 if trial.candidate in seeds else math.nan
+            search.tell([trial.candidate], [value])
+    assert search.best[1] == 5.0
+    assert search.num_evaluations >= 50
+
+
+def test_a_search_where_everything_fails_still_ends():
+    space = SearchSpace(16, 8.0)
+    search = CmaSearch(space, SMALL, published(space), 0)
+    run(search, lambda *_: math.nan)
+    assert search.best[1] == math.inf
+
+
+# Coordinates and moves
+
+
+@given(seed=st.integers(0, 100), spread=st.floats(0.0, 3.0))
+def test_coordinates_give_candidates_of_the_space_and_their_origin_is_the_start(seed, spread):
+    space = SearchSpace(64, 32.0)
+    start = published(space)[2]
+    coordinates = Coordinates(space, start)
+    assert 4 <= coordinates.size <= 24
+    assert coordinates.candidate(np.zeros(coordinates.size)) == start
+    point = spread * np.random.default_rng(seed).standard_normal(coordinates.size)
+    space.check(coordinates.candidate(point))
+
+
+@given(gene=st.integers(0, 15), step=st.sampled_from([-0.5, -0.04, 0.04, 0.5]))
+def test_a_move_changes_its_factor_and_drags_only_what_is_in_the_way(gene, step):
+    space = SearchSpace(16, 8.0)
+    start = published(space)[1]
+    moved = moved_candidate(space, start, [(gene, step)])
+    space.check(moved)
+    before, after = np.array(space.decode(start)[0]), np.array(space.decode(moved)[0])
+    expected = min(max(before[gene] * math.exp(step), 1.0), 10.0)
+    assert after[gene] == pytest.approx(expected, abs=0.006)
+    changed = np.flatnonzero(before != after)
+    if len(changed):
+        assert (changed >= gene).all() if step > 0 else (changed <= gene).all()
+
+
+def test_opposite_moves_meet_in_the_middle():
+    space = SearchSpace(4, 8.0)
+    start = space.encode([1.0, 2.0, 2.0, 4.0])
+    moved = moved_candidate(space, start, [(1, 0.2), (2, -0.2)])
+    assert space.decode(moved)[0] == (1.0, 2.0, 2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_evaluations": 0}, "max_evaluations is 0"),
+        ({"population_size": 3}, "population_size is 3"),
+        ({"initial_deviation": 0.0}, "initial_deviation is 0.0"),
+        ({"initial_deviation": math.inf}, "initial_deviation is inf"),
+        ({"polish_share": 1.0}, "polish_share is 1.0"),
+        ({"polish_step": -1.0}, "polish_step is -1.0"),
+        ({"num_samples": 0}, "num_samples is 0"),
+    ],
+)
+def test_a_bad_parameter_is_named_with_its_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CmaParameters(**fields)

@@ -1,0 +1,358 @@
+"""LongRoPE2's space: the theory's numbers, NTK below, and one candidate for every factor vector."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_longrope.search.critical import (
+    CriticalSpace,
+    critical_choices,
+    critical_dimension,
+    critical_seeds,
+)
+from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.search.operators import crossover, mutate, random_candidate, unique
+from megatron_longrope.search.space import Candidate
+
+QUICK = settings(max_examples=50, deadline=None)
+LLAMA3 = CriticalSpace(64, 16.0, critical_dimensions=tuple(range(24, 36)))
+
+
+@st.composite
+def spaces(draw) -> CriticalSpace:
+    num_factors = draw(st.integers(1, 64))
+    dimensions = draw(st.sets(st.integers(0, num_factors - 1), min_size=1, max_size=12))
+    return CriticalSpace(
+        num_factors,
+        draw(st.floats(1.01, 1024.0)),
+        critical_dimensions=tuple(sorted(dimensions)),
+    )
+
+
+seeds = st.integers(0, 2**32)
+
+
+# Theory
+
+
+@pytest.mark.parametrize(
+    ("rotary_dim", "rotary_base", "window", "one_period", "ten_periods"),
+    [
+        pytest.param(96, 1e4, 2048, 31, 19, id="Phi3-mini"),
+        pytest.param(128, 5e5, 8192, 35, 24, id="LLaMA3-8B"),
+        pytest.param(128, 1e4, 4096, 46, 30, id="LLaMA2-7B"),
+    ],
+)
+def test_the_critical_dimensions_are_the_papers(
+    rotary_dim, rotary_base, window, one_period, ten_periods
+):
+    assert critical_dimension(rotary_dim, rotary_base, window) == one_period
+    assert critical_dimension(rotary_dim, rotary_base, window, periods=10) == ten_periods
+    choices = critical_choices(rotary_dim, rotary_base, window)
+    assert choices == tuple(range(ten_periods, one_period + 1))
+
+
+@QUICK
+@given(
+    half=st.integers(2, 128),
+    rotary_base=st.floats(500, 1e7),
+    window=st.integers(64, 32768),
+    periods=st.sampled_from([1, 10]),
+)
+def test_the_critical_dimension_is_the_first_that_misses_its_periods(
+    half, rotary_base, window, periods
+):
+    def count(i: int) -> float:
+        return window / (2 * math.pi * rotary_base ** (i / half))
+
+    if count(half - 1) >= periods:
+        with pytest.raises(ValueError, match="search the full space"):
+            critical_dimension(2 * half, rotary_base, window, periods)
+        return
+    found = critical_dimension(2 * half, rotary_base, window, periods)
+    assert count(found) < periods * (1 + 1e-9)
+    assert found == 0 or count(found - 1) > periods * (1 - 1e-9)
+
+
+# Factors
+
+
+def test_ntk_below_the_critical_dimension_is_the_released_codes():
+    space = CriticalSpace(64, 16.0, critical_dimensions=(33,))
+    factors, start_tokens = space.decode(space.encode((21.81,) * 64))
+    assert start_tokens == 0 and factors[33:] == (21.81,) * 31
+    ext = 21.81 ** (64 / 33)
+    assert ext == pytest.approx(394.62, abs=0.005)
+    assert factors[:33] == pytest.approx([ext ** (i / 64) for i in range(33)], abs=1e-9)
+    assert next(i for i, value in enumerate(factors) if value > 16) == 30
+    assert factors[30] == pytest.approx(16.48, abs=0.005)
+
+
+def test_genes_run_from_the_extension_ratio_to_twice_it():
+    space = CriticalSpace(4, 4.0, critical_dimensions=(2,))
+    assert (space.lower, space.upper, space.min_step, space.max_step) == (4.0, 8.0, 300, 700)
+    lowest = space.encode((1.0,) * 4)
+    assert lowest == Candidate((300,) * 4) and space.decode(lowest)[0] == (1.0, 2.0, 4.0, 4.0)
+    assert space.decode(space.encode((99.0,) * 4))[0][2:] == (8.0, 8.0)
+
+
+def test_an_extension_ratio_off_the_grid_is_rounded_up():
+    space = CriticalSpace(2, 4.001, critical_dimensions=(1,))
+    assert space.decode(space.encode((1.0, 1.0)))[0] == (1.0, 4.01)
+
+
+def test_without_dimensions_below_it_every_factor_is_a_gene():
+    space = CriticalSpace(2, 2.0, critical_dimensions=(0,))
+    assert space.decode(space.encode((2.5, 3.5)))[0] == (2.5, 3.5)
+
+
+@QUICK
+@given(space=spaces(), seed=seeds, prob=st.sampled_from([0.05, 0.3, 1.0]))
+def test_every_operator_yields_canonical_candidates_that_a_configuration_accepts(space, seed, prob):
+    rng = np.random.default_rng(seed)
+    a, b = random_candidate(space, rng), random_candidate(space, rng)
+    for candidate in (a, b, mutate(a, space, rng, prob), crossover(a, b, space, rng)):
+        space.check(candidate)
+        assert all(type(value) is int for value in candidate.steps)
+        assert type(candidate.start_index) is int
+        factors, start_tokens = space.decode(candidate)
+        assert start_tokens == 0 and all(type(value) is float for value in factors)
+        assert list(factors) == sorted(factors) and factors[0] >= 1.0
+        first = space.critical_dimensions[candidate.start_index]
+        assert factors[first] >= space.scale - 1e-7 and factors[-1] <= 2 * space.scale
+        on_grid = np.array(factors[first:-1]) * 100
+        assert np.allclose(on_grid, np.round(on_grid), atol=1e-6)
+
+
+@QUICK
+@given(space=spaces(), seed=seeds)
+def test_the_same_generator_state_gives_the_same_child(space, seed):
+    def children() -> list[Candidate]:
+        rng = np.random.default_rng(seed)
+        a, b = random_candidate(space, rng), random_candidate(space, rng)
+        return [mutate(a, space, rng), crossover(a, b, space, rng)]
+
+    assert children() == children()
+
+
+@QUICK
+@given(space=spaces(), seed=seeds)
+def test_decoding_and_encoding_returns_the_same_candidate(space, seed):
+    candidate = random_candidate(space, np.random.default_rng(seed))
+    assert space.encode(*space.decode(candidate)) == candidate
+    assert candidate in space.choices(candidate)
+    genes = space.genes(candidate)
+    values = [space.decode(candidate)[0][gene] for gene in genes]
+    assert space.with_factors(candidate, genes, values) == candidate
+
+
+@QUICK
+@given(space=spaces(), data=st.data())
+def test_encode_always_lands_inside_the_space(space, data):
+    values = st.lists(st.floats(-5, 3000), min_size=space.num_factors, max_size=space.num_factors)
+    factors = data.draw(values)
+    candidate = space.encode(factors)
+    space.check(candidate)
+    for other in space.choices(candidate):
+        space.check(other)
+    for dimension in space.critical_dimensions:
+        given_one = space.encode(factors, critical_dimension=dimension)
+        space.check(given_one)
+        assert log_distance(space, candidate, factors) <= log_distance(space, given_one, factors)
+
+
+def log_distance(space, candidate, factors) -> float:
+    logs = [math.log(max(value, 1.0)) for value in factors]
+    return math.dist(logs, [math.log(value) for value in space.decode(candidate)[0]])
+
+
+def test_encode_finds_the_critical_dimension_of_a_curve():
+    for index, dimension in enumerate(LLAMA3.critical_dimensions):
+        curve = [20.0 ** min(i / dimension, 1.0) for i in range(64)]
+        assert LLAMA3.encode(curve).start_index == index
+
+
+# One candidate for every factor vector
+
+
+def test_steps_below_the_critical_dimension_do_not_tell_candidates_apart():
+    space = CriticalSpace(4, 4.0, critical_dimensions=(1, 2))
+    canonical = space.canonical(Candidate((17, 350, 400, 500), 1))
+    assert canonical == Candidate((300, 300, 400, 500), 1)
+    space.check(canonical)
+    with pytest.raises(ValueError, match="same factors"):
+        space.check(Candidate((300, 350, 400, 500), 1))
+
+
+def test_two_critical_dimensions_on_one_ntk_curve_are_one_candidate():
+    # 2 ** i from dimension 3 and from dimension 4: 1, 2, 4, 8, 16.
+    space = CriticalSpace(5, 8.0, critical_dimensions=(3, 4))
+    low, high = Candidate((700, 700, 700, 700, 1500), 0), Candidate((700, 700, 700, 700, 1500), 1)
+    assert space.decode(low) == space.decode(high) == ((1.0, 2.0, 4.0, 8.0, 16.0), 0)
+    assert space.canonical(low) == space.canonical(high) == high
+
+
+@pytest.mark.parametrize("dimensions", [(0,), (1,), (0, 1, 2), (2,)])
+def test_enumerate_yields_every_factor_vector_once(dimensions):
+    space = CriticalSpace(3, 2.0, upper=2.05, critical_dimensions=dimensions)
+    everything = list(space.enumerate())
+    assert len({space.decode(item) for item in everything}) == len(everything) == space.size
+    for candidate in everything:
+        space.check(candidate)
+
+
+def test_coinciding_candidates_are_enumerated_once():
+    space = CriticalSpace(3, 2.0, step=1.0, critical_dimensions=(1, 2))  # 2, 3, 4
+    everything = list(space.enumerate())
+    # (1, 2, 4) arises from dimension 1 and from dimension 2.
+    assert len({space.decode(item) for item in everything}) == len(everything) == space.size - 1
+
+
+def test_unique_finds_every_candidate_of_a_tiny_space_and_then_says_none():
+    space = CriticalSpace(3, 2.0, step=1.0, critical_dimensions=(0, 1, 2))
+    rng = np.random.default_rng(8)
+    total = len(list(space.enumerate()))
+    start, seen = space.encode((2.0,) * 3), set()
+    for _ in range(total):
+        child = unique(start, space, rng, seen)
+        assert child is not None and child not in seen
+        seen.add(child)
+    assert len({space.decode(item) for item in seen}) == total
+    assert unique(start, space, rng, seen) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(scale=st.floats(1.01, 1024.0), seed=seeds, at_bound=st.booleans())
+def test_unique_escapes_degenerate_parents_at_any_scale(scale, seed, at_bound):
+    """The released code hangs where seeds exceed the bound."""
+    space = CriticalSpace(64, scale, critical_dimensions=(33,))
+    rng = np.random.default_rng(seed)
+    parent = space.encode((2 * scale if at_bound else 1.0,) * 64)
+    seen = {parent}
+    for _ in range(30):
+        child = unique(parent, space, rng, seen)
+        assert child is not None and child not in seen
+        space.check(child)
+        seen.add(child)
+
+
+@settings(max_examples=10, deadline=None)
+@given(scale=st.floats(1.01, 1024.0), rng_seed=st.integers(0, 1000))
+def test_a_search_evaluates_no_factors_twice_and_reproduces_itself(scale, rng_seed):
+    parameters = EvolutionParameters(24, 8, 8, max_iterations=5, num_parents=8)
+    space = CriticalSpace(16, scale, critical_dimensions=(3, 4, 5, 6, 7))
+
+    def run() -> list:
+        search = EvolutionSearch(space, parameters, list(critical_seeds(space).values()), rng_seed)
+        told = []
+        while not search.done:
+            candidates = search.ask()
+            decoded = [space.decode(item) for item in candidates]
+            search.tell(candidates, [abs(math.log(item[0][5] / scale)) + 1 for item in decoded])
+            told += decoded
+        return told
+
+    told = run()
+    assert len(told) == len(set(told)) == 24 + 5 * 16
+    assert run() == told
+
+
+# Operators
+
+
+def test_mutation_draws_only_genes_and_leaves_the_rest_at_the_lowest_step():
+    space = CriticalSpace(4, 4.0, critical_dimensions=(2,))
+    rng = np.random.default_rng(0)
+    parent = Candidate((300, 300, 320, 330))
+    children = [mutate(parent, space, rng, 1.0).steps for _ in range(2000)]
+    assert {steps[:2] for steps in children} == {(300, 300)}
+    assert {steps[2] for steps in children} == set(range(300, 331))
+    assert max(steps[3] for steps in children) > 690
+
+
+def test_the_critical_dimension_changes_with_probability_p_to_every_other_choice():
+    rng = np.random.default_rng(2)
+    parent = LLAMA3.encode((20.0,) * 64, critical_dimension=30)
+    seen = [mutate(parent, LLAMA3, rng, 0.3).start_index for _ in range(2000)]
+    assert set(seen) == set(range(12))
+    assert 0.64 < np.mean(np.array(seen) == parent.start_index) < 0.76
+
+
+def test_in_a_crossover_only_genes_push_later_genes_up():
+    space = CriticalSpace(3, 2.0, critical_dimensions=(0, 2))
+    rng = np.random.default_rng(3)
+    a, b = Candidate((290, 290, 290), 0), Candidate((100, 100, 110), 1)
+    children = [crossover(a, b, space, rng) for _ in range(200)]
+    short = {child.steps for child in children if child.start_index == 1}
+    assert short == {(100, 100, 110), (100, 100, 290)}
+
+
+# Seeds
+
+
+def test_every_critical_dimension_has_a_seed_of_constant_factors():
+    seeds = critical_seeds(LLAMA3)
+    assert len(seeds) == 12 and len(set(seeds.values())) == 12
+    assert {item.start_index for item in seeds.values()} == set(range(12))
+    factors = LLAMA3.decode(seeds["cd26x1.25"])[0]
+    assert factors[26:] == (20.0,) * 38
+    for candidate in seeds.values():
+        LLAMA3.check(candidate)
+
+
+def test_a_given_critical_dimension_has_the_released_codes_eight_seeds():
+    space = CriticalSpace(64, 32.0, critical_dimensions=(33,))
+    tops = [space.decode(item)[0][-1] for item in critical_seeds(space).values()]
+    assert tops == [32.0, 36.0, 40.0, 44.0, 48.0, 52.0, 56.0, 60.0]
+
+
+def test_seeds_stay_within_a_lower_bound():
+    space = CriticalSpace(8, 4.0, upper=5.0, critical_dimensions=(5,))
+    tops = [space.decode(item)[0][-1] for item in critical_seeds(space).values()]
+    assert tops == [4.0, 4.5, 5.0]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"critical_dimensions": ()}, "critical_dimensions is empty"),
+        ({"critical_dimensions": (4,)}, r"critical_dimensions\[0\] is 4; it must be below"),
+        ({"critical_dimensions": (-1,)}, r"critical_dimensions\[0\] is -1"),
+        ({"critical_dimensions": (1.5,)}, r"critical_dimensions\[0\] is 1.5"),
+        ({"critical_dimensions": (2, 2)}, "must ascend"),
+        ({"start_tokens": (0, 4)}, "has none"),
+        ({"upper": 1.5}, r"upper is 1.5, below 2.0, the smallest factor"),
+        ({"scale": 1}, "scale is 1"),
+        ({"scale": math.nan}, "scale is nan"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CriticalSpace(**{"num_factors": 4, "scale": 2, "critical_dimensions": (2,), **fields})
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        Candidate((100, 100)),
+        Candidate((100, 100, 99)),
+        Candidate((100, 100, 301)),
+        Candidate((100, 120, 110)),
+        Candidate((100, 100, 100), 1),
+        Candidate((0, 0, 100)),
+    ],
+)
+def test_check_refuses_a_candidate_from_elsewhere(candidate):
+    with pytest.raises(ValueError):
+        CriticalSpace(3, 2, critical_dimensions=(2,)).check(candidate)
+
+
+def test_encode_refuses_a_dimension_that_is_no_choice():
+    with pytest.raises(ValueError, match="critical_dimension 7 is not one of"):
+        LLAMA3.encode((16.0,) * 64, critical_dimension=7)

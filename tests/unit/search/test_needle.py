@@ -1,0 +1,263 @@
+"""Needle samples are exactly as long as asked for, and exactly their answers are scored."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_corpus import make_text
+
+from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_longrope.search.needle import needle_samples
+
+BOS = 1
+
+
+class CharacterTokenizer:
+    """One token per character, except that BOS is 1."""
+
+    path, sha256, vocab_size, bos_id, eos_id = "", "", 128, BOS, None
+
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class MergingTokenizer(CharacterTokenizer):
+    """Merges the last two characters, so that a longer text changes earlier tokens."""
+
+    def encode(self, text):
+        return [*super().encode(text[:-2]), 1000 + ord(text[-1])]
+
+
+class SpaceTokenizer(CharacterTokenizer):
+    """Joins the space before a digit to it, as byte-level BPE may do."""
+
+    def encode(self, text):
+        ids = []
+        for character in text:
+            if ids and ids[-1] == ord(" ") and character.isdigit():
+                ids[-1] = 1000 + ord(character)
+            else:
+                ids.append(ord(character))
+        return ids
+
+    def decode(self, ids):
+        return "".join(chr(k) if k < 1000 else " " + chr(k - 1000) for k in ids)
+
+
+class ForgetfulTokenizer(CharacterTokenizer):
+    """Has one token for all digits."""
+
+    def encode(self, text):
+        return [ord("0") if character.isdigit() else ord(character) for character in text]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
+    train_sentencepiece((make_text(seed, 100) for seed in range(20)), path, 340)
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    return [np.array(tokenizer.encode(make_text(seed, 4000))) for seed in range(3)]
+
+
+def characters(text) -> np.ndarray:
+    return np.array([ord(character) for character in text])
+
+
+def check_samples(samples, tokenizer, length):
+    """What every sample promises."""
+    k = len(samples.numbers)
+    assert samples.tokens.shape == (k, length) and samples.tokens.dtype == torch.int64
+    assert samples.scored.shape == (k, length - 1) and samples.scored.dtype == torch.bool
+    assert len(set(samples.numbers)) == k
+    for row in range(k):
+        ids, number = samples.tokens[row], str(samples.numbers[row])
+        assert len(number) == 7 and ids[0] == BOS and (ids[1:] != BOS).all()
+        text = tokenizer.decode(ids[1:].tolist())
+        assert text.count(number) == 2 and text.endswith(f" {number}")
+        assert text.count(f"\nThe registration number of the lighthouse is {number}.\n") == 1
+        # Exactly the answer is scored: the targets in question are the last tokens, the number.
+        targets = ids[1:][samples.scored[row]]
+        assert tokenizer.decode(targets.tolist()).strip() == number
+        answer = len(targets)
+        assert samples.scored[row, -answer:].all() and not samples.scored[row, :-answer].any()
+        needle = tokenizer.decode(ids[samples.positions[row] :].tolist())
+        assert needle.startswith("\nThe registration number of the lighthouse is")
+
+
+def test_every_sample_has_the_length_the_needle_and_a_scored_answer(tokenizer, documents):
+    @settings(max_examples=40, deadline=None)
+    @given(
+        length=st.integers(400, 2000),
+        depths=st.lists(st.floats(0, 1), min_size=1, max_size=5),
+        seed=st.integers(0, 2**32),
+    )
+    def check(length, depths, seed):
+        samples = needle_samples(documents, tokenizer, length, bos_id=BOS, depths=depths, seed=seed)
+        check_samples(samples, tokenizer, length)
+        count = max(len(depths), len(documents))
+        assert samples.depths == tuple(depths[row % len(depths)] for row in range(count))
+
+    check()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    text=st.text(st.sampled_from("ab .!\n"), min_size=1500, max_size=1500),
+    length=st.integers(500, 1800),
+    depth=st.floats(0, 1),
+)
+def test_any_text_holds_the_needle_within_64_tokens_of_its_depth(text, length, depth):
+    tokenizer = CharacterTokenizer()
+    samples = needle_samples([characters(text)], tokenizer, length, bos_id=BOS, depths=[depth])
+    check_samples(samples, tokenizer, length)
+    low, high = (
+        needle_samples([characters(text)], tokenizer, length, bos_id=BOS, depths=[end]).positions[0]
+        for end in (0, 1)
+    )
+    exact = low + depth * (high - low)
+    assert low <= samples.positions[0] <= high and abs(samples.positions[0] - exact) <= 65
+
+
+def test_the_document_stands_around_the_needle_unchanged(tokenizer, documents):
+    samples = needle_samples(documents[:1], tokenizer, 900, bos_id=BOS, depths=[0.5])
+    start = samples.positions[0]
+    number = samples.numbers[0]
+    needle = tokenizer.encode(f"\nThe registration number of the lighthouse is {number}.\n")
+    ids = samples.tokens[0].tolist()
+    assert ids[start : start + len(needle)] == needle
+    rest = ids[:start] + ids[start + len(needle) :]
+    document = documents[0].tolist()
+    first = next(i for i in range(len(rest)) if rest[i : i + 50] == document[:50])
+    same = next(i for i, token in enumerate(document) if rest[first + i] != token)
+    # Only the instruction, the question and the answer are not the document's.
+    assert first + same > start and len(rest) - first - same < 200
+
+
+def test_by_default_the_depths_run_from_the_start_to_the_end(tokenizer, documents):
+    samples = needle_samples(documents, tokenizer, 1500, bos_id=BOS)
+    assert samples.depths == (0.0, 0.5, 1.0)
+    assert list(samples.positions) == sorted(samples.positions)
+    text = tokenizer.decode(samples.tokens[0, 1 : samples.positions[0]].tolist())
+    assert text.endswith("asked for after the last line.\n")  # nothing of the document yet
+    assert needle_samples(documents[:1], tokenizer, 1500, bos_id=BOS).depths == (0.0,)
+
+
+def test_more_depths_than_documents_use_each_document_again(tokenizer, documents):
+    depths = (0, 0.25, 0.5, 0.75)
+    samples = needle_samples(documents[:2], tokenizer, 900, bos_id=BOS, depths=depths)
+    assert samples.tokens.shape[0] == 4 and samples.depths == depths
+
+
+def placed(text: str, depth: float) -> str:
+    """The 20 characters before the needle."""
+    tokenizer = CharacterTokenizer()
+    length = needle_length(text)
+    samples = needle_samples([characters(text)], tokenizer, length, bos_id=BOS, depths=[depth])
+    at = samples.positions[0]
+    return tokenizer.decode(samples.tokens[0, at - 20 : at].tolist())
+
+
+def needle_length(text: str) -> int:
+    """Length of a sample that holds all of the text."""
+    for length in range(len(text), len(text) + 1000):
+        try:
+            needle_samples([characters(text)], CharacterTokenizer(), length + 1, bos_id=BOS)
+        except ValueError as error:
+            if f"has {len(text)} tokens" in str(error):
+                return length
+    raise AssertionError
+
+
+def test_a_needle_stands_at_the_nearest_end_of_a_line():
+    text = "word " * 20 + "end\n" + "word. " * 20 + "\n" + "word. " * 30
+    assert placed(text, 100 / len(text)).endswith("end\n")
+
+
+def test_a_needle_stands_at_the_end_of_a_sentence_where_no_line_ends():
+    assert placed("word " * 40 + "stop. " + "3.5 words " * 40, 210 / 606).endswith("stop.")
+
+
+def test_a_needle_stands_at_its_exact_depth_where_nothing_ends():
+    before = placed("abcdefghij" * 40, 0.5)
+    assert before == "abcdefghij" * 2
+
+
+def test_the_same_seed_gives_the_same_samples(tokenizer, documents):
+    a, b, c = (
+        needle_samples(documents, tokenizer, 700, bos_id=BOS, seed=seed) for seed in (3, 3, 4)
+    )
+    assert a.tokens.equal(b.tokens) and a.numbers == b.numbers != c.numbers
+
+
+def test_the_description_is_plain_json_without_tensors(tokenizer, documents):
+    samples = needle_samples(documents, tokenizer, 700, bos_id=BOS)
+    text = json.loads(json.dumps(samples.describe()))
+    assert text["numbers"] == list(samples.numbers) and "{number}" in text["needle"]
+
+
+def test_a_space_that_belongs_to_the_first_digit_is_scored_with_it():
+    samples = needle_samples([characters("a b\n" * 200)], SpaceTokenizer(), 700, bos_id=BOS)
+    assert samples.scored.sum() == 7
+    samples = needle_samples([characters("a b\n" * 200)], CharacterTokenizer(), 700, bos_id=BOS)
+    assert samples.scored.sum() == 7  # here the space stands alone and is not scored
+
+
+def test_a_document_that_is_too_short_is_named_with_its_tokens(tokenizer, documents):
+    short = [documents[0], documents[1][:500]]
+    with pytest.raises(ValueError, match=r"document 1 has 500 tokens; .* of 2000 tokens needs 1"):
+        needle_samples(short, tokenizer, 2000, bos_id=BOS)
+
+
+def test_a_length_below_the_bare_prompt_is_refused(tokenizer, documents):
+    with pytest.raises(ValueError, match=r"length 50 is too short .* give at least"):
+        needle_samples(documents, tokenizer, 50, bos_id=BOS)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="document 0 holds token 5000, the tokenizer has 340"):
+        needle_samples([np.full(900, 5000)], tokenizer, 900, bos_id=BOS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (MergingTokenizer, "merges the end of the question"),
+        (ForgetfulTokenizer, "keeps digits"),
+    ],
+)
+def test_a_tokenizer_that_cannot_hold_question_and_answer_is_refused(kind, message):
+    with pytest.raises(ValueError, match=message):
+        needle_samples([characters("a b\n" * 300)], kind(), 900, bos_id=BOS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"documents": []}, "documents is empty"),
+        ({"depths": []}, "depths is empty"),
+        ({"depths": [0.5, 1.5]}, r"depths\[1\] is 1.5"),
+        ({"depths": [float("nan")]}, r"depths\[0\] is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"length": 0}, "length is 0"),
+    ],
+)
+def test_a_bad_argument_is_named_with_its_value(arguments, message):
+    values = {"documents": [characters("a b\n" * 300)], "length": 900, **arguments}
+    with pytest.raises(ValueError, match=message):
+        needle_samples(
+            values.pop("documents"),
+            CharacterTokenizer(),
+            values.pop("length"),
+            bos_id=BOS,
+            **values,
+        )

@@ -1,0 +1,126 @@
+"""Figures of a search hold what its journal says, and leave out what it does not."""
+
+import csv
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_longrope.config import identity_config
+from megatron_longrope.evaluation.traces import SearchTrace, start_token_curve
+from megatron_longrope.search.pictures import draw_search_figures
+from megatron_longrope.search.problem import make_problem
+
+PROBLEM = make_problem(identity_config(10000.0, 16, 256), 2048)
+PI, NTK, YARN = (PROBLEM.factor_set(item).rescale_factors for item in PROBLEM.seeds.values())
+OTHER = (1.0, 1.1, 1.5, 2.5, 4.5, 8.0, 8.0, 9.0)
+
+
+def record(index, score, factors=OTHER, start_tokens=0, nlls=None, stopped=None):
+    nlls = ((math.log(score),) * 5 if math.isfinite(score) else ()) if nlls is None else nlls
+    return SimpleNamespace(
+        index=index,
+        rescale_factors=factors,
+        num_start_tokens=start_tokens,
+        score=score,
+        sample_nlls=tuple(nlls),
+        seconds=1.0,
+        stopped=stopped,
+        error=None,
+    )
+
+
+def draw(records, directory, **options):
+    winner = PROBLEM.space.encode(OTHER)
+    return draw_search_figures(records, PROBLEM, winner, directory, name="eight", **options)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+SEEDED = [
+    record(0, 61.0, PI),
+    record(1, 71.0, NTK),
+    record(2, 43.0, YARN),
+    record(3, 38.0, (*OTHER[:-1], 9.5), nlls=(3.6, 3.6), stopped="exact"),
+    record(4, math.inf, (*OTHER[:-1], 9.6)),
+    record(5, 39.0),
+]
+
+
+def test_every_figure_is_a_png_with_its_data(tmp_path):
+    records = [*SEEDED, record(6, 38.5, start_tokens=4)]
+    paths = draw(records, tmp_path / "figures")
+    stems = ("search_progress", "rescale_factors", "start_tokens")
+    assert [path.name for path in paths] == [
+        f"eight_{stem}.{kind}" for stem in stems for kind in ("png", "csv")
+    ]
+    assert set(paths) == set((tmp_path / "figures").iterdir())
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[::2])
+
+
+def test_progress_follows_the_order_of_asking_and_counts_complete_candidates_only(tmp_path):
+    data = rows(draw(SEEDED[::-1], tmp_path)[1])
+    assert [row["best_score"] for row in data] == ["61.0", "61.0", "43.0", "43.0", "43.0", "39.0"]
+    assert [row["stopped"] for row in data] == ["", "", "", "exact", "", ""]
+    assert [row["sample_forwards"] for row in data] == ["5", "10", "15", "17", "17", "22"]
+    assert data[4]["score"] == ""
+
+
+def test_factors_stand_against_the_published_methods(tmp_path):
+    data = rows(draw(SEEDED, tmp_path)[3])
+    ours = [float(row["rescale_factor"]) for row in data if row["method"] == "longrope"]
+    assert ours == list(OTHER)
+    assert {row["method"] for row in data} == {"pi", "ntk", "yarn", "longrope"}
+
+
+def test_one_number_of_start_tokens_is_no_curve(tmp_path):
+    assert not [path for path in draw(SEEDED, tmp_path) if "start_tokens" in path.name]
+
+
+def test_without_a_complete_candidate_progress_is_not_drawn(tmp_path):
+    paths = draw([record(0, math.inf), record(1, 5.0, stopped="budget")], tmp_path)
+    assert [path.name for path in paths] == [
+        "eight_rescale_factors.png",
+        "eight_rescale_factors.csv",
+    ]
+
+
+def test_seeds_come_from_the_records_unless_given():
+    names = {PI: "pi", NTK: "ntk", YARN: "yarn"}
+    records = [*SEEDED, record(6, 60.0, PI, start_tokens=4), record(7, 1.0, NTK, stopped="budget")]
+    assert SearchTrace("x", records, names).seeds == {"pi": 61.0, "ntk": 71.0, "yarn": 43.0}
+    given = SearchTrace("x", records, names, {"pi": 3.0, "none": math.inf})
+    assert given.seeds == {"pi": 3.0}
+
+
+def test_the_curve_compares_on_the_samples_that_all_share():
+    records = [
+        record(0, 1.0, PI, 0, (3.0, 3.2, 9.0, 9.0)),
+        record(1, 1.0, PI, 4, (2.8, 3.0), "budget"),
+        record(2, 1.0, PI, 16, (3.1, 3.3, 9.0), "paired"),
+        record(3, math.inf, PI, 64, ()),  # failed: no point, and no reason to drop the others
+    ]
+    curve = start_token_curve(SearchTrace("x", records, {PI: "pi"}))
+    assert (curve.factors, curve.whose, curve.num_samples) == (PI, "pi", 2)
+    assert curve.points == pytest.approx({0: math.exp(3.1), 4: math.exp(2.9), 16: math.exp(3.2)})
+
+
+def test_the_curve_takes_the_factors_with_the_most_start_token_choices():
+    few = [record(n, 9.0, PI, n) for n in (0, 1)]
+    many = [record(10 + n, 10.0, OTHER, n, (2.3,)) for n in (0, 4, 8)]
+    assert start_token_curve(SearchTrace("x", [*few, *many])).factors == OTHER
+    assert start_token_curve(SearchTrace("x", few)).whose == "best"
+
+
+def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
+    records = [
+        record(0, 9.0, PI, 0, (2.0,), "budget"),
+        record(1, 9.0, PI, 4, (2.1, 2.2, 2.3)),
+        record(2, 9.0, PI, 0, (2.0, 2.1, 2.2)),
+    ]
+    trace = SearchTrace("x", records)
+    assert start_token_curve(trace).num_samples == 3
+    assert trace.sample_forwards == [1, 4, 6]

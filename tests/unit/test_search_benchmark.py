@@ -1,0 +1,150 @@
+"""The search benchmark at a tiny size: its result, its resumption, and what its curves tell."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from search_curves import Trace, draw_curves, forwards_to_reach, summarise, value_at
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def write_documents(prefix, seed):
+    """Four documents of made-up tokens, as `longrope data prepare` would leave them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from megatron_longrope.data.documents import _MANIFEST_KEYS
+    from megatron_longrope.data.prepare import MANIFEST_SCHEMA
+
+    prefix.parent.mkdir(exist_ok=True)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(4):
+        builder.add_item(torch.randint(2, 250, (520,), generator=generator))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    manifest = dict.fromkeys(_MANIFEST_KEYS) | {"schema": MANIFEST_SCHEMA, "mode": "whole"}
+    manifest |= {"bos_id": 1, "token_sha256": f"{seed}", "min_length": 520, "max_length": 520}
+    Path(f"{prefix}.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def model(untied_gqa, tmp_path):
+    """A directory as the quickstart leaves it, with a model that has learned nothing."""
+    shutil.copytree(untied_gqa.path, tmp_path / "model/checkpoints/base")
+    for seed, name in enumerate(("search", "heldout")):
+        write_documents(tmp_path / "model/data" / name, seed)
+    return tmp_path / "model"
+
+
+def run(*options, ok=True):
+    command = [sys.executable, str(BENCHMARKS / "search.py"), "--quick", *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (done.returncode == 0) == ok, done.stderr[-3000:]
+    return done
+
+
+def result_of(*options):
+    return json.loads(run(*options).stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_the_search_benchmark_ends_with_its_result_however_it_is_split(model, tmp_path):
+    before = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
+    small = ("--model", model, "--budget", 48, "--arms", "released,evolution")
+    result = result_of(*small, "--output", tmp_path / "whole")
+    assert result["benchmark"] == "search"
+    assert result["ratio"] is None or 0 < result["ratio"] <= 1
+    released, evolution = result["rows"]
+    assert (released["arm"], released["forwards"], released["evaluations"]) == (
+        "released",
+        [48],
+        [24],
+    )
+    assert released["ratio_search"] <= 1 and released["ratio_held_out"] <= 1
+    assert evolution["forwards"] == [48]
+    assert result["orientation"].keys() == {"pi", "ntk", "yarn", "released_seed"}
+
+    # Half of the budget first, then one arm after the other, then all of it: the same result.
+    split = ("--output", tmp_path / "split")
+    run(*small[:2], "--budget", 24, "--arms", "released", *split)
+    run(*small[:4], "--arms", "evolution", *split)
+    again = result_of(*small, *split)
+    assert again["rows"] == result["rows"]
+    for name in ("released-0.jsonl", "evolution-0.jsonl"):
+        runs = [tmp_path / way / "runs" / name for way in ("whole", "split")]
+        scores = [
+            [json.loads(line).get("score") for line in path.read_text().splitlines()]
+            for path in runs
+        ]
+        assert scores[0] == scores[1] and len(scores[0]) == 1 + 24
+    assert {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")} == before
+
+
+@pytest.mark.slow
+def test_a_quick_run_without_a_model_says_what_it_needs():
+    assert "--quick needs --model DIR" in run(ok=False).stderr
+
+
+def trace(arm, seed, *held_out, search=((5, 30.0),)):
+    return Trace(arm, seed, list(search), list(held_out), forwards=held_out[-1][0])
+
+
+def test_a_target_that_is_touched_and_left_again_is_not_reached_yet():
+    curve = [(5, 30.0), (10, 20.0), (20, 25.0), (40, 19.0), (80, 18.0)]
+    assert forwards_to_reach(curve, 20.0) == 40
+    assert forwards_to_reach(curve, 25.0) == 10
+    assert forwards_to_reach(curve, 30.0) == 5
+    assert forwards_to_reach(curve, 17.0) == math.inf
+
+
+def test_a_curve_holds_its_value_until_the_next_point():
+    curve = [(5, 30.0), (10, 20.0)]
+    assert [value_at(curve, n) for n in (4, 5, 9, 10, 99)] == [None, 30.0, 30.0, 20.0, 20.0]
+
+
+def test_the_ratio_is_the_best_arms_median_over_what_the_released_operators_spent():
+    traces = [
+        trace("released", 0, (5, 30.0), (100, 20.0)),
+        trace("released", 1, (5, 30.0), (100, 22.0)),
+        trace("released", 2, (5, 30.0), (100, 26.0)),
+        trace("ours", 0, (5, 30.0), (10, 21.0)),
+        trace("ours", 1, (5, 30.0), (20, 21.0)),
+        trace("ours", 2, (5, 30.0), (40, 29.0)),
+        trace("worse", 0, (5, 30.0), (60, 21.0)),
+    ]
+    summary = summarise(traces, "released")
+    assert summary["target_held_out_perplexity"] == 22.0
+    assert summary["baseline_forwards"] == 100
+    assert summary["ratio"] == 0.2
+    rows = {row["arm"]: row for row in summary["rows"]}
+    assert rows["ours"]["forwards_to_reach_held_out_by_seed"] == [10, 20, None]
+    assert rows["worse"]["ratio_held_out"] == 0.6
+
+
+def test_nothing_reached_and_nothing_to_reach_have_no_ratio():
+    released = trace("released", 0, (5, 30.0), (100, 20.0))
+    ours = trace("ours", 0, (5, 30.0), (100, 21.0))
+    assert summarise([released, ours], "released")["ratio"] is None
+    assert summarise([ours], "released")["ratio"] is None
+
+
+def test_the_figure_comes_with_the_points_behind_it():
+    traces = [
+        trace(arm, seed, (5, 30.0 + seed), (100, 20.0 + seed))
+        for arm in ("released", "evolution", "cma")
+        for seed in (0, 1)
+    ]
+    drawing = draw_curves(traces, yarn=40.0)
+    assert drawing.png.startswith(b"\x89PNG")
+    lines = drawing.csv.splitlines()
+    assert lines[0] == "arm,seed,text,sample_forwards,perplexity"
+    assert "cma,1,held_out,100,21.0" in lines and "released,0,search,5,30.0" in lines
