@@ -1,0 +1,173 @@
+"""`longrope search` says what is wrong with its input before it loads any weight."""
+
+import json
+from pathlib import Path
+
+import make_megatron_checkpoint as maker
+import pytest
+from search_data import make_search_data
+
+from megatron_longrope.cli import build_parser, main
+from megatron_longrope.cli.search import parameters
+from megatron_longrope.engine import engine as engine_module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_search_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def options(untied_gqa, data, tmp_path):
+    return [
+        "search", "--load", str(untied_gqa.path), "--data", data["search"],
+        "--target-length", "256", "--original-length", "64", "--num-samples", "3",
+        "--output", str(tmp_path / "factors.json"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(engine_module, "load_into", refuse)
+
+
+def parsed(text):
+    return build_parser().parse_args(
+        f"search --load x --data y --target-length 8k --output z.json {text}".split()
+    )
+
+
+def test_the_evolutions_defaults_are_the_papers_and_halve_from_512k_on():
+    short = parameters(parsed("--algorithm evolution"))
+    assert short.total_evaluations == 1344 and short.num_parents == 32
+    long = parameters(parsed("--algorithm evolution --target-length 512k"))
+    assert (long.population_size, long.num_mutations, long.num_crossovers) == (32, 8, 8)
+
+
+def test_flags_override_single_numbers_of_the_algorithm():
+    ours = parameters(parsed("--algorithm evolution --population-size 12 --iterations 3"))
+    assert (ours.population_size, ours.max_iterations, ours.num_mutations) == (12, 3, 16)
+    assert ours.num_parents == 12
+    cma = parameters(parsed("--max-evaluations 50 --num-samples 4 --windows-per-document 2"))
+    assert (cma.max_evaluations, cma.num_samples) == (50, 8)
+    assert parameters(parsed("--target-length 1024k")).max_evaluations == 168
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--iterations 3", "--iterations has no meaning with --algorithm cma"),
+        ("--algorithm evolution --initial-deviation 0.1", "no meaning with --algorithm evolution"),
+        ("--algorithm evolution --population-size 2", "population_size is 2, below the 3"),
+        ("--objective needle", "give their --tokenizer"),
+        ("--objective needle --windows-per-document 2", "no meaning with --objective needle"),
+        ("--num-samples 9", "9"),
+        ("--target-length 64", "nothing to search"),
+        ("--target-length 32", "below the original window 64"),
+        ("--start-tokens 0,x", "must be integers"),
+        ("--space critical --start-tokens 0,4", "start_tokens (0, 4)"),
+        ("--critical-dimension 3", "no meaning in the full space"),
+        ("--space critical --critical-dimension 99", "must be below rotary_dim / 2 = 8"),
+        ("--racing-significance 0.7", "significance is 0.7"),
+        ("--lookahead -1", "lookahead is -1"),
+        ("--attention-factor big", "must be a number or `longest`"),
+        ("--max-evaluations 0", "max_evaluations is 0"),
+        ("--seed -1", "rng_seed is -1"),
+        ("--dry-run --gpu abacus", "abacus"),
+        ("--dry-run --num-gpus 3 --context-parallel-size 2", "not a multiple"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, no_weights, capsys, flags, message):
+    assert main([*options, *flags.split()]) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_needle_search_refuses_another_tokenizer(options, no_weights, capsys, tmp_path):
+    other = make_search_data(tmp_path)["tokenizer"]
+    path = Path(other, "tokenizer.json")
+    changed = json.loads(path.read_text())
+    changed["model"]["vocab"]["~~"] = 200
+    path.write_text(json.dumps(changed))
+    assert main([*options, "--objective", "needle", "--tokenizer", other]) == 1
+    assert "is not the tokenizer that" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_the_search_costs_without_loading_it(options, no_weights, capsys):
+    assert main([*options, "--dry-run", "--gpu", "h100", "--num-gpus", "8", "--mfu", "0.5"]) == 0
+    lines = capsys.readouterr().out
+    for part in ("FLOP", "336 evaluations", "GiB", "8 GPUs", "50% of peak"):
+        assert part in lines, lines
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--start-tokens 0,4",
+        "--algorithm evolution --population-size 5 --num-mutations 2 --num-crossovers 2 "
+        "--iterations 1 --start-tokens 0",
+        "--space critical --objective needle --needle-depths 0,1 --target-length 640",
+    ],
+)
+def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
+    options, data, capsys, tmp_path, flags
+):
+    more = ["--max-evaluations", "12", "--held-out", data["heldout"], "--tensorboard-dir",
+            str(tmp_path / "tb"), "--tokenizer", data["tokenizer"]]  # fmt: skip
+    assert main([*options, *more, *flags.split()]) == 0
+    output = capsys.readouterr().out
+    assert "held-out text" in output and "longrope" in output
+    config = json.loads((tmp_path / "factors.json").read_text())
+    found = config["factor_sets"][-1]
+    origin = found["origin"]
+    assert found["max_length"] in (256, 640) and len(found["rescale_factors"]) == 8
+    assert origin["seed"] == 0 and origin["evaluations"] >= 9
+    assert origin["search_perplexity"] <= min(origin["seed_perplexity"].values())
+    assert set(origin["held_out_perplexity"]) == {*origin["seed_perplexity"], "longrope"}
+    assert len(origin["data_sha256"]) == len(origin["held_out_sha256"]) == 64
+    assert origin["versions"]["torch"] and origin["checkpoint"]
+    assert origin["sample_forwards"] <= 12 * 3
+    figures = {path.name for path in (tmp_path / "factors_figures").iterdir()}
+    assert {"factors_search_progress.png", "factors_rescale_factors.csv"} <= figures
+    assert list((tmp_path / "tb").iterdir())
+    # The same again: not without being told, and then nothing is scored twice.
+    assert main([*options, *more, *flags.split()]) == 1
+    assert "--resume" in capsys.readouterr().err
+    before = (tmp_path / "factors.journal.jsonl").read_bytes()
+    assert main([*options, *more, *flags.split(), "--resume"]) == 0
+    assert (tmp_path / "factors.journal.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "factors.json").read_text()) == config
+
+
+def test_a_needle_search_names_its_needles(options, data, tmp_path):
+    flags = ["--objective", "needle", "--tokenizer", data["tokenizer"], "--target-length", "640",
+             "--max-evaluations", "4", "--attention-factor-policy", "su"]  # fmt: skip
+    assert main([*options, *flags, "--no-figures"]) == 0
+    origin = json.loads((tmp_path / "factors.json").read_text())["factor_sets"][-1]["origin"]
+    assert origin["needles"]["depths"] == [0.0, 0.5, 1.0]
+    assert all(10**6 <= number < 10**7 for number in origin["needles"]["numbers"])
+    assert not (tmp_path / "factors_figures").exists()
+
+
+def test_a_second_search_multiplies_and_a_recovery_search_replaces(options, data, tmp_path):
+    small = ["--max-evaluations", "6", "--start-tokens", "0", "--no-figures"]
+    first = str(tmp_path / "factors.json")
+    assert main([*options, *small, "--target-length", "128"]) == 0
+
+    def run(length, output):
+        more = ["--base-config", first, "--target-length", str(length), "--output", output]
+        assert main([*options, *small, *more]) == 0
+        return json.loads(Path(output).read_text())["factor_sets"]
+
+    base = json.loads(Path(first).read_text())["factor_sets"]
+    second = run(256, str(tmp_path / "second.json"))
+    assert [item["max_length"] for item in second] == [64, 128, 256]
+    assert second[:2] == base and second[2]["origin"]["stage"] == "second"
+    factors = zip(base[1]["rescale_factors"], second[2]["rescale_factors"], strict=True)
+    assert all(1 <= longer / shorter <= 2.5 for shorter, longer in factors)
+    recovered = run(64, str(tmp_path / "recovery.json"))
+    assert recovered[0]["origin"]["stage"] == "recovery" and recovered[1:] == base[1:]
+    assert maker.ORIGINAL == 64
