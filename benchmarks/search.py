@@ -47,6 +47,7 @@ from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSea
 from megatron_longrope.search.generations import GenerationalSearch, Trial
 from megatron_longrope.search.journal import Evaluation, Journal
 from megatron_longrope.search.problem import SearchProblem, make_problem
+from megatron_longrope.search.racing import Race
 
 ROOT = Path(__file__).parents[1]
 EXTENSION = 8
@@ -222,6 +223,14 @@ def _released(bench: Bench, seed: int, evaluations: int) -> ReleasedSearch:
     return ReleasedSearch(problem.space, bench.sizes.parameters, seeds, seed, evaluations)
 
 
+def _released_yarn(bench: Bench, seed: int, evaluations: int) -> ReleasedSearch:
+    """The released operators from the true YaRN, without the release's mistake in its ramp."""
+    problem = released_problem(bench.problem)
+    yarn, _ = bench.problem.space.decode(bench.problem.seeds["yarn"])
+    seeds = [problem.space.encode(yarn)]
+    return ReleasedSearch(problem.space, bench.sizes.parameters, seeds, seed, evaluations)
+
+
 def _evolution(bench: Bench, seed: int, evaluations: int) -> EvolutionSearch:
     problem = bench.problem
     seeds = list(problem.seeds.values())
@@ -240,20 +249,29 @@ def _cma(bench: Bench, seed: int, evaluations: int) -> GenerationalSearch:
     return CmaSearch(problem.space, parameters, seeds, seed)
 
 
-ARMS: dict[str, Maker] = {"released": _released, "evolution": _evolution, "cma": _cma}
+ARMS: dict[str, Maker] = {
+    "released": _released,
+    "released_yarn": _released_yarn,
+    "evolution": _evolution,
+    "cma": _cma,
+    "cma_paired": _cma,
+}
 """A search may ask for some of the samples only (`Trial.samples`): its arm then pays for those."""
 
-SHARES = {"cma": 0.25}
-"""Part of the released search's budget that an arm gets; 1 for the others. A quarter is what our
-CMA-ES has by default."""
+RACES = {"cma_paired": Race("paired")}
+"""Arms that stop scoring a candidate early; the others score every sample."""
 
-BASELINE = "released"
+BASELINES = ("released", "released_yarn")
+"""They get the whole budget. The better one sets the target."""
+
+SHARE = 0.25
+"""Part of the budget that our arms get: what the claim is about, and CMA-ES' default."""
 
 
 def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) -> Trace:
     """One search to its end, or until `budget` sample-forwards are spent."""
     samples = bench.sizes.samples
-    search = ARMS[name](bench, seed, budget // samples)
+    search, race = ARMS[name](bench, seed, budget // samples), RACES.get(name)
     problem = replace(bench.problem, space=search.space)
     paid: dict[Any, int] = {}  # windows of each candidate that this search has paid for
     trace = Trace(name, seed)
@@ -271,14 +289,26 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
             nlls, _ = held_out.nlls(problem.config(search.best[0]), bench.sizes.held_out)
             trace.held_out.append((trace.forwards, perplexity(nlls)))
 
+        def measure_trial(trial: Trial) -> tuple[int, float, int]:
+            """Samples scored, perplexity to tell, and how many losses were computed now."""
+            config = problem.config(trial.candidate)
+            count, fresh = trial.samples or samples, 0
+            if race is not None and trial.rival is not None:
+                rival, _ = scores.nlls(problem.config(trial.rival), samples)
+                for seen in range(1, count):
+                    nlls, computed = scores.nlls(config, seen)
+                    fresh += computed
+                    if verdict := race.lost(nlls, rival):
+                        return seen, math.exp(verdict[1]), fresh
+            nlls, computed = scores.nlls(config, count)
+            return count, perplexity(nlls), fresh + computed
+
         def score(trial: Trial) -> None:
-            count = trial.samples or samples
-            nlls, fresh = scores.nlls(problem.config(trial.candidate), count)
+            count, value, fresh = measure_trial(trial)
             # What the search costs, whatever of it came from the file.
             trace.forwards += max(0, count - paid.get(trial.candidate, 0))
             paid[trial.candidate] = max(count, paid.get(trial.candidate, 0))
             trace.evaluations += 1
-            value = perplexity(nlls)
             search.tell([trial.candidate], [value])
             if count == samples and (not trace.search or value < trace.search[-1][1]):
                 trace.search.append((trace.forwards, value))
@@ -350,7 +380,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--budget-fraction",
         type=float,
-        help="of the budget, for all arms but the released one (default: cma 0.25, others 1)",
+        help="of the budget, for our arms (default: 0.25)",
     )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -380,7 +410,7 @@ def main() -> int:
     full_run = (
         not (options.quick or options.samples or options.held_out_samples or options.budget)
         and set(options.arms) == ARMS.keys()
-        and len(seeds) >= 3
+        and len(seeds) >= 2
     )
     torch.set_num_threads(options.threads)
     measure.print_environment()
@@ -393,7 +423,7 @@ def main() -> int:
     traces = []
     for seed in seeds:
         for arm in options.arms:
-            share = 1.0 if arm == BASELINE else options.budget_fraction or SHARES.get(arm, 1.0)
+            share = 1.0 if arm in BASELINES else options.budget_fraction or SHARE
             trace = run_arm(bench, arm, seed, int(share * budget), options.output / "runs")
             traces.append(trace)
             print(
@@ -401,7 +431,7 @@ def main() -> int:
                 f"{trace.search[-1][1]:.4f}, held out {trace.held_out[-1][1]:.4f}",
                 flush=True,
             )
-    summary = summarise(traces, BASELINE)
+    summary = summarise(traces, BASELINES)
     orientation = bench.orientation()
     print_summary(summary, orientation)
     if full_run:
@@ -414,8 +444,9 @@ def main() -> int:
         summary["ratio"],
         full_run=full_run,
         ratio_of="sample-forwards until the best of our searches reaches, and from then on keeps, "
-        "the held-out perplexity that the released operators end with (medians over seeds) / "
-        "sample-forwards of the released operators; null: not reached",
+        "the held-out perplexity that the released operators end with, from their own seed or from "
+        "YaRN, whichever is better (medians over seeds) / sample-forwards of those; null: not "
+        "reached",
         budget=budget,
         target_length=bench.problem.target_length,
         extension_ratio=EXTENSION,

@@ -29,8 +29,10 @@ Curve = list[tuple[int, float]]
 
 STYLES = {
     "released": Style("Released operators", "#D55E00", "s", (0, (5, 2))),
+    "released_yarn": Style("Released operators, from YaRN", "#E69F00", "v", (0, (5, 2))),
     "evolution": Style("Evolution", "#0072B2", "o", "-"),
     "cma": Style("CMA-ES", "#009E73", "D", (0, (3, 1.5))),
+    "cma_paired": Style("CMA-ES, paired races", "#CC79A7", "^", (0, (1, 1.2))),
 }
 
 
@@ -78,21 +80,24 @@ def value_at(curve: Curve, forwards: int) -> float | None:
     return curve[place - 1][1] if place else None
 
 
-def summarise(traces: Sequence[Trace], baseline: str) -> dict[str, Any]:
-    """Targets, one row for each arm, and the ratio of the best arm beside `baseline`.
+def summarise(traces: Sequence[Trace], baselines: Sequence[str]) -> dict[str, Any]:
+    """Targets, one row for each arm, and the ratio of the best of the arms that are no baseline.
 
-    Without a run of `baseline` there is nothing to reach: targets and ratio are None then.
+    The target is what the best of the baselines ends with; without a run of any there is nothing to
+    reach: targets and ratio are None then.
     """
     arms = {
         arm: [t for t in traces if t.arm == arm] for arm in dict.fromkeys(t.arm for t in traces)
     }
-    reference = arms.get(baseline, [])
+    references = [arms[name] for name in baselines if name in arms]
     targets = {
-        kind: statistics.median(getattr(trace, kind)[-1][1] for trace in reference)
+        kind: min(
+            statistics.median(getattr(trace, kind)[-1][1] for trace in runs) for runs in references
+        )
         for kind in ("search", "held_out")
-        if reference
+        if references
     }
-    budget = max((trace.forwards for trace in reference), default=0)
+    budget = max((trace.forwards for runs in references for trace in runs), default=0)
     rows = []
     for arm, runs in arms.items():
         row = {
@@ -105,7 +110,7 @@ def summarise(traces: Sequence[Trace], baseline: str) -> dict[str, Any]:
             curves = [getattr(trace, kind) for trace in runs]
             row[f"final_{kind}_perplexity"] = _rounded(statistics.median(c[-1][1] for c in curves))
             row[f"final_{kind}_perplexities"] = [_rounded(curve[-1][1]) for curve in curves]
-            if reference:
+            if references:
                 reached = [forwards_to_reach(curve, targets[kind]) for curve in curves]
                 median = statistics.median(reached)
                 row[f"forwards_to_reach_{kind}"] = _finite(median)
@@ -116,7 +121,7 @@ def summarise(traces: Sequence[Trace], baseline: str) -> dict[str, Any]:
     ratios = [
         row["ratio_held_out"]
         for row in rows
-        if row["arm"] != baseline and row.get("ratio_held_out") is not None
+        if row["arm"] not in baselines and row.get("ratio_held_out") is not None
     ]
     return {
         "ratio": min(ratios, default=None),
