@@ -37,13 +37,13 @@ def start(processes, *arguments):
     )  # fmt: skip
 
 
-def finish(process, timeout=60):
+def finish(process, timeout=120):
     output, errors = process.communicate(timeout=timeout)
     assert process.returncode == 0, errors[-3000:]
     return json.loads(output.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("algorithm", "lookahead"), [("evolution", 0), ("cma", 0), ("cma", 2)])
+@pytest.mark.parametrize(("algorithm", "lookahead"), [("evolution", 0), ("cma", 2)])
 def test_the_journal_does_not_depend_on_the_number_and_speed_of_replicas(
     tmp_path, algorithm, lookahead
 ):
@@ -62,7 +62,7 @@ def test_a_search_killed_at_random_points_ends_with_the_same_factors(tmp_path, a
     whole = finish(start(1, algorithm, tmp_path / "whole.jsonl"))
     rng = random.Random(algorithm)
     kills = 0
-    for _ in range(4):
+    for _ in range(2):
         process = start(1, *options)
         wait_for_lines(tmp_path / "killed.jsonl", rng.randrange(2, 40), process)
         if process.poll() is None:
@@ -78,7 +78,7 @@ def test_a_search_killed_at_random_points_ends_with_the_same_factors(tmp_path, a
 def test_a_dead_replica_ends_the_job_and_the_journal_goes_on_from_there(tmp_path):
     journal = tmp_path / "j.jsonl"
     process = start(2, "cma", journal, "--seconds", 0.01, "--die", "1:12")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in errors
     before = len(journal.read_text().splitlines())
