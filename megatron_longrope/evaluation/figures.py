@@ -38,7 +38,7 @@ from megatron_longrope.evaluation.traces import SearchTrace, StartTokenCurve, is
 from megatron_longrope.frequencies import named_factors
 from megatron_longrope.lengths import format_length
 
-_MARKS = ("Best so far", "Fully scored", "Stopped early", "Beyond the frame or failed")
+_MARKS = ("Best so far", "Fully scored", "Scored in part", "Beyond the frame or failed")
 """Legend of the search progress, in order."""
 
 
@@ -153,7 +153,7 @@ def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
         return finish(
             figure, "search_progress",
             "The line is the best candidate so far among those scored on every sample. Those "
-            "stopped early have an estimate or a bound, which never counts as best. Triangles at "
+            "scored in part have an estimate or a bound, which never counts as best. Triangles at "
             "the top edge are beyond the frame or failed. Named lines are starting "
             "points: the published methods, and the best of the others.",
             ("journal", "evaluation", "score", "best_score", "stopped", "num_start_tokens",
@@ -248,11 +248,11 @@ def _draw_candidates(axes: Axes, records: Sequence[Any]) -> dict[str, Line2D]:
         if record.score > top:
             kinds["Beyond the frame or failed"].append((number, top))
         else:
-            label = "Fully scored" if record.stopped is None else "Stopped early"
+            label = "Fully scored" if record.stopped is None else "Scored in part"
             kinds[label].append((number, record.score))
     marks = {
         "Fully scored": {"marker": "o", "markeredgewidth": 0},
-        "Stopped early": {"marker": "x", "markeredgewidth": 0.8},
+        "Scored in part": {"marker": "x", "markeredgewidth": 0.8},
         "Beyond the frame or failed": {"marker": "^", "markeredgewidth": 0},
     }
     return {
@@ -292,7 +292,7 @@ def _search_detail(trace: SearchTrace) -> str:
     failed = sum(map(is_failed, trace.records))
     stopped = sum(record.stopped is not None for record in trace.records)
     parts = [f"{len(trace.records):,} evaluations"]
-    parts += [f"{stopped:,} stopped early"] if stopped else []
+    parts += [f"{stopped:,} scored in part"] if stopped else []
     parts += [f"{failed:,} failed"] if failed else []
     return ", ".join(parts)
 

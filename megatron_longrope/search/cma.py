@@ -110,6 +110,7 @@ class CmaSearch(GenerationalSearch):
         self.parameters = parameters
         self._rng = np.random.default_rng(rng_seed)
         self._left = parameters.max_evaluations * parameters.num_samples  # sample-forwards
+        self._paid: dict[Candidate, int] = {}  # samples of each candidate, asked for so far
         self._synchronous = True
         self._parts = self._program()
         self._advance()
@@ -135,9 +136,16 @@ class CmaSearch(GenerationalSearch):
         rival: Candidate | None = None,
         certain: bool = True,
     ) -> Generation | None:
-        cost = samples or self.parameters.num_samples
-        chosen = tuple(candidates)[: self._left // cost]
-        self._left -= cost * len(chosen)
+        wanted = samples or self.parameters.num_samples
+        chosen = []
+        for candidate in candidates:
+            # Samples that an earlier trial has scored are not scored again.
+            price = max(0, wanted - self._paid.get(candidate, 0))
+            if price > self._left:
+                break
+            self._left -= price
+            self._paid[candidate] = wanted
+            chosen.append(candidate)
         return super()._generation(chosen, samples=samples, rival=rival, certain=certain)
 
     def _ask(

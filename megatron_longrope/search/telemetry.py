@@ -58,10 +58,12 @@ class SearchStatus:
             self.best = record
 
     def note(self) -> str:
-        """`best 12.3456 (n_hat 4), 118 sample-forwards saved (34 %), 1 failed`."""
-        parts = ["no score yet"]
-        if self.best is not None:
-            parts = [f"best {self.best.score:.4f} (n_hat {self.best.num_start_tokens})"]
+        """`71 evaluations, best 12.3456 (n_hat 4), 118 sample-forwards saved (34 %), 1 failed`."""
+        parts = [f"{self.evaluations:,} evaluation{'' if self.evaluations == 1 else 's'}"]
+        if self.best is None:
+            parts.append("no score yet")
+        else:
+            parts.append(f"best {self.best.score:.4f} (n_hat {self.best.num_start_tokens})")
         if self.avoided:
             plural = "s" if self.avoided > 1 else ""
             saved = f"{self.avoided:,} sample-forward{plural} saved"

@@ -58,7 +58,7 @@ def test_replicas_of_context_and_tensor_parallel_ranks_find_what_one_process_fin
             "--context-parallel-size",
             "2",
             processes=4,
-        )  # fmt: skip
+        )
     )
     assert output.count("held-out") == 0 and output.count("wrote ") == 1  # rank 0 alone speaks
     one, four = (drop_seconds(tmp_path / f"{name}.journal.jsonl") for name in ("one", "four"))

@@ -49,14 +49,16 @@ def write(directory, records, resumed=()):
 
 def test_the_note_says_best_saving_and_failures():
     status = SearchStatus(5)
-    assert status.note() == "no score yet"
+    assert status.note() == "0 evaluations, no score yet"
     status.add(record(0, 12.34561, start_tokens=4))
-    assert status.note() == "best 12.3456 (n_hat 4)"
+    assert status.note() == "1 evaluation, best 12.3456 (n_hat 4)"
     status.add(record(1, 13.0, samples=4, stopped="exact"))
-    assert status.note() == "best 12.3456 (n_hat 4), 1 sample-forward saved (10 %)"
+    saving = "best 12.3456 (n_hat 4), 1 sample-forward saved (10 %)"
+    assert status.note() == f"2 evaluations, {saving}"
     status.add(record(2, 14.0, samples=1, stopped="paired"))
     status.add(record(3, math.inf, samples=0))
-    assert status.note() == "best 12.3456 (n_hat 4), 5 sample-forwards saved (33 %), 1 failed"
+    saving = "best 12.3456 (n_hat 4), 5 sample-forwards saved (33 %)"
+    assert status.note() == f"4 evaluations, {saving}, 1 failed"
 
 
 def test_only_complete_evaluations_become_the_best():
