@@ -297,7 +297,8 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
             """Samples scored, perplexity to tell, and how many losses were computed now."""
             config = problem.config(trial.candidate)
             count, fresh = trial.samples or samples, 0
-            if race is not None and trial.rival is not None:
+            # A rival that was itself stopped has not got the samples to compare on.
+            if race is not None and paid.get(trial.rival) == samples:
                 rival, _ = scores.nlls(problem.config(trial.rival), samples)
                 for seen in range(1, count):
                     nlls, computed = scores.nlls(config, seen)

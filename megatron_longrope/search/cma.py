@@ -136,17 +136,19 @@ class CmaSearch(GenerationalSearch):
         rival: Candidate | None = None,
         certain: bool = True,
     ) -> Generation | None:
-        wanted = samples or self.parameters.num_samples
         chosen = []
         for candidate in candidates:
-            # Samples that an earlier trial has scored are not scored again.
-            price = max(0, wanted - self._paid.get(candidate, 0))
-            if price > self._left:
+            if (price := self._price(candidate, samples)) > self._left:
                 break
             self._left -= price
-            self._paid[candidate] = wanted
+            self._paid[candidate] = self._paid.get(candidate, 0) + price
             chosen.append(candidate)
         return super()._generation(chosen, samples=samples, rival=rival, certain=certain)
+
+    def _price(self, candidate: Candidate, samples: int | None) -> int:
+        """Sample-forwards of a trial; what an earlier one has scored is not scored again."""
+        wanted = samples or self.parameters.num_samples
+        return max(0, wanted - self._paid.get(candidate, 0))
 
     def _ask(
         self, candidates: Iterable[Candidate], rival: Candidate | None = None, certain: bool = True
@@ -177,9 +179,9 @@ class CmaSearch(GenerationalSearch):
         choices = self.space.choices(best)
         samples = 1
         while len(choices) > 1 and samples < self.parameters.num_samples:
+            if sum(self._price(item, samples) for item in choices) > self._left:
+                return  # half a round tells nothing
             generation = self._generation(choices, samples=samples)
-            if generation is None or len(generation.candidates) < len(choices):
-                return
             yield generation
             kept = sorted(choices, key=lambda item: (generation.scores[item], choices.index(item)))
             choices = kept[: (len(kept) + 1) // 2]
@@ -202,9 +204,9 @@ class CmaSearch(GenerationalSearch):
             points = strategy.ask()
             candidates = [coordinates.candidate(point) for point in points]
             waiting.append((points, candidates))
-            asked = self._left
+            before = self._left
             yield from self._ask(candidates, rival, certain=False)
-            stale = stale + 1 if self._left == asked else 0
+            stale = stale + 1 if self._left == before else 0
             if stale:  # nothing to wait for, hence wait for what is on its way
                 yield from self._barrier()
             while len(waiting) > (0 if stale else self.lookahead):
@@ -248,7 +250,6 @@ class CmaSearch(GenerationalSearch):
     def _median(self, candidates: Sequence[Candidate]) -> Candidate | None:
         """Whom a member of the next generation must beat to pull the mean its way."""
         ranked = sorted(set(candidates), key=lambda item: (self._scores[item], self._asked[item]))
-        # A stopped candidate has no complete losses to compare with, but the better half has.
         middle = ranked[(len(ranked) - 1) // 2]
         return middle if math.isfinite(self._scores[middle]) else None
 

@@ -154,8 +154,11 @@ def _work(
         if trial is None:
             board.wait()
             return []
-        races = trial.rival is not None and (trial.certain or race.rule == "paired")
-        rival = ledger.losses(trial.rival) if races else None
+        rival = None
+        if trial.rival is not None and (trial.certain or race.rule == "paired"):
+            losses = ledger.losses(trial.rival)
+            # A rival that was itself stopped has not got the samples to compare on.
+            rival = losses if len(losses) == objective.num_samples else None
         record = score_trial(
             trial, problem, objective, race, known=ledger.losses(trial.candidate), rival=rival
         )

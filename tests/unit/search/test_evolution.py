@@ -247,6 +247,46 @@ def test_best_before_any_score_is_an_error():
         _ = small_search().best
 
 
+# Lookahead
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_with_a_lookahead_too_the_order_in_which_scores_arrive_changes_nothing(lookahead):
+    def scored(pick):
+        search = small_search(rng_seed=2, lookahead=lookahead)
+        objective = smooth_objective(search.space)
+        asked = {}
+        while trials := search.trials():
+            trial = pick(trials)
+            asked[trial.index] = trial
+            search.tell([trial.candidate], [objective(*search.space.decode(trial.candidate))])
+        return [asked[index] for index in range(len(asked))], search.population
+
+    assert scored(lambda trials: trials[0]) == scored(lambda trials: trials[-1])
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_a_straggler_holds_up_what_lies_more_than_the_lookahead_behind_it(lookahead):
+    search = small_search(lookahead=lookahead)
+    search.tell(search.ask(), [1.0] * 12)  # every generation needs the initial population
+    straggler, scored = search.ask()[0], 0
+    while others := [item for item in search.ask() if item != straggler]:
+        search.tell(others[:1], [2.0])
+        scored += 1
+    assert scored == 8 + 9 * lookahead  # generations of 9
+
+
+def test_a_rival_is_the_last_survivor_of_the_generations_that_may_be_known():
+    search = small_search()
+    assert all(trial.rival is None for trial in search.trials())
+    first = search.ask()
+    search.tell(first, [float(value) for value in range(12)])
+    assert {trial.rival for trial in search.trials()} == {first[5]}  # num_parents is 6
+    search.tell(search.ask(), [0.5] * 9)
+    assert all(trial.certain for trial in search.trials())
+    assert {search.space.decode(trial.rival)[0] for trial in search.trials()} != {first[5]}
+
+
 # Budget
 
 
