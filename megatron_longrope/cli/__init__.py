@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.command != "pretrain" and not args.debug:
         _quiet_imports()
+        warnings.formatwarning = lambda message, *_: (
+            f"longrope {args.command}: warning: {message}\n"
+        )
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:

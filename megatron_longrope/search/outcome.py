@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,38 @@ from megatron_longrope import __version__
 from megatron_longrope.integration.compat import megatron_version
 from megatron_longrope.search.generations import Trial
 from megatron_longrope.search.objective import Objective
-from megatron_longrope.search.problem import SearchProblem
+from megatron_longrope.search.problem import SearchProblem, make_problem
 from megatron_longrope.search.racing import Race
 from megatron_longrope.search.runner import SearchOutcome
 from megatron_longrope.search.scoring import score_trial
 from megatron_longrope.search.space import Candidate
 
 
-def held_out_scores(
-    problem: SearchProblem, winner: Candidate, objective: Objective
+def compared(problem: SearchProblem) -> dict[str, tuple[SearchProblem, Candidate]]:
+    """What the winner is compared with: the published methods, or a recovery's starting points.
+
+    In LongRoPE2's space the methods are no candidates, hence the space that comes with each.
+    """
+    base, target = problem.base, problem.target_length
+    if problem.stage == "recovery":
+        full = problem
+    else:
+        with warnings.catch_warnings():  # the search itself has warned of its scale
+            warnings.simplefilter("ignore", UserWarning)
+            full = make_problem(base, target, start_tokens=(0,))
+    return {name: (full, candidate) for name, candidate in full.seeds.items()}
+
+
+def scores_on(
+    objective: Objective, problem: SearchProblem, winner: Candidate
 ) -> dict[str, float | None]:
-    """Perplexity of every seed and of the winner on other samples; None where scoring failed."""
+    """Perplexity of what the winner is compared with, and its own; None where scoring failed."""
     scores = {}
-    for name, candidate in {**problem.seeds, "longrope": winner}.items():
-        score = score_trial(Trial(0, candidate), problem, objective, Race("off")).score
+    for name, (space, candidate) in {
+        **compared(problem),
+        "longrope": (problem, winner),
+    }.items():
+        score = score_trial(Trial(0, candidate), space, objective, Race("off")).score
         scores[name] = score if math.isfinite(score) else None
     return scores
 
@@ -66,7 +85,11 @@ def print_summary(
     outcome: SearchOutcome,
     held_out: Mapping[str, float | None],
 ) -> None:
-    """The winner against the starting points, on the search text and on held-out text."""
+    """The winner against the published methods, on the search text and on held-out text.
+
+    Args:
+        held_out (Mapping): Perplexities of :func:`scores_on`; empty without held-out text.
+    """
     length = problem.target_length
     config = problem.config(outcome.candidate)
     chosen = config.factor_set_for(length)
@@ -77,14 +100,20 @@ def print_summary(
         f"{chosen.num_start_tokens} start tokens, attention factor "
         f"{config.attention_factor_for(length):.6g}"
     )
-    rows = {**outcome.seed_scores, "longrope": outcome.score}
-    width = max(map(len, rows)) + 2
-    print(f"{'':{width}}{'search text':>14}" + (f"{'held-out text':>16}" if held_out else ""))
-    for name, score in rows.items():
-        other = held_out.get(name)
-        cell = "failed" if held_out and other is None else f"{other:.4f}" if held_out else ""
-        print(f"{name:{width}}{score:14.4f}{cell:>16}" if cell else f"{name:{width}}{score:14.4f}")
+    searched = {**outcome.seed_scores, "longrope": outcome.score}
+    columns = {"search text": searched, **({"held-out text": held_out} if held_out else {})}
+    print(f"{'':12}" + "".join(f"{title:>16}" for title in columns))
+    for name in [*compared(problem), "longrope"]:
+        cells = (f"{_cell(scores, name):>16}" for scores in columns.values())
+        print(f"{name:12}" + "".join(cells))
     print(f"wrote {path}")
+
+
+def _cell(scores: Mapping[str, float | None], name: str) -> str:
+    if name not in scores:
+        return "-"  # not a starting point of this search
+    score = scores[name]
+    return "failed" if score is None or not math.isfinite(score) else f"{score:.4f}"
 
 
 def versions() -> dict[str, str]:

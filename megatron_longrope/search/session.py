@@ -63,6 +63,12 @@ class SearchPlan:
             raise ValueError("--num-samples and --windows-per-document must be at least 1")
         if args.objective == "needle" and args.windows_per_document > 1:
             raise ValueError("--windows-per-document has no meaning with --objective needle")
+        if args.tensorboard_dir and Path(args.tensorboard_dir).is_file():
+            raise ValueError(
+                f"--tensorboard-dir {args.tensorboard_dir} is a file; name a directory"
+            )
+        if Path(args.output).is_dir():
+            raise ValueError(f"--output {args.output} is a directory; name a JSON file")
         checkpoint = MegatronCheckpoint.open(args.load, args.iteration)
         problem = make_problem(
             _base(args, checkpoint),
@@ -177,7 +183,7 @@ class SearchPlan:
         held_out = {}
         if args.held_out:
             other = self._objective(model, read_samples(args, args.held_out))
-            held_out = outcome_files.held_out_scores(problem, outcome.candidate, other)
+            held_out = outcome_files.scores_on(other, problem, outcome.candidate)
             origin["held_out_perplexity"] = held_out
             origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
         outcome_files.write(args.output, problem, outcome, origin, figures=not args.no_figures)

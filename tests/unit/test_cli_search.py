@@ -76,6 +76,8 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--attention-factor big", "must be a number or `longest`"),
         ("--max-evaluations 0", "max_evaluations is 0"),
         ("--seed -1", "rng_seed is -1"),
+        ("--output .", "--output . is a directory"),
+        (f"--tensorboard-dir {__file__}", "is a file; name a directory"),
         ("--dry-run --gpu abacus", "abacus"),
         ("--dry-run --num-gpus 3 --context-parallel-size 2", "not a multiple"),
     ],
@@ -126,7 +128,7 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert found["max_length"] in (256, 640) and len(found["rescale_factors"]) == 8
     assert origin["seed"] == 0 and origin["evaluations"] >= 9
     assert origin["search_perplexity"] <= min(origin["seed_perplexity"].values())
-    assert set(origin["held_out_perplexity"]) == {*origin["seed_perplexity"], "longrope"}
+    assert set(origin["held_out_perplexity"]) == {"pi", "ntk", "yarn", "longrope"}
     assert len(origin["data_sha256"]) == len(origin["held_out_sha256"]) == 64
     assert origin["versions"]["torch"] and origin["checkpoint"]
     assert origin["sample_forwards"] <= 12 * 3
