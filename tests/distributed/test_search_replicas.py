@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TORCHRUN
+from launching import ROOT, TORCHRUN, run, two_agents
 from synthetic_search import drop_seconds
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_release]
@@ -43,13 +43,20 @@ def finish(process, timeout=120):
     return json.loads(output.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("algorithm", "lookahead"), [("evolution", 0), ("cma", 2)])
+@pytest.mark.parametrize(("algorithm", "lookahead", "agents"), [("evolution", 0, 1), ("cma", 2, 2)])
 def test_the_journal_does_not_depend_on_the_number_and_speed_of_replicas(
-    tmp_path, algorithm, lookahead
+    tmp_path, algorithm, lookahead, agents
 ):
     options = ("--lookahead", lookahead, "--seconds", 0.002)
     single = finish(start(1, algorithm, tmp_path / "1.jsonl", *options))
-    shared = finish(start(3, algorithm, tmp_path / "3.jsonl", *options))
+    arguments = (algorithm, tmp_path / "3.jsonl", *options)
+    if agents == 1:
+        shared = finish(start(3, *arguments))
+    else:
+        script = (str(SCRIPT), *map(str, arguments))
+        statuses, log = run(two_agents(script, processes=2), tmp_path / "agents")
+        assert statuses == [0, 0], log[-3000:]
+        shared = json.loads(next(line for line in log.splitlines() if line.startswith("{")))
     assert drop_seconds(tmp_path / "3.jsonl") == drop_seconds(tmp_path / "1.jsonl")
     # The others did a part of the work.
     assert 0 < shared.pop("scored_here") < single.pop("scored_here")

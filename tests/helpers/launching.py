@@ -60,12 +60,17 @@ def pretrain_command(
 
 
 def two_agent_commands(arguments: Sequence[str]) -> list[list[str]]:
-    """Two torchrun agents with one process each, which meet on the loopback interface."""
+    """Two torchrun agents with one training process each."""
+    return two_agents((*PRETRAIN, str(SCRIPT), "--cpu", *arguments))
+
+
+def two_agents(command: Sequence[str], *, processes: int = 1) -> list[list[str]]:
+    """A command under two torchrun agents, which meet on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         endpoint = f"localhost:{probe.getsockname()[1]}"
-    agent = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", endpoint)
-    command = (*PRETRAIN, str(SCRIPT), "--cpu", *arguments)
+    agent = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(processes))
+    agent += ("--rdzv-endpoint", endpoint)
     return [[*agent, "--node-rank", str(rank), *command] for rank in range(2)]
 
 
