@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -178,6 +179,8 @@ class SearchPlan:
             "sample_forwards": outcome.sample_forwards,
             "sample_forwards_saved": outcome.sample_forwards_saved,
             **{key: value for key, value in settings.items() if key != "base"},
+            "racing": self.race.rule,
+            "date": datetime.date.today().isoformat(),
             "versions": outcome_files.versions(),
         }
         held_out = {}
