@@ -5,7 +5,8 @@ The search has four parts, each a generation or more:
 1. the seeds (PI, NTK, YaRN, ...);
 2. start tokens, by successive halving on the best seed's factors: every choice is scored on one
    sample, the better half on two, and so on, so that most choices cost one sample each;
-3. CMA-ES (Hansen's `cma` package) around the best candidate, on what its factors are multiplied by;
+3. CMA-ES (Hansen's `cma` package) around the best candidate, on what its factors are multiplied by,
+   started again from the best whenever it has not found a better one for a while;
 4. start tokens again, now on the factors found, and a coordinate polish: single factors up and
    down, improvements joined, the step halved when there are none. What is then left of the budget
    goes to another CMA-ES around the best.
@@ -36,6 +37,7 @@ _PRIOR_VARIANCE = 0.99  # share of the prior that the coordinates cover
 _FLAT = 0.25  # deviation of a factor that its seed leaves at 1, relative to the largest one's
 _STALE = 10  # generations of known candidates in a row: CMA-ES has converged on the grid
 _POLISH_STEPS = 5
+_PATIENCE = 5  # generations without a better candidate, after which CMA-ES starts again
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class CmaParameters:
     """Candidates of a CMA-ES generation; None is the package's 4 + 3 ln n. Give a multiple of the
     number of replicas, or a lookahead, to keep many of them busy."""
 
-    initial_deviation: float = 0.1
+    initial_deviation: float = 0.05
     """Of the logarithm of the factors, relative to that of the largest factor of the best seed."""
 
     polish_share: float = 0.25
@@ -191,14 +193,35 @@ class CmaSearch(GenerationalSearch):
     # CMA-ES
 
     def _run_cma(self) -> Iterator[Generation]:
-        """CMA-ES around the best candidate until its part of the budget or its step is used up."""
+        """CMA-ES until its part of the budget is used up, from the best candidate again and again.
+
+        A selection that ignores all parents can lead away from a good start; a new attempt from the
+        best candidate, with half the step, then costs less than finding the way back.
+        """
         reserve = int(self.parameters.polish_share * self._left)
+        deviation = self.parameters.initial_deviation
+        while self._left > reserve:
+            before, start = self._left, self.best[0]
+            yield from self._descend(deviation, reserve)
+            if self._left == before:
+                return
+            if self.best[0] == start:
+                deviation /= 2
+
+    def _descend(self, deviation: float, reserve: int) -> Iterator[Generation]:
+        """One attempt of CMA-ES around the best candidate.
+
+        Args:
+            deviation (float): Initial one.
+            reserve (int): Sample-forwards to leave.
+        """
         coordinates = Coordinates(self.space, self.best[0])
-        strategy = self._strategy(coordinates.size)
+        strategy = self._strategy(coordinates.size, deviation)
         waiting: list[tuple[list[np.ndarray], list[Candidate]]] = []
         rival, stale = None, 0
+        best, unimproved = self.best[0], 0
         self._synchronous = False
-        while self._left > reserve and stale < _STALE:
+        while self._left > reserve and stale < _STALE and unimproved < _PATIENCE:
             if max(strategy.stds) * coordinates.widest < self.space.step / 2:
                 break  # below the grid
             points = strategy.ask()
@@ -218,6 +241,9 @@ class CmaSearch(GenerationalSearch):
                     warnings.simplefilter("ignore", cma.evolution_strategy.InjectionWarning)
                     strategy.tell(points, self._fitness(candidates))
                 rival = self._median(candidates)
+                leader = min(candidates, key=lambda item: self._scores[item])
+                better = self._scores[leader] < self._scores[best]
+                best, unimproved = (leader, 0) if better else (best, unimproved + 1)
                 if waiting:
                     strategy.ask()  # the package wants one before each tell; they go unused
         yield from self._barrier()
@@ -229,7 +255,7 @@ class CmaSearch(GenerationalSearch):
         yield Generation(self._num_asked, ())
         self._synchronous = before
 
-    def _strategy(self, size: int) -> cma.CMAEvolutionStrategy:
+    def _strategy(self, size: int, deviation: float) -> cma.CMAEvolutionStrategy:
         options = {
             "verbose": -9,
             "seed": math.nan,  # our generator draws; numpy's global state stays untouched
@@ -237,7 +263,6 @@ class CmaSearch(GenerationalSearch):
         }
         if self.parameters.population_size is not None:
             options["popsize"] = self.parameters.population_size
-        deviation = self.parameters.initial_deviation
         return cma.CMAEvolutionStrategy(np.zeros(size), deviation, options)
 
     def _fitness(self, candidates: Sequence[Candidate]) -> list[float]:
