@@ -177,7 +177,7 @@ def _add_algorithm(parser: argparse.ArgumentParser) -> None:
         "--initial-deviation",
         type=float,
         metavar="D",
-        help="cma: of log factors, relative to the largest seed factor's (default: 0.05)",
+        help="cma: of log factors, relative to the largest seed factor's (default: 0.1)",
     )
     group.add_argument(
         "--racing",

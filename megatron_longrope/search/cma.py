@@ -31,12 +31,16 @@ from scipy.optimize import isotonic_regression
 from megatron_longrope.search.evolution import checked_seeds
 from megatron_longrope.search.generations import Generation, GenerationalSearch
 from megatron_longrope.search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.search.surrogate import Surrogate
 
 _PRIOR_LENGTH = 0.1  # of the prior's correlation, in units of the number of factors
 _PRIOR_VARIANCE = 0.99  # share of the prior that the coordinates cover
 _FLAT = 0.25  # deviation of a factor that its seed leaves at 1, relative to the largest one's
 _STALE = 10  # generations of known candidates in a row: CMA-ES has converged on the grid
 _POLISH_STEPS = 5
+_MOVES = 16  # of a round of the polish, the most promising ones
+_DRAWN = 5  # candidates drawn for each that is scored
+_KNOWN = 24  # scores below which nothing is guessed from them
 _PATIENCE = 5  # generations without a better candidate, after which CMA-ES starts again
 
 
@@ -56,7 +60,7 @@ class CmaParameters:
     """Candidates of a CMA-ES generation; None is the package's 4 + 3 ln n. Give a multiple of the
     number of replicas, or a lookahead, to keep many of them busy."""
 
-    initial_deviation: float = 0.05
+    initial_deviation: float = 0.1
     """Of the logarithm of the factors, relative to that of the largest factor of the best seed."""
 
     polish_share: float = 0.25
@@ -224,8 +228,7 @@ class CmaSearch(GenerationalSearch):
         while self._left > reserve and stale < _STALE and unimproved < _PATIENCE:
             if max(strategy.stds) * coordinates.widest < self.space.step / 2:
                 break  # below the grid
-            points = strategy.ask()
-            candidates = [coordinates.candidate(point) for point in points]
+            points, candidates = self._promising(strategy, coordinates)
             waiting.append((points, candidates))
             before = self._left
             yield from self._ask(candidates, rival, certain=False)
@@ -265,6 +268,36 @@ class CmaSearch(GenerationalSearch):
             options["popsize"] = self.parameters.population_size
         return cma.CMAEvolutionStrategy(np.zeros(size), deviation, options)
 
+    def _promising(
+        self, strategy: cma.CMAEvolutionStrategy, coordinates: Coordinates
+    ) -> tuple[list[np.ndarray], list[Candidate]]:
+        """The most promising of many draws: points and candidates of one generation."""
+        model = self._surrogate(coordinates.start)
+        if model is None:
+            points = strategy.ask()
+            return points, [coordinates.candidate(point) for point in points]
+        points = strategy.ask(_DRAWN * strategy.popsize)
+        candidates = [coordinates.candidate(point) for point in points]
+        expected = model.predict(np.stack([self._logs(item) for item in candidates]))
+        chosen = np.argsort(expected, kind="stable")[: strategy.popsize]
+        return [points[i] for i in chosen], [candidates[i] for i in chosen]
+
+    def _surrogate(self, start: Candidate) -> Surrogate | None:
+        """Fitted to what the next generation may know; None while that is too little."""
+        known = [
+            (self._logs(item), math.log(score))
+            for item, score in self._ranked(self._known(len(self._generations)))
+            if math.isfinite(score) and item.start_index == start.start_index
+        ]
+        if len(known) < _KNOWN:
+            return None
+        points, losses = zip(*known, strict=True)
+        return Surrogate(np.stack(points), np.asarray(losses))
+
+    def _logs(self, candidate: Candidate) -> np.ndarray:
+        """Logarithms of all factors, `[rotary_dim / 2]`."""
+        return np.log(np.asarray(self.space.decode(candidate)[0]))
+
     def _fitness(self, candidates: Sequence[Candidate]) -> list[float]:
         """Mean losses; failures are worse than the others of their generation."""
         scores = [self._scores[item] for item in candidates]
@@ -290,6 +323,7 @@ class CmaSearch(GenerationalSearch):
                 genes = self._rng.permutation(np.asarray(self.space.genes(best))).tolist()
                 moves = [(gene, sign * step) for gene in genes for sign in (1, -1)]
                 moved = {move: moved_candidate(self.space, best, [move]) for move in moves}
+                moved = self._promising_moves(moved, best)
                 yield from self._ask(moved.values(), rival=best)
                 gains = {
                     move: self._scores[item]
@@ -302,6 +336,16 @@ class CmaSearch(GenerationalSearch):
                 yield from self._ask(joined, rival=self.best[0])
                 improved = self.best[0] != best
             step /= 2
+
+    def _promising_moves(self, moved: dict, best: Candidate) -> dict:
+        """The moves that are worth their evaluation."""
+        new = {move: item for move, item in moved.items() if item not in self._asked}
+        model = self._surrogate(best)
+        if model is None or len(new) <= _MOVES:
+            return new
+        expected = model.predict(np.stack([self._logs(item) for item in new.values()]))
+        order = np.argsort(expected, kind="stable")[:_MOVES]
+        return {move: new[move] for move in (list(new)[i] for i in order)}
 
 
 class Coordinates:
@@ -318,7 +362,7 @@ class Coordinates:
     """
 
     def __init__(self, space: SearchSpace, start: Candidate) -> None:
-        self._space, self._start = space, start
+        self._space, self.start = space, start
         self._genes = np.asarray(space.genes(start))
         factors = np.asarray(space.decode(start)[0])
         self._logs = np.log(factors[self._genes])
@@ -342,7 +386,7 @@ class Coordinates:
     def candidate(self, point: np.ndarray) -> Candidate:
         """The grid point nearest to coordinates `[size]`."""
         logs = isotonic_regression(self._logs + self._basis @ point).x
-        return self._space.with_factors(self._start, self._genes, np.exp(logs))
+        return self._space.with_factors(self.start, self._genes, np.exp(logs))
 
 
 def moved_candidate(
