@@ -80,24 +80,25 @@ def value_at(curve: Curve, forwards: int) -> float | None:
     return curve[place - 1][1] if place else None
 
 
-def summarise(traces: Sequence[Trace], baselines: Sequence[str]) -> dict[str, Any]:
-    """Targets, one row for each arm, and the ratio of the best of the arms that are no baseline.
+def summarise(traces: Sequence[Trace], baseline: str, others: Sequence[str] = ()) -> dict[str, Any]:
+    """Targets, one row for each arm, and the ratio of the best of our arms.
 
-    The target is what the best of the baselines ends with; without a run of any there is nothing to
-    reach: targets and ratio are None then.
+    The target is what `baseline` ends with; without a run of it there is nothing to reach: targets
+    and ratio are None then.
+
+    Args:
+        others (Sequence[str]): Arms that are not ours either.
     """
     arms = {
         arm: [t for t in traces if t.arm == arm] for arm in dict.fromkeys(t.arm for t in traces)
     }
-    references = [arms[name] for name in baselines if name in arms]
+    reference = arms.get(baseline, [])
     targets = {
-        kind: min(
-            statistics.median(getattr(trace, kind)[-1][1] for trace in runs) for runs in references
-        )
+        kind: statistics.median(getattr(trace, kind)[-1][1] for trace in reference)
         for kind in ("search", "held_out")
-        if references
+        if reference
     }
-    budget = max((trace.forwards for runs in references for trace in runs), default=0)
+    budget = max((trace.forwards for trace in reference), default=0)
     rows = []
     for arm, runs in arms.items():
         row = {
@@ -110,7 +111,7 @@ def summarise(traces: Sequence[Trace], baselines: Sequence[str]) -> dict[str, An
             curves = [getattr(trace, kind) for trace in runs]
             row[f"final_{kind}_perplexity"] = _rounded(statistics.median(c[-1][1] for c in curves))
             row[f"final_{kind}_perplexities"] = [_rounded(curve[-1][1]) for curve in curves]
-            if references:
+            if reference:
                 reached = [forwards_to_reach(curve, targets[kind]) for curve in curves]
                 median = statistics.median(reached)
                 row[f"forwards_to_reach_{kind}"] = _finite(median)
@@ -121,7 +122,7 @@ def summarise(traces: Sequence[Trace], baselines: Sequence[str]) -> dict[str, An
     ratios = [
         row["ratio_held_out"]
         for row in rows
-        if row["arm"] not in baselines and row.get("ratio_held_out") is not None
+        if row["arm"] not in (baseline, *others) and row.get("ratio_held_out") is not None
     ]
     return {
         "ratio": min(ratios, default=None),
@@ -135,15 +136,16 @@ def summarise(traces: Sequence[Trace], baselines: Sequence[str]) -> dict[str, An
 def print_summary(
     summary: Mapping[str, Any], orientation: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Two tables: the starting points and the arms."""
-    measure.print_table(
-        ("start", "search ppl", "held-out ppl"),
-        [
-            (name, *(format_score(value[text]) for text in ("search", "held_out")))
-            for name, value in orientation.items()
-        ],
-    )
-    print()
+    """Two tables: the starting points, if there are any, and the arms."""
+    if orientation:
+        measure.print_table(
+            ("start", "search ppl", "held-out ppl"),
+            [
+                (name, *(format_score(value[text]) for text in ("search", "held_out")))
+                for name, value in orientation.items()
+            ],
+        )
+        print()
 
     def reached(row: Mapping[str, Any], kind: str) -> tuple[str, str]:
         forwards, ratio = row.get(f"forwards_to_reach_{kind}"), row.get(f"ratio_{kind}")

@@ -6,7 +6,8 @@ The search has four parts, each a generation or more:
 2. start tokens, by successive halving on the best seed's factors: every choice is scored on one
    sample, the better half on two, and so on, so that most choices cost one sample each;
 3. CMA-ES (Hansen's `cma` package) around the best candidate, on what its factors are multiplied by,
-   started again from the best whenever it has not found a better one for a while;
+   started again from the best whenever it has not found a better one for a while. Of its draws
+   only those are scored that a regression on the known scores finds most promising;
 4. start tokens again, now on the factors found, and a coordinate polish: single factors up and
    down, improvements joined, the step halved when there are none. What is then left of the budget
    goes to another CMA-ES around the best.

@@ -122,7 +122,7 @@ def test_the_ratio_is_the_best_arms_median_over_what_the_released_operators_spen
         trace("ours", 2, (5, 30.0), (40, 29.0)),
         trace("worse", 0, (5, 30.0), (60, 21.0)),
     ]
-    summary = summarise(traces, ("released",))
+    summary = summarise(traces, "released")
     assert summary["target_held_out_perplexity"] == 22.0
     assert summary["baseline_forwards"] == 100
     assert summary["ratio"] == 0.2
@@ -134,8 +134,8 @@ def test_the_ratio_is_the_best_arms_median_over_what_the_released_operators_spen
 def test_nothing_reached_and_nothing_to_reach_have_no_ratio():
     released = trace("released", 0, (5, 30.0), (100, 20.0))
     ours = trace("ours", 0, (5, 30.0), (100, 21.0))
-    assert summarise([released, ours], ("released",))["ratio"] is None
-    assert summarise([ours], ("released",))["ratio"] is None
+    assert summarise([released, ours], "released")["ratio"] is None
+    assert summarise([ours], "released")["ratio"] is None
 
 
 def test_the_figure_comes_with_the_points_behind_it():
