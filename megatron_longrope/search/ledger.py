@@ -56,7 +56,8 @@ class Ledger:
         if (record.rescale_factors, record.num_start_tokens) != self._key(trial.candidate):
             raise ValueError(
                 f"evaluation {trial.index} of the journal is not the candidate that this search "
-                "asks for; it comes from another release: discard it with --overwrite"
+                "asks for; it comes from another release of this package or of numpy and scipy: "
+                "go on with that one, or discard the journal with --overwrite"
             )
         return record
 
