@@ -24,12 +24,14 @@ from megatron_longrope.evaluation.drawing import (
     score_axis,
 )
 
+_HEADROOM = 1.06  # of the figure, above YaRN
+
 Curve = list[tuple[int, float]]
 """(sample-forwards, perplexity), ascending; the perplexity holds until the next point."""
 
 STYLES = {
-    "released": Style("Released operators", "#D55E00", "s", (0, (5, 2))),
-    "released_yarn": Style("Released operators, from YaRN", "#E69F00", "v", (0, (5, 2))),
+    "released": Style("Released", "#D55E00", "s", (0, (5, 2))),
+    "released_yarn": Style("Released, from YaRN", "#E69F00", "v", (0, (5, 2))),
     "evolution": Style("Evolution", "#0072B2", "o", "-"),
     "cma": Style("CMA-ES", "#009E73", "D", (0, (3, 1.5))),
     "cma_paired": Style("CMA-ES, paired races", "#CC79A7", "^", (0, (1, 1.2))),
@@ -179,6 +181,7 @@ def draw_curves(traces: Sequence[Trace], yarn: float | None = None) -> Drawing:
         yarn (float, optional): YaRN's held-out perplexity, drawn for orientation.
     """
     title = "Held-out perplexity against the cost of the search"
+    ceiling = _HEADROOM * yarn if yarn else math.inf
     with blank_figure(title, 4.4) as figure:
         axes = figure.add_subplot()
         ends, values, rows = [], [], []
@@ -187,6 +190,8 @@ def draw_curves(traces: Sequence[Trace], yarn: float | None = None) -> Drawing:
             if not runs:
                 continue
             band = _band([trace.held_out for trace in runs])
+            # The frame is for what is about as good as YaRN; a curve enters it from above.
+            band = [point for point in band if point[2] <= ceiling] or band[-1:]
             xs, low, middle, high = zip(*band, strict=True)
             axes.fill_between(xs, low, high, step="post", color=style.color, alpha=0.16, lw=0)
             every = max(1, len(xs) // 9)
@@ -195,7 +200,7 @@ def draw_curves(traces: Sequence[Trace], yarn: float | None = None) -> Drawing:
                 zorder=3,
             )  # fmt: skip
             ends.append((xs[-1], middle[-1], style))
-            values += [*low, *high]
+            values += [value for value in (*low, *high) if value <= ceiling]
             rows += [(arm, t.seed, "held_out", *point) for t in runs for point in t.held_out]
             rows += [(arm, t.seed, "search", *point) for t in runs for point in t.search]
         axes.set_xscale("log")
@@ -216,7 +221,8 @@ def draw_curves(traces: Sequence[Trace], yarn: float | None = None) -> Drawing:
         return finish(
             figure, "search",
             "The best candidate so far on documents that the search never saw: median over seeds, "
-            "the band from the best seed to the worst.",
+            "the band from the best seed to the worst. Curves begin where they come within 6 % of "
+            "YaRN.",
             ("arm", "seed", "text", "sample_forwards", "perplexity"), rows,
         )  # fmt: skip
 
