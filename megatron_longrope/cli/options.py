@@ -88,12 +88,6 @@ def read_samples(prefix: str, length: int, count: int, windows: int = 1):
     Raises:
         ValueError: Too few documents are that long, or the set's tokenizer has no BOS.
     """
-    from megatron_longrope.data.documents import read_documents, read_manifest
+    from megatron_longrope.data.documents import read_documents_with_bos
 
-    bos_id = read_manifest(prefix)["bos_id"]
-    if bos_id is None:
-        raise ValueError(
-            f"{prefix} was made with a tokenizer without BOS, which stands before every window; "
-            "use a tokenizer that has one"
-        )
-    return read_documents(prefix, min_length=windows * (length - 1), limit=count), bos_id
+    return read_documents_with_bos(prefix, windows * (length - 1), count)

@@ -171,7 +171,9 @@ def _add_algorithm(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-mutations", type=int, metavar="N1", help="evolution: 16")
     group.add_argument("--num-crossovers", type=int, metavar="N2", help="evolution: 16")
     group.add_argument("--num-parents", type=int, metavar="K", help="evolution: top 32 kept")
-    group.add_argument("--iterations", type=int, metavar="T", help="evolution: 40")
+    group.add_argument(
+        "--iterations", dest="max_iterations", type=int, metavar="T", help="evolution: 40"
+    )
     group.add_argument("--mutation-prob", type=float, metavar="p", help="evolution: 0.3 per gene")
     group.add_argument(
         "--initial-deviation",
@@ -233,7 +235,11 @@ def run(args: argparse.Namespace) -> int | None:
     # So ends torchrun the other ranks when one dies, and a batch system a job at its time limit.
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        plan.run()
+        plan.run(
+            options.load_engine_from(
+                args, plan.problem.base, attention=args.attention, replicas=True
+            )
+        )
     except KeyboardInterrupt as stop:
         if rank() == 0:
             reason = str(stop) or "Ctrl-C"
@@ -261,16 +267,12 @@ def parameters(args: argparse.Namespace):
 
     ours, theirs = (_CMA, _EVOLUTION) if args.algorithm == "cma" else (_EVOLUTION, _CMA)
     for name in theirs.keys() - ours.keys():
-        if getattr(args, "iterations" if name == "max_iterations" else name) is not None:
+        if getattr(args, name) is not None:
             raise ValueError(
                 f"{theirs[name]} has no meaning with --algorithm {args.algorithm}; leave it out or "
                 "choose the other algorithm"
             )
-    given = {
-        name: value
-        for name in ours
-        if (value := getattr(args, "iterations" if name == "max_iterations" else name)) is not None
-    }
+    given = {name: value for name in ours if (value := getattr(args, name)) is not None}
     halved = args.target_length >= _HALVED_FROM
     if args.algorithm == "cma":
         default = CmaParameters().max_evaluations // (2 if halved else 1)

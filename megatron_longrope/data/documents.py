@@ -51,6 +51,23 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def read_documents_with_bos(
+    prefix: str | Path, min_length: int, limit: int
+) -> tuple[list[np.ndarray], int]:
+    """Documents for windows that BOS stands before, and its id; see :func:`read_documents`.
+
+    Raises:
+        ValueError: Too few documents are that long, or the set's tokenizer has no BOS.
+    """
+    bos_id = read_manifest(prefix)["bos_id"]
+    if bos_id is None:
+        raise ValueError(
+            f"{prefix} was made with a tokenizer without BOS, which stands before every window; "
+            "use a tokenizer that has one"
+        )
+    return read_documents(prefix, min_length=min_length, limit=limit), bos_id
+
+
 def read_documents(
     prefix: str | Path, min_length: int | None = None, limit: int | None = None
 ) -> list[np.ndarray]:

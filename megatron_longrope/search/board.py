@@ -41,13 +41,6 @@ class Board(Protocol):
     def wait(self) -> None:
         """Nothing can be claimed: pause until something may have changed."""
 
-    def close(self, done: bool) -> None:
-        """Return when every published result is in the journal.
-
-        Args:
-            done (bool): Whether the search has ended on every replica, rather than failed here.
-        """
-
 
 class LocalBoard:
     """One replica: everything is its own.
@@ -70,9 +63,6 @@ class LocalBoard:
     def wait(self) -> None:
         """Never called while there is something to claim."""
         raise RuntimeError("a search of one replica has nothing to wait for")
-
-    def close(self, done: bool) -> None:
-        """Nothing is on its way."""
 
 
 class SharedBoard:
@@ -147,7 +137,11 @@ class SharedBoard:
         self._pause = min(_POLL_LIMIT_SECONDS, 1.5 * self._pause)
 
     def close(self, done: bool) -> None:
-        """Return when every published result is in the journal, and the others are done as well."""
+        """Return when every published result is in the journal, and the others are done as well.
+
+        Args:
+            done (bool): Whether the search has ended on every replica, rather than failed here.
+        """
         self._ended.set()
         for thread in self._threads:
             thread.join()

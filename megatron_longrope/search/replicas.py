@@ -33,10 +33,8 @@ class Replica:
     def __init__(self, engine: Engine, size: int) -> None:
         self.engine = engine
         world, rank = dist.get_world_size(), dist.get_rank()
-        self.count = world // size
-        """Replicas of the job."""
-        self.index = rank // size
-        """Which of them this rank belongs to."""
+        self.index, self.count = engine.replica
+        """Which replica this rank belongs to, and how many there are."""
         self.is_leader = rank % size == 0
         """Whether this rank runs the search."""
         self._leader = self.index * size
@@ -49,11 +47,6 @@ class Replica:
                 group = dist.new_group(ranks, timeout=_PATIENCE, backend="gloo")
                 if first == self._leader:
                     self._group = group
-
-    @property
-    def shape(self):
-        """Geometry of the model."""
-        return self.engine.shape
 
     def set_config(self, config: LongRopeConfig) -> None:
         """Swap the factors on every rank of the replica; the leader calls it."""

@@ -55,7 +55,7 @@ def score_trial(
             if rival is not None and (verdict := race.lost(losses, rival)):
                 stopped, mean = verdict
                 break
-    except (torch.OutOfMemoryError, RuntimeError) as failure:
+    except RuntimeError as failure:
         if not _out_of_memory(failure):
             raise
         error = f"out of memory: {str(failure).splitlines()[0]}"

@@ -12,8 +12,9 @@ from typing import Any
 
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
-from megatron_longrope.data.documents import read_documents, read_manifest
+from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
 from megatron_longrope.data.tokenizer import load_tokenizer
+from megatron_longrope.engine import Engine
 from megatron_longrope.ranks import rank
 from megatron_longrope.search import outcome as outcome_files
 from megatron_longrope.search.board import shared_store
@@ -51,6 +52,9 @@ class SearchPlan:
     samples: Mapping[str, Any]
     """Of :func:`read_samples`, for the search documents."""
 
+    held_out: Mapping[str, Any] | None
+    """The same for the held-out documents, if there are any."""
+
     @classmethod
     def from_options(
         cls, args: argparse.Namespace, parameters: CmaParameters | EvolutionParameters
@@ -83,9 +87,8 @@ class SearchPlan:
         if isinstance(parameters, CmaParameters):
             parameters = replace(parameters, num_samples=len(samples["tokens"]))
         race = Race(args.racing, args.racing_significance)
-        plan = cls(args, parameters, checkpoint, problem, race, samples)
-        if args.held_out:
-            read_samples(args, args.held_out)
+        held_out = read_samples(args, args.held_out) if args.held_out else None
+        plan = cls(args, parameters, checkpoint, problem, race, samples, held_out)
         _algorithm(plan, problem)  # seeds that do not fit its sizes
         return plan
 
@@ -128,21 +131,13 @@ class SearchPlan:
             utilisation=mfu,
         ).lines()
 
-    def run(self) -> None:
-        """Search, and write the winner with what is known about it."""
-        from megatron_longrope.engine import load_engine
+    def run(self, engine: Engine) -> None:
+        """Search, and write the winner with what is known about it.
 
+        Args:
+            engine (Engine): This rank's part of the model, loaded with `replicas=True`.
+        """
         args = self.args
-        engine = load_engine(
-            args.load,
-            longrope_config=self.problem.base,
-            iteration=args.iteration,
-            tensor_parallel=args.tensor_model_parallel_size,
-            context_parallel=args.context_parallel_size,
-            dtype=_dtype(args.dtype),
-            attention=args.attention,
-            replicas=True,
-        )
         replica = Replica(engine, args.tensor_model_parallel_size * args.context_parallel_size)
         store = shared_store() if replica.count > 1 else None
         if not replica.is_leader:
@@ -184,8 +179,8 @@ class SearchPlan:
             "versions": outcome_files.versions(),
         }
         held_out = {}
-        if args.held_out:
-            other = self._objective(model, read_samples(args, args.held_out))
+        if self.held_out is not None:
+            other = self._objective(model, self.held_out)
             held_out = outcome_files.scores_on(other, problem, outcome.candidate)
             origin["held_out_perplexity"] = held_out
             origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
@@ -252,27 +247,21 @@ def read_samples(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
     Raises:
         ValueError: Too few documents are long enough, or the tokenizer does not fit.
     """
-    manifest = read_manifest(prefix)
-    if manifest["bos_id"] is None:
-        raise ValueError(
-            f"{prefix} was made with a tokenizer without BOS, which stands before every window; "
-            "use a tokenizer that has one"
-        )
     windows, length = args.windows_per_document, args.target_length
-    documents = read_documents(prefix, min_length=windows * (length - 1), limit=args.num_samples)
+    documents, bos_id = read_documents_with_bos(prefix, windows * (length - 1), args.num_samples)
     if args.objective == "ppl":
-        tokens = window_samples(documents, manifest["bos_id"], length, windows)
+        tokens = window_samples(documents, bos_id, length, windows)
         return {"tokens": tokens, "scored": None, "description": None}
     if args.tokenizer is None:
         raise ValueError("--objective needle writes text into documents: give their --tokenizer")
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer, manifest = load_tokenizer(args.tokenizer), read_manifest(prefix)
     if tokenizer.sha256 != manifest["tokenizer_sha256"]:
         raise ValueError(
             f"{args.tokenizer} is not the tokenizer that {prefix} was made with "
             f"({manifest['tokenizer']}); give that one"
         )
     samples = needle_samples(
-        documents, tokenizer, length, bos_id=manifest["bos_id"],
+        documents, tokenizer, length, bos_id=bos_id,
         depths=_depths(args.needle_depths), seed=args.seed,
     )  # fmt: skip
     return {"tokens": samples.tokens, "scored": samples.scored, "description": samples.describe()}
@@ -323,9 +312,3 @@ def _depths(text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--needle-depths {text!r} must be numbers, for example 0,0.5,1") from None
-
-
-def _dtype(name: str | None):
-    import torch
-
-    return getattr(torch, name) if name else None
