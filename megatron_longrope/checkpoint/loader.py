@@ -7,18 +7,44 @@ the local spec names them differently in memory. :mod:`.layout` knows how, and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from megatron_longrope.checkpoint.layout import Layout
-from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.checkpoint.reader import TensorInfo
+from megatron_longrope.config import LongRopeConfig
 
 _VOCAB = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
+class Checkpoint(Protocol):
+    """What has the tensors of a Megatron checkpoint, wherever they come from."""
+
+    directory: Path
+    """Where it lies, for messages."""
+
+    shape: ModelShape
+    """Geometry of the model."""
+
+    iteration: int
+    """Training iteration; 0 where that means nothing."""
+
+    longrope: LongRopeConfig | None
+    """Factors that the model was trained with, None for stock RoPE."""
+
+    def keys(self) -> dict[str, TensorInfo]:
+        """Name, shape and dtype of every tensor."""
+
+    def tensor(self, name: str, layer: int | None = None) -> Tensor:
+        """One tensor, or one layer of a tensor stacked over layers, on the CPU."""
+
+
 def load_into(
-    model: nn.Module, checkpoint: MegatronCheckpoint, *, tp_rank: int = 0, tp_size: int = 1
+    model: nn.Module, checkpoint: Checkpoint, *, tp_rank: int = 0, tp_size: int = 1
 ) -> int:
     """Fill every parameter of `model`; peak extra memory is one layer's tensor.
 

@@ -100,7 +100,7 @@ def convert_from_hf(
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists already; give another --output")
     folder = HfFolder(hf_dir)
-    family, shape, longrope_config = _model(folder)
+    family, shape, longrope_config = read_model(folder)
     rows = padded_vocab_size(
         shape.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
     )
@@ -145,7 +145,7 @@ def convert_from_hf(
     )
 
 
-def _model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | None]:
+def read_model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | None]:
     """What config.json describes."""
     config = folder.config
     try:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_longrope.checkpoint.loader import load_into
+from megatron_longrope.checkpoint.loader import Checkpoint, load_into
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
-from megatron_longrope.context_parallel import check_divisible, shard, unshard
+from megatron_longrope.context_parallel import check_divisible, shard, unshard, zigzag_positions
 from megatron_longrope.engine import loss, process_groups
 from megatron_longrope.engine.kernels import core_attention
 from megatron_longrope.engine.model import (
@@ -21,6 +23,17 @@ from megatron_longrope.engine.model import (
     set_attention_factor,
     vocab_range,
 )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model makes of the last tokens of a sequence."""
+
+    predicted: list[int]
+    """The greedy choice in place of each answer token, and behind the last one."""
+
+    nll: list[float]
+    """Loss of each answer token, in nats."""
 
 
 class Engine:
@@ -65,8 +78,9 @@ class Engine:
 
         Args:
             tokens (Tensor): `[b, n]`, int64, the same on every rank of this copy of the model.
-            start (int): Leave out the losses of tokens at positions up to it; without context
-                parallelism their logits are not computed either. Defaults to 0.
+            start (int): Leave out the losses of tokens at positions up to it; their logits are not
+                computed either, unless context parallelism makes the rest longer than a rank's
+                part. Defaults to 0.
 
         Returns:
             Tensor: `[b, n - 1 - start]`, fp32, in nats, on every rank, on the CPU.
@@ -75,29 +89,46 @@ class Engine:
             ValueError: Tokens outside the vocabulary, a length that no factor set covers or that
                 does not split over the context-parallel ranks, or nothing behind `start`.
         """
-        batch, length = tokens.shape
-        self._check_tokens(tokens)
-        if not 0 <= start < length - 1:
-            raise ValueError(
-                f"start {start} leaves no token to score; with {length} tokens it must be from 0 to"
-                f" {length - 2}"
-            )
-        hidden = self._hidden(tokens)  # [n / cp, b, h]
-        if self.cp_group.size() == 1:
-            hidden, labels, first = hidden[start:-1], tokens[:, start + 1 :], 0
-        else:
-            # The ranks' parts must stay alike, so that unneeded losses are computed and cut off:
-            # those before `start`, and that of the last position, which has no successor.
-            labels, first = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1), start
-            labels = shard(labels, self.cp_group.rank(), self.cp_group.size(), dim=1)
-        values = loss.token_nll(
-            self.model,
-            hidden.flatten(0, 1),
-            labels.to(self.device).t().flatten(),  # [b, n] -> [n b], as the hidden states lie
-            self._real_tokens,
+        (values,) = self._of_positions(
+            tokens,
+            start,
+            tokens.shape[-1] - 1,
+            lambda hidden, labels: (loss.token_nll(self.model, hidden, labels, self._real_tokens),),
         )
-        values = self._whole(values.view(-1, batch).t().contiguous())  # [n b] -> [b, n]
-        return values[:, first : first + length - 1 - start].cpu()
+        return values
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Losses as :meth:`nll` gives them, and what greedy decoding would have chosen instead.
+
+        Returns:
+            tuple[Tensor, Tensor]: Losses `[b, n - 1 - start]` and the most likely token
+            `[b, n - 1 - start]` at the same places.
+        """
+        return tuple(self._nll_and_greedy(tokens, start, tokens.shape[-1] - 1))
+
+    @torch.no_grad()
+    def answer(self, tokens: Tensor, num_answer_tokens: int) -> Answer:
+        """Score the last tokens of a sequence as an answer to what precedes them.
+
+        One teacher-forced forward pass, whatever the length of the answer.
+
+        Args:
+            tokens (Tensor): `[1, n]`, int64: prompt and answer.
+            num_answer_tokens (int): How many of them are the answer.
+
+        Raises:
+            ValueError: More than one sequence, or no prompt; else as :meth:`nll`.
+        """
+        if tokens.shape[0] != 1 or not 1 <= num_answer_tokens < tokens.shape[1]:
+            raise ValueError(
+                f"an answer of {num_answer_tokens} tokens in tokens of shape {tuple(tokens.shape)}:"
+                " give [1, n] with at least one token before the answer"
+            )
+        length = tokens.shape[1]
+        # The last token is followed by nothing: its loss is cut off, what would follow it is kept.
+        nll, greedy = self._nll_and_greedy(tokens, length - 1 - num_answer_tokens, length)
+        return Answer(greedy[0].tolist(), nll[0, :-1].tolist())
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -117,15 +148,77 @@ class Engine:
             start (int): Skip positions before it (their logits are not computed). Defaults to 0.
 
         Returns:
-            Tensor: `[b, n - start]`, int64, on the CPU.
+            Tensor: `[b, n - start]`, int64, on every rank, on the CPU.
         """
-        self._check_single_process("predictions")
-        self._check_tokens(tokens)
-        hidden = self._hidden(tokens).transpose(0, 1)[:, start:]
-        best = loss.map_logits(
-            self.model, hidden.flatten(0, 1), self._real_tokens, lambda x: x.argmax(-1)
+        (values,) = self._of_positions(
+            tokens,
+            start,
+            tokens.shape[-1],
+            lambda hidden, _: (
+                loss.greedy_tokens(self.model, hidden, self._real_tokens, self._first_token),
+            ),
         )
-        return best.view(tokens.shape[0], -1).cpu()
+        return values
+
+    def _nll_and_greedy(self, tokens: Tensor, start: int, stop: int) -> list[Tensor]:
+        return self._of_positions(
+            tokens,
+            start,
+            stop,
+            lambda hidden, labels: loss.token_nll_and_greedy(
+                self.model, hidden, labels, self._real_tokens, self._first_token
+            ),
+        )
+
+    def _of_positions(
+        self,
+        tokens: Tensor,
+        start: int,
+        stop: int,
+        function: Callable[[Tensor, Tensor], Sequence[Tensor]],
+    ) -> list[Tensor]:
+        """Results of `function(hidden [r, h], labels [r]) -> [r], ...` from `start` up to `stop`.
+
+        The label of the last position, which has no successor, is the first token.
+
+        Returns:
+            list[Tensor]: Each `[b, stop - start]`, on every rank, on the CPU.
+        """
+        self._check_tokens(tokens)
+        batch, length = tokens.shape
+        if not 0 <= start < stop:
+            raise ValueError(
+                f"start {start} leaves no token to score; with {length} tokens it must be from 0 to"
+                f" {stop - 1}"
+            )
+        hidden = self._hidden(tokens)  # [n / cp, b, h]
+        labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        apart = stop - start > length // size and size > 1
+        if apart:  # the ranks' parts must stay alike: some rows too many are computed and cut off
+            labels = shard(labels, rank, size, dim=1)
+        else:
+            hidden, labels = self._slice(hidden, start, stop, length), labels[:, start:stop]
+        results = function(
+            hidden.flatten(0, 1),
+            labels.to(self.device).t().flatten(),  # [b, n] -> [n b], as the hidden states lie
+        )
+        results = [values.view(-1, batch).t().contiguous() for values in results]  # [n b] -> [b, n]
+        if apart:
+            results = [self._whole(values)[:, start:stop] for values in results]
+        return [values.cpu() for values in results]
+
+    def _slice(self, hidden: Tensor, start: int, stop: int, length: int) -> Tensor:
+        """`[n / cp, b, h] -> [stop - start, b, h]`, on every rank."""
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        if size == 1:
+            return hidden[start:stop]
+        rows = hidden.new_zeros(stop - start, *hidden.shape[1:])
+        positions = zigzag_positions(length, rank, size, hidden.device)
+        ours = (positions >= start) & (positions < stop)
+        rows[positions[ours] - start] = hidden[ours]
+        dist.all_reduce(rows, group=self.cp_group)  # each row comes from one rank
+        return rows
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         """`[b, n] -> [n / cp, b, h]`, after the final norm."""
@@ -165,7 +258,7 @@ class Engine:
 
 
 def load_engine(
-    path: str | Path,
+    source: str | Path | Checkpoint,
     *,
     longrope_config: LongRopeConfig | None = None,
     iteration: int | None = None,
@@ -178,10 +271,12 @@ def load_engine(
     attention: str = "auto",
     replicas: bool = False,
 ) -> Engine:
-    """Load a Megatron checkpoint for scoring.
+    """Load a checkpoint for scoring.
 
     Args:
-        path (str | Path): The `--save` directory of a run, or one of its iteration directories.
+        source (str | Path | Checkpoint): The `--save` directory of a Megatron run, or one of its
+            iteration directories; or an opened checkpoint, such as a
+            :class:`megatron_longrope.conversion.hf_checkpoint.HfCheckpoint`.
         longrope_config (LongRopeConfig, optional): Defaults to the checkpoint's own, else stock
             RoPE up to its max_position_embeddings.
         iteration (int, optional): Defaults to the latest.
@@ -200,7 +295,9 @@ def load_engine(
         ValueError: The checkpoint is damaged, of another format, or does not fit the config; the
             number of processes does not fit; or flash-attn cannot run and was insisted on.
     """
-    checkpoint = MegatronCheckpoint.open(path, iteration)
+    checkpoint = source
+    if isinstance(source, str | Path):
+        checkpoint = MegatronCheckpoint.open(source, iteration)
     shape = checkpoint.shape
     config = longrope_config or checkpoint.longrope or default_config(shape)
     process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor, nn
@@ -42,13 +43,58 @@ def logits_by_chunk(
 def token_nll(model: nn.Module, hidden: Tensor, labels: Tensor, real_tokens: int) -> Tensor:
     """Negative log-likelihood of each label: `[n, h], [n] -> [n]`, fp32, in nats."""
     result = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-    parallel = model.pg_collection.tp.size() > 1
     for span, logits in logits_by_chunk(model, hidden, real_tokens):
-        if parallel:
-            result[span] = vocab_parallel_cross_entropy(logits, labels[span])
-        else:
-            result[span] = F.cross_entropy(logits, labels[span], reduction="none")
+        result[span] = _nll(model, logits, labels[span])
     return result
+
+
+def greedy_tokens(model: nn.Module, hidden: Tensor, real_tokens: int, first_token: int) -> Tensor:
+    """Most likely next token of each row: `[n, h] -> [n]`, int64, the same on every rank.
+
+    Args:
+        real_tokens (int): How many of this rank's output rows are tokens.
+        first_token (int): Token id of the first of them.
+    """
+    result = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    for span, logits in logits_by_chunk(model, hidden, real_tokens):
+        result[span] = _greedy(model, logits, first_token)
+    return result
+
+
+def token_nll_and_greedy(
+    model: nn.Module, hidden: Tensor, labels: Tensor, real_tokens: int, first_token: int
+) -> tuple[Tensor, Tensor]:
+    """Both of the above from the same logits."""
+    nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+    greedy = torch.empty(len(labels), dtype=torch.int64, device=hidden.device)
+    for span, logits in logits_by_chunk(model, hidden, real_tokens):
+        greedy[span] = _greedy(model, logits, first_token)  # first: Megatron's loss overwrites
+        nll[span] = _nll(model, logits, labels[span])
+    return nll, greedy
+
+
+def _nll(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    if model.pg_collection.tp.size() > 1:
+        return vocab_parallel_cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _greedy(model: nn.Module, logits: Tensor, first_token: int) -> Tensor:
+    """`[rows, vocab / tp] -> [rows]`; of equal logits the rank with the lowest tokens wins."""
+    group = model.pg_collection.tp
+    best, ids = logits.max(dim=-1)
+    if group.size() == 1:
+        return ids
+    ids = ids + first_token
+    bests = [torch.empty_like(best) for _ in range(group.size())]
+    candidates = [torch.empty_like(ids) for _ in range(group.size())]
+    dist.all_gather(bests, best, group=group)
+    dist.all_gather(candidates, ids, group=group)
+    for other, theirs in zip(bests[1:], candidates[1:], strict=True):
+        better = other > bests[0]
+        bests[0] = torch.where(better, other, bests[0])
+        candidates[0] = torch.where(better, theirs, candidates[0])
+    return candidates[0]
 
 
 def map_logits(

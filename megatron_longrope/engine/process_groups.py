@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,12 +53,28 @@ def replica() -> tuple[int, int]:
     """Index of this process' copy of the model, rank // (TP x CP), and how many copies there are.
 
     Megatron orders ranks by tensor, then context, then data parallelism; a copy is a rank of the
-    latter.
+    latter. (0, 1) before :func:`initialize`.
     """
+    if not parallel_state.model_parallel_is_initialized():
+        return 0, 1
     return (
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
     )
+
+
+def gather_from_replicas(value: Any) -> list[Any]:
+    """Every copy's value, in the order of the copies, on every rank.
+
+    Args:
+        value (Any): Something small that pickles; the same on all ranks of this copy.
+    """
+    count = replica()[1]
+    if count == 1:
+        return [value]
+    values: list[Any] = [None] * count
+    dist.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
+    return values
 
 
 def _check_world(world: int, tensor_parallel: int, context_parallel: int, replicas: bool) -> None:

@@ -1,14 +1,7 @@
 """What a search costs before it is started: arithmetic, memory per GPU, expected hours.
 
-Plain arithmetic without torch. With n tokens in a sample, L layers, hidden size h, MLP width f, q
-the width of all query heads, k that of all key heads and V tokens in the vocabulary, a forward pass
-of one sample takes
-
-    2 n (L (h (q + 2 k) + q h + 3 h f) + h V)    matrix products, SwiGLU's three among them
-    + 2 L n^2 q                                  attention: 2 x 2 n^2 q, of which causality halves
-
-floating-point operations; norms, RoPE and softmax are not counted. docs/scoring.md says which
-tensors exist at once.
+Plain arithmetic. :mod:`megatron_longrope.flops` has the operations of a forward pass;
+docs/scoring.md says which tensors exist at once.
 """
 
 from __future__ import annotations
@@ -18,12 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_longrope.flops import forward_flops, layer_weights
+
 if TYPE_CHECKING:
     from megatron_longrope.checkpoint.model_args import ModelShape
 
 GIB = 2**30
 
-# The engine's own sizes, repeated here because it imports torch; a test compares them.
+# The engine's own sizes, repeated here because importing it takes seconds; a test compares them.
 TOKENS_PER_MLP_SLICE = 4096
 LOGITS_PER_CHUNK = 1 << 24
 
@@ -245,7 +240,7 @@ def estimate(
             f"target length {target_length} does not split into {2 * context_parallel} chunks for "
             f"context parallel {context_parallel}; use a multiple of {2 * context_parallel}"
         )
-    linear, attention = _flops(shape, target_length)
+    linear, attention = forward_flops(shape, target_length)
     memory, peak = _memory(
         shape,
         tokens=batch * target_length // context_parallel,
@@ -270,25 +265,6 @@ def estimate(
     )
 
 
-def _flops(shape: ModelShape, tokens: int) -> tuple[int, int]:
-    """Operations of one sample: matrix products with weights, attention."""
-    query = shape.num_attention_heads * shape.head_dim
-    weights = sum(_layer_weights(shape)) + shape.hidden_size * shape.vocab_size
-    return 2 * tokens * weights, 2 * shape.num_layers * tokens**2 * query
-
-
-def _layer_weights(shape: ModelShape) -> tuple[int, int]:
-    """Weights in the matrices of all attentions and of all MLPs."""
-    query = shape.num_attention_heads * shape.head_dim
-    key = shape.num_query_groups * shape.head_dim
-    pattern = shape.hybrid_layer_pattern  # a HybridModel counts its MLPs apart
-    mlps = shape.num_layers if pattern is None else pattern.count("-")
-    return (
-        shape.num_layers * shape.hidden_size * (2 * query + 2 * key),
-        mlps * 3 * shape.hidden_size * shape.ffn_hidden_size,
-    )
-
-
 def _memory(
     shape: ModelShape, *, tokens: int, width: int, tensor_parallel: int, context_parallel: int
 ) -> tuple[dict[str, int], int]:
@@ -302,7 +278,7 @@ def _memory(
     query = shape.num_attention_heads * shape.head_dim // tensor_parallel
     key = shape.num_query_groups * shape.head_dim // tensor_parallel
     vocab = math.ceil(shape.padded_vocab_size / tensor_parallel)
-    weights = sum(_layer_weights(shape)) // tensor_parallel
+    weights = sum(layer_weights(shape)) // tensor_parallel
     weights += (2 if shape.untie_embeddings else 1) * vocab * hidden
     # One tensor holds q, k and v as they are projected; grouped queries are copied out of it.
     projected = query + 2 * key

@@ -188,3 +188,36 @@ def test_layers_without_rope_are_refused(megatron_runs):
     )
     with pytest.raises(ValueError, match="trained with --no-rope-freq; the engine rotates every"):
         build_model(shape, maker.longrope_config())
+
+
+def test_scores_are_the_losses_with_the_greedy_choices_at_the_same_places(engines):
+    engine = engines["untied_gqa"]
+    tokens = torch.cat([random_tokens(maker.VOCAB, 60, seed) for seed in (1, 2)])
+    nll, greedy = engine.score(tokens, 20)
+    torch.testing.assert_close(nll, engine.nll(tokens)[:, 20:], atol=1e-6, rtol=0)
+    assert torch.equal(greedy, engine.logits(tokens)[:, 20:-1].argmax(-1))
+
+
+def test_an_answer_has_a_choice_for_each_token_and_one_behind_the_last(engines):
+    engine = engines["untied_gqa"]
+    tokens = random_tokens(maker.VOCAB, 60, 1)
+    answer = engine.answer(tokens, 4)
+    assert answer.predicted == engine.logits(tokens)[0, -5:].argmax(-1).tolist()
+    assert answer.nll == pytest.approx(engine.nll(tokens)[0, -4:].tolist(), abs=1e-6)
+
+
+def test_tokens_that_greedy_decoding_wrote_are_answered_in_full(engines):
+    engine = engines["untied_gqa"]
+    tokens = random_tokens(maker.VOCAB, 40, 2)
+    for _ in range(6):
+        following = engine.logits(tokens)[:, -1:].argmax(-1)
+        tokens = torch.cat([tokens, following], dim=1)
+    answer = engine.answer(tokens, 6)
+    assert answer.predicted[:-1] == tokens[0, -6:].tolist()
+
+
+@pytest.mark.parametrize(("rows", "count"), [(2, 3), (1, 0), (1, 40)])
+def test_an_answer_without_a_prompt_or_of_several_sequences_is_refused(engines, rows, count):
+    tokens = torch.cat([random_tokens(maker.VOCAB, 40, seed) for seed in range(rows)])
+    with pytest.raises(ValueError, match="with at least one token before the answer"):
+        engines["untied_gqa"].answer(tokens, count)

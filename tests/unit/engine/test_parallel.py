@@ -24,6 +24,16 @@ def tokens_of(replica: int) -> torch.Tensor:
     return torch.cat([random_tokens(maker.VOCAB, maker.LONG_TOKENS, seed) for seed in seeds])
 
 
+def greedy_results(engine, tokens: torch.Tensor) -> dict[str, object]:
+    """Greedy choices: of few positions and of most, which context parallelism treats apart."""
+    return {
+        "score": engine.score(tokens, START),
+        "predictions": engine.predictions(tokens, START),
+        "last prediction": engine.predictions(tokens, tokens.shape[1] - 1),
+        "answer": engine.answer(tokens[:1], 5),
+    }
+
+
 def run_rank(rank: int, directory: str, checkpoint: str) -> None:
     """One of four processes: all layouts, one after another."""
     from megatron.core import parallel_state
@@ -48,6 +58,7 @@ def run_rank(rank: int, directory: str, checkpoint: str) -> None:
             "replica": engine.replica,
             "nll": engine.nll(tokens),
             "from start": engine.nll(tokens, START),
+            **greedy_results(engine, tokens),
         }
         parallel_state.destroy_model_parallel()
     torch.save(results, f"{directory}/rank{rank}.pt")
@@ -65,7 +76,7 @@ def ranks(tmp_path_factory, megatron_runs):
         nprocs=WORLD,
         start_method="forkserver",
     )
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,8 @@ def one_process(megatron_runs):
         megatron_runs[RUN].path, longrope_config=maker.longrope_config(), device="cpu"
     )
     assert engine.replica == (0, 1)
-    return [engine.nll(tokens_of(replica)) for replica in range(WORLD)]
+    samples = [tokens_of(replica) for replica in range(WORLD)]
+    return [{"nll": engine.nll(tokens), **greedy_results(engine, tokens)} for tokens in samples]
 
 
 @pytest.mark.slow
@@ -84,9 +96,22 @@ def test_every_rank_has_the_losses_of_one_process(ranks, one_process, layout):
         result = results[layout]
         replica = rank // (layout[0] * layout[1])
         assert result["replica"] == (replica, WORLD // (layout[0] * layout[1]))
-        theirs = one_process[replica]
+        theirs = one_process[replica]["nll"]
         torch.testing.assert_close(result["nll"], theirs, atol=1e-5, rtol=0)
         torch.testing.assert_close(result["from start"], theirs[:, START:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_has_the_greedy_choices_of_one_process(ranks, one_process, layout):
+    for rank, results in enumerate(ranks):
+        ours, theirs = results[layout], one_process[rank // (layout[0] * layout[1])]
+        torch.testing.assert_close(ours["score"][0], theirs["score"][0], atol=1e-5, rtol=0)
+        assert torch.equal(ours["score"][1], theirs["score"][1])
+        for name in ("predictions", "last prediction"):
+            assert torch.equal(ours[name], theirs[name])
+        assert ours["answer"].predicted == theirs["answer"].predicted
+        assert ours["answer"].nll == pytest.approx(theirs["answer"].nll, abs=1e-5)
 
 
 # How many processes fit

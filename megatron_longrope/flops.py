@@ -1,0 +1,36 @@
+"""Floating-point operations of a forward pass; plain arithmetic without torch.
+
+With n tokens, L layers, hidden size h, MLP width f, q the width of all query heads, k that of all
+key heads and V tokens in the vocabulary, a forward pass takes
+
+    2 n (L (h (q + 2 k) + q h + 3 h f) + h V)    matrix products, SwiGLU's three among them
+    + 2 L n^2 q                                  attention: 2 x 2 n^2 q, of which causality halves
+
+operations; norms, RoPE and softmax are not counted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_longrope.checkpoint.model_args import ModelShape
+
+
+def forward_flops(shape: ModelShape, tokens: int) -> tuple[int, int]:
+    """Operations of one sequence: (matrix products with weights, attention)."""
+    query = shape.num_attention_heads * shape.head_dim
+    weights = sum(layer_weights(shape)) + shape.hidden_size * shape.vocab_size
+    return 2 * tokens * weights, 2 * shape.num_layers * tokens**2 * query
+
+
+def layer_weights(shape: ModelShape) -> tuple[int, int]:
+    """Weights in the matrices of all attentions and of all MLPs."""
+    query = shape.num_attention_heads * shape.head_dim
+    key = shape.num_query_groups * shape.head_dim
+    pattern = shape.hybrid_layer_pattern  # a HybridModel counts its MLPs apart
+    mlps = shape.num_layers if pattern is None else pattern.count("-")
+    return (
+        shape.num_layers * shape.hidden_size * (2 * query + 2 * key),
+        mlps * 3 * shape.hidden_size * shape.ffn_hidden_size,
+    )
