@@ -65,7 +65,7 @@ class Progress:
         line = f"{self._label}: {self._done}/{self._total} {self._unit}, {elapsed:.0f} s"
         if fresh:
             left = elapsed / fresh * (self._total - self._done)
-            line += f", about {_duration(left)} left"
+            line += f", about {format_duration(left)} left"
         print(f"{line}{'; ' + note if note else ''}", flush=True)
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Progress:
         self.close()
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`42 s`, `7 min`, `13.5 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -37,14 +37,29 @@ def choices(*allowed: str):
     return parse
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Flags that say which model is loaded, and how."""
+def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Flags that say which model is loaded, and how.
+
+    Args:
+        several (bool): Any number of models, each with a label if wanted; `args.load` and `args.hf`
+            are then lists.
+    """
     group = parser.add_argument_group("model")
-    group.add_argument(
+    how = {"action": "append", "default": []} if several else {}
+    label = "[LABEL=]" if several else ""
+    more = "; may be given several times" if several else ""
+    either = group if several else group.add_mutually_exclusive_group(required=True)
+    either.add_argument(
         "--load",
-        required=True,
-        metavar="CKPT",
-        help="Megatron checkpoint: a run's --save directory",
+        metavar=f"{label}CKPT",
+        help=f"Megatron checkpoint: a run's --save directory{more}",
+        **how,
+    )
+    either.add_argument(
+        "--hf",
+        metavar=f"{label}DIR",
+        help=f"local Hugging Face folder, read as it is{more}",
+        **how,
     )
     group.add_argument("--iteration", type=int, help="iteration to load (default: the latest)")
     group.add_argument(
@@ -60,34 +75,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_engine_from(args: argparse.Namespace, config=None, **options):
-    """The engine that the model flags describe."""
+def load_engine_from(args: argparse.Namespace, source, config=None, **options):
+    """The engine of an opened checkpoint, as the model flags describe it."""
     import torch
 
     from megatron_longrope.engine import load_engine
 
     return load_engine(
-        args.load,
+        source,
         longrope_config=config,
-        iteration=args.iteration,
         tensor_parallel=args.tensor_model_parallel_size,
         context_parallel=args.context_parallel_size,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         **options,
     )
-
-
-def original_window(args: argparse.Namespace, engine) -> int:
-    """The pre-trained window: the flag, else what the checkpoint says."""
-    return args.original_length or engine.config.original_max_position_embeddings
-
-
-def read_samples(prefix: str, length: int, count: int, windows: int = 1):
-    """Token ids of the first `count` documents that fill `windows` windows, and the BOS id.
-
-    Raises:
-        ValueError: Too few documents are that long, or the set's tokenizer has no BOS.
-    """
-    from megatron_longrope.data.documents import read_documents_with_bos
-
-    return read_documents_with_bos(prefix, windows * (length - 1), count)

@@ -1,4 +1,4 @@
-"""`longrope report`: one HTML page, figures and their data from a finished evaluation."""
+"""`longrope report`: one HTML page, figures and their data from finished evaluations."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ def add_parser(commands: Any) -> None:
     """Add `report`."""
     parser = commands.add_parser(
         "report",
-        help="one self-contained HTML page, PNG figures and CSV data from an evaluation",
-        description="Write a self-contained HTML page about an evaluated run, and beside it "
-        "figures/ with PNG images and the CSV data behind them.",
+        help="one self-contained HTML page, PNG figures and CSV data from evaluations",
+        description="Write a self-contained HTML page about one evaluated run, or one that "
+        "compares several models, and beside it figures/ with PNG images and the CSV data behind "
+        "them.",
     )
     parser.add_argument(
-        "directory", type=Path, metavar="DIR",
-        help="holds results.json and, at any depth, LongRoPE JSON files and *.journal.jsonl",
+        "directory", type=Path, nargs="+", metavar="DIR",
+        help="holds results.json or, at any depth, what `longrope eval` wrote (ppl.jsonl, "
+        "passkey.jsonl, needle.jsonl, short.jsonl); also LongRoPE JSON files and *.journal.jsonl",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the page to write (default: DIR/report.html)"
-    )
+        "--output", type=Path, metavar="FILE",
+        help="the page to write (default: DIR/report.html, and with several DIR ./report.html)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from megatron_longrope.evaluation.report import load_results, summary_table, write_report
+    from megatron_longrope.evaluation.report import report_tables, write_report
 
     page = write_report(args.directory, args.output)
-    print(summary_table(load_results(args.directory)))
+    print(report_tables(args.directory))
     print(f"wrote {page} and {page.parent / 'figures'}")

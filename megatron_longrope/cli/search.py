@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> int | None:
     try:
         plan.run(
             options.load_engine_from(
-                args, plan.problem.base, attention=args.attention, replicas=True
+                args, plan.checkpoint, plan.problem.base, attention=args.attention, replicas=True
             )
         )
     except KeyboardInterrupt as stop:

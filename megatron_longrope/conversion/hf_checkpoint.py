@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_longrope.checkpoint.reader import TensorInfo
+from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
 from megatron_longrope.conversion.from_hf import HfSource, read_model
 from megatron_longrope.conversion.hf_reader import HfFolder
 
@@ -46,3 +47,23 @@ class HfCheckpoint:
     def tensor(self, name: str, layer: int | None = None) -> Tensor:
         """One tensor, or one layer of a tensor stacked over layers, on the CPU."""
         return self._source.load(name, layer)
+
+
+def open_checkpoint(
+    load: str | Path | None, hf: str | Path | None, iteration: int | None = None
+) -> Checkpoint:
+    """Read the headers of a Megatron checkpoint or of a Hugging Face folder.
+
+    Args:
+        load (str | Path, optional): Megatron's `--save` directory.
+        hf (str | Path, optional): Hugging Face folder; exactly one of the two is given.
+        iteration (int, optional): Of the Megatron checkpoint. Defaults to the latest.
+
+    Raises:
+        ValueError: It is damaged or of an unsupported kind, or a folder was asked for an iteration.
+    """
+    if hf is None:
+        return MegatronCheckpoint.open(load, iteration)
+    if iteration is not None:
+        raise ValueError(f"{hf} is a Hugging Face folder, which has no iterations; leave it out")
+    return HfCheckpoint(hf)

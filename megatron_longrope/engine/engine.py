@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_longrope.checkpoint.loader import Checkpoint, load_into
@@ -86,8 +87,9 @@ class Engine:
             Tensor: `[b, n - 1 - start]`, fp32, in nats, on every rank, on the CPU.
 
         Raises:
-            ValueError: Tokens outside the vocabulary, a length that no factor set covers or that
-                does not split over the context-parallel ranks, or nothing behind `start`.
+            ValueError: Tokens outside the vocabulary, a length that no factor set covers, or
+                nothing behind `start`; under context parallelism also a length that ends a factor
+                set and does not split over the ranks (others are padded).
         """
         (values,) = self._of_positions(
             tokens,
@@ -191,6 +193,8 @@ class Engine:
                 f"start {start} leaves no token to score; with {length} tokens it must be from 0 to"
                 f" {stop - 1}"
             )
+        tokens = self._padded(tokens)
+        length = tokens.shape[1]
         hidden = self._hidden(tokens)  # [n / cp, b, h]
         labels = torch.cat([tokens[:, 1:], tokens[:, :1]], dim=1)
         rank, size = self.cp_group.rank(), self.cp_group.size()
@@ -207,6 +211,23 @@ class Engine:
         if apart:
             results = [self._whole(values)[:, start:stop] for values in results]
         return [values.cpu() for values in results]
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """`tokens` with as many behind them as context parallelism needs; no token sees those.
+
+        Raises:
+            ValueError: The longer sequence would take another factor set.
+        """
+        length, size = tokens.shape[1], self.cp_group.size()
+        missing = -length % (2 * size) if size > 1 else 0
+        if not missing:
+            return tokens
+        rotary, longest = self.model.rotary_pos_emb, self.config.max_length
+        if length + missing > longest or (
+            rotary.factor_set(length) is not rotary.factor_set(length + missing)
+        ):
+            check_divisible(length, size)
+        return F.pad(tokens, (0, missing))
 
     def _slice(self, hidden: Tensor, start: int, stop: int, length: int) -> Tensor:
         """`[n / cp, b, h] -> [stop - start, b, h]`, on every rank."""

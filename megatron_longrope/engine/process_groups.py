@@ -77,6 +77,19 @@ def gather_from_replicas(value: Any) -> list[Any]:
     return values
 
 
+def from_first_rank(value: Any) -> Any:
+    """Rank 0's value on every rank: decisions that must not differ.
+
+    Args:
+        value (Any): Something small that pickles.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def _check_world(world: int, tensor_parallel: int, context_parallel: int, replicas: bool) -> None:
     model = tensor_parallel * context_parallel
     layout = f"tensor parallel {tensor_parallel} x context parallel {context_parallel} = {model}"

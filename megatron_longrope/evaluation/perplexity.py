@@ -1,8 +1,9 @@
 """Perplexity as the paper's authors compute it, with the protocol named in every result.
 
 BOS goes in front of every window of N tokens; a window's loss is the mean over the tokens that no
-earlier window scored; the paper's number is exp of the unweighted mean over windows. With a stride
-of the window itself and one window per document this is the "truncated" form of tables 1 to 5.
+earlier window scored; the paper's number is exp of the unweighted mean over windows, so that the
+first window of N - 1 tokens weighs as much as one that adds 256. With one window per document this
+is the "truncated" form of table 5; with a stride beyond the window, the short columns of table 6.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_longrope.evaluation.work import share
+
 NLL = Callable[[torch.Tensor], torch.Tensor]
+
+_BUCKETS = 8  # parts of the window by which losses are reported
 
 
 @dataclass(frozen=True)
@@ -34,37 +39,42 @@ class Window:
     """How many of the window's last tokens count."""
 
 
-def windows(num_tokens: int, window: int, stride: int, *, truncate: bool) -> Iterator[Window]:
-    """Tile a document: every token is scored exactly once (the first `window - 1` if truncated).
+def windows(num_tokens: int, window: int, stride: int | None) -> Iterator[Window]:
+    """Tile a document as the authors' code does.
 
     Args:
         num_tokens (int): Document length without BOS.
         window (int): Model input N in tokens, BOS included.
-        stride (int): Tokens between the starts of two windows, at most window - 1.
-        truncate (bool): One window per document.
+        stride (int, optional): Tokens S between the starts of two windows. Up to window - 1 every
+            token is scored exactly once; beyond, those that lie between two windows are not scored.
+            None for one window per document.
 
     Raises:
-        ValueError: A size below its minimum, or a stride that would leave tokens unscored.
+        ValueError: A size below its minimum.
     """
     content = window - 1
     if content < 1 or num_tokens < 1:
         raise ValueError(f"window {window} and document of {num_tokens} tokens must be positive")
-    if truncate:
-        end = min(num_tokens, content)
-        yield Window(0, end, end)
-        return
-    if not 1 <= stride <= content:
-        raise ValueError(
-            f"stride {stride} must be between 1 and window - 1 = {content}; a longer stride would "
-            "leave tokens unscored"
-        )
+    if stride is not None and stride < 1:
+        raise ValueError(f"stride {stride} must be at least 1")
     scored = 0
-    for start in range(0, num_tokens, stride):
+    for start in range(0, num_tokens, stride or num_tokens):
         end = min(start + content, num_tokens)
-        yield Window(start, end, end - scored)
+        yield Window(start, end, end - max(start, scored))
         scored = end
         if end == num_tokens:
             return
+
+
+def protocol_of(window: int, stride: int | None) -> str:
+    """Name of the way in which a document is tiled.
+
+    `truncated`: its first window alone (YaRN's and the authors' `--truncate`); `sliding`: every
+    token once, behind as many as fit; `sampled`: a window every S tokens, nothing between them.
+    """
+    if stride is None:
+        return "truncated"
+    return "sliding" if stride < window else "sampled"
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class PerplexityResult:
     """Advance of the window in tokens; the window itself when truncated."""
 
     protocol: str
-    """`truncated` (one window per document) or `sliding`."""
+    """`truncated`, `sliding` or `sampled`; see :func:`protocol_of`."""
 
     num_windows: int
     """Forward passes."""
@@ -115,64 +125,56 @@ def perplexity(
     bos_id: int,
     length: int,
     *,
-    stride: int | str | None = None,
+    stride: int | None = None,
     on_window: Callable[[], None] | None = None,
 ) -> PerplexityResult:
-    """Score documents at one window length.
+    """Score documents at one window length; copies of the model share the windows.
 
     Args:
         nll (Callable): `[1, n] -> [1, n - 1]`, such as :meth:`megatron_longrope.engine.Engine.nll`.
         documents (Sequence[np.ndarray]): Token ids without special tokens, each at least
             `length - 1` long.
         bos_id (int): Put before every window.
-        stride (int | str, optional): Tokens between windows, or `disjoint` for windows side by side
-            (window - 1), so that every length scores the same tokens. None for the truncated form.
+        stride (int, optional): Tokens between windows; see :func:`windows`. Defaults to None, the
+            truncated form.
         on_window (Callable, optional): Called after each forward, for progress.
 
     Raises:
         ValueError: A document is shorter than the window.
     """
     started = time.perf_counter()
-    if stride == "disjoint":
-        stride = length - 1
+    spans = planned_windows([len(document) for document in documents], length, stride)
     digest = hashlib.sha256()
-    window_means: list[float] = []
-    document_means: list[float] = []
-    total, count = 0.0, 0
-    buckets = np.zeros((8, 2))
-    for index, document in enumerate(documents):
-        if len(document) < length - 1:
-            raise ValueError(
-                f"document {index} has {len(document)} tokens, fewer than the {length - 1} that a "
-                f"window of {length} needs beside BOS; use longer documents or shorter lengths"
-            )
-        means = []
-        for span in windows(len(document), length, stride or length, truncate=stride is None):
-            content = np.asarray(document[span.start : span.end], dtype=np.int64)
-            digest.update(content.tobytes())
-            tokens = torch.from_numpy(np.concatenate(([bos_id], content)))[None]
-            values = nll(tokens)[0].double().numpy()
-            scored = values[-span.num_scored :]
-            means.append(float(scored.mean()))
-            total, count = total + float(scored.sum()), count + span.num_scored
-            places = np.arange(len(values) - span.num_scored, len(values)) * 8 // (length - 1)
-            np.add.at(buckets[:, 0], places, scored)
-            np.add.at(buckets[:, 1], places, 1)
-            if on_window is not None:
-                on_window()
-        window_means += means
-        document_means.append(sum(means) / len(means))
+    for index, span in spans:
+        digest.update(_content(documents[index], span).tobytes())
+
+    def score(place: tuple[int, Window]) -> tuple[float, np.ndarray]:
+        index, span = place
+        content = _content(documents[index], span)
+        tokens = torch.from_numpy(np.concatenate(([bos_id], content)))[None]
+        values = nll(tokens)[0].double().numpy()
+        return float(values[-span.num_scored :].mean()), _buckets(values, span, length)
+
+    means: list[list[float]] = [[] for _ in documents]
+    buckets = np.zeros((_BUCKETS, 2))
+    for (index, _), (mean, part) in share(spans, score):
+        means[index].append(mean)
+        buckets += part
+        if on_window is not None:
+            on_window()
+    window_means = [mean for row in means for mean in row]
+    total, count = buckets.sum(axis=0)
     return PerplexityResult(
         length=length,
         stride=stride or length,
-        protocol="truncated" if stride is None else "sliding",
+        protocol=protocol_of(length, stride),
         num_windows=len(window_means),
-        num_tokens=count,
+        num_tokens=int(count),
         ppl_window_mean=_exp(sum(window_means) / len(window_means)),
         ppl_token_weighted=_exp(total / count),
-        nll_per_document=document_means,
+        nll_per_document=[sum(row) / len(row) for row in means],
         nll_by_position=[
-            {"from": i * (length - 1) // 8, "nll": float(s / n), "tokens": int(n)}
+            {"from": -(-i * (length - 1) // _BUCKETS), "nll": float(s / n), "tokens": int(n)}
             for i, (s, n) in enumerate(buckets)
             if n
         ],
@@ -181,6 +183,41 @@ def perplexity(
     )
 
 
+def planned_windows(
+    num_tokens: Sequence[int], length: int, stride: int | None
+) -> list[tuple[int, Window]]:
+    """Every forward pass as (index of the document, window), for documents of these lengths.
+
+    Raises:
+        ValueError: A document is shorter than the window.
+    """
+    for index, count in enumerate(num_tokens):
+        if count < length - 1:
+            raise ValueError(
+                f"document {index} has {count} tokens, fewer than the {length - 1} that a window "
+                f"of {length} needs beside BOS; use longer documents or shorter lengths"
+            )
+    return [
+        (index, span)
+        for index, count in enumerate(num_tokens)
+        for span in windows(count, length, stride)
+    ]
+
+
+def _content(document: np.ndarray, span: Window) -> np.ndarray:
+    return np.asarray(document[span.start : span.end], dtype=np.int64)
+
+
+def _buckets(values: np.ndarray, span: Window, length: int) -> np.ndarray:
+    """Sum and number of the scored losses by eighths of the window."""
+    result = np.zeros((_BUCKETS, 2))
+    first = len(values) - span.num_scored
+    places = np.arange(first, len(values)) * _BUCKETS // (length - 1)
+    np.add.at(result[:, 0], places, values[first:])
+    np.add.at(result[:, 1], places, 1)
+    return result
+
+
 def _exp(nll: float) -> float:
     """A loss above 700 nats has no fp64 perplexity; say so instead of overflowing."""
-    return math.exp(nll) if nll < 700 else float("inf")
+    return float("inf") if nll >= 700 else math.exp(nll)

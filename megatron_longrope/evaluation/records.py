@@ -1,16 +1,21 @@
-"""Append-only results: one JSON line per finished cell, so that a resumed run repeats none."""
+"""Append-only results: one JSON line per finished cell, so that a resumed run repeats none.
+
+A number that is not finite, which JSON has no word for, is null.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_longrope.files import write_text_atomic
+from megatron_longrope.ranks import rank
 
 
 class Records:
@@ -28,39 +33,60 @@ class Records:
 
     def __init__(self, path: Path, key: Sequence[str]) -> None:
         self.path, self._key = path, tuple(key)
-        self.rows: list[dict[str, Any]] = []
+        self._found: dict[str, dict[str, Any]] = {}
         if path.exists():
             self._read()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The finished records; of several of one cell the last."""
+        return list(self._found.values())
 
     def _read(self) -> None:
         content = self.path.read_bytes()
         whole, _, torn = content.rpartition(b"\n")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                self.rows.append(json.loads(line))
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("no JSON object")
             except ValueError as error:
                 raise ValueError(
-                    f"{self.path}, line {number}: not JSON ({error}); move the file away"
+                    f"{self.path}, line {number}: not a record ({error}); move the file away"
                 ) from None
-        if torn:
+            self._found[self._key_of(row)] = row
+        if torn and rank() == 0:
             os.truncate(self.path, len(content) - len(torn))
+
+    def _key_of(self, row: Mapping[str, Any]) -> str:
+        return json.dumps([row.get(name) for name in self._key])
 
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
         """The finished record with the same key fields, or None."""
-        wanted = [cell[name] for name in self._key]
-        for row in self.rows:
-            if [row.get(name) for name in self._key] == wanted:
-                return row
-        return None
+        return self._found.get(self._key_of(cell))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record and flush it to disk."""
+        """Write a record and flush it to disk; only the first rank does."""
+        record = {name: _finite(value) for name, value in record.items()}
+        self._found[self._key_of(record)] = record
+        if rank() != 0:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rows.append(dict(record))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

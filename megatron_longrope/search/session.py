@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import Engine
@@ -40,7 +41,7 @@ class SearchPlan:
     parameters: CmaParameters | EvolutionParameters
     """Sizes of the algorithm."""
 
-    checkpoint: MegatronCheckpoint
+    checkpoint: Checkpoint
     """Whose model is searched for; only its metadata has been read."""
 
     problem: SearchProblem
@@ -74,7 +75,7 @@ class SearchPlan:
             )
         if Path(args.output).is_dir():
             raise ValueError(f"--output {args.output} is a directory; name a JSON file")
-        checkpoint = MegatronCheckpoint.open(args.load, args.iteration)
+        checkpoint = open_checkpoint(args.load, args.hf, args.iteration)
         problem = make_problem(
             _base(args, checkpoint),
             args.target_length,
@@ -277,7 +278,7 @@ def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | Evolutio
     )  # fmt: skip
 
 
-def _base(args: argparse.Namespace, checkpoint: MegatronCheckpoint) -> LongRopeConfig:
+def _base(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
     """What the search extends: the fine-tuned model's factors, or plain RoPE."""
     if args.attention_factor not in (None, "longest"):
         try:

@@ -64,7 +64,7 @@ def test_bad_usage_exits_with_two(arguments, capsys):
     [
         ("pretrain absent.py --cpu", "script absent.py does not exist"),
         ("report absent", "results.json"),
-        ("eval ppl --load x --data y --output z --lengths 4k", "nothing to measure"),
+        ("eval ppl --data y --output z --lengths 4k", "no model was given"),
         ("data inspect absent", "absent"),
         ("convert inspect absent", "absent"),
     ],

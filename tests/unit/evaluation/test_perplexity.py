@@ -6,32 +6,67 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_longrope.evaluation.perplexity import perplexity, windows
+from megatron_longrope.evaluation.perplexity import perplexity, protocol_of, windows
 
 
 @given(data=st.data(), num_tokens=st.integers(1, 300), window=st.integers(2, 80))
 def test_sliding_windows_score_each_token_exactly_once(data, num_tokens, window):
     stride = data.draw(st.integers(1, window - 1))
-    scored = []
-    for span in windows(num_tokens, window, stride, truncate=False):
-        assert 0 <= span.start < span.end <= num_tokens
-        assert span.end - span.start <= window - 1  # BOS takes one place
-        scored += range(span.end - span.num_scored, span.end)
-        assert span.num_scored <= span.end - span.start
-    assert scored == list(range(num_tokens))
+    assert scored_tokens(num_tokens, window, stride) == list(range(num_tokens))
+    assert protocol_of(window, stride) == "sliding"
+
+
+@given(data=st.data(), num_tokens=st.integers(1, 300), window=st.integers(2, 40))
+def test_a_stride_beyond_the_window_scores_a_windowful_at_each_stride(data, num_tokens, window):
+    stride = data.draw(st.integers(window, 100))
+    expected = [n for n in range(num_tokens) if n % stride < window - 1]
+    # The authors' loop ends with the window that reaches the last token.
+    last = next(
+        (start for start in range(0, num_tokens, stride) if start + window - 1 >= num_tokens), None
+    )
+    if last is not None:
+        expected = [n for n in expected if n < last + stride]
+    assert scored_tokens(num_tokens, window, stride) == expected
+    assert protocol_of(window, stride) == "sampled"
 
 
 @given(num_tokens=st.integers(1, 300), window=st.integers(2, 80))
 def test_the_truncated_form_is_one_window_of_the_first_tokens(num_tokens, window):
-    (span,) = windows(num_tokens, window, window, truncate=True)
-    assert (span.start, span.end) == (0, min(num_tokens, window - 1))
-    assert span.num_scored == span.end
+    assert scored_tokens(num_tokens, window, None) == list(range(min(num_tokens, window - 1)))
+    assert protocol_of(window, None) == "truncated"
 
 
-@pytest.mark.parametrize("stride", [0, 8, 9])
-def test_a_stride_that_would_skip_tokens_is_refused(stride):
-    with pytest.raises(ValueError, match="between 1 and window - 1 = 7"):
-        list(windows(100, 8, stride, truncate=False))
+def scored_tokens(num_tokens, window, stride):
+    scored = []
+    for span in windows(num_tokens, window, stride):
+        assert 0 <= span.start < span.end <= num_tokens
+        assert span.end - span.start <= window - 1  # BOS takes one place
+        assert 1 <= span.num_scored <= span.end - span.start
+        scored += range(span.end - span.num_scored, span.end)
+    return scored
+
+
+@given(num_tokens=st.integers(1, 200), window=st.integers(2, 50), stride=st.integers(1, 90))
+def test_windows_are_those_of_the_authors_loop(num_tokens, window, stride):
+    """Reference 1.1: the loop over starts, and how many last tokens of each window count."""
+    expected, previous_end = [], 0
+    for begin in range(0, num_tokens, stride):
+        end = min(begin + window - 1, num_tokens)
+        expected.append((begin, end, min(end - previous_end, end - begin)))
+        previous_end = end
+        if end == num_tokens:
+            break
+    ours = [(w.start, w.end, w.num_scored) for w in windows(num_tokens, window, stride)]
+    assert ours == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((100, 8, 0), "stride 0"), ((100, 1, None), "window 1"), ((0, 8, 4), "document of 0")],
+)
+def test_sizes_below_their_minimum_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        list(windows(*arguments))
 
 
 def position_nll(tokens):
@@ -67,6 +102,15 @@ def test_position_buckets_hold_every_scored_token():
     result = perplexity(position_nll, [np.arange(100)], bos_id=0, length=17)
     assert sum(item["tokens"] for item in result.nll_by_position) == 16
     assert [item["from"] for item in result.nll_by_position] == list(range(0, 16, 2))
+
+
+@given(num_tokens=st.integers(20, 60), stride=st.integers(1, 30))
+def test_a_position_bucket_begins_at_the_first_position_that_falls_into_it(num_tokens, stride):
+    result = perplexity(position_nll, [np.arange(num_tokens)], 0, length=14, stride=stride)
+    starts = [item["from"] for item in result.nll_by_position]
+    for item, following in zip(result.nll_by_position, [*starts[1:], 13], strict=True):
+        # The toy loss at position p (from 0) is p + 1.
+        assert item["from"] + 1 <= item["nll"] <= following
 
 
 def test_the_hash_tells_different_text_apart():

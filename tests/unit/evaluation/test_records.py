@@ -24,10 +24,31 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_stands_alone(tmp_path):
 def test_a_corrupt_line_in_the_middle_is_an_error_with_its_number(tmp_path):
     path = tmp_path / "cells.jsonl"
     path.write_text('{"name": "a"}\nnonsense\n{"name": "b"}\n')
-    with pytest.raises(ValueError, match="line 2: not JSON"):
+    with pytest.raises(ValueError, match="line 2: not a record"):
         Records(path, ("name",))
 
 
 def test_the_csv_has_the_chosen_columns_in_order(tmp_path):
     write_csv(tmp_path / "x.csv", [{"b": 1, "a": 2, "c": 3}], ["a", "b"])
     assert (tmp_path / "x.csv").read_text() == "a,b\n2,1\n"
+
+
+def test_of_two_records_of_one_cell_the_last_counts(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"name": "a", "value": 1}\n{"name": "a", "value": 2}\n')
+    records = Records(path, ("name",))
+    assert records.rows == [{"name": "a", "value": 2}]
+
+
+def test_numbers_that_json_has_no_word_for_are_null(tmp_path):
+    records = Records(tmp_path / "cells.jsonl", ("name",))
+    records.append({"name": "a", "ppl": float("inf"), "nlls": [1.0, float("nan")]})
+    assert json.loads(records.path.read_text()) == {"name": "a", "ppl": None, "nlls": [1.0, None]}
+    assert records.find({"name": "a"})["ppl"] is None
+
+
+def test_only_the_first_rank_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    records = Records(tmp_path / "cells.jsonl", ("name",))
+    records.append({"name": "a"})
+    assert records.find({"name": "a"}) and not records.path.exists()

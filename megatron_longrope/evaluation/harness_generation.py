@@ -1,0 +1,145 @@
+"""Continuing prompts for lm-evaluation-harness; imports lm_eval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+
+from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.engine import Engine
+
+_ARGUMENTS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to continue a prompt."""
+
+    max_new_tokens: int
+    """At most so many tokens."""
+
+    stop: tuple[str, ...]
+    """Texts that end the continuation and are no part of it."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+
+    top_k: int | None = None
+    """Sample among the k most likely tokens."""
+
+    top_p: float | None = None
+    """Sample among the most likely tokens that together have this probability."""
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], max_new_tokens: int) -> Decoding:
+        """From the generation arguments of a task.
+
+        Args:
+            arguments (Mapping): lm-eval's `generation_kwargs`.
+            max_new_tokens (int): Where they name no limit.
+
+        Raises:
+            ValueError: An argument that this model does not know.
+        """
+        values = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
+        if unknown := sorted(values.keys() - _ARGUMENTS):
+            raise ValueError(
+                f"the task wants the generation argument {unknown[0]}, which the Megatron engine "
+                f"does not have (it has {', '.join(sorted(_ARGUMENTS))}); convert the "
+                "checkpoint to Hugging Face format and use lm-eval's hf model for this task"
+            )
+        return cls(
+            values["max_gen_toks"],
+            tuple(text for text in handle_stop_sequences(values["until"], eos=None) if text),
+            float(values.get("temperature") or 0.0) if values.get("do_sample") else 0.0,
+            values.get("top_k"),
+            values.get("top_p"),
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request to continue."""
+
+    index: int
+    """Place among the requests; sampling is seeded by it, whatever batch it falls into."""
+
+    tokens: tuple[int, ...]
+    """Already cut to what leaves room for the continuation."""
+
+    decoding: Decoding
+    """How."""
+
+
+def generation_batches(prompts: Sequence[Prompt], batch_size: int) -> list[Sequence[Prompt]]:
+    """Greedy prompts of equal length and settings together, longest first.
+
+    A prompt that samples stays alone, so that its text does not depend on its neighbours.
+    """
+
+    def kind(prompt: Prompt) -> tuple:
+        decoding = prompt.decoding
+        alone = prompt.index if decoding.temperature > 0 else -1
+        return -len(prompt.tokens), decoding.max_new_tokens, decoding.stop, alone
+
+    batches: list[Sequence[Prompt]] = []
+    for _, group in groupby(sorted(prompts, key=kind), kind):
+        batches += chunks(list(group), batch_size)
+    return batches
+
+
+def continuations(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], seed: int
+) -> list[str]:
+    """The text after each prompt of a batch, up to its stop sequence or EOS.
+
+    Args:
+        engine (Engine): Continues with the factor set of the original window.
+        tokenizer (Tokenizer): The model's.
+        prompts (Sequence[Prompt]): Of equal length and settings.
+        seed (int): Of sampling.
+    """
+    from megatron_longrope.engine.generation import generate
+
+    decoding, special = prompts[0].decoding, {tokenizer.bos_id, tokenizer.eos_id}
+
+    def text(ids: Sequence[int]) -> str:
+        # Models may have more tokens than their tokenizer, and untrained ones may choose them.
+        known = (token for token in ids if token < tokenizer.vocab_size)
+        return tokenizer.decode([token for token in known if token not in special])
+
+    # A stop sequence that was just completed lies in these last tokens: four bytes a character.
+    tail = 4 * max(map(len, decoding.stop), default=0) + 4
+
+    def stopped(new: list[int]) -> bool:
+        end = text(new[-tail:])
+        return any(stop in end for stop in decoding.stop)
+
+    rows = generate(
+        engine,
+        torch.tensor([prompt.tokens for prompt in prompts]),
+        decoding.max_new_tokens,
+        factor_length=engine.config.original_max_position_embeddings,
+        temperature=decoding.temperature,
+        top_k=decoding.top_k,
+        top_p=decoding.top_p,
+        seed=seed + prompts[0].index,
+        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        stop=stopped if decoding.stop else None,
+    )
+    # Whatever ended the row, the text must end at the first stop sequence in it.
+    return [postprocess_generated_text(text(row), list(decoding.stop), None) for row in rows]
+
+
+def chunks[Item](items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Neighbours in groups of `size`; the last may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,143 @@
+"""Documents to be scored: prepared token sets, or text files that are tokenized here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
+from megatron_longrope.data.prepare import output_paths
+from megatron_longrope.data.sources import (
+    Document,
+    SkippedDocument,
+    find_source_files,
+    iterate_documents,
+)
+from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class ScoredDocuments:
+    """Token ids without special tokens, and where they come from."""
+
+    tokens: list[np.ndarray]
+    """int64 `[n]` each."""
+
+    bos_id: int
+    """Put before every window."""
+
+    vocab_size: int
+    """Largest token id that the tokenizer has, plus one."""
+
+    source: str
+    """As given."""
+
+    sha256: str
+    """Of the tokens."""
+
+
+def is_prepared(data: str) -> bool:
+    """Whether `data` is the prefix of a set that `longrope data prepare` wrote."""
+    return output_paths(data)[1].exists()
+
+
+def read_scored_documents(
+    data: str, tokenizer: str | None, min_tokens: int, count: int
+) -> ScoredDocuments:
+    """The first `count` documents of at least `min_tokens` tokens.
+
+    Args:
+        data (str): Prefix of a prepared set, or a .txt, .jsonl or .jsonl.gz file or a directory.
+        tokenizer (str, optional): sentencepiece model or Hugging Face folder; needed for text. A
+            prepared set knows its own, and is checked against this one.
+        min_tokens (int): A shorter document is passed over.
+        count (int): How many documents.
+
+    Raises:
+        ValueError: The data is missing, empty, no UTF-8 or of too few long documents; or the
+            tokenizer is missing, has no BOS or is not that of the set.
+    """
+    if count < 1:
+        raise ValueError(f"--num-documents {count} must be at least 1")
+    if is_prepared(data):
+        manifest = read_manifest(data)
+        _check_tokenizer(data, manifest["tokenizer_sha256"], tokenizer)
+        tokens, bos_id = read_documents_with_bos(data, min_tokens, count)
+        vocab_size = int(manifest["vocab_size"])
+    else:
+        loaded = tokenizer_with_bos(tokenizer, data)
+        tokens = _tokenize(data, loaded, min_tokens, count)
+        bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
+    return ScoredDocuments(tokens, bos_id, vocab_size, data, _sha256(tokens))
+
+
+def tokenizer_with_bos(path: str | None, data: str) -> Tokenizer:
+    """Load a tokenizer that can begin a window.
+
+    Raises:
+        ValueError: None was given, it cannot be read, or it has no BOS.
+    """
+    if path is None:
+        if not Path(data).exists():
+            raise ValueError(
+                f"{data}: neither a prepared set (no {output_paths(data)[1].name}) nor a text "
+                "file; check the path"
+            )
+        raise ValueError(f"{data} is text; give the model's tokenizer with --tokenizer")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.bos_id is None:
+        raise ValueError(
+            f"tokenizer {path} has no BOS, which stands before every window; name one in its "
+            "tokenizer_config.json (bos_token)"
+        )
+    return tokenizer
+
+
+def read_texts(data: str) -> Iterator[Document]:
+    """Documents of a text file, JSON lines or a directory of them.
+
+    Raises:
+        ValueError: A path does not exist, or a document cannot be read; evaluations skip nothing.
+    """
+
+    def refuse(skipped: SkippedDocument) -> None:
+        raise ValueError(f"{skipped}; repair the file or take it out")
+
+    return iterate_documents(find_source_files([data]), on_skip=refuse)
+
+
+def _tokenize(data: str, tokenizer: Tokenizer, min_tokens: int, count: int) -> list[np.ndarray]:
+    found, seen, longest = [], 0, 0
+    for document in read_texts(data):
+        ids = tokenizer.encode(document.text)
+        seen, longest = seen + 1, max(longest, len(ids))
+        if len(ids) >= min_tokens:
+            found.append(np.asarray(ids, dtype=np.int64))
+        if len(found) == count:
+            return found
+    if not seen:
+        raise ValueError(f"{data} holds no document; give a file with text in it")
+    raise ValueError(
+        f"{data} holds {len(found)} documents of at least {min_tokens} tokens, {count} needed "
+        f"(it has {seen} documents, the longest of {longest} tokens); ask for fewer or shorter ones"
+    )
+
+
+def _check_tokenizer(data: str, sha256: str, tokenizer: str | None) -> None:
+    if tokenizer is not None and load_tokenizer(tokenizer).sha256 != sha256:
+        raise ValueError(
+            f"{data} was made with another tokenizer than {tokenizer}; leave --tokenizer out or "
+            "give the one that made it"
+        )
+
+
+def _sha256(documents: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(len(document).to_bytes(8, "little"))
+        digest.update(document.tobytes())
+    return digest.hexdigest()

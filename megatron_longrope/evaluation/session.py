@@ -1,0 +1,214 @@
+"""Measure what is not measured yet: cell by cell, model by model, with the bill first."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from megatron_longrope.evaluation.records import Records
+from megatron_longrope.evaluation.subjects import Model, Subject
+from megatron_longrope.evaluation.work import share
+from megatron_longrope.flops import forward_flops
+from megatron_longrope.progress import Progress, format_duration
+from megatron_longrope.ranks import rank
+
+_TRIAL_TOKENS = 4096  # enough for a GPU to show its speed, little enough to cost nothing
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One record to be."""
+
+    subject: Subject
+    """Model and factors."""
+
+    fields: Mapping[str, Any]
+    """What tells it from the subject's other cells."""
+
+    forwards: Mapping[int, int] = field(default_factory=dict)
+    """Number of forward passes of each length in tokens; empty where it is not known before."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record's fields that are known before measuring."""
+        return {**self.subject.fields(), **self.fields}
+
+    @property
+    def num_forwards(self) -> int:
+        """Forward passes in all; 1 where it is not known."""
+        return sum(self.forwards.values()) or 1
+
+    @property
+    def flops(self) -> float:
+        """Operations of all forward passes."""
+        shape = self.subject.model.checkpoint.shape
+        return float(sum(n * sum(forward_flops(shape, k)) for k, n in self.forwards.items()))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long an evaluation may take without being asked about."""
+
+    hours: float
+    """Expected hours."""
+
+    confirmed: bool = False
+    """The user has agreed to more."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """How the cells of one command are measured."""
+
+    records: Records
+    """Where they go."""
+
+    load: Callable[[Model], Any]
+    """Gives the engine of a model."""
+
+    limit: Limit
+    """When to ask first."""
+
+    label: str
+    """What is measured, for the progress."""
+
+    unit: str
+    """Name of a forward pass there."""
+
+    def run_each(
+        self,
+        cells: Sequence[Cell],
+        measure: Callable[[Any, Cell, Callable[[], None]], Mapping[str, Any]],
+    ) -> None:
+        """Measure cell by cell; all copies of the model work on the same one.
+
+        Args:
+            measure (Callable): `(engine, cell, on_forward) -> fields`, called on every rank.
+        """
+        for engine, pending, progress in self._models(cells):
+            for cell in pending:
+                note = _note(cell)
+                engine.set_config(cell.subject.config)
+                with _named_memory_error(cell):
+                    found = measure(engine, cell, partial(progress.update, note))
+                self.records.append({**cell.record, **found})
+
+    def run_shared(
+        self, cells: Sequence[Cell], measure: Callable[[Any, Cell], Mapping[str, Any]]
+    ) -> None:
+        """Measure cells of one forward pass each; copies of the model take different ones.
+
+        Args:
+            measure (Callable): `(engine, cell) -> fields`, called on the ranks of one copy.
+        """
+        for engine, pending, progress in self._models(cells):
+
+            def one(cell: Cell, engine: Any = engine) -> Mapping[str, Any]:
+                engine.set_config(cell.subject.config)
+                with _named_memory_error(cell):
+                    return measure(engine, cell)
+
+            for cell, found in share(pending, one):
+                self.records.append({**cell.record, **found})
+                progress.update(_note(cell))
+
+    def _models(self, cells: Sequence[Cell]) -> Iterator[tuple[Any, list[Cell], Progress]]:
+        """Each model with something left to do, loaded; they are never loaded side by side."""
+        from megatron_longrope.engine.process_groups import from_first_rank
+
+        found = from_first_rank([self.records.find(cell.record) is not None for cell in cells])
+        pending = [cell for cell, is_found in zip(cells, found, strict=True) if not is_found]
+        with Progress(sum(cell.num_forwards for cell in cells), self.label, self.unit) as progress:
+            if done := sum(c.num_forwards for c, f in zip(cells, found, strict=True) if f):
+                progress.update("already measured", done, resumed=True)
+            asked = False
+            for model, group in groupby(pending, key=lambda cell: cell.subject.model):
+                part, engine = list(group), self.load(model)
+                if not asked:
+                    self._present_bill(engine, pending)
+                    asked = True
+                yield engine, part, progress
+                del engine
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            if done and not pending and rank() == 0:
+                print(f"{self.label}: everything was already measured", flush=True)
+
+    def _present_bill(self, engine: Any, pending: Sequence[Cell]) -> None:
+        """Say what is to come; above the limit ask, or refuse where nobody can answer.
+
+        Raises:
+            ValueError: Above the limit, and not confirmed.
+        """
+        from megatron_longrope.engine.process_groups import from_first_rank
+
+        lengths = sum((Counter(cell.forwards) for cell in pending), Counter())
+        if not lengths:
+            return
+        flops, count = sum(cell.flops for cell in pending), sum(lengths.values())
+        tokens, rate = from_first_rank(_speed(engine, pending[0], min(lengths)))
+        seconds = flops / (rate * engine.replica[1])
+        bill = (
+            f"{self.label}: {count:,} forward {'pass' if count == 1 else 'passes'} of up to "
+            f"{max(lengths):,} tokens, {flops:.1e} FLOP: about {format_duration(seconds)}, at the "
+            f"{rate:.1e} FLOP/s of a trial pass of {tokens:,} tokens"
+        )
+        if rank() == 0:
+            print(bill, flush=True)
+        if seconds <= 3600 * self.limit.hours or self.limit.confirmed:
+            return
+        if "RANK" not in os.environ and sys.stdin.isatty():
+            question = f"This is above --max-hours {self.limit.hours:g}. Go on? [y/N] "
+            if input(question).strip().lower() in ("y", "yes"):
+                return
+            raise ValueError("not confirmed; nothing was measured")
+        raise ValueError(
+            f"{bill}, which is above --max-hours {self.limit.hours:g}; give --yes to go on, or "
+            "fewer lengths, documents or trials, or a longer stride"
+        )
+
+
+def _speed(engine: Any, cell: Cell, shortest: int) -> tuple[int, float]:
+    """Length of a trial forward pass and the FLOP/s of this copy of the model there."""
+    step = 2 * engine.cp_group.size()
+    length = max(step, min(shortest, _TRIAL_TOKENS) // step * step)
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    engine.set_config(cell.subject.config)
+    for _ in range(2):  # the first pass builds tables and chooses kernels
+        started = time.perf_counter()
+        engine.nll(tokens)
+        seconds = time.perf_counter() - started
+    return length, sum(forward_flops(engine.shape, length)) / seconds
+
+
+def _note(cell: Cell) -> str:
+    """What is being measured, in a few words."""
+    record = cell.record
+    names = (record["model"], record["label"], record["policy"], record.get("task"))
+    words = [str(name) for name in names if name]
+    return " ".join(words) + (f" at {record['length']}" if "length" in record else "")
+
+
+@contextlib.contextmanager
+def _named_memory_error(cell: Cell) -> Iterator[None]:
+    """Say which cell a GPU's memory did not suffice for, and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(
+            f"out of memory for {_note(cell)} tokens: start more processes and raise "
+            "--context-parallel-size, or give --dtype bfloat16; finished cells are kept, and the "
+            "same command goes on from there"
+        ) from error

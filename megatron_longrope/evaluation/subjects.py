@@ -1,0 +1,185 @@
+"""What is measured: models, and the factors that each of them is measured under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.config import LongRopeConfig
+
+OWN = "checkpoint"
+"""Label of a checkpoint's own factors."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint whose headers have been read; its weights have not."""
+
+    label: str
+    """What it is called in tables and figures."""
+
+    path: str
+    """As given."""
+
+    checkpoint: Checkpoint
+    """Megatron checkpoint or Hugging Face folder."""
+
+    def config(self) -> LongRopeConfig:
+        """The checkpoint's own factors, or stock RoPE up to its window."""
+        from megatron_longrope.engine.engine import default_config
+
+        return self.checkpoint.longrope or default_config(self.checkpoint.shape)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under given factors."""
+
+    model: Model
+    """The model."""
+
+    label: str
+    """Name of the factors: a file's label, a published method, or :data:`OWN`."""
+
+    config: LongRopeConfig
+    """The factors."""
+
+    path: str | None = None
+    """Factor file, if they come from one."""
+
+    policy: str | None = None
+    """Attention-factor policy of a published method."""
+
+    def fields(self) -> dict[str, Any]:
+        """What every record says of its subject."""
+        return {
+            "model": self.model.label,
+            "checkpoint": self.model.path,
+            "iteration": self.model.checkpoint.iteration,
+            "label": self.label,
+            "policy": self.policy,
+            "config": self.path,
+            "config_sha256": config_sha256(self.config),
+            "original_length": self.config.original_max_position_embeddings,
+        }
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Refuse a length that the factors do not cover.
+
+        Raises:
+            ValueError: No factor set reaches so far.
+        """
+        try:
+            self.config.factor_set_for(max(lengths))
+        except ValueError as error:
+            where = self.path or self.model.path
+            raise ValueError(f"{where}: {error}") from None
+
+
+KEY = ("checkpoint", "iteration", "label", "policy", "config_sha256")
+"""Fields that tell subjects apart."""
+
+
+def config_sha256(config: LongRopeConfig) -> str:
+    """Hash of everything that changes a result: not of where the factors come from."""
+    value = config.to_dict()
+    for item in value["factor_sets"]:
+        del item["origin"]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def open_models(
+    megatron: Sequence[str], hugging_face: Sequence[str], iteration: int | None = None
+) -> list[Model]:
+    """Read the headers of checkpoints.
+
+    Args:
+        megatron (Sequence[str]): `[LABEL=]DIR` of Megatron checkpoints.
+        hugging_face (Sequence[str]): `[LABEL=]DIR` of Hugging Face folders.
+        iteration (int, optional): Of the Megatron checkpoints. Defaults to the latest.
+
+    Raises:
+        ValueError: None or an unreadable one was given, or a label stands for two.
+    """
+    from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
+
+    if not megatron and not hugging_face:
+        raise ValueError("no model was given; name a Megatron checkpoint with --load or a Hugging "
+                         "Face folder with --hf")  # fmt: skip
+    models = [
+        Model(label, path, open_checkpoint(path, None, iteration))
+        for label, path in labelled(megatron)
+    ]
+    models += [
+        Model(label, path, open_checkpoint(None, path)) for label, path in labelled(hugging_face)
+    ]
+    _check_distinct([model.label for model in models], "models")
+    return models
+
+
+def subjects_of(model: Model, factor_files: Sequence[str]) -> list[Subject]:
+    """The model under each factor file; under its own factors where there is none.
+
+    Args:
+        factor_files (Sequence[str]): `[LABEL=]PATH` of LongRoPE JSON files.
+
+    Raises:
+        ValueError: A file is damaged or for another model, or a label stands for two.
+    """
+    from megatron_longrope.conversion.to_hf import check_fits
+
+    subjects = []
+    for label, path in labelled(factor_files):
+        config = LongRopeConfig.load(path)
+        try:
+            check_fits(config, model.checkpoint.shape)
+        except ValueError as error:
+            raise ValueError(f"{path} with {model.path}: {error}") from None
+        subjects.append(Subject(model, label, config, path))
+    _check_distinct([subject.label for subject in subjects], "factor files")
+    return subjects or [Subject(model, OWN, model.config())]
+
+
+def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[Model]) -> None:
+    """Refuse token ids that a model does not have.
+
+    Args:
+        vocab_size (int): Largest token id plus one.
+        what (str): Where the tokens come from.
+
+    Raises:
+        ValueError: A model's vocabulary is smaller.
+    """
+    for model in models:
+        if vocab_size > model.checkpoint.shape.vocab_size:
+            raise ValueError(
+                f"{what} has {vocab_size} tokens, the vocabulary of {model.path} "
+                f"{model.checkpoint.shape.vocab_size}; it is not the model's tokenizer"
+            )
+
+
+def labelled(items: Sequence[str]) -> list[tuple[str, str]]:
+    """`LABEL=PATH` apart; without a label, the name of the file or directory."""
+    pairs = []
+    for item in items:
+        label, separator, path = item.partition("=")
+        if not separator:
+            path = item
+            label = Path(path).stem if Path(path).suffix == ".json" else Path(path).resolve().name
+        if not label or not path:
+            raise ValueError(f"{item!r} lacks its label or its path; write LABEL=PATH")
+        pairs.append((label, path))
+    return pairs
+
+
+def _check_distinct(labels: Sequence[str], what: str) -> None:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(
+                f"label {label!r} stands for two {what}; give each its own, as LABEL=PATH"
+            )

@@ -1,0 +1,172 @@
+"""What is measured, in which order, and when the user is asked."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_longrope.baselines import baseline_config
+from megatron_longrope.evaluation import session as session_module
+from megatron_longrope.evaluation.records import Records
+from megatron_longrope.evaluation.session import Cell, Limit, Session
+from megatron_longrope.evaluation.subjects import KEY, Model, Subject
+
+SHAPE = SimpleNamespace(
+    num_attention_heads=4, head_dim=8, num_query_groups=2, hidden_size=32, ffn_hidden_size=64,
+    num_layers=2, vocab_size=100, hybrid_layer_pattern=None,
+)  # fmt: skip
+
+
+class FakeEngine:
+    """Takes no time, remembers its factors."""
+
+    replica = (0, 1)
+    cp_group = SimpleNamespace(size=lambda: 1)
+    shape = SHAPE
+
+    def __init__(self):
+        self.configs = []
+
+    def set_config(self, config):
+        self.configs.append(config)
+
+    def nll(self, tokens):
+        return torch.zeros(1, tokens.shape[1] - 1)
+
+
+def model(label):
+    checkpoint = SimpleNamespace(iteration=3, shape=SHAPE)
+    return Model(label, f"/runs/{label}", checkpoint)
+
+
+def cells(*labels, lengths=(64, 128), forwards=1):
+    config = baseline_config("pi", 10000.0, 8, 64, 128)
+    return [
+        Cell(Subject(model, "pi", config), {"length": length}, {length: forwards})
+        for model in map(model, labels)
+        for length in lengths
+    ]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A session and the labels of the models that it loaded."""
+
+    def session(limit=None):
+        loaded = []
+
+        def load(model):
+            loaded.append(model.label)
+            return FakeEngine()
+
+        records = Records(tmp_path / "cells.jsonl", (*KEY, "length"))
+        return Session(records, load, limit or Limit(1.0), "fake", "passes"), loaded
+
+    return session
+
+
+def measure_each(engine, cell, on_forward):
+    on_forward()
+    return {"value": cell.fields["length"] * 2}
+
+
+def test_every_cell_is_recorded_with_its_subject_under_the_subjects_factors(make):
+    session, loaded = make()
+    session.run_each(cells("a", "b"), measure_each)
+    assert loaded == ["a", "b"]
+    assert [(row["model"], row["length"], row["value"]) for row in session.records.rows] == [
+        ("a", 64, 128), ("a", 128, 256), ("b", 64, 128), ("b", 128, 256),
+    ]  # fmt: skip
+    assert {row["iteration"] for row in session.records.rows} == {3}
+    assert all(len(row["config_sha256"]) == 64 for row in session.records.rows)
+
+
+def test_a_model_with_nothing_left_to_measure_is_not_loaded(make, capsys):
+    session, _ = make()
+    session.run_each(cells("a"), measure_each)
+    again, loaded = make()
+    again.run_each(cells("a", "b"), measure_each)
+    assert loaded == ["b"]
+    nothing, loaded = make()
+    nothing.run_shared(cells("a", "b"), pytest.fail)
+    assert loaded == [] and "already measured" in capsys.readouterr().out
+
+
+def test_a_crash_loses_only_the_cell_in_flight(make):
+    session, _ = make()
+    seen = []
+
+    def dies_at_the_third(engine, cell):
+        seen.append(cell)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return {"value": 1}
+
+    with pytest.raises(KeyboardInterrupt):
+        session.run_shared(cells("a", "b"), dies_at_the_third)
+    again, _ = make()
+    assert len(again.records.rows) == 2
+    measured = []
+    again.run_shared(cells("a", "b"), lambda engine, cell: measured.append(cell) or {"value": 2})
+    assert len(measured) == 2 and len(again.records.rows) == 4
+
+
+def test_other_factors_under_the_same_label_are_measured_anew(make):
+    session, _ = make()
+    session.run_each(cells("a"), measure_each)
+    others = [
+        Cell(
+            Subject(cell.subject.model, "pi", baseline_config("ntk", 10000.0, 8, 64, 128)),
+            cell.fields,
+            cell.forwards,
+        )
+        for cell in cells("a")
+    ]
+    again, loaded = make()
+    again.run_each(others, measure_each)
+    assert loaded == ["a"] and len(again.records.rows) == 4
+
+
+def test_the_bill_counts_only_what_is_left(make, capsys):
+    session, _ = make()
+    session.run_each(cells("a", lengths=(64,)), measure_each)
+    capsys.readouterr()
+    again, _ = make()
+    again.run_each(cells("a", forwards=3), measure_each)
+    assert "3 forward passes of up to 128 tokens" in capsys.readouterr().out
+
+
+def test_more_than_the_limit_is_refused_where_nobody_can_answer(make, monkeypatch):
+    monkeypatch.setattr(session_module, "_speed", lambda *_: (64, 1.0))  # one FLOP a second
+    session, _ = make()
+    with pytest.raises(ValueError, match=r"above --max-hours 1; give --yes"):
+        session.run_each(cells("a"), measure_each)
+    assert not session.records.rows
+    confirmed, _ = make(Limit(1.0, confirmed=True))
+    confirmed.run_each(cells("a"), measure_each)
+    assert len(confirmed.records.rows) == 2
+
+
+@pytest.mark.parametrize(("answer", "measured"), [("y", 2), ("", 0), ("n", 0)])
+def test_in_a_terminal_the_user_is_asked(make, monkeypatch, answer, measured):
+    monkeypatch.setattr(session_module, "_speed", lambda *_: (64, 1.0))
+    monkeypatch.setattr(session_module.sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: answer)
+    session, _ = make()
+    if measured:
+        session.run_each(cells("a"), measure_each)
+    else:
+        with pytest.raises(ValueError, match="not confirmed; nothing was measured"):
+            session.run_each(cells("a"), measure_each)
+    assert len(session.records.rows) == measured
+
+
+def test_running_out_of_memory_names_the_cell_and_the_remedy(make):
+    def too_much(engine, cell):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    session, _ = make()
+    with pytest.raises(
+        RuntimeError, match=r"out of memory for a pi at 64 tokens: .*--context"
+    ):
+        session.run_shared(cells("a"), too_much)

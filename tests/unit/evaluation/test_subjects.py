@@ -1,0 +1,137 @@
+"""Models, factor files and documents are checked before a weight is loaded."""
+
+import json
+from dataclasses import replace
+
+import make_megatron_checkpoint as maker
+import numpy as np
+import pytest
+from search_data import make_search_data
+from tiny_corpus import make_text
+
+from megatron_longrope.config import FactorSet
+from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.evaluation.scored_documents import read_scored_documents
+from megatron_longrope.evaluation.subjects import (
+    check_tokenizer_fits,
+    config_sha256,
+    open_models,
+    subjects_of,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_search_data(tmp_path_factory.mktemp("data"))
+
+
+def test_models_are_called_by_their_label_or_their_directory(untied_gqa, tmp_path):
+    config = maker.longrope_config()
+    convert_to_hf(untied_gqa.path, tmp_path / "exported", longrope_config=config)
+    models = open_models([f"mine={untied_gqa.path}"], [str(tmp_path / "exported")])
+    assert [model.label for model in models] == ["mine", "exported"]
+    (subject,) = subjects_of(models[1], [])
+    assert subject.label == "checkpoint" and subject.config.max_length == maker.TARGET
+    with pytest.raises(ValueError, match="'mine' stands for two models"):
+        open_models([f"mine={untied_gqa.path}"], [f"mine={tmp_path / 'exported'}"])
+
+
+@pytest.mark.parametrize("item", ["=x", "label="])
+def test_a_label_without_a_path_is_refused(item):
+    with pytest.raises(ValueError, match="write LABEL=PATH"):
+        open_models([item], [])
+
+
+def test_no_model_at_all_is_refused():
+    with pytest.raises(ValueError, match="--load or a Hugging Face folder with --hf"):
+        open_models([], [])
+
+
+def test_factors_of_another_model_are_refused_naming_both(untied_gqa, tmp_path):
+    (model,) = open_models([str(untied_gqa.path)], [])
+    config = replace(maker.longrope_config(), rotary_base=10000.0)
+    config.save(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"other.json with .*rotary_base 10000"):
+        subjects_of(model, [str(tmp_path / "other.json")])
+
+
+def test_a_length_beyond_the_factor_sets_is_refused_naming_the_file(untied_gqa, tmp_path):
+    (model,) = open_models([str(untied_gqa.path)], [])
+    maker.longrope_config().save(tmp_path / "f.json")
+    (subject,) = subjects_of(model, [str(tmp_path / "f.json")])
+    subject.check_lengths([64, 256])
+    with pytest.raises(ValueError, match=r"f.json: sequence length 257 exceeds 256"):
+        subject.check_lengths([64, 257])
+
+
+def test_the_hash_of_factors_ignores_where_they_come_from():
+    config = maker.longrope_config()
+    last = config.factor_sets[-1]
+    renamed = config.with_factor_set(replace(last, origin={"by": "someone else"}))
+    assert config_sha256(renamed) == config_sha256(config)
+    changed = config.with_factor_set(FactorSet(last.max_length, last.rescale_factors, 4))
+    assert config_sha256(changed) != config_sha256(config)
+    assert config_sha256(replace(config, attention_factor=1.2)) != config_sha256(config)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(untied_gqa):
+    models = open_models([str(untied_gqa.path)], [])
+    check_tokenizer_fits(maker.VOCAB, "tokenizer t", models)
+    with pytest.raises(ValueError, match=r"tokenizer t has 251 tokens, the vocabulary of .* 250; "):
+        check_tokenizer_fits(maker.VOCAB + 1, "tokenizer t", models)
+
+
+# Documents
+
+
+def test_text_and_the_prepared_set_of_it_give_the_same_tokens(data):
+    prepared = read_scored_documents(data["heldout"], None, 200, 3)
+    text = read_scored_documents(f"{data['heldout']}.jsonl", data["tokenizer"], 200, 3)
+    assert prepared.sha256 == text.sha256 and prepared.bos_id == text.bos_id == 1
+    assert all(map(np.array_equal, prepared.tokens, text.tokens))
+
+
+def test_short_documents_are_passed_over(data, tmp_path):
+    texts = [make_text(1, 20), make_text(2, 400), make_text(3, 400)]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents = read_scored_documents(str(path), data["tokenizer"], 1000, 2)
+    assert [len(tokens) for tokens in documents.tokens] == [len(text) for text in texts[1:]]
+    with pytest.raises(ValueError, match="holds 2 documents of at least 1000 tokens, 3 needed"):
+        read_scored_documents(str(path), data["tokenizer"], 1000, 3)
+
+
+def test_bad_data_is_one_sentence(data, tmp_path):
+    def refused(data_path, tokenizer, message):
+        with pytest.raises(ValueError, match=message):
+            read_scored_documents(str(data_path), tokenizer, 10, 1)
+
+    tokenizer = data["tokenizer"]
+    refused(tmp_path / "absent", None, "neither a prepared set .* nor a text file; check the path")
+    refused(f"{data['heldout']}.jsonl", None, "is text; give the model's tokenizer")
+    refused(tmp_path / "absent.jsonl", tokenizer, "does not exist")
+    broken = tmp_path / "broken.txt"
+    broken.write_bytes(b"fine so far\n\xff\xfe no longer")
+    refused(broken, tokenizer, r"broken.txt:2: byte 0xff is not valid UTF-8")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    refused(empty, tokenizer, "holds no document")
+
+
+def test_a_set_made_with_another_tokenizer_is_refused(data, tmp_path):
+    other = make_search_data(tmp_path)["tokenizer"]
+    read_scored_documents(data["heldout"], data["tokenizer"], 10, 1)
+    path = tmp_path / "tokenizer/tokenizer.json"
+    path.write_text(path.read_text().replace('"</s>"', '"<end>"'))
+    with pytest.raises(ValueError, match="made with another tokenizer than"):
+        read_scored_documents(data["heldout"], other, 10, 1)
+
+
+def test_a_tokenizer_without_bos_is_refused(data, tmp_path):
+    make_search_data(tmp_path)
+    path = tmp_path / "tokenizer/tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings["bos_token"] = None
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="has no BOS, which stands before every window"):
+        read_scored_documents(f"{data['heldout']}.jsonl", str(tmp_path / "tokenizer"), 10, 1)

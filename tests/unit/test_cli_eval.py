@@ -1,0 +1,231 @@
+"""`longrope eval`: what the commands measure, and what they refuse before any weight is loaded."""
+
+import csv
+import json
+import math
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+from search_data import make_search_data
+
+from megatron_longrope.cli import main
+from megatron_longrope.config import FactorSet
+from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.data.documents import read_documents
+from megatron_longrope.data.tokenizer import load_tokenizer
+from megatron_longrope.engine import engine as engine_module
+from megatron_longrope.engine import load_engine
+from megatron_longrope.engine.generation import generate
+from megatron_longrope.evaluation.passkey import is_retrieved, make_trial
+
+LONG = 1024  # the passkey prompt has 340 characters, each a token of this tokenizer
+
+
+def longrope_config():
+    factors = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
+    return maker.longrope_config().with_factor_set(FactorSet(LONG, factors))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_search_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def factors(tmp_path_factory):
+    path = tmp_path_factory.mktemp("factors") / "long.json"
+    longrope_config().save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, megatron_runs, data):
+    """The checkpoint as a Hugging Face folder."""
+    path = tmp_path_factory.mktemp("hf") / "folder"
+    convert_to_hf(
+        megatron_runs["untied_gqa"].path,
+        path,
+        longrope_config=longrope_config(),
+        tokenizer=data["tokenizer"],
+    )
+    return str(path)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(engine_module, "load_into", refuse)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def evaluate(kind, output, *arguments):
+    assert main(["eval", kind, "--output", str(output), *map(str, arguments)]) == 0
+    return records(output / f"{kind}.jsonl")
+
+
+def refused(capsys, kind, *arguments):
+    assert main(["eval", kind, *map(str, arguments)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_the_truncated_perplexity_is_that_of_a_plain_forward(untied_gqa, data, factors, tmp_path):
+    rows = evaluate(
+        "ppl", tmp_path, "--load", f"m={untied_gqa.path}", "--longrope-config", factors,
+        "--data", data["heldout"], "--num-documents", 2, "--lengths", "64,256",
+    )  # fmt: skip
+    engine = load_engine(untied_gqa.path, longrope_config=longrope_config(), device="cpu")
+    for row, length in zip(rows, (64, 256), strict=True):
+        documents = read_documents(data["heldout"], min_length=255, limit=2)
+        means = []
+        for document in documents:
+            tokens = torch.tensor([[1, *document[: length - 1]]])
+            logits = engine.logits(tokens)[0, :-1].double()
+            means.append(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item())
+        assert row["protocol"] == "truncated" and row["num_windows"] == 2
+        assert row["ppl_window_mean"] == pytest.approx(math.exp(sum(means) / 2), rel=1e-5)
+        assert row["nll_per_document"] == pytest.approx(means, rel=1e-5)
+    with (tmp_path / "ppl.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["length"] for row in table] == ["64", "256"] and table[0]["model"] == "m"
+
+
+def test_a_hugging_face_folder_measures_like_the_checkpoint_it_came_from(
+    untied_gqa, data, factors, folder, tmp_path
+):
+    rows = evaluate(
+        "ppl", tmp_path, "--load", f"megatron={untied_gqa.path}", "--hf", f"hf={folder}",
+        "--longrope-config", factors, "--data", f"{data['heldout']}.jsonl",
+        "--tokenizer", data["tokenizer"], "--num-documents", 1, "--lengths", "256",
+        "--stride", "100",
+    )  # fmt: skip
+    assert [row["model"] for row in rows] == ["megatron", "hf"]
+    assert rows[0]["protocol"] == rows[1]["protocol"] == "sliding"
+    assert rows[1]["ppl_token_weighted"] == pytest.approx(rows[0]["ppl_token_weighted"], rel=1e-6)
+    assert rows[0]["sha256"] == rows[1]["sha256"]
+
+
+def test_a_second_command_measures_only_what_is_new(untied_gqa, data, factors, tmp_path, capsys):
+    common = (
+        "--load", untied_gqa.path, "--longrope-config", factors, "--data", data["heldout"],
+        "--num-documents", 1,
+    )  # fmt: skip
+    first = evaluate("ppl", tmp_path, *common, "--lengths", "64")
+    both = evaluate("ppl", tmp_path, *common, "--lengths", "64,128")
+    assert both[0] == first[0] and [row["length"] for row in both] == [64, 128]
+    before = (tmp_path / "ppl.jsonl").read_bytes()
+    evaluate("ppl", tmp_path, *common, "--lengths", "64,128")
+    assert "everything was already measured" in capsys.readouterr().out
+    assert (tmp_path / "ppl.jsonl").read_bytes() == before
+
+
+def test_passkey_trials_are_exactly_as_long_as_asked_for(
+    untied_gqa, data, factors, tmp_path, capsys
+):
+    rows = evaluate(
+        "passkey", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
+        "--tokenizer", data["tokenizer"], "--lengths", "512,1k", "--depths", "3", "--trials", 2,
+    )  # fmt: skip
+    assert len(rows) == 2 * 3 * 2
+    assert all(row["num_tokens"] == row["length"] for row in rows)
+    assert sorted({row["requested_depth"] for row in rows}) == [0.0, 0.5, 1.0]
+    assert all(row["correct"] is False and row["nll"] > 0 for row in rows)  # a random model
+    assert "split between tokens" in capsys.readouterr().out  # the tokenizer's report
+    with (tmp_path / "passkey.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 6 and {row["trials"] for row in table} == {"2"}
+
+
+def test_generated_answers_are_judged_by_the_papers_parse(untied_gqa, data, factors, tmp_path):
+    (row,) = evaluate(
+        "passkey", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
+        "--tokenizer", data["tokenizer"], "--lengths", "512", "--trials", 1,
+        "--scoring", "generate",
+    )  # fmt: skip
+    assert row["scoring"] == "generate" and row["nll"] is None and row["correct"] is False
+    assert len(row["text"]) <= 10 and row["num_tokens"] <= 512
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_teacher_forcing_passes_exactly_when_greedy_decoding_writes_the_answer(
+    untied_gqa, data, trial
+):
+    """On the engine itself: with the answer that it would write, and with the real one."""
+    tokenizer = load_tokenizer(data["tokenizer"])
+    engine = load_engine(untied_gqa.path, longrope_config=longrope_config(), device="cpu")
+    asked = make_trial(tokenizer, 512, depth=0.5, seed=0, trial=trial)
+    count = asked.num_answer_tokens
+    (new,) = generate(engine, torch.tensor([asked.prompt_tokens]), count + 1, factor_length=1024)
+    for answer in (new[:count], asked.answer):
+        tokens = torch.tensor([[*asked.prompt_tokens, *answer]])
+        found = engine.answer(tokens, count)
+        assert (found.predicted[:count] == answer) == (answer == new[:count])
+    assert found.predicted[:count] != asked.answer
+    assert not is_retrieved(found.predicted, asked, tokenizer)
+
+
+def test_needles_are_asked_for_in_every_task_length_and_depth(
+    untied_gqa, data, factors, tmp_path, capsys
+):
+    text = tmp_path / "prose.txt"  # paragraphs, because Punkt learns little from made-up sentences
+    text.write_text("".join(f"The window of row {n} is closed.\n\n" for n in range(200)))
+    rows = evaluate(
+        "needle", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
+        "--tokenizer", data["tokenizer"], "--data", text, "--lengths", "1k", "--depths", "0,1",
+        "--trials", 1,
+    )  # fmt: skip
+    assert {row["task"] for row in rows} == {"single", "multi_key", "multi_query"}
+    assert len(rows) == 6 and all(row["num_tokens"] == 1024 for row in rows)
+    assert all(0 <= row["recall"] <= 1 and row["nll"] > 0 for row in rows)
+    assert "needle perplexity" in capsys.readouterr().out
+    assert (tmp_path / "needle.csv").read_text().count("\n") == 7
+
+
+# Bad input, before the model is loaded
+
+
+def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
+    untied_gqa, data, factors, folder, tmp_path, capsys, no_weights
+):
+    output = ("--output", tmp_path / "out")
+    load = ("--load", untied_gqa.path, "--longrope-config", factors)
+    heldout = ("--data", data["heldout"])
+    beyond = refused(capsys, "ppl", *load, *heldout, "--lengths", "2k", *output)
+    assert "sequence length 2048 exceeds 1024" in beyond
+    few = refused(capsys, "ppl", *load, *heldout, "--lengths", "1k", "--num-documents", 9, *output)
+    assert "documents of at least 1023 tokens, 9 needed" in few
+    tokenizer = ("--tokenizer", data["tokenizer"])
+    short = refused(capsys, "passkey", *load, *tokenizer, "--lengths", "64", *output)
+    assert "too short for the passkey prompt" in short
+    none = refused(capsys, "passkey", *load, "--lengths", "512", *output)
+    assert "prompts need a tokenizer" in none
+    assert "--trials 0" in refused(
+        capsys, "passkey", *load, *tokenizer, "--lengths", "512", "--trials", 0, *output
+    )
+    code = refused(
+        capsys, "needle", *load, *tokenizer, "--data", f"{data['heldout']}.jsonl",
+        "--lengths", "9k", *output,
+    )  # fmt: skip
+    assert "exceeds 1024" in code
+    assert not (tmp_path / "out").exists()
+
+
+def test_depths_are_how_many_a_list_or_random(capsys):
+    from megatron_longrope.cli.evaluate import _depths
+
+    assert _depths("random") == [None]
+    assert _depths("3") == [0.0, 0.5, 1.0]
+    assert _depths("0,0.25") == [0.0, 0.25]
+    assert _depths("1") == [1.0]
+    for text in ("7,8", "0,2", "x", "0,0", ""):
+        with pytest.raises(SystemExit):
+            main(["eval", "passkey", "--load", "x", "--lengths", "4k", "--output", "y",
+                  "--depths", text])  # fmt: skip
+        assert "give how many, at least 2, or a list" in capsys.readouterr().err
