@@ -35,9 +35,18 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "flash": ["flash-attn"],
-        "eval": ["lm-eval"],
+        "eval": ["lm-eval>=0.4.13"],
         "tensorboard": ["tensorboard"],
-        "dev": ["tensorboard", "pytest", "pytest-timeout", "hypothesis", "mpmath", "ruff"],
+        "dev": [
+            "tensorboard",
+            "lm-eval>=0.4.13",
+            "accelerate",
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "mpmath",
+            "ruff",
+        ],
     },
     entry_points={"console_scripts": ["longrope = megatron_longrope.cli:main"]},
 )

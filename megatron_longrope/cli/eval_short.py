@@ -61,7 +61,13 @@ def add_parser(kinds) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from megatron_longrope.data.tokenizer import load_tokenizer
-    from megatron_longrope.evaluation.harness import check_tasks, harness_lm, parse_tasks, run_tasks
+    from megatron_longrope.evaluation.harness import (
+        check_original_factors,
+        check_tasks,
+        harness_lm,
+        parse_tasks,
+        run_tasks,
+    )
     from megatron_longrope.evaluation.records import write_csv
     from megatron_longrope.evaluation.session import Cell
     from megatron_longrope.evaluation.subjects import check_tokenizer_fits, open_models, subjects_of
@@ -69,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
     specs = parse_tasks(args.tasks)
     models = open_models(args.load, args.hf, args.iteration)
     subjects = [item for model in models for item in subjects_of(model, args.longrope_config)]
+    for subject in subjects:
+        check_original_factors(subject.config, args.max_length)
     tokenizer = load_tokenizer(evaluate.tokenizer_path(args))
     check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
     loaded = check_tasks(specs, include_path=args.include_path, allow_download=args.allow_download)
@@ -104,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
             allow_download=args.allow_download,
         )
         on_task()
-        return {**record, "truncated": lm.num_truncated}
+        return record
 
     session = evaluate.open_session(args, "short", _KEY, "tasks")
     session.run_each(cells, measure)

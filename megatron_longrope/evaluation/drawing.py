@@ -1,4 +1,4 @@
-"""How the figures of a report look: methods' styles, the blank page, axes, labels, formats.
+"""How the figures of a report look: methods' styles, the blank page, lines, labels, formats.
 
 Every method has a colour (Okabe and Ito's palette), a marker and a line style of its own, so that
 the figures read in grey and with any colour vision. The few neutral colours stand in `NEUTRALS`, so
@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from megatron_longrope.files import write_text_atomic
-from megatron_longrope.lengths import format_length
 
 INK, MUTED, GRID, PAPER = "#1b1d21", "#5f6671", "#e3e6ea", "#fefefe"
 NEUTRALS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
@@ -61,6 +59,17 @@ _SEEDS = {
     "longest": Style("Longest window's", "#CC79A7", "P", (0, (2, 1.5))),
 }
 """Starting points of a recovery search that are no method of their own."""
+
+CYCLE = (
+    Style("", "#0072B2", "o", "-"),
+    Style("", "#D55E00", "v", (0, (5, 2))),
+    Style("", "#009E73", "D", (0, (3, 1.5))),
+    Style("", "#CC79A7", "P", (0, (5, 1.5, 1, 1.5))),
+    Style("", "#E69F00", "s", (0, (8, 2))),
+    Style("", "#56B4E9", "^", (0, (1, 1))),
+    Style("", INK, "x", (0, (1, 1.6))),
+)
+"""Looks of things that have no house style, in order; grey print tells them by marker and line."""
 
 
 @dataclass(frozen=True)
@@ -287,53 +296,6 @@ def _tick(value: float, _: Any) -> str:
     return f"{value:.0e}" if value >= 1e6 else f"{value:,.10g}"
 
 
-def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None = None) -> None:
-    """Logarithmic x axis with these lengths as ticks, less those that would collide.
-
-    The original window is within the frame and marked by a line.
-    """
-    ends = [lengths[0], lengths[-1]] + ([original_length] if original_length else [])
-    octaves = max(math.log2(max(ends) / min(ends)), 1.0)
-    ticks = [lengths[-1]]
-    room = octaves * 0.09
-    for length in reversed(lengths[:-1]):
-        if math.log2(ticks[-1] / length) >= room:
-            ticks.append(length)
-    axes.set_xscale("log", base=2)
-    axes.set_xlim(min(ends) / 2 ** (octaves * 0.035), max(ends) * 2 ** (octaves * 0.035))
-    if original_length:
-        axes.axvline(original_length, color=MUTED, linewidth=0.9, zorder=1)
-        note_above(axes, original_length, "original window")
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_length(round(value))))
-    axes.tick_params(axis="x", labelsize=8.5)
-    axes.set_xlabel("Sequence length (tokens)")
-
-
-def start_token_axis(axes: Axes, counts: Sequence[int], *, narrow: bool = False) -> None:
-    """x axis for n_hat, logarithmic in 1 + n so that 0 has a place.
-
-    Labels that would collide are left out.
-
-    Args:
-        counts (Sequence[int]): Numbers of start tokens, ascending.
-        narrow (bool): The panel shares its line with another.
-    """
-    axes.set_xscale("function", functions=(np.log1p, np.expm1))
-    span = math.log1p(counts[-1]) - math.log1p(counts[0])
-    room, air = span * (0.075 if narrow else 0.035), span * 0.035
-    axes.set_xlim(math.expm1(math.log1p(counts[0]) - air), math.expm1(math.log1p(counts[-1]) + air))
-    # The ends first, then powers of two, which read more easily than what lies between them.
-    labelled: list[int] = []
-    for count in sorted(counts, key=lambda n: (n not in (counts[0], counts[-1]), n & (n - 1), n)):
-        if all(abs(math.log1p(count) - math.log1p(other)) >= room for other in labelled):
-            labelled.append(count)
-    axes.xaxis.set_major_locator(FixedLocator(list(counts)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(list(counts), [str(n) if n in labelled else "" for n in counts], fontsize=8.5)
-
-
 def label_ends(axes: Axes, ends: Sequence[tuple[float, Style, str, bool]]) -> None:
     """Name each line in the right margin at its last value; (value, style, text, has a leader)."""
     to_axes = axes.transScale + axes.transLimits
@@ -351,21 +313,6 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, Style, str, bool]]) -> No
         axes.text(
             1.095, here, shorten(text, 26), transform=axes.transAxes, va="center", fontsize=8.5
         )
-
-
-def note_above(axes: Axes, x: float, text: str) -> None:
-    """A small note on top of the frame."""
-    axes.annotate(
-        text, (x, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-        ha="center", color=MUTED, fontsize=8,
-    )  # fmt: skip
-
-
-def panel_title(axes: Axes, name: str, detail: str) -> None:
-    """A bold line with a quiet second one."""
-    axes.set_title(shorten(name, 42), loc="left", fontsize=9, fontweight="bold", pad=19)
-    axes.annotate(detail, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
-                  fontsize=8.5, color=MUTED)  # fmt: skip
 
 
 def _write_bytes_atomic(path: Path, content: bytes) -> None:

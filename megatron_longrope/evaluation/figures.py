@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.evaluation.axes import length_axis, note_above, panel_title, start_token_axis
 from megatron_longrope.evaluation.drawing import (
     INK,
     METHODS,
@@ -23,14 +24,10 @@ from megatron_longrope.evaluation.drawing import (
     format_score,
     has_style,
     label_ends,
-    length_axis,
     method_legend,
-    note_above,
-    panel_title,
     panels,
     plot_line,
     score_axis,
-    start_token_axis,
     style_of,
 )
 from megatron_longrope.evaluation.statistics import wilson_interval

@@ -1,20 +1,24 @@
-"""One self-contained HTML page about a run, with figures and their data beside it.
+"""One self-contained HTML page about a run or several, with figures and their data beside it.
 
     from megatron_longrope.evaluation.report import write_report
     write_report("runs/quickstart")  # results.json -> report.html, figures/*.png, figures/*.csv
+    write_report(["runs/base", "runs/extended"], "comparison/report.html")  # ppl.jsonl, ... -> same
 
-The directory holds `results.json` and, at any depth, LongRoPE JSON files and `*.journal.jsonl`.
-What was not measured is left out of the page; nothing is ever filled in.
+A directory holds `results.json` or, at any depth, the records of `longrope eval`; besides, LongRoPE
+JSON files and `*.journal.jsonl`. What was not measured is left out; nothing is ever filled in.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.evaluation.comparison_page import sections_of
+from megatron_longrope.evaluation.comparison_text import comparison_sentence, comparison_tables
+from megatron_longrope.evaluation.document import render_document, section
 from megatron_longrope.evaluation.drawing import Drawing
 from megatron_longrope.evaluation.figures import (
     draw_factors,
@@ -24,7 +28,14 @@ from megatron_longrope.evaluation.figures import (
     draw_start_tokens,
     reference_factors,
 )
-from megatron_longrope.evaluation.page import render_page
+from megatron_longrope.evaluation.measurements import (
+    KINDS,
+    Measurements,
+    files_below,
+    read_measurements,
+)
+from megatron_longrope.evaluation.page import factor_table, left_out, render_page
+from megatron_longrope.evaluation.provenance import method_section, source_of
 from megatron_longrope.evaluation.results import (
     load_results,
     measured_lengths,
@@ -44,6 +55,7 @@ __all__ = [
     "find_factor_sets",
     "find_search_traces",
     "load_results",
+    "report_tables",
     "summary_sentence",
     "summary_table",
     "write_report",
@@ -55,34 +67,70 @@ _SEEDS_SEARCHED = 64
 """Records at the start of a journal among which the published methods are looked for."""
 
 
-def write_report(directory: str | Path, output: str | Path | None = None) -> Path:
-    """Write the report of a run.
+def write_report(
+    directories: str | Path | Sequence[str | Path], output: str | Path | None = None
+) -> Path:
+    """Write the report of a run, or of several models in comparison.
 
     Args:
-        directory (str | Path): Holds `results.json`.
-        output (str | Path | None): The page, `report.html` in `directory` by default; the figures
-            go to `figures/` beside it.
+        directories (str | Path | Sequence): One or several directories, each with `results.json`
+            or, at any depth, the records of `longrope eval`.
+        output (str | Path | None): The page; by default `report.html` in the directory if there is
+            one, and where the program runs if there are several. The figures go to `figures/`
+            beside it.
 
     Returns:
         Path: The page.
 
     Raises:
-        ValueError: `results.json` is missing or malformed.
+        ValueError: A directory is missing or has nothing to report, or a file in it is malformed.
     """
-    directory = Path(directory)
-    results = load_results(directory)
-    page = Path(output) if output is not None else directory / "report.html"
+    folders = _listed(directories)
+    page = Path(output) if output is not None else (
+        folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    )  # fmt: skip
     if page.is_dir():
         raise ValueError(f"{page} is a directory; give the name of the HTML file to write")
-    sets, notes = find_factor_sets(directory)
-    traces = find_search_traces(directory, [config for _, config, _ in sets])
-    drawings = _draw(results, sets, traces)
-    for drawing in drawings:
+    measurements = read_measurements(folders)
+    sets, notes = _all_sets(folders)
+    traces = _all_traces(folders, [config for _, config, _ in sets])
+    name = ", ".join(folder.resolve().name for folder in folders)
+    if len(folders) == 1 and measurements.results:
+        (results,) = measurements.results
+        parts, others = sections_of(measurements, ("needle", "short"))
+        drawings = _draw(results, sets, traces)
+        summary = summary_sentence(results)
+        origin = source_of(measurements)
+        text = render_page(name, summary, results, drawings, sets, notes, parts, origin)
+    else:
+        parts, others = sections_of(measurements, tuple(KINDS))
+        drawings = _draw_searches(sets, traces)
+        extras = {"rescale_factors": factor_table(sets)}
+        parts += [section(drawing, extras.get(drawing.name, "")) for drawing in drawings]
+        parts += [method_section(measurements), left_out(notes)]
+        text = render_document(
+            name, _about(measurements, name), comparison_sentence(measurements), parts,
+            source_of(measurements),
+        )  # fmt: skip
+    for drawing in (*drawings, *others):
         drawing.save(page.parent / "figures")
-    name = directory.resolve().name
-    text = render_page(name, summary_sentence(results), results, drawings, sets, notes)
     write_text_atomic(page, text)
     return page
+
+
+def report_tables(directories: str | Path | Sequence[str | Path]) -> str:
+    """The report's tables as plain text.
+
+    Raises:
+        ValueError: As :func:`write_report`.
+    """
+    folders = _listed(directories)
+    measurements = read_measurements(folders)
+    if len(folders) > 1 or not measurements.results:
+        return comparison_tables(measurements)
+    rows = {kind: measurements.of(kind) for kind in ("needle", "short")}
+    extra = comparison_tables(Measurements(measurements.subjects, rows))
+    return "\n\n".join(part for part in (summary_table(measurements.results[0]), extra) if part)
 
 
 def find_factor_sets(
@@ -94,7 +142,7 @@ def find_factor_sets(
     """
     found: dict[tuple[Any, ...], tuple[str, LongRopeConfig, FactorSet]] = {}
     notes = []
-    for path, name in _files(Path(directory), ".json"):
+    for path, name in files_below(Path(directory), ".json"):
         if path.stat().st_size > _LARGEST_JSON:
             continue
         try:
@@ -124,7 +172,7 @@ def find_search_traces(
     Lines that cannot be read are passed over. `configs` tell which geometry the seeds may have.
     """
     traces = []
-    for path, name in _files(Path(directory), ".journal.jsonl"):
+    for path, name in files_below(Path(directory), ".journal.jsonl"):
         records = read_records(path)
         if any(map(is_complete, records)):
             first = sorted(records, key=lambda record: record.index)[:_SEEDS_SEARCHED]
@@ -142,27 +190,63 @@ def _draw(
     drawings = []
     if measured_lengths(results["perplexity"]):
         drawings.append(draw_perplexity(results["perplexity"], original))
-    if sets:
-        drawings.append(draw_factors(sets))
-    if traces:
-        drawings.append(draw_search(traces))
-    if curves := [curve for trace in traces if (curve := start_token_curve(trace))]:
-        drawings.append(draw_start_tokens(curves))
+    drawings += _draw_searches(sets, traces)
     if results["passkey"]:
         trials = results.get("passkey_trials")
         drawings.append(draw_passkey(results["passkey"], trials, original))
     return drawings
 
 
-def _files(directory: Path, suffix: str) -> list[tuple[Path, str]]:
-    """Files below `directory` with their relative names, sorted; symbolic links are not entered."""
-    found = []
-    for folder, subfolders, files in os.walk(directory):
-        subfolders[:] = [item for item in subfolders if not item.startswith(".")]
-        found += [Path(folder, item) for item in files if item.endswith(suffix)]
-    return sorted(
-        (path, path.relative_to(directory).as_posix()) for path in found if path.is_file()
-    )
+def _draw_searches(
+    sets: Sequence[tuple[str, LongRopeConfig, FactorSet]], traces: Sequence[SearchTrace]
+) -> list[Drawing]:
+    drawings = []
+    if sets:
+        drawings.append(draw_factors(sets))
+    if traces:
+        drawings.append(draw_search(traces))
+    if curves := [curve for trace in traces if (curve := start_token_curve(trace))]:
+        drawings.append(draw_start_tokens(curves))
+    return drawings
+
+
+def _listed(directories: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The directories, each once."""
+    one = isinstance(directories, str | Path)
+    folders = [Path(directories)] if one else [Path(item) for item in directories]
+    if not folders:
+        raise ValueError("no directory to report on; give at least one")
+    return list({folder.resolve(): folder for folder in folders}.values())
+
+
+def _all_sets(
+    folders: Sequence[Path],
+) -> tuple[list[tuple[str, LongRopeConfig, FactorSet]], list[str]]:
+    """Factor sets of all folders; with several folders the names say which."""
+    sets, notes = [], []
+    for folder in folders:
+        found, broken = find_factor_sets(folder)
+        prefix = _prefix(folder, folders)
+        sets += [(f"{prefix}{name}", config, item) for name, config, item in found]
+        notes += [f"{prefix}{note}" for note in broken]
+    return sets, notes
+
+
+def _all_traces(folders: Sequence[Path], configs: Sequence[LongRopeConfig]) -> list[SearchTrace]:
+    return [
+        replace(trace, name=_prefix(folder, folders) + trace.name)
+        for folder in folders
+        for trace in find_search_traces(folder, configs)
+    ]
+
+
+def _prefix(folder: Path, folders: Sequence[Path]) -> str:
+    return f"{folder.resolve().name}/" if len(folders) > 1 else ""
+
+
+def _about(measurements: Measurements, name: str) -> str:
+    window = measurements.original_length
+    return f"{name} \N{MIDDLE DOT} original window {window:,} tokens" if window else name
 
 
 def _recognise(

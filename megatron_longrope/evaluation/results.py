@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +86,24 @@ def summary_table(results: Mapping[str, Any]) -> str:
         ]
         rows.append([style_of(method).label, *cells])
     rows[0][1:] = [f"{cell} " for cell in rows[0][1:]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
+    lines = text_table(rows)
     if best:
         lines.append("* lowest of its column")
     if policies := results.get("attention_factor_policy"):
         kept = (f"{style_of(name).label} {_kept(row)}" for name, row in policies.items())
         lines.append("attention factor of the better value: " + "; ".join(kept))
     return "\n".join(lines)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for the terminal: a head, a rule, then a line for each further row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines
 
 
 def _kept(policies: Mapping[Any, str]) -> str:
@@ -110,10 +116,14 @@ def _kept(policies: Mapping[Any, str]) -> str:
     return ", ".join(f"{policy} ({', '.join(items)})" for policy, items in lengths.items())
 
 
-def summary_sentence(results: Mapping[str, Any]) -> str:
+def summary_sentence(results: Mapping[str, Any], things: str = "methods") -> str:
     """What the perplexities say, in one sentence, at the longest length that all methods share.
 
     Where they share none, the longest of the lengths with the most methods counts.
+
+    Args:
+        results (Mapping): As in `results.json`.
+        things (str): What its methods are called.
 
     Raises:
         ValueError: The results are malformed.
@@ -138,11 +148,11 @@ def summary_sentence(results: Mapping[str, Any]) -> str:
     if len(tied) > 1:
         return (
             f"{place} {', '.join(tied[:-1])} and {tied[-1]} share the lowest perplexity of the "
-            f"{len(ranked)} methods measured there, {format_score(lowest)}."
+            f"{len(ranked)} {things} measured there, {format_score(lowest)}."
         )
     second, runner_up = ranked[1]
     return (
-        f"{place} {name} has the lowest perplexity of the {len(ranked)} methods measured "
+        f"{place} {name} has the lowest perplexity of the {len(ranked)} {things} measured "
         f"there, {format_score(lowest)}; next is {runner_up} with {format_score(second)}."
     )
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import make_megatron_checkpoint as maker
 import pytest
@@ -186,6 +187,31 @@ def test_needles_are_asked_for_in_every_task_length_and_depth(
     assert all(0 <= row["recall"] <= 1 and row["nll"] > 0 for row in rows)
     assert "needle perplexity" in capsys.readouterr().out
     assert (tmp_path / "needle.csv").read_text().count("\n") == 7
+
+
+def test_short_benchmarks_are_measured_once_and_alike_from_both_formats(
+    untied_gqa, data, factors, folder, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("lm_eval")
+    tasks = Path(__file__).parents[1] / "helpers" / "harness_tasks"
+    monkeypatch.chdir(tasks)  # their data files are named relative to it
+    arguments = (
+        "--load", f"megatron={untied_gqa.path}", "--hf", f"hf={folder}",
+        "--longrope-config", factors, "--tokenizer", data["tokenizer"],
+        "--tasks", "tiny_endings:1,tiny_letters", "--include-path", tasks, "--limit", 4,
+    )  # fmt: skip
+    rows = evaluate("short", tmp_path, *arguments)
+    assert [(row["model"], row["task"]) for row in rows] == [
+        ("megatron", "tiny_endings"), ("megatron", "tiny_letters"),
+        ("hf", "tiny_endings"), ("hf", "tiny_letters"),
+    ]  # fmt: skip
+    assert all(row["max_length"] == maker.ORIGINAL and row["samples"] == 4 for row in rows)
+    for ours, theirs in zip(rows[:2], rows[2:], strict=True):
+        assert ours["metrics"] == theirs["metrics"]
+    assert "over 4 questions" in capsys.readouterr().out
+    before = (tmp_path / "short.jsonl").read_bytes()
+    evaluate("short", tmp_path, *arguments)
+    assert (tmp_path / "short.jsonl").read_bytes() == before
 
 
 # Bad input, before the model is loaded

@@ -5,10 +5,10 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+from strict_page import StrictPage
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
@@ -51,38 +51,6 @@ RESULTS = {
 GEOMETRY = (16, 8.0, 10000.0, 256)  # rotary_dim, extension ratio, base, original window
 FACTORS = (1.0, 1.1, 1.5, 2.5, 4.5, 8.0, 8.0, 9.0)
 STEMS = ("perplexity", "rescale_factors", "search_progress", "passkey")
-VOID = {"meta", "link", "br", "img", "hr", "input"}
-
-
-class StrictPage(HTMLParser):
-    """Collects text and links; refuses tags that do not nest and ids that repeat."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open, self.ids, self.links, self.text = [], set(), [], []
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        for name, value in attributes:
-            if name == "id":
-                assert value not in self.ids
-                self.ids.add(value)
-            if name in ("href", "src", "xlink:href"):
-                self.links.append(value)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
 
 
 def save_results(directory, results=RESULTS):
@@ -260,6 +228,8 @@ def test_the_output_can_lie_elsewhere(tmp_path):
 def test_a_directory_without_results_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no results\.json"):
         write_report(tmp_path)
+    with pytest.raises(ValueError, match=r"no directory to report on"):
+        write_report([])
     (tmp_path / "results.json").write_text('{"perplexity": ')
     with pytest.raises(ValueError, match=r"results\.json: .*truncated"):
         write_report(tmp_path)

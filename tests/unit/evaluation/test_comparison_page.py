@@ -1,0 +1,247 @@
+"""The comparison page shows every model side by side, with what is needed to judge the numbers."""
+
+import csv
+import json
+import math
+import re
+
+import pytest
+from evaluated import everything, needle, passkey, ppl, save, short, whose
+from strict_page import StrictPage
+
+from megatron_longrope.cli import main
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.evaluation.comparison import needle_groups, passkey_groups
+from megatron_longrope.evaluation.measurements import read_measurements
+from megatron_longrope.evaluation.report import report_tables, write_report
+from megatron_longrope.evaluation.retrieval_figures import draw_bars, draw_heatmap
+
+LENGTHS, DEPTHS = (4096, 16384), (0.0, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two models with everything measured, and their report."""
+    directory = everything(
+        tmp_path_factory.mktemp("runs") / "eval & <co>", ("base", "longer"), LENGTHS, DEPTHS, 2
+    )
+    config = LongRopeConfig(1e4, 16, 4096, (FactorSet(16384, (1.0,) * 4 + (4.0,) * 4),))
+    config.save(directory / "longer" / "factors.json")
+    write_report(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(run):
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def page_of(directory, *more):
+    return write_report([directory, *more], directory / "page.html").read_text(encoding="utf-8")
+
+
+def table_after(text, heading):
+    start = text.index("<table", text.index(heading))
+    return text[start : text.index("</table>", start)]
+
+
+def bold_in(table):
+    return re.findall(r"<b>(.*?)</b>", table)
+
+
+def data_of(directory, name):
+    with (directory / "figures" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_page_is_well_formed_and_needs_no_other_file(run, text):
+    page = StrictPage(text)
+    files = {f"figures/{path.name}" for path in (run / "figures").iterdir()}
+    assert {link for link in page.links if not link.startswith("#")} == files
+    assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
+    assert not re.search(r"<script|<link|<img|@import|url\((?!#)", text)
+    labels = set(re.findall(r'aria-labelledby="([^"]*)"', text))
+    assert len(labels) == len(files) // 2 and labels <= page.ids
+
+
+def test_every_kind_has_a_section_and_the_figures_their_data(run, text):
+    headings = re.findall(r"<h[23][^>]*>(.*?)</h[23]>", text)
+    assert headings == [
+        "Perplexity by sequence length (truncated)", "Loss by position in a window of 16k",
+        "Perplexity by sequence length (sliding, stride 256)",
+        "Loss by position in a window of 16k", "Passkey retrieval, teacher-forced",
+        "Needle retrieval, single", "Needle perplexity, single", "Needle retrieval, multi query",
+        "Needle perplexity, multi query", "Short benchmarks", "Rescale factors by dimension",
+        "Measured how", "Data, seeds and versions",
+    ]  # fmt: skip
+    rows = data_of(run, "perplexity")
+    assert {(row["model"], row["label"], row["length"]) for row in rows} == {
+        (model, "checkpoint", str(n)) for model in ("base", "longer") for n in LENGTHS
+    }
+    assert len(data_of(run, "passkey_by_depth")) == 2 * len(LENGTHS) * len(DEPTHS)
+    assert {row["from"] for row in data_of(run, "perplexity_by_position")} == {
+        str(i * 16383 // 8) for i in range(8)
+    }
+
+
+def test_the_page_says_how_everything_was_measured(text):
+    shown = " ".join("".join(StrictPage(text).text).split())
+    sha256 = whose()["config_sha256"]
+    assert sha256[:12] in shown and sha256 not in shown
+    for fact in ("ckpt/base", "ckpt/longer", "1000", "proof.jsonl:10", "42", "0.4.13", "10-shot",
+                 "the paper's number", "original window 4,096 tokens", "0.4.13", "4,096",
+                 "ppl.jsonl, passkey.jsonl, needle.jsonl, short.jsonl"):  # fmt: skip
+        assert fact in shown, fact
+
+
+def test_both_means_are_shown_and_the_lowest_is_bold(tmp_path):
+    rows = [ppl(4096, 3.0) | whose("a"), ppl(4096, 4.0) | whose("b"), ppl(8192, 5.0) | whose("b")]
+    save(tmp_path, "ppl", rows)
+    table = table_after(page_of(tmp_path), "Perplexity by sequence length")
+    assert bold_in(table) == ["3.00"] and "<b>3.00</b><small>3.03</small>" in table
+    assert table.count("\N{EN DASH}") == 1
+
+
+def test_values_on_other_tokens_are_warned_of_and_none_is_called_the_best(tmp_path):
+    rows = [ppl(n, 3.0 + i, tokens=m if n == 8192 else "t") | whose(m)
+            for n in (4096, 8192) for i, m in enumerate("ab")]  # fmt: skip
+    save(tmp_path, "ppl", rows)
+    text = page_of(tmp_path)
+    assert 'class="warning">Not all lines were measured on the same tokens at 8k' in text
+    assert bold_in(table_after(text, "Perplexity by sequence length")) == ["3.00"]
+    assert "no one is the lowest" in text
+    assert report_tables(tmp_path).count("3.00*") == 1
+
+
+def test_infinite_and_undefined_perplexities_are_shown_and_not_drawn(tmp_path):
+    rows = [ppl(4096, 3.0), ppl(8192, 4.0, ppl_window_mean=math.inf, nll_by_position=None),
+            ppl(16384, 4.0, ppl_window_mean=math.nan, ppl_token_weighted=math.nan)]  # fmt: skip
+    save(tmp_path, "ppl", rows)
+    text = page_of(tmp_path)
+    assert "&infin;" in text and "not a number" in text
+    assert "2 values are not finite and not drawn." in text
+    save(tmp_path, "ppl", [rows[1]])
+    text = page_of(tmp_path)
+    StrictPage(text)
+    assert "&infin;" in text and "<figure>" not in text
+
+
+def test_a_passkey_table_has_trials_interval_and_loss(tmp_path):
+    save(tmp_path, "passkey", [passkey(4096, i < 3, i) for i in range(5)])
+    table = table_after(page_of(tmp_path), "Passkey retrieval")
+    assert "60 %<small>3 of 5</small><small>23 to 88 %</small><small>loss 0.86</small>" in table
+    (row,) = data_of(tmp_path, "passkey")
+    assert float(row["share"]) == 0.6 and float(row["wilson_low"]) == pytest.approx(
+        0.2307, abs=1e-4
+    )
+
+
+def test_trials_on_a_grid_and_anywhere_have_a_figure_each(tmp_path):
+    save(tmp_path, "passkey", [passkey(4096, True, 0, 0.5), passkey(4096, False, 1)])
+    text = page_of(tmp_path)
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert names == {"passkey", "passkey_by_depth"}
+    StrictPage(text)
+
+
+def test_needle_perplexity_is_exp_of_the_mean_loss(tmp_path):
+    save(tmp_path, "needle", [needle(4096, 1.0, 0, nll=0.5), needle(4096, 0.5, 1, nll=1.5)])
+    text = page_of(tmp_path)
+    assert f"{math.exp(1.0):.2f}" in table_after(text, "Needle perplexity, single")
+    assert "75 %<small>2</small>" in table_after(text, "Needle retrieval, single")
+
+
+def test_benchmarks_are_a_table_of_models_and_tasks(tmp_path):
+    save(tmp_path, "short", [
+        short("arc", 0.53, 0.012) | whose("a"), short("arc", 0.51, None) | whose("b"),
+        short("wiki", 9.5, None, metric="word_perplexity", limit=20) | whose("b"),
+        short("wiki", 8.5, 0.25, metric="word_perplexity") | whose("a"),
+    ])  # fmt: skip
+    text = page_of(tmp_path)
+    table = table_after(text, "Short benchmarks")
+    assert "<b>53.0</b><small>&plusmn;&thinsp;1.2</small>" in table and "<td>51.0</td>" in table
+    assert "<b>8.500</b>" in table and "arc<small>acc_norm, 10-shot</small>" in table
+    assert "(limit 20): they are no benchmark scores" in text
+    assert "2 short benchmarks of 2 models." in text
+    assert not (tmp_path / "figures").exists()
+
+
+def test_text_from_the_records_cannot_break_the_page(tmp_path):
+    evil = "<script>&\"'$x_1$"
+    fields = whose(evil, evil, evil, evil, evil) | {"checkpoint": evil, "config_sha256": evil}
+    for kind, row in (
+        ("ppl", ppl(4096, 3.0, evil, evil, sources=[evil])),
+        ("passkey", passkey(4096, True, evil, 0.5, scoring=evil, seed=evil)),
+        ("needle", needle(4096, 1.0, task=evil)),
+        ("short", short(evil, 0.5, metric=evil, num_fewshot=evil, limit=evil)),
+    ):
+        save(tmp_path, kind, [row | fields])
+    text = page_of(tmp_path)
+    StrictPage(text)
+    assert "<script" not in text and text.count("&lt;script&gt;") >= 12
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    save(tmp_path, "ppl", [ppl(4096, 3.0), ppl(8192, 3.0)])
+    save(tmp_path, "passkey", [passkey(4096, True, 0, 0.5)])
+    before = page_of(tmp_path)
+    images = {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
+    assert page_of(tmp_path) == before
+    assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == images
+
+
+def test_a_run_with_results_json_also_shows_its_needles_and_benchmarks(tmp_path):
+    results = {"original_length": 256, "perplexity": {"pi": {"512": 7.0}, "none": {"512": 9.0}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    save(tmp_path / "more", "ppl", [ppl(512, 1.25)])
+    save(tmp_path / "more", "short", [short("arc", 0.5)])
+    text = page_of(tmp_path)
+    StrictPage(text)
+    assert "<h2>Short benchmarks</h2>" in text and "results.json, short.jsonl" in text
+    assert "1.25" not in "".join(StrictPage(text).text)
+    tables = report_tables(tmp_path)
+    assert tables.startswith("Perplexity     512") and "Short benchmarks" in tables
+
+
+def test_curated_and_measured_directories_are_compared_without_mixing_protocols(tmp_path):
+    (tmp_path / "curated").mkdir()
+    results = {"perplexity": {"pi": {"512": 7.0}}, "passkey": {"512": 0.5}, "seed": 77}
+    (tmp_path / "curated" / "results.json").write_text(json.dumps(results))
+    save(tmp_path / "measured", "ppl", [ppl(512, 3.0)])
+    page = write_report([tmp_path / "curated", tmp_path / "measured"], tmp_path / "x" / "p.html")
+    text = page.read_text(encoding="utf-8")
+    StrictPage(text)
+    assert "(as in results.json)" in text and "(truncated)" in text and "77" in text
+    assert (tmp_path / "x" / "figures" / "perplexity.png").is_file()
+
+
+def test_the_command_prints_the_tables_and_names_the_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("one", 3.0), ("two", 4.0)):
+        save(tmp_path / name, "ppl", [ppl(4096, value), ppl(8192, value + 1)])
+    save(tmp_path / "one", "passkey", [passkey(4096, True)])
+    assert main(["report", "one", "two"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Perplexity, truncated", "              4k     8k", "------------------------",
+        "base (one)  3.00*  4.00*", "base (two)  4.00   5.00", "* lowest of its column", "",
+        "Passkey, teacher-forced", "               4k", "-----------------",
+        "base (one)  100 %", "wrote report.html and figures",
+    ]  # fmt: skip
+    assert (tmp_path / "report.html").is_file()
+    assert main(["report", "one", "absent"]) == 1
+    assert capsys.readouterr().err.startswith("longrope report: error: absent is no directory")
+
+
+def test_large_and_lonely_grids_can_be_drawn(tmp_path, recwarn):
+    many = [2**i for i in range(8, 40)]
+    save(tmp_path / "wide", "passkey", [
+        passkey(n, True, trial, depth) | whose("x" * 70) for n in many for depth in (0.0, 1.0)
+        for trial in range(10)
+    ])  # fmt: skip
+    save(tmp_path / "tall", "needle", [needle(4096, 0.5, 0, depth=i / 10) for i in range(11)])
+    (wide,) = passkey_groups(read_measurements([tmp_path / "wide"]))
+    (tall,) = needle_groups(read_measurements([tmp_path / "tall"]))
+    assert draw_heatmap("x", "x", "x", wide).png.startswith(b"\x89PNG")
+    assert draw_bars("x", "x", "x", wide.by_length, 4096).png.startswith(b"\x89PNG")
+    assert "nearest 5 %" in draw_heatmap("x", "x", "x", tall).caption
+    assert not [item for item in recwarn if "layout" in str(item.message)]
