@@ -6,7 +6,11 @@
 
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
+# Tests run in so many processes, a file in one of them: what Megatron keeps per process stays there.
+JOBS ?= 2
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 # Releases of megatron-core beside the installed one, and the tests that touch Megatron.
 MATRIX := 0.17.1 0.18.2
@@ -25,30 +29,30 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 quickstart: $(STAMP)
 	$(PYTHON) examples/quickstart/quickstart.py
 
-test: $(STAMP)
-	$(PYTHON) -m pytest
+test: $(DEV)
+	$(PYTEST)
 
-test-fast: $(STAMP)
-	$(PYTHON) -m pytest -m "not slow"
+test-fast: $(DEV)
+	$(PYTEST) -m "not slow"
 
 test-matrix: $(MATRIX:%=test-matrix-%)
 
 # megatron is a namespace package: the first folder on the path that has megatron.core wins.
 $(MATRIX:%=test-matrix-%): test-matrix-%: build/matrix/%/.installed
 	PYTHONPATH=$(CURDIR)/build/matrix/$* LONGROPE_EXPECT_MEGATRON=$* \
-		$(PYTHON) -m pytest -m "not one_release" $(MATRIX_TESTS) $(MATRIX_IGNORED:%=--ignore=%)
+		$(PYTEST) -m "not one_release" $(MATRIX_TESTS) $(MATRIX_IGNORED:%=--ignore=%)
 
-$(MATRIX:%=build/matrix/%/.installed): build/matrix/%/.installed: | $(STAMP)
+$(MATRIX:%=build/matrix/%/.installed): build/matrix/%/.installed: | $(DEV)
 	rm -rf $(@D)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps \
 		--only-binary megatron-core --target $(@D) megatron-core==$*
 	@touch $@
 
-style: $(STAMP)
+style: $(DEV)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-format: $(STAMP)
+format: $(DEV)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
@@ -62,10 +66,14 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		     "(for example: apt install python3.12-venv, pyenv install 3.12) or uv, then run" \
 		     "make again" >&2; exit 1; \
 	fi
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(STAMP)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-constraints: $(STAMP)
+constraints: $(DEV)
 	( head -n 1 constraints.txt; $(PYTHON) -m pip freeze --exclude-editable ) > constraints.new
 	mv constraints.new constraints.txt
 

@@ -43,6 +43,7 @@ setup(
             "accelerate",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "mpmath",
             "ruff",

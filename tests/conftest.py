@@ -4,6 +4,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before torch is imported, here and in whatever the tests start: two test processes share the
+# cores, and nothing here compiles, while importing the compiler takes seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
 import make_hybrid_checkpoint as hybrid_maker
 import make_megatron_checkpoint as maker
 import pytest
