@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -148,6 +149,7 @@ def enable() -> None:
         if hasattr(torch.optim.Optimizer, name):
             setattr(torch.optim.Optimizer, name, lambda self: None)
     _use_gloo(torch.distributed)
+    _fork_the_results_server()
     _cuda_to_cpu_mode(torch).__enter__()
 
 
@@ -270,6 +272,19 @@ def _use_gloo(distributed) -> None:
 
     distributed.init_process_group = init_gloo
     distributed.new_group = new_gloo_group
+
+
+def _fork_the_results_server() -> None:
+    """Checkpoint writers report to a server process, which Megatron spawns, for the sake of CUDA.
+
+    A spawned process imports torch and Megatron anew, some eight seconds for a queue; without CUDA
+    it can be forked.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue = getattr(filesystem_async, "get_write_results_queue", None)
+    if queue is not None:  # else a release without that server
+        filesystem_async.get_write_results_queue = functools.partial(queue, "fork")
 
 
 def _cuda_to_cpu_mode(torch):
