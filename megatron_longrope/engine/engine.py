@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_longrope.checkpoint.loader import Checkpoint, load_into
 from megatron_longrope.checkpoint.model_args import ModelShape
-from megatron_longrope.checkpoint.reader import MegatronCheckpoint
-from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, shard, unshard, zigzag_positions
 from megatron_longrope.engine import loss, process_groups
-from megatron_longrope.engine.kernels import core_attention
 from megatron_longrope.engine.model import (
-    build_model,
-    default_device,
     set_attention_factor,
     vocab_range,
 )
@@ -131,6 +125,44 @@ class Engine:
         # The last token is followed by nothing: its loss is cut off, what would follow it is kept.
         nll, greedy = self._nll_and_greedy(tokens, length - 1 - num_answer_tokens, length)
         return Answer(greedy[0].tolist(), nll[0, :-1].tolist())
+
+    @torch.no_grad()
+    def choices(
+        self, tokens: Tensor, positions: Tensor, candidates: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of several possible successors of one token in each sequence.
+
+        One forward pass for all candidates, and logits of one position of each sequence.
+
+        Args:
+            tokens (Tensor): `[b, n]`, int64.
+            positions (Tensor): `[b]`, int64: index of the token whose successor is chosen.
+            candidates (Tensor): `[b, k]`, int64: token ids.
+
+        Returns:
+            tuple[Tensor, Tensor]: Losses `[b, k]`, fp32, in nats, and the most likely of all tokens
+            `[b]`, on every rank, on the CPU.
+
+        Raises:
+            ValueError: Tokens or candidates outside the vocabulary; else as :meth:`nll`.
+        """
+        self._check_tokens(tokens)
+        self._check_ids(candidates)
+        tokens, positions = self._padded(tokens), positions.to(self.device)
+        hidden = self._hidden(tokens)  # [n / cp, b, h]
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        local = zigzag_positions(tokens.shape[1], rank, size, hidden.device)
+        place, row = (local[:, None] == positions).nonzero(as_tuple=True)
+        rows = hidden.new_zeros(hidden.shape[1:])
+        rows[row] = hidden[place, row]
+        if size > 1:
+            dist.all_reduce(rows, group=self.cp_group)  # each row comes from one rank
+        losses = [
+            loss.token_nll(self.model, rows, column, self._real_tokens)
+            for column in candidates.to(self.device).t()
+        ]
+        greedy = loss.greedy_tokens(self.model, rows, self._real_tokens, self._first_token)
+        return torch.stack(losses, dim=1).cpu(), greedy.cpu()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -265,6 +297,9 @@ class Engine:
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; expected [b, n] with n >= 2"
             )
+        self._check_ids(tokens)
+
+    def _check_ids(self, tokens: Tensor) -> None:
         low, high = (int(value) for value in torch.aminmax(tokens))
         if low < 0 or high >= self.shape.vocab_size:
             raise ValueError(
@@ -276,70 +311,3 @@ class Engine:
         sizes = self.cp_group.size(), self.model.pg_collection.tp.size()
         if max(sizes) > 1:
             raise ValueError(f"{what} run on one process; got context x tensor parallel {sizes}")
-
-
-def load_engine(
-    source: str | Path | Checkpoint,
-    *,
-    longrope_config: LongRopeConfig | None = None,
-    iteration: int | None = None,
-    tensor_parallel: int = 1,
-    context_parallel: int = 1,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    mode: str = "auto",
-    hf_parity: bool = False,
-    attention: str = "auto",
-    replicas: bool = False,
-) -> Engine:
-    """Load a checkpoint for scoring.
-
-    Args:
-        source (str | Path | Checkpoint): The `--save` directory of a Megatron run, or one of its
-            iteration directories; or an opened checkpoint, such as a
-            :class:`megatron_longrope.conversion.hf_checkpoint.HfCheckpoint`.
-        longrope_config (LongRopeConfig, optional): Defaults to the checkpoint's own, else stock
-            RoPE up to its max_position_embeddings.
-        iteration (int, optional): Defaults to the latest.
-        tensor_parallel (int): Ranks that share a layer. Defaults to 1.
-        context_parallel (int): Ranks that share a sequence. Defaults to 1.
-        dtype (torch.dtype, optional): Defaults to fp32 on a CPU, the checkpoint's dtype on a GPU.
-        device (optional): Defaults to this process' GPU, else the CPU.
-        mode (str): How a sequence chooses its factor set. Defaults to "auto".
-        hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
-        attention (str): `auto` takes flash-attn where it is installed and can run (CUDA, half
-            precision), else torch SDPA; `sdpa` or `flash` insist. Defaults to "auto".
-        replicas (bool): Accept a multiple of TP x CP processes, each TP x CP of which hold a copy
-            of the model; :attr:`Engine.replica` tells which. Defaults to False.
-
-    Raises:
-        ValueError: The checkpoint is damaged, of another format, or does not fit the config; the
-            number of processes does not fit; or flash-attn cannot run and was insisted on.
-    """
-    checkpoint = source
-    if isinstance(source, str | Path):
-        checkpoint = MegatronCheckpoint.open(source, iteration)
-    shape = checkpoint.shape
-    config = longrope_config or checkpoint.longrope or default_config(shape)
-    process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)
-    device = torch.device(device) if device is not None else default_device()
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else shape.params_dtype
-    model = build_model(
-        shape,
-        config,
-        tensor_parallel=tensor_parallel,
-        context_parallel=context_parallel,
-        mode=mode,
-        hf_parity=hf_parity,
-        core_attention=core_attention(attention, device, dtype),
-    )
-    tensor_group = model.pg_collection.tp
-    load_into(model, checkpoint, tp_rank=tensor_group.rank(), tp_size=tensor_group.size())
-    model.rotary_pos_emb.table_device = device
-    return Engine(model.to(device=device, dtype=dtype), shape)
-
-
-def default_config(shape: ModelShape) -> LongRopeConfig:
-    """Stock RoPE for a checkpoint that stores no LongRoPE config."""
-    return identity_config(shape.rotary_base, shape.rotary_dim, shape.max_position_embeddings)

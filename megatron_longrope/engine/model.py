@@ -43,7 +43,7 @@ def build_model(
         core_attention (type): See :func:`.kernels.core_attention`. Defaults to SDPA.
 
     Raises:
-        ValueError: The architecture is not a dense decoder with SwiGLU and RMSNorm.
+        ValueError: The architecture is not a decoder with SwiGLU and RMSNorm, dense or of experts.
     """
     _check_architecture(shape)
     settings = dict(
@@ -72,6 +72,7 @@ def build_model(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
+        **(_expert_settings(shape) if shape.num_experts else {}),
     )
     options = dict(
         vocab_size=shape.padded_vocab_size,
@@ -95,12 +96,33 @@ def build_model(
     return model.eval()
 
 
+def _expert_settings(shape: ModelShape) -> dict[str, Any]:
+    return dict(
+        num_moe_experts=shape.num_experts,
+        moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
+        moe_router_topk=shape.moe_router_topk,
+        moe_router_pre_softmax=not shape.moe_normalized_gates,
+        moe_router_load_balancing_type="none",
+        moe_grouped_gemm=False,
+    )
+
+
 def _check_architecture(shape: ModelShape) -> None:
     if not shape.swiglu or shape.normalization != "RMSNorm" or shape.add_bias_linear:
         raise ValueError(
             f"this checkpoint has swiglu={shape.swiglu}, normalization={shape.normalization}, "
             f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
             "(SwiGLU, RMSNorm, no linear biases)"
+        )
+    if shape.other_moe is not None:
+        raise ValueError(
+            f"this checkpoint has {shape.other_moe}; the engine runs mixtures of experts with "
+            "softmax routing in every layer and nothing beside"
+        )
+    if shape.num_experts and shape.hybrid_layer_pattern:
+        raise ValueError(
+            f"this checkpoint is a HybridModel with {shape.num_experts} experts; the engine runs "
+            "mixtures of experts as GPTModel only"
         )
     if shape.has_layers_without_rope:
         raise ValueError(
@@ -143,10 +165,18 @@ def _language_model(
         else:
             transformer = TransformerConfig(num_layers=shape.num_layers, **settings)
             spec = get_gpt_layer_local_spec(
-                normalization="RMSNorm", qk_layernorm=shape.qk_layernorm
+                num_experts=shape.num_experts,
+                moe_grouped_gemm=False,
+                normalization="RMSNorm",
+                qk_layernorm=shape.qk_layernorm,
             )
             spec.submodules.self_attention.submodules.core_attention = core_attention
             return GPTModel(transformer, spec, **options)
+    if shape.num_experts:
+        raise ValueError(
+            "this megatron-core has no GPTModel, which the engine runs mixtures of experts with; "
+            "install megatron-core 0.19"
+        )
     from megatron_longrope.integration import hybrid_spec
 
     pattern = shape.hybrid_layer_pattern or "*-" * shape.num_layers

@@ -46,6 +46,22 @@ class Scored:
     """Tokens of the continuation."""
 
 
+@dataclass(frozen=True)
+class Question:
+    """A context with several continuations of one token, such as the letters of MMLU."""
+
+    context: tuple[int, ...]
+    """Model input."""
+
+    candidates: tuple[int, ...]
+    """Token ids."""
+
+    @property
+    def rows(self) -> list[Scored]:
+        """The same as single requests."""
+        return [Scored((*self.context, token), 1) for token in self.candidates]
+
+
 class EngineLM(TemplateLM):
     """An :class:`Engine` that lm-evaluation-harness can question.
 
@@ -176,11 +192,15 @@ class EngineLM(TemplateLM):
         before = self.num_truncated
         rows = [self._scored(context, continuation) for _, context, continuation in requests]
         self._report_truncated(before, len(rows))
-        # Longest first, as neighbours share a batch: what does not fit in memory fails at once.
-        unique = sorted(set(rows), key=lambda row: (-len(row.tokens), row.tokens, row.num_scored))
+        questions, others = _questions(rows)
         found: dict[Scored, tuple[float, bool]] = {}
-        with self._original_factors(), Progress(len(unique), "likelihoods", "requests") as progress:
-            for batch, results in share(chunks(unique, self.batch_size), self._score):
+        total = len(questions) + len(others)
+        with self._original_factors(), Progress(total, "likelihoods", "passes") as progress:
+            for batch, answers in share(chunks(questions, self.batch_size), self._choose):
+                for question, results in zip(batch, answers, strict=True):
+                    found.update(zip(question.rows, results, strict=True))
+                progress.update(count=len(batch))
+            for batch, results in share(chunks(others, self.batch_size), self._score):
                 found.update(zip(batch, results, strict=True))
                 progress.update(count=len(batch))
         return [found[row] for row in rows]
@@ -197,14 +217,25 @@ class EngineLM(TemplateLM):
         self.num_truncated += len(tokens) > self.max_length + 1
         return Scored(tuple(tokens[-(self.max_length + 1) :]), len(continuation))
 
+    def _choose(self, questions: Sequence[Question]) -> list[list[tuple[float, bool]]]:
+        """Score the candidates of a batch of questions in one forward pass."""
+        tokens = _padded([question.context for question in questions])
+        positions = torch.tensor([len(question.context) - 1 for question in questions])
+        most = max(len(question.candidates) for question in questions)
+        candidates = torch.full((len(questions), most), _PADDING, dtype=torch.int64)
+        for row, question in zip(candidates, questions, strict=True):
+            row[: len(question.candidates)] = torch.tensor(question.candidates)
+        nll, greedy = self.engine.choices(tokens, positions, candidates)
+        return [
+            [(-float(loss), token == choice) for loss, token in zip(losses, ids, strict=False)]
+            for losses, ids, choice in zip(
+                nll, (question.candidates for question in questions), greedy.tolist(), strict=True
+            )
+        ]
+
     def _score(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:
         """Score a batch in one forward pass."""
-        cp_size = self.engine.cp_group.size()
-        multiple = 2 * cp_size if cp_size > 1 else 1
-        width = -(-max(len(row.tokens) for row in rows) // multiple) * multiple
-        tokens = torch.full((len(rows), width), _PADDING, dtype=torch.int64)
-        for padded, row in zip(tokens, rows, strict=True):
-            padded[: len(row.tokens)] = torch.tensor(row.tokens)
+        tokens = _padded([row.tokens for row in rows])
         start = min(len(row.tokens) - row.num_scored for row in rows) - 1
         nll, greedy = self.engine.score(tokens, start)  # each [b, width - 1 - start]
         results = []
@@ -260,6 +291,32 @@ class EngineLM(TemplateLM):
             yield
         finally:
             rotary.selection = selection
+
+
+def _questions(rows: Sequence[Scored]) -> tuple[list[Question], list[Scored]]:
+    """Different requests, those that differ in their last token alone put together.
+
+    Longest first, as neighbours share a batch: what does not fit in memory fails at once.
+    """
+    candidates: dict[tuple[int, ...], set[int]] = {}
+    for row in rows:
+        if row.num_scored == 1 and len(row.tokens) > 2:
+            candidates.setdefault(row.tokens[:-1], set()).add(row.tokens[-1])
+    questions = [Question(c, tuple(sorted(ids))) for c, ids in candidates.items() if len(ids) > 1]
+    together = {row for question in questions for row in question.rows}
+    others = set(rows) - together
+    return (
+        sorted(questions, key=lambda question: (-len(question.context), question.context)),
+        sorted(others, key=lambda row: (-len(row.tokens), row.tokens, row.num_scored)),
+    )
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """`[b, longest]`, padded behind."""
+    tokens = torch.full((len(rows), max(map(len, rows))), _PADDING, dtype=torch.int64)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = torch.tensor(row)
+    return tokens
 
 
 def adds_bos(tokenizer: Tokenizer) -> bool:

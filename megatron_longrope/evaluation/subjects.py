@@ -31,7 +31,7 @@ class Model:
 
     def config(self) -> LongRopeConfig:
         """The checkpoint's own factors, or stock RoPE up to its window."""
-        from megatron_longrope.engine.engine import default_config
+        from megatron_longrope.engine.loading import default_config
 
         return self.checkpoint.longrope or default_config(self.checkpoint.shape)
 

@@ -15,8 +15,8 @@ from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion import convert_to_hf
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
-from megatron_longrope.engine import engine as engine_module
 from megatron_longrope.engine import load_engine
+from megatron_longrope.engine import loading as loading_module
 from megatron_longrope.engine.generation import generate
 from megatron_longrope.evaluation.passkey import is_retrieved, make_trial
 
@@ -58,7 +58,7 @@ def no_weights(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(engine_module, "load_into", refuse)
+    monkeypatch.setattr(loading_module, "load_into", refuse)
 
 
 def records(path):

@@ -9,7 +9,7 @@ from search_data import make_search_data
 
 from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.search import parameters
-from megatron_longrope.engine import engine as engine_module
+from megatron_longrope.engine import loading as loading_module
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def no_weights(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(engine_module, "load_into", refuse)
+    monkeypatch.setattr(loading_module, "load_into", refuse)
 
 
 def parsed(text):

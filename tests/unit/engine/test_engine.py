@@ -221,3 +221,21 @@ def test_an_answer_without_a_prompt_or_of_several_sequences_is_refused(engines, 
     tokens = torch.cat([random_tokens(maker.VOCAB, 40, seed) for seed in range(rows)])
     with pytest.raises(ValueError, match="with at least one token before the answer"):
         engines["untied_gqa"].answer(tokens, count)
+
+
+def test_choices_are_the_losses_of_each_candidate_behind_its_own_position(engines):
+    engine = engines["untied_gqa"]
+    tokens = torch.cat([random_tokens(maker.VOCAB, 40, seed) for seed in (1, 2)])
+    positions, candidates = torch.tensor([39, 17]), torch.tensor([[3, 5, 7], [11, 5, 200]])
+    nll, greedy = engine.choices(tokens, positions, candidates)
+    for row in range(2):
+        logits = engine.logits(tokens)[row, positions[row]]
+        expected = -logits.log_softmax(-1)[candidates[row]]
+        torch.testing.assert_close(nll[row], expected, atol=1e-5, rtol=0)
+        assert greedy[row] == logits.argmax()
+
+
+def test_a_candidate_outside_the_vocabulary_is_refused(engines):
+    tokens = random_tokens(maker.VOCAB, 40, 1)
+    with pytest.raises(ValueError, match="token id 250 is outside the vocabulary of 250"):
+        engines["untied_gqa"].choices(tokens, torch.tensor([1]), torch.tensor([[maker.VOCAB]]))

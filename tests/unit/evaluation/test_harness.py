@@ -697,3 +697,23 @@ def test_copies_tensor_and_context_parallelism_change_no_result(
             if context_parallel == 1:
                 assert found["generated"] == generated(ours, PROMPTS)
             assert_same_scores(found["record"], record, rel=1e-6)
+
+
+def test_answers_of_one_token_share_the_forward_pass_of_their_question(ours, monkeypatch):
+    """As in lm-eval's own model: the four letters of MMLU cost one pass, not four."""
+    passes = []
+    choices, score = ours.engine.choices, ours.engine.score
+    monkeypatch.setattr(
+        ours.engine, "choices", lambda t, p, c: passes.append(len(t)) or choices(t, p, c)
+    )
+    monkeypatch.setattr(ours.engine, "score", lambda t, s: passes.append(len(t)) or score(t, s))
+    letters = [
+        (("", ""), [1, 20, 30 + question], [40 + k]) for question in range(3) for k in range(4)
+    ]
+    found = ours._loglikelihood_tokens(letters)
+    assert sum(passes) == 3
+    passes.clear()
+    alone = [ours._loglikelihood_tokens([request])[0] for request in letters]
+    assert sum(passes) == 12
+    for (value, greedy), (other, other_greedy) in zip(found, alone, strict=True):
+        assert value == pytest.approx(other, abs=1e-5) and greedy == other_greedy

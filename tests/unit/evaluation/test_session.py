@@ -166,7 +166,5 @@ def test_running_out_of_memory_names_the_cell_and_the_remedy(make):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     session, _ = make()
-    with pytest.raises(
-        RuntimeError, match=r"out of memory for a pi at 64 tokens: .*--context"
-    ):
+    with pytest.raises(RuntimeError, match=r"out of memory for a pi at 64 tokens: .*--context"):
         session.run_shared(cells("a"), too_much)

@@ -1,0 +1,83 @@
+"""Load an engine: checkpoint, process groups, model, weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_longrope.checkpoint.loader import Checkpoint, load_into
+from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.engine import process_groups
+from megatron_longrope.engine.engine import Engine
+from megatron_longrope.engine.kernels import core_attention
+from megatron_longrope.engine.model import build_model, default_device
+
+
+def load_engine(
+    source: str | Path | Checkpoint,
+    *,
+    longrope_config: LongRopeConfig | None = None,
+    iteration: int | None = None,
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    mode: str = "auto",
+    hf_parity: bool = False,
+    attention: str = "auto",
+    replicas: bool = False,
+) -> Engine:
+    """Load a checkpoint for scoring.
+
+    Args:
+        source (str | Path | Checkpoint): The `--save` directory of a Megatron run, or one of its
+            iteration directories; or an opened checkpoint, such as a
+            :class:`megatron_longrope.conversion.hf_checkpoint.HfCheckpoint`.
+        longrope_config (LongRopeConfig, optional): Defaults to the checkpoint's own, else stock
+            RoPE up to its max_position_embeddings.
+        iteration (int, optional): Defaults to the latest.
+        tensor_parallel (int): Ranks that share a layer. Defaults to 1.
+        context_parallel (int): Ranks that share a sequence. Defaults to 1.
+        dtype (torch.dtype, optional): Defaults to fp32 on a CPU, the checkpoint's dtype on a GPU.
+        device (optional): Defaults to this process' GPU, else the CPU.
+        mode (str): How a sequence chooses its factor set. Defaults to "auto".
+        hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
+        attention (str): `auto` takes flash-attn where it is installed and can run (CUDA, half
+            precision), else torch SDPA; `sdpa` or `flash` insist. Defaults to "auto".
+        replicas (bool): Accept a multiple of TP x CP processes, each TP x CP of which hold a copy
+            of the model; :attr:`Engine.replica` tells which. Defaults to False.
+
+    Raises:
+        ValueError: The checkpoint is damaged, of another format, or does not fit the config; the
+            number of processes does not fit; or flash-attn cannot run and was insisted on.
+    """
+    checkpoint = source
+    if isinstance(source, str | Path):
+        checkpoint = MegatronCheckpoint.open(source, iteration)
+    shape = checkpoint.shape
+    config = longrope_config or checkpoint.longrope or default_config(shape)
+    process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)
+    device = torch.device(device) if device is not None else default_device()
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else shape.params_dtype
+    model = build_model(
+        shape,
+        config,
+        tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
+        mode=mode,
+        hf_parity=hf_parity,
+        core_attention=core_attention(attention, device, dtype),
+    )
+    tensor_group = model.pg_collection.tp
+    load_into(model, checkpoint, tp_rank=tensor_group.rank(), tp_size=tensor_group.size())
+    model.rotary_pos_emb.table_device = device
+    return Engine(model.to(device=device, dtype=dtype), shape)
+
+
+def default_config(shape: ModelShape) -> LongRopeConfig:
+    """Stock RoPE for a checkpoint that stores no LongRoPE config."""
+    return identity_config(shape.rotary_base, shape.rotary_dim, shape.max_position_embeddings)
