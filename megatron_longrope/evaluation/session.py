@@ -136,7 +136,7 @@ class Session:
             for model, group in groupby(pending, key=lambda cell: cell.subject.model):
                 part, engine = list(group), self.load(model)
                 if not asked:
-                    self._present_bill(engine, pending)
+                    self._present_bill(engine, part, pending)
                     asked = True
                 yield engine, part, progress
                 del engine
@@ -146,8 +146,12 @@ class Session:
             if done and not pending and rank() == 0:
                 print(f"{self.label}: everything was already measured", flush=True)
 
-    def _present_bill(self, engine: Any, pending: Sequence[Cell]) -> None:
+    def _present_bill(self, engine: Any, first: Sequence[Cell], pending: Sequence[Cell]) -> None:
         """Say what is to come; above the limit ask, or refuse where nobody can answer.
+
+        Args:
+            first (Sequence[Cell]): Those of the engine's model.
+            pending (Sequence[Cell]): Those of all models.
 
         Raises:
             ValueError: Above the limit, and not confirmed.
@@ -158,7 +162,7 @@ class Session:
         if not lengths:
             return
         flops, count = sum(cell.flops for cell in pending), sum(lengths.values())
-        tokens, rate = from_first_rank(_speed(engine, pending[0], min(lengths)))
+        tokens, rate = from_first_rank(_speed(engine, first))
         seconds = flops / (rate * engine.replica[1])
         bill = (
             f"{self.label}: {count:,} forward {'pass' if count == 1 else 'passes'} of up to "
@@ -180,12 +184,13 @@ class Session:
         )
 
 
-def _speed(engine: Any, cell: Cell, shortest: int) -> tuple[int, float]:
+def _speed(engine: Any, cells: Sequence[Cell]) -> tuple[int, float]:
     """Length of a trial forward pass and the FLOP/s of this copy of the model there."""
+    longest = max(cells, key=lambda cell: max(cell.forwards, default=0))
     step = 2 * engine.cp_group.size()
-    length = max(step, min(shortest, _TRIAL_TOKENS) // step * step)
+    length = max(step, min(max(longest.forwards), _TRIAL_TOKENS) // step * step)
     tokens = torch.zeros(1, length, dtype=torch.int64)
-    engine.set_config(cell.subject.config)
+    engine.set_config(longest.subject.config)
     for _ in range(2):  # the first pass builds tables and chooses kernels
         started = time.perf_counter()
         engine.nll(tokens)

@@ -136,6 +136,16 @@ def test_the_bill_counts_only_what_is_left(make, capsys):
     assert "3 forward passes of up to 128 tokens" in capsys.readouterr().out
 
 
+def test_the_speed_is_that_of_the_longest_passes_up_to_a_limit(make, capsys):
+    """A pass of a few tokens, such as the last window of a document, says nothing about others."""
+    session, _ = make()
+    session.run_each(cells("a", lengths=(64, 2), forwards=3), measure_each)
+    assert "a trial pass of 64 tokens" in capsys.readouterr().out
+    longer, _ = make()
+    longer.run_each(cells("b", lengths=(64, 100_000)), measure_each)
+    assert "a trial pass of 4,096 tokens" in capsys.readouterr().out
+
+
 def test_more_than_the_limit_is_refused_where_nobody_can_answer(make, monkeypatch):
     monkeypatch.setattr(session_module, "_speed", lambda *_: (64, 1.0))  # one FLOP a second
     session, _ = make()
