@@ -41,6 +41,7 @@ setup(
             "tensorboard",
             "lm-eval>=0.4.13",
             "accelerate",
+            "einops",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

@@ -6,7 +6,8 @@ key heads and V tokens in the vocabulary, a forward pass takes
     2 n (L (h (q + 2 k) + q h + 3 h f) + h V)    matrix products, SwiGLU's three among them
     + 2 L n^2 q                                  attention: 2 x 2 n^2 q, of which causality halves
 
-operations; norms, RoPE and softmax are not counted.
+operations; norms, RoPE and softmax are not counted. In a mixture of E experts, k of which a token
+is sent to, k times the width of an expert stands for f, and the router adds 2 n L h E.
 """
 
 from __future__ import annotations
@@ -20,17 +21,34 @@ if TYPE_CHECKING:
 def forward_flops(shape: ModelShape, tokens: int) -> tuple[int, int]:
     """Operations of one sequence: (matrix products with weights, attention)."""
     query = shape.num_attention_heads * shape.head_dim
-    weights = sum(layer_weights(shape)) + shape.hidden_size * shape.vocab_size
+    weights = sum(layer_weights(shape, active=True)) + shape.hidden_size * shape.vocab_size
     return 2 * tokens * weights, 2 * shape.num_layers * tokens**2 * query
 
 
-def layer_weights(shape: ModelShape) -> tuple[int, int]:
-    """Weights in the matrices of all attentions and of all MLPs."""
+def layer_weights(shape: ModelShape, *, active: bool = False) -> tuple[int, int]:
+    """Weights in the matrices of all attentions and of all MLPs.
+
+    Args:
+        active (bool): Of experts, count only as many as a token is sent to. Defaults to False.
+    """
     query = shape.num_attention_heads * shape.head_dim
     key = shape.num_query_groups * shape.head_dim
     pattern = shape.hybrid_layer_pattern  # a HybridModel counts its MLPs apart
     mlps = shape.num_layers if pattern is None else pattern.count("-")
     return (
         shape.num_layers * shape.hidden_size * (2 * query + 2 * key),
-        mlps * 3 * shape.hidden_size * shape.ffn_hidden_size,
+        mlps * shape.hidden_size * _mlp_width(shape, active),
     )
+
+
+def has_experts(shape: ModelShape) -> bool:
+    """Whether the MLPs are mixtures; a dense shape need not say that it has no experts."""
+    return getattr(shape, "num_experts", None) is not None
+
+
+def _mlp_width(shape: ModelShape, active: bool) -> int:
+    """Weights of one MLP per value of a hidden state."""
+    if not has_experts(shape):
+        return 3 * shape.ffn_hidden_size
+    experts = shape.moe_router_topk if active else shape.num_experts
+    return 3 * experts * shape.moe_ffn_hidden_size + shape.num_experts

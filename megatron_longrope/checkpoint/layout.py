@@ -2,9 +2,9 @@
 
 A layer of GPTModel is attention followed by an MLP; a checkpoint holds each tensor once, stacked
 over the layers. A layer of HybridModel is attention (`*`) or an MLP (`-`), and a checkpoint numbers
-them. Both are addressed here as GPTModel's checkpoint names them: by a name without layer number
-and by which attention, or which MLP, of the model it is. So `*-*-` and two layers of GPTModel are
-the same model.
+them. A mixture of experts counts as an MLP. Both are addressed here as GPTModel's checkpoint names
+them: by a name without layer number and by which attention, or which MLP, of the model it is. So
+`*-*-` and two layers of GPTModel are the same model.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from typing import Protocol
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)")
-# In memory, layers without Transformer Engine keep their norms outside of the linear layers.
+# In memory, layers without Transformer Engine keep their norms outside of the linear layers. Before
+# a router, Transformer Engine does so too, also on disk.
 _LOCAL_TO_DISK = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "input_layernorm.bias": "self_attention.linear_qkv.layer_norm_bias",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
     "pre_mlp_layernorm.bias": "mlp.linear_fc1.layer_norm_bias",
 }
+# The experts of a layer are one tensor on disk, and modules of their own in memory.
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
+_EXPERTS_IN_MEMORY, _EXPERTS = "mlp.experts.local_experts.{expert}.", "mlp.experts.experts."
 _HYBRID_FINAL_NORM, _FINAL_NORM = "decoder.final_norm.", "decoder.final_layernorm."
 _PARTS = {"self_attention.": "*", "mlp.": "-"}
 
@@ -52,9 +56,11 @@ class Layout:
         """Layout of a model in memory.
 
         Args:
-            names (Iterable[str]): Its parameters, of any spec, possibly wrapped (`module.`).
+            names (Iterable[str]): Its parameters, of any spec, possibly wrapped (`module.`). The
+                experts of a layer have one place, with `{expert}` in its name.
         """
-        return _numbered({name: disk_name(name) for name in names})
+        grouped = (_EXPERT.sub("{expert}", name) for name in names)
+        return _numbered({name: disk_name(name) for name in grouped})
 
     @classmethod
     def of_checkpoint(cls, stored: Mapping[str, _Sized]) -> Layout:
@@ -105,9 +111,11 @@ def disk_name(name: str) -> Address:
     if name.startswith(_HYBRID_FINAL_NORM):
         name = _FINAL_NORM + name.removeprefix(_HYBRID_FINAL_NORM)
     match = _LAYER.fullmatch(name)
-    if not match:
+    if not match and not _STACKED.match(name):
         return name, None
-    return f"decoder.layers.{_LOCAL_TO_DISK.get(match[2], match[2])}", int(match[1])
+    rest = match[2] if match else name.removeprefix("decoder.layers.")
+    rest = _LOCAL_TO_DISK.get(rest, rest).replace(_EXPERTS_IN_MEMORY, _EXPERTS)
+    return f"decoder.layers.{rest}", int(match[1]) if match else None
 
 
 def _part(canonical: str) -> str:

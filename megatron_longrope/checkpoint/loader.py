@@ -81,20 +81,34 @@ def load_into(
             f"{checkpoint.shape.num_query_groups} query groups; use a divisor"
         )
     for address, (name, _) in ours.places.items():
-        parameter, disk = parameters[name], address[0]
+        disk = address[0]
         value = checkpoint.tensor(*theirs.places[address])
-        if disk in _VOCAB:
-            value = _vocab_rows(value, parameter.shape[0], vocab_size, tp_rank, tp_size, disk)
-        elif tp_size > 1:
-            value = _tensor_parallel_slice(value, disk, tp_rank, tp_size)
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"{disk} has shape {tuple(value.shape)} for tensor-parallel rank {tp_rank} of "
-                f"{tp_size}, the model expects {tuple(parameter.shape)}"
-            )
-        with torch.no_grad():
-            parameter.copy_(value)
-    return len(ours.places)
+        for parameter, part in _parts(parameters, name, value, disk):
+            if disk in _VOCAB:
+                part = _vocab_rows(part, parameter.shape[0], vocab_size, tp_rank, tp_size, disk)
+            elif tp_size > 1:
+                part = _tensor_parallel_slice(part, disk, tp_rank, tp_size)
+            if part.shape != parameter.shape:
+                raise ValueError(
+                    f"{disk} has shape {tuple(part.shape)} for tensor-parallel rank {tp_rank} of "
+                    f"{tp_size}, the model expects {tuple(parameter.shape)}"
+                )
+            with torch.no_grad():
+                parameter.copy_(part)
+    return len(parameters)
+
+
+def _parts(
+    parameters: dict[str, nn.Parameter], name: str, value: Tensor, disk: str
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters that a tensor fills: one, or one of every expert."""
+    if "{expert}" not in name:
+        return [(parameters[name], value)]
+    prefix, suffix = name.split("{expert}")
+    count = sum(key.startswith(prefix) and key.endswith(suffix) for key in parameters)
+    if len(value) != count:
+        raise ValueError(f"{disk} has {len(value)} experts, the model {count}")
+    return [(parameters[name.format(expert=i)], value[i]) for i in range(count)]
 
 
 def _other_layers(theirs: str, ours: str) -> str:

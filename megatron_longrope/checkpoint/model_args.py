@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What is needed to build a dense transformer or to describe it elsewhere."""
+    """What is needed to build a transformer or to describe it elsewhere."""
 
     num_layers: int
     """Transformer layers; of a HybridModel, which counts attention and MLPs one by one, its
@@ -22,7 +22,7 @@ class ModelShape:
     """Width of the residual stream."""
 
     ffn_hidden_size: int
-    """Width of the MLP, of one half for gated activations."""
+    """Width of the MLP, of one half for gated activations; of no effect in a mixture of experts."""
 
     num_attention_heads: int
     """Query heads."""
@@ -89,6 +89,25 @@ class ModelShape:
     """Layers of a HybridModel, a letter each, without the borders of pipeline stages; None for
     GPTModel."""
 
+    num_experts: int | None = None
+    """Experts of each layer's MLP, every one of which routes among as many; None for dense MLPs."""
+
+    moe_ffn_hidden_size: int | None = None
+    """Width of an expert, as ffn_hidden_size counts it."""
+
+    moe_router_topk: int | None = None
+    """Experts that a token is sent to."""
+
+    moe_normalized_gates: bool | None = None
+    """True where the weights of a token's experts add up to 1 (softmax over the chosen ones), False
+    where they are their part of all (Megatron `--moe-router-pre-softmax`)."""
+
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the load-balancing loss in training, 0 without; the outputs do not depend on it."""
+
+    other_moe: str | None = None
+    """An argument, with its value, that asks for experts that this package does not know."""
+
     @property
     def rotary_dim(self) -> int:
         """Rotated dimensions of a head."""
@@ -134,7 +153,58 @@ class ModelShape:
             softmax_scale=custom_softmax_scale(args),
             has_layers_without_rope=bool(getattr(args, "no_rope_freq", None)),
             hybrid_layer_pattern=pattern,
+            **(_moe(args) if _optional(args, "num_experts") else {}),
         )
+
+
+# (argument, values that leave softmax routing among the experts of every layer as it is); an absent
+# argument is fine, and so is what only acts in training.
+_PLAIN_MOE: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("moe_shared_expert_intermediate_size", (None, 0)),
+    ("moe_latent_size", (None,)),
+    ("moe_router_score_function", ("softmax", None)),
+    ("moe_router_enable_expert_bias", (False, None)),
+    ("moe_router_topk_scaling_factor", (None, 1)),
+    ("moe_router_num_groups", (None,)),
+    ("moe_router_group_topk", (None,)),
+    ("moe_router_topk_limited_devices", (None,)),
+    ("moe_router_force_load_balancing", (False, None)),
+    ("moe_router_force_biased", (None,)),
+    ("moe_expert_capacity_factor", (None,)),
+    ("moe_expert_rank_capacity_factor", (None,)),
+    ("moe_apply_probs_on_input", (False, None)),
+    ("moe_mlp_glu_interleave_size", (None,)),
+)
+_BALANCING_LOSSES = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+
+
+def _moe(args: argparse.Namespace) -> dict[str, Any]:
+    """What a model with experts has beyond others."""
+    balancing = _optional(args, "moe_router_load_balancing_type", "aux_loss")
+    coefficient = _optional(args, "moe_aux_loss_coeff", 0.0)
+    return {
+        "num_experts": _int(args, "num_experts"),
+        "moe_ffn_hidden_size": _int(args, "moe_ffn_hidden_size", _int(args, "ffn_hidden_size")),
+        "moe_router_topk": _int(args, "moe_router_topk", 2),
+        "moe_normalized_gates": not _optional(args, "moe_router_pre_softmax", False),
+        # Other losses have coefficients of their own meaning, of which lists hold several.
+        "moe_aux_loss_coeff": float(coefficient) if balancing == "aux_loss" else 0.0,
+        "other_moe": _other_moe(args),
+    }
+
+
+def _other_moe(args: argparse.Namespace) -> str | None:
+    frequency = _optional(args, "moe_layer_freq", 1)
+    if set(frequency if isinstance(frequency, list | tuple) else [frequency]) != {1}:
+        return f"moe_layer_freq = {frequency!r} (dense layers among those with experts)"
+    balancing = _optional(args, "moe_router_load_balancing_type", "none")
+    if set([balancing] if isinstance(balancing, str) else balancing) - _BALANCING_LOSSES:
+        return f"moe_router_load_balancing_type = {balancing!r} (it changes the routing)"
+    for name, plain in _PLAIN_MOE:
+        value = getattr(args, name, None)
+        if value is not None and value not in plain:
+            return f"{name} = {value!r}"
+    return None
 
 
 def custom_softmax_scale(args: argparse.Namespace) -> float | None:

@@ -2,8 +2,9 @@
 
 Two pickles are met. `.metadata` of torch's distributed checkpoints is a plain pickle of a few torch
 dataclasses; `torch.distributed.checkpoint` reads it with `pickle.load`, so it is read here instead.
-The common state (`args`, iteration, ...) is a `torch.save` archive, read with `weights_only=True`;
-Megatron's enums in it become inert :class:`Opaque` records, since Megatron need not be installed.
+The common state (`args`, iteration, ...) is a `torch.save` archive, and so is each rank's file of
+the format `torch`; they are read with `weights_only=True`. Megatron's enums in them become inert
+:class:`Opaque` records, since Megatron need not be installed.
 """
 
 from __future__ import annotations
@@ -48,9 +49,12 @@ _ARGUMENT_CLASSES = {
     "argparse.Namespace": argparse.Namespace,
     "types.SimpleNamespace": SimpleNamespace,
     "pathlib.PosixPath": pathlib.PurePosixPath,
+    "pathlib._local.PosixPath": pathlib.PurePosixPath,  # Python 3.13
 }
 # Classes met in common state of 0.17 to 0.19 whose values nothing here needs.
 _OPAQUE_PREFIXES = ("megatron.", "numpy.", "signal.", "transformer_engine.")
+# Transformer Engine's extra state, in ranks' files of the format `torch`.
+_OPAQUE_CLASSES = ("_io.BytesIO",)
 
 
 class Opaque:
@@ -91,24 +95,40 @@ def load_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def load_common(data: bytes, where: str) -> dict[str, Any]:
-    """Read the common state (`args`, `iteration`, ...) from the bytes of a `torch.save` archive.
+def load_common(data: bytes | Path, where: str) -> dict[str, Any]:
+    """Read the common state (`args`, `iteration`, ...) from a `torch.save` archive.
 
     Args:
-        where (str): What the bytes are, for error messages.
+        data (bytes | Path): The archive, or the file that it is. Tensors of a file are mapped into
+            memory, and read when they are used.
+        where (str): What the archive is, for error messages.
 
     Raises:
         ValueError: The archive is damaged or holds an object of a class that is not allowed.
     """
+    value = load_object(data, where)
+    if isinstance(value, list) and len(value) == 1:  # 0.19 wraps the state as a sharded object
+        value = value[0]
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: holds a {type(value).__name__}, expected a dictionary")
+    return value
+
+
+def load_object(data: bytes | Path, where: str) -> Any:
+    """Read whatever a `torch.save` archive holds; arguments and errors as for `load_common`."""
+
+    def source() -> Any:
+        return str(data) if isinstance(data, Path) else io.BytesIO(data)
+
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(source())
     except Exception as error:
-        raise ValueError(f"{where}: not readable as a torch archive: {error}") from None
+        raise ValueError(f"{where}: not readable as a torch archive: {_line(error)}") from None
     allowed = []
     for name in names:
         if name in _ARGUMENT_CLASSES:
             allowed.append((_ARGUMENT_CLASSES[name], name))
-        elif name.startswith(_OPAQUE_PREFIXES):
+        elif name in _OPAQUE_CLASSES or name.startswith(_OPAQUE_PREFIXES):
             allowed.append((type("Opaque", (Opaque,), {}), name))
         else:
             raise ValueError(
@@ -117,11 +137,13 @@ def load_common(data: bytes, where: str) -> dict[str, Any]:
             )
     try:
         with torch.serialization.safe_globals(allowed):
-            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return torch.load(
+                source(), map_location="cpu", weights_only=True, mmap=isinstance(data, Path)
+            )
     except Exception as error:
-        raise ValueError(f"{where}: not readable: {error}") from None
-    if isinstance(value, list) and len(value) == 1:  # 0.19 wraps the state as a sharded object
-        value = value[0]
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: holds a {type(value).__name__}, expected a dictionary")
-    return value
+        raise ValueError(f"{where}: not readable: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    """The first line of what torch says, which goes on with advice to load unsafely."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
+from collections.abc import Callable
 from typing import Any
 
+from megatron_longrope.cli.byte_progress import ByteProgress, interruptible
 from megatron_longrope.lengths import parse_length
 
 
@@ -16,7 +17,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="Megatron checkpoint to Hugging Face folder and back",
-        description="Convert Megatron checkpoints (torch_dist) to Hugging Face folders and back.",
+        description="Convert Megatron checkpoints to Hugging Face folders and back.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
@@ -33,7 +34,8 @@ def add_parser(commands: Any) -> None:
         help="model family (default: the one converted from, else the first that fits)",
     )
     to_hf.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    to_hf.set_defaults(run=_run_to_hf)
+    _add_effect(to_hf)
+    to_hf.set_defaults(run=interruptible(_run_to_hf))
 
     from_hf = actions.add_parser(
         "from-hf", help="write a Megatron checkpoint, verify it, print the flags of the model"
@@ -56,7 +58,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="ranks to pad the vocabulary for; tensors are not split (default: %(default)s)",
     )
-    from_hf.set_defaults(run=_run_from_hf)
+    from_hf.set_defaults(run=interruptible(_run_from_hf))
     for command in (to_hf, from_hf):
         command.add_argument(
             "--dtype",
@@ -65,11 +67,19 @@ def add_parser(commands: Any) -> None:
             help="dtype of the weights (default: as on disk)",
         )
         command.add_argument(
-            "--no-verify", action="store_true", help="do not compare logits before finishing"
+            "--no-verify",
+            action="store_true",
+            help="do not compare logits before finishing, which holds the model in memory twice, "
+            "in fp32",
         )
 
-    verify = actions.add_parser("verify", help="compare the logits of checkpoint and folder")
-    _add_checkpoint(verify)
+    verify = actions.add_parser(
+        "verify",
+        help="compare the logits of checkpoint and folder",
+        description="Compare the logits of a checkpoint and a folder; without --load, those of "
+        "transformers and of this package's engine on the folder.",
+    )
+    _add_checkpoint(verify, required=False)
     verify.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_run_verify)
@@ -88,9 +98,12 @@ def add_parser(commands: Any) -> None:
     inspect.set_defaults(run=_run_inspect)
 
 
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
-        "--load", required=True, metavar="CKPT", help="Megatron --save or iter_XXXXXXX directory"
+        "--load",
+        required=required,
+        metavar="CKPT",
+        help="Megatron --save or iter_XXXXXXX directory",
     )
     parser.add_argument("--iteration", type=int, help="iteration (default: the latest)")
     parser.add_argument(
@@ -108,29 +121,71 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="window, in tokens, whose set becomes long_factor (default: the largest)",
     )
+    parser.add_argument(
+        "--drop-start-tokens",
+        action="store_true",
+        help="take factor sets with start tokens, which transformers cannot express, without them",
+    )
+
+
+def _add_effect(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what --drop-start-tokens does to the perplexity")
+    group.add_argument(
+        "--data",
+        metavar="PREFIX|TEXT",
+        help="held-out documents to measure it on: a prepared set, or a .txt, .jsonl or .jsonl.gz "
+        "file or directory, for which --tokenizer is needed (default: it is not measured)",
+    )
+    group.add_argument(
+        "--num-documents", type=int, default=10, metavar="K", help="documents (default: 10)"
+    )
+    group.add_argument(
+        "--data-length",
+        metavar="N",
+        help="longest window, in tokens, to measure (default: those exported for)",
+    )
 
 
 def _run_to_hf(args: argparse.Namespace) -> int:
+    from megatron_longrope.checkpoint import MegatronCheckpoint
     from megatron_longrope.conversion import convert_to_hf
     from megatron_longrope.conversion.families import dtype_named
+    from megatron_longrope.conversion.start_tokens import drop_start_tokens
     from megatron_longrope.conversion.verify import verify
 
+    if args.data and not args.drop_start_tokens:
+        raise ValueError("--data measures what --drop-start-tokens does; give both or neither")
     shared = _shared_options(args)
+    lengths = {name: shared[name] for name in ("short_length", "target_length")}
+    exported = shared["longrope_config"]
+    if args.drop_start_tokens:
+        exported, _ = drop_start_tokens(exported, **lengths)
 
     def check(folder: Any) -> Any:
-        return verify(args.load, folder, tolerance=args.tolerance, **shared)
+        checkpoint = MegatronCheckpoint.open(args.load, args.iteration)
+        _say_memory(checkpoint)
+        return verify(
+            args.load,
+            folder,
+            tolerance=args.tolerance,
+            **{**shared, "longrope_config": exported},
+        )
 
     report = convert_to_hf(
         args.load,
         args.output,
         tokenizer=args.tokenizer,
+        without_start_tokens=args.drop_start_tokens,
+        measure=_measure(args, lengths) if args.data else None,
         dtype=None if args.dtype == "keep" else dtype_named(args.dtype),
         family=args.family,
         overwrite=args.overwrite,
         check=None if args.no_verify else check,
-        progress=_progress if sys.stderr.isatty() else None,
+        progress=ByteProgress("writing"),
         **shared,
     )
+    for item in report.dropped_start_tokens:
+        print(item.describe())
     if report.verification is None:
         print("not verified (--no-verify)")
     else:
@@ -143,13 +198,34 @@ def _run_to_hf(args: argparse.Namespace) -> int:
     return 0
 
 
+def _measure(args: argparse.Namespace, lengths: dict[str, int | None]) -> Callable[..., Any]:
+    from megatron_longrope.cli.start_token_effect import measured
+
+    def measure(config: Any, dropped: Any) -> Any:
+        return measured(
+            args.load,
+            args.iteration,
+            config,
+            dropped,
+            data=args.data,
+            tokenizer=args.tokenizer,
+            num_documents=args.num_documents,
+            data_length=args.data_length and parse_length(args.data_length),
+            **lengths,
+        )
+
+    return measure
+
+
 def _run_from_hf(args: argparse.Namespace) -> int:
+    from megatron_longrope.checkpoint import MegatronCheckpoint
     from megatron_longrope.conversion.families import dtype_named
     from megatron_longrope.conversion.from_hf import convert_from_hf
     from megatron_longrope.conversion.megatron_args import divisor_without_padding
     from megatron_longrope.conversion.verify_import import verify_import
 
     def check(directory: Any) -> Any:
+        _say_memory(MegatronCheckpoint.open(directory))
         return verify_import(directory, args.hf, tolerance=args.tolerance)
 
     report = convert_from_hf(
@@ -159,7 +235,7 @@ def _run_from_hf(args: argparse.Namespace) -> int:
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         check=None if args.no_verify else check,
-        progress=_progress if sys.stderr.isatty() else None,
+        progress=ByteProgress("writing"),
     )
     if report.verification is None:
         print("not verified (--no-verify)")
@@ -194,9 +270,14 @@ def _run_from_hf(args: argparse.Namespace) -> int:
 
 
 def _run_verify(args: argparse.Namespace) -> int:
+    from megatron_longrope.conversion.start_tokens import drop_start_tokens
     from megatron_longrope.conversion.verify import verify
 
     shared = _shared_options(args, quiet=args.json)
+    if args.drop_start_tokens:
+        shared["longrope_config"], _ = drop_start_tokens(
+            shared["longrope_config"], shared["short_length"], shared["target_length"]
+        )
     report = verify(args.load, args.hf, tolerance=args.tolerance, **shared)
     if args.json:
         print(json.dumps(report.to_dict()))
@@ -206,59 +287,33 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _run_inspect(args: argparse.Namespace) -> int:
-    import torch
-
     from megatron_longrope.checkpoint import MegatronCheckpoint
+    from megatron_longrope.conversion.inspection import as_text, inspect
 
-    checkpoint = MegatronCheckpoint.open(args.checkpoint, args.iteration)
-    shape = {
-        name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-        for name, value in vars(checkpoint.shape).items()
-    }
-    longrope = checkpoint.longrope
-    tensors = {
-        name: {"shape": list(info.shape), "dtype": str(info.dtype).removeprefix("torch.")}
-        for name, info in checkpoint.keys().items()
-    }
-    if args.json:
-        value = {
-            "directory": str(checkpoint.directory),
-            "iteration": checkpoint.iteration,
-            "model": shape,
-            "longrope": None if longrope is None else longrope.to_dict(),
-            "lineage": checkpoint.lineage,
-            "tensors": tensors,
-        }
-        print(json.dumps(value))
-        return 0
-    print(f"{checkpoint.directory}: iteration {checkpoint.iteration}")
-    for name, value in shape.items():
-        print(f"  {name:26} {value}")
-    if longrope is None:
-        print("  longrope                   none stored")
-    else:
-        lengths = ", ".join(str(item.max_length) for item in longrope.factor_sets)
-        print(f"  longrope                   factor sets up to {lengths} tokens")
-    for stage in checkpoint.lineage:
-        told = ", ".join(f"{key} {value}" for key, value in stage.items())
-        print(f"  {'stage':26} {told}")
-    for name, info in sorted(tensors.items()):
-        print(f"  {name}  {info['shape']}  {info['dtype']}")
+    content = inspect(MegatronCheckpoint.open(args.checkpoint, args.iteration))
+    print(json.dumps(content) if args.json else as_text(content))
     return 0
 
 
 def _shared_options(args: argparse.Namespace, quiet: bool = False) -> dict[str, Any]:
     """The options that conversion and verification have in common, lengths parsed."""
-    from megatron_longrope.checkpoint import MegatronCheckpoint
     from megatron_longrope.config import LongRopeConfig
+    from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 
     if args.longrope_config is not None:
         config, source = LongRopeConfig.load(args.longrope_config), args.longrope_config
     else:
-        config = MegatronCheckpoint.open(args.load, args.iteration).longrope
-        source = "none stored in the checkpoint, plain RoPE"
+        folder = None if args.load else args.hf
+        config = open_checkpoint(args.load, folder, args.iteration).longrope
+        where = "in the folder" if folder else "in the checkpoint"
+        source = f"none stored {where}, plain RoPE"
         if config is not None:
-            source = f"stored in the checkpoint, up to {config.max_length} tokens"
+            source = f"stored {where}, up to {config.max_length} tokens"
+    if config is None and args.drop_start_tokens:
+        raise ValueError(
+            "--drop-start-tokens has no factors to drop them from: none are stored; give a file "
+            "with --longrope-config or leave the flag out"
+        )
     lengths = {
         "short_length": args.short_length and parse_length(args.short_length),
         "target_length": args.target_length and parse_length(args.target_length),
@@ -271,6 +326,17 @@ def _shared_options(args: argparse.Namespace, quiet: bool = False) -> dict[str, 
     return {"longrope_config": config, "iteration": args.iteration, **lengths}
 
 
+def _say_memory(checkpoint: Any) -> None:
+    from megatron_longrope.conversion.verify import memory_needed
+
+    gib = memory_needed(checkpoint) / 2**30
+    print(
+        f"verifying: holds the model in memory twice, in fp32, {gib:.1f} GiB of weights; "
+        "--no-verify leaves it out",
+        flush=True,
+    )
+
+
 def _print_verification(report: Any) -> None:
     for item in report.windows:
         print(
@@ -278,8 +344,3 @@ def _print_verification(report: Any) -> None:
             f"{item.max_abs_diff:.2e}, mean KL {item.mean_kl:.2e}, same top token "
             f"{item.top1_agreement:.2%}"
         )
-
-
-def _progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rwriting {done / total:4.0%} of {total} bytes", end=end, file=sys.stderr, flush=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion.start_tokens import DroppedStartTokens
 from megatron_longrope.lengths import format_length
 
 _LIMITS = """\
@@ -19,6 +20,10 @@ _LIMITS = """\
   equal to `long_factor` in config.json so that nothing switches.
 - transformers multiplies position and frequency in fp32. Training used fp64 angles, unless it ran
   with `--longrope-hf-parity`; near 100k tokens the two differ by up to 0.006 rad.
+
+Other programs, by their sources (not run here): vLLM decides once, when it starts; with a
+`max_model_len` above {original} every position of every sequence uses the long factors, and without
+one it stops at {original} tokens. llama.cpp converts longrope factors of `Phi3ForCausalLM` only.
 """
 
 
@@ -32,8 +37,16 @@ def model_card(
     iteration: int,
     version: str,
     has_tokenizer: bool,
+    dropped: Sequence[DroppedStartTokens] = (),
 ) -> str:
-    """Markdown with the YAML front matter of a Hugging Face model card."""
+    """Markdown with the YAML front matter of a Hugging Face model card.
+
+    Args:
+        hf_config (dict): Content of config.json.
+        short_length (int, optional): Window whose set is short_factor.
+        target_length (int, optional): Window whose set is long_factor.
+        dropped (Sequence[DroppedStartTokens]): Sets that lost their start tokens.
+    """
     original = hf_config.get("original_max_position_embeddings")
     tags = ["megatron", *(["longrope", "long-context"] if longrope_config else [])]
     lines = [
@@ -78,6 +91,9 @@ def model_card(
             f"| {role} | up to {format_length(item.max_length)} | {first:.4g} | {last:.4g} | "
             f"{_origin(item.origin)} |"
         )
+    if dropped:
+        lines += ["", "The search kept the first positions as they were; this folder cannot:", ""]
+        lines += [f"- {item.describe()}" for item in dropped]
     return "\n".join([*lines, "", _LIMITS.format(original=original)])
 
 

@@ -14,12 +14,23 @@ from typing import Any
 import torch
 
 from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.conversion.limits import (
+    check_arguments,
+    check_config,
+    check_routing,
+    check_shape,
+    check_sliding_window,
+)
 from megatron_longrope.conversion.rules import (
-    FUSED,
+    FUSED_MLP,
+    FUSED_QKV,
+    MIXTRAL_EXPERTS,
+    MLP,
     OUTPUT_LAYER,
     QK_NORMS,
+    QKV,
     QKV_BIAS,
-    SEPARATE,
+    QWEN_EXPERTS,
     TensorRule,
     decoder,
 )
@@ -35,7 +46,7 @@ class Family:
     architecture: str
     """Class in transformers."""
 
-    rules: tuple[TensorRule, ...] = decoder(*SEPARATE)
+    rules: tuple[TensorRule, ...] = decoder(QKV, MLP)
     """Every tensor but the output layer, which is there when embeddings are untied."""
 
     qkv_bias: bool = False
@@ -44,15 +55,32 @@ class Family:
     qk_layernorm: bool = False
     """Whether q and k are normalized (Megatron `--qk-layernorm`)."""
 
+    experts: bool = False
+    """Whether each MLP is a mixture of experts (Megatron `--num-experts`)."""
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Further keys of config.json, and others than usual: key -> field of ModelShape."""
+
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ModelShape that are the same for every model of the family."""
+
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that are the same for every model of the family."""
+
+    default_rotary_base: float = 10000.0
+    """What transformers takes where neither place of rope_theta states it."""
 
     absent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that a config.json lacks, where the families differ."""
 
     def tensor_rules(self, shape: ModelShape) -> tuple[TensorRule, ...]:
         """The rules that hold for one model."""
-        return (*self.rules, OUTPUT_LAYER) if shape.untie_embeddings else self.rules
+        rules = tuple(rule.of_experts(shape.num_experts or 0) for rule in self.rules)
+        return (*rules, OUTPUT_LAYER) if shape.untie_embeddings else rules
+
+    def config_keys(self) -> dict[str, str]:
+        """Key of config.json -> field of ModelShape."""
+        return {**_CONFIG_KEYS, **self.keys}
 
 
 FAMILIES = {
@@ -68,7 +96,7 @@ FAMILIES = {
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
-            rules=decoder(*SEPARATE, QKV_BIAS),
+            rules=decoder(QKV, MLP, QKV_BIAS),
             qkv_bias=True,
             config={"use_sliding_window": False},
             absent={"use_sliding_window": False, "num_key_value_heads": 32},
@@ -76,7 +104,7 @@ FAMILIES = {
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
-            rules=decoder(*SEPARATE, *QK_NORMS),
+            rules=decoder(QKV, MLP, *QK_NORMS),
             qk_layernorm=True,
             config={"attention_bias": False, "use_sliding_window": False},
             absent={"use_sliding_window": False, "num_key_value_heads": 32, "head_dim": 128},
@@ -84,64 +112,77 @@ FAMILIES = {
         Family(
             "phi3",
             "Phi3ForCausalLM",
-            rules=decoder(*FUSED),
+            rules=decoder(FUSED_QKV, FUSED_MLP),
             config={"sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            rules=decoder(QKV, MIXTRAL_EXPERTS),
+            experts=True,
+            keys={
+                "intermediate_size": "moe_ffn_hidden_size",
+                "num_local_experts": "num_experts",
+                "num_experts_per_tok": "moe_router_topk",
+                "router_aux_loss_coef": "moe_aux_loss_coeff",
+            },
+            fixed={"moe_normalized_gates": True},
+            default_rotary_base=1e6,
+            config={"sliding_window": None},
+            absent={
+                "num_key_value_heads": 8,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+                "router_aux_loss_coef": 0.001,
+            },
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            rules=decoder(QKV, QWEN_EXPERTS, *QK_NORMS),
+            qk_layernorm=True,
+            experts=True,
+            keys={
+                "moe_intermediate_size": "moe_ffn_hidden_size",
+                # transformers 4 reads the first, 5 writes the second.
+                "num_experts": "num_experts",
+                "num_local_experts": "num_experts",
+                "num_experts_per_tok": "moe_router_topk",
+                "norm_topk_prob": "moe_normalized_gates",
+                "router_aux_loss_coef": "moe_aux_loss_coeff",
+            },
+            config={
+                "attention_bias": False,
+                "use_sliding_window": False,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            },
+            absent={
+                "use_sliding_window": False,
+                "num_key_value_heads": 4,
+                "moe_intermediate_size": 768,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": False,
+                "router_aux_loss_coef": 0.001,
+            },
         ),
     )
 }
 
-# (config.json key, field of ModelShape)
-_CONFIG_KEYS = (
-    ("hidden_size", "hidden_size"),
-    ("intermediate_size", "ffn_hidden_size"),
-    ("num_hidden_layers", "num_layers"),
-    ("num_attention_heads", "num_attention_heads"),
-    ("num_key_value_heads", "num_query_groups"),
-    ("head_dim", "head_dim"),
-    ("vocab_size", "vocab_size"),
-    ("max_position_embeddings", "max_position_embeddings"),
-    ("rms_norm_eps", "norm_epsilon"),
-    ("rope_theta", "rotary_base"),
-)
+# config.json key -> field of ModelShape
+_CONFIG_KEYS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rotary_base",
+}
 
-# (config.json key, values that are fine, what conversion lacks); an absent key is fine. What only
-# acts in training, such as dropout, is free.
-_REFUSED_CONFIG: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("hidden_act", ("silu", "swish"), "activations other than SiLU"),
-    ("attention_bias", (False,), "biases on the attention projections"),
-    ("mlp_bias", (False,), "biases in the MLP"),
-    ("partial_rotary_factor", (1, None), "partially rotated heads"),
-    ("quantization_config", (None,), "quantized weights"),
-    ("is_encoder_decoder", (False, None), "encoders"),
-)
-
-# (argument, values that are fine, what the Hugging Face families lack); an absent argument is fine.
-_REFUSED_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("num_experts", (None, 0), "mixture of experts"),
-    ("multi_latent_attention", (False, None), "multi-latent attention"),
-    ("experimental_attention_variant", (None,), "other attention variants"),
-    ("heterogeneous_layers_config_path", (None,), "layers that differ from each other"),
-    ("mtp_num_layers", (None, 0), "multi-token prediction layers"),
-    ("swiglu", (True,), "an MLP without SwiGLU"),
-    ("normalization", ("RMSNorm",), "norms other than RMSNorm"),
-    ("layernorm_zero_centered_gamma", (False, None), "zero-centred norm weights"),
-    ("apply_layernorm_1p", (False, None), "zero-centred norm weights"),
-    ("add_bias_linear", (False,), "biases on linear layers"),
-    ("position_embedding_type", ("rope",), "position embeddings other than rope"),
-    ("rotary_percent", (1, None), "partially rotated heads"),
-    ("rotary_interleaved", (False, None), "interleaved rotary pairs"),
-    ("rotary_seq_len_interpolation_factor", (None, 1), "linearly interpolated positions"),
-    ("use_rope_scaling", (False, None), "Llama 3 rope scaling (its factor is not stored)"),
-    ("no_rope_freq", (None,), "layers without RoPE"),
-    ("window_size", (None,), "sliding-window attention"),
-    ("softmax_type", ("vanilla", None), "attention sinks"),
-    ("attention_output_gate", (False, None), "gated attention output"),
-    ("qk_l2_norm", (False, None), "L2-normalized q and k"),
-    ("activation_func_clamp_value", (None,), "clamped activations"),
-    ("glu_linear_offset", (0, None), "an offset in the gated MLP"),
-    ("apply_residual_connection_post_layernorm", (False, None), "post-norm residuals"),
-    ("use_mup", (False, None), "muP scaling"),
-)
 _DTYPE_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -162,23 +203,9 @@ def select_family(
     Raises:
         ValueError: No family has what this model has; the message names the argument.
     """
-    for argument, fine, lacking in _REFUSED_ARGUMENTS if args is not None else ():
-        value = getattr(args, argument, fine[0])
-        if value not in fine:
-            raise ValueError(
-                f"the model has {argument} = {value!r}; conversion does not support {lacking} "
-                f"(families: {', '.join(FAMILIES)})"
-            )
-    if others := set(shape.hybrid_layer_pattern or "") - set("*-"):
-        raise ValueError(
-            f"the hybrid layer pattern {shape.hybrid_layer_pattern} has {sorted(others)[0]!r}; "
-            "conversion supports '*' (attention) and '-' (dense MLP) layers"
-        )
-    if shape.softmax_scale is not None:
-        raise ValueError(
-            f"the model has softmax_scale = {shape.softmax_scale!r}; conversion does not support a "
-            f"custom softmax scale (families: {', '.join(FAMILIES)})"
-        )
+    if args is not None:
+        check_arguments(args, FAMILIES)
+    check_shape(shape, FAMILIES)
     # What `convert from-hf` wrote remembers where it came from.
     origin = getattr(args, "longrope_hf_family", None)
     name = origin if name is None and origin in FAMILIES else name
@@ -189,13 +216,16 @@ def select_family(
             f"hidden_size {shape.hidden_size} is not a multiple of {shape.num_attention_heads} "
             "heads, which transformers requires"
         )
-    wanted = (shape.add_qkv_bias, shape.qk_layernorm)
+    wanted = (shape.add_qkv_bias, shape.qk_layernorm, shape.num_experts is not None)
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
-        if (family.qkv_bias, family.qk_layernorm) == wanted:
+        fixed = all(getattr(shape, key) == value for key, value in family.fixed.items())
+        if (family.qkv_bias, family.qk_layernorm, family.experts) == wanted and fixed:
             return family
+    experts = f", num_experts = {shape.num_experts}, moe_router_pre_softmax = "
     raise ValueError(
-        f"no supported family has add_qkv_bias = {wanted[0]} and qk_layernorm = {wanted[1]} "
-        f"(families: {', '.join(FAMILIES)})"
+        f"no supported family has add_qkv_bias = {wanted[0]} and qk_layernorm = {wanted[1]}"
+        f"{f'{experts}{not shape.moe_normalized_gates}' if wanted[2] else ''} "
+        f"(families: {', '.join(FAMILIES if name is None else (name,))})"
     )
 
 
@@ -237,7 +267,7 @@ def to_hf_config(shape: ModelShape, family: Family, dtype: torch.dtype) -> dict[
         "tie_word_embeddings": not shape.untie_embeddings,
         **family.config,
     }
-    config.update((key, getattr(shape, name)) for key, name in _CONFIG_KEYS)
+    config.update((key, getattr(shape, name)) for key, name in family.config_keys().items())
     # 4.x reads rope_theta at the top, 5.x in rope_parameters.
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": shape.rotary_base}
     return config
@@ -257,26 +287,35 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
             f"families: {', '.join(FAMILIES)}"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    _check_values({**rope, **config})
+    check_config({**rope, **config})
     heads = config.get("num_attention_heads")
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": config["hidden_size"] // heads if heads and "hidden_size" in config else None,
-        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_theta": rope.get("rope_theta", family.default_rotary_base),
         # `null` and a missing key differ: transformers reads the first as "as many as heads".
         **{key: value for key, value in family.absent.items() if key not in config},
     }
     fields = {}
-    for key, name in _CONFIG_KEYS:
+    keys = family.config_keys()
+    for key, name in keys.items():
         value = defaults.get(key) if config.get(key) is None else config[key]
         if value is None:
+            other_names = [other for other in keys if keys[other] == name and other != key]
+            if any(config.get(other) is not None for other in other_names):
+                continue
             raise ValueError(f"config.json lacks {key}")
-        fields[name] = value
+        if fields.setdefault(name, value) != value:
+            raise ValueError(
+                f"config.json has {key} = {value!r} and {fields[name]!r} under another name of "
+                "it; make them agree"
+            )
+    fields.setdefault("ffn_hidden_size", fields.get("moe_ffn_hidden_size"))
     fields["rotary_base"] = float(fields["rotary_base"])
-    _check_rope(rope)
-    _check_sliding_window({**family.absent, **config}, fields["max_position_embeddings"])
-    return ModelShape(
+    check_sliding_window({**family.absent, **config}, fields["max_position_embeddings"])
+    shape = ModelShape(
         **fields,
+        **family.fixed,
         padded_vocab_size=fields["vocab_size"],
         rotary_percent=1.0,
         rotary_interleaved=False,
@@ -289,33 +328,5 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
         seq_length=fields["max_position_embeddings"],
         params_dtype=dtype_named(config.get("dtype") or config.get("torch_dtype") or "float32"),
     )
-
-
-def _check_values(config: Mapping[str, Any]) -> None:
-    for key, fine, lacking in _REFUSED_CONFIG:
-        if config.get(key, fine[0]) not in fine:
-            raise ValueError(
-                f"config.json has {key} = {config[key]!r}; conversion does not support {lacking}, "
-                f"only {key} = {fine[0]!r}"
-            )
-
-
-def _check_rope(rope: Mapping[str, Any]) -> None:
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind not in (None, "default", "longrope", "su"):
-        raise ValueError(
-            f"config.json has rope_type {kind!r}; conversion supports plain RoPE and longrope, so "
-            "start from a model of the family that was not extended this way"
-        )
-
-
-def _check_sliding_window(config: Mapping[str, Any], max_length: int) -> None:
-    """Refuse a window below the model's; one that is never reached changes nothing."""
-    window = config.get("sliding_window")
-    if window is None or window >= max_length or not config.get("use_sliding_window", True):
-        return
-    raise ValueError(
-        f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
-        "conversion does not support sliding-window attention: set max_position_embeddings to "
-        f"{window}, which the model attends to in full"
-    )
+    check_routing(shape)
+    return shape

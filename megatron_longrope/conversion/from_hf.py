@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_longrope import __version__
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.families import FAMILIES, Family, shape_from_hf_config
@@ -24,10 +22,16 @@ from megatron_longrope.conversion.megatron_args import (
     padded_vocab_size,
     stored_arguments,
 )
-from megatron_longrope.conversion.megatron_writer import StoredTensor, write_release
+from megatron_longrope.conversion.megatron_writer import (
+    MAX_SHARD_BYTES,
+    Piece,
+    StoredTensor,
+    write_release,
+)
 from megatron_longrope.conversion.rules import EMBEDDING, OUTPUT_LAYER, TensorRule, dimensions
 from megatron_longrope.conversion.tensors import join, part_rows
 from megatron_longrope.conversion.to_hf import check_fits
+from megatron_longrope.conversion.work import file_identity, work_folder
 
 _LONGROPE_FILE = "longrope.json"
 # Older exports store the frequencies, which every implementation computes from rope_theta.
@@ -68,6 +72,9 @@ class ImportReport:
     verification: Any = None
     """What the `check` returned."""
 
+    resumed: bool = False
+    """Whether an interrupted conversion was continued."""
+
 
 def convert_from_hf(
     hf_dir: str | Path,
@@ -76,12 +83,14 @@ def convert_from_hf(
     dtype: torch.dtype | None = None,
     make_vocab_size_divisible_by: int = 128,
     tensor_model_parallel_size: int = 1,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     check: Callable[[Path], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
     """Write a torch_dist checkpoint that Megatron's `--load` takes at any parallel layout.
 
-    Everything goes to a temporary sibling of `output_dir`, which takes its name at the very end.
+    Everything goes to a work folder beside `output_dir`, and takes its name at the very end. What
+    an interrupted call left there the same call continues; see :mod:`.work`.
 
     Args:
         hf_dir (str | Path): Folder with config.json and safetensors.
@@ -89,12 +98,14 @@ def convert_from_hf(
         dtype (torch.dtype, optional): Dtype to convert to. Defaults to each tensor's own.
         make_vocab_size_divisible_by (int): With the next, what the vocabulary is padded to.
         tensor_model_parallel_size (int): Largest tensor parallel size to pad the vocabulary for.
-        check (Callable, optional): Called with the temporary directory before it is put in place;
+        max_shard_bytes (int): Largest file, unless a single tensor is larger.
+        check (Callable, optional): Called with the finished directory before it is put in place;
             an exception leaves nothing behind.
-        progress (Callable, optional): Called with bytes written and bytes in all.
+        progress (Callable, optional): Called with bytes written and bytes in all; first with those
+            that an interrupted call wrote.
 
     Raises:
-        ValueError: The folder is damaged, or holds a model that is not supported.
+        ValueError: The folder is damaged, or holds a model that is not supported; the disk is full.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
@@ -105,6 +116,10 @@ def convert_from_hf(
         shape.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
     )
     source = HfSource(folder, family, replace(shape, padded_vocab_size=rows), dtype)
+    vocabulary = {
+        rule.disk: rule.hf[0] for rule in family.tensor_rules(source.shape) if rule.split == "vocab"
+    }
+    plan = [replace(item, in_blocks=item.name in vocabulary) for item in source.plan]
     longrope_path = output_dir.resolve() / _LONGROPE_FILE
     args = stored_arguments(
         source.shape,
@@ -117,20 +132,35 @@ def convert_from_hf(
     )
     common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}."))
-    try:
-        write_release(temporary, source.plan, source.load, common, progress)
+    def load(piece: Piece) -> Tensor:
+        name = vocabulary.get(piece.tensor.name)
+        if name is None:
+            return source.load(piece.tensor.name, piece.layer)
+        return _vocabulary_rows(folder, name, piece, shape.vocab_size)
+
+    files = [folder.directory / "config.json", *folder.directory.glob("*.safetensors*")]
+    identity = {
+        "version": __version__,
+        "conversion": "from-hf",
+        "source": file_identity(files),
+        "tensors": [repr(item) for item in plan],
+        "max_shard_bytes": max_shard_bytes,
+    }
+    with work_folder(output_dir, identity) as (work, resumed):
+        work.check_space(sum(item.num_bytes for item in plan))
+        write_release(
+            work.result,
+            plan,
+            load,
+            common,
+            progress,
+            records=work.shards,
+            max_shard_bytes=max_shard_bytes,
+        )
         if longrope_config is not None:
-            longrope_config.save(temporary / _LONGROPE_FILE)
-        verification = None if check is None else check(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp gave 0700
-        temporary.rename(output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            longrope_config.save(work.result / _LONGROPE_FILE)
+        verification = None if check is None else check(work.result)
+        work.put_in_place()
     return ImportReport(
         output_dir=output_dir,
         family=family.name,
@@ -142,7 +172,18 @@ def convert_from_hf(
         flags=tuple(megatron_flags(args)),
         flags_beside_checkpoint_args=tuple(flags_beside_checkpoint_args(args)),
         verification=verification,
+        resumed=resumed,
     )
+
+
+def _vocabulary_rows(folder: HfFolder, name: str, piece: Piece, vocab_size: int) -> Tensor:
+    """Some rows of an embedding; those beyond the vocabulary are zero."""
+    value = folder.rows(name, piece.start, max(piece.start, min(piece.stop, vocab_size)))
+    value = value.to(piece.tensor.dtype)
+    padding = piece.stop - piece.start - len(value)
+    if padding == 0:
+        return value
+    return torch.cat([value, value.new_zeros(padding, *value.shape[1:])])
 
 
 def read_model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | None]:
@@ -186,10 +227,12 @@ class HfSource:
         self._folder = folder
         self._family = family
         self._dtype = dtype
-        self._rules = {rule.disk: rule for rule in family.tensor_rules(shape)}
+        self._rules = {
+            name: rule for rule in family.tensor_rules(shape) for name in (rule.disk, *rule.also)
+        }
         self.shape = shape
         self.left_out = self._check_names()
-        self.plan = [self._planned(rule) for rule in self._rules.values()]
+        self.plan = [self._planned(name, rule) for name, rule in self._rules.items()]
         stored = {item.name: item.dtype for item in self.plan}
         self.shape = replace(shape, params_dtype=stored[EMBEDDING])
 
@@ -234,10 +277,11 @@ class HfSource:
             )
         return tuple(sorted(derived))
 
-    def _planned(self, rule: TensorRule) -> StoredTensor:
+    def _planned(self, stored_name: str, rule: TensorRule) -> StoredTensor:
         """Check shapes and dtypes of all that a checkpoint's tensor is made of."""
         sizes = dimensions(self.shape)
         rest = tuple(sizes[name] for name in rule.dims[1:])
+        columns = rest[1:] if rule.split == "experts" else rest
         layers = self._layers(rule)
         first = rule.hf[0].format(layer=layers[0])
         dtype = self._folder.tensors[first].dtype
@@ -245,10 +289,10 @@ class HfSource:
             for name, rows in zip(rule.hf, part_rows(rule, self.shape), strict=True):
                 name = name.format(layer=layer)
                 info = self._folder.tensors[name]
-                if info.shape != (rows, *rest):
+                if info.shape != (rows, *columns):
                     raise ValueError(
                         f"{self._folder.directory}: tensor {name} has shape {info.shape}, "
-                        f"config.json says {(rows, *rest)}"
+                        f"config.json says {(rows, *columns)}"
                     )
                 if self._dtype is None and info.dtype != dtype:
                     raise ValueError(
@@ -257,7 +301,7 @@ class HfSource:
                     )
         rows = self.shape.padded_vocab_size if rule.split == "vocab" else sizes[rule.dims[0]]
         return StoredTensor(
-            name=rule.disk,
+            name=stored_name,
             shape=(rows, *rest),
             dtype=self._dtype or dtype,
             num_layers=len(layers) if rule.is_stacked else None,

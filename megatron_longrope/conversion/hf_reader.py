@@ -1,7 +1,13 @@
-"""`HfFolder`: config.json and safetensors of a Hugging Face folder, read tensor by tensor."""
+"""`HfFolder`: config.json and safetensors of a Hugging Face folder, read tensor by tensor.
+
+safetensors' own reader maps whole files into memory, and what was read of them stays resident; so
+it only checks the files here, and the tensors' bytes are read from where the header says.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +42,7 @@ class HfFolder:
             raise ValueError(f"{self.directory / 'config.json'}: expected a JSON object")
         self.config: dict[str, Any] = config
         self.tensors: dict[str, TensorInfo] = {}
-        self._files: dict[str, Any] = {}
-        self._places: dict[str, str] = {}
+        self._places: dict[str, tuple[str, int]] = {}  # file, and the offset there
         for file, names in self._listed().items():
             self._open(file, names)
 
@@ -47,14 +52,41 @@ class HfFolder:
         Raises:
             ValueError: Its data cannot be read.
         """
-        file = self._places[name]
+        shape = self.tensors[name].shape
+        return self._read(name, 0, shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Load some rows of a tensor to the CPU.
+
+        Args:
+            start (int): First row.
+            stop (int): One past the last row.
+
+        Raises:
+            ValueError: Its data cannot be read.
+        """
+        _, *rest = self.tensors[name].shape
+        return self._read(name, start * math.prod(rest), (stop - start, *rest))
+
+    def _read(self, name: str, skipped: int, shape: tuple[int, ...]) -> Tensor:
+        """Load a tensor of this shape that begins `skipped` elements after the named one."""
+        file, offset = self._places[name]
+        result = torch.empty(shape, dtype=self.tensors[name].dtype)
+        target = memoryview(result.view(-1).view(torch.uint8).numpy())
         try:
-            return self._files[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            with (self.directory / file).open("rb") as stream:
+                stream.seek(offset + skipped * result.itemsize)
+                while target:  # one call reads at most 2 GiB
+                    count = stream.readinto(target)
+                    if not count:
+                        raise OSError("the file ends early")
+                    target = target[count:]
+        except OSError as error:
             raise ValueError(
                 f"{self.directory / file}: tensor {name} cannot be read, copy the file again: "
                 f"{error}"
             ) from None
+        return result
 
     def _listed(self) -> dict[str, set[str] | None]:
         """Files, each with the tensors that the index expects in it (None without an index)."""
@@ -90,8 +122,8 @@ class HfFolder:
         if not path.is_file():
             raise ValueError(f"{path}: missing, though {_INDEX} names it; download it again")
         try:
-            opened = safe_open(path, "pt")
-            found = set(opened.keys())
+            with safe_open(path, "pt") as opened:
+                found = set(opened.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: truncated or damaged, download it again: {error}") from None
         for verb, lacking in (
@@ -103,14 +135,15 @@ class HfFolder:
                     f"{path}: {verb} tensor {sorted(lacking)[0]}, which is not what {_INDEX} says; "
                     "download both again"
                 )
-        self._files[file] = opened
+        with path.open("rb") as stream:  # now known to be a good header
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
         for name in sorted(found):
-            part = opened.get_slice(name)
-            dtype = part.get_dtype()
-            if dtype not in _DTYPES:
+            item = header[name]
+            if item["dtype"] not in _DTYPES:
                 raise ValueError(
-                    f"{path}: tensor {name} is of dtype {dtype}; conversion supports "
+                    f"{path}: tensor {name} is of dtype {item['dtype']}; conversion supports "
                     f"{', '.join(_DTYPES)}, so start from the unquantized model"
                 )
-            self.tensors[name] = TensorInfo(tuple(part.get_shape()), _DTYPES[dtype])
-            self._places[name] = file
+            self.tensors[name] = TensorInfo(tuple(item["shape"]), _DTYPES[item["dtype"]])
+            self._places[name] = (file, 8 + length + item["data_offsets"][0])

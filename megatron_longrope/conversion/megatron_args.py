@@ -25,6 +25,15 @@ _VALUES = (
     (("--position-embedding-type", "position_embedding_type"), ("--rotary-base", "rotary_base")),
     (("--normalization", "normalization"), ("--norm-epsilon", "norm_epsilon")),
     (("--attention-dropout", "attention_dropout"), ("--hidden-dropout", "hidden_dropout")),
+    (
+        ("--num-experts", "num_experts"),
+        ("--moe-ffn-hidden-size", "moe_ffn_hidden_size"),
+        ("--moe-router-topk", "moe_router_topk"),
+    ),
+    (
+        ("--moe-router-load-balancing-type", "moe_router_load_balancing_type"),
+        ("--moe-aux-loss-coeff", "moe_aux_loss_coeff"),
+    ),
     (("--make-vocab-size-divisible-by", "make_vocab_size_divisible_by"),),
     (("--tokenizer-type", "tokenizer_type"), ("--tokenizer-model", "tokenizer_model")),
     (("--longrope-config", "longrope_config"),),
@@ -37,12 +46,20 @@ _SWITCHES = (
     ("--untie-embeddings-and-output-weights", "untie_embeddings_and_output_weights", True),
     ("--add-qkv-bias", "add_qkv_bias", True),
     ("--qk-layernorm", "qk_layernorm", True),
+    ("--moe-router-pre-softmax", "moe_router_pre_softmax", True),
     ("--bf16", "bf16", True),
     ("--fp16", "fp16", True),
 )
 # What `--use-checkpoint-args` of Megatron 0.17 to 0.19 does not restore.
-_NOT_RESTORED = ("--norm-epsilon", "--make-vocab-size-divisible-by", "--qk-layernorm", "--bf16",
-                 "--fp16")  # fmt: skip
+_NOT_RESTORED = (
+    "--norm-epsilon",
+    "--make-vocab-size-divisible-by",
+    "--qk-layernorm",
+    "--moe-router-load-balancing-type",
+    "--moe-aux-loss-coeff",
+    "--bf16",
+    "--fp16",
+)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
@@ -141,6 +158,17 @@ def stored_arguments(
         "consumed_valid_samples": 0,
         "longrope_hf_family": family,
     }
+    if shape.num_experts is not None:
+        values |= {
+            "num_experts": shape.num_experts,
+            "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+            "moe_router_topk": shape.moe_router_topk,
+            "moe_router_pre_softmax": not shape.moe_normalized_gates,
+            "moe_router_score_function": "softmax",
+            "moe_router_load_balancing_type": "aux_loss" if shape.moe_aux_loss_coeff else "none",
+            "moe_aux_loss_coeff": shape.moe_aux_loss_coeff,
+            "moe_layer_freq": 1,
+        }
     if any((tokenizer / name).is_file() for name in _TOKENIZER_FILES):
         values["tokenizer_type"] = "HuggingFaceTokenizer"
         values["tokenizer_model"] = str(tokenizer.resolve())
@@ -164,7 +192,7 @@ def megatron_flags(args: argparse.Namespace) -> list[str]:
             if (value := getattr(args, name, None)) is not None and _applies(args, name)
         ]
         lines += [" ".join(told)] if told else []
-    switches = [flag for flag, name, wanted in _SWITCHES if getattr(args, name) == wanted]
+    switches = [flag for flag, name, wanted in _SWITCHES if getattr(args, name, None) == wanted]
     return [*lines, " ".join(switches)]
 
 

@@ -1,35 +1,41 @@
 """Write a torch_dist checkpoint tensor by tensor, without Megatron, process groups or a GPU.
 
-torch's distributed checkpoint writes the files; the planner below hands it one tensor at a time.
-The common state is written twice: megatron-core <= 0.18 reads the file common.pt, later releases
-an object in the shards (0.19 reads either).
+torch's own writer keeps the last tensor of every name until it ends, and begins from nothing after
+an interruption; so the files are written here, and torch describes them: the plan, the metadata and
+each tensor's bytes are its own. The common state is written twice: megatron-core <= 0.18 reads the
+file common.pt, later releases an object in the shards (0.19 reads either).
 """
 
 from __future__ import annotations
 
 import io
 import math
-import warnings
+import pickle
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import Metadata, SavePlan
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megatron_longrope.files import write_json_atomic, write_text_atomic
+from megatron_longrope.conversion.work import complete_file
+from megatron_longrope.files import read_json, write_json_atomic, write_text_atomic
 
+MAX_SHARD_BYTES = 5_000_000_000
+# Rows are written in pieces of this size where only some can be had at a time.
+_BLOCK_BYTES = 64 * 2**20
 RELEASE = "release"
 _TRACKER = "latest_checkpointed_iteration.txt"
 # 0.18 wants all four keys; later releases ignore the last two.
@@ -68,61 +74,208 @@ class StoredTensor:
     num_layers: int | None = None
     """Layers that are stacked on dimension 0, or None."""
 
+    in_blocks: bool = False
+    """Whether `load` gives some of the rows at a time."""
+
     @property
     def num_bytes(self) -> int:
         """Size on disk."""
         return (self.num_layers or 1) * math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What is loaded and written at once: a tensor, one of its layers, or some of its rows."""
+
+    tensor: StoredTensor
+    """Of which it is a piece."""
+
+    layer: int | None
+    """Which layer, None if the tensor is not stacked."""
+
+    start: int
+    """First row."""
+
+    stop: int
+    """One past the last row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape, without the dimension of layers."""
+        return (self.stop - self.start, *self.tensor.shape[1:])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk, but for some hundred bytes around it."""
+        return math.prod(self.shape) * self.tensor.dtype.itemsize
+
+    def write_item(self) -> WriteItem:
+        """How torch plans it."""
+        stacked = self.layer is not None
+        item, rest = self.tensor, [0] * (len(self.shape) - 1)
+        offsets = [self.layer, self.start, *rest] if stacked else [self.start, *rest]
+        chunk = ChunkStorageMetadata(
+            torch.Size(offsets), torch.Size((1, *self.shape) if stacked else self.shape)
+        )
+        size = torch.Size((item.num_layers, *item.shape) if stacked else item.shape)
+        return WriteItem(
+            MetadataIndex(item.name, chunk.offsets),
+            WriteItemType.SHARD,
+            tensor_data=TensorWriteData(chunk, TensorProperties(dtype=item.dtype), size),
+        )
+
+
 def write_release(
     directory: Path,
     tensors: list[StoredTensor],
-    load: Callable[[str, int | None], Tensor],
+    load: Callable[[Piece], Tensor],
     common: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
+    *,
+    records: Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Fill a `--load` directory with weights to begin from at iteration 0.
 
     Megatron calls that a release: it looks for no optimizer in it, with or without `--finetune`.
+    Files with a record are the work of an earlier run of the same conversion; they are kept.
 
     Args:
-        directory (Path): An empty directory.
-        load (Callable): Gives the data of a tensor by its name and layer (None if not stacked).
+        directory (Path): Where an earlier run left off, or an empty directory.
+        load (Callable): Gives the data of a piece.
         common (Mapping): What is not tensors: `args`, `iteration`, ...
-        progress (Callable, optional): Called with bytes done and bytes in all.
+        progress (Callable, optional): Called with bytes done and bytes in all; first with those
+            that an earlier run wrote.
+        records (Path): Directory for a note on every complete file.
+        max_shard_bytes (int): Largest file, unless a single piece is larger.
 
     Returns:
         Path: The directory of the checkpoint's files.
     """
     target = directory / RELEASE
-    target.mkdir()
-    num_layers = max(item.num_layers or 0 for item in tensors)
-    has_qk_norms = any(".q_layernorm." in item.name for item in tensors)
-    # What Transformer Engine itself stores where nothing runs in FP8.
-    nothing = _serialized([torch.empty(0, dtype=torch.uint8)])
-    objects = dict.fromkeys(_extra_states(num_layers, has_qk_norms), nothing)
-    objects["common_state/shard_0_1"] = _serialized([dict(common)])
-    planner = _OneByOne(tensors, load, objects, progress)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-            dcp.save({}, storage_writer=FileSystemWriter(target), planner=planner, no_dist=True)
-    except CheckpointException as error:  # what went wrong, without torch's wrapping
-        raise next(iter(error.failures.values()))[0] from None
+    target.mkdir(exist_ok=True)
+    shards = _shards([piece for item in tensors for piece in _pieces(item)], max_shard_bytes)
+    total = sum(item.num_bytes for item in tensors)
+    names = [f"__0_{number}.distcp" for number in range(len(shards))]
+    places = {name: _recorded(target / name, records) for name in names}
+    done = sum(
+        piece.num_bytes
+        for name, shard in zip(names, shards, strict=True)
+        for piece in (shard if places[name] else ())
+    )
+    if progress is not None:
+        progress(done, total)
+    for name, shard in zip(names, shards, strict=True):
+        if places[name]:
+            continue
+        with complete_file(target / name) as file:
+            places[name] = []
+            for piece in shard:
+                places[name].append(_write(file, load(piece), piece))
+                done += piece.num_bytes
+                if progress is not None:
+                    progress(done, total)
+            write_json_atomic(records / f"{name}.json", places[name])
+
+    objects = _objects(tensors, common)
+    last = f"__0_{len(shards)}.distcp"
+    with complete_file(target / last) as file:
+        places[last] = []
+        for content in objects.values():
+            places[last].append((file.tell(), len(content)))
+            file.write(content)
+    items = [piece.write_item() for shard in shards for piece in shard]
+    items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
+    infos = [_StorageInfo(name, *place) for name in (*names, last) for place in places[name]]
+    with complete_file(target / ".metadata") as file:
+        pickle.dump(_metadata(items, infos, target), file)
     torch.save(dict(common), target / "common.pt")
     write_json_atomic(target / "metadata.json", _BACKENDS)
     write_text_atomic(directory / _TRACKER, RELEASE)
     return target
 
 
-def _extra_states(num_layers: int, has_qk_norms: bool) -> list[str]:
+def _pieces(item: StoredTensor) -> list[Piece]:
+    layers: list[int | None] = [None] if item.num_layers is None else list(range(item.num_layers))
+    rows = item.shape[0]
+    block = rows
+    if item.in_blocks:
+        block = max(1, _BLOCK_BYTES // (math.prod(item.shape[1:]) * item.dtype.itemsize))
+    return [
+        Piece(item, layer, start, min(start + block, rows))
+        for layer in layers
+        for start in range(0, rows, block)
+    ]
+
+
+def _shards(pieces: list[Piece], max_shard_bytes: int) -> list[list[Piece]]:
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.num_bytes
+    return shards
+
+
+def _recorded(path: Path, records: Path) -> list[tuple[int, int]]:
+    """Where the pieces of a complete file are: (offset, length); empty if it is not complete."""
+    record = records / f"{path.name}.json"
+    if not (path.is_file() and record.is_file()):
+        return []
+    places = [(offset, length) for offset, length in read_json(record)]
+    return places if path.stat().st_size == sum(places[-1]) else []
+
+
+def _write(file: IO[bytes], value: Tensor, piece: Piece) -> tuple[int, int]:
+    """Append a piece as torch does; gives its offset and length."""
+    if tuple(value.shape) != piece.shape or value.dtype != piece.tensor.dtype:
+        raise RuntimeError(f"{piece.tensor.name} is not as planned; report this as a bug")
+    if value.untyped_storage().nbytes() != value.nbytes:
+        value = value.clone()  # torch.save writes all of what a view looks into
+    offset = file.tell()
+    torch.save(value if piece.layer is None else value[None], file)
+    return offset, file.tell() - offset
+
+
+def _metadata(items: list[WriteItem], infos: list[_StorageInfo], target: Path) -> Metadata:
+    """The checkpoint's table of contents."""
+    (plan,), metadata = create_default_global_save_plan([SavePlan(items)])
+    places = zip(plan.items, infos, strict=True)
+    metadata.storage_data = {item.index: info for item, info in places}
+    metadata.storage_meta = StorageMeta(checkpoint_id=target.name, save_id=str(uuid.uuid4()))
+    return metadata
+
+
+def _objects(tensors: list[StoredTensor], common: Mapping[str, Any]) -> dict[str, bytes]:
+    """What is not tensors."""
+    num_layers = max(item.num_layers or 0 for item in tensors)
+    has_qk_norms = any(".q_layernorm." in item.name for item in tensors)
+    num_experts = next((item.shape[0] for item in tensors if ".experts." in item.name), 0)
+    # What Transformer Engine itself stores where nothing runs in FP8.
+    nothing = _serialized([torch.empty(0, dtype=torch.uint8)])
+    states = dict.fromkeys(_extra_states(num_layers, has_qk_norms, num_experts), nothing)
+    return {**states, "common_state/shard_0_1": _serialized([dict(common)])}
+
+
+def _extra_states(num_layers: int, has_qk_norms: bool, num_experts: int) -> list[str]:
     modules = (*_STATEFUL, *(_STATEFUL_NORMS if has_qk_norms else ()))
+    modules += ("pre_mlp_layernorm",) if num_experts else ()
     return [
         "decoder.final_layernorm._extra_state/shard_0_1",
         *(
             f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
             for module in modules
             for layer in range(num_layers)
+        ),
+        *(
+            f"decoder.layers.mlp.experts.experts.{linear}._extra_state/"
+            f"shard_{layer}.{expert}_{num_layers}.{num_experts}"
+            for linear in ("linear_fc1", "linear_fc2")
+            for layer in range(num_layers)
+            for expert in range(num_experts)
         ),
     ]
 
@@ -131,63 +284,3 @@ def _serialized(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-class _OneByOne(SavePlanner):
-    """Plans all from shapes, and gives torch the data of a tensor when it is its turn."""
-
-    def __init__(
-        self,
-        tensors: list[StoredTensor],
-        load: Callable[[str, int | None], Tensor],
-        objects: Mapping[str, bytes],
-        progress: Callable[[int, int], None] | None,
-    ) -> None:
-        self._load = load
-        self._objects = objects
-        self._progress = progress
-        self._total = sum(item.num_bytes for item in tensors)
-        self._done = 0
-        self._sources: dict[MetadataIndex, tuple[StoredTensor, int | None]] = {}
-        for item in tensors:
-            for layer in (None,) if item.num_layers is None else range(item.num_layers):
-                offsets = [0] * len(item.shape)
-                start = torch.Size(offsets if layer is None else [layer, *offsets])
-                self._sources[MetadataIndex(item.name, start)] = (item, layer)
-
-    def set_up_planner(
-        self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False
-    ) -> None:
-        """Nothing to do: the tensors came with the constructor."""
-
-    def create_local_plan(self) -> SavePlan:
-        """One piece for every object, tensor, and layer of a stacked tensor."""
-        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self._objects]
-        for index, (item, layer) in self._sources.items():
-            stacked = () if layer is None else (1,)
-            chunk = ChunkStorageMetadata(index.offset, torch.Size((*stacked, *item.shape)))
-            size = item.shape if layer is None else (item.num_layers, *item.shape)
-            data = TensorWriteData(chunk, TensorProperties(dtype=item.dtype), torch.Size(size))
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """The plan of the one process there is, and the checkpoint's metadata."""
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Nothing to add."""
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """The data of a piece."""
-        if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self._objects[write_item.index.fqn])
-        item, layer = self._sources[write_item.index]
-        value = self._load(item.name, layer)
-        if tuple(value.shape) != item.shape or value.dtype != item.dtype:
-            raise RuntimeError(f"{item.name} is not as planned; report this as a bug")
-        self._done += value.nbytes
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-        return value if layer is None else value[None]

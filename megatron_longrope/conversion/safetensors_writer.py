@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_longrope.conversion.tensors import PlannedTensor
+from megatron_longrope.conversion.work import complete_file
 from megatron_longrope.files import write_json_atomic
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -28,41 +29,60 @@ def write_safetensors(
 ) -> list[str]:
     """Write every planned tensor, with an index when one file does not hold them all.
 
+    A file that is there already is the work of an earlier run of the same conversion; it is kept.
+
     Args:
         load (Callable): Gives a planned tensor's data.
         max_shard_bytes (int): Largest file, unless a single tensor is larger.
-        progress (Callable, optional): Called with bytes done and bytes in all.
+        progress (Callable, optional): Called with bytes done and bytes in all; first with those
+            that an earlier run wrote.
 
     Returns:
         list[str]: Names of the files.
     """
     shards = _shards(plan, max_shard_bytes)
     total = sum(item.num_bytes for item in plan)
-    done = 0
-    files: list[str] = []
-    for number, shard in enumerate(shards, start=1):
-        single = len(shards) == 1
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.append("model.safetensors" if single else name)
-        with (directory / files[-1]).open("wb") as file:
-            # Wide dtypes first keep every tensor aligned; the sort is stable.
-            shard = sorted(shard, key=lambda item: -item.dtype.itemsize)
+    count = len(shards)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    missing = [
+        (directory / name, shard)
+        for name, shard in zip(names, shards, strict=True)
+        if not _is_complete(directory / name, shard)
+    ]
+    done = total - sum(item.num_bytes for _, shard in missing for item in shard)
+    if progress is not None:
+        progress(done, total)
+    for path, shard in missing:
+        with complete_file(path) as file:
             file.write(_header(shard))
             for item in shard:
                 value = load(item)
                 if tuple(value.shape) != item.shape or value.dtype != item.dtype:
                     raise RuntimeError(f"{item.name} is not as planned; report this as a bug")
                 file.write(value.view(torch.uint8).numpy().data)
+                del value  # else the next tensor is loaded beside it
                 done += item.num_bytes
                 if progress is not None:
                     progress(done, total)
-    if len(files) > 1:
+    if count > 1:
         weight_map = {
-            item.name: file for file, shard in zip(files, shards, strict=True) for item in shard
+            item.name: name for name, shard in zip(names, shards, strict=True) for item in shard
         }
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json_atomic(directory / "model.safetensors.index.json", index)
-    return files
+    return names
+
+
+def _is_complete(path: Path, shard: list[PlannedTensor]) -> bool:
+    """Whether a file holds these tensors; its name alone says that it was written to its end."""
+    header = _header(shard)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        same = file.read(len(header)) == header
+    return same and path.stat().st_size == len(header) + sum(item.num_bytes for item in shard)
 
 
 def _shards(plan: list[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:
@@ -74,7 +94,8 @@ def _shards(plan: list[PlannedTensor], max_shard_bytes: int) -> list[list[Planne
             size = 0
         shards[-1].append(item)
         size += item.num_bytes
-    return shards
+    # Wide dtypes first keep every tensor aligned; the sort is stable.
+    return [sorted(shard, key=lambda item: -item.dtype.itemsize) for shard in shards]
 
 
 def _header(shard: list[PlannedTensor]) -> bytes:

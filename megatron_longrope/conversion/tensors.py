@@ -107,6 +107,12 @@ class TensorSource:
         info = self._checkpoint.keys()[name]
         stored = info.shape if index is None else info.shape[1:]
         rows = part_rows(rule, shape)
+        if rule.split == "experts":
+            if stored[0] != shape.num_experts:
+                raise ValueError(
+                    f"{rule.disk} has {stored[0]} experts, the arguments say {shape.num_experts}"
+                )
+            stored = (stored[0] * stored[1], *stored[2:])
         if rule.split == "vocab" and stored[0] < shape.vocab_size:
             raise ValueError(
                 f"{rule.disk} has {stored[0]} rows, fewer than the vocabulary's "
@@ -130,7 +136,10 @@ class TensorSource:
 
 def part_rows(rule: TensorRule, shape: ModelShape) -> list[int]:
     """Rows of each Hugging Face tensor of a rule."""
-    total = dimensions(shape)[rule.dims[0]]
+    sizes = dimensions(shape)
+    total = sizes[rule.dims[0]]
+    if rule.split == "experts":
+        total *= sizes[rule.dims[1]]
     if len(rule.hf) == 1:
         return [total]
     if rule.split == "qkv":
@@ -143,7 +152,7 @@ def split(value: Tensor, rule: TensorRule, shape: ModelShape) -> list[Tensor]:
     """A Megatron tensor as Hugging Face has it.
 
     Args:
-        value (Tensor): `[rows, ...]`, of one layer.
+        value (Tensor): `[rows, ...]`, of one layer; `[experts, rows, ...]` of experts.
 
     Returns:
         list[Tensor]: One for each of `rule.hf`.
@@ -157,6 +166,8 @@ def split(value: Tensor, rule: TensorRule, shape: ModelShape) -> list[Tensor]:
         queries = grouped.shape[1] - 2
         parts = [part.reshape(-1, *rest) for part in grouped.split([queries, 1, 1], dim=1)]
         return parts if len(rule.hf) == 3 else [torch.cat(parts)]
+    if rule.split == "experts":
+        value = value.flatten(0, 1)
     return list(value.chunk(len(rule.hf)))
 
 
@@ -167,7 +178,7 @@ def join(parts: list[Tensor], rule: TensorRule, shape: ModelShape) -> Tensor:
         parts (list[Tensor]): One for each of `rule.hf`.
 
     Returns:
-        Tensor: `[rows, ...]`, of one layer.
+        Tensor: `[rows, ...]`, of one layer; `[experts, rows, ...]` of experts.
     """
     if rule.split == "vocab":
         rows = shape.padded_vocab_size - shape.vocab_size
@@ -182,4 +193,5 @@ def join(parts: list[Tensor], rule: TensorRule, shape: ModelShape) -> Tensor:
         rest = parts[0].shape[1:]
         grouped = [part.view(shape.num_query_groups, -1, shape.head_dim, *rest) for part in parts]
         return torch.cat(grouped, dim=1).view(-1, *rest)
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    value = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return value.unflatten(0, (shape.num_experts, -1)) if rule.split == "experts" else value

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +16,16 @@ from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.card import model_card
 from megatron_longrope.conversion.families import dtype_name, select_family, to_hf_config
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
+from megatron_longrope.conversion.start_tokens import (
+    DroppedStartTokens,
+    Measure,
+    drop_start_tokens,
+)
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, write_tokenizer
+from megatron_longrope.conversion.work import file_identity, work_folder
 from megatron_longrope.files import write_json_atomic, write_text_atomic
+from megatron_longrope.frequencies import attention_factor
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -56,6 +61,12 @@ class ConversionReport:
     verification: Any = None
     """What the `check` returned."""
 
+    dropped_start_tokens: tuple[DroppedStartTokens, ...] = ()
+    """Factor sets that were exported without their start tokens."""
+
+    resumed: bool = False
+    """Whether an interrupted conversion was continued."""
+
 
 def convert_to_hf(
     checkpoint_path: str | Path,
@@ -66,6 +77,8 @@ def convert_to_hf(
     tokenizer: str | Path | None = None,
     short_length: int | None = None,
     target_length: int | None = None,
+    without_start_tokens: bool = False,
+    measure: Measure | None = None,
     dtype: torch.dtype | None = None,
     family: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -75,7 +88,8 @@ def convert_to_hf(
 ) -> ConversionReport:
     """Write `config.json`, safetensors, tokenizer, model card and `longrope.json`.
 
-    Everything goes to a temporary sibling of `output_dir`, which takes its name at the very end.
+    Everything goes to a work folder beside `output_dir`, and takes its name at the very end. What
+    an interrupted call left there the same call continues; see :mod:`.work`.
 
     Args:
         checkpoint_path (str | Path): Megatron's `--save` directory or an `iter_XXXXXXX` in it.
@@ -86,17 +100,22 @@ def convert_to_hf(
             Defaults to the original window.
         target_length (int, optional): Window, in tokens, whose set becomes long_factor. Defaults
             to the largest.
+        without_start_tokens (bool): Export sets that have start tokens, which transformers cannot
+            express, without them. Defaults to False, which refuses them.
+        measure (Callable, optional): Finds out what that does to the perplexity.
         dtype (torch.dtype, optional): Dtype to convert to. Defaults to the one on disk.
         family (str, optional): One of :data:`.families.FAMILIES`. Defaults to the one the
             checkpoint was imported from, else the first that fits.
         max_shard_bytes (int): Largest safetensors file.
         overwrite (bool): Replace an existing folder (once the new one is complete).
-        check (Callable, optional): Called with the temporary folder before it is put in place;
+        check (Callable, optional): Called with the finished folder before it is put in place;
             an exception leaves nothing behind.
-        progress (Callable, optional): Called with bytes written and bytes in all.
+        progress (Callable, optional): Called with bytes written and bytes in all; first with those
+            that an interrupted call wrote.
 
     Raises:
-        ValueError: The checkpoint, the configuration or the tokenizer does not fit.
+        ValueError: The checkpoint, the configuration or the tokenizer does not fit; the disk is
+            full.
     """
     output_dir = Path(output_dir)
     if not overwrite and output_dir.exists() and not _is_empty_directory(output_dir):
@@ -106,31 +125,50 @@ def convert_to_hf(
     chosen = select_family(shape, checkpoint.args, family)
     if longrope_config is not None:
         check_fits(longrope_config, shape)
-    elif short_length or target_length:
-        raise ValueError("short_length and target_length need a longrope configuration")
-    dtype_name(dtype or shape.params_dtype)  # refuses others before any work
-
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}."))
-    try:
-        longest = target_length or (
-            longrope_config.max_length if longrope_config else shape.max_position_embeddings
+    elif short_length or target_length or without_start_tokens:
+        raise ValueError(
+            "short_length, target_length and without_start_tokens need a longrope configuration"
         )
-        info = write_tokenizer(tokenizer, temporary, longest)
+    dtype_name(dtype or shape.params_dtype)  # refuses others before any work
+    dropped: tuple[DroppedStartTokens, ...] = ()
+    if longrope_config is not None:
+        if without_start_tokens:
+            given = longrope_config
+            longrope_config, dropped = drop_start_tokens(given, short_length, target_length)
+            dropped = tuple(measure(given, dropped)) if measure and dropped else dropped
+        rope = hf_rope(longrope_config, short_length, target_length)
+    longest = target_length or (
+        longrope_config.max_length if longrope_config else shape.max_position_embeddings
+    )
+
+    identity = {
+        "version": __version__,
+        "conversion": "to-hf",
+        "source": file_identity([checkpoint.directory]),
+        "tokenizer": None if tokenizer is None else file_identity([Path(tokenizer)]),
+        "longrope": None if longrope_config is None else longrope_config.to_dict(),
+        "lengths": [short_length, target_length],
+        "dtype": str(dtype),
+        "family": chosen.name,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    with work_folder(output_dir, identity) as (work, resumed):
+        info = write_tokenizer(tokenizer, work.result, longest)
         shape = _with_true_vocabulary(shape, checkpoint, info)
         source = TensorSource(checkpoint, chosen, shape, dtype)
-        embedding_dtype = source.plan[0].dtype
-        hf_config = to_hf_config(shape, chosen, dtype or embedding_dtype)
+        num_bytes = sum(item.num_bytes for item in source.plan)
+        work.check_space(num_bytes)
+        hf_config = to_hf_config(shape, chosen, dtype or source.plan[0].dtype)
         if longrope_config is not None:
-            hf_config.update(longrope_config.to_hf(short_length, target_length))
-            longrope_config.save(temporary / "longrope.json")
+            hf_config.update(rope)
+            longrope_config.save(work.result / "longrope.json")
         special = {
             "bos_token_id": info.bos_token_id,
             "eos_token_id": info.eos_token_id,
             "pad_token_id": info.pad_token_id,
         }
-        write_json_atomic(temporary / "config.json", {**hf_config, **special})
-        write_json_atomic(temporary / "generation_config.json", special)
+        write_json_atomic(work.result / "config.json", {**hf_config, **special})
+        write_json_atomic(work.result / "generation_config.json", special)
         card = model_card(
             name=output_dir.name,
             hf_config=hf_config,
@@ -140,25 +178,60 @@ def convert_to_hf(
             iteration=checkpoint.iteration,
             version=__version__,
             has_tokenizer=tokenizer is not None,
+            dropped=dropped,
         )
-        write_text_atomic(temporary / "README.md", card)
-        files = write_safetensors(temporary, source.plan, source.load, max_shard_bytes, progress)
-        verification = None if check is None else check(temporary)
-        _put_in_place(temporary, output_dir)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        write_text_atomic(work.result / "README.md", card)
+        files = write_safetensors(work.result, source.plan, source.load, max_shard_bytes, progress)
+        verification = None if check is None else check(work.result)
+        work.put_in_place()
     return ConversionReport(
         output_dir=output_dir,
         family=chosen.name,
         dtype=hf_config["dtype"],
         num_tensors=len(source.plan),
-        num_bytes=sum(item.num_bytes for item in source.plan),
+        num_bytes=num_bytes,
         files=tuple(files),
         vocab_size=shape.vocab_size,
         max_position_embeddings=hf_config["max_position_embeddings"],
         verification=verification,
+        dropped_start_tokens=dropped,
+        resumed=resumed,
     )
+
+
+def hf_rope(
+    config: LongRopeConfig, short_length: int | None = None, target_length: int | None = None
+) -> dict[str, Any]:
+    """The `longrope` fields of config.json for transformers 4.57 and 5.x, and for vLLM.
+
+    vLLM does not read attention_factor: it computes the value of the paper's formula unless
+    `short_mscale` and `long_mscale` are there. transformers warns of keys that it does not know, so
+    they are written only where the two values differ.
+
+    Args:
+        short_length (int, optional): Window whose set becomes short_factor.
+        target_length (int, optional): Window whose set becomes long_factor.
+
+    Raises:
+        ValueError: A set has start tokens, or transformers cannot hold the factors for another
+            reason; see :meth:`.LongRopeConfig.to_hf`.
+    """
+    for item in drop_start_tokens(config, short_length, target_length)[1]:
+        raise ValueError(
+            f"the {item.window} factor set (max_length {item.factor_set.max_length}) has "
+            f"num_start_tokens {item.factor_set.num_start_tokens}, which transformers' longrope "
+            "cannot express; search again with --start-tokens 0, or export without them with "
+            "--drop-start-tokens"
+        )
+    rope = config.to_hf(short_length, target_length)
+    used = rope["rope_parameters"]["attention_factor"]
+    computed = attention_factor(
+        "su", rope["rope_parameters"]["factor"], config.original_max_position_embeddings
+    )
+    if not math.isclose(used, computed, rel_tol=1e-6):
+        for spelling in ("rope_scaling", "rope_parameters"):
+            rope[spelling] |= {"short_mscale": used, "long_mscale": used}
+    return rope
 
 
 def check_fits(longrope_config: LongRopeConfig, shape: ModelShape) -> None:
@@ -193,22 +266,3 @@ def _with_true_vocabulary(
 
 def _is_empty_directory(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def _put_in_place(temporary: Path, output_dir: Path) -> None:
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)  # mkdtemp gave 0700
-    if not output_dir.exists():
-        temporary.rename(output_dir)
-        return
-    aside = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}.old."))
-    output_dir.rename(aside / output_dir.name)
-    try:
-        temporary.rename(output_dir)
-    except BaseException:
-        (aside / output_dir.name).rename(output_dir)
-        raise
-    finally:
-        if output_dir.exists():
-            shutil.rmtree(aside, ignore_errors=True)

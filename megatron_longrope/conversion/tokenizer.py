@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.files import write_json_atomic
+from megatron_longrope.files import read_json, write_json_atomic
 
 _HF_FILES = (
     "tokenizer.json",
@@ -67,7 +67,7 @@ def write_tokenizer(
         return TokenizerInfo()
     path = Path(tokenizer)
     if path.is_dir():
-        return _copy_hf(path, directory)
+        return _copy_hf(path, directory, max_length)
     if path.is_file():
         return _convert_sentencepiece(path, directory, max_length)
     raise ValueError(
@@ -75,12 +75,13 @@ def write_tokenizer(
     )
 
 
-def _copy_hf(path: Path, directory: Path) -> TokenizerInfo:
+def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
     names = [name for name in _HF_FILES if (path / name).is_file()]
     if not names:
         raise ValueError(f"{path}: holds no tokenizer files (looked for {', '.join(_HF_FILES)})")
     for name in names:
         shutil.copyfile(path / name, directory / name)
+    _raise_window(directory / "tokenizer_config.json", max_length)
     from transformers import AutoTokenizer
 
     try:
@@ -88,6 +89,15 @@ def _copy_hf(path: Path, directory: Path) -> TokenizerInfo:
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"{path}: transformers cannot load this tokenizer: {error}") from None
     return TokenizerInfo(len(loaded), loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+
+
+def _raise_window(path: Path, max_length: int) -> None:
+    """The tokenizer of the short model states its window, at which vLLM would stop."""
+    if not path.is_file():
+        return
+    config = read_json(path)
+    if config.get("model_max_length", max_length) < max_length:
+        write_json_atomic(path, {**config, "model_max_length": max_length})
 
 
 def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> TokenizerInfo:

@@ -1,8 +1,12 @@
-"""Compare a Hugging Face folder with the Megatron checkpoint it came from, logit by logit."""
+"""Compare a Hugging Face folder with a Megatron checkpoint, logit by logit.
+
+Both models are in memory at once, in fp32: :func:`memory_needed` says how much that is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.families import dtype_named
+from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.files import read_json
 
 TOLERANCE = 1e-4
@@ -57,11 +62,11 @@ class VerificationReport:
 
 
 def verify(
-    checkpoint_path: str | Path,
+    checkpoint_path: str | Path | None,
     hf_dir: str | Path,
     *,
     longrope_config: LongRopeConfig | None,
-    engine_factory: Callable[[Path, LongRopeConfig | None], Any] | None = None,
+    engine_factory: Callable[[Checkpoint, LongRopeConfig | None], Any] | None = None,
     iteration: int | None = None,
     short_length: int | None = None,
     target_length: int | None = None,
@@ -71,10 +76,12 @@ def verify(
     """Run both models in fp32 on random tokens, within the original window and past it.
 
     Args:
+        checkpoint_path (str | Path, optional): None compares transformers with the engine on the
+            folder itself.
         longrope_config (LongRopeConfig, optional): What was exported; None for plain RoPE.
         engine_factory (Callable, optional): Gives an object with `logits(tokens [b, s]) ->
-            [b, s, vocab]` for a checkpoint directory and a configuration. Defaults to the
-            evaluation engine in `hf_parity` mode.
+            [b, s, vocab]` for an opened checkpoint and a configuration. Defaults to the evaluation
+            engine in `hf_parity` mode.
         short_length (int, optional): As given to the conversion.
         target_length (int, optional): As given to the conversion.
         tolerance (float): Largest difference of a logit; for a folder in a narrower dtype than the
@@ -83,35 +90,74 @@ def verify(
     Raises:
         ValueError: A window is over the tolerance, or its logits are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
     hf_dir = Path(hf_dir)
-    checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
+    source = hf_dir if checkpoint_path is None else None
+    checkpoint = open_checkpoint(checkpoint_path, source, iteration)
     hf_config = read_json(hf_dir / "config.json")
     config = None
     if longrope_config is not None:
         config = exported_config(longrope_config, short_length, target_length)
-    engine = (engine_factory or _engine)(checkpoint.directory, config)
+    return compare_models(
+        (engine_factory or fp32_engine)(checkpoint, config),
+        hf_dir,
+        windows_to_compare(config, hf_config["max_position_embeddings"]),
+        hf_config["vocab_size"],
+        tolerance=tolerance,
+        rounding=_rounding(checkpoint, hf_config),
+        remedy="do not use this folder",
+        seed=seed,
+    )
+
+
+def compare_models(
+    engine: Any,
+    hf_dir: Path,
+    windows: Sequence[tuple[str, int]],
+    vocab_size: int,
+    *,
+    tolerance: float,
+    rounding: float,
+    remedy: str,
+    seed: int = 0,
+) -> VerificationReport:
+    """Run an engine and transformers on the same random tokens.
+
+    Args:
+        windows (Sequence): Names and lengths, in tokens.
+        vocab_size (int): Tokens that both have.
+        tolerance (float): Largest difference of a logit.
+        rounding (float): Added to it, relative to the largest logit.
+        remedy (str): What to do about a difference.
+
+    Raises:
+        ValueError: A window is over the tolerance, or its logits are not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype=torch.float32).eval()
-    vocab_size = hf_config["vocab_size"]
-    narrower = _rounding(checkpoint, hf_config)
-    windows = []
-    for window, length in _windows(config, hf_config["max_position_embeddings"], target_length):
+    differences = []
+    for window, length in windows:
         tokens = random_tokens(vocab_size, length, seed)
         with torch.no_grad():
             theirs = model(tokens, use_cache=False).logits
             ours = engine.logits(tokens)[..., :vocab_size].to(device="cpu", dtype=torch.float32)
         difference = compare(window, ours, theirs)
-        windows.append(difference)
-        allowed = tolerance + narrower * ours.abs().max().item()
+        differences.append(difference)
+        allowed = tolerance + rounding * ours.abs().max().item()
         if not difference.max_abs_diff <= allowed:  # also catches NaN
             raise ValueError(
                 f"verification failed on {length} tokens ({window} factors): transformers' logits "
                 f"differ from Megatron's by up to {difference.max_abs_diff:.3g} (allowed "
                 f"{allowed:.3g}, mean KL {difference.mean_kl:.3g}, same top token for "
-                f"{difference.top1_agreement:.1%}); do not use this folder"
+                f"{difference.top1_agreement:.1%}); {remedy}"
             )
-    return VerificationReport(tuple(windows), tolerance)
+    return VerificationReport(tuple(differences), tolerance)
+
+
+def memory_needed(checkpoint: Checkpoint) -> int:
+    """Bytes of both models' weights; activations come on top."""
+    elements = sum(math.prod(info.shape) for info in checkpoint.keys().values())
+    return 2 * elements * torch.float32.itemsize
 
 
 def exported_config(
@@ -161,20 +207,23 @@ def compare(window: str, ours: Tensor, theirs: Tensor) -> WindowDifference:
     return WindowDifference(window, count, largest, divergence / count, agreeing / count)
 
 
-def _windows(
-    config: LongRopeConfig | None, max_length: int, target_length: int | None
-) -> list[tuple[str, int]]:
+def windows_to_compare(config: LongRopeConfig | None, max_length: int) -> list[tuple[str, int]]:
+    """An input within the original window and one past it, by name and length.
+
+    Args:
+        config (LongRopeConfig, optional): From :func:`exported_config`.
+        max_length (int): Window of a model with plain RoPE.
+    """
     if config is None:
         return [("short", min(_SHORT_TOKENS, max_length))]
     original = config.original_max_position_embeddings
     windows = [("short", min(_SHORT_TOKENS, original))]
-    longest = target_length or config.max_length
-    if longest > original:
-        windows.append(("long", min(original + _TOKENS_PAST_ORIGINAL, longest)))
+    if max_length > original:
+        windows.append(("long", min(original + _TOKENS_PAST_ORIGINAL, max_length)))
     return windows
 
 
-def _rounding(checkpoint: MegatronCheckpoint, hf_config: dict[str, Any]) -> float:
+def _rounding(checkpoint: Checkpoint, hf_config: dict[str, Any]) -> float:
     """Relative error to expect of a folder whose dtype is narrower than the checkpoint's."""
     # transformers 4 spells it torch_dtype, and so do folders of that time.
     written = dtype_named(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
@@ -182,9 +231,8 @@ def _rounding(checkpoint: MegatronCheckpoint, hf_config: dict[str, Any]) -> floa
     return 0.0 if stored == {written} else 32 * torch.finfo(written).eps
 
 
-def _engine(checkpoint_directory: Path, config: LongRopeConfig | None) -> Any:
+def fp32_engine(checkpoint: Checkpoint, config: LongRopeConfig | None) -> Any:
+    """The evaluation engine with transformers' arithmetic."""
     from megatron_longrope.engine import load_engine
 
-    return load_engine(
-        checkpoint_directory, longrope_config=config, dtype=torch.float32, hf_parity=True
-    )
+    return load_engine(checkpoint, longrope_config=config, dtype=torch.float32, hf_parity=True)

@@ -11,13 +11,11 @@ from megatron_longrope.conversion.hf_reader import HfFolder
 from megatron_longrope.conversion.verify import (
     TOLERANCE,
     VerificationReport,
-    compare,
+    compare_models,
     exported_config,
-    random_tokens,
+    fp32_engine,
+    windows_to_compare,
 )
-
-_SHORT_TOKENS = 512
-_TOKENS_PAST_ORIGINAL = 64
 
 
 def verify_import(
@@ -34,42 +32,21 @@ def verify_import(
     Raises:
         ValueError: A window is over the tolerance, or its logits are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
-    from megatron_longrope.engine import load_engine
-
     checkpoint = MegatronCheckpoint.open(checkpoint_path)
     config = checkpoint.longrope
     max_length = checkpoint.shape.max_position_embeddings
-    windows = [("short", min(_SHORT_TOKENS, max_length))]
     if config is not None:
-        config = exported_config(config)
-        original = config.original_max_position_embeddings
-        windows = [("short", min(_SHORT_TOKENS, original))]
-        if config.max_length > original:
-            windows.append(("long", min(original + _TOKENS_PAST_ORIGINAL, config.max_length)))
-    engine = load_engine(
-        checkpoint_path, longrope_config=config, dtype=torch.float32, hf_parity=True
+        config, max_length = exported_config(config), config.max_length
+    return compare_models(
+        fp32_engine(checkpoint, config),
+        Path(hf_dir),
+        windows_to_compare(config, max_length),
+        checkpoint.shape.vocab_size,
+        tolerance=tolerance,
+        rounding=_rounding(checkpoint, HfFolder(hf_dir)),
+        remedy="nothing was written, please report the model's config.json",
+        seed=seed,
     )
-    model = AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype=torch.float32).eval()
-    rounding = _rounding(checkpoint, HfFolder(hf_dir))
-    differences = []
-    for window, length in windows:
-        tokens = random_tokens(checkpoint.shape.vocab_size, length, seed)
-        with torch.no_grad():
-            theirs = model(tokens, use_cache=False).logits
-            ours = engine.logits(tokens).to(device="cpu", dtype=torch.float32)
-        difference = compare(window, ours, theirs)
-        differences.append(difference)
-        allowed = tolerance + rounding * theirs.abs().max().item()
-        if not difference.max_abs_diff <= allowed:  # also catches NaN
-            raise ValueError(
-                f"verification failed on {length} tokens ({window} window): the checkpoint's "
-                f"logits differ from transformers' by up to {difference.max_abs_diff:.3g} (allowed "
-                f"{allowed:.3g}, same top token for {difference.top1_agreement:.1%}); nothing was "
-                "written, please report the model's config.json"
-            )
-    return VerificationReport(tuple(differences), tolerance)
 
 
 def _rounding(checkpoint: MegatronCheckpoint, folder: HfFolder) -> float:

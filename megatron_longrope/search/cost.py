@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_longrope.flops import forward_flops, layer_weights
+from megatron_longrope.flops import forward_flops, has_experts, layer_weights
 
 if TYPE_CHECKING:
     from megatron_longrope.checkpoint.model_args import ModelShape
@@ -290,6 +290,11 @@ def _memory(
     if context_parallel > 1:
         # Three blocks of keys and values; the sum and its merging in fp32, the output of one tile.
         ring = 6 * key * width + query * (12 + width)
+    ffn, copies = shape.ffn_hidden_size, 1
+    if has_experts(shape):
+        # At worst all tokens of a slice go to the same expert: they are copied for it, and so is
+        # what it makes of them before it is weighted and added.
+        ffn, copies = shape.moe_ffn_hidden_size, 4
     slice_tokens = min(tokens, TOKENS_PER_MLP_SLICE)
     rows = min(tokens, max(1, LOGITS_PER_CHUNK // vocab))
     # Logits in the model's dtype and in fp32, and what the softmax makes of those.
@@ -304,7 +309,7 @@ def _memory(
         "attention: key-value ring": tokens * ring,
         "MLP: hidden states": tokens * width * hidden,
         "MLP: slice": slice_tokens
-        * (math.ceil(5 * shape.ffn_hidden_size / tensor_parallel) + hidden)
+        * (math.ceil(5 * ffn / tensor_parallel) + copies * hidden)
         * width,
         "logits: chunk": rows * vocab * per_logit,
     }

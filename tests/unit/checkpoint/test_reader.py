@@ -16,6 +16,7 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 def test_both_layouts_give_the_same_arguments_and_tensors(make_checkpoint, tensors, layout):
     save = make_checkpoint(layout=layout)
     checkpoint = MegatronCheckpoint.open(save)
+    assert checkpoint.format == "torch_dist"
     assert checkpoint.iteration == 3
     assert checkpoint.args.num_layers == 2
     assert checkpoint.shape.vocab_size == 50
@@ -127,14 +128,15 @@ def test_missing_metadata_is_a_clear_error(make_checkpoint):
 
 def test_other_formats_are_refused_by_name(make_checkpoint):
     directory = make_checkpoint() / "iter_0000003"
-    (directory / "metadata.json").unlink()
-    with pytest.raises(ValueError, match=r"fsdp_dtensor' is not supported yet"):
-        MegatronCheckpoint.open(directory)
     (directory / "metadata.json").write_text('{"sharded_backend": "zarr"}')
-    with pytest.raises(ValueError, match="'zarr' is not supported yet"):
+    with pytest.raises(ValueError, match=r"'zarr' is not supported; .* --ckpt-format torch_dist"):
         MegatronCheckpoint.open(directory)
+
+
+def test_files_of_two_formats_are_refused(make_checkpoint):
+    directory = make_checkpoint() / "iter_0000003"
     (directory / "mp_rank_00").mkdir()
-    with pytest.raises(ValueError, match=r"`torch` .* is not supported yet"):
+    with pytest.raises(ValueError, match=r"files of two formats.*mp_rank.*distcp"):
         MegatronCheckpoint.open(directory.parent)
 
 

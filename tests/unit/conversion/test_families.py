@@ -16,6 +16,13 @@ from megatron_longrope.conversion.families import (
 
 ARGS = maker.arguments(groups=2, untied=True)
 SHAPE = ModelShape.from_args(ARGS)
+EXPERTS = {
+    "num_experts": 8,
+    "moe_ffn_hidden_size": SHAPE.ffn_hidden_size,  # mixtral has one width
+    "moe_router_topk": 2,
+    "moe_normalized_gates": True,
+    "moe_aux_loss_coeff": 0.02,
+}
 
 
 def test_llama_is_the_default_and_mistral_can_be_asked_for():
@@ -28,7 +35,6 @@ def test_llama_is_the_default_and_mistral_can_be_asked_for():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"num_experts": 8}, "num_experts = 8.*mixture of experts"),
         ({"multi_latent_attention": True}, "multi-latent"),
         ({"swiglu": False}, "swiglu = False.*SwiGLU"),
         ({"normalization": "LayerNorm"}, "RMSNorm"),
@@ -52,6 +58,8 @@ def test_biases_and_norms_choose_the_family():
     assert select_family(replace(SHAPE, qk_layernorm=True), ARGS).name == "qwen3"
     with pytest.raises(ValueError, match="add_qkv_bias = True and qk_layernorm = True"):
         select_family(replace(SHAPE, add_qkv_bias=True, qk_layernorm=True), ARGS)
+    assert select_family(replace(SHAPE, **EXPERTS), ARGS).name == "mixtral"
+    assert select_family(replace(SHAPE, **EXPERTS, qk_layernorm=True), ARGS).name == "qwen3_moe"
     with pytest.raises(ValueError, match="no supported family has add_qkv_bias = True"):
         select_family(replace(SHAPE, add_qkv_bias=True), ARGS, "llama")
 
@@ -76,6 +84,7 @@ def test_the_shape_comes_back_from_config_json(family, untied):
         untie_embeddings=untied,
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_layernorm,
+        **(EXPERTS if family.experts else {}),
     )
     config = to_hf_config(shape, family, torch.float32)
     assert shape_from_hf_config(config) == shape

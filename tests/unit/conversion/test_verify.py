@@ -18,8 +18,8 @@ class RecordedEngine:
     def __init__(self, logits, error=0.0):
         self.recorded, self.error = logits, error
 
-    def __call__(self, directory, config):
-        self.directory, self.config = directory, config
+    def __call__(self, checkpoint, config):
+        self.directory, self.config = checkpoint.directory, config
         return self
 
     def logits(self, tokens):
@@ -126,7 +126,7 @@ def run_command(*argv):
 def test_the_command_verifies_before_the_folder_appears(
     untied_gqa, tmp_path, lengths, monkeypatch, capsys
 ):
-    module = "megatron_longrope.conversion.verify._engine"
+    module = "megatron_longrope.conversion.verify.fp32_engine"
     monkeypatch.setattr(module, RecordedEngine(untied_gqa.logits, error=1.0))
     arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf")
     with pytest.raises(ValueError, match="verification failed"):

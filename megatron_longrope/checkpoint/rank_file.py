@@ -1,0 +1,148 @@
+"""One rank's file of a checkpoint of `--ckpt-format torch`, mapped into memory."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_longrope.checkpoint.layered import num_bytes
+from megatron_longrope.checkpoint.pickles import load_common
+from megatron_longrope.checkpoint.reader import TensorInfo
+
+# Pages that were read stay in a mapping, so it is dropped now and then: memory stays bounded.
+_MAPPED_BYTES = 256 << 20
+_NOT_COMMON = ("model", "optimizer", "rng_state")
+
+
+class Mappings:
+    """The files of one checkpoint that are mapped, which together have a bound."""
+
+    def __init__(self) -> None:
+        self._files: list[RankFile] = []
+        self._bytes_read = 0
+
+    def read(self, file: RankFile, size: int) -> None:
+        """Unmap all files if too much was read of them before; then `size` bytes of `file`."""
+        if self._bytes_read > _MAPPED_BYTES:
+            for other in self._files:
+                other.unmap()
+            self._files, self._bytes_read = [], 0
+        self._files.append(file)
+        self._bytes_read += size
+
+
+class RankFile:
+    """`model_optim_rng.pt`: reads of it only what is asked for, never the optimizer's state."""
+
+    def __init__(self, path: Path, mappings: Mappings) -> None:
+        """Look at the end of the file.
+
+        Args:
+            mappings (Mappings): What the files of the checkpoint share.
+
+        Raises:
+            ValueError: It is not a whole archive.
+        """
+        self.path = path
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; the copy is incomplete")
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                is_cut = file.read(4) in (b"PK\x03\x04", b"")
+            size = path.stat().st_size
+            raise ValueError(
+                f"{path}: truncated: {size} bytes, without the table that ends it; copy it again"
+                if is_cut
+                else f"{path}: not an archive of torch.save (of torch 1.6 or newer)"
+            )
+        self._mappings = mappings
+        self._models: dict[str, Any] | None = None
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Everything but the model, the optimizer and the random state."""
+        return self._header[0]
+
+    @property
+    def chunks(self) -> Mapping[str, Mapping[str, TensorInfo]]:
+        """`model`, or `model0`, `model1`, ... of virtual pipeline stages: the tensors in them.
+
+        Raises:
+            ValueError: There is no model in the file, or something in it is not a tensor.
+        """
+        models = self._header[1]
+        names = {"model"} if len(models) == 1 else {f"model{i}" for i in range(len(models))}
+        if not models or set(models) != names:
+            raise ValueError(
+                f"{self.path}: holds the models {', '.join(sorted(models)) or 'none'}; expected "
+                "model, or model0, model1, ... of virtual pipeline stages"
+            )
+        return {name: models[name] for name in sorted(models, key=lambda name: (len(name), name))}
+
+    @cached_property
+    def _header(self) -> tuple[dict[str, Any], dict[str, dict[str, TensorInfo]]]:
+        state = load_common(self.path, str(self.path))
+        common = {key: value for key, value in state.items() if not key.startswith(_NOT_COMMON)}
+        chunks = {
+            key: dict(self._infos(key, value))
+            for key, value in state.items()
+            if key.startswith("model")
+        }
+        return common, chunks
+
+    def tensor(self, chunk: str, name: str, info: TensorInfo) -> Tensor:
+        """A tensor of `chunks`, mapped: valid until the next call, and not to be written to."""
+        self._mappings.read(self, num_bytes(info))
+        if self._models is None:
+            state = load_common(self.path, str(self.path))
+            self._models = {key: state[key] for key in self.chunks}
+        return self._models[chunk][name]
+
+    def unmap(self) -> None:
+        """Let go of what was read."""
+        self._models = None
+
+    def _infos(self, chunk: str, model: Any) -> Iterator[tuple[str, TensorInfo]]:
+        if not isinstance(model, dict) or "language_model" in model:
+            raise ValueError(
+                f"{self.path}: holds a model from before megatron-core's classes; convert it with "
+                "the release of Megatron-LM that wrote it (tools/checkpoint, --saver core)"
+            )
+        for name, value in model.items():
+            if "_extra_state" in name:
+                continue
+            if not isinstance(value, Tensor) or value.layout != torch.strided:
+                raise ValueError(
+                    f"{self.path}: {chunk} holds {name}, which is no plain tensor; quantized "
+                    "weights are not supported, save them in bf16 or fp32"
+                )
+            yield name, TensorInfo(tuple(value.shape), value.dtype)
+
+
+class StoredPart:
+    """A tensor in a rank's file, or some of its rows."""
+
+    def __init__(
+        self, file: RankFile, chunk: str, name: str, span: tuple[int, int] | None = None
+    ) -> None:
+        self._file, self._chunk, self._name, self._span = file, chunk, name, span
+        self._whole = file.chunks[chunk][name]
+        shape = self._whole.shape
+        if span is not None:
+            shape = (span[1] - span[0], *shape[1:])
+        self.info = TensorInfo(shape, self._whole.dtype)
+
+    def rows(self, start: int, stop: int) -> StoredPart:
+        """Its rows from `start` up to `stop`."""
+        return StoredPart(self._file, self._chunk, self._name, (start, stop))
+
+    def read_into(self, target: Tensor) -> None:
+        """Copy it out of the file."""
+        value = self._file.tensor(self._chunk, self._name, self._whole)
+        target.copy_(value if self._span is None else value[slice(*self._span)])

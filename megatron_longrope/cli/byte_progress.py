@@ -1,0 +1,61 @@
+"""Progress of a conversion, and what is said when it is interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+from megatron_longrope.progress import Progress
+
+_MEGABYTE = 10**6
+
+
+class ByteProgress:
+    """Shows how many bytes are written; made for the converters' `progress`.
+
+    Args:
+        label (str): What is being done.
+    """
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._shown: Progress | None = None
+        self._megabytes = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show `done` of `total` bytes; first called with what an interrupted run wrote."""
+        megabytes = done // _MEGABYTE if done < total else -(-total // _MEGABYTE)
+        if self._shown is None:
+            self._shown = Progress(-(-total // _MEGABYTE), self._label, "MB")
+            self._begin(megabytes, done)
+        elif megabytes > self._megabytes or done == total:
+            seconds = time.monotonic() - self._started
+            rate = (done - self._resumed) / _MEGABYTE / max(seconds, 1e-9)
+            # tqdm has a rate of its own.
+            note = "" if sys.stderr.isatty() else f"{rate:.0f} MB/s"
+            self._shown.update(note, megabytes - self._megabytes)
+        self._megabytes = megabytes
+        if done == total:
+            self._shown.close()
+
+    def _begin(self, megabytes: int, done: int) -> None:
+        self._started, self._resumed = time.monotonic(), done
+        if done:
+            print(f"continuing an interrupted conversion: {done} bytes are written", flush=True)
+            self._shown.update(count=megabytes, resumed=True)
+
+
+def interruptible(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+    """Say what an interrupted conversion leaves behind."""
+
+    def wrapped(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except KeyboardInterrupt as error:
+            for note in getattr(error, "__notes__", ()):
+                print(f"longrope convert: {note}", file=sys.stderr)
+            raise
+
+    return wrapped

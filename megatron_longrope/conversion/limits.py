@@ -1,0 +1,153 @@
+"""What conversion does not support, as data, and the refusals."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_longrope.checkpoint.model_args import ModelShape
+
+# (config.json key, values that are fine, what conversion lacks); an absent key is fine. What only
+# acts in training, such as dropout, is free.
+_CONFIG: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("hidden_act", ("silu", "swish"), "activations other than SiLU"),
+    ("attention_bias", (False,), "biases on the attention projections"),
+    ("mlp_bias", (False,), "biases in the MLP"),
+    ("partial_rotary_factor", (1, None), "partially rotated heads"),
+    ("quantization_config", (None,), "quantized weights"),
+    ("is_encoder_decoder", (False, None), "encoders"),
+    ("decoder_sparse_step", (1, None), "dense layers among those with experts"),
+    ("mlp_only_layers", ([], None), "dense layers among those with experts"),
+    ("shared_expert_intermediate_size", (0, None), "shared experts"),
+)
+
+# (argument, values that are fine, what the Hugging Face families lack); an absent argument is fine.
+_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("multi_latent_attention", (False, None), "multi-latent attention"),
+    ("experimental_attention_variant", (None,), "other attention variants"),
+    ("heterogeneous_layers_config_path", (None,), "layers that differ from each other"),
+    ("mtp_num_layers", (None, 0), "multi-token prediction layers"),
+    ("swiglu", (True,), "an MLP without SwiGLU"),
+    ("normalization", ("RMSNorm",), "norms other than RMSNorm"),
+    ("layernorm_zero_centered_gamma", (False, None), "zero-centred norm weights"),
+    ("apply_layernorm_1p", (False, None), "zero-centred norm weights"),
+    ("add_bias_linear", (False,), "biases on linear layers"),
+    ("position_embedding_type", ("rope",), "position embeddings other than rope"),
+    ("rotary_percent", (1, None), "partially rotated heads"),
+    ("rotary_interleaved", (False, None), "interleaved rotary pairs"),
+    ("rotary_seq_len_interpolation_factor", (None, 1), "linearly interpolated positions"),
+    ("use_rope_scaling", (False, None), "Llama 3 rope scaling (its factor is not stored)"),
+    ("no_rope_freq", (None,), "layers without RoPE"),
+    ("window_size", (None,), "sliding-window attention"),
+    ("softmax_type", ("vanilla", None), "attention sinks"),
+    ("attention_output_gate", (False, None), "gated attention output"),
+    ("qk_l2_norm", (False, None), "L2-normalized q and k"),
+    ("activation_func_clamp_value", (None,), "clamped activations"),
+    ("glu_linear_offset", (0, None), "an offset in the gated MLP"),
+    ("apply_residual_connection_post_layernorm", (False, None), "post-norm residuals"),
+    ("use_mup", (False, None), "muP scaling"),
+)
+
+
+def check_arguments(args: argparse.Namespace, families: Iterable[str]) -> None:
+    """Refuse Megatron arguments that describe what no family has.
+
+    Args:
+        families (Iterable[str]): Their names, for the message.
+
+    Raises:
+        ValueError: The message names the argument.
+    """
+    for argument, fine, lacking in _ARGUMENTS:
+        value = getattr(args, argument, fine[0])
+        if value not in fine:
+            raise ValueError(
+                f"the model has {argument} = {value!r}; conversion does not support {lacking} "
+                f"(families: {', '.join(families)})"
+            )
+
+
+def check_shape(shape: ModelShape, families: Iterable[str]) -> None:
+    """Refuse a geometry that no family has.
+
+    Args:
+        families (Iterable[str]): Their names, for the message.
+
+    Raises:
+        ValueError: The message names what is not supported.
+    """
+    if others := set(shape.hybrid_layer_pattern or "") - set("*-"):
+        raise ValueError(
+            f"the hybrid layer pattern {shape.hybrid_layer_pattern} has {sorted(others)[0]!r}; "
+            "conversion supports '*' (attention) and '-' (dense MLP) layers"
+        )
+    for problem, lacking in (
+        (shape.other_moe, "experts beyond softmax routing in every layer"),
+        (
+            None if shape.softmax_scale is None else f"softmax_scale = {shape.softmax_scale!r}",
+            "a custom softmax scale",
+        ),
+    ):
+        if problem is not None:
+            raise ValueError(
+                f"the model has {problem}; conversion does not support {lacking} "
+                f"(families: {', '.join(families)})"
+            )
+
+
+def check_routing(shape: ModelShape) -> None:
+    """Refuse a routing of a Hugging Face model that Megatron does not have.
+
+    Raises:
+        ValueError: One expert for each token, whose weight is normalized to 1.
+    """
+    if shape.moe_router_topk == 1 and shape.moe_normalized_gates:
+        raise ValueError(
+            "config.json has num_experts_per_tok = 1 and weights each token's experts so that they "
+            "add up to 1; Megatron refuses that routing (where top-k is 1 it wants "
+            "--moe-router-pre-softmax), so conversion does not support it"
+        )
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse values in config.json that conversion lacks.
+
+    Args:
+        config (Mapping): config.json with the keys of its rope_parameters beside the others.
+
+    Raises:
+        ValueError: The message names the key and the value that is supported.
+    """
+    for key, fine, lacking in _CONFIG:
+        if config.get(key, fine[0]) not in fine:
+            raise ValueError(
+                f"config.json has {key} = {config[key]!r}; conversion does not support {lacking}, "
+                f"only {key} = {fine[0]!r}"
+            )
+    kind = config.get("rope_type", config.get("type"))
+    if kind not in (None, "default", "longrope", "su"):
+        raise ValueError(
+            f"config.json has rope_type {kind!r}; conversion supports plain RoPE and longrope, so "
+            "start from a model of the family that was not extended this way"
+        )
+
+
+def check_sliding_window(config: Mapping[str, Any], max_length: int) -> None:
+    """Refuse a window below the model's; one that is never reached changes nothing.
+
+    Args:
+        config (Mapping): config.json with transformers' defaults for missing keys.
+        max_length (int): Longest sequence, in tokens.
+
+    Raises:
+        ValueError: Some positions would see less than all before them.
+    """
+    window = config.get("sliding_window")
+    if window is None or window >= max_length or not config.get("use_sliding_window", True):
+        return
+    raise ValueError(
+        f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
+        "conversion does not support sliding-window attention: set max_position_embeddings to "
+        f"{window}, which the model attends to in full"
+    )

@@ -1,0 +1,91 @@
+"""Exporting factors that were searched with start tokens, which transformers cannot express."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_longrope.config import FactorSet, LongRopeConfig
+
+
+@dataclass(frozen=True)
+class PerplexityEffect:
+    """What dropping a set's start tokens does, measured with the engine."""
+
+    length: int
+    """Window, in tokens."""
+
+    num_documents: int
+    """Documents, one window each."""
+
+    before: float
+    """Perplexity with the start tokens."""
+
+    after: float
+    """Perplexity without them."""
+
+
+@dataclass(frozen=True)
+class DroppedStartTokens:
+    """A factor set that is exported without its start tokens."""
+
+    window: str
+    """`short` or `long`: which of transformers' two vectors it becomes."""
+
+    factor_set: FactorSet
+    """The set as it was searched."""
+
+    effect: PerplexityEffect | None = None
+    """What that does; None if it was not measured."""
+
+    def describe(self) -> str:
+        """One sentence."""
+        start = (
+            f"{self.window}_factor (set up to {self.factor_set.max_length} tokens): "
+            f"{self.factor_set.num_start_tokens} start tokens dropped; "
+        )
+        if self.effect is None:
+            return start + "the effect on perplexity was not measured"
+        return start + (
+            f"perplexity {self.effect.before:.4f} with them, {self.effect.after:.4f} without, at "
+            f"{self.effect.length} tokens over {self.effect.num_documents} documents"
+        )
+
+
+Measure = Callable[[LongRopeConfig, Sequence[DroppedStartTokens]], Sequence[DroppedStartTokens]]
+"""Gives what was dropped from a configuration together with its effects."""
+
+
+def drop_start_tokens(
+    config: LongRopeConfig, short_length: int | None = None, target_length: int | None = None
+) -> tuple[LongRopeConfig, tuple[DroppedStartTokens, ...]]:
+    """The configuration with no start tokens in the sets that are exported.
+
+    Args:
+        config (LongRopeConfig): As it was searched.
+        short_length (int, optional): As given to the conversion.
+        target_length (int, optional): As given to the conversion.
+
+    Returns:
+        tuple: The configuration, in which the origin of such a set says how many it had, and the
+            sets concerned.
+    """
+    wanted = {
+        "short": config.factor_set_for(short_length or config.original_max_position_embeddings),
+        "long": config.factor_set_for(target_length or config.max_length),
+    }
+    dropped: dict[int, DroppedStartTokens] = {}
+    for window, item in wanted.items():
+        if item.num_start_tokens:
+            dropped.setdefault(item.max_length, DroppedStartTokens(window, item))
+    sets = tuple(
+        replace(
+            item,
+            num_start_tokens=0,
+            origin={**item.origin, "dropped_start_tokens": item.num_start_tokens},
+        )
+        if item.max_length in dropped
+        else item
+        for item in config.factor_sets
+    )
+    return replace(config, factor_sets=sets), tuple(dropped.values())

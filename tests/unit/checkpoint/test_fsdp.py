@@ -1,0 +1,230 @@
+"""fsdp_dtensor and torch_dcp, in checkpoints that are synthetic: see make_fsdp_checkpoint.py."""
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.conversion.to_hf import convert_to_hf
+
+HELPER = Path(__file__).parents[2] / "helpers" / "make_fsdp_checkpoint.py"
+FC1 = "decoder.layers.mlp.linear_fc1.weight"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture
+def arguments(make_checkpoint):
+    """What torch_dist gives back of a run's arguments."""
+    return lambda **changes: MegatronCheckpoint.open(make_checkpoint(**changes)).args
+
+
+@pytest.fixture
+def written(directory, arguments, tensors, expected_longrope):
+    """Both formats, written once by two ranks."""
+    if not (directory / "wanted.pt").exists():
+        args = arguments(longrope_config_value=expected_longrope.to_dict())
+        torch.save({"tensors": tensors, "args": args}, directory / "wanted.pt")
+        subprocess.run([sys.executable, str(HELPER), str(directory)], check=True)
+    return directory
+
+
+@pytest.fixture
+def write(tmp_path, arguments):
+    """A checkpoint of one process, with any state."""
+
+    def make(model, **state):
+        directory = tmp_path / "fsdp" / "iter_0000003"
+        state = {"args": state.get("args") or arguments(), "iteration": 3, "model": model, **state}
+        dcp.save(state, checkpoint_id=directory, no_dist=True)
+        return directory
+
+    return make
+
+
+def layered(tensors):
+    """Named as in a checkpoint of one process, linear_fc1 whole."""
+    result = {}
+    for name, value in tensors.items():
+        head, found, tail = name.partition("decoder.layers.")
+        if not found or head:
+            result[f"module.{name}"] = value
+        else:
+            result |= {
+                f"module.decoder.layers.{layer}.{tail}": item for layer, item in enumerate(value)
+            }
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fsdp_dtensor", "torch_dcp"])
+def test_sharded_layers_come_back_with_the_names_and_the_stacking_of_torch_dist(
+    written, tensors, expected_longrope, variant
+):
+    checkpoint = MegatronCheckpoint.open(written / variant)
+    assert checkpoint.format == "fsdp_dtensor"
+    assert checkpoint.iteration == 3
+    assert checkpoint.longrope == expected_longrope
+    keys = checkpoint.keys()
+    assert set(keys) == set(tensors)
+    for name, expected in tensors.items():
+        assert keys[name].shape == tuple(expected.shape)
+        assert torch.equal(checkpoint.tensor(name), expected)
+    assert torch.equal(checkpoint.tensor(FC1, layer=1), tensors[FC1][1])
+
+
+@pytest.mark.slow
+def test_one_layer_reads_nothing_of_the_others(written, tensors, monkeypatch):
+    checkpoint = MegatronCheckpoint.open(written / "fsdp_dtensor")
+    checkpoint.keys()
+    read = []
+    original = FileSystemReader.read_data
+
+    def recorded(self, plan, planner):
+        read.extend(item.storage_index.fqn for item in plan.items)
+        return original(self, plan, planner)
+
+    monkeypatch.setattr(FileSystemReader, "read_data", recorded)
+    assert torch.equal(checkpoint.tensor(FC1, layer=1), tensors[FC1][1])
+    stem = "model.module.decoder.layers.1.mlp.linear_fc1.weight"
+    assert set(read) == {f"{stem}_w", f"{stem}_v"}
+
+
+@pytest.mark.slow
+def test_it_converts_to_the_folder_that_torch_dist_converts_to(
+    written, make_checkpoint, expected_longrope, tmp_path
+):
+    torch_dist = make_checkpoint(longrope_config_value=expected_longrope.to_dict())
+    for name, load in (("fsdp", written / "fsdp_dtensor"), ("dist", torch_dist)):
+        convert_to_hf(load, tmp_path / name, longrope_config=expected_longrope)
+    ours, theirs = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("fsdp", "dist")
+    )
+    assert ours == theirs
+
+
+def test_norms_of_the_local_spec_get_the_fused_names(write, tensors):
+    local = {
+        name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
+            "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
+        ): value
+        for name, value in layered(tensors).items()
+    }
+    assert "module.decoder.layers.0.input_layernorm.weight" in local
+    checkpoint = MegatronCheckpoint.open(write(local))
+    assert set(checkpoint.keys()) == set(tensors)
+    assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["mlp.experts.linear_fc1.weight{}", "mlp.experts.local_experts.{}.linear_fc1.weight"],
+    ids=["grouped", "sequential"],
+)
+def test_experts_are_stacked_within_their_layer(write, tensors, pattern):
+    experts = torch.randn(2, 3, 6, 32)  # layers, experts, [gate; up], hidden
+    model = layered(tensors)
+    for layer, number in itertools.product(range(2), range(3)):
+        name = f"module.decoder.layers.{layer}.{pattern.format(number)}"
+        for half, value in zip("wv", experts[layer, number].chunk(2), strict=True):
+            model[f"{name}_{half}"] = value.clone()
+    checkpoint = MegatronCheckpoint.open(write(model))
+    name = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    assert torch.equal(checkpoint.tensor(name), experts)
+    assert torch.equal(checkpoint.tensor(name, layer=1), experts[1])
+
+
+def test_a_missing_expert_is_named(write, tensors):
+    model = layered(tensors)
+    for number in (0, 2):
+        name = f"module.decoder.layers.0.mlp.experts.linear_fc2.weight{number}"
+        model[name] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"expert 1 lacks decoder\.layers\.0\.mlp\.experts"):
+        MegatronCheckpoint.open(write(model)).keys()
+
+
+def test_a_missing_half_of_a_gated_layer_is_named(write, tensors):
+    model = layered(tensors)
+    name = "module.decoder.layers.1.mlp.linear_fc1.weight"
+    model[f"{name}_w"] = model.pop(name).chunk(2)[0].clone()
+    with pytest.raises(ValueError, match=r"only one half of decoder\.layers\.1\.mlp\.linear_fc1"):
+        MegatronCheckpoint.open(write(model)).keys()
+
+
+def test_a_missing_tensor_of_one_layer_is_named(write, tensors):
+    model = layered(tensors)
+    del model["module.decoder.layers.0.mlp.linear_fc2.weight"]
+    with pytest.raises(ValueError, match=r"iter_0000003: layer 0 lacks .*linear_fc2\.weight"):
+        MegatronCheckpoint.open(write(model)).keys()
+
+
+def test_a_missing_layer_is_told_with_both_numbers(write, tensors):
+    model = {name: value for name, value in layered(tensors).items() if ".layers.1." not in name}
+    with pytest.raises(ValueError, match="holds 1 layers, its arguments say 2"):
+        MegatronCheckpoint.open(write(model)).keys()
+
+
+def test_a_layer_of_another_shape_is_told_with_both_shapes(write, tensors):
+    model = layered(tensors)
+    model["module.decoder.layers.1.mlp.linear_fc2.weight"] = torch.zeros(32, 40)
+    with pytest.raises(ValueError, match=r"layer 1 is \(32, 40\) float32, .* \(32, 48\) float32"):
+        MegatronCheckpoint.open(write(model)).keys()
+
+
+def test_tied_embeddings_appear_once(write, tensors, arguments):
+    args = arguments(untie_embeddings_and_output_weights=False)
+    checkpoint = MegatronCheckpoint.open(write(layered(tensors), args=args))
+    assert set(checkpoint.keys()) == set(tensors) - {"output_layer.weight"}
+
+
+def test_chunks_of_a_pipeline_are_refused(write, tensors):
+    directory = write({}, model0=layered(tensors))
+    with pytest.raises(ValueError, match="several chunks of a pipelined model"):
+        MegatronCheckpoint.open(directory)
+
+
+def test_torch_dist_without_its_description_is_recognised(make_checkpoint):
+    directory = make_checkpoint() / "iter_0000003"
+    (directory / "metadata.json").unlink()
+    with pytest.raises(ValueError, match=r"if it is torch_dist, copy metadata\.json"):
+        MegatronCheckpoint.open(directory)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_malicious_arguments_do_not_run(write, tensors, arguments, tmp_path):
+    marker = tmp_path / "executed"
+    args = arguments()
+    args.save = Malicious(marker)
+    directory = write(layered(tensors), args=args)
+    with pytest.raises(ValueError, match=r"args: holds an object of class posix\.system"):
+        _ = MegatronCheckpoint.open(directory).args
+    assert not marker.exists()
+
+
+def test_malicious_metadata_does_not_run(write, tensors, tmp_path):
+    marker = tmp_path / "executed"
+    directory = write(layered(tensors))
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.planner_data = Malicious(marker)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"posix\.system is not part of checkpoint metadata"):
+        MegatronCheckpoint.open(directory)
+    assert not marker.exists()

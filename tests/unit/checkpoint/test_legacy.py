@@ -1,0 +1,401 @@
+"""`--ckpt-format torch`, with ranks' files cut by tests/helpers/legacy_ranks.py."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from legacy_ranks import edit, write_legacy
+
+import megatron_longrope
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.checkpoint.rank_file import RankFile
+
+FC1 = "decoder.layers.mlp.linear_fc1.weight"
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
+
+
+@pytest.fixture
+def arguments(make_checkpoint):
+    """What torch_dist gives back of a run's arguments."""
+    return lambda **changes: MegatronCheckpoint.open(make_checkpoint(**changes)).args
+
+
+@pytest.fixture
+def write(tmp_path, tensors, arguments):
+    """Writes `legacy/iter_0000003` in any parallel layout."""
+
+    def make(*, model=None, changes=None, **layout):
+        args = arguments(**(changes or {}))
+        return write_legacy(
+            tmp_path / "legacy", tensors if model is None else model, args, **layout
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("local", [False, True], ids=["te-spec", "local-spec"])
+@pytest.mark.parametrize(("tp", "pp", "vpp"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)])
+def test_any_layout_gives_the_names_shapes_and_bits_of_torch_dist(
+    write, tensors, make_checkpoint, tp, pp, vpp, local
+):
+    checkpoint = MegatronCheckpoint.open(write(tp=tp, pp=pp, vpp=vpp, local=local).parent)
+    torch_dist = MegatronCheckpoint.open(make_checkpoint())
+    assert (checkpoint.format, checkpoint.iteration) == ("torch", 3)
+    assert checkpoint.shape == torch_dist.shape
+    assert checkpoint.keys() == torch_dist.keys()
+    assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in tensors)
+    assert torch.equal(checkpoint.tensor(FC1, layer=1), tensors[FC1][1])
+
+
+def test_virtual_stages_come_in_the_order_of_the_model(write, tensors):
+    # Seven layers in four chunks of 2, 2, 2, 1: pipeline rank 0 holds layers 0, 1 and 4, 5.
+    deep = {
+        name: torch.cat([value, value + 1, value + 2, value + 3])[:7]
+        if name.startswith("decoder.layers.")
+        else value
+        for name, value in tensors.items()
+    }
+    directory = write(model=deep, changes={"num_layers": 7}, tp=2, pp=2, vpp=2)
+    checkpoint = MegatronCheckpoint.open(directory)
+    assert all(torch.equal(checkpoint.tensor(name), deep[name]) for name in deep)
+
+
+def test_tied_embeddings_appear_once_though_the_last_stage_repeats_them(write, tensors):
+    tied = {"untie_embeddings_and_output_weights": False}
+    checkpoint = MegatronCheckpoint.open(write(changes=tied, pp=2))
+    assert set(checkpoint.keys()) == set(tensors) - {"output_layer.weight"}
+    name = "embedding.word_embeddings.weight"
+    assert torch.equal(checkpoint.tensor(name), tensors[name])
+
+
+def test_layers_of_a_hybrid_model_keep_their_numbers(write, tensors):
+    directory = write(tp=2, local=True, changes={"hybrid_layer_pattern": "*-|*-"})
+    moved = {"self_attention": 0, "input_layernorm": 0, "mlp": 1, "pre_mlp_layernorm": 1}
+
+    def to_hybrid(state):  # attention and MLP of layer i become layers 2i and 2i + 1
+        model = state["model"]
+        for name in [name for name in model if name.startswith("decoder.layers.")]:
+            number, rest = name.removeprefix("decoder.layers.").split(".", 1)
+            target = 2 * int(number) + moved[rest.partition(".")[0]]
+            state.setdefault("new", {})[f"decoder.layers.{target}.{rest}"] = model.pop(name)
+        model.update(state.pop("new"))
+
+    for folder in directory.iterdir():
+        edit(folder, to_hybrid)
+    checkpoint = MegatronCheckpoint.open(directory)
+    for name, expected in tensors.items():
+        head, is_layer, tail = name.partition("decoder.layers.")
+        if not is_layer or head:
+            assert torch.equal(checkpoint.tensor(name), expected)
+            continue
+        for index, value in enumerate(expected):
+            number = 2 * index + moved[tail.partition(".")[0]]
+            assert torch.equal(checkpoint.tensor(f"decoder.layers.{number}.{tail}"), value)
+    assert len(checkpoint.keys()) == 3 + 2 * 6
+
+
+def test_an_ungated_mlp_is_joined_row_by_row(write, tensors):
+    checkpoint = MegatronCheckpoint.open(write(changes={"swiglu": False}, tp=2))
+    ours = checkpoint.tensor(FC1)
+    (g0, g1), (u0, u1) = (half.chunk(2, dim=1) for half in tensors[FC1].chunk(2, dim=1))
+    assert torch.equal(ours, torch.cat([g0, u0, g1, u1], dim=1))
+
+
+@pytest.mark.parametrize("expert_tp", [1, 2])
+def test_experts_of_all_ranks_are_stacked(tmp_path, write, arguments, expert_tp):
+    directory = write(tp=2)
+    moe = {
+        "num_experts": 4,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": expert_tp,
+    }
+    gate_up = torch.randn(2, 4, 6, 32)  # layers, experts, [gate; up], hidden
+    fc2 = torch.randn(2, 4, 32, 3 if expert_tp == 1 else 4)
+    gate_up = gate_up if expert_tp == 1 else torch.randn(2, 4, 8, 32)
+    for tp_rank in range(2):
+        for ep_rank in range(2):
+            if expert_tp == 1 and tp_rank != ep_rank:
+                continue  # as on two ranks, each of which writes one file
+
+            def to_experts(state, tp_rank=tp_rank, ep_rank=ep_rank):
+                vars(state["args"]).update(moe)
+                model = state["model"]
+                for name in [name for name in model if ".mlp." in name]:
+                    del model[name]
+                for layer in range(2):
+                    experts = f"decoder.layers.{layer}.mlp.experts.local_experts."
+                    for index in range(2):
+                        first = gate_up[layer, 2 * ep_rank + index]
+                        second = fc2[layer, 2 * ep_rank + index]
+                        if expert_tp == 2:
+                            halves = [half.chunk(2)[tp_rank] for half in first.chunk(2)]
+                            first, second = torch.cat(halves), second.chunk(2, dim=1)[tp_rank]
+                        model[f"{experts}{index}.linear_fc1.weight"] = first.clone()
+                        model[f"{experts}{index}.linear_fc2.weight"] = second.clone()
+
+            target = directory / f"mp_rank_{tp_rank:02d}_{ep_rank:03d}"
+            shutil.copytree(directory / f"mp_rank_{tp_rank:02d}", target)
+            edit(target, to_experts)
+    for tp_rank in range(2):
+        shutil.rmtree(directory / f"mp_rank_{tp_rank:02d}")
+    checkpoint = MegatronCheckpoint.open(directory)
+    stem = "decoder.layers.mlp.experts.experts"
+    assert torch.equal(checkpoint.tensor(f"{stem}.linear_fc1.weight"), gate_up)
+    assert torch.equal(checkpoint.tensor(f"{stem}.linear_fc2.weight", layer=1), fc2[1])
+
+
+def test_tensors_are_copies_that_outlive_the_file(write, tensors):
+    directory = write()
+    checkpoint = MegatronCheckpoint.open(directory)
+    ours = checkpoint.tensor(FC1)
+    ours.zero_()
+    assert torch.equal(checkpoint.tensor(FC1), tensors[FC1])
+
+
+def test_reading_needs_no_megatron(write):
+    code = (
+        "import sys; from megatron_longrope.checkpoint import MegatronCheckpoint as M; "
+        "c = M.open(sys.argv[1]); c.tensors(c.keys()); "
+        "assert not any(m.startswith('megatron.') for m in sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(write(tp=2))],
+        check=True,
+        cwd=Path(megatron_longrope.__file__).parents[1],
+    )
+
+
+@pytest.mark.slow
+def test_the_optimizer_is_not_read_and_memory_stays_bounded(tmp_path, write):
+    """A file of 1.2 GiB, of which 0.4 GiB are the model: less than that is ever in memory."""
+    directory = write()
+
+    def enlarge(state):
+        state["model"]["embedding.word_embeddings.weight"] = torch.zeros(13 << 20, 8)
+        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(800 << 18)
+
+    edit(directory / "mp_rank_00", enlarge)
+    code = """
+import sys
+from megatron_longrope.checkpoint import MegatronCheckpoint as M
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
+import torch.distributed.checkpoint
+before = peak()
+checkpoint = M.open(sys.argv[1])
+assert checkpoint.keys() and peak() - before < 64, ("keys", peak() - before)
+for _ in range(4):  # what was read is unmapped now and then
+    checkpoint.tensor("embedding.word_embeddings.weight")
+assert peak() - before < 2 * 416 + 128, ("tensors", peak() - before)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, str(directory)],
+        check=True,
+        cwd=Path(megatron_longrope.__file__).parents[1],
+    )
+
+
+def test_the_files_are_mapped_anew_after_a_bounded_number_of_bytes(write, tensors, monkeypatch):
+    monkeypatch.setattr("megatron_longrope.checkpoint.rank_file._MAPPED_BYTES", 10_000)
+    checkpoint = MegatronCheckpoint.open(write(tp=2))
+    assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in tensors)
+
+
+def test_a_missing_rank_is_named(write):
+    directory = write(tp=2, pp=2)
+    shutil.rmtree(directory / "mp_rank_01_000")
+    with pytest.raises(
+        ValueError, match="tensor-parallel rank 1, pipeline rank 0 is missing; the run was tensor "
+    ):
+        MegatronCheckpoint.open(directory)
+
+
+def test_a_missing_file_is_named(write):
+    directory = write(tp=2)
+    (directory / "mp_rank_01" / "model_optim_rng.pt").unlink()
+    with pytest.raises(ValueError, match=r"mp_rank_01/model_optim_rng\.pt: missing"):
+        MegatronCheckpoint.open(directory)
+
+
+@pytest.mark.parametrize("extra", ["mp_rank_02", "mp_rank_00_001"])
+def test_a_rank_that_the_run_had_not_is_named(write, extra):
+    directory = write(tp=2)
+    shutil.copytree(directory / "mp_rank_00", directory / extra)
+    with pytest.raises(ValueError, match=rf"{extra}: the run was tensor parallel 2 x pipeline"):
+        MegatronCheckpoint.open(directory)
+
+
+def test_a_file_of_another_iteration_is_named(write):
+    directory = write(tp=2)
+    edit(directory / "mp_rank_01", lambda state: state.update(iteration=4))
+    with pytest.raises(ValueError, match=r"mp_rank_01/.*is of iteration 4, mp_rank_00 of 3"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+def test_a_file_of_another_layout_is_named(write):
+    directory = write(tp=2)
+    change = {"pipeline_model_parallel_size": 2}
+    edit(directory / "mp_rank_01", lambda state: vars(state["args"]).update(change))
+    with pytest.raises(ValueError, match=r"mp_rank_01/.*pipeline parallel 2 with 1 chunks, mp_"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+def test_too_few_layers_are_told_with_both_numbers(write):
+    directory = write(pp=2)
+    for folder in directory.iterdir():
+        edit(folder, lambda state: vars(state["args"]).update(num_layers=3))
+    with pytest.raises(ValueError, match="holds 2 layers, its arguments say 3"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+@pytest.mark.parametrize(("kept", "told"), [(0.5, "truncated: .* copy it again"), (0, "truncated")])
+def test_a_truncated_file_is_named(write, kept, told):
+    path = write(tp=2) / "mp_rank_01" / "model_optim_rng.pt"
+    os.truncate(path, int(path.stat().st_size * kept))
+    with pytest.raises(ValueError, match=rf"mp_rank_01/model_optim_rng\.pt: {told}"):
+        MegatronCheckpoint.open(path.parents[1])
+
+
+def test_a_file_that_is_no_archive_is_named(write):
+    path = write() / "mp_rank_00" / "model_optim_rng.pt"
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"model_optim_rng\.pt: not an archive of torch\.save"):
+        MegatronCheckpoint.open(path.parents[1])
+
+
+def test_a_part_of_another_shape_is_told_with_both_shapes(write):
+    directory = write(tp=2)
+    edit(directory / "mp_rank_01", lambda state: state["model"].update({QKV: torch.zeros(8, 32)}))
+    with pytest.raises(
+        ValueError, match=r"iter_0000003: .*qkv.* \(32, 32\) .* \(8, 32\) on rank 1"
+    ):
+        MegatronCheckpoint.open(directory).keys()
+
+
+def test_a_layer_of_another_shape_is_told_with_both_shapes(write):
+    directory = write()
+    edit(directory / "mp_rank_00", lambda state: state["model"].update({QKV: torch.zeros(8, 32)}))
+    with pytest.raises(ValueError, match=r"qkv.*of layer 1 is \(64, 32\).*layer 0 \(8, 32\)"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+def test_a_tensor_that_one_rank_lacks_is_named(write):
+    directory = write(tp=2)
+    edit(directory / "mp_rank_01", lambda state: state["model"].pop(QKV))
+    with pytest.raises(ValueError, match=rf"mp_rank_01/.*{QKV} is in only one"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+def test_a_split_tensor_of_unknown_kind_is_refused_by_name(write):
+    directory = write(tp=2)
+    for rank in range(2):
+        edit(
+            directory / f"mp_rank_{rank:02d}",
+            lambda state: state["model"].update({"decoder.layers.0.mixer.A_log": torch.ones(4)}),
+        )
+    with pytest.raises(ValueError, match=r"mixer\.A_log in 2 tensor-parallel parts"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+def test_models_from_before_megatron_core_are_refused(write):
+    directory = write()
+    edit(directory / "mp_rank_00", lambda state: state.update(model={"language_model": {}}))
+    with pytest.raises(ValueError, match=r"before megatron-core's classes; convert it"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+def test_checkpoints_with_the_old_order_of_qkv_are_refused(write):
+    directory = write()
+    edit(directory / "mp_rank_00", lambda state: state.update(checkpoint_version=1.0))
+    with pytest.raises(ValueError, match=r"checkpoint_version 1\.0.*order the rows of qkv"):
+        MegatronCheckpoint.open(directory)
+
+
+def test_chunks_of_wrong_names_are_refused(write):
+    directory = write()
+    edit(directory / "mp_rank_00", lambda state: state.update(model1=state.pop("model")))
+    with pytest.raises(ValueError, match="holds the models model1; expected"):
+        MegatronCheckpoint.open(directory).keys()
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+class MaliciousTensor(torch.Tensor):
+    path = None
+
+    def __reduce_ex__(self, protocol):
+        return os.system, (f"touch {self.path}",)
+
+
+class Unknown(torch.Tensor):
+    """A tensor of a class that only its writer has."""
+
+
+def malicious_tensor(path):
+    result = torch.zeros(2).as_subclass(MaliciousTensor)
+    result.path = path
+    return result
+
+
+@pytest.mark.parametrize(
+    "infect",
+    [
+        lambda state, evil, tensor: state.update(evil=evil),
+        lambda state, evil, tensor: state.update(rng_state=[{"a": (1, {"b": evil})}]),
+        lambda state, evil, tensor: setattr(state["args"], "save", evil),
+        lambda state, evil, tensor: state["optimizer"]["state"].update({1: evil}),
+        lambda state, evil, tensor: state["model"].update({QKV: tensor}),
+        lambda state, evil, tensor: state["model"].update({QKV: torch.nn.Parameter(tensor)}),
+    ],
+    ids=["top", "nested", "args", "optimizer", "tensor", "parameter"],
+)
+def test_a_malicious_file_does_not_run(write, tmp_path, infect):
+    marker = tmp_path / "executed"
+    directory = write(tp=2)
+    for rank in range(2):
+        edit(
+            directory / f"mp_rank_{rank:02d}",
+            lambda state: infect(state, Malicious(marker), malicious_tensor(marker)),
+        )
+    with pytest.raises(ValueError, match=r"mp_rank_00/.*holds an object of class posix\.system"):
+        MegatronCheckpoint.open(directory)
+    assert not marker.exists()
+
+
+def test_a_malicious_file_of_a_later_rank_does_not_run(write, tmp_path):
+    marker = tmp_path / "executed"
+    directory = write(tp=2)
+    edit(directory / "mp_rank_01", lambda state: state.update(evil=Malicious(marker)))
+    checkpoint = MegatronCheckpoint.open(directory)
+    with pytest.raises(ValueError, match=r"mp_rank_01/.*class posix\.system"):
+        checkpoint.keys()
+    assert not marker.exists()
+
+
+def test_a_tensor_of_an_unknown_class_is_refused_by_name(write):
+    directory = write()
+    value = torch.zeros(2).as_subclass(Unknown)
+    edit(directory / "mp_rank_00", lambda state: state["model"].update({QKV: value}))
+    with pytest.raises(ValueError, match=r"class test_legacy\.Unknown, which is not one"):
+        MegatronCheckpoint.open(directory)
+
+
+def test_the_header_of_a_file_is_read_once(write, monkeypatch):
+    loads = []
+    original = RankFile._header.func
+    monkeypatch.setattr(RankFile._header, "func", lambda self: loads.append(1) or original(self))
+    checkpoint = MegatronCheckpoint.open(write(tp=2))
+    assert len(loads) == 1  # the arguments
+    checkpoint.keys()
+    assert len(loads) == 2

@@ -1,0 +1,284 @@
+"""Conversions that end early: what is left, and how the next one goes on."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.conversion import convert_from_hf, convert_to_hf, megatron_writer
+from megatron_longrope.conversion import safetensors_writer as writer
+from megatron_longrope.conversion.tensors import TensorSource
+from megatron_longrope.conversion.work import WorkFolder, file_identity, work_folder
+
+SHARDS = {"max_shard_bytes": 40_000}
+
+
+def tensors(folder):
+    return {
+        key: value
+        for path in folder.glob("*.safetensors")
+        for key, value in load_file(path).items()
+    }
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+class Interrupt:
+    """A `progress` that ends the conversion once so many bytes are written."""
+
+    def __init__(self, share, error=KeyboardInterrupt):
+        self.share, self.error, self.calls = share, error, []
+
+    def __call__(self, done, total):
+        self.calls.append(done)
+        if done >= self.share * total:
+            raise self.error
+
+
+@pytest.fixture
+def interrupted(untied_gqa, config, tmp_path):
+    """Ctrl-C in the middle of an export to `tmp_path/hf`; gives its work folder."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        convert_to_hf(
+            untied_gqa.path,
+            tmp_path / "hf",
+            longrope_config=config,
+            progress=Interrupt(0.6),
+            **SHARDS,
+        )
+    (work,) = tmp_path.iterdir()
+    assert str(work) in caught.value.__notes__[0]
+    return work
+
+
+def files_read(monkeypatch):
+    """Names of the tensors that are loaded from now on."""
+    names, load = [], TensorSource.load
+    monkeypatch.setattr(
+        TensorSource, "load", lambda self, item: names.append(item.name) or load(self, item)
+    )
+    return names
+
+
+def test_what_was_complete_is_not_written_again(
+    untied_gqa, config, tmp_path, interrupted, monkeypatch
+):
+    kept = {path.name: path.stat() for path in (interrupted / "result").glob("*.safetensors")}
+    assert kept
+    assert not list(interrupted.rglob("*.part"))
+    names, calls = files_read(monkeypatch), []
+    report = convert_to_hf(
+        untied_gqa.path,
+        tmp_path / "hf",
+        longrope_config=config,
+        progress=lambda done, total: calls.append(done),
+        **SHARDS,
+    )
+    assert report.resumed
+    assert 0 < calls[0] < calls[-1] == report.num_bytes
+    assert 0 < len(names) < report.num_tensors
+    for name, before in kept.items():
+        assert (tmp_path / "hf" / name).stat().st_mtime_ns == before.st_mtime_ns
+    convert_to_hf(untied_gqa.path, tmp_path / "whole", longrope_config=config, **SHARDS)
+    assert equal(tensors(tmp_path / "hf"), tensors(tmp_path / "whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "whole"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": torch.bfloat16}, {"max_shard_bytes": 50_000}, {"target_length": 128}]
+)
+def test_other_options_start_anew(untied_gqa, config, tmp_path, interrupted, changes, monkeypatch):
+    names = files_read(monkeypatch)
+    options = {"longrope_config": config, **SHARDS, **changes}
+    report = convert_to_hf(untied_gqa.path, tmp_path / "hf", **options)
+    assert not report.resumed
+    assert len(names) == report.num_tensors
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_another_checkpoint_starts_anew(megatron_runs, config, tmp_path, interrupted):
+    report = convert_to_hf(
+        megatron_runs["tied_mha"].path, tmp_path / "hf", longrope_config=config, **SHARDS
+    )
+    assert not report.resumed
+    assert "lm_head.weight" not in tensors(tmp_path / "hf")
+
+
+def test_a_file_that_was_damaged_meanwhile_is_written_again(
+    untied_gqa, config, tmp_path, interrupted
+):
+    first = sorted((interrupted / "result").glob("*.safetensors"))[0]
+    first.write_bytes(first.read_bytes()[:-10])
+    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, **SHARDS)
+    convert_to_hf(untied_gqa.path, tmp_path / "whole", longrope_config=config, **SHARDS)
+    assert equal(tensors(tmp_path / "hf"), tensors(tmp_path / "whole"))
+
+
+def test_a_verification_that_fails_leaves_nothing_of_an_interrupted_export(
+    untied_gqa, config, tmp_path, interrupted
+):
+    def fail(folder):
+        raise ValueError("other logits")
+
+    with pytest.raises(ValueError, match="other logits"):
+        convert_to_hf(
+            untied_gqa.path, tmp_path / "hf", longrope_config=config, check=fail, **SHARDS
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def exported(megatron_runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    convert_to_hf(megatron_runs["untied_gqa"].path, folder, longrope_config=maker.longrope_config())
+    return folder
+
+
+def test_an_interrupted_import_goes_on(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron_writer, "_BLOCK_BYTES", 10_000)  # embeddings in several pieces
+    with pytest.raises(KeyboardInterrupt):
+        convert_from_hf(exported, tmp_path / "ckpt", progress=Interrupt(0.6), **SHARDS)
+    (work,) = tmp_path.iterdir()
+    kept = {path.name: path.stat() for path in work.rglob("*.distcp")}
+    assert len(kept) > 2
+    calls = []
+    report = convert_from_hf(
+        exported, tmp_path / "ckpt", progress=lambda done, total: calls.append(done), **SHARDS
+    )
+    assert report.resumed
+    assert 0 < calls[0] < calls[-1] == report.num_bytes
+    for name, before in kept.items():
+        assert (tmp_path / "ckpt" / "release" / name).stat().st_mtime_ns == before.st_mtime_ns
+    convert_from_hf(exported, tmp_path / "whole")
+    ours, theirs = (MegatronCheckpoint.open(tmp_path / name) for name in ("ckpt", "whole"))
+    names = list(theirs.keys())
+    assert ours.keys() == theirs.keys()
+    assert equal(ours.tensors(names), theirs.tensors(names))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "whole"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_what_the_same_command_continues(exported, tmp_path):
+    output = tmp_path / "ckpt"
+    code = (
+        "import sys, time\n"
+        "from megatron_longrope.conversion import convert_from_hf\n"
+        "def wait(done, total):\n"
+        "    if done > 0.6 * total:\n"
+        "        print('here', flush=True)\n"
+        "        time.sleep(600)\n"
+        "convert_from_hf(*sys.argv[1:], max_shard_bytes=40_000, progress=wait)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(exported), str(output)], stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"here\n"
+    with pytest.raises(ValueError, match="another process is converting to it"):
+        convert_from_hf(exported, output, **SHARDS)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not output.exists()
+    report = convert_from_hf(exported, output, **SHARDS)
+    assert report.resumed
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    back = tmp_path / "back"
+    convert_to_hf(output, back, longrope_config=report.longrope_config)
+    assert equal(tensors(back), tensors(exported))
+
+
+# The disk
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    untied_gqa, config, exported, tmp_path, direction
+):
+    full = Interrupt(0.6, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(ValueError, match="the disk is full; nothing was left behind"):
+        if direction == "to":
+            convert_to_hf(
+                untied_gqa.path, tmp_path / "x", longrope_config=config, progress=full, **SHARDS
+            )
+        else:
+            convert_from_hf(exported, tmp_path / "x", progress=full, **SHARDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    untied_gqa, config, tmp_path, monkeypatch
+):
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(TensorSource, "load", None)
+    with pytest.raises(ValueError, match="has 1000 bytes free and needs "):
+        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The work folder
+
+
+def test_a_process_that_ended_between_two_renames_gives_back_what_was_there(tmp_path):
+    output = tmp_path / "hf"
+    work = WorkFolder(output)
+    work.lock()
+    work.begin({"a": 1})
+    (work.path / "replaced" / "hf").mkdir(parents=True)
+    (work.path / "replaced" / "hf" / "precious").touch()
+    work.close()
+    with pytest.raises(ValueError, match="bad"), work_folder(output, {"a": 1}):
+        raise ValueError("bad")
+    assert (output / "precious").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_lock_ends_with_its_folder(tmp_path):
+    with work_folder(tmp_path / "x", {}) as (work, resumed):
+        assert not resumed
+        with (work.path / "lock").open("w") as lock, pytest.raises(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        work.put_in_place()
+    with work_folder(tmp_path / "y", {}):
+        pass
+
+
+def test_files_are_told_apart_by_content_or_by_size_and_time(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    path = tmp_path / "inside" / "file"
+    path.write_bytes(b"one")
+    first = file_identity([tmp_path])
+    assert first[0][0] == "inside/file"
+    os.utime(path, ns=(1, 1))
+    assert file_identity([tmp_path]) == first
+    path.write_bytes(b"two")
+    assert file_identity([tmp_path]) != first
+    monkeypatch.setattr("megatron_longrope.conversion.work._HASHED_BYTES", 1)
+    large = file_identity([path])
+    time.sleep(0.01)
+    path.write_bytes(b"six")
+    assert file_identity([path]) != large
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path):
+    with pytest.raises(RuntimeError), writer.complete_file(tmp_path / "a") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with writer.complete_file(tmp_path / "a") as file:
+        file.write(b"whole")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"whole"

@@ -1,0 +1,361 @@
+"""`longrope convert`: what the commands print and write, and how they fail."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import make_megatron_checkpoint as maker
+import pytest
+import torch
+from search_data import make_search_data
+
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.cli import main
+from megatron_longrope.cli.byte_progress import ByteProgress
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.engine import load_engine
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_search_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def hf(megatron_runs, tmp_path_factory):
+    """The checkpoint as a folder in several files."""
+    path = tmp_path_factory.mktemp("hf") / "hf"
+    convert_to_hf(
+        megatron_runs["untied_gqa"].path,
+        path,
+        longrope_config=maker.longrope_config(),
+        max_shard_bytes=60_000,
+    )
+    return path
+
+
+@pytest.fixture
+def checkpoint(untied_gqa, tmp_path):
+    """A checkpoint to damage."""
+    return shutil.copytree(untied_gqa.path, tmp_path / "in" / "checkpoint")
+
+
+def convert(*arguments):
+    return main(["convert", *map(str, arguments)])
+
+
+def to_hf(checkpoint, output, *more):
+    return convert("to-hf", "--load", checkpoint, "--output", output, *more)
+
+
+def refused(capsys, *arguments):
+    """The sentence a command fails with."""
+    capsys.readouterr()
+    assert convert(*arguments) == 1
+    error = capsys.readouterr().err.rpartition("\r")[2]  # behind transformers' progress bar
+    *others, sentence = error.splitlines()
+    assert sentence.startswith("longrope convert: error: ")
+    assert not [line for line in others if "error" in line or "Traceback" in line]
+    return sentence
+
+
+def occupied(tmp_path):
+    """An output that exists; `--overwrite` may replace it when all went well."""
+    output = tmp_path / "out" / "hf"
+    output.mkdir(parents=True)
+    (output / "precious").touch()
+    return output
+
+
+def assert_untouched(output):
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    assert [path.name for path in output.iterdir()] == ["precious"]
+
+
+# Broken input
+
+
+def test_damaged_checkpoints_are_one_sentence_and_the_target_stays(checkpoint, tmp_path, capsys):
+    output = occupied(tmp_path)
+    arguments = ("to-hf", "--load", checkpoint, "--output", output, "--overwrite")
+    shard = next(path for path in checkpoint.rglob("*.distcp") if path.stat().st_size > 5000)
+    content = shard.read_bytes()
+    shard.unlink()
+    assert f"{shard.name}: missing" in refused(capsys, *arguments)
+    shard.write_bytes(content[: len(content) // 2])
+    assert f"{shard.name}: truncated" in refused(capsys, *arguments)
+    shard.write_bytes(bytes(len(content)))  # as long as it was, and nothing in it
+    assert "not readable as a torch archive" in refused(capsys, *arguments)
+    assert_untouched(output)
+
+
+def test_a_tokenizer_of_another_model_is_refused(untied_gqa, tmp_path, data, capsys):
+    output = occupied(tmp_path)
+    folder = shutil.copytree(data["tokenizer"], tmp_path / "tokenizer")
+    path = folder / "tokenizer.json"
+    value = json.loads(path.read_text())
+    vocabulary = value["model"]["vocab"]
+    vocabulary |= {f"word{index}": index for index in range(len(vocabulary), 300)}
+    path.write_text(json.dumps(value))
+    sentence = refused(
+        capsys, "to-hf", "--load", untied_gqa.path, "--output", output, "--overwrite",
+        "--tokenizer", folder,
+    )  # fmt: skip
+    assert "the tokenizer has 300 tokens, the model's vocabulary 250" in sentence
+    assert_untouched(output)
+
+
+def test_a_checkpoint_of_another_model_than_its_arguments_say_is_refused(
+    checkpoint, tmp_path, capsys
+):
+    output = occupied(tmp_path)
+    arguments = maker.arguments(2, True)
+    common = next(checkpoint.glob("iter_*")) / "common.pt"  # read first where there is one
+    for name, value in (("num_query_groups", 1), ("ffn_hidden_size", 80), ("num_layers", 5)):
+        changed = {**vars(arguments), name: value}
+        torch.save({"args": type(arguments)(**changed), "iteration": 3}, common)
+        refused(capsys, "to-hf", "--load", checkpoint, "--output", output, "--overwrite")
+        assert_untouched(output)
+
+
+def test_damaged_folders_are_one_sentence_and_nothing_is_written(hf, tmp_path, capsys):
+    folder = shutil.copytree(hf, tmp_path / "in" / "hf")
+    output = tmp_path / "out" / "checkpoint"
+    output.parent.mkdir()
+    arguments = ("from-hf", "--hf", folder, "--output", output)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    assert f"{shard.name}: missing" in refused(capsys, *arguments)
+    shard.write_bytes(content[:-1])
+    assert f"{shard.name}: truncated or damaged" in refused(capsys, *arguments)
+    shard.write_bytes(content)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    assert "lacks tensor model.layers.3." in refused(capsys, *arguments)
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
+    assert "config.json says (80, 64)" in refused(capsys, *arguments)
+    assert list(output.parent.iterdir()) == []
+
+
+# Failures on the way
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_disk_that_fills_up_is_one_sentence(
+    untied_gqa, hf, tmp_path, monkeypatch, capsys, direction
+):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("megatron_longrope.conversion.work.os.fsync", full)
+    source = ("--load", untied_gqa.path) if direction == "to-hf" else ("--hf", hf)
+    sentence = refused(capsys, direction, *source, "--output", tmp_path / "out", "--no-verify")
+    assert "the disk is full; nothing was left behind" in sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_differ_leave_the_target_as_it_was(untied_gqa, tmp_path, monkeypatch, capsys):
+    output = occupied(tmp_path)
+
+    class Wrong:
+        def logits(self, tokens):
+            return torch.zeros(*tokens.shape, maker.PADDED)
+
+    monkeypatch.setattr(
+        "megatron_longrope.conversion.verify.fp32_engine", lambda checkpoint, config: Wrong()
+    )
+    sentence = refused(
+        capsys, "to-hf", "--load", untied_gqa.path, "--output", output, "--overwrite"
+    )
+    assert "verification failed on 64 tokens (short factors)" in sentence
+    assert_untouched(output)
+
+
+def test_an_interruption_says_what_is_left_and_the_same_command_goes_on(
+    untied_gqa, tmp_path, monkeypatch, capsys
+):
+    from megatron_longrope.conversion import to_hf as module
+
+    write = module.write_safetensors
+
+    def interrupt(directory, plan, load, max_shard_bytes, progress):
+        def once(done, total):
+            progress(done, total)
+            if done > total / 2:
+                raise KeyboardInterrupt
+
+        return write(directory, plan, load, 40_000, once)
+
+    output = tmp_path / "out" / "hf"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_safetensors", interrupt)
+        assert to_hf(untied_gqa.path, output, "--no-verify") == 130
+    error = capsys.readouterr().err
+    assert "complete files are kept in" in error and "interrupted" in error
+    assert not output.exists()
+    monkeypatch.setattr(
+        module,
+        "write_safetensors",
+        lambda directory, plan, load, size, progress: write(
+            directory, plan, load, 40_000, progress
+        ),
+    )
+    assert to_hf(untied_gqa.path, output, "--no-verify") == 0
+    assert "continuing an interrupted conversion: " in capsys.readouterr().out
+    assert [path.name for path in output.parent.iterdir()] == ["hf"]
+
+
+# What is printed
+
+
+def test_progress_is_lines_with_a_rate_where_there_is_no_terminal(capsys):
+    progress = ByteProgress("writing")
+    progress(0, 3_500_000)
+    progress(1_000_000, 3_500_000)
+    progress(3_500_000, 3_500_000)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("writing: 4/4 MB, ")
+    assert line.endswith(" MB/s")
+
+
+def test_the_memory_of_a_verification_is_stated_and_can_be_spared(untied_gqa, tmp_path, capsys):
+    assert to_hf(untied_gqa.path, tmp_path / "a") == 0
+    printed = capsys.readouterr().out
+    assert "verifying: holds the model in memory twice, in fp32, 0.0 GiB of weights" in printed
+    assert "verified long      128 tokens" in printed
+    assert to_hf(untied_gqa.path, tmp_path / "b", "--no-verify") == 0
+    printed = capsys.readouterr().out
+    assert "not verified (--no-verify)" in printed and "verifying" not in printed
+
+
+def test_verify_compares_a_pair_of_either_origin_or_a_folder_alone(
+    untied_gqa, hf, tmp_path, capsys
+):
+    imported = tmp_path / "imported"
+    assert convert("from-hf", "--hf", hf, "--output", imported, "--no-verify") == 0
+    capsys.readouterr()
+    for load in (("--load", untied_gqa.path), ("--load", imported), ()):
+        assert convert("verify", *load, "--hf", hf, "--json") == 0
+        windows = json.loads(capsys.readouterr().out)["windows"]
+        assert [item["window"] for item in windows] == ["short", "long"]
+        assert all(item["max_abs_diff"] < 1e-4 for item in windows)
+    assert convert("verify", "--hf", hf) == 0
+    assert "stored in the folder, up to 256 tokens" in capsys.readouterr().out
+
+
+def test_inspect_says_where_a_checkpoint_comes_from(untied_gqa, hf, tmp_path, capsys):
+    assert convert("inspect", untied_gqa.path, "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["format"] == "torch_dist"
+    assert value["tokens"] is None
+    tensors = MegatronCheckpoint.open(untied_gqa.path).keys().values()
+    assert value["num_parameters"] == sum(torch.Size(info.shape).numel() for info in tensors)
+    assert value["num_bytes"] == 4 * value["num_parameters"]
+    assert "0.18 or earlier" in value["release"] or "0.19 or later" in value["release"]
+    assert convert("from-hf", "--hf", hf, "--output", tmp_path / "x", "--no-verify") == 0
+    capsys.readouterr()
+    assert convert("inspect", tmp_path / "x") == 0
+    printed = capsys.readouterr().out
+    assert "release                    longrope convert from-hf (llama)" in printed
+    assert "parallel sizes             tensor 1, pipeline 1" in printed
+
+
+def test_inspect_counts_the_tokens_seen(checkpoint, capsys):
+    common = next(checkpoint.glob("iter_*")) / "common.pt"
+    arguments = maker.arguments(2, True)
+    arguments.global_batch_size, arguments.expert_model_parallel_size = 8, 2
+    torch.save({"args": arguments, "iteration": 3}, common)
+    assert convert("inspect", checkpoint) == 0
+    printed = capsys.readouterr().out
+    assert "1536 (3 iterations x 8 samples x 64 tokens)" in printed
+    assert "expert 2" in printed
+    arguments.consumed_train_samples = 20  # a batch size that grew on the way
+    torch.save({"args": arguments, "iteration": 3}, common)
+    assert convert("inspect", checkpoint, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]["num_tokens"] == 20 * 64
+
+
+# Start tokens
+
+
+@pytest.fixture
+def with_start_tokens(config, tmp_path):
+    short, long = config.factor_sets
+    changed = replace(config, factor_sets=(short, replace(long, num_start_tokens=4)))
+    changed.save(tmp_path / "start.json")
+    return changed, tmp_path / "start.json"
+
+
+def test_start_tokens_are_refused_with_both_remedies(
+    untied_gqa, with_start_tokens, tmp_path, capsys
+):
+    sentence = refused(
+        capsys, "to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf",
+        "--longrope-config", with_start_tokens[1],
+    )  # fmt: skip
+    assert "the long factor set (max_length 256) has num_start_tokens 4" in sentence
+    assert "--start-tokens 0" in sentence and "--drop-start-tokens" in sentence
+
+
+def test_start_tokens_can_be_dropped_and_that_is_recorded(
+    untied_gqa, with_start_tokens, config, tmp_path, capsys
+):
+    output = tmp_path / "hf"
+    options = ("--longrope-config", with_start_tokens[1], "--drop-start-tokens")
+    assert to_hf(untied_gqa.path, output, *options) == 0
+    sentence = "4 start tokens dropped; the effect on perplexity was not measured"
+    assert sentence in capsys.readouterr().out
+    assert sentence in (output / "README.md").read_text()
+    exported = LongRopeConfig.load(output / "longrope.json")
+    assert [item.num_start_tokens for item in exported.factor_sets] == [0, 0]
+    assert exported.factor_sets[1].origin["dropped_start_tokens"] == 4
+    assert exported.factor_sets[0] == config.factor_sets[0]
+    assert convert("verify", "--load", untied_gqa.path, "--hf", output, *options) == 0
+
+
+def test_the_perplexity_effect_of_dropping_them_is_the_engines(
+    untied_gqa, with_start_tokens, data, tmp_path, capsys
+):
+    config, path = with_start_tokens
+    options = ("--longrope-config", path, "--drop-start-tokens", "--data", data["heldout"])
+    output = tmp_path / "hf"
+    more = ("--num-documents", "2", "--data-length", "128", "--no-verify")
+    assert to_hf(untied_gqa.path, output, *options, *more) == 0
+    from megatron_longrope.evaluation.perplexity import perplexity
+    from megatron_longrope.evaluation.scored_documents import read_scored_documents
+
+    documents = read_scored_documents(data["heldout"], None, 127, 2)
+    values = []
+    for count in (4, 0):
+        long = replace(config.factor_sets[1], num_start_tokens=count)
+        engine = load_engine(untied_gqa.path, longrope_config=replace(config, factor_sets=(long,)))
+        result = perplexity(engine.nll, documents.tokens, documents.bos_id, 128)
+        values.append(result.ppl_window_mean)
+    assert values[0] != values[1]
+    sentence = (
+        f"perplexity {values[0]:.4f} with them, {values[1]:.4f} without, at 128 tokens over 2 "
+        "documents"
+    )
+    assert sentence in capsys.readouterr().out
+    assert sentence in (output / "README.md").read_text()
+
+
+def test_measuring_without_dropping_is_refused(untied_gqa, data, tmp_path, capsys):
+    sentence = refused(
+        capsys, "to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf",
+        "--data", data["heldout"],
+    )  # fmt: skip
+    assert "give both or neither" in sentence
+
+
+def test_the_short_set_of_a_longer_window_becomes_short_factor(untied_gqa, config, tmp_path):
+    middle = FactorSet(128, (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7))
+    config.with_factor_set(middle).save(tmp_path / "three.json")
+    options = ("--longrope-config", tmp_path / "three.json", "--short-length", "128")
+    assert to_hf(untied_gqa.path, tmp_path / "hf", *options) == 0
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["rope_parameters"]["short_factor"] == list(middle.rescale_factors)
