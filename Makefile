@@ -14,7 +14,7 @@ DEV := $(VENV)/.installed-dev
 
 # Releases of megatron-core beside the installed one, and the tests that touch Megatron.
 MATRIX := 0.17.1 0.18.2
-MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/integration tests/unit/engine \
+MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/test_training_loss.py tests/unit/integration tests/unit/engine \
 	tests/unit/checkpoint tests/unit/test_doctor.py \
 	$(addprefix tests/unit/attention/test_,sdpa_attention.py packed_attention.py \
 	attention_in_megatron.py) \

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.lengths import format_length, parse_length
+from megatron_longrope.cli.data_facts import print_facts
+from megatron_longrope.lengths import parse_length
 
 
 def add_parser(commands: Any) -> None:
@@ -62,7 +63,7 @@ def _add_prepare(actions: Any) -> None:
         description="Tokenize text into PREFIX.bin, PREFIX.idx and the manifest PREFIX.json. "
         "Lengths are in tokens; 4k is 4096.",
     )
-    _add_source_flags(parser)
+    _add_source_flags(parser, mix=True)
     parser.add_argument(
         "--tokenizer", required=True, metavar="PATH",
         help="sentencepiece .model file or Hugging Face tokenizer folder",
@@ -97,6 +98,45 @@ def _add_prepare(actions: Any) -> None:
         "--max-documents", type=_positive, metavar="K",
         help="with --whole-documents, stop after K kept documents (default: keep all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--joined", type=_positive, metavar="K",
+        help="with --segment-length, make every entry of K consecutive segments; --seq-length is "
+        "then K x S (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cut", choices=("tokens", "sentences"),
+        help="with --segment-length, cut documents anywhere, or at sentence ends, which Punkt "
+        "learns from the text itself, and fill up with EOS (default: tokens)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--short-window", type=_length, metavar="W",
+        help="with --segment-length, write documents of at most W tokens, BOS and EOS included, "
+        "one by one to PREFIX_short, for mixed-window training (default: treat all alike)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--short-multiple", type=_positive, metavar="M",
+        help="with --short-window, fill those up with EOS to a multiple of M tokens; 2 x "
+        "context-parallel size must divide it (default: 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=float, default=0.0, metavar="SHARE",
+        help="share of the documents, chosen by a hash of the text, that goes whole to "
+        "PREFIX_heldout (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--upsample-long", nargs=2, metavar=("N", "FACTOR"),
+        help="with --input, repeat documents of more than N tokens FACTOR times; a mix says it for "
+        "each source (default: all once)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N",
+        help="decides which documents are held out or repeated once more (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=_positive, default=1, metavar="N",
+        help="processes that tokenize; the output is the same for any number (default: "
+        "%(default)s)",
+    )  # fmt: skip
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -108,18 +148,30 @@ def _add_inspect(actions: Any) -> None:
         "segment is misaligned or the data differ from the manifest.",
     )
     parser.add_argument("prefix", metavar="PREFIX", help="path of the set, without suffix")
+    parser.add_argument(
+        "--figure", type=Path, metavar="X.png", help="draw the length histogram (default: none)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing figure")
     parser.set_defaults(run=run)
 
 
-def _add_source_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH",
-        help=".txt (one document), .jsonl or .jsonl.gz (one document per line) files, or "
-        "directories, which are read recursively in sorted order",
+def _add_source_flags(parser: argparse.ArgumentParser, mix: bool = False) -> None:
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument(
+        "--input", nargs="+", metavar="PATH",
+        help=".txt (one document), .jsonl, .jsonl.gz, .jsonl.zst (one document per line) or "
+        ".parquet files, folders saved by datasets' save_to_disk, or directories of these, which "
+        "are read recursively in sorted order",
     )  # fmt: skip
+    if mix:
+        inputs.add_argument(
+            "--mix", type=Path, metavar="FILE.json",
+            help='several sources: {"NAME": {"paths": [...], "weight": 1, "upsample_long": '
+            '{"above": "32k", "factor": 4}}, ...}',
+        )  # fmt: skip
     parser.add_argument(
         "--text-key", default="text", metavar="KEY",
-        help="key of the text in JSON lines (default: %(default)s)",
+        help="key of the text in JSON lines, or column (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--on-error", choices=("fail", "skip"), default="fail",
@@ -155,39 +207,81 @@ def _run_tokenizer(args: argparse.Namespace) -> None:
 
 def _run_prepare(args: argparse.Namespace) -> None:
     whole_flags = ("min_length", "max_length", "max_documents")
-    wrong = ("tail",) if args.whole_documents else whole_flags
-    for name in wrong:
+    segment_flags = ("tail", "joined", "cut", "short_window")
+    for name in segment_flags if args.whole_documents else whole_flags:
         if getattr(args, name) is not None:
-            mode = "--segment-length" if name == "tail" else "--whole-documents"
-            args.usage_error(f"--{name.replace('_', '-')} applies only with {mode}")
+            mode = "--segment-length" if name in segment_flags else "--whole-documents"
+            args.usage_error(f"{_flag(name)} applies only with {mode}")
+    if args.short_multiple is not None and args.short_window is None:
+        args.usage_error("--short-multiple applies only with --short-window")
+    if args.mix is not None and args.upsample_long is not None:
+        args.usage_error("--upsample-long applies only with --input; a mix has upsample_long")
 
+    from megatron_longrope.data.mix import load_mix
     from megatron_longrope.data.prepare import prepare
-    from megatron_longrope.data.segments import FixedSegments, Recipe, WholeDocuments
+    from megatron_longrope.data.segments import (
+        FixedSegments,
+        Recipe,
+        ShortDocuments,
+        WholeDocuments,
+    )
+    from megatron_longrope.data.stream import Split
 
     recipe: Recipe
     if args.whole_documents:
         recipe = WholeDocuments(args.min_length or 1, args.max_length, args.max_documents)
     else:
-        recipe = FixedSegments(args.segment_length, args.tail or "drop")
+        recipe = FixedSegments(
+            args.segment_length, args.tail or "drop", args.joined or 1, args.cut or "tokens"
+        )
+    short = None
+    if args.short_window is not None:
+        short = ShortDocuments(args.short_window, args.short_multiple or 16)
     manifest = prepare(
-        args.input,
+        load_mix(args.mix) if args.mix is not None else _inputs(args),
         args.output,
         args.tokenizer,
         recipe,
+        split=Split(args.held_out, short, args.seed),
         text_key=args.text_key,
         on_error=args.on_error,
+        workers=args.workers,
         overwrite=args.overwrite,
         progress=True,
     )
-    _print_facts(args.output, manifest)
+    print_facts(args.output, manifest)
+    for suffix, wanted in (("_heldout", args.held_out), ("_short", args.short_window)):
+        if wanted:
+            print(f"beside it: {args.output}{suffix}")
+
+
+def _inputs(args: argparse.Namespace) -> list[Any]:
+    """The paths of --input, or one source with its upsampling."""
+    if args.upsample_long is None:
+        return args.input
+    from megatron_longrope.data.mix import Source
+
+    length, factor = args.upsample_long
+    try:
+        above, times = parse_length(length), float(factor)
+    except ValueError as error:
+        args.usage_error(f"--upsample-long: {error}")
+    return [Source("input", tuple(args.input), long_above=above, long_factor=times)]
 
 
 def _run_inspect(args: argparse.Namespace) -> int:
     from megatron_longrope.data.documents import check_set, read_manifest
+    from megatron_longrope.data.histogram import draw_histogram, histogram_lines, source_histograms
 
     manifest = read_manifest(args.prefix)
-    _print_facts(args.prefix, manifest)
-    _print_histogram(manifest["length_histogram"])
+    print_facts(args.prefix, manifest)
+    for name, histogram in source_histograms(manifest).items():
+        print(f"  documents of {name} by length (tokens)")
+        for line in histogram_lines(histogram):
+            print(f"  {line}")
+    if args.figure is not None:
+        draw_histogram(manifest, args.figure, args.overwrite)
+        print(f"  figure           {args.figure}")
     problems = check_set(args.prefix)
     for problem in problems:
         print(f"problem: {problem}")
@@ -195,37 +289,8 @@ def _run_inspect(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _print_facts(prefix: str, manifest: dict[str, Any]) -> None:
-    print(f"{prefix}: {manifest['segments']} {_describe_entries(manifest)}")
-    print(f"  tokens           {manifest['tokens']:,} ({manifest['dtype']})")
-    print(f"  source           {manifest['documents']:,} documents in "
-          f"{len(manifest['source_files'])} files, {manifest['source_tokens']:,} tokens, "
-          f"longest {manifest['longest_document']:,}")  # fmt: skip
-    print(f"  skipped          {manifest['skipped']['count']} unreadable documents")
-    for item in manifest["skipped"]["lines"][:10]:
-        print(f"    {item['file']}:{item['line']}: {item['reason']}")
-    print(f"  tokenizer        {manifest['tokenizer']} ({manifest['vocab_size']} tokens, "
-          f"BOS {manifest['bos_id']}, EOS {manifest['eos_id']})")  # fmt: skip
-    print(f"  tokenizer sha256 {manifest['tokenizer_sha256']}")
-    print(f"  token sha256     {manifest['token_sha256']}")
-
-
-def _describe_entries(manifest: dict[str, Any]) -> str:
-    if manifest["mode"] == "segments":
-        return f"segments of {manifest['segment_length']} tokens (tails: {manifest['tail']})"
-    text = f"whole documents of at least {manifest['min_length']} tokens"
-    if manifest["max_length"] is not None:
-        text += f", truncated to {manifest['max_length']}"
-    return text
-
-
-def _print_histogram(histogram: dict[str, int]) -> None:
-    """Source documents by length; the bar of the largest class has 40 marks."""
-    print("  source documents by length (tokens)")
-    largest = max(histogram.values())
-    for low, count in ((int(key), value) for key, value in histogram.items()):
-        label = f"{format_length(low)} to {format_length(2 * low)}" if low else "empty"
-        print(f"  {label:>15} {count:>9} {'#' * max(1, round(40 * count / largest))}")
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _length(text: str) -> int:

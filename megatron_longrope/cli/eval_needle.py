@@ -68,11 +68,11 @@ def add_parser(kinds) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from megatron_longrope.data.sentences import train_splitter
     from megatron_longrope.evaluation import needle
     from megatron_longrope.evaluation.records import write_csv
     from megatron_longrope.evaluation.retrieval import needle_summary
     from megatron_longrope.evaluation.scored_documents import read_texts, tokenizer_with_bos
-    from megatron_longrope.evaluation.sentences import train_splitter
     from megatron_longrope.evaluation.session import Cell
     from megatron_longrope.evaluation.subjects import check_tokenizer_fits, open_models, subjects_of
 

@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_longrope.data.prepare import MANIFEST_SCHEMA, output_paths, update_digest
+from megatron_longrope.data.prepare import MANIFEST_SCHEMA
+from megatron_longrope.data.writer import output_paths, update_digest
 from megatron_longrope.files import read_json
 
 _MANIFEST_KEYS = (
     "mode", "tokenizer", "tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "documents",
     "segments", "tokens", "token_sha256", "length_histogram", "skipped", "source_files",
 )  # fmt: skip
-_MODE_KEYS = {"segments": ("segment_length", "tail"), "whole": ("min_length", "max_length")}
+_MODE_KEYS = {
+    "segments": ("segment_length", "tail"),
+    "whole": ("min_length", "max_length"),
+    "short": ("window", "multiple"),
+}
 
 # Magic, version, dtype code, number of entries, number of document boundaries.
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -44,7 +49,9 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
             "prepare the set again with this release"
         )
     if manifest.get("mode") not in _MODE_KEYS:
-        raise ValueError(f"{path}: mode {manifest.get('mode')!r} must be segments or whole")
+        raise ValueError(
+            f"{path}: mode {manifest.get('mode')!r} must be one of {', '.join(_MODE_KEYS)}"
+        )
     for key in (*_MANIFEST_KEYS, *_MODE_KEYS[manifest["mode"]]):
         if key not in manifest:
             raise ValueError(f"{path} lacks the key {key!r}; prepare the set again")
@@ -109,8 +116,9 @@ def read_documents(
 def check_set(prefix: str | Path) -> list[str]:
     """Compare every token of a set with its manifest; memory stays at one entry.
 
-    Segments must all have exactly segment_length tokens, start with BOS and end with EOS, or
-    GPTDataset's samples are not the segments.
+    Entries of segments must all have exactly segment_length tokens (times joined), and each segment
+    starts with BOS and ends with EOS, or GPTDataset's samples are not the entries. Short documents
+    must keep their multiple, or context parallelism cannot divide them.
 
     Returns:
         list[str]: One sentence for each problem, shortened to the first few; empty when sound.
@@ -152,11 +160,23 @@ def _entry_problems(tokens: np.ndarray, manifest: dict[str, Any]) -> list[str]:
             return [f"has {len(tokens)} tokens, outside {shortest} to {longest or 'any length'}"]
         return []
     problems = []
-    if len(tokens) != manifest["segment_length"]:
-        problems.append(f"has {len(tokens)} tokens, not {manifest['segment_length']}")
-    for place, position, name in (("starts", 0, "bos_id"), ("ends", -1, "eos_id")):
-        if len(tokens) and tokens[position] != manifest[name]:
-            problems.append(f"{place} with token {tokens[position]}, not {name} {manifest[name]}")
+    if manifest["mode"] == "short":
+        window, multiple = manifest["window"], manifest["multiple"]
+        if len(tokens) > window or len(tokens) % multiple:
+            problems.append(
+                f"has {len(tokens)} tokens, not a multiple of {multiple} up to {window}"
+            )
+        segments = [tokens]
+    else:
+        length, joined = manifest["segment_length"], manifest.get("joined", 1)
+        if len(tokens) != length * joined:
+            problems.append(f"has {len(tokens)} tokens, not {length * joined}")
+        segments = np.array_split(tokens, joined)
+    for segment in segments:
+        for place, position, name in (("starts", 0, "bos_id"), ("ends", -1, "eos_id")):
+            if len(segment) and segment[position] != manifest[name]:
+                found = segment[position]
+                problems.append(f"{place} with token {found}, not {name} {manifest[name]}")
     return problems
 
 

@@ -1,99 +1,61 @@
-"""Build a Megatron .bin/.idx pair and its manifest from text, as a stream."""
+"""Build Megatron .bin/.idx pairs and their manifests from text, as a stream."""
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import json
+import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from megatron_longrope.data.columns import source_size
+from megatron_longrope.data.counts import Counts
+from megatron_longrope.data.mix import Source, as_sources
 from megatron_longrope.data.outputs import refuse_existing, staged_outputs
-from megatron_longrope.data.segments import Recipe, length_bucket
-from megatron_longrope.data.sources import (
-    Document,
-    SkippedDocument,
-    find_source_files,
-    iterate_documents,
-)
+from megatron_longrope.data.parts import parts_directory
+from megatron_longrope.data.segments import FixedSegments, Recipe, WholeDocuments
+from megatron_longrope.data.sources import find_source_files
+from megatron_longrope.data.stream import DocumentStream, Split, make_encoder
 from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_longrope.data.writer import SetWriter, output_paths
 
 MANIFEST_SCHEMA = 1
-
-# Line numbers beyond this many skipped documents are only counted, so that memory stays bounded.
-MAX_REPORTED_SKIPS = 1000
 
 ON_ERROR = ("fail", "skip")
 
 
-@dataclass
-class _Statistics:
-    """What passes through the stream, counted on the way."""
-
-    documents: int = 0
-    source_tokens: int = 0
-    longest_document: int = 0
-    histogram: Counter[int] = field(default_factory=Counter)
-    skipped_count: int = 0
-    skipped: list[SkippedDocument] = field(default_factory=list)
-    segments: int = 0
-    tokens: int = 0
-
-    def add_document(self, length: int) -> None:
-        self.documents += 1
-        self.source_tokens += length
-        self.longest_document = max(self.longest_document, length)
-        self.histogram[length_bucket(length)] += 1
-
-    def add_skipped(self, skipped: SkippedDocument) -> None:
-        self.skipped_count += 1
-        if len(self.skipped) < MAX_REPORTED_SKIPS:
-            self.skipped.append(skipped)
-
-    def to_manifest(self) -> dict[str, Any]:
-        return {
-            "documents": self.documents,
-            "segments": self.segments,
-            "tokens": self.tokens,
-            "source_tokens": self.source_tokens,
-            "longest_document": self.longest_document,
-            "length_histogram": {str(key): self.histogram[key] for key in sorted(self.histogram)},
-            "skipped": {
-                "count": self.skipped_count,
-                "lines": [asdict(item) for item in self.skipped],
-            },
-        }
-
-
 def prepare(
-    inputs: Iterable[str | Path],
+    inputs: Iterable[str | Path | Source],
     output: str | Path,
     tokenizer: str | Path,
     recipe: Recipe,
     *,
+    split: Split | None = None,
     text_key: str = "text",
     on_error: str = "fail",
+    workers: int = 1,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Write `output`.bin, `output`.idx and the manifest `output`.json; return the manifest.
 
     The corpus passes through document by document, so memory does not grow with it, and the same
-    inputs give the same bytes. The files appear together at the end, the manifest last.
+    inputs give the same bytes on any number of workers. The files appear together at the end, the
+    manifest last. Tokens are kept in a hidden folder beside them until then: a run that was cut
+    off finds what it had finished.
 
     Args:
-        inputs (Iterable[Path]): Source files or directories.
+        inputs (Iterable): Source files or directories, or a mix of named sources.
         output (Path): Prefix of the three files.
         tokenizer (Path): sentencepiece `.model` file or Hugging Face folder.
         recipe (Recipe): Fixed-length segments or whole documents.
-        text_key (str): Key of the text in JSON lines. Defaults to "text".
+        split (Split, optional): What goes to sets beside this one. Defaults to nothing.
+        text_key (str): Key of the text in JSON lines, or column. Defaults to "text".
         on_error (str): `fail` stops at an unreadable document, `skip` counts it and goes on.
+        workers (int): Processes that tokenize. Defaults to 1, which is this one.
         overwrite (bool): Replace existing output.
         progress (bool): Show a progress bar over the source bytes on stderr.
 
@@ -102,116 +64,121 @@ def prepare(
     """
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(ON_ERROR)}")
-    paths = output_paths(output)
-    refuse_existing(paths, overwrite)
-    files = find_source_files(inputs)
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; tokenizing needs at least 1")
+    split = split or Split()
+    recipes: dict[str, Recipe] = {"": recipe}
+    if split.held_out:
+        recipes["_heldout"] = WholeDocuments()
+    if split.short is not None:
+        if not isinstance(recipe, FixedSegments):
+            raise ValueError(
+                "a short window divides training data; it goes with segments, not whole documents"
+            )
+        recipes["_short"] = split.short
+    paths = {suffix: output_paths(f"{output}{suffix}") for suffix in recipes}
+    for each in paths.values():
+        refuse_existing(each, overwrite)
+    sources = as_sources(inputs)
+    files = [find_source_files(source.paths) for source in sources]
+    _refuse_shared(sources, files)
     loaded = load_tokenizer(tokenizer)
-    if recipe.needs_special_tokens and (loaded.bos_id is None or loaded.eos_id is None):
+    _check_special_tokens(loaded, tokenizer, recipes.values())
+
+    with ExitStack() as stack:
+        directory = stack.enter_context(parts_directory(Path(output)))
+        _remove_leftovers(paths.values())
+        total = sum(source_size(path) for group in files for path in group)
+        stream = DocumentStream(
+            sources,
+            files,
+            make_encoder(loaded, recipe, files, text_key, on_error),
+            directory,
+            split,
+            stack.enter_context(_progress_bar(total, progress)),
+        )
+        # Sets beside the main one are published first: its manifest says that all are there.
+        staged = {key: stack.enter_context(staged_outputs(paths[key], overwrite)) for key in paths}
+        writers = {
+            key: stack.enter_context(SetWriter(staged[key][0], loaded.vocab_size)) for key in paths
+        }
+        training = stream.training(writers, recipes, text_key, on_error == "skip", workers)
+        with closing(training):
+            writers[""].extend(recipe.arrange(training, loaded.bos_id, loaded.eos_id))  # type: ignore[arg-type]
+        manifests = {}
+        for suffix, writer in writers.items():
+            if not writer.entries:
+                raise ValueError(_nothing_left(recipes[suffix], suffix, stream.counts))
+            manifests[suffix] = {
+                "schema": MANIFEST_SCHEMA,
+                **recipes[suffix].describe(),
+                "tokenizer": loaded.path,
+                "tokenizer_sha256": loaded.sha256,
+                "vocab_size": loaded.vocab_size,
+                "bos_id": loaded.bos_id,
+                "eos_id": loaded.eos_id,
+                "seed": split.seed,
+                "held_out": split.held_out,
+                "short_window": split.short.window if split.short else None,
+                **writer.finish(staged[suffix][1]),
+                **stream.counts.to_manifest(),
+                "source_files": [
+                    {"path": str(path), "bytes": source_size(path)}
+                    for group in files
+                    for path in group
+                ],
+            }
+            text = json.dumps(manifests[suffix], indent=2) + "\n"
+            staged[suffix][2].write_text(text, encoding="utf-8")
+    return manifests[""]
+
+
+def _check_special_tokens(
+    loaded: Tokenizer, tokenizer: str | Path, recipes: Iterable[Recipe]
+) -> None:
+    if any(recipe.needs_special_tokens for recipe in recipes) and (
+        loaded.bos_id is None or loaded.eos_id is None
+    ):
         missing = "BOS" if loaded.bos_id is None else "EOS"
         raise ValueError(
             f"tokenizer {tokenizer} has no {missing} token; segments are bookended with BOS and "
             f"EOS, so name one in its tokenizer_config.json ({missing.lower()}_token)"
         )
-    statistics = _Statistics()
-    with (
-        _progress_bar(sum(path.stat().st_size for path in files), progress) as bar,
-        staged_outputs(paths, overwrite) as (bin_path, idx_path, manifest_path),
-    ):
-        documents = iterate_documents(
-            files,
-            text_key,
-            on_skip=statistics.add_skipped if on_error == "skip" else None,
-            on_bytes=bar.update,
-        )
-        arranged = recipe.arrange(
-            _encode(documents, loaded, statistics), loaded.bos_id, loaded.eos_id
-        )
-        dtype, digest = _write(arranged, bin_path, idx_path, loaded.vocab_size, statistics)
-        if not statistics.segments:
-            raise ValueError(_nothing_left(recipe, statistics))
-        manifest = {
-            "schema": MANIFEST_SCHEMA,
-            **recipe.describe(),
-            "tokenizer": loaded.path,
-            "tokenizer_sha256": loaded.sha256,
-            "vocab_size": loaded.vocab_size,
-            "bos_id": loaded.bos_id,
-            "eos_id": loaded.eos_id,
-            "dtype": dtype,
-            "token_sha256": digest,
-            **statistics.to_manifest(),
-            "source_files": [{"path": str(path), "bytes": path.stat().st_size} for path in files],
-        }
-        manifest_path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return manifest
 
 
-def output_paths(prefix: str | Path) -> list[Path]:
-    """`PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`; dots in the prefix stay.
-
-    Raises:
-        ValueError: The prefix ends like one of the files or names a directory.
-    """
-    if Path(prefix).suffix in (".bin", ".idx", ".json") or str(prefix).endswith("/"):
-        raise ValueError(
-            f"{prefix} is not a prefix; give the path of the data set without .bin, .idx or .json"
-        )
-    return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
-
-
-def update_digest(digest: Any, tokens: np.ndarray) -> None:
-    """Add token ids to a hash as little-endian int32, whatever the dtype of the .bin."""
-    digest.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
+def _refuse_shared(sources: Sequence[Source], files: Sequence[Sequence[Path]]) -> None:
+    owner: dict[Path, str] = {}
+    for source, group in zip(sources, files, strict=True):
+        for path in group:
+            first = owner.setdefault(path.resolve(), source.name)
+            if first != source.name:
+                raise ValueError(
+                    f"{path} belongs to the sources {first!r} and {source.name!r}; put it in one "
+                    "of them and repeat it by weight"
+                )
 
 
-def _encode(
-    documents: Iterable[Document], tokenizer: Tokenizer, statistics: _Statistics
-) -> Iterator[np.ndarray]:
-    """Token ids of each document, int64 [n]."""
-    for document in documents:
-        tokens = np.asarray(tokenizer.encode(document.text), dtype=np.int64)
-        # A larger id would wrap around silently in a uint16 file.
-        if len(tokens) and tokens.max() >= tokenizer.vocab_size:
-            raise ValueError(
-                f"{document.id}: token id {tokens.max()} is not below the vocabulary size "
-                f"{tokenizer.vocab_size}; the tokenizer's files do not belong together"
-            )
-        statistics.add_document(len(tokens))
-        yield tokens
+def _remove_leftovers(paths: Iterable[Sequence[Path]]) -> None:
+    """Staging folders of a killed run of this set; the lock on its parts says that it is over."""
+    for bin_path, *_ in paths:
+        pattern = f".{glob.escape(bin_path.name)}.*.tmp"
+        for leftover in bin_path.parent.glob(pattern):
+            shutil.rmtree(leftover)
 
 
-def _write(
-    entries: Iterable[np.ndarray],
-    bin_path: Path,
-    idx_path: Path,
-    vocab_size: int,
-    statistics: _Statistics,
-) -> tuple[str, str]:
-    """Write each entry as one Megatron document; return the dtype's name and the token hash."""
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(vocab_size)
-    digest = hashlib.sha256()
-    builder = IndexedDatasetBuilder(str(bin_path), dtype=dtype)
-    with closing(builder.data_file):
-        for tokens in entries:
-            builder.add_item(torch.from_numpy(tokens))
-            builder.end_document()
-            update_digest(digest, tokens)
-            statistics.segments += 1
-            statistics.tokens += len(tokens)
-        builder.finalize(str(idx_path))
-    return np.dtype(dtype).name, digest.hexdigest()
-
-
-def _nothing_left(recipe: Recipe, statistics: _Statistics) -> str:
-    read = f"none of the {statistics.documents} documents read"
-    longest = f"the longest has {statistics.longest_document} tokens"
+def _nothing_left(recipe: Recipe, suffix: str, counts: Counts) -> str:
+    total = counts.total()
+    read = f"none of the {total.documents} documents read"
+    longest = f"the longest has {total.longest_document} tokens"
+    if suffix == "_heldout":
+        return f"{read} is held out; raise --held-out, or leave it out and give a set of its own"
+    if recipe.mode == "short":
+        return f"{read} fits the short window of {recipe.window} tokens; raise --short-window"
     if recipe.mode == "whole":
         return f"{read} has {recipe.min_length} tokens, {longest}; lower --min-length"
+    joined = f", {recipe.joined} of them joined" if recipe.joined > 1 else ""
     return (
-        f"{read} fills a segment of {recipe.segment_length} tokens, {longest}; "
+        f"{read} fills a segment of {recipe.segment_length} tokens{joined}, {longest}; "
         "lower --segment-length, or keep tails with --tail pack"
     )
 

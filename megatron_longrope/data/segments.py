@@ -5,6 +5,9 @@ GPTDataset concatenates the entries of a .bin and cuts sample i at tokens i * S 
 one token for the labels), so samples equal segments exactly when every entry has S tokens. The
 very last segment of a run has no label token behind it: n segments give n - 1 samples in one epoch.
 
+The paper's 256k samples are two consecutive 128k segments each, with EOS and BOS in the middle;
+`joined` builds those.
+
 Search and evaluation read whole documents without special tokens and add BOS themselves.
 """
 
@@ -12,11 +15,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
 
 TAILS = ("drop", "pad", "pack")
+CUTS = ("tokens", "sentences")
+
+
+@dataclass(frozen=True)
+class TokenizedDocument:
+    """Token ids of one document, and what decisions about it rest on."""
+
+    tokens: np.ndarray
+    """int64 [n], without special tokens."""
+
+    ends: np.ndarray | None = None
+    """int64 [m], increasing: tokens at which a sentence begins that is not the first one."""
+
+    digest: bytes = b""
+    """Hash of the text."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,21 @@ class FixedSegments:
     the corpus, are filled with EOS.
     """
 
+    joined: int = 1
+    """K > 1 makes every entry of K consecutive segments, K * S tokens; --seq-length is then K * S.
+
+    Consecutive means in the order of the corpus: where a document's segments are used up, those of
+    the next one follow. Fewer than K at the end of the corpus are discarded.
+    """
+
+    cut: str = "tokens"
+    """Where a document is cut. `tokens`: anywhere, pieces are full.
+
+    `sentences`: behind the last sentence end that leaves a piece at least half full, anywhere if
+    there is none; the rest of the piece's segment is filled with EOS and the next piece begins
+    with the next sentence. Tails that `pack` joins are still cut anywhere.
+    """
+
     mode: ClassVar[str] = "segments"
     needs_special_tokens: ClassVar[bool] = True
 
@@ -49,32 +83,58 @@ class FixedSegments:
             )
         if self.tail not in TAILS:
             raise ValueError(f"tail is {self.tail!r}; it must be one of {', '.join(TAILS)}")
+        if self.cut not in CUTS:
+            raise ValueError(f"cut is {self.cut!r}; it must be one of {', '.join(CUTS)}")
+        if self.joined < 1:
+            raise ValueError(f"joined is {self.joined}; an entry needs at least 1 segment")
+
+    @property
+    def needs_sentences(self) -> bool:
+        """Whether documents must come with their sentence ends."""
+        return self.cut == "sentences"
 
     def arrange(
-        self, documents: Iterable[np.ndarray], bos_id: int, eos_id: int
+        self, documents: Iterable[TokenizedDocument], bos_id: int, eos_id: int
     ) -> Iterator[np.ndarray]:
-        """Yield segments, int64 [S]; the pieces of a document come in its order.
+        """Yield entries, int64 [joined * S]; the pieces of a document come in its order.
 
         Args:
-            documents (Iterable[np.ndarray]): Token ids, int64 [n], one array for each document.
+            documents (Iterable[TokenizedDocument]): Without special tokens.
             bos_id (int): First token of every segment.
             eos_id (int): Last token of every segment.
         """
-        size = self.segment_length - 2
+        segments = self._segments(documents, bos_id, eos_id)
+        while len(group := list(islice(segments, self.joined))) == self.joined:
+            yield np.concatenate(group)
+
+    def _segments(
+        self, documents: Iterable[TokenizedDocument], bos_id: int, eos_id: int
+    ) -> Iterator[np.ndarray]:
         packer = _Packer(self.segment_length, bos_id, eos_id)
-        for tokens in documents:
-            covered = len(tokens) // size * size
-            for start in range(0, covered, size):
-                yield _bookend(tokens[start : start + size], bos_id, eos_id)
-            rest = tokens[covered:]
+        for document in documents:
+            pieces, rest = self._cut(document)
+            for piece in pieces:
+                yield _filled(piece, self.segment_length, bos_id, eos_id)
             if self.tail == "pad" and len(rest):
-                segment = np.full(self.segment_length, eos_id, dtype=np.int64)
-                segment[0] = bos_id
-                segment[1 : 1 + len(rest)] = rest
-                yield segment
+                yield _filled(rest, self.segment_length, bos_id, eos_id)
             elif self.tail == "pack":
                 yield from packer.add(rest)
         yield from packer.flush()
+
+    def _cut(self, document: TokenizedDocument) -> tuple[list[np.ndarray], np.ndarray]:
+        """The pieces that have segments of their own, and the tail, shorter than S - 2."""
+        size, tokens = self.segment_length - 2, document.tokens
+        pieces, start = [], 0
+        while len(tokens) - start >= size:
+            stop = start + size
+            if self.needs_sentences and stop < len(tokens):
+                assert document.ends is not None, "sentence ends were not asked for"
+                last = int(np.searchsorted(document.ends, stop, side="right")) - 1
+                if last >= 0 and document.ends[last] >= start + max(1, size // 2):
+                    stop = int(document.ends[last])
+            pieces.append(tokens[start:stop])
+            start = stop
+        return pieces, tokens[start:]
 
     def describe(self) -> dict[str, Any]:
         """The recipe as manifest fields."""
@@ -100,6 +160,7 @@ class WholeDocuments:
 
     mode: ClassVar[str] = "whole"
     needs_special_tokens: ClassVar[bool] = False
+    needs_sentences: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("min_length", "max_length", "max_documents"):
@@ -113,14 +174,14 @@ class WholeDocuments:
             )
 
     def arrange(
-        self, documents: Iterable[np.ndarray], bos_id: int | None, eos_id: int | None
+        self, documents: Iterable[TokenizedDocument], bos_id: int | None, eos_id: int | None
     ) -> Iterator[np.ndarray]:
         """Yield documents, int64 [n], in order; special tokens are not used."""
         kept = 0
-        for tokens in documents:
-            if len(tokens) < self.min_length:
+        for document in documents:
+            if len(document.tokens) < self.min_length:
                 continue
-            yield tokens[: self.max_length]
+            yield document.tokens[: self.max_length]
             kept += 1
             if kept == self.max_documents:
                 return
@@ -130,7 +191,63 @@ class WholeDocuments:
         return {"mode": self.mode, **asdict(self)}
 
 
-Recipe = FixedSegments | WholeDocuments
+@dataclass(frozen=True)
+class ShortDocuments:
+    """Every document that fits a short window is an entry of its own: [BOS] document [EOS].
+
+    This is the short half of mixed-window training (LongRoPE2, section 3.3): with inter-document
+    masking Megatron's GPTDataset packs entries into a sample and hands their boundaries to
+    attention, so that each trains in its own window. A document cut by the end of a sample goes on
+    in another one as a document of its own.
+
+    Raises:
+        ValueError: A field breaks its rule.
+    """
+
+    window: int
+    """Longest entry in tokens, BOS and EOS included; the model's original window."""
+
+    multiple: int = 16
+    """Entries are filled with EOS to a multiple of this; 2 x context-parallel size must divide it.
+
+    As --seq-length has to be a multiple too, no cut breaks the rule.
+    """
+
+    mode: ClassVar[str] = "short"
+    needs_special_tokens: ClassVar[bool] = True
+    needs_sentences: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1 or self.window < 3 or self.window % self.multiple:
+            raise ValueError(
+                f"window {self.window} must be at least 3 and a multiple of {self.multiple}, to "
+                "which documents are filled up; choose another window or multiple"
+            )
+
+    def fits(self, document: TokenizedDocument) -> bool:
+        """Whether the document, with BOS and EOS, is within the window."""
+        return 0 < len(document.tokens) <= self.window - 2
+
+    def arrange(
+        self, documents: Iterable[TokenizedDocument], bos_id: int, eos_id: int
+    ) -> Iterator[np.ndarray]:
+        """Yield entries, int64 [n], of the documents that fit, in order.
+
+        Args:
+            documents (Iterable[TokenizedDocument]): Without special tokens.
+            bos_id (int): First token of every entry.
+            eos_id (int): Last token of every entry, and what it is filled with.
+        """
+        for document in filter(self.fits, documents):
+            length = -(-(len(document.tokens) + 2) // self.multiple) * self.multiple
+            yield _filled(document.tokens, length, bos_id, eos_id)
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as manifest fields."""
+        return {"mode": self.mode, **asdict(self)}
+
+
+Recipe = FixedSegments | WholeDocuments | ShortDocuments
 
 
 class _Packer:
@@ -163,6 +280,14 @@ class _Packer:
 
 def _bookend(piece: np.ndarray, bos_id: int, eos_id: int) -> np.ndarray:
     return np.concatenate([[bos_id], piece, [eos_id]]).astype(np.int64)  # [n] -> [n + 2]
+
+
+def _filled(piece: np.ndarray, length: int, bos_id: int, eos_id: int) -> np.ndarray:
+    """[BOS] piece [EOS], then EOS up to `length`."""
+    filled = np.full(length, eos_id, dtype=np.int64)
+    filled[0] = bos_id
+    filled[1 : 1 + len(piece)] = piece
+    return filled
 
 
 def length_bucket(length: int) -> int:

@@ -1,16 +1,27 @@
-"""Documents from text files, JSON lines and directories of them, one at a time."""
+"""Documents from text files, JSON lines, columns and directories of them, one at a time."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
+from megatron_longrope.data.columns import (
+    is_dataset_folder,
+    read_dataset_folder,
+    read_parquet,
+    source_size,
+)
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+# What a reader yields: line or row, text, None or the reason why there is no text, bytes done.
+_Rows = Iterator[tuple[int, str, str | None, int]]
 
 
 @dataclass(frozen=True)
@@ -18,7 +29,7 @@ class Document:
     """One document of the corpus."""
 
     id: str
-    """`FILE` for a text file, `FILE:LINE` for a line of JSON."""
+    """`FILE` for a text file, `FILE:LINE` for a line of JSON, `FILE:ROW` for a row of a column."""
 
     text: str
     """The text, newlines and all white space as they stand in the file."""
@@ -32,7 +43,7 @@ class SkippedDocument:
     """Source file."""
 
     line: int
-    """Line of the problem, counted from 1."""
+    """Line or row of the problem, counted from 1."""
 
     reason: str
     """What is wrong with it."""
@@ -45,8 +56,9 @@ def find_source_files(inputs: Iterable[str | Path]) -> list[Path]:
     """Expand files and directories (recursively, sorted by path) into source files.
 
     Args:
-        inputs (Iterable[Path]): .txt, .jsonl or .jsonl.gz files, or directories that hold some;
-            the order is kept.
+        inputs (Iterable[Path]): .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, folders
+            written by datasets' `save_to_disk`, or directories that hold some of these; the order
+            is kept.
 
     Raises:
         ValueError: A path does not exist, has another suffix, stands twice, or a directory holds
@@ -55,18 +67,19 @@ def find_source_files(inputs: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(item for item in path.rglob("*") if item.is_file() and _is_source(item))
+            found = [path] if is_dataset_folder(path) else sorted(filter(_is_source, _walk(path)))
             if not found:
                 raise ValueError(
-                    f"directory {path} holds no {', '.join(SUFFIXES)} file; give one that does"
+                    f"directory {path} holds no {', '.join(SUFFIXES)} file and no saved dataset; "
+                    "give one that does"
                 )
             files.extend(found)
         elif not path.exists():
             raise ValueError(f"input {path} does not exist; check the path")
         elif not _is_source(path):
             raise ValueError(
-                f"input {path} is of an unknown kind; sources are {', '.join(SUFFIXES)} files "
-                "or directories of them"
+                f"input {path} is of an unknown kind; sources are {', '.join(SUFFIXES)} files, "
+                "folders saved by datasets, or directories of them"
             )
         else:
             files.append(path)
@@ -99,63 +112,105 @@ def iterate_documents(
         ValueError: A document cannot be read and `on_skip` is None; names file and line.
     """
 
-    def report(path: Path, line: int, reason: str) -> None:
-        skipped = SkippedDocument(str(path), line, reason)
-        if on_skip is None:
-            raise ValueError(f"{skipped}; repair it or pass --on-error skip")
-        on_skip(skipped)
-
     for path in map(Path, files):
-        position = 0
-        with path.open("rb") as raw:
-            read = _read_text if path.name.endswith(".txt") else _read_json_lines
-            for line, document in read(path, raw, text_key):
-                if on_bytes is not None:
-                    on_bytes(raw.tell() - position)
-                    position = raw.tell()
-                if isinstance(document, Document):
-                    yield document
-                else:
-                    report(path, line, document)
+        done = 0
+        for line, text, reason, position in _reader(path)(path, text_key):
+            if on_bytes is not None:
+                on_bytes(position - done)
+                done = position
+            if reason is None:
+                yield Document(str(path) if path.name.endswith(".txt") else f"{path}:{line}", text)
+                continue
+            skipped = SkippedDocument(str(path), line, reason)
+            if on_skip is None:
+                raise ValueError(f"{skipped}; repair it or pass --on-error skip")
+            on_skip(skipped)
+        if on_bytes is not None:
+            on_bytes(source_size(path) - done)
 
 
 def _is_source(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES)
+    return path.name.endswith(SUFFIXES) if path.is_file() else is_dataset_folder(path)
 
 
-def _read_text(path: Path, raw: BinaryIO, text_key: str) -> Iterator[tuple[int, Document | str]]:
+def _walk(directory: Path) -> Iterator[Path]:
+    """Everything below a directory, but nothing from within a saved dataset."""
+    for item in directory.iterdir():
+        yield item
+        if item.is_dir() and not item.is_symlink() and not is_dataset_folder(item):
+            yield from _walk(item)
+
+
+def _reader(path: Path) -> Callable[[Path, str], _Rows]:
+    if path.is_dir():
+        return read_dataset_folder
+    if path.name.endswith(".parquet"):
+        return read_parquet
+    return _read_text if path.name.endswith(".txt") else _read_json_lines
+
+
+def _read_text(path: Path, text_key: str) -> _Rows:
     """The one document of a text file, or the reason why there is none."""
-    data = raw.read()
+    data = path.read_bytes()
     try:
         # Decoding bytes, unlike text mode, keeps \r\n; a byte order mark is not part of the text.
-        yield 1, Document(str(path), data.decode("utf-8").removeprefix("\ufeff"))
+        yield 1, data.decode("utf-8").removeprefix("\ufeff"), None, len(data)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        yield line, f"byte 0x{data[error.start]:02x} is not valid UTF-8"
+        yield line, "", f"byte 0x{data[error.start]:02x} is not valid UTF-8", len(data)
 
 
-def _read_json_lines(
-    path: Path, raw: BinaryIO, text_key: str
-) -> Iterator[tuple[int, Document | str]]:
-    """Line numbers with a document or with the reason why there is none."""
-    lines = iter(gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw)
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = next(lines, None)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            # Nothing behind the damage can be decompressed.
-            yield number, f"the gzip data is damaged from here on ({error})"
-            return
-        if line is None:
-            return
-        if not line.strip():
-            continue
-        try:
-            yield number, Document(f"{path}:{number}", _parse_line(line, text_key))
-        except ValueError as error:
-            yield number, str(error)
+def _read_json_lines(path: Path, text_key: str) -> _Rows:
+    """Lines with a document or with the reason why there is none."""
+    damage, kind = _decompression_errors(path)
+    with path.open("rb") as raw:
+        lines = iter(_decompressed(path, raw))
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = next(lines, None)
+            except damage as error:
+                # Nothing behind the damage can be decompressed.
+                reason = f"the {kind} data is damaged from here on ({error})"
+                yield number, "", reason, raw.tell()
+                return
+            if line is None:
+                return
+            if not line.strip():
+                continue
+            try:
+                yield number, _parse_line(line, text_key), None, raw.tell()
+            except ValueError as error:
+                yield number, "", str(error), raw.tell()
+
+
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    if path.name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.name.endswith(".zst"):
+        # A file may be several frames, one behind the other, as parallel compressors write them.
+        reader = _zstandard(path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        return io.BufferedReader(reader)
+    return raw
+
+
+def _decompression_errors(path: Path) -> tuple[tuple[type[Exception], ...], str]:
+    """What reading a damaged file of this kind raises, and the name of the kind."""
+    if path.name.endswith(".zst"):
+        return (EOFError, _zstandard(path).ZstdError), "zstd"
+    return (EOFError, gzip.BadGzipFile, zlib.error), "gzip"
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path} needs zstandard, which is not installed; run `pip install zstandard`, "
+            "or decompress the file"
+        ) from None
+    return zstandard
 
 
 def _parse_line(line: bytes, text_key: str) -> str:

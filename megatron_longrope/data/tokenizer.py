@@ -43,6 +43,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; `</s>` in the text is ordinary text."""
 
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """The same token ids, and the character at which each begins; never decreasing."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids."""
 
@@ -76,6 +79,16 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         return self._processor.EncodeAsIds(text)
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """The same token ids, and the character at which each begins."""
+        if not hasattr(self._processor, "EncodeAsOffsetMapping"):
+            raise ValueError(
+                f"{self.path}: this sentencepiece does not say where tokens begin, which cutting "
+                "at sentence ends needs; upgrade it to 0.2.3 or give a Hugging Face tokenizer"
+            )
+        encoded = self._processor.EncodeAsOffsetMapping(text)
+        return encoded["ids"], [start for start, _ in encoded["offsets"]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids."""
@@ -116,6 +129,22 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; the name of a special token in the text is split like any text."""
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """The same token ids, and the character at which each begins."""
+        if not self._tokenizer.is_fast:
+            raise ValueError(
+                f"{self.path} is a slow tokenizer, which does not say where tokens begin; cutting "
+                "at sentence ends needs one with a tokenizer.json"
+            )
+        encoded = self._tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+        )
+        return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids."""

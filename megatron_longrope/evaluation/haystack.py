@@ -16,8 +16,8 @@ from itertools import chain
 
 import numpy as np
 
+from megatron_longrope.data.sentences import Splitter, iterate_sentence_ends
 from megatron_longrope.data.tokenizer import Tokenizer
-from megatron_longrope.evaluation.sentences import Splitter, iterate_sentence_ends
 
 # The white space that a needle brings along: behind a sentence on its line, behind one that ends
 # its line, and at the beginning of a line. The text around it goes on as it did.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_longrope.data.sentences import Splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
@@ -29,7 +30,6 @@ from megatron_longrope.evaluation.lockers import (
     needle_text,
     question_and_answer,
 )
-from megatron_longrope.evaluation.sentences import Splitter
 
 TASKS = ("single", "multi_key", "multi_query")
 """What can be asked."""

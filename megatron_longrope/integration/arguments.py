@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_longrope.selection import MODES
+from megatron_longrope.training_loss import DEFAULT_CHUNK
 
 
 def add_longrope_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -55,5 +56,15 @@ def add_longrope_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         help="go on from a checkpoint that was trained with other LongRoPE factors than "
         "--longrope-config holds (the next stage, for example 128k to 256k) and record both in the "
         "lineage; without it such a checkpoint is refused",
+    )
+    group.add_argument(
+        "--longrope-chunked-loss",
+        metavar="TOKENS",
+        nargs="?",
+        type=int,
+        const=DEFAULT_CHUNK,
+        help="compute the training loss in chunks of so many tokens (without a number: "
+        f"{DEFAULT_CHUNK}) instead of building the logits of the whole sequence; the backward pass "
+        "computes them once more",
     )
     return parser

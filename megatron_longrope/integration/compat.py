@@ -225,6 +225,15 @@ def attention_init_symbol() -> Symbol:
     )
 
 
+def output_layer_symbol() -> Symbol:
+    """What every language model calls at the end of its constructor."""
+    return Symbol(
+        "megatron.core.models.common.language_module.language_module",
+        "LanguageModule.setup_embeddings_and_output_layer",
+        ("self",),
+    )
+
+
 def stand_in_symbols() -> list[Symbol]:
     """Methods that Megatron calls on the plugin's own classes instead of its own ones."""
     rotary = "megatron.core.models.common.embeddings.rotary_pos_embedding"

@@ -37,6 +37,7 @@ def model_seams() -> list[tuple[compat.Symbol, Seam]]:
         (compat.local_attention_symbol(), seams.with_core_attention),
         (compat.concentration_symbol(), seams.with_concentration),
         (compat.attention_init_symbol(), seams.with_softmax_scale),
+        (compat.output_layer_symbol(), seams.with_chunked_loss),
         (compat.initialize_distributed_symbol(), seams.with_agreement),
         (compat.load_checkpoint_symbol(), seams.with_factor_check),
         (compat.setup_model_symbol(), seams.with_model_check),

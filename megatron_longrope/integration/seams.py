@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, shard_documents
-from megatron_longrope.integration import agreement, compat, provenance
+from megatron_longrope.integration import agreement, chunked_loss, compat, provenance
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.settings import (
     OURS,
@@ -40,16 +40,22 @@ class Run:
     attention: str = "te"
     """`te`, `flash`, `sdpa` or `local`; see :func:`.settings.attention_from_args`."""
 
+    loss_chunk: int | None = None
+    """Tokens whose logits exist at the same time in the training loss; None leaves it stock."""
+
     def describe(self) -> str:
         """One line for the log that says what the plugin does in this run."""
+        how = f"attention {self.attention}"
+        if self.loss_chunk is not None:
+            how += f"; loss in chunks of {self.loss_chunk} tokens"
         if self.settings is None:
-            return f"> longrope: no --longrope-config, stock RoPE; attention {self.attention}"
+            return f"> longrope: no --longrope-config, stock RoPE; {how}"
         selection = self.settings.selection
         lengths = ", ".join(str(item.max_length) for item in selection.config.factor_sets)
         return (
             f"> longrope: factor sets up to {lengths} tokens, mode {selection.mode}, attention "
             f"factor {self.settings.attention_factor:.6g} by {self.settings.carrier}; "
-            f"attention {self.attention}"
+            f"{how}"
         )
 
 
@@ -80,6 +86,7 @@ def configure(args: argparse.Namespace) -> None:
     _compared.clear()
     try:
         attention = attention_from_args(args)
+        loss_chunk = chunked_loss.chunk_tokens_from_args(args)
         check_spec(args)
         if args.longrope_config:
             check_flags(args)
@@ -98,7 +105,7 @@ def configure(args: argparse.Namespace) -> None:
     agreement.settle()
     if settings is not None:
         args.longrope_lineage = provenance.begin(args, settings)
-    activate(Run(settings, attention))
+    activate(Run(settings, attention, loss_chunk))
     if args.rank == 0:
         if is_restored:
             print("> longrope: factors restored from the checkpoint", flush=True)
@@ -304,6 +311,18 @@ def _refuse_dynamic_inference(*_: Any, **__: Any) -> None:
     )
 
 
+def with_chunked_loss(setup_output_layer: Callable) -> Callable:
+    """Around the last step of a language model's constructor: its loss may come in chunks."""
+
+    @functools.wraps(setup_output_layer)
+    def setup(self: Any) -> None:
+        setup_output_layer(self)
+        if _run is not None and _run.loss_chunk is not None and self.post_process:
+            chunked_loss.defer(self, _run.loss_chunk)
+
+    return setup
+
+
 def with_model_check(setup_model_and_optimizer: Callable) -> Callable:
     """Around the building of models: a run with factors must have them in every chunk."""
 
@@ -312,6 +331,8 @@ def with_model_check(setup_model_and_optimizer: Callable) -> Callable:
         result = setup_model_and_optimizer(*rest, **options)
         if _settings() is not None:
             _check_models(result[0])
+        if _run is not None and _run.loss_chunk is not None:
+            chunked_loss.check_models(result[0])
         return result
 
     return setup

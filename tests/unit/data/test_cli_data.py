@@ -1,9 +1,11 @@
 import argparse
+import json
 import re
 
 import pytest
 
 from megatron_longrope.cli import data
+from megatron_longrope.data.documents import read_documents
 
 
 def longrope(*words):
@@ -57,9 +59,49 @@ def test_skipped_lines_are_printed(corpus, model_path, tmp_path, capsys):
     assert "corpus.jsonl:13: not valid JSON" in capsys.readouterr().out
 
 
+def test_a_mix_with_sets_beside_it_is_prepared_and_drawn(corpus, model_path, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text(corpus.read_text().replace("window", "needle"))
+    mix, prefix, figure = tmp_path / "mix.json", tmp_path / "set", tmp_path / "lengths.png"
+    sources = {"a": {"paths": ["corpus.jsonl"]}, "b": {"paths": ["other.jsonl"], "weight": 2}}
+    mix.write_text(json.dumps(sources))
+    prepare = ("prepare", "--mix", mix, "--tokenizer", model_path, "--output", prefix)
+    more = ("--tail", "pack", "--joined", "2", "--cut", "sentences", "--held-out", "0.2")
+    assert longrope(*prepare, "--segment-length", "128", *more, "--short-window", "64") == 0
+    output = capsys.readouterr().out
+    assert "entries of 256 tokens, each 2 consecutive segments of 128 tokens" in output
+    assert re.search(r"b +12 documents, .* tokens; used \d+, .* \(\d+\.\d%\)", output)
+    assert f"beside it: {prefix}_heldout\nbeside it: {prefix}_short\n" in output
+    for suffix in ("", "_heldout", "_short"):
+        assert longrope("inspect", f"{prefix}{suffix}") == 0
+    output = capsys.readouterr().out
+    assert "documents of at most 64 tokens, filled up to multiples of 16" in output
+    assert "documents of b by length (tokens)" in output
+    assert longrope("inspect", prefix, "--figure", figure) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="--overwrite"):
+        longrope("inspect", prefix, "--figure", figure)
+    with pytest.raises(ValueError, match=r"must end in \.png"):
+        longrope("inspect", prefix, "--figure", tmp_path / "lengths.jpg")
+
+
+def test_long_documents_of_plain_input_are_repeated(corpus, model_path, tmp_path, capsys):
+    prepare = ("prepare", "--input", corpus, "--tokenizer", model_path)
+    flags = ("--whole-documents", "--upsample-long", "1k", "3")
+    assert longrope(*prepare, "--output", tmp_path / "set", *flags) == 0
+    lengths = [len(item) for item in read_documents(tmp_path / "set")]
+    longest = {length for length in lengths if length > 1024}
+    assert len(longest) == 2 and len(lengths) == 12 + 2 * len(longest)
+    assert "12 documents" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--whole-documents", "--cut", "tokens"), "--cut applies only with --segment-length"),
+        (("--segment-length", "4k", "--short-multiple", "8"), "only with --short-window"),
+        (("--segment-length", "4k", "--mix", "m.json"), "not allowed with argument --input"),
+        (("--whole-documents", "--upsample-long", "4x", "2"), "--upsample-long: length '4x'"),
         ((), "one of the arguments --segment-length --whole-documents is required"),
         (("--segment-length", "4x"), "length '4x' is not a positive integer"),
         (("--segment-length", "4k", "--whole-documents"), "not allowed with"),

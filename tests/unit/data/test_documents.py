@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from megatron_longrope.data.documents import check_set, read_documents, read_manifest
+from megatron_longrope.data.histogram import histogram_lines, source_histograms
 from megatron_longrope.data.prepare import prepare
-from megatron_longrope.data.segments import FixedSegments, WholeDocuments
+from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
+from megatron_longrope.data.stream import Split
 
 
 @pytest.fixture
@@ -127,4 +129,43 @@ def test_whole_documents_outside_their_limits_are_found(corpus, model_path, tmp_
     assert check_set(tmp_path / "set")[:2] == [
         "entry 0 has 99 tokens, outside 100 to 300",
         "entry 1 has 301 tokens, outside 100 to 300",
+    ]
+
+
+def test_sets_of_earlier_releases_are_still_read_and_checked(segments):
+    path = segments.with_name("segments.json")
+    manifest = json.loads(path.read_text())
+    for key in ("joined", "cut", "seed", "held_out", "short_window", "sources"):
+        del manifest[key]
+    path.write_text(json.dumps(manifest))
+    assert check_set(segments) == []
+    assert source_histograms(read_manifest(segments)) == {
+        "input": {int(low): count for low, count in manifest["length_histogram"].items()}
+    }
+
+
+def test_joined_and_short_entries_are_checked_one_segment_at_a_time(corpus, model_path, tmp_path):
+    prefix = tmp_path / "joined"
+    split = Split(short=ShortDocuments(64, 8))
+    prepare([corpus], prefix, model_path, FixedSegments(32, "pack", joined=2), split=split)
+    for name, offset in (("joined", 2 * 32), ("joined_short", 0)):
+        path = tmp_path / f"{name}.bin"
+        data = bytearray(path.read_bytes())
+        data[offset] = 9  # where a segment, the second one of the entry, has its BOS
+        path.write_bytes(bytes(data))
+        problems = check_set(tmp_path / name)
+        assert problems[0] == "entry 0 starts with token 9, not bos_id 1"
+        assert "token_sha256" in problems[-1] and len(problems) == 2
+    manifest = json.loads((tmp_path / "joined_short.json").read_text())
+    manifest["window"] = 16
+    (tmp_path / "joined_short.json").write_text(json.dumps(manifest))
+    assert any("not a multiple of 8 up to 16" in item for item in check_set(f"{prefix}_short"))
+
+
+def test_histogram_bars_are_in_proportion():
+    lines = histogram_lines({2048: 1, 0: 10, 1024: 5}, width=10)
+    assert [line.split() for line in lines] == [
+        ["empty", "10", "#" * 10],
+        ["1k", "to", "2k", "5", "#" * 5],
+        ["2k", "to", "4k", "1", "#"],
     ]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_longrope.data import prepare as prepare_module
+from megatron_longrope.data import tokenization
 from megatron_longrope.data.documents import check_set, read_documents, read_manifest
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, WholeDocuments
@@ -21,7 +22,16 @@ def prefix(tmp_path):
 
 
 def names(prefix):
-    return sorted(path.name for path in prefix.parent.iterdir())
+    """What a user sees: parts that wait for another run are hidden."""
+    return sorted(path.name for path in prefix.parent.glob("[!.]*"))
+
+
+def contents(prefix):
+    """Every file of the sets that begin with this prefix."""
+    return {
+        path.name.removeprefix(prefix.name): path.read_bytes()
+        for path in prefix.parent.glob(f"{prefix.name}*")
+    }
 
 
 @pytest.mark.parametrize("tail", ["drop", "pad", "pack"])
@@ -135,7 +145,7 @@ def test_skipped_lines_are_listed_in_the_manifest(corpus, model_path, prefix):
 
 
 def test_many_skipped_lines_are_counted_but_not_all_listed(corpus, model_path, prefix, monkeypatch):
-    monkeypatch.setattr(prepare_module, "MAX_REPORTED_SKIPS", 3)
+    monkeypatch.setattr(tokenization, "MAX_REPORTED_SKIPS", 3)
     corpus.write_text(corpus.read_text() + "broken\n" * 10)
     manifest = prepare([corpus], prefix, model_path, WholeDocuments(), on_error="skip")
     assert manifest["skipped"]["count"] == 10
@@ -163,20 +173,21 @@ def test_failed_overwrite_leaves_the_old_set_intact(corpus, model_path, prefix):
 def test_killed_run_leaves_nothing_under_the_final_names(corpus, model_path, prefix):
     script = """
 import os, sys
-from megatron_longrope.data import prepare as module
+from megatron_longrope.data import prepare as module, writer
 from megatron_longrope.data.segments import FixedSegments
 def die(digest, tokens):
     os.kill(os.getpid(), 9)
-module.update_digest = die
+writer.update_digest = die
 module.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], FixedSegments(64))
 """
     command = [sys.executable, "-c", script, str(corpus), str(prefix), str(model_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert done.returncode == -9, done.stderr.decode()
-    assert all(name.endswith(".tmp") for name in names(prefix))
+    assert names(prefix) == []
     prepare([corpus], prefix, model_path, FixedSegments(S))
     assert check_set(prefix) == []
+    assert {path.name for path in prefix.parent.iterdir()} == set(names(prefix))
 
 
 def test_nothing_to_write_is_an_error_with_the_longest_length(corpus, model_path, prefix):

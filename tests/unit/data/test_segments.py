@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_longrope.data.segments import FixedSegments, WholeDocuments, length_bucket
+from megatron_longrope.data.segments import (
+    FixedSegments,
+    ShortDocuments,
+    TokenizedDocument,
+    WholeDocuments,
+    length_bucket,
+)
 
 BOS, EOS = 1, 2
 
@@ -16,8 +22,12 @@ def numbered(lengths):
     return [np.arange(n) + start for n, start in zip(lengths, starts, strict=False)]
 
 
-def arrange(length, tail, documents):
-    return list(FixedSegments(length, tail).arrange(documents, BOS, EOS))
+def wrapped(documents):
+    return map(TokenizedDocument, documents)
+
+
+def arrange(length, tail, documents, joined=1):
+    return list(FixedSegments(length, tail, joined).arrange(wrapped(documents), BOS, EOS))
 
 
 lengths = st.lists(st.integers(0, 40), max_size=12)
@@ -94,10 +104,57 @@ def test_tail_that_does_not_fit_goes_on_behind_a_new_bos():
     ]
 
 
+@given(lengths, segment_lengths, st.sampled_from(("drop", "pad", "pack")), st.integers(1, 4))
+def test_joined_entries_are_the_segments_in_groups(lengths, length, tail, joined):
+    documents = numbered(lengths)
+    segments = arrange(length, tail, documents)
+    full = len(segments) // joined * joined
+    entries = arrange(length, tail, documents, joined)
+    assert [len(entry) for entry in entries] == [length * joined] * (full // joined)
+    parts = [part for entry in entries for part in np.split(entry, joined)]
+    assert [list(part) for part in parts] == [list(segment) for segment in segments[:full]]
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(3, 17))
+def test_pieces_cut_at_sentences_end_where_a_sentence_does_if_one_fits(sentences, length):
+    (tokens,) = numbered([sum(sentences)])
+    ends = np.cumsum(sentences)[:-1]
+    recipe = FixedSegments(length, "pad", cut="sentences")
+    segments = list(recipe.arrange([TokenizedDocument(tokens, ends)], BOS, EOS))
+    pieces = [segment[segment > EOS] for segment in segments]
+    assert list(np.concatenate(pieces)) == list(tokens)
+    assert {len(segment) for segment in segments} == {length}
+    size, stop = length - 2, 0
+    for piece in pieces[:-1]:
+        start, stop = stop, stop + len(piece)
+        within = [end for end in ends if start + max(1, size // 2) <= end <= start + size]
+        assert stop == (within[-1] if within else start + size)
+
+
+def test_a_piece_cut_at_a_sentence_by_hand():
+    document = TokenizedDocument(np.arange(11, 21), np.array([1, 3, 8]))
+    recipe = FixedSegments(7, "pad", cut="sentences")
+    assert [list(segment) for segment in recipe.arrange([document], BOS, EOS)] == [
+        [1, 11, 12, 13, 2, 2, 2],
+        [1, 14, 15, 16, 17, 18, 2],
+        [1, 19, 20, 2, 2, 2, 2],
+    ]
+
+
+def test_short_documents_stand_alone_filled_to_the_multiple_and_long_ones_are_left_out():
+    recipe = ShortDocuments(window=8, multiple=4)
+    documents = numbered([2, 3, 0, 6, 7])
+    assert [list(entry) for entry in recipe.arrange(wrapped(documents), BOS, EOS)] == [
+        [1, *documents[0], 2],
+        [1, *documents[1], 2, 2, 2, 2],
+        [1, *documents[3], 2],
+    ]
+
+
 def test_whole_documents_are_filtered_truncated_and_limited():
     documents = numbered([5, 2, 9, 4, 7])
     recipe = WholeDocuments(min_length=4, max_length=6, max_documents=3)
-    kept = list(recipe.arrange(iter(documents), None, None))
+    kept = list(recipe.arrange(wrapped(documents), None, None))
     assert [list(item) for item in kept] == [
         list(documents[0]),
         list(documents[2][:6]),
@@ -106,7 +163,7 @@ def test_whole_documents_are_filtered_truncated_and_limited():
 
 
 def test_whole_documents_stop_reading_at_the_limit():
-    stream = iter(numbered([5, 5, 5]))
+    stream = wrapped(numbered([5, 5, 5]))
     list(WholeDocuments(max_documents=2).arrange(stream, None, None))
     assert len(list(stream)) == 1
 
@@ -116,6 +173,9 @@ def test_whole_documents_stop_reading_at_the_limit():
     [
         (lambda: FixedSegments(2), "segment_length is 2; .* at least 3"),
         (lambda: FixedSegments(8, "keep"), "tail is 'keep'; it must be one of drop, pad, pack"),
+        (lambda: FixedSegments(8, joined=0), "joined is 0"),
+        (lambda: FixedSegments(8, cut="words"), "cut is 'words'; .* tokens, sentences"),
+        (lambda: ShortDocuments(20, 16), "window 20 must be .* multiple of 16"),
         (lambda: WholeDocuments(min_length=0), "min_length is 0"),
         (lambda: WholeDocuments(max_documents=-1), "max_documents is -1"),
         (lambda: WholeDocuments(8, 4), "max_length 4 is below min_length 8"),

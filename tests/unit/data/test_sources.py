@@ -97,7 +97,7 @@ def test_unfit_inputs_are_refused(tmp_path):
     for inputs, message in (
         ([], "no input was given"),
         ([tmp_path / "none.txt"], "does not exist"),
-        ([tmp_path], r"holds no \.txt, \.jsonl, \.jsonl\.gz file"),
+        ([tmp_path], r"holds no \.txt, .*\.parquet file and no saved dataset"),
     ):
         with pytest.raises(ValueError, match=message):
             find_source_files(inputs)

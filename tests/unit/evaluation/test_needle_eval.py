@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.data.sentences import sentence_ends, train_splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
 from megatron_longrope.evaluation.lockers import INSTRUCTION, needle_text
 from megatron_longrope.evaluation.needle import TASKS, make_sample, prepare_documents, score
-from megatron_longrope.evaluation.sentences import sentence_ends, train_splitter
 
 BOS = 1
 # How GPT-2 and Llama 3 cut text before they merge; the second keeps ".\n\n" together.

@@ -93,6 +93,7 @@ def test_flags_default_to_stock_rope():
         "longrope_attention_factor_carrier": "auto",
         "longrope_hf_parity": False,
         "longrope_replace_factors": False,
+        "longrope_chunked_loss": None,
     }
 
 
@@ -100,10 +101,10 @@ def test_flags_are_read():
     words = (
         "--longrope-config", "f.json", "--longrope-mode", "long", "--longrope-attention", "sdpa",
         "--longrope-attention-factor-carrier", "rope", "--longrope-hf-parity",
-        "--longrope-replace-factors",
+        "--longrope-replace-factors", "--longrope-chunked-loss", "64",
     )  # fmt: skip
     args = add_longrope_args(argparse.ArgumentParser()).parse_args(words)
-    assert list(vars(args).values()) == ["f.json", "long", "sdpa", "rope", True, True]
+    assert list(vars(args).values()) == ["f.json", "long", "sdpa", "rope", True, True, 64]
 
 
 def test_a_parser_that_has_the_flags_already_stays_as_it_is():

@@ -248,6 +248,11 @@ def test_ranks_beyond_the_first_are_silent(monkeypatch, tmp_path, capsys):
         ({"use_rope_scaling": True}, "--longrope-config cannot be combined with --use-rope-scal"),
         ({"seq_length": 130, "context_parallel_size": 2}, "sequence length 130 is not divisible"),
         ({"longrope_attention": "local", "context_parallel_size": 2}, "--longrope-attention local"),
+        ({"longrope_chunked_loss": 0}, "--longrope-chunked-loss 0 is below 1"),
+        (
+            {"longrope_chunked_loss": 64, "use_mup": True},
+            "--longrope-chunked-loss cannot be combined with --use-mup",
+        ),
     ],
 )
 def test_a_refusal_ends_the_run_with_one_sentence(monkeypatch, tmp_path, changes, sentence):

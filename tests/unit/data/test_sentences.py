@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope.evaluation import sentences
-from megatron_longrope.evaluation.sentences import (
+from megatron_longrope.data import sentences
+from megatron_longrope.data.sentences import (
     iterate_sentence_ends,
     sentence_ends,
     train_splitter,
@@ -142,7 +142,7 @@ def test_a_splitter_needs_a_positive_number_of_characters():
 def test_every_process_learns_the_same():
     # Ranks compute on their own what they must agree on, and sets have another order in each.
     script = (
-        "import sys; from megatron_longrope.evaluation.sentences import *\n"
+        "import sys; from megatron_longrope.data.sentences import *\n"
         "text = sys.stdin.read(); print(sentence_ends(text, train_splitter([text])))"
     )
 

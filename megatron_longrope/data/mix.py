@@ -1,0 +1,154 @@
+"""Several sources in one set: how often each document is repeated, and which are held out.
+
+Every decision about a document depends on its text and the seed alone. So it is the same in every
+run, on any number of workers, wherever the document stands, and equal texts are never divided
+between the training set and the held-out set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longrope.files import read_json
+from megatron_longrope.lengths import parse_length
+
+_KEYS = {"paths", "weight", "upsample_long"}
+_LONG_KEYS = {"above", "factor"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of a mix.
+
+    Raises:
+        ValueError: A field breaks its rule.
+    """
+
+    name: str
+    """Its name in the manifest."""
+
+    paths: tuple[str, ...]
+    """Files or directories."""
+
+    weight: float = 1.0
+    """How often the source is passed through: 2 repeats all, 0.5 takes every second at random."""
+
+    long_above: int | None = None
+    """Documents of more than this many tokens are repeated `long_factor` times as often."""
+
+    long_factor: float = 1.0
+    """See `long_above`."""
+
+    def __post_init__(self) -> None:
+        for field in ("weight", "long_factor"):
+            value = getattr(self, field)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value <= 1000:
+                raise ValueError(
+                    f"source {self.name!r}: {field} is {value!r}; it must be a number above 0 and "
+                    "at most 1000; leave a source out to give it none"
+                )
+        if self.long_above is not None and self.long_above < 1:
+            raise ValueError(
+                f"source {self.name!r}: long documents begin above {self.long_above} tokens; "
+                "it must be at least 1"
+            )
+
+    def copies(self, length: int, digest: bytes, seed: int) -> int:
+        """How often a document stands in the set.
+
+        A fraction becomes one copy more for that share of the documents, chosen by hash.
+
+        Args:
+            length (int): Tokens of the document.
+            digest (bytes): Hash of its text.
+            seed (int): Of the whole set.
+        """
+        is_long = self.long_above is not None and length > self.long_above
+        wanted = self.weight * (self.long_factor if is_long else 1.0)
+        whole = math.floor(wanted)
+        return whole + (draw(digest, seed, "copies") < wanted - whole)
+
+
+def draw(digest: bytes, seed: int, purpose: str) -> float:
+    """A number in [0, 1) that a document has in every run with this seed.
+
+    Args:
+        digest (bytes): Hash of the document's text.
+        seed (int): Of the whole set.
+        purpose (str): Keeps decisions apart: those held out are no special part of those repeated.
+    """
+    value = hashlib.sha256(f"{purpose}:{seed}:".encode() + digest).digest()
+    return int.from_bytes(value[:7]) / 2**56  # 56 bits: a float holds no more of them exactly
+
+
+def as_sources(inputs: Iterable[str | Path | Source]) -> list[Source]:
+    """Sources as they are; plain paths become one source named `input`.
+
+    Args:
+        inputs (Iterable): Paths, or sources; not both.
+
+    Raises:
+        ValueError: Both kinds are given, or two sources have one name.
+    """
+    given = list(inputs)
+    sources = [item for item in given if isinstance(item, Source)]
+    if not sources:
+        return [Source("input", tuple(map(str, given)))]
+    if len(sources) < len(given):
+        raise ValueError("paths and named sources are mixed; name every one of them")
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"source {name!r} stands twice in the mix; give each its own name")
+    return sources
+
+
+def load_mix(path: str | Path) -> list[Source]:
+    """Read a mix: `{"NAME": {"paths": [...], "weight": 1, "upsample_long": {...}}, ...}`.
+
+    Relative paths start at the directory of the file. `weight` and `upsample_long`
+    (`{"above": "32k", "factor": 4}`) may be left out.
+
+    Args:
+        path (Path): A JSON file.
+
+    Raises:
+        ValueError: The file breaks a rule; names source and key.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} is not a mix; give an object with one key for each source")
+    return [_source(Path(path), name, entry) for name, entry in content.items()]
+
+
+def _source(path: Path, name: str, entry: Any) -> Source:
+    where = f"{path}: source {name!r}"
+    _check_keys(entry, _KEYS, where)
+    paths = entry.get("paths")
+    if not isinstance(paths, Sequence) or isinstance(paths, str) or not paths:
+        raise ValueError(f"{where}: paths is {paths!r}; give a list of files or directories")
+    above, factor = None, 1.0
+    if (upsample := entry.get("upsample_long")) is not None:
+        _check_keys(upsample, _LONG_KEYS, f"{where}, upsample_long")
+        if upsample.keys() != _LONG_KEYS:
+            raise ValueError(f"{where}: upsample_long needs both above (tokens) and factor")
+        above, factor = parse_length(str(upsample["above"])), upsample["factor"]
+    resolved = tuple(str(path.parent / item) for item in map(str, paths))
+    try:
+        return Source(name, resolved, entry.get("weight", 1.0), above, factor)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_keys(entry: Any, known: set[str], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} is {entry!r}; give an object with {', '.join(sorted(known))}")
+    for key in entry:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")

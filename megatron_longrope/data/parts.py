@@ -1,0 +1,163 @@
+"""Tokenized documents in files whose names say what they were made from.
+
+A part is some consecutive documents of a source. Its name is a hash of the texts and of whatever
+their tokens depend on, so that a run finds the parts of an earlier one by asking for them: nothing
+is recorded that could be out of date. A part appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_longrope.data.segments import TokenizedDocument
+from megatron_longrope.data.sources import Document
+from megatron_longrope.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron_longrope.data.sentences import Splitter
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns texts into parts."""
+
+    tokenizer: Tokenizer
+    """Adds no special tokens."""
+
+    splitter: Splitter | None = None
+    """Where sentences end; None when nothing asks for it."""
+
+    splitter_sha256: str = ""
+    """Hash of what the splitter was trained on."""
+
+    def store(self, documents: Sequence[Document], directory: Path) -> tuple[Path, bool]:
+        """Tokenize documents into a part, unless the directory has it already.
+
+        Args:
+            documents (Sequence[Document]): At least one.
+            directory (Path): Where parts are.
+
+        Returns:
+            tuple[Path, bool]: The part, and whether it was found.
+
+        Raises:
+            ValueError: A token id is not below the vocabulary size.
+        """
+        name = hashlib.sha256(f"{self.tokenizer.sha256}:{self.splitter_sha256}:".encode())
+        digests = []
+        for document in documents:
+            digests.append(hashlib.sha256(document.text.encode()).digest())
+            name.update(digests[-1])
+        path = directory / f"{name.hexdigest()}.npz"
+        if path.exists():
+            return path, True
+        encoded = [self._encode(document) for document in documents]
+        ends = [item[1] for item in encoded]
+        arrays = {
+            "tokens": np.concatenate([item[0] for item in encoded]),
+            "lengths": np.array([len(item[0]) for item in encoded], dtype=np.int64),
+            "ends": np.concatenate(ends),
+            "end_counts": np.array([len(item) for item in ends], dtype=np.int64),
+            "digests": np.frombuffer(b"".join(digests), dtype=np.uint8),
+        }
+        descriptor, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path, False
+
+    def load(self, path: Path) -> Iterator[TokenizedDocument]:
+        """The documents of a part, in order.
+
+        Args:
+            path (Path): From :meth:`store`.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        try:
+            with np.load(path) as stored:  # a zip: every member is checked against its checksum
+                arrays = dict(stored)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove the file and run the command again"
+            ) from None
+        tokens = np.split(arrays["tokens"].astype(np.int64), np.cumsum(arrays["lengths"])[:-1])
+        ends = np.split(arrays["ends"], np.cumsum(arrays["end_counts"])[:-1])
+        digests = arrays["digests"].reshape(len(tokens), -1)
+        for k, ids in enumerate(tokens):
+            known = None if self.splitter is None else ends[k]
+            yield TokenizedDocument(ids, known, digests[k].tobytes())
+
+    def _encode(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, int32 [n], and the tokens at which sentences begin, int64 [m]."""
+        ends = np.zeros(0, dtype=np.int64)
+        if self.splitter is None:
+            tokens = np.asarray(self.tokenizer.encode(document.text), dtype=np.int64)
+        else:
+            from megatron_longrope.data.sentences import iterate_sentence_ends
+
+            ids, starts = self.tokenizer.encode_with_starts(document.text)
+            tokens = np.asarray(ids, dtype=np.int64)
+            places = list(iterate_sentence_ends(document.text, self.splitter))
+            # A token that reaches over the end belongs to the sentence in which it begins.
+            ends = np.unique(np.searchsorted(starts, places)).astype(np.int64)
+            ends = ends[(ends > 0) & (ends < len(tokens))]
+        # A larger id would wrap around silently in a uint16 file.
+        if len(tokens) and tokens.max() >= self.tokenizer.vocab_size:
+            raise ValueError(
+                f"{document.id}: token id {tokens.max()} is not below the vocabulary size "
+                f"{self.tokenizer.vocab_size}; the tokenizer's files do not belong together"
+            )
+        return tokens.astype(np.int32), ends
+
+
+@contextmanager
+def parts_directory(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` for parts: kept when the block fails, removed when it ends.
+
+    One run at a time has it. What a killed run has left half written is removed.
+
+    Args:
+        output (Path): Prefix of the set.
+
+    Raises:
+        ValueError: Another run is writing the same set.
+    """
+    directory = output.parent / f".{output.name}.parts"
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{output} is being written by another run; wait for it or choose another name"
+            ) from None
+        for leftover in directory.glob("*.tmp"):
+            leftover.unlink()
+        try:
+            yield directory
+        except BaseException:
+            if any(directory.glob("*.npz")):
+                raise
+            shutil.rmtree(directory)
+            raise
+        shutil.rmtree(directory)

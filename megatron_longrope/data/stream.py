@@ -1,0 +1,194 @@
+"""The documents that a set is made of, in order, with what goes to the sets beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from megatron_longrope.data.counts import Counts
+from megatron_longrope.data.mix import Source, draw
+from megatron_longrope.data.parts import Encoder
+from megatron_longrope.data.segments import Recipe, ShortDocuments, TokenizedDocument
+from megatron_longrope.data.sources import iterate_documents
+from megatron_longrope.data.tokenization import read_batches, store_batches
+from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.data.writer import SetWriter
+
+# Sentence ends are learned from this many characters at the beginning of each source.
+_PUNKT_CHARACTERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """What goes beside the set that a recipe makes."""
+
+    held_out: float = 0.0
+    """Share of the documents, by hash of the text, that goes whole to `PREFIX_heldout`."""
+
+    short: ShortDocuments | None = None
+    """Documents within a short window go to `PREFIX_short`; None leaves them in the set."""
+
+    seed: int = 0
+    """Decides which documents are held out and which fractions of a weight are copies."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise ValueError(
+                f"held_out is {self.held_out}; it must be a share of at least 0 and below 1"
+            )
+
+    def holds_out(self, document: TokenizedDocument) -> bool:
+        """Whether a document goes to the held-out set: equal texts always share their fate."""
+        return draw(document.digest, self.seed, "held out") < self.held_out
+
+
+class DocumentStream:
+    """The documents of a mix: tokenized once, then read from parts as often as weights ask for.
+
+    Args:
+        sources (Sequence[Source]): The mix.
+        files (Sequence[Sequence[Path]]): Of each source.
+        encoder (Encoder): See :func:`make_encoder`.
+        directory (Path): Where parts are.
+        split (Split): What goes beside the main set.
+        bar: Progress over the source bytes.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        files: Sequence[Sequence[Path]],
+        encoder: Encoder,
+        directory: Path,
+        split: Split,
+        bar: Any,
+    ) -> None:
+        self.counts = Counts(sources)
+        self._sources, self._files = sources, files
+        self._encoder, self._directory = encoder, directory
+        self._split, self._bar = split, bar
+        self._parts: list[tuple[int, Path]] = []
+
+    def training(
+        self,
+        writers: dict[str, SetWriter],
+        recipes: dict[str, Recipe],
+        text_key: str,
+        skip_errors: bool,
+        workers: int,
+    ) -> Iterator[TokenizedDocument]:
+        """Yield what the main recipe arranges; what belongs beside it is written on the way.
+
+        Copies of a document do not follow each other: the whole corpus passes as often as its most
+        repeated document.
+
+        Args:
+            writers (dict): Of the sets beside the main one, by suffix.
+            recipes (dict): Of the same.
+            text_key (str): Key or column of the text.
+            skip_errors (bool): Count unreadable documents instead of stopping there.
+            workers (int): Processes that tokenize.
+
+        Raises:
+            ValueError: A document cannot be read or tokenized.
+        """
+        tokenizer = self._encoder.tokenizer
+        for turn in count():
+            more = False
+            for source, document in self._documents(turn, text_key, skip_errors, workers):
+                counts, length = self.counts.of[source], len(document.tokens)
+                if turn == 0:
+                    counts.add(length)
+                if self._split.holds_out(document):
+                    if turn == 0:
+                        counts.held_out_documents += 1
+                        writers["_heldout"].extend(
+                            recipes["_heldout"].arrange([document], None, None)  # type: ignore[arg-type]
+                        )
+                    continue
+                copies = self._sources[source].copies(length, document.digest, self._split.seed)
+                more = more or copies > turn + 1
+                if copies <= turn:
+                    continue
+                counts.use(length)
+                short = self._split.short
+                if short is not None and short.fits(document):
+                    bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+                    writers["_short"].extend(short.arrange([document], bos_id, eos_id))  # type: ignore[arg-type]
+                else:
+                    yield document
+            if not more:
+                return
+
+    def _documents(
+        self, turn: int, text_key: str, skip_errors: bool, workers: int
+    ) -> Iterator[tuple[int, TokenizedDocument]]:
+        """The index of the source and the document, all documents in order."""
+        if turn == 0:
+            yield from self._first_turn(text_key, skip_errors, workers)
+            return
+        for source, part in self._parts:
+            for document in self._encoder.load(part):
+                yield source, document
+
+    def _first_turn(
+        self, text_key: str, skip_errors: bool, workers: int
+    ) -> Iterator[tuple[int, TokenizedDocument]]:
+        found = 0
+        batches = read_batches(self._files, text_key, skip_errors)
+        with closing(store_batches(batches, self._encoder, self._directory, workers)) as stored:
+            for batch in stored:
+                if batch.error is not None:
+                    raise batch.error
+                self.counts.add_skips(batch.skips)
+                self._bar.update(batch.bytes_read)
+                if batch.part is None:
+                    continue
+                found += batch.found
+                if found:
+                    self._bar.set_postfix_str(f"{found} parts of an earlier run", refresh=False)
+                self._parts.append((batch.source, batch.part))
+                for document in self._encoder.load(batch.part):
+                    yield batch.source, document
+
+
+def make_encoder(
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    files: Sequence[Sequence[Path]],
+    text_key: str,
+    on_error: str,
+) -> Encoder:
+    """An encoder; with a sentence splitter, trained on the beginning of every source, if needed.
+
+    Args:
+        tokenizer (Tokenizer): Of the set.
+        recipe (Recipe): Says whether sentence ends are needed.
+        files (Sequence[Sequence[Path]]): Of each source.
+        text_key (str): Key or column of the text.
+        on_error (str): `fail` or `skip`.
+
+    Raises:
+        ValueError: A document at the beginning cannot be read, or there is no text.
+    """
+    if not recipe.needs_sentences:
+        return Encoder(tokenizer)
+    from megatron_longrope.data.sentences import train_splitter
+
+    texts: list[str] = []
+    for group in files:
+        left = _PUNKT_CHARACTERS
+        skip = (lambda _: None) if on_error == "skip" else None
+        for document in iterate_documents(group, text_key, on_skip=skip):
+            texts.append(document.text[:left])
+            left -= len(texts[-1])
+            if not left:
+                break
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    splitter = train_splitter(texts, max(1, sum(map(len, texts))))
+    return Encoder(tokenizer, splitter, digest)

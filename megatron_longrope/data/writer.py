@@ -1,0 +1,73 @@
+"""One Megatron .bin/.idx pair, written entry by entry."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class SetWriter:
+    """Writes each entry as one Megatron document; use it as a context manager.
+
+    Args:
+        bin_path (Path): The .bin file.
+        vocab_size (int): Decides between uint16 and int32.
+    """
+
+    def __init__(self, bin_path: Path, vocab_size: int) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self._dtype = DType.optimal_dtype(vocab_size)
+        self._builder = IndexedDatasetBuilder(str(bin_path), dtype=self._dtype)
+        self._digest = hashlib.sha256()
+        self.entries = 0
+        self.tokens = 0
+
+    def extend(self, entries: Iterable[np.ndarray]) -> None:
+        """Append entries, int64 [n] each."""
+        import torch
+
+        for tokens in entries:
+            self._builder.add_item(torch.from_numpy(tokens))
+            self._builder.end_document()
+            update_digest(self._digest, tokens)
+            self.entries += 1
+            self.tokens += len(tokens)
+
+    def finish(self, idx_path: Path) -> dict[str, Any]:
+        """Write the index; return what the manifest says about the data."""
+        self._builder.finalize(str(idx_path))
+        return {
+            "dtype": np.dtype(self._dtype).name,
+            "token_sha256": self._digest.hexdigest(),
+            "segments": self.entries,
+            "tokens": self.tokens,
+        }
+
+    def __enter__(self) -> SetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._builder.data_file.close()
+
+
+def output_paths(prefix: str | Path) -> list[Path]:
+    """`PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`; dots in the prefix stay.
+
+    Raises:
+        ValueError: The prefix ends like one of the files or names a directory.
+    """
+    if Path(prefix).suffix in (".bin", ".idx", ".json") or str(prefix).endswith("/"):
+        raise ValueError(
+            f"{prefix} is not a prefix; give the path of the data set without .bin, .idx or .json"
+        )
+    return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
+
+
+def update_digest(digest: Any, tokens: np.ndarray) -> None:
+    """Add token ids to a hash as little-endian int32, whatever the dtype of the .bin."""
+    digest.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
