@@ -62,6 +62,25 @@ class Shards:
         self._read(name, [ReadItem(LoadItemType.BYTE_IO, index, zero, index, zero, zero)], sink)
         return sink.data
 
+    def read(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, offsets: Sequence[int]
+    ) -> Tensor:
+        """A tensor, or the block of it that begins at `offsets`, on the CPU.
+
+        Where one chunk on the disk is just that, it is not copied: memory is the tensor's own.
+
+        Raises:
+            ValueError: Its data is damaged or incomplete.
+        """
+        items = self._items_of(name, torch.Size(shape), offsets)
+        if len(items) == 1:
+            sink = _Adopting(torch.Size(shape), dtype)
+            self._read(name, items, sink)
+            return sink.target
+        target = torch.empty(tuple(shape), dtype=dtype)
+        self._read(name, items, _Sink(target))
+        return target
+
     def read_into(self, name: str, target: Tensor, offsets: Sequence[int] | None = None) -> None:
         """Fill `target` with a tensor, or with the block of it that begins at `offsets`.
 
@@ -71,13 +90,16 @@ class Shards:
         Raises:
             ValueError: Its data is damaged or incomplete.
         """
-        item = self._items[name]
-        start = torch.Size(offsets or (0,) * target.dim())
-        chunk = ChunkStorageMetadata(start, target.shape)
-        items = create_read_items_for_chunk_list(name, item, [chunk])
-        if sum(math.prod(part.lengths) for part in items) < target.numel():
-            raise ValueError(f"{self.directory}: the shards do not cover tensor {name!r}")
+        items = self._items_of(name, target.shape, offsets or (0,) * target.dim())
         self._read(name, items, _Sink(target))
+
+    def _items_of(self, name: str, shape: torch.Size, offsets: Sequence[int]) -> list[ReadItem]:
+        """What to read for a block of a tensor."""
+        chunk = ChunkStorageMetadata(torch.Size(offsets), shape)
+        items = create_read_items_for_chunk_list(name, self._items[name], [chunk])
+        if sum(math.prod(part.lengths) for part in items) < shape.numel():
+            raise ValueError(f"{self.directory}: the shards do not cover tensor {name!r}")
+        return items
 
     def _read(self, name: str, items: list[ReadItem], sink: _Sink) -> None:
         try:
@@ -107,6 +129,28 @@ class _Sink:
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
         """Nothing to do: `resolve_tensor` gave a view of the target."""
+
+
+class _Adopting(_Sink):
+    """Stands for the target of a single item, too: what torch would copy into it, it keeps."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._shape, self._dtype = shape, dtype
+
+    def resolve_tensor(self, item: ReadItem) -> _Adopting:
+        return self
+
+    def detach(self) -> _Adopting:
+        return self
+
+    def size(self) -> torch.Size:
+        return self._shape
+
+    def copy_(self, tensor: Tensor) -> None:
+        """Keep it; a part of a larger chunk is copied, so that the rest can be freed."""
+        is_all = tensor.untyped_storage().nbytes() == tensor.nbytes
+        self.target = (tensor if is_all else tensor.clone()).to(self._dtype)
 
 
 def _check_files(directory: Path, metadata: Metadata) -> None:

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_longrope.checkpoint.folders import TORCH_DIST
@@ -65,6 +64,5 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         if layer is not None:
             self._check_layer(name, shape, layer)
             offsets[0], sizes[0] = layer, 1
-        result = torch.empty(sizes, dtype=dtype)
-        self._shards.read_into(name, result, offsets)
+        result = self._shards.read(name, sizes, dtype, offsets)
         return result if layer is None else result[0]
