@@ -11,7 +11,7 @@ import pytest
 from megatron_longrope.config import LongRopeConfig
 
 REPOSITORY = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 def walk(output):
@@ -21,7 +21,7 @@ def walk(output):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
 
 
