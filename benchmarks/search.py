@@ -36,9 +36,8 @@ from released_operators import ReleasedSearch, released_seed, released_space
 from search_curves import Trace, draw_curves, print_summary, summarise
 
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
-from megatron_longrope.cli.options import read_samples
 from megatron_longrope.config import LongRopeConfig, identity_config
-from megatron_longrope.data.documents import read_manifest
+from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
 from megatron_longrope.engine import Engine, load_engine
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.progress import Progress
@@ -96,7 +95,7 @@ class Windows:
     """
 
     def __init__(self, engine: Engine, prefix: Path, length: int, count: int) -> None:
-        documents, bos_id = read_samples(str(prefix), length, count)
+        documents, bos_id = read_documents_with_bos(str(prefix), length - 1, count)
         rows = [torch.from_numpy(document[: length - 1]) for document in documents]
         self._tokens = torch.nn.functional.pad(torch.stack(rows), (1, 0), value=bos_id)
         self._engine = engine
