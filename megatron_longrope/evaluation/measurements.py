@@ -211,6 +211,8 @@ def _checked(row: Any, kind: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
     rules = KINDS[kind]
+    if kind == "ppl":
+        _restore_infinity(row)
     for name, (check, rule) in rules.required.items():
         if name not in row:
             raise ValueError(
@@ -225,6 +227,17 @@ def _checked(row: Any, kind: str, where: str) -> dict[str, Any]:
     if kind == "passkey":
         row["scoring"] = row.get("scoring") or "teacher-forced"
     return row
+
+
+def _restore_infinity(row: dict[str, Any]) -> None:
+    """Records hold null where a perplexity or a loss is not finite."""
+    buckets = row.get("nll_by_position")
+    places = [(row, "ppl_window_mean"), (row, "ppl_token_weighted")]
+    if isinstance(buckets, list):
+        places += [(bucket, "nll") for bucket in buckets if isinstance(bucket, dict)]
+    for place, name in places:
+        if name in place and place[name] is None:
+            place[name] = math.inf
 
 
 def _identity(row: Mapping[str, Any]) -> Identity:

@@ -20,6 +20,8 @@ from megatron_longrope.evaluation.comparison import (
 from megatron_longrope.evaluation.drawing import METHODS
 from megatron_longrope.evaluation.measurements import read_measurements
 from megatron_longrope.evaluation.naming import Identity, name_subjects, subject_styles
+from megatron_longrope.evaluation.records import Records
+from megatron_longrope.evaluation.report import write_report
 from megatron_longrope.evaluation.statistics import wilson_interval
 
 
@@ -314,3 +316,15 @@ def test_the_best_is_finite_and_not_shared_by_all():
     assert best_of({"a": 2.0, "b": 2.0}, lowest=True) == set()
     assert best_of({"a": 2.0}, lowest=True) == set()
     assert best_of({"a": 2.0, "b": math.inf}, lowest=False) == {"a"}
+
+
+def test_a_perplexity_that_was_recorded_as_not_finite_is_infinite_in_the_report(tmp_path):
+    """`longrope eval` writes null for it: JSON has no word for infinity."""
+    lost = ppl(16384, 3.0) | {"ppl_window_mean": math.inf, "ppl_token_weighted": math.nan}
+    lost["nll_by_position"][0]["nll"] = math.nan
+    records = Records(tmp_path / "ppl.jsonl", ("length",))
+    for row in (ppl(4096, 3.0), lost):
+        records.append(row)
+    assert '"ppl_window_mean": null' in records.path.read_text()
+    assert perplexities(tmp_path) == {"base": {4096: 3.0, 16384: math.inf}}
+    assert write_report(tmp_path).is_file()
