@@ -41,14 +41,9 @@ def layer_weights(shape: ModelShape, *, active: bool = False) -> tuple[int, int]
     )
 
 
-def has_experts(shape: ModelShape) -> bool:
-    """Whether the MLPs are mixtures; a dense shape need not say that it has no experts."""
-    return getattr(shape, "num_experts", None) is not None
-
-
 def _mlp_width(shape: ModelShape, active: bool) -> int:
     """Weights of one MLP per value of a hidden state."""
-    if not has_experts(shape):
+    if shape.num_experts is None:
         return 3 * shape.ffn_hidden_size
     experts = shape.moe_router_topk if active else shape.num_experts
     return 3 * experts * shape.moe_ffn_hidden_size + shape.num_experts

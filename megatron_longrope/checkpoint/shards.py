@@ -81,8 +81,8 @@ class Shards:
         self._read(name, items, _Sink(target))
         return target
 
-    def read_into(self, name: str, target: Tensor, offsets: Sequence[int] | None = None) -> None:
-        """Fill `target` with a tensor, or with the block of it that begins at `offsets`.
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fill `target` with a tensor.
 
         Args:
             target (Tensor): On the CPU, with as many dimensions as the tensor.
@@ -90,7 +90,7 @@ class Shards:
         Raises:
             ValueError: Its data is damaged or incomplete.
         """
-        items = self._items_of(name, target.shape, offsets or (0,) * target.dim())
+        items = self._items_of(name, target.shape, (0,) * target.dim())
         self._read(name, items, _Sink(target))
 
     def _items_of(self, name: str, shape: torch.Size, offsets: Sequence[int]) -> list[ReadItem]:

@@ -74,15 +74,12 @@ def run(args: argparse.Namespace) -> None:
     from megatron_longrope.evaluation.retrieval import needle_summary
     from megatron_longrope.evaluation.scored_documents import read_texts, tokenizer_with_bos
     from megatron_longrope.evaluation.session import Cell
-    from megatron_longrope.evaluation.subjects import check_tokenizer_fits, open_models, subjects_of
+    from megatron_longrope.evaluation.subjects import check_tokenizer_fits
 
     evaluate.check_trials(args)
     if args.depths == [None]:
         raise ValueError("--depths random is for passkey; give a number of depths or a list")
-    models = open_models(args.load, args.hf, args.iteration)
-    subjects = [item for model in models for item in subjects_of(model, args.longrope_config)]
-    for subject in subjects:
-        subject.check_lengths(args.lengths)
+    models, subjects = evaluate.open_subjects(args, args.lengths)
     tokenizer = tokenizer_with_bos(evaluate.tokenizer_path(args), args.data)
     check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
     texts = list(read_texts(args.data))

@@ -44,13 +44,10 @@ def run(args: argparse.Namespace) -> None:
     from megatron_longrope.evaluation.records import write_csv
     from megatron_longrope.evaluation.retrieval import passkey_summary
     from megatron_longrope.evaluation.session import Cell
-    from megatron_longrope.evaluation.subjects import check_tokenizer_fits, open_models, subjects_of
+    from megatron_longrope.evaluation.subjects import check_tokenizer_fits
 
     evaluate.check_trials(args)
-    models = open_models(args.load, args.hf, args.iteration)
-    subjects = [item for model in models for item in subjects_of(model, args.longrope_config)]
-    for subject in subjects:
-        subject.check_lengths(args.lengths)
+    models, subjects = evaluate.open_subjects(args, args.lengths)
     tokenizer = load_tokenizer(evaluate.tokenizer_path(args))
     check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
     report = passkey.check_tokenizer(tokenizer)

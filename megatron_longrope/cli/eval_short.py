@@ -70,11 +70,10 @@ def run(args: argparse.Namespace) -> None:
     )
     from megatron_longrope.evaluation.records import write_csv
     from megatron_longrope.evaluation.session import Cell
-    from megatron_longrope.evaluation.subjects import check_tokenizer_fits, open_models, subjects_of
+    from megatron_longrope.evaluation.subjects import check_tokenizer_fits
 
     specs = parse_tasks(args.tasks)
-    models = open_models(args.load, args.hf, args.iteration)
-    subjects = [item for model in models for item in subjects_of(model, args.longrope_config)]
+    models, subjects = evaluate.open_subjects(args)
     for subject in subjects:
         check_original_factors(subject.config, args.max_length)
     tokenizer = load_tokenizer(evaluate.tokenizer_path(args))

@@ -51,6 +51,25 @@ def add_common(parser: argparse.ArgumentParser, *, lengths: bool = True) -> None
     group.add_argument("--yes", action="store_true", help="go on whatever it is expected to take")
 
 
+def open_subjects(args: argparse.Namespace, lengths: list[int] | None = None):
+    """The models, each under every factor file or its own factors; no weight is loaded.
+
+    Args:
+        lengths (list[int], optional): To be measured, in tokens; the factors must cover them.
+
+    Returns:
+        tuple[list[Model], list[Subject]]: Models, and subjects model by model.
+    """
+    from megatron_longrope.evaluation.subjects import open_models, subjects_of
+
+    models = open_models(args.load, args.hf, args.iteration)
+    subjects = [item for model in models for item in subjects_of(model, args.longrope_config)]
+    for subject in subjects:
+        if lengths:
+            subject.check_lengths(lengths)
+    return models, subjects
+
+
 def open_session(args: argparse.Namespace, name: str, key: tuple[str, ...], unit: str):
     """What measures and records the cells of this command.
 

@@ -30,8 +30,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from megatron_longrope.evaluation.measurements import read_measurements
     from megatron_longrope.evaluation.report import report_tables, write_report
 
-    page = write_report(args.directory, args.output)
-    print(report_tables(args.directory))
+    measurements = read_measurements(args.directory)
+    page = write_report(args.directory, args.output, measurements=measurements)
+    print(report_tables(args.directory, measurements=measurements))
     print(f"wrote {page} and {page.parent / 'figures'}")

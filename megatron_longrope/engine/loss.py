@@ -55,10 +55,9 @@ def greedy_tokens(model: nn.Module, hidden: Tensor, real_tokens: int, first_toke
         real_tokens (int): How many of this rank's output rows are tokens.
         first_token (int): Token id of the first of them.
     """
-    result = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
-    for span, logits in logits_by_chunk(model, hidden, real_tokens):
-        result[span] = _greedy(model, logits, first_token)
-    return result
+    return map_logits(
+        model, hidden, real_tokens, lambda logits: _greedy(model, logits, first_token)
+    )
 
 
 def token_nll_and_greedy(

@@ -34,6 +34,7 @@ from megatron_longrope.evaluation.drawing import Drawing, format_ratio, format_s
 from megatron_longrope.evaluation.measurements import Measurements
 from megatron_longrope.evaluation.naming import subject_styles
 from megatron_longrope.evaluation.retrieval_figures import draw_bars, draw_heatmap
+from megatron_longrope.evaluation.statistics import perplexity_of
 from megatron_longrope.lengths import format_length
 
 
@@ -269,7 +270,7 @@ def _recall_cell(tally: Tally) -> tuple[float, str, str]:
 def _needle_ppl_cell(tally: Tally) -> tuple[float, str, str] | None:
     if tally.nll is None:
         return None
-    value = math.exp(tally.nll) if tally.nll < 700 else math.inf
+    value = perplexity_of(tally.nll)
     return value, _score_text(value), ""
 
 

@@ -9,7 +9,6 @@ is the "truncated" form of table 5; with a stride beyond the window, the short c
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_longrope.evaluation.statistics import perplexity_of
 from megatron_longrope.evaluation.work import share
 
 NLL = Callable[[torch.Tensor], torch.Tensor]
@@ -170,8 +170,8 @@ def perplexity(
         protocol=protocol_of(length, stride),
         num_windows=len(window_means),
         num_tokens=int(count),
-        ppl_window_mean=_exp(sum(window_means) / len(window_means)),
-        ppl_token_weighted=_exp(total / count),
+        ppl_window_mean=perplexity_of(sum(window_means) / len(window_means)),
+        ppl_token_weighted=perplexity_of(total / count),
         nll_per_document=[sum(row) / len(row) for row in means],
         nll_by_position=[
             {"from": -(-i * (length - 1) // _BUCKETS), "nll": float(s / n), "tokens": int(n)}
@@ -216,8 +216,3 @@ def _buckets(values: np.ndarray, span: Window, length: int) -> np.ndarray:
     np.add.at(result[:, 0], places, values[first:])
     np.add.at(result[:, 1], places, 1)
     return result
-
-
-def _exp(nll: float) -> float:
-    """A loss above 700 nats has no fp64 perplexity; say so instead of overflowing."""
-    return float("inf") if nll >= 700 else math.exp(nll)

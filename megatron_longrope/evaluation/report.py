@@ -68,7 +68,10 @@ _SEEDS_SEARCHED = 64
 
 
 def write_report(
-    directories: str | Path | Sequence[str | Path], output: str | Path | None = None
+    directories: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    measurements: Measurements | None = None,
 ) -> Path:
     """Write the report of a run, or of several models in comparison.
 
@@ -78,6 +81,7 @@ def write_report(
         output (str | Path | None): The page; by default `report.html` in the directory if there is
             one, and where the program runs if there are several. The figures go to `figures/`
             beside it.
+        measurements (Measurements, optional): Of these directories, if they have been read.
 
     Returns:
         Path: The page.
@@ -91,7 +95,7 @@ def write_report(
     )  # fmt: skip
     if page.is_dir():
         raise ValueError(f"{page} is a directory; give the name of the HTML file to write")
-    measurements = read_measurements(folders)
+    measurements = measurements or read_measurements(folders)
     sets, notes = _all_sets(folders)
     traces = _all_traces(folders, [config for _, config, _ in sets])
     name = ", ".join(folder.resolve().name for folder in folders)
@@ -118,14 +122,16 @@ def write_report(
     return page
 
 
-def report_tables(directories: str | Path | Sequence[str | Path]) -> str:
+def report_tables(
+    directories: str | Path | Sequence[str | Path], *, measurements: Measurements | None = None
+) -> str:
     """The report's tables as plain text.
 
     Raises:
         ValueError: As :func:`write_report`.
     """
     folders = _listed(directories)
-    measurements = read_measurements(folders)
+    measurements = measurements or read_measurements(folders)
     if len(folders) > 1 or not measurements.results:
         return comparison_tables(measurements)
     rows = {kind: measurements.of(kind) for kind in ("needle", "short")}

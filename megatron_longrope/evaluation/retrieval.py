@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_longrope.evaluation.statistics import wilson_interval
+from megatron_longrope.evaluation.statistics import perplexity_of, wilson_interval
 
 _SUBJECT = ("model", "label", "config_sha256")
 
@@ -58,7 +58,7 @@ def needle_summary(
                 "trials": len(group),
                 "recall": sum(row["recall"] for row in group) / len(group),
                 "nll": nll,
-                "needle_ppl": math.inf if nll is None or nll >= 700 else math.exp(nll),
+                "needle_ppl": math.inf if nll is None else perplexity_of(nll),
             }
         )
     return summary

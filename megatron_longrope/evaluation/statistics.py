@@ -1,4 +1,4 @@
-"""Intervals for proportions."""
+"""Intervals for proportions, and perplexity."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def wilson_interval(accuracy: float, trials: int) -> tuple[float, float]:
     spread = accuracy * (1 - accuracy) / trials + z * z / (4 * trials * trials)
     half = z * math.sqrt(spread) / (1 + z * z / trials)
     return max(center - half, 0.0), min(center + half, 1.0)
+
+
+def perplexity_of(nll: float) -> float:
+    """exp of a mean loss in nats; infinite above 700, where fp64 has no number for it."""
+    return math.inf if nll >= 700 else math.exp(nll)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_longrope.flops import forward_flops, has_experts, layer_weights
+from megatron_longrope.flops import forward_flops, layer_weights
 
 if TYPE_CHECKING:
     from megatron_longrope.checkpoint.model_args import ModelShape
@@ -291,7 +291,7 @@ def _memory(
         # Three blocks of keys and values; the sum and its merging in fp32, the output of one tile.
         ring = 6 * key * width + query * (12 + width)
     ffn, copies = shape.ffn_hidden_size, 1
-    if has_experts(shape):
+    if shape.num_experts is not None:
         # At worst all tokens of a slice go to the same expert: they are copied for it, and so is
         # what it makes of them before it is weighted and added.
         ffn, copies = shape.moe_ffn_hidden_size, 4

@@ -22,27 +22,7 @@ def build(pattern, groups, untied, **settings):
 
     from megatron_longrope.integration.hybrid_spec import HybridModel, hybrid_stack_spec
 
-    defaults = dict(
-        num_layers=len(pattern),
-        hidden_size=maker.HIDDEN,
-        ffn_hidden_size=maker.FFN,
-        num_attention_heads=maker.HEADS,
-        num_query_groups=groups,
-        kv_channels=maker.HEAD_DIM,
-        use_cpu_initialization=True,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        init_method_std=0.1,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
+    defaults = {"num_layers": len(pattern), **maker.transformer_settings(groups)}
     return HybridModel(
         TransformerConfig(**{**defaults, **settings}),
         hybrid_stack_spec,

@@ -67,8 +67,21 @@ def build(groups, untied):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    config = TransformerConfig(
-        num_layers=LAYERS,
+    config = TransformerConfig(num_layers=LAYERS, **transformer_settings(groups))
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=PADDED,
+        max_sequence_length=TARGET,
+        position_embedding_type="rope",
+        rotary_base=int(BASE),
+        share_embeddings_and_output_weights=not untied,
+    ).eval()
+
+
+def transformer_settings(groups):
+    """Of a TransformerConfig for the CPU, all but its layers; the makers share it."""
+    return dict(
         hidden_size=HIDDEN,
         ffn_hidden_size=FFN,
         num_attention_heads=HEADS,
@@ -89,15 +102,6 @@ def build(groups, untied):
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
     )
-    return GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=PADDED,
-        max_sequence_length=TARGET,
-        position_embedding_type="rope",
-        rotary_base=int(BASE),
-        share_embeddings_and_output_weights=not untied,
-    ).eval()
 
 
 class Rotary(torch.nn.Module):

@@ -42,27 +42,10 @@ def build(pre_softmax, qk_layernorm, listed):
 
     config = TransformerConfig(
         num_layers=maker.LAYERS,
-        hidden_size=maker.HIDDEN,
-        ffn_hidden_size=maker.FFN,
-        num_attention_heads=maker.HEADS,
-        num_query_groups=2,
-        kv_channels=maker.HEAD_DIM,
         num_moe_experts=EXPERTS,
         moe_token_dispatcher_type="allgather",
-        use_cpu_initialization=True,
-        normalization="RMSNorm",
         qk_layernorm=qk_layernorm,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        init_method_std=0.1,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        **maker.transformer_settings(2),
         **settings(pre_softmax, listed),
     )
     spec = get_gpt_layer_local_spec(

@@ -9,6 +9,7 @@ from megatron_longrope.search import cost
 from megatron_longrope.search.cost import GPUS, estimate, parse_gpu
 
 LLAMA_2_7B = SimpleNamespace(
+    num_experts=None,
     num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=11008,
@@ -139,6 +140,7 @@ def test_the_memory_formula_meets_what_a_cpu_process_was_measured_to_need(
     groups, tokens, mebibytes
 ):
     measured = SimpleNamespace(
+        num_experts=None,
         num_layers=2,
         hidden_size=512,
         ffn_hidden_size=1376,
