@@ -12,7 +12,16 @@ from megatron_longrope import __version__
 
 # Modules are imported on start but keep torch and megatron imports inside `run`, so that --help and
 # usage errors are instant.
-_COMMANDS = ("pretrain", "search", "evaluate", "convert", "data", "report", "doctor")
+_COMMANDS = (
+    "pretrain",
+    "search",
+    "evaluate",
+    "convert",
+    "data",
+    "factors",
+    "report",
+    "doctor",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ from megatron_longrope.cli import build_parser, main
         "data tokenizer",
         "data prepare",
         "data inspect",
+        "factors merge",
         "report",
         "doctor",
     ],
