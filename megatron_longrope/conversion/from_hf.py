@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,14 +130,6 @@ def convert_from_hf(
         longrope_config=longrope_config,
         longrope_path=longrope_path if longrope_config else None,
     )
-    common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
-
-    def load(piece: Piece) -> Tensor:
-        name = vocabulary.get(piece.tensor.name)
-        if name is None:
-            return source.load(piece.tensor.name, piece.layer)
-        return _vocabulary_rows(folder, name, piece, shape.vocab_size)
-
     files = [folder.directory / "config.json", *folder.directory.glob("*.safetensors*")]
     identity = {
         "version": __version__,
@@ -151,8 +143,8 @@ def convert_from_hf(
         write_release(
             work.result,
             plan,
-            load,
-            common,
+            _loader(source, folder, vocabulary, shape.vocab_size),
+            {"args": args, "checkpoint_version": 3.0, "iteration": 0},
             progress,
             records=work.shards,
             max_shard_bytes=max_shard_bytes,
@@ -174,6 +166,20 @@ def convert_from_hf(
         verification=verification,
         resumed=resumed,
     )
+
+
+def _loader(
+    source: HfSource, folder: HfFolder, vocabulary: Mapping[str, str], vocab_size: int
+) -> Callable[[Piece], Tensor]:
+    """Loads pieces of a checkpoint; `vocabulary` names what comes some rows at a time."""
+
+    def load(piece: Piece) -> Tensor:
+        name = vocabulary.get(piece.tensor.name)
+        if name is None:
+            return source.load(piece.tensor.name, piece.layer)
+        return _vocabulary_rows(folder, name, piece, vocab_size)
+
+    return load
 
 
 def _vocabulary_rows(folder: HfFolder, name: str, piece: Piece, vocab_size: int) -> Tensor:

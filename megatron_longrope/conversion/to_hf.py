@@ -123,20 +123,20 @@ def convert_to_hf(
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
     shape = checkpoint.shape
     chosen = select_family(shape, checkpoint.args, family)
-    if longrope_config is not None:
-        check_fits(longrope_config, shape)
-    elif short_length or target_length or without_start_tokens:
-        raise ValueError(
-            "short_length, target_length and without_start_tokens need a longrope configuration"
-        )
     dtype_name(dtype or shape.params_dtype)  # refuses others before any work
+    rope: dict[str, Any] = {}
     dropped: tuple[DroppedStartTokens, ...] = ()
     if longrope_config is not None:
+        check_fits(longrope_config, shape)
         if without_start_tokens:
             given = longrope_config
             longrope_config, dropped = drop_start_tokens(given, short_length, target_length)
             dropped = tuple(measure(given, dropped)) if measure and dropped else dropped
         rope = hf_rope(longrope_config, short_length, target_length)
+    elif short_length or target_length or without_start_tokens:
+        raise ValueError(
+            "short_length, target_length and without_start_tokens need a longrope configuration"
+        )
     longest = target_length or (
         longrope_config.max_length if longrope_config else shape.max_position_embeddings
     )
@@ -158,17 +158,8 @@ def convert_to_hf(
         source = TensorSource(checkpoint, chosen, shape, dtype)
         num_bytes = sum(item.num_bytes for item in source.plan)
         work.check_space(num_bytes)
-        hf_config = to_hf_config(shape, chosen, dtype or source.plan[0].dtype)
-        if longrope_config is not None:
-            hf_config.update(rope)
-            longrope_config.save(work.result / "longrope.json")
-        special = {
-            "bos_token_id": info.bos_token_id,
-            "eos_token_id": info.eos_token_id,
-            "pad_token_id": info.pad_token_id,
-        }
-        write_json_atomic(work.result / "config.json", {**hf_config, **special})
-        write_json_atomic(work.result / "generation_config.json", special)
+        hf_config = {**to_hf_config(shape, chosen, dtype or source.plan[0].dtype), **rope}
+        _write_configs(work.result, hf_config, info, longrope_config)
         card = model_card(
             name=output_dir.name,
             hf_config=hf_config,
@@ -197,6 +188,24 @@ def convert_to_hf(
         dropped_start_tokens=dropped,
         resumed=resumed,
     )
+
+
+def _write_configs(
+    directory: Path,
+    hf_config: dict[str, Any],
+    info: TokenizerInfo,
+    longrope_config: LongRopeConfig | None,
+) -> None:
+    """The JSON files of the folder."""
+    special = {
+        "bos_token_id": info.bos_token_id,
+        "eos_token_id": info.eos_token_id,
+        "pad_token_id": info.pad_token_id,
+    }
+    write_json_atomic(directory / "config.json", {**hf_config, **special})
+    write_json_atomic(directory / "generation_config.json", special)
+    if longrope_config is not None:
+        longrope_config.save(directory / "longrope.json")
 
 
 def hf_rope(

@@ -67,15 +67,7 @@ def prepare(
     if workers < 1:
         raise ValueError(f"workers is {workers}; tokenizing needs at least 1")
     split = split or Split()
-    recipes: dict[str, Recipe] = {"": recipe}
-    if split.held_out:
-        recipes["_heldout"] = WholeDocuments()
-    if split.short is not None:
-        if not isinstance(recipe, FixedSegments):
-            raise ValueError(
-                "a short window divides training data; it goes with segments, not whole documents"
-            )
-        recipes["_short"] = split.short
+    recipes = _recipes(recipe, split)
     paths = {suffix: output_paths(f"{output}{suffix}") for suffix in recipes}
     for each in paths.values():
         refuse_existing(each, overwrite)
@@ -105,6 +97,14 @@ def prepare(
         training = stream.training(writers, recipes, text_key, on_error == "skip", workers)
         with closing(training):
             writers[""].extend(recipe.arrange(training, loaded.bos_id, loaded.eos_id))  # type: ignore[arg-type]
+        common = {
+            **_manifest_of_tokenizer(loaded),
+            **_manifest_of_split(split),
+            **stream.counts.to_manifest(),
+            "source_files": [
+                {"path": str(path), "bytes": source_size(path)} for group in files for path in group
+            ],
+        }
         manifests = {}
         for suffix, writer in writers.items():
             if not writer.entries:
@@ -112,25 +112,44 @@ def prepare(
             manifests[suffix] = {
                 "schema": MANIFEST_SCHEMA,
                 **recipes[suffix].describe(),
-                "tokenizer": loaded.path,
-                "tokenizer_sha256": loaded.sha256,
-                "vocab_size": loaded.vocab_size,
-                "bos_id": loaded.bos_id,
-                "eos_id": loaded.eos_id,
-                "seed": split.seed,
-                "held_out": split.held_out,
-                "short_window": split.short.window if split.short else None,
+                **common,
                 **writer.finish(staged[suffix][1]),
-                **stream.counts.to_manifest(),
-                "source_files": [
-                    {"path": str(path), "bytes": source_size(path)}
-                    for group in files
-                    for path in group
-                ],
             }
             text = json.dumps(manifests[suffix], indent=2) + "\n"
             staged[suffix][2].write_text(text, encoding="utf-8")
     return manifests[""]
+
+
+def _recipes(recipe: Recipe, split: Split) -> dict[str, Recipe]:
+    """How each set is made, by the suffix of its name."""
+    recipes: dict[str, Recipe] = {"": recipe}
+    if split.held_out:
+        recipes["_heldout"] = WholeDocuments()
+    if split.short is not None:
+        if not isinstance(recipe, FixedSegments):
+            raise ValueError(
+                "a short window divides training data; it goes with segments, not whole documents"
+            )
+        recipes["_short"] = split.short
+    return recipes
+
+
+def _manifest_of_tokenizer(loaded: Tokenizer) -> dict[str, Any]:
+    return {
+        "tokenizer": loaded.path,
+        "tokenizer_sha256": loaded.sha256,
+        "vocab_size": loaded.vocab_size,
+        "bos_id": loaded.bos_id,
+        "eos_id": loaded.eos_id,
+    }
+
+
+def _manifest_of_split(split: Split) -> dict[str, Any]:
+    return {
+        "seed": split.seed,
+        "held_out": split.held_out,
+        "short_window": split.short.window if split.short else None,
+    }
 
 
 def _check_special_tokens(
