@@ -12,66 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_longrope.flops import forward_flops, layer_weights
+from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
 
 if TYPE_CHECKING:
     from megatron_longrope.checkpoint.model_args import ModelShape
-
-GIB = 2**30
 
 # The engine's own sizes, repeated here because importing it takes seconds; a test compares them.
 TOKENS_PER_MLP_SLICE = 4096
 LOGITS_PER_CHUNK = 1 << 24
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_USABLE = 0.9  # of a GPU's memory; the rest goes to CUDA, NCCL and the gaps between tensors
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What matters of a GPU."""
-
-    name: str
-    """As printed."""
-
-    tflops: float
-    """Peak of dense bf16 matrix products, TFLOP/s."""
-
-    gib: float
-    """Memory, GiB."""
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100-40", 312, 40),
-        Gpu("a100-80", 312, 80),
-        Gpu("h100", 989, 80),
-        Gpu("h200", 989, 141),
-        Gpu("b200", 2250, 180),
-    )
-}
-"""NVIDIA's data sheets, SXM versions, without sparsity."""
-
-
-def parse_gpu(text: str) -> Gpu:
-    """`h100`, or the numbers of another GPU as TFLOP/s:GiB, such as `312:80`.
-
-    Raises:
-        ValueError: Neither a known name nor two positive numbers.
-    """
-    known = GPUS.get(text.strip().lower())
-    if known is not None:
-        return known
-    try:
-        tflops, gib = (float(part) for part in text.split(":"))
-    except ValueError:
-        tflops = gib = math.nan
-    if not (0 < tflops < math.inf and 0 < gib < math.inf):
-        raise ValueError(
-            f"GPU {text!r} is unknown; name one of {', '.join(GPUS)}, or give its dense bf16 "
-            "TFLOP/s and GiB, such as 312:80"
-        )
-    return Gpu(text.strip(), tflops, gib)
 
 
 @dataclass(frozen=True)
@@ -151,16 +101,16 @@ class SearchCost:
     @property
     def fits(self) -> bool:
         """Whether the worst moment fits in the usable part of the memory."""
-        return self.peak_bytes <= _USABLE * self.gpu.gib * GIB
+        return self.peak_bytes <= USABLE * self.gpu.gib * GIB
 
     def lines(self) -> list[str]:
         """The estimate for people, a line each."""
-        usable = _USABLE * self.gpu.gib
+        usable = USABLE * self.gpu.gib
         if self.fits:
-            verdict = f"fits in {usable:.0f} GiB ({_USABLE:.0%} of the GPU)"
+            verdict = f"fits in {usable:.0f} GiB ({USABLE:.0%} of the GPU)"
         else:
             verdict = (
-                f"does NOT fit in {usable:.0f} GiB ({_USABLE:.0%} of the GPU); raise the "
+                f"does NOT fit in {usable:.0f} GiB ({USABLE:.0%} of the GPU); raise the "
                 "context-parallel size for long samples, the tensor-parallel size for large weights"
             )
         return [
@@ -202,7 +152,7 @@ def estimate(
         target_length (int): Tokens of a sample.
         samples (int): Samples of an evaluation.
         evaluations (int): Evaluations of the search.
-        gpu (Gpu): See :func:`parse_gpu`.
+        gpu (Gpu): See :func:`megatron_longrope.plan.hardware.parse_gpu`.
         tensor_parallel (int): GPUs that share a layer. Defaults to 1.
         context_parallel (int): GPUs that share a sequence. Defaults to 1.
         replicas (int): Copies of the model. Defaults to 1.

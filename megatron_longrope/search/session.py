@@ -106,7 +106,8 @@ class SearchPlan:
 
     def estimate(self, gpu: str, num_gpus: int | None, mfu: float) -> Sequence[str]:
         """FLOPs, memory and hours in words; see :mod:`.cost`."""
-        from megatron_longrope.search.cost import estimate, parse_gpu
+        from megatron_longrope.plan.hardware import parse_gpu
+        from megatron_longrope.search.cost import estimate
 
         args = self.args
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size

@@ -1,0 +1,60 @@
+"""GPUs by name: peak and memory; plain numbers without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+GIB = 2**30
+
+USABLE = 0.9
+"""Part of a GPU's memory that is planned for. The rest is the reserve: CUDA context, buffers of
+NCCL, gaps between tensors. An assumption, not a measurement."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What matters of a GPU."""
+
+    name: str
+    """As printed."""
+
+    tflops: float
+    """Peak of dense bf16 matrix products, TFLOP/s."""
+
+    gib: float
+    """Memory, GiB."""
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-40", 312, 40),
+        Gpu("a100-80", 312, 80),
+        Gpu("h100", 989, 80),
+        Gpu("h200", 989, 141),
+        Gpu("b200", 2250, 180),
+    )
+}
+"""NVIDIA's data sheets, SXM versions, without sparsity."""
+
+
+def parse_gpu(text: str) -> Gpu:
+    """`h100`, or the numbers of another GPU as TFLOP/s:GiB, such as `312:80`.
+
+    Raises:
+        ValueError: Neither a known name nor two positive numbers.
+    """
+    known = GPUS.get(text.strip().lower())
+    if known is not None:
+        return known
+    try:
+        tflops, gib = (float(part) for part in text.split(":"))
+    except ValueError:
+        tflops = gib = math.nan
+    if not (0 < tflops < math.inf and 0 < gib < math.inf):
+        raise ValueError(
+            f"GPU {text!r} is unknown; name one of {', '.join(GPUS)}, or give its dense bf16 "
+            "TFLOP/s and GiB, such as 312:80"
+        )
+    return Gpu(text.strip(), tflops, gib)

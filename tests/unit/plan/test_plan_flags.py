@@ -1,0 +1,203 @@
+"""Flags of a layout, and what a Megatron command trains."""
+
+import shlex
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from megatron_longrope.plan import MODELS, Layout, Training, plan_command
+from megatron_longrope.plan.flags import DEFAULT_CHUNK, parse, render
+from megatron_longrope.plan.layouts import FULL, problem
+
+SEVEN_B = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 "
+    "--vocab-size 32000 --swiglu --untie-embeddings-and-output-weights"
+)
+COMMAND = shlex.split(
+    f"torchrun -m megatron_longrope pretrain pretrain_gpt.py {SEVEN_B} --seq-length 262144 "
+    "--normalization RMSNorm --tensor-model-parallel-size 4 --context-parallel-size 8 --bf16 "
+    "--sequence-parallel --use-distributed-optimizer --global-batch-size 32 --train-iters 600 "
+    "--hidden-dropout 0 --longrope-config f.json --longrope-chunked-loss --lr 2e-5 --mock-data"
+)
+
+
+def model_words(model):
+    words = [
+        *("--num-layers", model.num_layers, "--hidden-size", model.hidden_size),
+        *("--ffn-hidden-size", model.ffn_hidden_size, "--kv-channels", model.head_dim),
+        *("--num-attention-heads", model.num_attention_heads, "--group-query-attention"),
+        *("--num-query-groups", model.num_query_groups, "--vocab-size", model.vocab_size),
+        "--swiglu",
+    ]
+    words += ["--untie-embeddings-and-output-weights"] * model.untie_embeddings
+    words += ["--add-qkv-bias"] * model.add_qkv_bias + ["--qk-layernorm"] * model.qk_layernorm
+    if model.num_experts is not None:
+        words += ["--num-experts", model.num_experts, "--moe-router-topk", model.moe_router_topk]
+        words += ["--moe-ffn-hidden-size", model.moe_ffn_hidden_size]
+    return [str(word) for word in words]
+
+
+@st.composite
+def runs(draw):
+    model = MODELS[draw(st.sampled_from(list(MODELS)))]
+    tensor, context = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 8]))
+    data, how = draw(st.sampled_from([1, 2, 4])), {}
+    recompute = draw(st.sampled_from([(), ("mlp",), ("core_attn", "mlp"), FULL]))
+    if recompute == FULL:
+        how["recompute_method"] = draw(st.sampled_from(["uniform", "block"]))
+        how["recompute_num_layers"] = draw(st.integers(1, 4))
+    if model.num_experts is not None:
+        how["expert"] = draw(st.sampled_from([1, data]))
+        how["expert_tensor"] = draw(st.sampled_from([1, tensor]))
+    if context > 1:
+        how["cp_comm_type"] = draw(st.sampled_from(["p2p", "all_gather", "a2a", "gathered"]))
+    layout = Layout(
+        tensor, context, draw(st.sampled_from([1, 2])), data,
+        recompute=recompute,
+        micro_batch_size=draw(st.sampled_from([1, 2])),
+        sequence_parallel=tensor == 1 or draw(st.booleans()),
+        distributed_optimizer=draw(st.booleans()),
+        **how,
+    )  # fmt: skip
+    training = Training(
+        draw(st.sampled_from([4096, 262144])), 32, 600,
+        loss_chunk=draw(st.sampled_from([None, 1024, 4096])),
+        precision=draw(st.sampled_from(["bf16", "fp16", "fp32"])),
+        half_gradients=draw(st.booleans()),
+    )  # fmt: skip
+    assume(problem(model, training, layout) is None)
+    return model, training, layout
+
+
+@given(runs())
+def test_flags_read_back_are_the_layout_that_they_were_written_for(run):
+    model, training, layout = run
+    words = [word for flag in render(layout, training, model) for word in flag.words]
+    command = [*model_words(model), *words, "--train-iters", "600"]
+    assert parse(command, layout.gpus) == (model, training, layout)
+
+
+@given(runs())
+def test_every_flag_has_a_reason(run):
+    model, training, layout = run
+    assert all(flag.reason and flag.words for flag in render(layout, training, model))
+
+
+def test_megatrons_own_parser_knows_every_flag():
+    arguments = pytest.importorskip("megatron.training.arguments")
+    import argparse
+
+    from megatron_longrope.integration.arguments import add_longrope_args
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_longrope_args(arguments.add_megatron_arguments(parser))
+    layout = Layout(2, 2, 1, 2, expert=2, recompute=("moe",))
+    for model, spread in (
+        (MODELS["mixtral-8x7b"], layout),
+        (MODELS["llama2-7b"], Layout(2, 2, recompute=FULL)),
+    ):
+        words = [w for f in render(spread, Training(8192), model) for w in f.words]
+        args, unknown = parser.parse_known_args(words)
+        assert not unknown
+        assert args.context_parallel_size == 2 and args.longrope_chunked_loss == 1024
+
+
+def test_the_chunk_without_a_number_is_the_plugins():
+    from megatron_longrope import training_loss
+
+    assert DEFAULT_CHUNK == training_loss.DEFAULT_CHUNK
+
+
+def test_a_whole_command_is_read_and_what_does_not_matter_passed_over():
+    estimate = plan_command(COMMAND, gpu="h100", gpus=64)
+    assert estimate.model == MODELS["llama2-7b"]
+    assert estimate.layout == Layout(4, 8, 1, 2)
+    assert estimate.training == Training(262144, 32, 600, 1024)
+    assert estimate.fits and estimate.hours > 0
+    assert not plan_command(COMMAND, gpu="h100", gpus=64, memory=40).fits
+
+
+def test_what_is_missing_is_megatrons_default():
+    model, training, layout = parse(
+        shlex.split("--num-layers 2 --hidden-size 4096 --num-attention-heads 32 --swiglu "
+        "--group-query-attention --vocab-size 100 --seq-length 512 --train-samples 10"),
+        4,
+    )  # fmt: skip
+    assert model.ffn_hidden_size == 10880  # Megatron's, no power of two
+    assert (model.num_query_groups, model.untie_embeddings) == (1, False)
+    assert training == Training(512, 4, 3, None, "fp32", hidden_dropout=True)
+    assert (layout.data, layout.distributed_optimizer, layout.recompute) == (4, False, ())
+
+
+def test_selective_recomputation_without_modules_is_attentions():
+    for words in ("--recompute-activations", "--recompute-granularity selective"):
+        assert parse([*COMMAND, *words.split()], 32)[2].recompute == ("core_attn",)
+
+
+def test_the_local_implementation_means_our_own_attention():
+    local = [*COMMAND, "--transformer-impl", "local"]
+    assert parse(local, 32)[2].cp_comm_type == "gathered"
+    assert parse([*local, "--longrope-attention", "te"], 32)[2].cp_comm_type == "p2p"
+
+
+def test_the_vocabulary_is_the_flags_the_tokenizers_or_that_of_the_known_model(tmp_path):
+    without = [word for word in COMMAND if word not in ("--vocab-size", "32000")]
+    assert parse(without, 32)[0].vocab_size == 32000
+    unknown = shlex.split(
+        "--num-layers 3 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --swiglu "
+        "--seq-length 128 --train-iters 1"
+    )
+    with pytest.raises(ValueError, match="no --vocab-size, which memory and hours depend on"):
+        parse(unknown, 1)
+
+    from megatron_longrope.data.tokenizer import train_sentencepiece
+
+    path = tmp_path / "tokenizer.model"
+    train_sentencepiece(["the quick brown fox jumps over the lazy dog " * 20], path, 290)
+    assert parse([*unknown, "--tokenizer-model", str(path)], 1)[0].vocab_size == 290
+
+
+def test_a_model_that_stands_in_the_checkpoint_is_read_from_it(untied_gqa, tmp_path):
+    words = shlex.split("--use-checkpoint-args --seq-length 128 --train-iters 2")
+    there = [
+        *words,
+        "--load",
+        str(tmp_path / "none"),
+        "--pretrained-checkpoint",
+        str(untied_gqa.path),
+    ]
+    assert parse(there, 1)[0].num_query_groups < parse(there, 1)[0].num_attention_heads
+    with pytest.raises(ValueError, match="which is not there; give the model's flags"):
+        parse([*words, "--load", str(tmp_path / "none")], 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "gpus", "message"),
+    [
+        ("--num-layers many", 32, r"does not parse \(argument --num-layers: invalid int"),
+        ("--cp-comm-type magic", 32, r"does not parse \(argument --cp-comm-type: invalid choice"),
+        ("", 20, "20 GPUs are no multiple of the command's tensor x context x pipeline .* 32"),
+        (
+            "--tensor-model-parallel-size 3",
+            24,
+            "Megatron would refuse the command: tensor parallel 3",
+        ),
+        ("--recompute-granularity full", 32, "has no --recompute-num-layers"),
+    ],
+)
+def test_a_command_that_cannot_be_estimated_is_refused_in_a_sentence(change, gpus, message):
+    with pytest.raises(ValueError, match=message):
+        plan_command([*COMMAND, *change.split()], gpu="h100", gpus=gpus)
+
+
+def test_a_model_without_gated_mlps_is_refused():
+    with pytest.raises(ValueError, match="no --swiglu"):
+        plan_command([word for word in COMMAND if word != "--swiglu"], gpus=32)
+
+
+def test_a_missing_flag_is_named():
+    for flag in ("--num-layers", "--seq-length", "--train-iters"):
+        at = COMMAND.index(flag)
+        with pytest.raises(ValueError, match=f"has no {flag}"):
+            plan_command(COMMAND[:at] + COMMAND[at + 2 :], gpus=32)
