@@ -1,0 +1,233 @@
+"""The scripts of examples/cluster without any training: what they refuse, start, and requeue."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from fake_slurm import CLUSTER, Job, environment, wait_until
+
+pytestmark = pytest.mark.one_release
+
+SCRIPTS = sorted(path for path in CLUSTER.rglob("*") if path.suffix in (".sh", ".sbatch"))
+NEEDED = {"BASE": "base", "SAVE": "save", "DATA": "data", "FACTORS": "f.json", "TOKENIZER": "tok"}
+
+# The first time it works until it is told to stop; the second time it ends by itself.
+WORK = """
+echo started >> starts
+(( $(wc -l < starts) > 1 )) && exit ${LAST_STATUS:-0}
+trap 'echo stopping; exit 9' TERM
+echo ready
+while :; do sleep 0.05; done
+"""
+STUBBORN = WORK.replace("echo stopping; exit 9", ":")
+
+
+def wait_for_work(job):
+    """Until the command is under way."""
+    wait_until(lambda: "\nready\n" in job.log, 30, lambda: job.log)
+
+
+def run(script, directory, *arguments, **variables):
+    return subprocess.run(
+        [str(CLUSTER / "torchrun" / script), *arguments], cwd=directory, text=True, timeout=60,
+        env=environment(directory, **variables), capture_output=True,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def python(tmp_path):
+    """An interpreter that only writes down how it was called, and pretends to have trained."""
+    path = tmp_path / "python"
+    path.write_text(
+        f"#!{sys.executable}\n"
+        "import os, shlex, sys\n"
+        "open('called', 'a').write(shlex.join(sys.argv[1:]) + chr(10))\n"
+        "if 'REACHES' in os.environ:\n"
+        "    tracker = os.environ['SAVE'] + '/latest_checkpointed_iteration.txt'\n"
+        "    open(tracker, 'w').write(os.environ['REACHES'])\n"
+        "sys.exit(int(os.environ.get('ENDS_WITH', '0')))\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def training(tmp_path, python):
+    """Variables of a fine-tuning run whose inputs exist."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "latest_checkpointed_iteration.txt").write_text("9")
+    (tmp_path / "script.py").touch()
+    return {**NEEDED, "PYTHON": python, "SCRIPT": "script.py", "LONGROPE_DEVICE": "cpu"}
+
+
+def called(directory):
+    return [shlex.split(line) for line in (directory / "called").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert os.access(script, os.X_OK) == script.read_text().startswith("#!")
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, "-x", str(script)], check=True, cwd=CLUSTER.parents[1])
+
+
+@pytest.mark.parametrize(
+    ("script", "variables", "sentence"),
+    [
+        ("search.sh", {}, "LOAD is not set; it must name a Megatron checkpoint"),
+        ("finetune.sh", {}, "BASE is not set; it must name the Megatron checkpoint to start from"),
+        ("finetune.sh", {**NEEDED, "FACTORS": ""}, "FACTORS is not set; it must name the factor"),
+        ("finetune.sh", NEEDED, "BASE base has no latest_checkpointed_iteration.txt"),
+        ("agent.sh", {}, "no command; give -m megatron_longrope COMMAND ... or a program"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_sentence(tmp_path, script, variables, sentence):
+    done = run(script, tmp_path, **variables)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"longrope {script}: error: {sentence}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_several_nodes_need_a_place_to_meet_and_every_process_a_gpu(tmp_path):
+    done = run("agent.sh", tmp_path, "-m", "megatron_longrope", NNODES=2, LONGROPE_DEVICE="cpu")
+    assert done.returncode == 2
+    assert "RDZV_ENDPOINT is not set; it must name HOST:PORT of one of the 2 nodes" in done.stderr
+    done = run("agent.sh", tmp_path, "-m", "megatron_longrope", NPROC_PER_NODE=99)
+    assert done.returncode == 2
+    assert "GPUs and NPROC_PER_NODE is 99; lower it, take the node out" in done.stderr
+
+
+def test_training_starts_from_the_base_saves_in_time_and_takes_more_flags_last(tmp_path, training):
+    done = run(
+        "finetune.sh", tmp_path, **training, NNODES=2, RDZV_ENDPOINT="node1:29400", REACHES=400,
+        MAX_RESTARTS=5, RDZV_CONF="join_timeout=60", EXTRA_ARGS="--seed 7  --lr 1e-4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (words,) = called(tmp_path)
+    split = words.index("megatron_longrope")
+    agent, flags = shlex.join(words[:split]), words[split:]
+    assert agent == (
+        "-m torch.distributed.run --nnodes 2 --nproc-per-node 8 --max-restarts 5 --rdzv-backend "
+        "c10d --rdzv-endpoint node1:29400 --rdzv-id longrope --rdzv-conf join_timeout=60 -m"
+    )
+    assert flags[1:4] == ["pretrain", "script.py", "--cpu"]
+    assert flags[-4:] == ["--seed", "7", "--lr", "1e-4"]
+    text = shlex.join(flags)
+    for part in (
+        "--pretrained-checkpoint base --load save --save save --save-interval 50",
+        "--exit-signal-handler --exit-signal SIGUSR1",
+        "--seq-length 131072 --max-position-embeddings 131072",
+        "--no-create-attention-mask-in-dataloader",
+    ):
+        assert part in text
+
+
+def test_the_exit_status_tells_a_complete_run_from_one_that_goes_on(tmp_path, training):
+    def ends(**variables):
+        return run("finetune.sh", tmp_path, **training, TRAIN_ITERS=6, **variables)
+
+    assert ends(ENDS_WITH=3).returncode == 3
+    partial = ends(REACHES=4)
+    assert partial.returncode == 75
+    assert "stopped at iteration 4 of 6; the same command goes on" in partial.stderr
+    assert ends(REACHES=6).returncode == 0
+    assert len(called(tmp_path)) == 3
+    again = ends()
+    assert again.returncode == 0
+    assert "nothing to do: save has iteration 6 of 6" in again.stderr
+    assert len(called(tmp_path)) == 3
+
+
+def test_a_search_always_resumes(tmp_path, python):
+    done = run(
+        "search.sh", tmp_path, PYTHON=python, LOAD="base", DATA="data/search", TARGET_LENGTH="128k",
+        OUTPUT="factors/f.json", CP=2, EXTRA_ARGS="--num-samples 3", LONGROPE_DEVICE="cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (words,) = called(tmp_path)
+    assert shlex.join(words[words.index("megatron_longrope") :]) == (
+        "megatron_longrope search --load base --data data/search --target-length 128k --output "
+        "factors/f.json --tensor-model-parallel-size 1 --context-parallel-size 2 --resume "
+        "--num-samples 3"
+    )
+
+
+# Under a stand-in for Slurm
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_stage_leaves_its_exit_status_where_the_recipe_looks(tmp_path, status):
+    job = Job(tmp_path, "stage.sbatch", "bash", "-c", f"exit {status}")
+    assert job.wait(30) == status
+    assert job.status_file == f"{status}\n"
+    assert not job.alive
+
+
+def test_words_that_begin_with_m_run_under_one_agent_per_node(tmp_path, python):
+    words = ("-m", "megatron_longrope", "search", "two words")
+    job = Job(tmp_path, "stage.sbatch", *words, PYTHON=python, LONGROPE_DEVICE="cpu")
+    assert job.wait(30) == 0
+    one, two = called(tmp_path)
+    assert one == two
+    assert one[-4:] == list(words)
+    assert f"--rdzv-id {job.id}-0" in shlex.join(one)
+
+
+@pytest.mark.parametrize("last", [0, 4])
+def test_a_requeued_stage_writes_its_status_only_when_it_is_over(tmp_path, last):
+    (tmp_path / "status-file").write_text("of an earlier attempt\n")
+    job = Job(tmp_path, "stage.sbatch", "bash", "-c", WORK, LAST_STATUS=last)
+    wait_for_work(job)
+    assert job.status_file is None
+    job.signal(signal.SIGUSR1)
+    job.wait_for_log("requeueing job")
+    assert job.wait(30) == last
+    assert job.status_file == f"{last}\n"
+    assert (tmp_path / "starts").read_text() == "started\n" * 2
+    told = [job.log.index(part) for part in ("SIGUSR1", "stopping\n", "requeueing", "restart 1 of")]
+    assert told == sorted(told)
+
+
+def test_a_cancelled_job_stops_in_good_order_and_does_not_come_back(tmp_path):
+    job = Job(tmp_path, "stage.sbatch", "bash", "-c", WORK)
+    wait_for_work(job)
+    job.signal(signal.SIGTERM)
+    assert job.wait(30) == 143
+    assert job.status_file == "143\n"
+    assert "stopping\n" in job.log and "requeueing" not in job.log
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"MAX_REQUEUES": 0}, "restarted 0 times, MAX_REQUEUES; submit the job again to go on"),
+        ({}, "Slurm refused; submit the job again to go on"),
+    ],
+)
+def test_a_job_that_cannot_be_requeued_says_so_and_fails(tmp_path, variables, sentence):
+    (tmp_path / "refuse").touch()
+    job = Job(tmp_path, "stage.sbatch", "bash", "-c", WORK, **variables)
+    wait_for_work(job)
+    job.signal(signal.SIGUSR1)
+    assert job.wait(30) == 75
+    assert job.status_file == "75\n"
+    assert sentence in job.log
+
+
+def test_a_command_that_does_not_stop_in_time_is_requeued_all_the_same(tmp_path):
+    job = Job(tmp_path, "stage.sbatch", "bash", "-c", STUBBORN, STOP_SECONDS=0.5)
+    wait_for_work(job)
+    job.signal(signal.SIGUSR1)
+    assert job.wait(30) == 0
+    assert (tmp_path / "starts").read_text() == "started\n" * 2
+
+
+def test_scripts_that_are_elsewhere_must_be_named(tmp_path):
+    job = Job(tmp_path, "stage.sbatch", "true", LONGROPE_CLUSTER="absent")
+    assert job.wait(30) == 2
+    assert "LONGROPE_CLUSTER absent has no slurm/job.sh; name the folder" in job.log
