@@ -31,6 +31,7 @@ setup(
         "scipy>=1.12",
         "matplotlib",
         "tqdm",
+        "pyyaml",
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],

@@ -41,7 +41,8 @@ from megatron_longrope.data.documents import read_documents_with_bos, read_manif
 from megatron_longrope.engine import Engine, load_engine
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.progress import Progress
-from megatron_longrope.recipe.stages import StageError, run_stages
+from megatron_longrope.recipe.document import Recipe
+from megatron_longrope.recipe.runner import run_recipe
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.search.generations import GenerationalSearch, Trial
 from megatron_longrope.search.journal import Evaluation, Journal
@@ -353,12 +354,14 @@ def content_sha256(directory: Path) -> str:
 
 
 def quickstart_model(output: Path) -> Path:
-    """Run the quickstart's stages up to its base model."""
-    sys.path.insert(0, str(ROOT / "examples/quickstart"))
-    import quickstart
+    """Run the quickstart's stages up to its base model.
 
-    stages = quickstart.Walk(output, quickstart.FULL, 0).stages()[:2]
-    run_stages(stages, output)
+    Raises:
+        RuntimeError: One of them failed.
+    """
+    recipe = Recipe.load(ROOT / "examples/quickstart/recipe.yaml", output=output)
+    if run_recipe(recipe, until="pretrain"):
+        raise RuntimeError("the quickstart's base model is not there; see above")
     return output
 
 
@@ -423,7 +426,7 @@ def main() -> int:
     measure.print_environment()
     try:
         bench = Bench.load(options.model or quickstart_model(options.output), sizes)
-    except StageError as error:
+    except RuntimeError as error:
         print(f"search benchmark: {error}", file=sys.stderr)
         return 1
     budget = options.budget or sizes.budget

@@ -1,9 +1,10 @@
 """Pre-train or fine-tune a GPT model with Megatron's own training loop.
 
 The megatron-core wheel ships the loop (`megatron.training`) but no script, so this is the
-quickstart's: plain causal language modelling on fixed-length samples. With a Megatron-LM checkout
-use its pretrain_gpt.py instead; the flags are the same. There is no LongRoPE in here: the plugin
-comes from outside.
+quickstart's: causal language modelling on fixed-length samples, or on packed documents that do not
+see each other (--dataloader-inter-document-masking, megatron-core 0.19). With a Megatron-LM
+checkout use its pretrain_gpt.py instead; the flags are the same. There is no LongRoPE in here: the
+plugin comes from outside.
 
     longrope pretrain examples/quickstart/pretrain_gpt.py --cpu --mock-data ...
     torchrun --nproc-per-node 2 -m megatron_longrope pretrain examples/quickstart/pretrain_gpt.py \
@@ -14,12 +15,12 @@ import inspect
 from functools import partial
 
 import torch
-from megatron.core import mpu
+from megatron.core import mpu, utils
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import (
     argument_utils,
     arguments,
@@ -33,22 +34,57 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
+def packs_documents():
+    """Whether samples are packs of documents that are masked from each other."""
+    return getattr(get_args(), "dataloader_inter_document_masking", False)
+
+
+def reads_data():
+    """Whether this pipeline stage needs samples; attention needs a pack's borders everywhere."""
+    return packs_documents() or is_first_or_last_pipeline_stage(None)
+
+
 def get_batch(data_iterator):
     """Next micro-batch of this rank: its zigzag part of the samples.
 
     The ranks of one model-parallel group read the same samples, each for itself.
     """
-    if not is_first_or_last_pipeline_stage(None):
+    if not reads_data():
         return dict.fromkeys(BATCH_KEYS)
     sample = next(data_iterator)
+    if packs_documents():
+        return get_pack(sample)
     batch = {
         key: sample[key].cuda(non_blocking=True) if sample.get(key) is not None else None
         for key in BATCH_KEYS
     }
     options = {"cp_group": mpu.get_context_parallel_group()}
-    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+    if "is_hybrid_cp" in inspect.signature(utils.get_batch_on_this_cp_rank).parameters:
         options["is_hybrid_cp"] = False  # asked for from megatron-core 0.18 on
-    return get_batch_on_this_cp_rank(batch, **options)
+    return utils.get_batch_on_this_cp_rank(batch, **options)
+
+
+def get_pack(sample):
+    """All samples of a micro-batch as one pack; each document is divided over ranks by itself."""
+    sample = {
+        key: value.cuda(non_blocking=True) if torch.is_tensor(value) else value
+        for key, value in sample.items()
+    }
+    batch = utils.get_batch_on_this_cp_rank(
+        {**utils.flatten_batch_for_packed_sequences(sample), "cu_seqlens_padded": None},
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=True,
+    )
+    borders, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"].item())
+    pack = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return {**batch, "attention_mask": None, "packed_seq_params": pack}
 
 
 def loss_func(loss_mask, losses):
@@ -67,7 +103,12 @@ def forward_step(data_iterator, model):
     batch = get_batch(data_iterator)
     timers("batch-generator").stop()
     losses = model(
-        batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=batch.get("packed_seq_params"),
     )
     return losses, partial(loss_func, batch["loss_mask"])
 
@@ -75,6 +116,8 @@ def forward_step(data_iterator, model):
 def datasets_provider(num_samples):
     """Train, validation and test sets of fixed-length samples."""
     args = get_args()
+    # Only megatron-core 0.19 has the flag and the field.
+    masking = {"inter_document_masking": True} if packs_documents() else {}
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -88,12 +131,13 @@ def datasets_provider(num_samples):
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        **masking,
     )
     print_rank_0("> building datasets ...")
     return BlendedMegatronDatasetBuilder(
         MockGPTDataset if args.mock_data else GPTDataset,
         num_samples,
-        lambda: is_first_or_last_pipeline_stage(None),
+        reads_data,
         config,
     ).build()
 

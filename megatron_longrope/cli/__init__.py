@@ -19,6 +19,8 @@ _COMMANDS = (
     "convert",
     "data",
     "factors",
+    "plan",
+    "recipe",
     "report",
     "doctor",
 )

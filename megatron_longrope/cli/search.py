@@ -210,7 +210,10 @@ def _add_estimate(parser: argparse.ArgumentParser) -> None:
         help="print FLOPs, memory and hours, and stop; loads no weights",
     )
     group.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="a100-80, h100, ... or TFLOPS:GIB, for --dry-run"
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="a100-80, h100, ... or TFLOPS:GIB, for --dry-run",
     )
     group.add_argument(
         "--num-gpus",

@@ -179,10 +179,13 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
 
 
 def files_below(directory: Path, suffix: str) -> list[tuple[Path, str]]:
-    """Files below `directory` with their relative names, sorted; symbolic links are not entered."""
+    """Files below `directory` with their relative names, sorted.
+
+    Symbolic links are not entered, nor what a recipe has moved aside to `stale`.
+    """
     found = []
     for folder, subfolders, files in directory.walk():
-        subfolders[:] = [item for item in subfolders if not item.startswith(".")]
+        subfolders[:] = [item for item in subfolders if item[0] != "." and item != "stale"]
         found += [folder / item for item in files if item.endswith(suffix)]
     return sorted(
         (path, path.relative_to(directory).as_posix()) for path in found if path.is_file()

@@ -20,6 +20,8 @@ from megatron_longrope.cli import build_parser, main
         "data prepare",
         "data inspect",
         "factors merge",
+        "plan",
+        "recipe run",
         "report",
         "doctor",
     ],

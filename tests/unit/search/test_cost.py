@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_longrope.search import cost
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
+from megatron_longrope.search import cost
 from megatron_longrope.search.cost import estimate
 
 LLAMA_2_7B = SimpleNamespace(
