@@ -45,6 +45,7 @@ setup(
             "accelerate",
             "einops",
             "zstandard",
+            "psutil",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
