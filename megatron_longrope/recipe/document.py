@@ -49,6 +49,9 @@ class Stage:
     """Files and folders whose content the result depends on: the path, and how it is recorded,
     which does not change when the output folder is moved."""
 
+    requires: tuple[str, ...]
+    """Files and folders that must be there before anything starts, whatever their content."""
+
     writes: tuple[str, ...]
     """Files and folders that exist when the stage is done."""
 
@@ -224,8 +227,8 @@ def _stage(
         required=(),
         optional=(
             *(*command_keys, "launch"),
-            *("about", "commands", "reads", "writes", "environment", "show", "minutes", "retries"),
-            "patience",
+            *("about", "commands", "reads", "requires", "writes", "environment", "show", "minutes"),
+            *("retries", "patience"),
         ),
     )
     if "commands" in parts:
@@ -257,6 +260,7 @@ def _stage(
         about=names.text(parts["about"].text()) if "about" in parts else "",
         commands=tuple(commands),
         reads=_reads(parts.get("reads"), names),
+        requires=names.texts(parts["requires"].texts()) if "requires" in parts else (),
         writes=tuple(_writes(parts.get("writes"), names, output)),
         environment={
             key: names.text(entry.text())

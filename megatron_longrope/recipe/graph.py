@@ -65,7 +65,7 @@ def downstream(names: Iterable[str], needs: Mapping[str, frozenset[str]]) -> set
 
 
 def missing_inputs(stages: Sequence[Stage], every: Sequence[Stage]) -> dict[str, list[str]]:
-    """Inputs that no stage writes and that are not there, by stage.
+    """Inputs and programs that no stage writes and that are not there, by stage.
 
     Args:
         stages (Sequence[Stage]): Whose inputs are looked for.
@@ -75,7 +75,7 @@ def missing_inputs(stages: Sequence[Stage], every: Sequence[Stage]) -> dict[str,
     found = {
         stage.name: [
             read
-            for read in stage.reads
+            for read in (*stage.reads, *stage.requires)
             if not os.path.exists(read) and not any(overlap(read, path) for path in writes)
         ]
         for stage in stages

@@ -58,7 +58,7 @@ def run_recipe(
     if jobs < 1:
         raise ValueError(f"--jobs {jobs}: give 1 or more")
     if missing := graph.missing_inputs(stages, recipe.stages):
-        listed = "; ".join(f"{name} reads {', '.join(paths)}" for name, paths in missing.items())
+        listed = "; ".join(f"{name} needs {', '.join(paths)}" for name, paths in missing.items())
         raise ValueError(
             f"{recipe.path}: inputs are missing that no stage writes: {listed}; provide them"
         )

@@ -169,10 +169,14 @@ class Records:
         """Record a state; a reader sees the old one or this."""
         write_json_atomic(self._state(stage), state.to_dict())
 
-    def decide(self, stage: Stage, parts: Parts) -> Decision:
-        """Whether a stage has to run, and how, if `parts` is what it depends on now."""
+    def decide(self, stage: Stage, parts: Parts | None) -> Decision:
+        """Whether a stage has to run, and how.
+
+        Args:
+            parts (Parts, optional): What it depends on now; None for a stage without a record.
+        """
         state = self.read(stage.name)
-        if state is None:
+        if state is None or parts is None:
             left = any(os.path.lexists(path) for path in stage.writes)
             return Decision("clean", "nothing says how its outputs were made" if left else "")
         if changes := parts.changes_since(state.parts):

@@ -44,7 +44,8 @@ def survey(
         elif first := recipe.needs[stage.name] & pending:
             decision = Decision("wait", f"after {', '.join(sorted(first))}")
         else:
-            decision = records.decide(stage, contents.parts(stage))
+            # Without a record nothing is compared: do not read 100 GB to say that it is to do.
+            decision = records.decide(stage, state and contents.parts(stage))
         if decision.action != "done":
             pending.add(stage.name)
         found.append(Standing(stage, state, decision))

@@ -7,7 +7,7 @@ from megatron_longrope.recipe import graph
 
 
 def stage(name, reads=(), writes=()):
-    return SimpleNamespace(name=name, reads=list(reads), writes=list(writes))
+    return SimpleNamespace(name=name, reads=list(reads), requires=(), writes=list(writes))
 
 
 @st.composite

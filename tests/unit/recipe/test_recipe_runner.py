@@ -163,10 +163,10 @@ def test_an_input_that_a_finished_stage_did_not_leave_is_named(workshop, capsys)
 def test_all_missing_inputs_are_listed_before_anything_runs(workshop):
     stages = {
         **chain(),
-        "a": {"run": "true", "reads": ["no/where", "no/thing"]},
+        "a": {"run": "true", "reads": ["no/where", "no/thing"], "requires": ["no/script"]},
         "b": {"run": "true", "reads": ["no/one"]},
     }
-    with pytest.raises(ValueError, match=r"a reads no/where, no/thing; b reads no/one"):
+    with pytest.raises(ValueError, match=r"a needs no/where, no/thing, no/script; b needs no/one"):
         run_recipe(workshop.load(stages))
     assert not workshop.output.exists()
     assert run_recipe(workshop.load(stages), until="two") == 0
@@ -311,3 +311,14 @@ def test_a_file_system_without_locks_is_warned_about_and_used(workshop, monkeypa
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match="cannot be locked"):
         assert run_recipe(workshop.load(chain())) == 0
+
+
+def test_what_a_stage_requires_may_change_its_content(workshop, capsys):
+    script = workshop.folder / "script"
+    script.write_text("x")
+    stages = {"a": {**tool("append ${output}/a x", writes=["${output}/a"])}}
+    stages["a"]["requires"] = ["${recipe}/script"]
+    assert run_recipe(workshop.load(stages)) == 0
+    script.write_text("y")
+    assert run_recipe(workshop.load(stages)) == 0
+    assert workshop.text("a") == "x" and "done before" in capsys.readouterr().out

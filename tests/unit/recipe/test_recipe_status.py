@@ -5,6 +5,7 @@ import pytest
 from recipes import chain, tool
 
 from megatron_longrope.cli import recipe as command
+from megatron_longrope.recipe import fingerprint
 from megatron_longrope.recipe.runner import run_recipe
 from megatron_longrope.recipe.status import read_status
 from megatron_longrope.recipe.survey import time_left
@@ -107,3 +108,10 @@ def test_the_command_line_chooses_profiles_values_stages_and_jobs(workshop, caps
     with pytest.raises(SystemExit):
         longrope("run", *flags, "--set", "text")
     assert "'text' is not NAME=VALUE" in capsys.readouterr().err
+
+
+def test_inputs_of_stages_that_never_ran_are_not_read(workshop, monkeypatch):
+    (workshop.folder / "large").write_text("x")
+    recipe = workshop.load({"a": {"run": "true", "reads": ["${recipe}/large"]}})
+    monkeypatch.setattr(fingerprint, "file_digest", lambda path: pytest.fail(f"{path} was read"))
+    assert read_status(recipe).lines[0].state == "ready"
