@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 
 from megatron_longrope.recipe.document import Recipe
@@ -77,6 +78,8 @@ def in_a_process(recipe, **options):
     pid = os.fork()
     if pid:
         return pid
+    # Tests may themselves have been started so that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         os._exit(run_recipe(recipe, **options))
     except BaseException as error:

@@ -22,7 +22,7 @@ run_job() {
   [[ $LONGROPE_STATUS_FILE ]] && rm -f "$LONGROPE_STATUS_FILE"
   trap 'ask USR1' USR1
   trap 'ask TERM' TERM
-  trap requeue HUP
+  trap requeue USR2
   host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   [[ $host ]] || die "scontrol names no host of SLURM_JOB_NODELIST ${SLURM_JOB_NODELIST:-}"
   export NNODES=$nodes RDZV_ENDPOINT=$host:$RDZV_PORT RDZV_ID=$SLURM_JOB_ID-$restarts
@@ -49,7 +49,7 @@ ask() {
     # srun hands SIGUSR1 to the node scripts; SIGTERM would end srun itself.
     [[ $step ]] && kill -USR1 "$step"
     if [[ $1 == USR1 ]]; then
-      { sleep "$STOP_SECONDS" && kill -HUP $$; } >/dev/null 2>&1 &
+      { sleep "$STOP_SECONDS" && kill -USR2 $$; } >/dev/null 2>&1 &
       timer=$!
     fi
   fi
@@ -61,7 +61,7 @@ requeue() {
     say "restarted $restarts times, MAX_REQUEUES; submit the job again to go on"
     exit "$GOES_ON"
   fi
-  trap '' USR1 TERM HUP # requeueing ends this script
+  trap '' USR1 TERM USR2 # requeueing ends this script
   say "requeueing job $SLURM_JOB_ID"
   if scontrol requeue "$SLURM_JOB_ID"; then
     requeued=yes
