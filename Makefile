@@ -1,5 +1,5 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens (25 minutes on 2 cores)
-# make test         everything, CPU only (39 minutes on 2 slow cores);  make test-fast: the fast ones
+# make test         everything, CPU only (39 minutes on 2 slow cores);  make test-fast: the fast ones (3 minutes)
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
 # make style        ruff (lint and format)
 # Each installs what it needs into $(VENV) first.
