@@ -6,6 +6,7 @@
 Makes a random model of two layers, a tokenizer, and text from the Python standard library,
 build/rehearsal/inputs, and runs the recipe's own stages on them with its profile `rehearsal`. The
 numbers mean nothing; that every stage runs, resumes and hands on to the next is what is rehearsed.
+Its short benchmarks need lm-evaluation-harness: pip install -e ".[eval]".
 """
 
 import argparse

@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_longrope.plan.estimate import with_memory
     from megatron_longrope.plan.flags import DEFAULT_CHUNK
     from megatron_longrope.plan.hardware import parse_gpu
+    from megatron_longrope.plan.layouts import FULL
 
     _check_positive(args)
     model = _model(args)
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     cluster = Cluster(gpu, args.gpus, args.gpus_per_node, args.mfu)
     fixed = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
     if args.recompute is not None:
-        module = "mlp" if model.num_experts is None else "moe"
-        fixed["recompute"] = {"none": (), "mlp": (module,), "full": ("full",)}[args.recompute]
+        kinds = {"none": (), "mlp": (model.mlp_module,), "full": FULL}
+        fixed["recompute"] = kinds[args.recompute]
     estimates = rank(model, training, cluster, fixed)
     best = estimates[0]
     others = [estimate for estimate in estimates if estimate.fits] if args.all else []

@@ -138,7 +138,7 @@ class Estimate:
 
     def _activations(self) -> list[str]:
         """Kept activations, were more or less of them recomputed."""
-        module = "mlp" if self.model.num_experts is None else "moe"
+        module = self.model.mlp_module
         sizes = (
             replace(self, layout=replace(self.layout, recompute=kind)).memory.activations / GIB
             for kind in ((), (module,), FULL)

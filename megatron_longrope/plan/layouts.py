@@ -168,7 +168,6 @@ def layouts(
         fixed (Mapping[str, object]): Fields of :class:`Layout` that are not chosen.
     """
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    module = "mlp" if model.num_experts is None else "moe"
     experts = sizes if model.num_experts is not None else [1]
 
     def options(name: str, values: Iterable[object]) -> Iterable[object]:
@@ -179,7 +178,7 @@ def layouts(
         options("context", sizes),
         options("pipeline", sizes),
         options("expert", experts),
-        options("recompute", ((), (module,), FULL)),
+        options("recompute", ((), (model.mlp_module,), FULL)),
     ):
         if gpus % (tensor * context * pipeline):
             continue

@@ -115,6 +115,11 @@ class Model:
         return layer_weights(self)[1] // self.num_layers - self.router_parameters
 
     @property
+    def mlp_module(self) -> str:
+        """Megatron's name of what stands after attention, as `--recompute-modules` takes it."""
+        return "mlp" if self.num_experts is None else "moe"
+
+    @property
     def router_parameters(self) -> int:
         """Weights of a layer's router, 0 without experts."""
         return self.hidden_size * (self.num_experts or 0)

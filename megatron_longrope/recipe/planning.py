@@ -101,7 +101,8 @@ def _search(
 ) -> tuple[str, ...]:
     from megatron_longrope.cli import build_parser
     from megatron_longrope.cli.search import parameters
-    from megatron_longrope.search.cost import estimate
+    from megatron_longrope.plan.estimate import with_memory
+    from megatron_longrope.search.cost import estimate_command
 
     try:
         args = build_parser().parse_args(words[1:])
@@ -114,22 +115,11 @@ def _search(
         evaluations = min(evaluations, args.max_evaluations)
     ranks = args.tensor_model_parallel_size * args.context_parallel_size
     samples = args.num_samples * args.windows_per_document
-    gpu = parse_gpu(hardware.gpu)
-    if hardware.memory is not None:
-        gpu = replace(gpu, gib=hardware.memory)
+    gpu = with_memory(parse_gpu(hardware.gpu), hardware.memory)
     if hardware.gpus % ranks:
         raise ValueError(f"{hardware.gpus} GPUs are no multiple of its TP x CP = {ranks}")
-    found = estimate(
-        shape,
-        target_length=args.target_length,
-        samples=samples,
-        evaluations=evaluations,
-        gpu=gpu,
-        tensor_parallel=args.tensor_model_parallel_size,
-        context_parallel=args.context_parallel_size,
-        replicas=hardware.gpus // ranks,
-        batch=min(samples, max(1, args.tokens_per_forward // args.target_length)),
-        dtype=args.dtype or "bfloat16",
+    found = estimate_command(
+        args, shape, samples=samples, evaluations=evaluations, gpus=hardware.gpus, gpu=gpu
     )
     note = f"{evaluations} evaluations, replicas: {found.replicas}; {source}"
     return _cells(found.peak_bytes, found.fits, found.search_flops, found.hours, note)

@@ -23,7 +23,7 @@ from megatron_longrope.recipe.commands import Command, display
 from megatron_longrope.recipe.document import Recipe, Stage
 from megatron_longrope.recipe.fingerprint import Contents, Parts
 from megatron_longrope.recipe.lock import held
-from megatron_longrope.recipe.state import ASKED_FOR, Job, Records, StageState
+from megatron_longrope.recipe.state import ASKED_FOR, Job, Records, StageState, decide
 from megatron_longrope.recipe.survey import survey, time_left
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -202,7 +202,7 @@ class Run:
             )
         state = self._records.read(stage.name)
         repeated = stage.name in self._repeated
-        decision = ASKED_FOR if repeated else self._records.decide(stage, parts)
+        decision = ASKED_FOR if repeated else decide(stage, state, parts)
         if decision.action == "done":
             self._print(f"{title}: done before ({format_duration(state.seconds)})")
             return state.seconds

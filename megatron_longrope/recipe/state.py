@@ -120,6 +120,27 @@ class Decision:
     """Why, in words; empty for a first start and for what is done."""
 
 
+def decide(stage: Stage, state: StageState | None, parts: Parts | None) -> Decision:
+    """Whether a stage has to run, and how.
+
+    Args:
+        state (StageState, optional): Its record.
+        parts (Parts, optional): What it depends on now; None will do for a stage without a record.
+    """
+    if state is None or parts is None:
+        left = any(os.path.lexists(path) for path in stage.writes)
+        return Decision("clean", "nothing says how its outputs were made" if left else "")
+    if changes := parts.changes_since(state.parts):
+        return Decision("clean", "; ".join(changes))
+    if not state.finished:
+        code = state.exit_code
+        how = "was interrupted" if code is None else f"failed with exit code {code}"
+        return Decision("resume", f"it {how}")
+    if missing := [path for path in stage.writes if not os.path.exists(path)]:
+        return Decision("clean", f"{missing[0]} is missing")
+    return Decision("done", "")
+
+
 ASKED_FOR = Decision("clean", "asked for")
 """Run again although nothing changed."""
 
@@ -168,26 +189,6 @@ class Records:
     def write(self, stage: str, state: StageState) -> None:
         """Record a state; a reader sees the old one or this."""
         write_json_atomic(self._state(stage), state.to_dict())
-
-    def decide(self, stage: Stage, parts: Parts | None) -> Decision:
-        """Whether a stage has to run, and how.
-
-        Args:
-            parts (Parts, optional): What it depends on now; None for a stage without a record.
-        """
-        state = self.read(stage.name)
-        if state is None or parts is None:
-            left = any(os.path.lexists(path) for path in stage.writes)
-            return Decision("clean", "nothing says how its outputs were made" if left else "")
-        if changes := parts.changes_since(state.parts):
-            return Decision("clean", "; ".join(changes))
-        if not state.finished:
-            code = state.exit_code
-            how = "was interrupted" if code is None else f"failed with exit code {code}"
-            return Decision("resume", f"it {how}")
-        if missing := [path for path in stage.writes if not os.path.exists(path)]:
-            return Decision("clean", f"{missing[0]} is missing")
-        return Decision("done", "")
 
     def move_away(self, stage: Stage) -> Path | None:
         """Move what a stage wrote into `stale/`; the folder, or None when there was nothing."""

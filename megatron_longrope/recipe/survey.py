@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_longrope.recipe.document import Recipe, Stage
 from megatron_longrope.recipe.fingerprint import Contents
-from megatron_longrope.recipe.state import ASKED_FOR, Decision, Records, StageState
+from megatron_longrope.recipe.state import ASKED_FOR, Decision, Records, StageState, decide
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def survey(
             decision = Decision("wait", f"after {', '.join(sorted(first))}")
         else:
             # Without a record nothing is compared: do not read 100 GB to say that it is to do.
-            decision = records.decide(stage, state and contents.parts(stage))
+            decision = decide(stage, state, state and contents.parts(stage))
         if decision.action != "done":
             pending.add(stage.name)
         found.append(Standing(stage, state, decision))

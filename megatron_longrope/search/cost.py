@@ -15,6 +15,8 @@ from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from megatron_longrope.checkpoint.model_args import ModelShape
 
 # The engine's own sizes, repeated here because importing it takes seconds; a test compares them.
@@ -129,6 +131,38 @@ class SearchCost:
             f"{_duration(3600 * self.hours)} in all, {self.gpu_hours:.3g} GPU hours, assuming "
             f"{self.utilisation:.0%} of peak",
         ]
+
+
+def estimate_command(
+    args: Namespace,
+    shape: ModelShape,
+    *,
+    samples: int,
+    evaluations: int,
+    gpus: int,
+    gpu: Gpu,
+    utilisation: float = 0.4,
+) -> SearchCost:
+    """:func:`estimate` of a `longrope search` command.
+
+    Args:
+        args (Namespace): Its options.
+        gpus (int): GPUs of the job, a multiple of the command's TP x CP.
+    """
+    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    return estimate(
+        shape,
+        target_length=args.target_length,
+        samples=samples,
+        evaluations=evaluations,
+        gpu=gpu,
+        tensor_parallel=tensor,
+        context_parallel=context,
+        replicas=gpus // (tensor * context),
+        batch=min(samples, max(1, args.tokens_per_forward // args.target_length)),
+        dtype=args.dtype or "bfloat16",
+        utilisation=utilisation,
+    )
 
 
 def estimate(

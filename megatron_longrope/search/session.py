@@ -107,7 +107,7 @@ class SearchPlan:
     def estimate(self, gpu: str, num_gpus: int | None, mfu: float) -> Sequence[str]:
         """FLOPs, memory and hours in words; see :mod:`.cost`."""
         from megatron_longrope.plan.hardware import parse_gpu
-        from megatron_longrope.search.cost import estimate
+        from megatron_longrope.search.cost import estimate_command
 
         args = self.args
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
@@ -119,16 +119,12 @@ class SearchPlan:
                 f"--num-gpus {gpus} is not a multiple of tensor parallel x context parallel = "
                 f"{model_ranks}"
             )
-        return estimate(
+        return estimate_command(
+            args,
             self.checkpoint.shape,
-            target_length=args.target_length,
             samples=count,
             evaluations=-(-forwards // count),
-            tensor_parallel=args.tensor_model_parallel_size,
-            context_parallel=args.context_parallel_size,
-            replicas=gpus // model_ranks,
-            batch=min(count, max(1, args.tokens_per_forward // args.target_length)),
-            dtype=args.dtype or "bfloat16",
+            gpus=gpus,
             gpu=parse_gpu(gpu),
             utilisation=mfu,
         ).lines()
