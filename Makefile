@@ -1,5 +1,5 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens (25 minutes on 2 cores)
-# make test         everything, CPU only (39 minutes on 2 slow cores);  make test-fast: the fast ones (3 minutes)
+# make test         CPU only;  make test-fast: the fast ones;  make test-all: the long repetitions too
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
 # make style        ruff (lint and format)
 # Each installs what it needs into $(VENV) first.
@@ -7,8 +7,11 @@
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 # Tests run in so many processes, a file in one of them: what Megatron keeps per process stays there.
+# tests/conftest.py puts the files into order.
 JOBS ?= 2
-PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Of the tests with the marker `release`: all, none, or a share such as 2/5.
+RELEASE ?= none
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
@@ -23,24 +26,27 @@ MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/test_training_loss.py tests
 # Among them, but without any Megatron.
 MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 
-.PHONY: quickstart test test-fast test-matrix style format constraints clean
+.PHONY: quickstart test test-all test-fast test-matrix style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 quickstart: $(STAMP)
 	$(PYTHON) examples/quickstart/quickstart.py
 
 test: $(DEV)
-	$(PYTEST)
+	$(PYTEST) --release $(RELEASE)
+
+test-all:
+	$(MAKE) test RELEASE=all
 
 test-fast: $(DEV)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not release"
 
 test-matrix: $(MATRIX:%=test-matrix-%)
 
 # megatron is a namespace package: the first folder on the path that has megatron.core wins.
 $(MATRIX:%=test-matrix-%): test-matrix-%: build/matrix/%/.installed
 	PYTHONPATH=$(CURDIR)/build/matrix/$* LONGROPE_EXPECT_MEGATRON=$* \
-		$(PYTEST) -m "not one_release" $(MATRIX_TESTS) $(MATRIX_IGNORED:%=--ignore=%)
+		$(PYTEST) -m "not one_release and not release" $(MATRIX_TESTS) $(MATRIX_IGNORED:%=--ignore=%)
 
 $(MATRIX:%=build/matrix/%/.installed): build/matrix/%/.installed: | $(DEV)
 	rm -rf $(@D)

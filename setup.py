@@ -44,6 +44,7 @@ setup(
             "lm-eval>=0.4.13",
             "accelerate",
             "einops",
+            "filelock",
             "zstandard",
             "psutil",
             "pytest",

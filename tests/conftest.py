@@ -1,6 +1,9 @@
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +16,63 @@ import make_hybrid_checkpoint as hybrid_maker
 import make_megatron_checkpoint as maker
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
+from shares import share_of
 
 import megatron_longrope
 
 # A busy machine is no failure, and the same examples everywhere make a failure repeatable.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+# Which tests run, in which order, and what the last line says
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--release",
+        default="all",
+        metavar="all|none|K/N",
+        help="tests with the marker `release`: all (default), none, or the K-th of N equal shares",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    marked = [item.nodeid for item in items if item.get_closest_marker("release")]
+    try:
+        unwanted = set(marked) - set(share_of(marked, config.getoption("release")))
+    except ValueError as error:
+        raise pytest.UsageError(f"--release {error}") from None
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in unwanted])
+    items[:] = [item for item in items if item.nodeid not in unwanted]
+    # xdist hands out files in this order (--no-loadscope-reorder): those that take longest come
+    # first, so that no process is left alone with one of them at the end.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: ("integration" not in item.path.parts, not slow[item.path]))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """The last line of a run in several processes: how long it took, and which tests most of it."""
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("numprocesses", None) and reporter:
+        seconds: Counter[str] = Counter()
+        for report in (report for group in reporter.stats.values() for report in group):
+            if hasattr(report, "duration") and hasattr(report, "nodeid"):
+                seconds[report.nodeid] += report.duration
+        slowest = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.most_common(10))
+        minutes, rest = divmod(round(time.time() - _STARTED), 60)
+        reporter.write_line(f"took {minutes} min {rest:02d} s; slowest tests: {slowest}")
+    return result
+
+
+_STARTED = time.time()
+
+
+# What several files start from
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,9 +111,28 @@ def _make(script: str, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def megatron_runs(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("megatron")
-    _make(maker.__file__, str(directory))
+def made_once(tmp_path_factory):
+    """A directory of the given name that one of the test processes fills, for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # that of the whole run
+
+    def get(name, fill):
+        directory = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.done").exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a process that failed
+                directory.mkdir()
+                fill(directory)
+                (root / f"{name}.done").touch()
+        return directory
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def megatron_runs(made_once):
+    directory = made_once("megatron", lambda path: _make(maker.__file__, str(path)))
     return {
         name: MegatronRun(directory / name, torch.load(directory / f"{name}.pt"))
         for name in maker.VARIANTS
@@ -68,10 +140,10 @@ def megatron_runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def hybrid_runs(tmp_path_factory, megatron_runs):
+def hybrid_runs(made_once, megatron_runs):
     """HybridModel checkpoints and their logits; `same` has the weights of `untied_gqa`."""
-    directory = tmp_path_factory.mktemp("hybrid")
-    _make(hybrid_maker.__file__, str(directory), str(megatron_runs["untied_gqa"].path))
+    gpt = str(megatron_runs["untied_gqa"].path)
+    directory = made_once("hybrid", lambda path: _make(hybrid_maker.__file__, str(path), gpt))
     return {
         name: (directory / name, torch.load(directory / f"{name}.pt"))
         for name in hybrid_maker.VARIANTS
