@@ -19,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_longrope", "megatron_longrope.*"]),
+    package_data={"megatron_longrope.published": ["*.json"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core[training]>=0.17",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope import published
 from megatron_longrope.config_rules import (
     check_int,
     check_keys,
     check_positive,
+    extension_ratio,
+    unusual_factor,
     validate_factor_sets,
+    validate_factors,
     validate_geometry,
 )
 from megatron_longrope.files import read_json, write_json_atomic
@@ -35,7 +40,9 @@ class FactorSet:
     """Longest sequence, in tokens, that this set serves."""
 
     rescale_factors: tuple[float, ...]
-    """lambda_i of equation 3, one per frequency (rotary_dim / 2), non-decreasing, >= 1."""
+    """lambda_i of equation 3, one per frequency (rotary_dim / 2), > 0.
+
+    A search proposes them at 1 or above and never decreasing; published ones may differ."""
 
     num_start_tokens: int = 0
     """n_hat: positions below it keep the original rotation."""
@@ -180,16 +187,24 @@ class LongRopeConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> LongRopeConfig:
-        """Read and validate a JSON file.
+        """Read and validate a JSON file; warn of factors that no search would propose.
+
+        Args:
+            path (str | Path): A file, or `published:NAME` (:mod:`megatron_longrope.published`).
 
         Raises:
             ValueError: The file or its content is not valid; the message starts with the path.
         """
-        value = read_json(path)
+        value = read_json(published.resolve(path))
         try:
-            return cls.from_dict(value)
+            config = cls.from_dict(value)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        names = [
+            f"factor_sets[{index}].rescale_factors" for index in range(len(config.factor_sets))
+        ]
+        _warn_of_unusual_factors(f"{path}: ", names, config)
+        return config
 
     def to_hf(
         self, short_length: int | None = None, long_length: int | None = None
@@ -253,6 +268,8 @@ class LongRopeConfig:
     def from_hf(cls, hf_config: Mapping[str, Any]) -> LongRopeConfig:
         """Read the `longrope` fields of a transformers `config.json` (either spelling).
 
+        Warns, once and by key and index, of factors that no search would propose.
+
         Raises:
             ValueError: The configuration is not longrope or lacks a field.
         """
@@ -286,18 +303,36 @@ class LongRopeConfig:
             check_positive("factor", ratio)
             value = attention_factor("su", ratio, original)
         check_positive("attention_factor", value)
-        sets = [FactorSet(original, tuple(scaling["short_factor"]), origin={"source": "hf"})]
-        if max_length > original:
-            sets.append(
-                FactorSet(max_length, tuple(scaling["long_factor"]), origin={"source": "hf"})
-            )
-        return cls(
+        rotary_dim = 2 * max(len(scaling["short_factor"]), len(scaling["long_factor"]))
+        windows = {"short_factor": original, "long_factor": max_length}
+        if max_length <= original:
+            del windows["long_factor"]
+        for key in windows:  # here, not as factor_sets[i], the name is one that the file holds
+            validate_factors(key, scaling[key], rotary_dim, max(max_length / original, 1.0))
+        config = cls(
             rotary_base=float(theta),
-            rotary_dim=2 * len(scaling["long_factor"]),
+            rotary_dim=rotary_dim,
             original_max_position_embeddings=original,
-            factor_sets=tuple(sets),
+            factor_sets=tuple(
+                FactorSet(window, tuple(scaling[key]), origin={"source": "hf"})
+                for key, window in windows.items()
+            ),
             attention_factor=float(value),
         )
+        _warn_of_unusual_factors("config.json: ", list(windows), config)
+        return config
+
+
+def _warn_of_unusual_factors(source: str, names: Sequence[str], config: LongRopeConfig) -> None:
+    """One warning that names the first unusual factor; `names` are the vectors', set by set."""
+    extension = extension_ratio(config)
+    for name, item in zip(names, config.factor_sets, strict=True):
+        if found := unusual_factor(name, item.rescale_factors, extension):
+            warnings.warn(
+                f"{source}{found}, which no search would propose; the factors are used as they are",
+                stacklevel=3,
+            )
+            return
 
 
 def identity_config(

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from megatron_longrope.config import LongRopeConfig
 
 _MAX_INT = 2**53  # beyond it a JSON number is no longer an exact integer everywhere
+_LEAST_FACTOR = 2.0**-126  # below it float32 may flush to zero, and a frequency is 1 / factor
+_LEAST_BOUND = 128.0
 
 
 def check_keys(where: str, value: Mapping[str, Any], known: set[str], optional: set[str]) -> None:
@@ -69,10 +71,7 @@ def validate_factor_sets(config: LongRopeConfig) -> None:
         raise ValueError("factor_sets is empty; at least one set is needed")
     for index, item in enumerate(config.factor_sets):
         check_int(f"factor_sets[{index}].max_length", item.max_length, 1)
-    # LongRoPE searches up to 1.25 s (the release: 1 + s), LongRoPE2 up to 2 s. A short window's
-    # recovered factors stay near the long ones, so the bound is one for all sets.
-    ratio = max(item.max_length for item in config.factor_sets)
-    bound = 2.0 * max(ratio / config.original_max_position_embeddings, 1.0)
+    extension = extension_ratio(config)
     previous = 0
     for index, item in enumerate(config.factor_sets):
         where = f"factor_sets[{index}]"
@@ -86,22 +85,46 @@ def validate_factor_sets(config: LongRopeConfig) -> None:
             )
         previous = item.max_length
         check_int(f"{where}.num_start_tokens", item.num_start_tokens, 0)
-        validate_factors(f"{where}.rescale_factors", item.rescale_factors, config, bound)
+        validate_factors(
+            f"{where}.rescale_factors", item.rescale_factors, config.rotary_dim, extension
+        )
         try:
             json.dumps(dict(item.origin), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}.origin must be plain JSON: {error}") from None
 
 
+def extension_ratio(config: LongRopeConfig) -> float:
+    """s: the longest window over the original one, at least 1.
+
+    One for all sets of a file, as a short window's recovered factors stay near the long ones.
+    """
+    longest = max(item.max_length for item in config.factor_sets)
+    return max(longest / config.original_max_position_embeddings, 1.0)
+
+
 def validate_factors(
-    where: str, factors: Sequence[float], config: LongRopeConfig, bound: float
+    where: str, factors: Sequence[float], rotary_dim: int, extension: float
 ) -> None:
-    """Check one factor vector: count, finite, at least 1, non-decreasing, at most `bound`."""
-    expected = config.rotary_dim // 2
+    """Refuse a factor vector that cannot be rotated with.
+
+    Published factors decrease at some indices, fall below 1 or exceed 2 x s; that is for
+    :func:`unusual_factor` to say, not to refuse. Far beyond s one of the two lengths is wrong.
+
+    Args:
+        where (str): Name of the vector in messages.
+        extension (float): s of the file that holds the vector.
+
+    Raises:
+        ValueError: Wrong count, no number, not finite, not above 0, or over 8 x s.
+    """
+    expected = rotary_dim // 2
     if len(factors) != expected:
         raise ValueError(
-            f"{where} has {len(factors)} values; rotary_dim {config.rotary_dim} needs {expected}"
+            f"{where} has {len(factors)} values; rotary_dim {rotary_dim} needs {expected}"
         )
+    # The authors' factors for 4k tokens of a model tuned at 256k reach 62, and may stand alone.
+    bound = max(8.0 * extension, _LEAST_BOUND)
     for index, value in enumerate(factors):
         here = f"{where}[{index}]"
         if not is_number(value):
@@ -110,15 +133,30 @@ def validate_factors(
             raise ValueError(f"{here} is NaN; factors must be finite")
         if abs(value) == math.inf:
             raise ValueError(f"{here} is infinite; factors must be finite")
-        if value < 1:
-            raise ValueError(f"{here} is {value!r}, below 1; a factor may only slow a rotation")
-        if index and value < factors[index - 1]:
-            raise ValueError(
-                f"{here} is {value!r}, below its predecessor {factors[index - 1]!r}; "
-                "factors must not decrease (the paper's monotonic constraint)"
-            )
+        if value < _LEAST_FACTOR:
+            raise ValueError(f"{here} is {value!r}; a factor must be above 0, in float32 too")
         if value > bound:
             raise ValueError(
-                f"{here} is {value!r}, over the bound {bound:g} = 2 x largest max_length / "
-                "original_max_position_embeddings; check both lengths"
+                f"{here} is {value!r}, over the bound {bound:g} = 8 x largest max_length / "
+                f"original_max_position_embeddings (at least {_LEAST_BOUND:g}); check both lengths"
             )
+
+
+def unusual_factor(where: str, factors: Sequence[float], extension: float) -> str | None:
+    """Name the first factor that no search would propose, or None.
+
+    LongRoPE's candidates never decrease and lie between 1 and 1.25 s (its release: 1 + s),
+    LongRoPE2's up to 2 s. Released models hold others: Phi-3 exceeds 2 s, Mistral's decrease by
+    one step of 0.01 here and there, MiniCPM4 begins at 0.9978.
+    """
+    previous = 1.0
+    for index, value in enumerate(factors):
+        here = f"{where}[{index}] is {value!r}"
+        if value < 1:
+            return f"{here}, below 1"
+        if value < previous:
+            return f"{here}, below its predecessor {previous!r}"
+        if value > 2 * extension:
+            return f"{here}, over {2 * extension:g} = 2 x the extension ratio"
+        previous = value
+    return None

@@ -91,8 +91,8 @@ def make_problem(
         target_length (int): Window in tokens.
         upper (float, optional): Largest candidate factor. Defaults to 1.25 s (LongRoPE's space) or
             2 s (LongRoPE2's), for a recovery to max(3, 1 + s), which the published short factors
-            stay within; less where the product with the base's factors would leave the
-            configuration's bound.
+            stay within; less where the product with the base's factors would exceed 2 x the whole
+            extension ratio.
         start_tokens (tuple[int, ...]): Choices of n_hat; the critical space has none.
         space (str): `full`, or `critical` for LongRoPE2's.
         critical_dimension (int, optional): Fixes the critical space's dimension, an index of
@@ -234,7 +234,7 @@ def _methods(base: LongRopeConfig, scale: float) -> dict[str, list[float]]:
 
 
 def _limit(base: LongRopeConfig, target_length: int, multiplier: tuple[float, ...]) -> float:
-    """Largest candidate factor whose product the configuration accepts (2 x its longest ratio)."""
+    """Largest candidate factor whose product stays within 2 x the longest extension ratio."""
     longest = max(base.max_length, target_length)
     bound = 2.0 * longest / base.original_max_position_embeddings
     largest = max(multiplier)
@@ -253,7 +253,7 @@ def _bounded(upper: float | None, default: float, limit: float) -> float:
         return min(default, limit)
     if isinstance(upper, (int, float)) and upper > limit:
         raise ValueError(
-            f"upper {upper:g} admits factors over the configuration's bound of 2 x extension ratio;"
+            f"upper {upper:g} admits factors over 2 x the extension ratio, the bound of a search;"
             f" give at most {limit:.6g}"
         )
     return upper

@@ -101,38 +101,55 @@ def test_an_infinite_factor_is_refused_with_its_index(value):
     )
 
 
-@pytest.mark.parametrize("value", [0.999, 0.0, -2.0])
-def test_a_factor_below_one_is_refused_with_its_value(value):
+@pytest.mark.parametrize("value", [0.0, -0.5, 1e-40])
+def test_a_factor_that_leaves_no_finite_frequency_is_refused_with_its_value(value):
     assert refusal(with_factors(value, 2.0, 3.0, 4.0)) == (
-        f"factor_sets[1].rescale_factors[0] is {value!r}, below 1; "
-        "a factor may only slow a rotation"
+        f"factor_sets[1].rescale_factors[0] is {value!r}; a factor must be above 0, in float32 too"
     )
 
 
-def test_decreasing_factors_are_refused_with_both_values():
-    assert refusal(with_factors(1.0, 3.0, 2.5, 4.0)) == (
-        "factor_sets[1].rescale_factors[2] is 2.5, below its predecessor 3.0; "
-        "factors must not decrease (the paper's monotonic constraint)"
+def test_a_factor_over_eight_times_the_extension_ratio_is_refused():
+    assert refusal(with_factors(1.0, 2.0, 3.0, 256.5)) == (
+        "factor_sets[1].rescale_factors[3] is 256.5, over the bound 256 = 8 x largest max_length / "
+        "original_max_position_embeddings (at least 128); check both lengths"
     )
-
-
-def test_a_factor_over_twice_the_extension_ratio_is_refused():
-    assert refusal(with_factors(1.0, 2.0, 3.0, 64.5)) == (
-        "factor_sets[1].rescale_factors[3] is 64.5, over the bound 64 = 2 x largest max_length / "
-        "original_max_position_embeddings; check both lengths"
-    )
-
-
-def test_a_factor_of_exactly_twice_the_extension_ratio_is_accepted():
-    LongRopeConfig.from_dict(with_factors(1.0, 2.0, 3.0, 64.0))
-
-
-def test_the_bound_of_a_short_window_is_that_of_the_largest_one():
-    LongRopeConfig.from_dict(with_set(0, rescale_factors=[1.0, 2.0, 3.0, 33.0]))
 
 
 def test_an_integer_too_large_for_a_float_is_refused_as_over_the_bound():
-    assert "over the bound 64" in refusal(with_factors(1.0, 2.0, 3.0, HUGE))
+    assert "over the bound 256" in refusal(with_factors(1.0, 2.0, 3.0, HUGE))
+
+
+def load_with_warnings(tmp_path, value) -> tuple[LongRopeConfig, list[str]]:
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = LongRopeConfig.load(tmp_path / "a.json")
+    return config, [str(item.message).removeprefix(f"{tmp_path / 'a.json'}: ") for item in caught]
+
+
+@pytest.mark.parametrize(
+    ("factors", "reason"),
+    [
+        ((0.9978, 2.0, 3.0, 4.0), "[0] is 0.9978, below 1"),
+        ((1.0, 3.0, 2.5, 4.0), "[2] is 2.5, below its predecessor 3.0"),
+        ((1.0, 2.0, 64.5, 70.0), "[2] is 64.5, over 64 = 2 x the extension ratio"),
+    ],
+)
+def test_factors_that_no_search_proposes_are_loaded_as_they_are_under_one_warning(
+    tmp_path, factors, reason
+):
+    value = with_factors(*factors)
+    value["factor_sets"][0]["rescale_factors"] = [1.0, 2.0, 3.0, 33.0]  # within the long window's
+    config, messages = load_with_warnings(tmp_path, value)
+    assert config.factor_sets[1].rescale_factors == factors
+    assert messages == [
+        f"factor_sets[1].rescale_factors{reason}, which no search would propose; "
+        "the factors are used as they are"
+    ]
+
+
+def test_factors_of_exactly_twice_the_extension_ratio_are_usual(tmp_path):
+    assert load_with_warnings(tmp_path, with_factors(1.0, 2.0, 3.0, 64.0))[1] == []
 
 
 def test_a_boolean_factor_is_refused():
@@ -715,6 +732,16 @@ def test_a_config_json_field_of_a_wrong_type_is_refused_by_name(key, value):
         del hf["rope_parameters"]["attention_factor"]
     with pytest.raises(ValueError, match=rf"^{key} "):
         LongRopeConfig.from_hf(hf)
+
+
+def test_factors_in_a_config_json_are_named_by_their_key():
+    hf = exportable().to_hf()
+    hf["rope_parameters"]["long_factor"] = [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"^long_factor has 2 values; rotary_dim 8 needs 4$"):
+        LongRopeConfig.from_hf(hf)
+    hf["rope_parameters"]["long_factor"] = [0.9978, 2.0, 1.5, 4.0]
+    with pytest.warns(UserWarning, match=r"^config\.json: long_factor\[0\] is 0\.9978, below 1, "):
+        assert LongRopeConfig.from_hf(hf).factor_sets[1].rescale_factors == (0.9978, 2.0, 1.5, 4.0)
 
 
 # A real transformers model
