@@ -10,10 +10,6 @@ from megatron_longrope.cli import evaluate, options
 from megatron_longrope.ranks import rank
 
 _TASKS = ("single", "multi_key", "multi_query")
-_KEY = (
-    "task", "length", "requested_depth", "seed", "trial", "num_needles", "num_queries",
-    "document_sha256", "tokenizer_sha256",
-)  # fmt: skip
 
 
 def add_parser(kinds) -> None:
@@ -142,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
             "seconds": time.perf_counter() - started,
         }
 
-    session = evaluate.open_session(args, "needle", _KEY, "trials")
+    session = evaluate.open_session(args, "needle", "trials")
     session.run_shared(cells, measure)
     if rank() == 0:
         rows = needle_summary([session.records.find(cell.record) for cell in cells])

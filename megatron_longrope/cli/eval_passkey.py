@@ -11,7 +11,6 @@ from megatron_longrope.cli import evaluate
 from megatron_longrope.ranks import rank
 
 SCORINGS = ("teacher-forced", "generate")
-_KEY = ("length", "requested_depth", "seed", "trial", "scoring", "tokenizer_sha256")
 
 
 def add_parser(kinds) -> None:
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
             "seconds": time.perf_counter() - started,
         }
 
-    session = evaluate.open_session(args, "passkey", _KEY, "trials")
+    session = evaluate.open_session(args, "passkey", "trials")
     session.run_shared(cells, measure)
     if rank() == 0:
         rows = passkey_summary([session.records.find(cell.record) for cell in cells])

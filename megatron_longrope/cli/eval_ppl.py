@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> None:
     )
     check_tokenizer_fits(documents.vocab_size, f"the tokenizer of {args.data}", models)
     cells = [_cell(args, length, subject, documents) for length, subject in subjects]
-    session = evaluate.open_session(
-        args, "ppl", ("length", "requested_stride", "documents_sha256"), "windows"
-    )
+    session = evaluate.open_session(args, "ppl", "windows")
     if rank() == 0:
         print(f"lengths: {', '.join(map(str, args.lengths))} tokens", flush=True)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from megatron_longrope.cli import evaluate, options
 from megatron_longrope.ranks import rank
 
-_KEY = ("task", "num_fewshot", "limit", "max_length", "seed", "tokenizer_sha256")
 _COLUMNS = (
     "model", "label", "task", "num_fewshot", "metric", "value", "stderr", "samples", "limit",
     "max_length", "lm_eval_version", "seconds",
@@ -86,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
             {
                 "task": task.spec.name,
                 "num_fewshot": task.spec.num_fewshot,
+                "metric": task.spec.metric,
                 "limit": args.limit,
                 "max_length": args.max_length or subject.config.original_max_position_embeddings,
                 "seed": args.seed,
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         on_task()
         return record
 
-    session = evaluate.open_session(args, "short", _KEY, "tasks")
+    session = evaluate.open_session(args, "short", "tasks")
     session.run_each(cells, measure)
     if rank() == 0:
         for row in (session.records.find(cell.record) for cell in cells):

@@ -70,28 +70,27 @@ def open_subjects(args: argparse.Namespace, lengths: list[int] | None = None):
     return models, subjects
 
 
-def open_session(args: argparse.Namespace, name: str, key: tuple[str, ...], unit: str):
+def open_session(args: argparse.Namespace, name: str, unit: str):
     """What measures and records the cells of this command.
 
     Args:
         name (str): Of the kind; `name`.jsonl in the output directory holds its records.
-        key (tuple[str, ...]): Fields that tell a subject's records apart.
         unit (str): Name of a forward pass.
     """
     import os
     from pathlib import Path
 
     from megatron_longrope.engine import process_groups
+    from megatron_longrope.evaluation.kinds import KINDS
     from megatron_longrope.evaluation.records import Records
     from megatron_longrope.evaluation.session import Limit, Session
-    from megatron_longrope.evaluation.subjects import KEY
 
     if "RANK" in os.environ:
         process_groups.initialize(
             args.tensor_model_parallel_size, args.context_parallel_size, replicas=True
         )
     return Session(
-        Records(Path(args.output) / f"{name}.jsonl", (*KEY, *key)),
+        Records(Path(args.output) / f"{name}.jsonl", KINDS[name].cell_fields),
         lambda model: options.load_engine_from(args, model.checkpoint, replicas=True),
         Limit(args.max_hours, args.yes),
         name,

@@ -18,9 +18,6 @@ Row = dict[str, Any]
 _PROTOCOLS = ("truncated", "sampled", "sliding")
 _TASKS = ("single", "multi_key", "multi_query")
 
-_DEPTH_STEP = 0.05
-"""Depths as measured are gathered to multiples of this where the asked ones are unknown."""
-
 
 @dataclass(frozen=True)
 class PerplexityGroup:
@@ -137,9 +134,6 @@ class RetrievalGroup:
     by_depth: Grid
     """Those on a grid of depths; empty if there are none."""
 
-    nearest: bool
-    """Whether the depths were gathered to the nearest multiple of five percent."""
-
     scattered: set[Subject]
     """Subjects with trials that lie on no grid of depths."""
 
@@ -162,7 +156,8 @@ def perplexity_groups(measurements: Measurements) -> list[PerplexityGroup]:
     groups = []
     for (_, stride), pairs in parts.items():
         stride_text = f"stride {stride}" if stride else ""
-        for source, some in _by_source(pairs).items():
+        settings = ("sources", "documents_sha256", "original_length", "config_sha256")
+        for source, some in split_repeats(pairs, ("length",), settings).items():
             rows: dict[Subject, dict[int, Row]] = defaultdict(dict)
             for subject, row in some:
                 rows[subject][row["length"]] = row
@@ -185,7 +180,12 @@ def passkey_groups(measurements: Measurements) -> list[RetrievalGroup]:
     parts: dict[str, list[tuple[Subject, Row]]] = defaultdict(list)
     for subject, row in measurements.of("passkey"):
         parts[row["scoring"]].append((subject, row))
-    return [_retrieval(kind, pairs) for kind, pairs in sorted(parts.items(), reverse=True)]
+    place = ("length", "requested_depth", "seed", "trial")
+    return [
+        _retrieval(", ".join(text for text in (kind, detail) if text), some)
+        for kind, pairs in sorted(parts.items(), reverse=True)
+        for detail, some in split_repeats(pairs, place, ("tokenizer_sha256",)).items()
+    ]
 
 
 def needle_groups(measurements: Measurements) -> list[RetrievalGroup]:
@@ -197,11 +197,17 @@ def needle_groups(measurements: Measurements) -> list[RetrievalGroup]:
         detail += f", {queries} queries" if queries not in (None, 1) else ""
         parts[row["task"], detail].append((subject, row))
     several = Counter(task for task, _ in parts)
+    # Documents are a sample like trials, and pooled; prompts of two tokenizers are not.
+    place = ("length", "requested_depth", "depth", "seed", "trial", "document_sha256")
     return [
-        _retrieval(f"{task}, {detail}" if several[task] > 1 else task, pairs, gather=True)
+        _retrieval(
+            ", ".join(text for text in (task, detail if several[task] > 1 else "", more) if text),
+            some,
+        )
         for (task, detail), pairs in sorted(
             parts.items(), key=lambda part: (_place(_TASKS)(part[0][0]), part[0])
         )
+        for more, some in split_repeats(pairs, place, ("tokenizer_sha256",)).items()
     ]
 
 
@@ -212,6 +218,8 @@ class Benchmark:
     task: str
     num_fewshot: int | None
     metric: str
+    detail: str = ""
+    """Settings that tell it from another of the same task, such as the seed; may be empty."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -224,12 +232,19 @@ def benchmark_table(
     measurements: Measurements,
 ) -> tuple[list[Benchmark], dict[Subject, dict[Benchmark, Row]]]:
     """Columns of the short benchmarks, and each subject's records."""
-    columns: dict[Benchmark, None] = {}
-    table: dict[Subject, dict[Benchmark, Row]] = defaultdict(dict)
+    parts: dict[tuple[Any, ...], list[tuple[Subject, Row]]] = defaultdict(list)
     for subject, row in measurements.of("short"):
-        column = Benchmark(row["task"], row.get("num_fewshot"), row["metric"])
-        columns[column] = None
-        table[subject][column] = row
+        parts[row["task"], row.get("num_fewshot"), row["metric"]].append((subject, row))
+    settings = ("limit", "max_length", "seed", "tokenizer_sha256")
+    columns = {
+        Benchmark(*benchmark, detail): some
+        for benchmark, pairs in parts.items()
+        for detail, some in split_repeats(pairs, (), settings).items()
+    }
+    table: dict[Subject, dict[Benchmark, Row]] = defaultdict(dict)
+    for column, some in columns.items():
+        for subject, row in some:
+            table[subject][column] = row
     return list(columns), dict(table)
 
 
@@ -247,23 +262,51 @@ def distinct(rows: Iterable[Row], key: str) -> list[str]:
     return list(dict.fromkeys(_text(row[key]) for row in rows if row.get(key) not in (None, "")))
 
 
-def _by_source(pairs: Sequence[tuple[Subject, Row]]) -> dict[str, list[tuple[Subject, Row]]]:
-    """One part, unless a subject has a length twice: then a part for each source."""
-    cells = [(subject, row["length"]) for subject, row in pairs]
-    if len(set(cells)) == len(cells):
+def split_repeats(
+    pairs: Sequence[tuple[Subject, Row]], place: Sequence[str], settings: Sequence[str]
+) -> dict[str, list[tuple[Subject, Row]]]:
+    """Split records so that no subject has two at one place of a table.
+
+    Args:
+        place (Sequence[str]): Fields that say where in the table a record belongs.
+        settings (Sequence[str]): Fields by which to split, the first that helps first. One by which
+            no two records of a place differ splits nothing.
+
+    Returns:
+        dict[str, list]: The parts under the settings that tell them apart, in words; one part under
+            an empty name where nothing repeats.
+    """
+    if not settings:
         return {"": list(pairs)}
+    setting, *rest = settings
+    found: dict[Any, set[str]] = defaultdict(set)
     parts: dict[str, list[tuple[Subject, Row]]] = defaultdict(list)
     for subject, row in pairs:
-        parts[_text(row.get("sources"))].append((subject, row))
-    return parts
+        words = _setting(setting, row.get(setting))
+        found[subject, tuple(_text(row.get(name)) for name in place)].add(words)
+        parts[words].append((subject, row))
+    if not any(len(words) > 1 for words in found.values()):
+        return split_repeats(pairs, place, rest)
+    return {
+        ", ".join(word for word in (words, more) if word): some
+        for words, part in parts.items()
+        for more, some in split_repeats(part, place, rest).items()
+    }
 
 
-def _retrieval(
-    kind: str, pairs: Sequence[tuple[Subject, Row]], *, gather: bool = False
-) -> RetrievalGroup:
+def _setting(name: str, value: Any) -> str:
+    """A setting in words: `tokenizer 3fa9c0d1`, `seed 7`, `no limit`."""
+    if name == "sources":
+        return _text(value)
+    words = name.removesuffix("_sha256").replace("_", " ")
+    if value is None:
+        return f"no {words}"
+    return f"{words} {_text(value)[:8] if name.endswith('_sha256') else _text(value)}"
+
+
+def _retrieval(kind: str, pairs: Sequence[tuple[Subject, Row]]) -> RetrievalGroup:
     by_length: dict[Subject, dict[int, Tally]] = defaultdict(lambda: defaultdict(Tally))
     grid: Grid = defaultdict(lambda: defaultdict(Tally))
-    loose: Grid = defaultdict(lambda: defaultdict(Tally))
     scattered = set()
     for subject, row in pairs:
         length = row["length"]
@@ -275,34 +318,16 @@ def _retrieval(
             continue
         found = float(row["correct"] if "correct" in row else row["recall"])
         by_length[subject][length].add(found, row.get("nll"))
-        asked, depth = row.get("requested_depth"), row.get("depth")
-        if asked is not None:
+        if (asked := row.get("requested_depth")) is not None:
             grid[subject][length, round(asked, 4)].add(found, row.get("nll"))
-        elif gather and depth is not None:
-            near = round(round(depth / _DEPTH_STEP) * _DEPTH_STEP, 4)
-            loose[subject][length, near].add(found, row.get("nll"))
         else:
             scattered.add(subject)
-    nearest = bool(loose) and not grid and _is_grid(loose)
-    if loose and not nearest:
-        scattered |= set(loose)
-    shown = loose if nearest else grid
     return RetrievalGroup(
         kind,
         {subject: dict(sorted(row.items())) for subject, row in by_length.items()},
-        {subject: dict(sorted(cells.items())) for subject, cells in shown.items()},
-        nearest,
+        {subject: dict(sorted(cells.items())) for subject, cells in grid.items()},
         scattered,
     )
-
-
-def _is_grid(cells: Grid) -> bool:
-    """Whether depths repeat over the lengths, as on a grid, rather than fall anywhere."""
-    depths = {depth for row in cells.values() for _, depth in row}
-    lengths = {length for row in cells.values() for length, _ in row}
-    filled = sum(map(len, cells.values()))
-    full = len(depths) * len(lengths) * len(cells)
-    return len(depths) > 1 and filled >= 0.75 * full and (len(lengths) > 1 or len(depths) <= 11)
 
 
 def _place(order: Sequence[str]) -> Callable[[str], int]:

@@ -83,7 +83,8 @@ def passkey_sections(measurements: Measurements) -> tuple[list[str], list[Drawin
     parts, drawings = [], []
     for number, group in enumerate(groups):
         name = "passkey" if number == 0 else f"passkey_{number + 1}"
-        how = f"Share of hidden keys repeated exactly ({what.get(group.kind, group.kind)})"
+        scoring = group.kind.split(", ")[0]
+        how = f"Share of hidden keys repeated exactly ({what.get(scoring, group.kind)})"
         notes = "Keys repeated exactly; under each value its trials and 95 % Wilson interval."
         if any(tally.nlls for row in group.by_length.values() for tally in row.values()):
             notes += (
@@ -131,7 +132,7 @@ def benchmark_sections(measurements: Measurements) -> list[str]:
     head = head_cell("Model")
     for column in columns:
         shots = "" if column.num_fewshot is None else f"{column.num_fewshot}-shot"
-        below = ", ".join(text for text in (column.metric, shots) if text)
+        below = ", ".join(text for text in (column.metric, shots, column.detail) if text)
         head += f'<th scope="col">{escape(column.task)}<small>{escape(below)}</small></th>'
     best = {
         column: best_of(

@@ -8,91 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_longrope.evaluation.drawing import METHODS
+from megatron_longrope.evaluation.kind import COUNT, NUMBER, TEXT, cell_key, is_number
+from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.naming import Identity, Subject, name_subjects
 from megatron_longrope.evaluation.results import load_results
 
 __all__ = ["FILES", "KINDS", "Measurements", "read_measurements"]
-
-Check = Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a report needs of one kind of record."""
-
-    cell: tuple[str, ...]
-    """Fields that, with the subject, identify a measurement."""
-
-    required: Mapping[str, tuple[Check, str]]
-    """Fields that must be there, each with its rule in code and in words."""
-
-    optional: Mapping[str, tuple[Check, str]] = field(default_factory=dict)
-    """Fields that may be absent or null."""
-
-
-def _is_number(value: Any) -> bool:
-    # NaN and infinity are what a model gives far beyond its window; the tables say so.
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _are_buckets(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, Mapping) and _is_number(item.get("from")) and _is_number(item.get("nll"))
-        for item in value
-    )
-
-
-_NUMBER = (_is_number, "a number")
-_PERPLEXITY = (lambda value: _is_number(value) and not value <= 0, "a number above 0")
-_COUNT = (_is_count, "a positive integer")
-_SHARE = (_is_share, "a number from 0 to 1")
-_TEXT = (_is_text, "a text that is not empty")
-_TRIAL = {"seed": (lambda value: True, ""), "trial": (lambda value: True, "")}
-
-KINDS = {
-    "ppl": _Kind(
-        ("protocol", "requested_stride", "sources", "length"),
-        {"length": _COUNT, "protocol": _TEXT, "ppl_window_mean": _PERPLEXITY,
-         "ppl_token_weighted": _PERPLEXITY},
-        {"nll_by_position": (_are_buckets, "a list of objects with `from` and `nll`")},
-    ),
-    "passkey": _Kind(
-        ("scoring", "length", "requested_depth", "seed", "trial"),
-        {"length": _COUNT, "correct": (lambda value: isinstance(value, bool), "true or false"),
-         **_TRIAL},
-        {"requested_depth": _SHARE, "depth": _SHARE, "nll": _NUMBER, "scoring": _TEXT},
-    ),
-    "needle": _Kind(
-        ("task", "num_needles", "num_queries", "length", "requested_depth", "depth", "seed",
-         "trial"),
-        {"task": _TEXT, "length": _COUNT, "recall": _SHARE, **_TRIAL},
-        {"requested_depth": _SHARE, "depth": _SHARE, "nll": _NUMBER},
-    ),
-    "short": _Kind(
-        ("task", "num_fewshot", "metric", "limit", "max_length"),
-        {"task": _TEXT, "metric": _TEXT, "value": _NUMBER},
-        {"stderr": _NUMBER},
-    ),
-}  # fmt: skip
-"""Kinds of records; the file of a kind is called `<kind>.jsonl`."""
 
 FILES = tuple(f"{kind}.jsonl" for kind in KINDS)
 """Names of the files that are read."""
@@ -101,10 +28,10 @@ _CURATED = ("ppl", "passkey")
 """Kinds whose numbers `results.json` may hold itself."""
 
 _OPTIONAL_EVERYWHERE = {
-    "label": _TEXT,
-    "model": _TEXT,
-    "original_length": _COUNT,
-    "seconds": _NUMBER,
+    "label": TEXT,
+    "model": TEXT,
+    "original_length": COUNT,
+    "seconds": NUMBER,
 }
 
 
@@ -283,7 +210,7 @@ def _gather(
     curated: list[dict[str, Any]],
 ) -> Measurements:
     """Keep the last record of each cell, and give every subject its name."""
-    keys = [_cell(kind, row) for _, _, kind, row in found]
+    keys = [(kind, cell_key(row, KINDS[kind].cell_fields)) for _, _, kind, row in found]
     owners = name_subjects(
         [(identity, folder, key, row)
          for (identity, folder, _, row), key in zip(found, keys, strict=True)]
@@ -301,11 +228,6 @@ def _gather(
     return Measurements(list(known.values()), rows, curated)
 
 
-def _cell(kind: str, row: Mapping[str, Any]) -> tuple[Any, ...]:
-    values = (row.get(name) for name in KINDS[kind].cell)
-    return (kind, *(json.dumps(v) if isinstance(v, list | dict) else v for v in values))
-
-
 def is_finite(value: Any) -> bool:
     """Whether it is a number that can be drawn."""
-    return _is_number(value) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.evaluation.kind import cell_key
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.ranks import rank
 
@@ -59,7 +60,7 @@ class Records:
             os.truncate(self.path, len(content) - len(torn))
 
     def _key_of(self, row: Mapping[str, Any]) -> str:
-        return json.dumps([row.get(name) for name in self._key])
+        return cell_key(row, self._key)
 
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
         """The finished record with the same key fields, or None."""

@@ -64,11 +64,10 @@ def draw_heatmap(name: str, title: str, what: str, group: RetrievalGroup) -> Dra
              "" if tally.nll is None else tally.nll)
             for subject, cells in grids.items() for (length, depth), tally in cells.items()
         ]  # fmt: skip
-        near = " Depths are gathered to the nearest 5 %." if group.nearest else ""
         return finish(
             figure, name,
             f"{what} by depth (0 % is the beginning of the text) and length; the darker, the more "
-            f"was found. {numbers}{near}",
+            f"was found. {numbers}",
             (*SUBJECT_FIELDS, "length", "depth", "share", "trials", "nll"), rows,
         )  # fmt: skip
 

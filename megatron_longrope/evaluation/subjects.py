@@ -81,10 +81,6 @@ class Subject:
             raise ValueError(f"{where}: {error}") from None
 
 
-KEY = ("checkpoint", "iteration", "label", "policy", "config_sha256")
-"""Fields that tell subjects apart."""
-
-
 def config_sha256(config: LongRopeConfig) -> str:
     """Hash of everything that changes a result: not of where the factors come from."""
     value = config.to_dict()

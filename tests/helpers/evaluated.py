@@ -22,7 +22,8 @@ def ppl(length, value, protocol="truncated", stride=None, tokens="t", **fields):
     parts = 8
     return whose() | {
         "length": length, "protocol": protocol, "requested_stride": stride,
-        "stride": stride or length, "sources": ["proof.jsonl:10"], "num_windows": 10,
+        "stride": stride or length, "sources": "proof.jsonl:10", "documents_sha256": "d0",
+        "num_windows": 10,
         "num_tokens": 10 * (length - 1), "ppl_window_mean": value,
         "ppl_token_weighted": value * 1.01, "nll_per_document": [math.log(value)] * 10,
         "nll_by_position": [
@@ -38,13 +39,15 @@ def passkey(length, correct, trial=0, requested=None, **fields):
     return whose() | {
         "length": length, "depth": depth, "requested_depth": requested, "seed": 42, "trial": trial,
         "scoring": "teacher-forced", "correct": correct, "nll": 0.1 if correct else 2.0,
-        "key": 12345, "num_tokens": length, "num_answer_tokens": 5, "seconds": 0.1,
+        "tokenizer_sha256": "t0", "key": 12345, "num_tokens": length, "num_answer_tokens": 5,
+        "seconds": 0.1,
     } | fields  # fmt: skip
 
 
 def needle(length, recall, trial=0, depth=0.5, task="single", **fields):
     return whose() | {
-        "task": task, "length": length, "depth": depth, "seed": 42, "trial": trial,
+        "task": task, "length": length, "requested_depth": depth, "depth": depth, "seed": 42,
+        "trial": trial, "document_sha256": "d0", "tokenizer_sha256": "t0",
         "recall": recall, "nll": 1.0 - recall, "num_needles": 1, "num_queries": 1,
         "num_tokens": length, "seconds": 0.1,
     } | fields  # fmt: skip
@@ -54,6 +57,7 @@ def short(task, value, stderr=0.01, **fields):
     return whose() | {
         "task": task, "num_fewshot": 10, "metric": "acc_norm", "value": value, "stderr": stderr,
         "metrics": {"acc": value}, "samples": 100, "limit": None, "max_length": 4096,
+        "seed": 1234, "tokenizer_sha256": "t0",
         "lm_eval_version": "0.4.13", "seconds": 9.0,
     } | fields  # fmt: skip
 

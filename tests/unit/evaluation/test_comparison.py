@@ -1,6 +1,5 @@
 """Records of several models are read once, told apart, and compared only where that is fair."""
 
-import itertools
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from megatron_longrope.evaluation.comparison import (
     perplexity_groups,
 )
 from megatron_longrope.evaluation.drawing import METHODS
+from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.measurements import read_measurements
 from megatron_longrope.evaluation.naming import Identity, name_subjects, subject_styles
 from megatron_longrope.evaluation.records import Records
@@ -124,6 +124,57 @@ def test_curated_numbers_stand_for_the_directorys_own_records(tmp_path):
     ((tally,),) = [row.values() for row in passkey_groups(found)[0].by_length.values()]
     assert (tally.share, tally.trials) == (0.5, 4)
     assert len(found.of("short")) == 1
+
+
+def shown_in(directory, kind):
+    """Every value of a report's tables, with the name of its table or column."""
+    found = read_measurements([directory])
+    if kind == "short":
+        _, rows = benchmark_table(found)
+        return [(column.detail, row["value"]) for by in rows.values() for column, row in by.items()]
+    if kind == "ppl":
+        return [(group.detail, value) for group in perplexity_groups(found)
+                for row in group.values().values() for value in row.values()]  # fmt: skip
+    groups = {"passkey": passkey_groups, "needle": needle_groups}[kind](found)
+    return [(group.kind, tally.share, tally.trials) for group in groups
+            for row in group.by_length.values() for tally in row.values()]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "shown"),
+    [
+        ("ppl", [ppl(4096, 3.0), ppl(4096, 2.0, documents_sha256="changed under one path")],
+         [("documents d0", 3.0), ("documents changed ", 2.0)]),
+        ("ppl", [ppl(4096, 3.0, label="pi", policy="su", config_sha256=f"{n}", original_length=n)
+                 for n in (1024, 2048)],
+         [("original length 1024", 3.0), ("original length 2048", 3.0)]),
+        ("passkey", [passkey(4096, True), passkey(4096, False, tokenizer_sha256="another")],
+         [("teacher-forced, tokenizer t0", 1.0, 1), ("teacher-forced, tokenizer another", 0.0, 1)]),
+        ("needle", [needle(4096, 1.0), needle(4096, 0.0, document_sha256="another")],
+         [("single", 0.5, 2)]),
+        ("needle", [needle(4096, 1.0), needle(4096, 0.0, tokenizer_sha256="another")],
+         [("single, tokenizer t0", 1.0, 1), ("single, tokenizer another", 0.0, 1)]),
+        ("short", [short("arc", 0.5), short("arc", 0.4, seed=7)],
+         [("seed 1234", 0.5), ("seed 7", 0.4)]),
+        ("short", [short("arc", 0.5), short("arc", 0.4, limit=20)],
+         [("no limit", 0.5), ("limit 20", 0.4)]),
+        ("short", [short("arc", 0.5), short("arc", 0.4, metric="acc")], [("", 0.5), ("", 0.4)]),
+    ],
+)  # fmt: skip
+def test_the_report_shows_every_cell_that_the_recorder_keeps(tmp_path, kind, rows, shown):
+    records = Records(tmp_path / f"{kind}.jsonl", KINDS[kind].cell_fields)
+    for row in rows:
+        assert records.find(row) is None
+        records.append(row)
+    assert len(records.rows) == len(read_measurements([tmp_path]).of(kind)) == len(rows)
+    assert shown_in(tmp_path, kind) == shown
+
+
+def test_another_tokenizer_of_another_model_splits_nothing(tmp_path):
+    save(tmp_path, "passkey", [
+        passkey(4096, True, tokenizer_sha256=model) | whose(model) for model in ("a", "b")
+    ])  # fmt: skip
+    assert [kind for kind, *_ in shown_in(tmp_path, "passkey")] == ["teacher-forced"] * 2
 
 
 # Names
@@ -248,8 +299,8 @@ def test_needles_of_other_numbers_are_not_pooled(tmp_path):
 
 
 def test_two_sources_of_one_model_are_two_groups(tmp_path):
-    save(tmp_path / "pg19", "ppl", [ppl(4096, 3.0, sources=["pg19"])])
-    save(tmp_path / "proof", "ppl", [ppl(4096, 2.0, sources=["proof"])])
+    save(tmp_path / "pg19", "ppl", [ppl(4096, 3.0, sources="pg19", documents_sha256="a")])
+    save(tmp_path / "proof", "ppl", [ppl(4096, 2.0, sources="proof", documents_sha256="b")])
     groups = perplexity_groups(read_measurements([tmp_path]))
     assert [(group.detail, list(group.values().values())) for group in groups] == [
         ("pg19", [{4096: 3.0}]), ("proof", [{4096: 2.0}])
@@ -278,19 +329,6 @@ def test_passkey_trials_are_pooled_by_scoring_length_and_depth(tmp_path):
         (4096, 0.0): (2, 3), (4096, 1.0): (2, 3)
     }  # fmt: skip
     assert len(forced.scattered) == 1 and generated.kind == "generate"
-
-
-def test_needle_depths_are_a_grid_only_if_they_repeat_over_the_lengths(tmp_path):
-    grid = [needle(n, 1.0, depth=d + 0.003) for n in (4096, 8192) for d in (0.0, 0.5, 0.99)]
-    anywhere = [
-        needle(n, 1.0, i, depth=(i * 0.37 + n * 1e-4) % 1, task="multi_key")
-        for n, i in itertools.product((4096, 8192), range(3))
-    ]
-    save(tmp_path, "needle", grid + anywhere)
-    single, multi = needle_groups(read_measurements([tmp_path]))
-    assert single.nearest and not single.scattered
-    assert {depth for row in single.by_depth.values() for _, depth in row} == {0.0, 0.5, 1.0}
-    assert not multi.by_depth and len(multi.scattered) == 1
 
 
 def test_an_interval_needs_trials_that_find_all_or_nothing():

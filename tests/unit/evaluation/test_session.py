@@ -7,9 +7,10 @@ import torch
 
 from megatron_longrope.baselines import baseline_config
 from megatron_longrope.evaluation import session as session_module
+from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.session import Cell, Limit, Session
-from megatron_longrope.evaluation.subjects import KEY, Model, Subject
+from megatron_longrope.evaluation.subjects import Model, Subject
 
 SHAPE = SimpleNamespace(
     num_attention_heads=4, head_dim=8, num_query_groups=2, hidden_size=32, ffn_hidden_size=64,
@@ -59,7 +60,7 @@ def make(tmp_path):
             loaded.append(model.label)
             return FakeEngine()
 
-        records = Records(tmp_path / "cells.jsonl", (*KEY, "length"))
+        records = Records(tmp_path / "cells.jsonl", (*TARGET_KEY, "length"))
         return Session(records, load, limit or Limit(1.0), "fake", "passes"), loaded
 
     return session

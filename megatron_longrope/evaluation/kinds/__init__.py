@@ -1,0 +1,8 @@
+"""The kinds of evaluation, each in a file of its own."""
+
+from megatron_longrope.evaluation.kinds.needle import NEEDLE
+from megatron_longrope.evaluation.kinds.passkey import PASSKEY
+from megatron_longrope.evaluation.kinds.ppl import PPL
+from megatron_longrope.evaluation.kinds.short import SHORT
+
+KINDS = {kind.name: kind for kind in (PPL, PASSKEY, NEEDLE, SHORT)}
