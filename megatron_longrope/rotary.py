@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -16,6 +16,9 @@ from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, zigzag_chunks
 from megatron_longrope.rotary_table import build_table
 from megatron_longrope.selection import FactorSelection
+
+if TYPE_CHECKING:
+    from megatron_longrope.integration.settings import DocumentScale
 
 _CACHED_TABLES = 2  # training and validation lengths; a table at 2048k and d = 128 is 1 GiB
 
@@ -49,6 +52,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         carried_attention_factor (float, optional): The attention factor that the model carries for
             the whole run; a sequence that needs another one is refused. Defaults to None: who owns
             the model sets it sequence by sequence.
+        document_scale (DocumentScale, optional): Shared with attention that follows packed
+            documents; it then also follows the capacity of a static inference context.
         factor_in_cos_sin (bool): `get_cos_sin` (flash decoding) multiplies by the attention factor,
             because nothing else does there. Defaults to False.
 
@@ -73,6 +78,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         run_length: int = 0,
         hf_parity: bool = False,
         carried_attention_factor: float | None = None,
+        document_scale: DocumentScale | None = None,
         factor_in_cos_sin: bool = False,
     ) -> None:
         if seq_len_interpolation_factor is not None or rope_scaling:
@@ -95,9 +101,11 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         self.selection = selection
         self.hf_parity = hf_parity
         self.carried_attention_factor = carried_attention_factor
+        self._document_scale = document_scale
         self.factor_in_cos_sin = factor_in_cos_sin
         self.table_device: torch.device | None = None  # where tables live; None is this GPU, if any
         self._tables: dict[tuple, Tensor] = {}
+        self._cos_sin: dict[tuple, tuple[Tensor, Tensor]] = {}
         # What the model last said about its batch; see get_rotary_seq_len.
         self._document_offsets: list[int] | None = None
         self._longest_request: int | None = None
@@ -148,6 +156,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             )
         self.selection = replace(self.selection, config=config)
         self._tables.clear()
+        self._cos_sin.clear()
 
     @property
     def config(self) -> LongRopeConfig:
@@ -170,6 +179,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
     def _fitting_set(self, length: int) -> FactorSet:
         """The factor set of a sequence, if the model's attention factor is that set's too."""
         carried, needed = self.carried_attention_factor, self.attention_factor(length)
+        if self._document_scale is not None and self._document_scale.capacity is not None:
+            carried = None  # attention follows the same length
         if carried is not None and not math.isclose(needed, carried, rel_tol=1e-9):
             raise ValueError(
                 f"a sequence of {length} tokens needs attention factor {needed:.6g}, but this run "
@@ -199,10 +210,18 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         return once.contiguous()
 
     def get_cos_sin(self, max_seq_len: int, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each `[max_seq_len, d / 2]`, for the kernels of flash decoding."""
-        freqs = self.get_freqs_non_repeated(max_seq_len, offset)
-        factor = self.attention_factor(offset + max_seq_len) if self.factor_in_cos_sin else 1.0
-        return torch.cos(freqs) * factor, torch.sin(freqs) * factor
+        """Cosines and sines, each `[max_seq_len, d / 2]`, for the kernels of flash decoding.
+
+        Only the last result is kept: GPTModel asks at every step, and always for one length.
+        """
+        if self._document_scale is not None:
+            self._document_scale.capacity = None  # these kernels have one scale for all documents
+        key = (max_seq_len, offset, self.mode, self.hf_parity, self._device())
+        if key not in self._cos_sin:
+            freqs = self.get_freqs_non_repeated(max_seq_len, offset)
+            factor = self.attention_factor(offset + max_seq_len) if self.factor_in_cos_sin else 1.0
+            self._cos_sin = {key: (torch.cos(freqs) * factor, torch.sin(freqs) * factor)}
+        return self._cos_sin[key]
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """Angles of the whole sequence: `[max_seq_len, 1, 1, d]`, fp32."""
@@ -266,6 +285,10 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             )
         if inference_context is not None:
             self._longest_request = inference_context.max_sequence_length
+        if self._document_scale is not None:
+            # A dynamic batch has the run's softmax scale: its kernels take one for all requests.
+            is_static = inference_context is not None and inference_context.is_static_batching()
+            self._document_scale.capacity = self._longest_request if is_static else None
         if packed_seq_params is not None and self.mode == "mixed":
             offsets = packed_seq_params.cu_seqlens_q_padded
             if offsets is None:

@@ -10,7 +10,8 @@ With n tokens in chunks of c, hidden size h and V vocabulary rows on this rank:
 
     FLOPs   8 n h V, of which logits twice; plain 6 n h V. The floor of the time is 4/3 of plain.
     bytes   6 c V for logits (fp32 beside half precision; 4 c V for fp32 inputs), plain 6 n V.
-            Half precision also sums the weights' gradient in fp32: 6 V h, plain 2 V h.
+            Half precision also sums the weights' gradient in fp32: 6 V h, plain 2 V h. Only an
+            fp32 main gradient takes the chunks directly.
 
 The arithmetic of a token is that of Megatron's vocabulary-parallel loss: logits in the inputs'
 type, softmax in fp32, the gradient of the logits rounded to the inputs' type. Every vocabulary row
@@ -56,7 +57,8 @@ def chunked_linear_cross_entropy(
         sequence_parallel (bool): Those ranks also share the tokens, in the order of ranks: hidden
             states are gathered, and their gradient is scattered, chunk by chunk.
         main_grad (Tensor, optional): [V / tp, h], where the weights' gradient is added instead of
-            being returned (gradient accumulation fusion).
+            being returned (gradient accumulation fusion). In half precision it is added once: the
+            chunks are summed in fp32 first.
 
     Returns:
         Tensor: [s, b] in fp32 (fp64 for fp64 inputs), the same on every rank of `tp_group`.
@@ -164,7 +166,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if plan.parts == 1:
                 plan.all_reduce(grad_rows)
             grad_rows = grad_rows.view(hidden.shape)
-        return grad_rows, _weight_gradient(weight, total, plan), None, None
+        return grad_rows, _weight_gradient(weight, total, plan.main_grad), None, None
 
 
 def _softmax_dtype(hidden: Tensor) -> torch.dtype:
@@ -209,10 +211,15 @@ def _logits_gradient(
 
 
 def _weight_sum(weight: Tensor, plan: _Plan) -> Tensor:
-    """Where the chunks' gradients of the weights add up: in fp32, which half precision lacks."""
-    if plan.main_grad is not None:
+    """Where the chunks' gradients of the weights add up: in fp32, which half precision lacks.
+
+    A main gradient in half precision (`--grad-reduce-in-bf16`, `--fp16`) is no place for it: each
+    chunk would be rounded to the sum of all micro-batches.
+    """
+    dtype = _softmax_dtype(weight)
+    if plan.main_grad is not None and plan.main_grad.dtype == dtype:
         return plan.main_grad
-    return torch.zeros_like(weight, dtype=_softmax_dtype(weight))
+    return torch.zeros_like(weight, dtype=dtype)
 
 
 def _add_product(total: Tensor, grad_logits: Tensor, chunk: Tensor) -> None:
@@ -226,10 +233,14 @@ def _add_product(total: Tensor, grad_logits: Tensor, chunk: Tensor) -> None:
         total[rows] += grad_logits[:, rows].t() @ chunk
 
 
-def _weight_gradient(weight: Tensor, total: Tensor | None, plan: _Plan) -> Tensor | None:
+def _weight_gradient(
+    weight: Tensor, total: Tensor | None, main_grad: Tensor | None
+) -> Tensor | None:
     """What autograd gets; with `main_grad` a dummy, if Megatron's hooks wait for a gradient."""
-    if total is None or plan.main_grad is None:
+    if total is None or main_grad is None:
         return None if total is None else total.to(weight.dtype)
+    if total is not main_grad:
+        main_grad.copy_(total.add_(main_grad))  # rounded once for a micro-batch
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True

@@ -24,10 +24,10 @@ def add_longrope_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument(
         "--longrope-mode",
         choices=MODES,
-        default="auto",
         help="factor set of a sequence: by the run's sequence length (auto), always the largest "
         "(long), always the original window's (short), or by packed document: the original "
-        "window's up to that window, the run's beyond (mixed)",
+        "window's up to that window, the run's beyond (mixed). Without the flag: the mode of the "
+        "checkpoint that --use-checkpoint-args restores, else auto",
     )
     group.add_argument(
         "--longrope-attention",

@@ -30,7 +30,13 @@ _REFUSED = {
     "cross_entropy_loss_fusion": "it is another implementation of the same loss",
     "config_logger_dir": "it logs whole logits",
     "fp8_output_proj": "the output layer would not compute in the parameters' type",
+    "logit_dtype": "chunks of logits are rounded to the parameters' type",
+    "logits_load_dir": "distillation compares whole logits with the teacher's",
+    "logits_save_dir": "it stores whole logits",
+    "export_kd_teacher_load": "distillation compares whole logits with the teacher's",
 }
+# Flags that argparse stores under another name.
+_FLAG_OF = {"logit_dtype": "--output-logit-dtype"}
 
 
 def chunk_tokens_from_args(args: argparse.Namespace) -> int | None:
@@ -46,7 +52,7 @@ def chunk_tokens_from_args(args: argparse.Namespace) -> int | None:
         raise ValueError(f"{FLAG} {tokens} is below 1; give the number of tokens of a chunk")
     for name, reason in _REFUSED.items():
         if getattr(args, name, None):
-            flag = f"--{name.replace('_', '-')}"
+            flag = _FLAG_OF.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
                 f"{FLAG} cannot be combined with {flag}: {reason}; remove one of the two"
             )
@@ -107,10 +113,17 @@ def defer(model: Any, chunk_tokens: int) -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
     layer = getattr(model, "output_layer", None)
-    if type(layer) is not ColumnParallelLinear or layer.bias is not None or layer.gather_output:
+    only_multiplies = (
+        type(layer) is ColumnParallelLinear
+        and layer.bias is None
+        and not layer.gather_output
+        and getattr(layer, "output_dtype", None) is None  # since 0.20: logits in another type
+    )
+    if not only_multiplies:
         raise ValueError(
-            f"{FLAG} needs an output layer of type ColumnParallelLinear without bias and with "
-            f"parallel output, and {type(model).__name__} has {_describe(layer)}; remove the flag"
+            f"{FLAG} needs an output layer of type ColumnParallelLinear without bias, with parallel"
+            f" output in the parameters' type, and {type(model).__name__} has {_describe(layer)}; "
+            "remove the flag"
         )
     layer.forward = MethodType(_deferring_forward, layer)
     model.longrope_chunk_tokens = chunk_tokens
@@ -143,6 +156,8 @@ def _describe(layer: Any) -> str:
         return "none"
     bias = "without" if getattr(layer, "bias", None) is None else "with"
     output = "gathered" if getattr(layer, "gather_output", False) else "parallel"
+    if getattr(layer, "output_dtype", None) is not None:
+        output += f" {layer.output_dtype}"
     return f"{type(layer).__name__} {bias} bias, {output} output"
 
 

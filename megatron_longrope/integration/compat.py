@@ -234,6 +234,12 @@ def output_layer_symbol() -> Symbol:
     )
 
 
+def output_layer_casts() -> bool:
+    """True when the output layer may give logits in a type of their own (since 0.20)."""
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    return "output_dtype" in inspect.signature(layers.ColumnParallelLinear.__init__).parameters
+
+
 def stand_in_symbols() -> list[Symbol]:
     """Methods that Megatron calls on the plugin's own classes instead of its own ones."""
     rotary = "megatron.core.models.common.embeddings.rotary_pos_embedding"
@@ -243,7 +249,9 @@ def stand_in_symbols() -> list[Symbol]:
     options = ("attention_dropout", "softmax_scale", "cp_comm_type", "pg_collection")
     layer = ("self", "config", "layer_number", "attn_mask_type", "attention_type")
     call = ("inference_context", "transformer", "transformer_input", "transformer_config")
+    output = ("self", "input_", "weight", "runtime_gather_output")
     return [
+        Symbol("megatron.core.tensor_parallel.layers", "ColumnParallelLinear.forward", output),
         Symbol(rotary, "RotaryEmbedding.forward", (*position, "packed_seq", "cp_group")),
         Symbol(
             rotary, "RotaryEmbedding.get_rotary_seq_len", ("self", *call, "packed_seq_params", ...)

@@ -5,6 +5,7 @@ Every checkpoint of a run with LongRoPE holds `longrope_config_value` (the facto
 the latest last. A stage is a dict of plain values: `rope` (`stock` or `longrope`), `iteration` (of
 the checkpoint that it began from, 0 from scratch), `seq_length`, and with LongRoPE `max_length` of
 the set in use, `attention_factor` and `sha256`, a hash of all that :class:`.rotation.InUse` holds.
+A stage in which the mode changed also has `mode_changes`: `iteration`, `from` and `to` of each.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_longrope.integration.rotation import Rotary, difference
-from megatron_longrope.integration.settings import LongRopeSettings
+from megatron_longrope.integration.settings import LongRopeSettings, is_packed
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ def check(
       checkpoint's did at its length.
 
     A model that was trained with plain RoPE fits any factors for its base: that is the first
-    stage. Everything else is refused, unless `--longrope-replace-factors` asks for it.
+    stage. A change to or from mode `mixed` under the same factors is no stage either: samples
+    rotate as before, and only packed short documents do not. It is noted in the last stage; a run
+    that packs documents must have asked for the mode. Everything else is refused, unless
+    `--longrope-replace-factors` asks for it.
 
     Args:
         args (Namespace): The run's arguments.
@@ -73,6 +77,8 @@ def check(
     lineage = saved_lineage(saved)
     if theirs is not None and theirs.in_use() == ours.in_use():
         return Verdict(lineage)
+    if theirs is not None and theirs.differs_in_mode_alone(ours):
+        return _mode_change(args, lineage, theirs, ours, settings.mode_is_chosen, iteration)
     step = ours.describe()
     if theirs is None or theirs.is_stock:
         if ours.is_stock:
@@ -90,6 +96,26 @@ def check(
             )
         remark = f"factors replaced (--longrope-replace-factors): {step}"
     return Verdict([*lineage, _stage(ours, iteration)], remark)
+
+
+def _mode_change(
+    args: argparse.Namespace,
+    lineage: list[dict[str, Any]],
+    theirs: Rotary,
+    ours: Rotary,
+    is_chosen: bool,
+    iteration: int,
+) -> Verdict:
+    if is_packed(args) and not is_chosen and not getattr(args, "longrope_replace_factors", False):
+        raise ValueError(
+            f"the checkpoint was trained in mode {theirs.mode} and this run would rotate short "
+            f"packed documents in mode {ours.mode}; give --longrope-mode {theirs.mode} to go on as "
+            f"it was, or --longrope-mode {ours.mode} to change the mode"
+        )
+    change = {"iteration": iteration, "from": theirs.mode, "to": ours.mode}
+    changes = [*lineage[-1].get("mode_changes", ()), change]
+    remark = f"mode {ours.mode} after mode {theirs.mode}, same factors: {ours.describe()}"
+    return Verdict([*lineage[:-1], {**lineage[-1], "mode_changes": changes}], remark)
 
 
 def begin(args: argparse.Namespace, settings: LongRopeSettings) -> list[dict[str, Any]]:
@@ -111,7 +137,7 @@ def saved_lineage(saved: argparse.Namespace) -> list[dict[str, Any]]:
 def restore(args: argparse.Namespace, saved: argparse.Namespace | None) -> bool:
     """Give a run without `--longrope-config` the checkpoint's factors (`--use-checkpoint-args`).
 
-    The mode and the precision of angles follow where the user left the defaults. A softmax scale
+    The mode and the precision of angles follow where the user gave no flag. A softmax scale
     that an earlier stage of the plugin left in `args` goes: Megatron restores none, but scripts may
     copy a checkpoint's arguments as a whole. One that the user set stays.
 
@@ -132,8 +158,8 @@ def restore(args: argparse.Namespace, saved: argparse.Namespace | None) -> bool:
     if value is None:
         return False
     args.longrope_config_value = value
-    if args.longrope_mode == "auto":
-        args.longrope_mode = getattr(saved, "longrope_mode", "auto")
+    if args.longrope_mode is None:
+        args.longrope_mode = getattr(saved, "longrope_mode", None)
     if getattr(saved, "longrope_hf_parity", False):
         args.longrope_hf_parity = True
     return True

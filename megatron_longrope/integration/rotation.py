@@ -79,7 +79,7 @@ class Rotary:
         value = getattr(saved, "longrope_config_value", None)
         if value is None:
             return None
-        mode = getattr(saved, "longrope_mode", "auto")
+        mode = getattr(saved, "longrope_mode", None) or "auto"
         try:
             config = LongRopeConfig.from_dict(value)
             FactorSelection(config, mode, saved.seq_length).factor_set(saved.seq_length)
@@ -138,6 +138,16 @@ class Rotary:
             sequence,
             document,
             self.hf_parity,
+        )
+
+    def differs_in_mode_alone(self, other: Rotary) -> bool:
+        """True when another mode makes the two equal, and samples rotate alike in both."""
+        in_use = other.in_use()
+        return (
+            self.mode != other.mode
+            and self.seq_length == other.seq_length
+            and self.in_use().sequence == in_use.sequence
+            and replace(self, mode=other.mode).in_use() == in_use
         )
 
     def describe(self) -> str:

@@ -17,10 +17,17 @@ from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, shard_documents
-from megatron_longrope.integration import agreement, chunked_loss, compat, provenance
+from megatron_longrope.integration import (
+    agreement,
+    chunked_loss,
+    compat,
+    model_check,
+    provenance,
+)
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.settings import (
     OURS,
+    DocumentScale,
     LongRopeSettings,
     attention_from_args,
     check_flags,
@@ -42,6 +49,13 @@ class Run:
 
     loss_chunk: int | None = None
     """Tokens whose logits exist at the same time in the training loss; None leaves it stock."""
+
+    @functools.cached_property
+    def document_scale(self) -> DocumentScale | None:
+        """What the run's rotary and attention modules share when documents differ in scale."""
+        if self.settings is None or not self.settings.follows_documents:
+            return None
+        return DocumentScale(self.settings)
 
     def describe(self) -> str:
         """One line for the log that says what the plugin does in this run."""
@@ -236,15 +250,14 @@ def with_rotary(rotary_embedding: type) -> Callable:
             return rotary_embedding(*rest, **options)
         from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
-        # In mixed windows attention itself follows the documents.
-        carried = None if settings.follows_documents else settings.attention_factor
         return LongRopeRotaryEmbedding(
             settings.config,
             *rest,
             mode=settings.selection.mode,
             run_length=settings.selection.run_length,
             hf_parity=settings.hf_parity,
-            carried_attention_factor=carried,
+            carried_attention_factor=settings.attention_factor,
+            document_scale=_run.document_scale,
             factor_in_cos_sin=settings.carrier == "rope",
             **options,
         )
@@ -262,10 +275,9 @@ def with_core_attention(core_attention: Callable) -> Callable:
         from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 
         chosen = FlashCoreAttention if _run.attention == "flash" else SdpaCoreAttention
-        if _run.settings is None or not _run.settings.follows_documents:
+        if _run.document_scale is None:
             return chosen
-        scale = staticmethod(_run.settings.document_scale)
-        return type(chosen.__name__, (chosen,), {"document_scale": scale})
+        return type(chosen.__name__, (chosen,), {"document_scale": _run.document_scale})
 
     return choose
 
@@ -329,32 +341,13 @@ def with_model_check(setup_model_and_optimizer: Callable) -> Callable:
     @functools.wraps(setup_model_and_optimizer)
     def setup(*rest: Any, **options: Any) -> Any:
         result = setup_model_and_optimizer(*rest, **options)
-        if _settings() is not None:
-            _check_models(result[0])
-        if _run is not None and _run.loss_chunk is not None:
-            chunked_loss.check_models(result[0])
+        if _run is not None:
+            model_check.check_models(result[0], _run.attention, has_factors=_settings() is not None)
+            if _run.loss_chunk is not None:
+                chunked_loss.check_models(result[0])
         return result
 
     return setup
-
-
-def _check_models(chunks: list) -> None:
-    from megatron.core.utils import unwrap_model
-
-    from megatron_longrope.rotary import LongRopeRotaryEmbedding
-
-    for chunk in unwrap_model(chunks):
-        found = [
-            type(module).__name__
-            for name, module in chunk.named_modules()
-            if name.endswith("rotary_pos_emb")
-        ]
-        if LongRopeRotaryEmbedding.__name__ not in found:
-            agreement.stop(
-                f"the model {type(chunk).__name__} did not take the LongRoPE rotary module "
-                f"(it has {', '.join(found) or 'none'}); the plugin supports GPTModel and "
-                "HybridModel"
-            )
 
 
 # Batches

@@ -34,6 +34,9 @@ class LongRopeSettings:
     hf_parity: bool = False
     """fp32 angles as transformers computes them."""
 
+    mode_is_chosen: bool = False
+    """Whether the mode was asked for or restored, rather than left to the default."""
+
     @property
     def config(self) -> LongRopeConfig:
         """Factor sets."""
@@ -47,6 +50,26 @@ class LongRopeSettings:
     def document_scale(self, length: int) -> float:
         """What a document of `length` tokens multiplies the run's softmax scale by."""
         return (self.selection.attention_factor(length) / self.attention_factor) ** 2
+
+
+class DocumentScale:
+    """Multiplier of the run's softmax scale for a document, which attention asks for.
+
+    Static inference chooses angles by what a context has room for, long before the sequence is
+    that long. There the rotary module sets `capacity`, so that one length decides both.
+
+    Args:
+        settings (LongRopeSettings): Of the run.
+    """
+
+    def __init__(self, settings: LongRopeSettings) -> None:
+        self._settings = settings
+        self.capacity: int | None = None
+        """Tokens that the static inference context of the batch has room for; None in training."""
+
+    def __call__(self, length: int) -> float:
+        """For a document of `length` tokens."""
+        return self._settings.document_scale(length if self.capacity is None else self.capacity)
 
 
 def attention_from_args(args: argparse.Namespace) -> str:
@@ -157,6 +180,8 @@ def settings_from_args(
     check_flags(args)
     rotary_dim = int(args.kv_channels * args.rotary_percent)
     _check_geometry(args, config, rotary_dim)
+    mode_is_chosen = args.longrope_mode is not None
+    args.longrope_mode = args.longrope_mode or "auto"  # what checkpoints store
     selection = FactorSelection(config, args.longrope_mode, args.seq_length)
     factor = selection.attention_factor(args.seq_length)
     settings = LongRopeSettings(
@@ -164,6 +189,7 @@ def settings_from_args(
         carrier=_carrier(args, factor, whole_head=rotary_dim == args.kv_channels),
         attention_factor=factor,
         hf_parity=args.longrope_hf_parity,
+        mode_is_chosen=mode_is_chosen,
     )
     _check_kernels(args, settings)
     if selection.mode == "mixed":
@@ -234,10 +260,18 @@ def _check_kernels(args: argparse.Namespace, settings: LongRopeSettings) -> None
 def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention: str) -> None:
     """Refuse runs in which documents could not follow their own window."""
     mode = "--longrope-mode mixed"
+    if getattr(args, "sft", False):
+        # SFTDataset ends its last conversation at the end of the pack (`cu_seqlens[-1]`), padding
+        # included: a short conversation would count, and rotate, as a long one.
+        raise ValueError(
+            f"{mode} cannot follow --sft, whose data set counts the padding of a pack to its last "
+            "conversation; pack with --dataloader-inter-document-masking (megatron-core 0.19), or "
+            "give --longrope-mode auto"
+        )
     if not is_packed(args):
         raise ValueError(
             f"{mode} chooses factors by packed document, and this run packs none; add "
-            "--dataloader-inter-document-masking (megatron-core 0.19) or --sft, or another mode"
+            "--dataloader-inter-document-masking (megatron-core 0.19), or give --longrope-mode auto"
         )
     if getattr(args, "apply_rope_fusion", False):
         raise ValueError(

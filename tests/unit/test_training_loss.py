@@ -197,6 +197,24 @@ def test_a_main_gradient_grows_by_what_would_be_returned(monkeypatch, dtype):
     torch.testing.assert_close(main_grad.double() - 0.5, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("chunks", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_main_gradient_in_half_precision_is_rounded_once_for_a_micro_batch(dtype, chunks):
+    main_grad, exact = torch.zeros(40, 16, dtype=dtype), torch.zeros(40, 16, dtype=torch.float64)
+    once = main_grad.clone()  # what one product for all tokens would add
+    for seed in range(8):
+        states, weight, labels, grad = inputs(128, 1, 16, 40, seed=seed, dtype=dtype)
+        grad = grad * 128
+        chunked_linear_cross_entropy(
+            states, weight, labels, chunk_tokens=128 // chunks, main_grad=main_grad
+        ).backward(grad)
+        micro_batch = fp64_formula(states, weight, labels, grad)[2]
+        exact += micro_batch
+        once = (once.double() + micro_batch).to(dtype)
+    error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (main_grad, once))
+    assert error <= 1.5 * allowed
+
+
 def test_a_tied_weights_dummy_gradient_is_zero_and_without_hooks_there_is_none():
     states, weight, labels, grad = inputs(4, 1, 3, 5)
     main_grad = torch.zeros(5, 3)

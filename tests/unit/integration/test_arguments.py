@@ -88,7 +88,7 @@ def test_flags_default_to_stock_rope():
     args = add_longrope_args(argparse.ArgumentParser()).parse_args([])
     assert vars(args) == {
         "longrope_config": None,
-        "longrope_mode": "auto",
+        "longrope_mode": None,
         "longrope_attention": "auto",
         "longrope_attention_factor_carrier": "auto",
         "longrope_hf_parity": False,
@@ -210,6 +210,14 @@ def test_a_factor_of_one_needs_no_carrier(path):
     args = namespace(path, seq_length=64)
     assert read(args).attention_factor == 1.0
     assert not hasattr(args, "softmax_scale")
+
+
+def test_a_mode_that_nobody_chose_is_auto_and_is_stored(path):
+    args = namespace(path, longrope_mode=None)
+    settings = read(args)
+    assert (settings.selection.mode, settings.mode_is_chosen) == ("auto", False)
+    assert args.longrope_mode == "auto"
+    assert read(namespace(path)).mode_is_chosen
 
 
 def test_reading_the_settings_twice_gives_the_same(path):
@@ -478,6 +486,7 @@ def test_mixed_mode_scales_the_softmax_of_documents_within_the_original_window(p
     ("changes", "message"),
     [
         ({"dataloader_inter_document_masking": False}, "chooses factors by packed document, and"),
+        ({"sft": True}, "cannot follow --sft, whose data set counts the padding of a pack to its"),
         ({"apply_rope_fusion": True}, "needs a table row per token, and the fused RoPE kernel"),
         ({"longrope_attention": "local"}, "needs another softmax scale for short documents, which"),
         ({"longrope_attention_factor_carrier": "rope"}, "carries the attention factor of a docume"),

@@ -151,6 +151,10 @@ def test_the_log_names_the_chunks():
         ({"cross_entropy_loss_fusion": True}, "--cross-entropy-loss-fusion"),
         ({"config_logger_dir": "logs"}, "--config-logger-dir"),
         ({"fp8_output_proj": True}, "--fp8-output-proj"),
+        ({"logit_dtype": torch.float32}, "--output-logit-dtype"),
+        ({"logits_load_dir": "teacher"}, "--logits-load-dir"),
+        ({"logits_save_dir": "logits"}, "--logits-save-dir"),
+        ({"export_kd_teacher_load": "teacher"}, "--export-kd-teacher-load"),
         ({"gtp_weight_remat_size": 2}, "--tensor-parallel-num-weight-shards"),
     ],
 )
@@ -163,11 +167,15 @@ def test_what_needs_whole_logits_is_refused(changes, words):
     assert chunk_tokens_from_args(args) is None
 
 
-@pytest.mark.parametrize("changes", [{"gather_output": True}, {"bias": torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"gather_output": True}, {"bias": torch.zeros(1)}, {"output_dtype": torch.float32}],
+)
 def test_an_output_layer_that_does_more_is_refused(changes):
     model = gpt(None)
     for name, value in changes.items():
-        delattr(model.output_layer, name)
+        if hasattr(model.output_layer, name):
+            delattr(model.output_layer, name)
         setattr(model.output_layer, name, value)
     with pytest.raises(ValueError, match="GPTModel has ColumnParallelLinear with"):
         chunked_loss.defer(model, CHUNK)

@@ -136,6 +136,7 @@ def test_models_get_a_rotary_module_with_the_runs_settings():
     ours = rotary()
     assert (ours.config, ours.mode, ours.hf_parity) == (CONFIG, "long", True)
     assert (ours.carried_attention_factor, ours.factor_in_cos_sin) == (FACTOR, False)
+    assert ours._document_scale is None
 
 
 @pytest.mark.parametrize("run", [None, Run(None, "te")])
@@ -176,6 +177,7 @@ def test_mixed_windows_get_attention_that_scales_by_document():
     settings = LongRopeSettings(FactorSelection(CONFIG, "mixed", 128), "softmax", FACTOR)
     configured(settings)
     scale = core_attention().document_scale
+    assert rotary()._document_scale is scale
     assert (scale(64), scale(128)) == (settings.document_scale(64), 1.0)
     assert scale(64) * FACTOR**2 == pytest.approx(1.0)
 

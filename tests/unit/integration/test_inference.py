@@ -127,6 +127,31 @@ def test_a_context_that_needs_another_attention_factor_is_refused(flash_decode):
         static_logits(model, tokens, beyond)
 
 
+@pytest.mark.parametrize(("capacity", "mode"), [(RUN, "auto"), (tiny_gpt.ORIGINAL, "short")])
+def test_in_mixed_windows_the_capacity_decides_angles_and_softmax_scale(capacity, mode):
+    config = replace(tiny_gpt.longrope_config(), attention_factor=None)
+    model = build(start_run(config, longrope_mode="mixed", dataloader_inter_document_masking=True))
+    weights = fill(model.eval())
+    tokens, _ = random_tokens(2, capacity - 4)
+    ours = static_logits(model, tokens, StaticInferenceContext(2, capacity))
+    factor = config.attention_factor_for(capacity)
+    rotation = {"attention_factor": factor}
+    if mode == "short":
+        rotation |= {"num_start_tokens": 0}
+    reference = decoder(**rotation)
+    if mode == "short":
+        reference = replace(reference, rope=replace(reference.rope, factors=(1.0,) * 4))
+    assert_equal(ours, reference.logits(weights, tokens)[:, PROMPT - 1 :])
+
+
+def test_a_dynamic_context_that_needs_another_scale_than_the_run_is_refused_in_mixed_windows():
+    config = replace(tiny_gpt.longrope_config(), attention_factor=None)
+    model = build(start_run(config, longrope_mode="mixed", dataloader_inter_document_masking=True))
+    documents = [random_tokens(1, 9)[0][0]]
+    with pytest.raises(ValueError, match="a sequence of 32 tokens needs attention factor 1, but"):
+        dynamic_logits(model.eval(), documents, DynamicContext(1, tiny_gpt.ORIGINAL), steps=1)
+
+
 # Flash decoding
 
 
@@ -144,6 +169,9 @@ def test_flash_decoding_continues_the_full_forward_pass(name):
     assert_equal(ours, decoder(**rotation).logits(weights, tokens)[:, PROMPT - 1 :])
     # Two layers for each token behind the prompt, and Megatron passes no scale.
     assert fake_inference.scales == [None] * 2 * (tokens.shape[1] - PROMPT)
+    # GPTModel asks for cos and sin at every step.
+    rotary = model.rotary_pos_emb
+    assert rotary.get_cos_sin(RUN)[0] is rotary.get_cos_sin(RUN)[0]
 
 
 @pytest.mark.parametrize(("carrier", "factor"), [("softmax", 1.0), ("rope", ATTENTION_FACTOR)])

@@ -29,8 +29,14 @@ OTHER = CONFIG.with_factor_set(FactorSet(128, (1.0, 1.2, 1.7, 2.0)))
 REMEDY = "or add --longrope-replace-factors to go on with this run's"
 
 
-def settings(config=CONFIG, seq_length=128, mode="auto", hf_parity=False) -> LongRopeSettings:
-    return LongRopeSettings(FactorSelection(config, mode, seq_length), hf_parity=hf_parity)
+def settings(
+    config=CONFIG, seq_length=128, mode="auto", hf_parity=False, mode_is_chosen=False
+) -> LongRopeSettings:
+    return LongRopeSettings(
+        FactorSelection(config, mode, seq_length),
+        hf_parity=hf_parity,
+        mode_is_chosen=mode_is_chosen,
+    )
 
 
 def arguments(seq_length=128, **more) -> argparse.Namespace:
@@ -216,11 +222,38 @@ def test_a_mode_that_changes_the_set_in_use_is_refused():
     assert "this run: 128 tokens in mode short with the set up to 64" in text
 
 
-def test_mixed_windows_rotate_short_documents_differently():
-    assert "in short documents rescale factor 1 is 1.2 against 1" in refusal(
-        settings(mode="mixed"), saved()
+@pytest.mark.parametrize(("before", "now"), [("mixed", "auto"), ("mixed", "long")])
+def test_an_unpacked_run_goes_on_from_mixed_windows_whose_samples_rotated_alike(before, now):
+    verdict = check(settings(mode=now), saved(mode=before))
+    assert verdict.remark.startswith(f"mode {now} after mode {before}, same factors: 128 tokens")
+    (stage,) = verdict.lineage
+    assert stage["mode_changes"] == [{"iteration": 7, "from": before, "to": now}]
+    again = check(settings(mode=before), saved(mode=now, longrope_lineage=verdict.lineage), 9)
+    assert [(c["iteration"], c["to"]) for c in again.lineage[0]["mode_changes"]] == [
+        (7, now),
+        (9, before),
+    ]
+
+
+def test_a_packed_run_changes_to_or_from_mixed_windows_only_when_asked():
+    packed = {"dataloader_inter_document_masking": True}
+    with pytest.raises(ValueError) as error:
+        check(settings(), saved(mode="mixed"), **packed)
+    assert str(error.value) == (
+        "the checkpoint was trained in mode mixed and this run would rotate short packed documents "
+        "in mode auto; give --longrope-mode mixed to go on as it was, or --longrope-mode auto to "
+        "change the mode"
     )
-    assert check(settings(mode="mixed"), saved(mode="mixed")).remark is None
+    chosen = check(settings(mode_is_chosen=True), saved(mode="mixed"), **packed)
+    assert chosen.remark.startswith("mode auto after mode mixed, same factors")
+    assert check(settings(mode="mixed"), saved(mode="mixed"), **packed).remark is None
+
+
+def test_other_factors_for_short_documents_are_no_change_of_mode():
+    other = CONFIG.with_factor_set(FactorSet(64, (1.0, 1.0, 1.05, 1.1)))
+    text = refusal(settings(other, mode="mixed"), saved(mode="mixed"))
+    assert "in short documents rescale factor 2 is 1 against 1.05" in text
+    assert "in short documents" in refusal(settings(other, mode="mixed"), saved())
 
 
 def test_the_precision_of_angles_is_compared():
@@ -290,7 +323,7 @@ def test_a_checkpoint_without_a_lineage_has_an_empty_one(untied_gqa):
 
 def run_arguments(**more) -> argparse.Namespace:
     values = {
-        "longrope_config": None, "longrope_mode": "auto", "longrope_hf_parity": False,
+        "longrope_config": None, "longrope_mode": None, "longrope_hf_parity": False,
         "use_checkpoint_args": True, "load": None, "pretrained_checkpoint": None, "kv_channels": 8,
     }  # fmt: skip
     return arguments(**{**values, **more})
@@ -304,12 +337,13 @@ def test_factors_mode_and_precision_are_restored():
 
 
 def test_what_the_user_asked_for_is_not_replaced():
-    args = run_arguments(longrope_mode="short")
-    assert provenance.restore(args, saved(mode="long"))
-    assert args.longrope_mode == "short"
+    for mode in ("short", "auto"):
+        args = run_arguments(longrope_mode=mode)
+        assert provenance.restore(args, saved(mode="mixed"))
+        assert args.longrope_mode == mode
     args = run_arguments(longrope_config="factors.json")
     assert not provenance.restore(args, saved(mode="long"))
-    assert args.longrope_mode == "auto" and not hasattr(args, "longrope_config_value")
+    assert args.longrope_mode is None and not hasattr(args, "longrope_config_value")
 
 
 def test_nothing_is_restored_without_the_flag_or_without_factors():

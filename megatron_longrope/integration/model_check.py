@@ -1,0 +1,88 @@
+"""What a run has really built, after Megatron has built it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from megatron_longrope.integration import agreement
+from megatron_longrope.integration.settings import OURS
+from megatron_longrope.ranks import rank
+
+# HybridModel was MambaModel in megatron-core 0.17; GPTModel is deprecated since 0.19.
+_SUPPORTED = (
+    "gpt.gpt_model.GPTModel",
+    "hybrid.hybrid_model.HybridModel",
+    "mamba.mamba_model.MambaModel",
+)
+
+
+def check_models(chunks: list, attention: str, *, has_factors: bool) -> None:
+    """Compare a run's model chunks with what its flags announced.
+
+    A model type or a layer spec may choose its modules by itself (VLMs copy the language model's
+    config for their vision tower; the specs of heterogeneous layers and of ModelOpt name
+    DotProductAttention). Without factors that is a line in the log, with factors the end of the
+    run.
+
+    Args:
+        chunks (list): Megatron's model chunks, wrapped or not.
+        attention (str): Of :class:`.seams.Run`.
+        has_factors (bool): Whether the run has LongRoPE factors.
+
+    Raises:
+        SystemExit: The factors would not act, or on more than the language model.
+    """
+    from megatron.core.utils import unwrap_model
+
+    built: set[str] = set()
+    for chunk in unwrap_model(chunks):
+        if has_factors:
+            _check_rotary(chunk)
+        built |= _other_attention(chunk) if attention in OURS else set()
+    if not built:
+        return
+    sentence = (
+        f"the model has {', '.join(sorted(built))} where {attention} attention was announced: its "
+        "layer spec chooses core attention by itself"
+    )
+    if has_factors:
+        agreement.stop(f"{sentence}; give --longrope-attention local, or another --spec")
+    if rank() == 0:
+        print(f"> longrope: {sentence}", flush=True)
+
+
+def _check_rotary(chunk: Any) -> None:
+    from megatron_longrope.rotary import LongRopeRotaryEmbedding
+
+    rotary = getattr(chunk, "rotary_pos_emb", None)
+    # isinstance: `fully_shard` (--use-torch-fsdp2) gives every module a subclass of another name.
+    if isinstance(chunk, _supported_models()) and isinstance(rotary, LongRopeRotaryEmbedding):
+        return
+    found = "none" if rotary is None else type(rotary).__name__
+    agreement.stop(
+        f"the model {type(chunk).__name__} did not take the LongRoPE rotary module (it has "
+        f"{found}); the plugin supports GPTModel and HybridModel"
+    )
+
+
+def _supported_models() -> tuple[type, ...]:
+    found = []
+    for dotted in _SUPPORTED:
+        module, _, name = f"megatron.core.models.{dotted}".rpartition(".")
+        try:
+            found.append(getattr(importlib.import_module(module), name))
+        except (ImportError, AttributeError):
+            continue  # not in this release
+    return tuple(found)
+
+
+def _other_attention(chunk: Any) -> set[str]:
+    """Classes of core attention that are not the plugin's."""
+    from megatron_longrope.attention import SdpaCoreAttention
+
+    return {
+        type(module).__name__
+        for name, module in chunk.named_modules()
+        if name.rpartition(".")[2] == "core_attention" and not isinstance(module, SdpaCoreAttention)
+    }
