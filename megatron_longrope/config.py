@@ -22,6 +22,7 @@ from megatron_longrope.config_rules import (
 )
 from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.frequencies import attention_factor
+from megatron_longrope.hf_rope import read_hf_rope
 
 SCHEMA_VERSION = 1
 _SET_KEYS = {"max_length", "rescale_factors", "num_start_tokens", "origin"}
@@ -265,56 +266,54 @@ class LongRopeConfig:
         }
 
     @classmethod
-    def from_hf(cls, hf_config: Mapping[str, Any]) -> LongRopeConfig:
+    def from_hf(cls, hf_config: Mapping[str, Any], rotary_dim: int | None = None) -> LongRopeConfig:
         """Read the `longrope` fields of a transformers `config.json` (either spelling).
 
         Warns, once and by key and index, of factors that no search would propose.
 
+        Args:
+            hf_config (Mapping): The whole file.
+            rotary_dim (int, optional): Rotated dimensions of a head. Defaults to what the factor
+                lists are made for.
+
         Raises:
-            ValueError: The configuration is not longrope or lacks a field.
+            ValueError: The configuration is not longrope, lacks a field, or a value breaks its
+                rule; the message names the key of config.json.
         """
-        scaling = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-        rope_type = scaling.get("rope_type", scaling.get("type"))
-        if rope_type not in ("longrope", "su"):
-            raise ValueError(f"rope_type {rope_type!r} in config.json is not longrope")
-        top = hf_config.get("original_max_position_embeddings")
-        merged = {**scaling, **({"original_max_position_embeddings": top} if top else {})}
+        rope = read_hf_rope(hf_config)
+        if rope.rope_type != "longrope":
+            raise ValueError(f"rope_type {rope.rope_type!r} in config.json is not longrope")
+        lists = {}
         for key in ("short_factor", "long_factor"):
-            if key not in scaling:
+            if key not in rope.parameters:
                 raise ValueError(f"config.json has rope_type longrope but no {key}")
-            if not isinstance(scaling[key], (list, tuple)):
+            lists[key] = rope.parameters[key]
+            if not isinstance(lists[key], list | tuple):
                 raise ValueError(f"{key} in config.json must be a list of numbers")
         if "max_position_embeddings" not in hf_config:
             raise ValueError("config.json has no max_position_embeddings")
         max_length = hf_config["max_position_embeddings"]
-        if "original_max_position_embeddings" not in merged:
-            raise ValueError(
-                "config.json has no original_max_position_embeddings; add the window, in tokens, "
-                "that the model was pre-trained with"
-            )
-        original = merged["original_max_position_embeddings"]
+        original = rope.original_max_position_embeddings
         check_int("max_position_embeddings", max_length, 2)
-        check_int("original_max_position_embeddings", original, 2)
-        theta = scaling.get("rope_theta") or hf_config.get("rope_theta") or 10000.0
-        check_positive("rope_theta", theta)
-        value = scaling.get("attention_factor")
+        value = rope.parameters.get("attention_factor")
         if value is None:
-            ratio = scaling.get("factor") or max_length / original
+            ratio = rope.parameters.get("factor") or max_length / original
             check_positive("factor", ratio)
             value = attention_factor("su", ratio, original)
         check_positive("attention_factor", value)
-        rotary_dim = 2 * max(len(scaling["short_factor"]), len(scaling["long_factor"]))
+        if rotary_dim is None:
+            rotary_dim = 2 * max(map(len, lists.values()))
         windows = {"short_factor": original, "long_factor": max_length}
         if max_length <= original:
             del windows["long_factor"]
         for key in windows:  # here, not as factor_sets[i], the name is one that the file holds
-            validate_factors(key, scaling[key], rotary_dim, max(max_length / original, 1.0))
+            validate_factors(key, lists[key], rotary_dim, max(max_length / original, 1.0))
         config = cls(
-            rotary_base=float(theta),
+            rotary_base=rope.rope_theta,
             rotary_dim=rotary_dim,
             original_max_position_embeddings=original,
             factor_sets=tuple(
-                FactorSet(window, tuple(scaling[key]), origin={"source": "hf"})
+                FactorSet(window, tuple(lists[key]), origin={"source": "hf"})
                 for key, window in windows.items()
             ),
             attention_factor=float(value),

@@ -34,6 +34,7 @@ from megatron_longrope.conversion.rules import (
     TensorRule,
     decoder,
 )
+from megatron_longrope.hf_rope import read_hf_rope
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,6 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that are the same for every model of the family."""
 
-    default_rotary_base: float = 10000.0
-    """What transformers takes where neither place of rope_theta states it."""
-
     absent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that a config.json lacks, where the families differ."""
 
@@ -82,6 +80,9 @@ class Family:
         """Key of config.json -> field of ModelShape."""
         return {**_CONFIG_KEYS, **self.keys}
 
+
+# transformers reads sliding_window, 4096 by default, once use_sliding_window is true.
+_QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
 
 FAMILIES = {
     family.name: family
@@ -99,7 +100,7 @@ FAMILIES = {
             rules=decoder(QKV, MLP, QKV_BIAS),
             qkv_bias=True,
             config={"use_sliding_window": False},
-            absent={"use_sliding_window": False, "num_key_value_heads": 32},
+            absent={**_QWEN_WINDOW, "max_window_layers": 28, "num_key_value_heads": 32},
         ),
         Family(
             "qwen3",
@@ -107,7 +108,12 @@ FAMILIES = {
             rules=decoder(QKV, MLP, *QK_NORMS),
             qk_layernorm=True,
             config={"attention_bias": False, "use_sliding_window": False},
-            absent={"use_sliding_window": False, "num_key_value_heads": 32, "head_dim": 128},
+            absent={
+                **_QWEN_WINDOW,
+                "max_window_layers": 28,
+                "num_key_value_heads": 32,
+                "head_dim": 128,
+            },
         ),
         Family(
             "phi3",
@@ -127,7 +133,6 @@ FAMILIES = {
                 "router_aux_loss_coef": "moe_aux_loss_coeff",
             },
             fixed={"moe_normalized_gates": True},
-            default_rotary_base=1e6,
             config={"sliding_window": None},
             absent={
                 "num_key_value_heads": 8,
@@ -158,7 +163,7 @@ FAMILIES = {
                 "mlp_only_layers": [],
             },
             absent={
-                "use_sliding_window": False,
+                **_QWEN_WINDOW,  # of all its layers: transformers reads no max_window_layers here
                 "num_key_value_heads": 4,
                 "moe_intermediate_size": 768,
                 "num_experts_per_tok": 8,
@@ -286,18 +291,18 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
             f"model_type {config.get('model_type')!r} is not supported; "
             f"families: {', '.join(FAMILIES)}"
         )
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    check_config({**rope, **config})
+    rope = read_hf_rope(config)
+    check_config({**config, "partial_rotary_factor": rope.partial_rotary_factor})
     heads = config.get("num_attention_heads")
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": config["hidden_size"] // heads if heads and "hidden_size" in config else None,
-        "rope_theta": rope.get("rope_theta", family.default_rotary_base),
         # `null` and a missing key differ: transformers reads the first as "as many as heads".
         **{key: value for key, value in family.absent.items() if key not in config},
     }
     fields = {}
     keys = family.config_keys()
+    config = {**config, "rope_theta": rope.rope_theta}
     for key, name in keys.items():
         value = defaults.get(key) if config.get(key) is None else config[key]
         if value is None:
@@ -311,8 +316,9 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
                 "it; make them agree"
             )
     fields.setdefault("ffn_hidden_size", fields.get("moe_ffn_hidden_size"))
-    fields["rotary_base"] = float(fields["rotary_base"])
-    check_sliding_window({**family.absent, **config}, fields["max_position_embeddings"])
+    check_sliding_window(
+        {**family.absent, **config}, fields["num_layers"], fields["max_position_embeddings"]
+    )
     shape = ModelShape(
         **fields,
         **family.fixed,

@@ -30,8 +30,8 @@ from megatron_longrope.conversion.megatron_writer import (
 )
 from megatron_longrope.conversion.rules import EMBEDDING, OUTPUT_LAYER, TensorRule, dimensions
 from megatron_longrope.conversion.tensors import join, part_rows
-from megatron_longrope.conversion.to_hf import check_fits
 from megatron_longrope.conversion.work import file_identity, work_folder
+from megatron_longrope.hf_rope import read_hf_rope
 
 _LONGROPE_FILE = "longrope.json"
 # Older exports store the frequencies, which every implementation computes from rope_theta.
@@ -203,11 +203,9 @@ def read_model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | N
                 f"config.json has architectures = {classes!r}; conversion supports "
                 f"{family.architecture} of model_type {family.name}"
             )
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) == "default":
+        if read_hf_rope(config).rope_type == "default":
             return family, shape, None
-        longrope_config = LongRopeConfig.from_hf(config)
-        check_fits(longrope_config, shape)
+        longrope_config = LongRopeConfig.from_hf(config, shape.rotary_dim)
     except ValueError as error:
         raise ValueError(f"{folder.directory}: {error}") from None
     return family, shape, longrope_config

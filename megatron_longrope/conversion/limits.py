@@ -14,7 +14,7 @@ _CONFIG: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hidden_act", ("silu", "swish"), "activations other than SiLU"),
     ("attention_bias", (False,), "biases on the attention projections"),
     ("mlp_bias", (False,), "biases in the MLP"),
-    ("partial_rotary_factor", (1, None), "partially rotated heads"),
+    ("partial_rotary_factor", (1,), "partially rotated heads"),
     ("quantization_config", (None,), "quantized weights"),
     ("is_encoder_decoder", (False, None), "encoders"),
     ("decoder_sparse_step", (1, None), "dense layers among those with experts"),
@@ -114,7 +114,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Refuse values in config.json that conversion lacks.
 
     Args:
-        config (Mapping): config.json with the keys of its rope_parameters beside the others.
+        config (Mapping): config.json.
 
     Raises:
         ValueError: The message names the key and the value that is supported.
@@ -125,19 +125,15 @@ def check_config(config: Mapping[str, Any]) -> None:
                 f"config.json has {key} = {config[key]!r}; conversion does not support {lacking}, "
                 f"only {key} = {fine[0]!r}"
             )
-    kind = config.get("rope_type", config.get("type"))
-    if kind not in (None, "default", "longrope", "su"):
-        raise ValueError(
-            f"config.json has rope_type {kind!r}; conversion supports plain RoPE and longrope, so "
-            "start from a model of the family that was not extended this way"
-        )
 
 
-def check_sliding_window(config: Mapping[str, Any], max_length: int) -> None:
+def check_sliding_window(config: Mapping[str, Any], num_layers: int, max_length: int) -> None:
     """Refuse a window below the model's; one that is never reached changes nothing.
 
     Args:
-        config (Mapping): config.json with transformers' defaults for missing keys.
+        config (Mapping): config.json with transformers' defaults for missing keys. Only families
+            that choose their layers have one for `max_window_layers`.
+        num_layers (int): Layers of the model.
         max_length (int): Longest sequence, in tokens.
 
     Raises:
@@ -146,6 +142,12 @@ def check_sliding_window(config: Mapping[str, Any], max_length: int) -> None:
     window = config.get("sliding_window")
     if window is None or window >= max_length or not config.get("use_sliding_window", True):
         return
+    if "max_window_layers" in config:
+        kinds = config.get("layer_types")
+        if kinds is None:
+            kinds = ["full_attention"] * min(config["max_window_layers"], num_layers)
+        if kinds == ["full_attention"] * num_layers:
+            return
     raise ValueError(
         f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
         "conversion does not support sliding-window attention: set max_position_embeddings to "

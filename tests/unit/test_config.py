@@ -699,7 +699,6 @@ def test_a_config_json_that_lacks_a_field_is_refused(key):
     [
         {},
         {"rope_scaling": None},
-        {"rope_scaling": {"rope_type": "yarn"}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ],
 )
@@ -729,17 +728,17 @@ def test_a_config_json_field_of_a_wrong_type_is_refused_by_name(key, value):
         if key in holder:
             holder[key] = value
     if key == "factor":
-        del hf["rope_parameters"]["attention_factor"]
+        del hf["rope_scaling"]["attention_factor"], hf["rope_parameters"]["attention_factor"]
     with pytest.raises(ValueError, match=rf"^{key} "):
         LongRopeConfig.from_hf(hf)
 
 
 def test_factors_in_a_config_json_are_named_by_their_key():
     hf = exportable().to_hf()
-    hf["rope_parameters"]["long_factor"] = [1.0, 2.0]
+    hf["rope_scaling"]["long_factor"] = [1.0, 2.0]
     with pytest.raises(ValueError, match=r"^long_factor has 2 values; rotary_dim 8 needs 4$"):
         LongRopeConfig.from_hf(hf)
-    hf["rope_parameters"]["long_factor"] = [0.9978, 2.0, 1.5, 4.0]
+    hf["rope_scaling"]["long_factor"] = [0.9978, 2.0, 1.5, 4.0]
     with pytest.warns(UserWarning, match=r"^config\.json: long_factor\[0\] is 0\.9978, below 1, "):
         assert LongRopeConfig.from_hf(hf).factor_sets[1].rescale_factors == (0.9978, 2.0, 1.5, 4.0)
 

@@ -306,7 +306,7 @@ def test_tensors_that_others_determine_are_left_out_and_reported(folders, tmp_pa
             "rope_type 'linear'",
         ),
         ({"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta = 10000.5.*integers only"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope but no short_factor"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope but no original_max_position"),
         ({"sliding_window": 16}, "sliding_window = 16 and max_position_embeddings = 64"),
         ({"quantization_config": {"bits": 4}}, "quantized weights"),
         ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
@@ -321,7 +321,7 @@ def test_a_sliding_window_counts_when_it_is_in_use(folders, tmp_path):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "hf")
     edit_config(folder, sliding_window=16)
     convert_from_hf(folder, tmp_path / "unused")
-    edit_config(folder, use_sliding_window=True)
+    edit_config(folder, use_sliding_window=True, max_window_layers=2, layer_types=None)
     with pytest.raises(ValueError, match="sliding_window = 16"):
         convert_from_hf(folder, tmp_path / "used")
     mistral = shutil.copytree(folders("mistral"), tmp_path / "mistral")

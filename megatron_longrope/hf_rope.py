@@ -1,0 +1,178 @@
+"""`read_hf_rope`: the rotary geometry of a transformers `config.json`, for every command.
+
+transformers 4.57 reads `rope_scaling` and the keys beside it at the top, 5.x copies a non-empty
+`rope_scaling` over `rope_parameters` and prefers the keys inside. A file that the two would read
+differently, because it states a value twice, is refused by the names of both keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_longrope.config_rules import check_int, check_positive
+
+# What transformers takes where no rope_theta is stated; 10000 for the model types that are absent.
+_DEFAULT_ROPE_THETA = {"mixtral": 1e6}
+# Phi3Config has the key at the top, with a default: what stands inside is then overwritten.
+_DEFAULT_ORIGINAL_WINDOW = {"phi3": 4096}
+# Type names of the first Phi-3 releases; the second only there.
+_OLD_NAMES = {"su": "longrope"}
+_OLD_NAMES_OF = {"phi3": {"yarn": "longrope"}}
+# Keys that each type reads, beside rope_theta and partial_rotary_factor; transformers ignores
+# others.
+ROPE_KEYS: dict[str, frozenset[str]] = {
+    "default": frozenset(),
+    "longrope": frozenset(
+        {"short_factor", "long_factor", "factor", "attention_factor"}
+        | {"original_max_position_embeddings"}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class HfRope:
+    """Rotary geometry that a `config.json` states."""
+
+    rope_type: str
+    """A key of :data:`ROPE_KEYS`."""
+
+    rope_theta: float
+    """Base of the geometric progression."""
+
+    partial_rotary_factor: float
+    """Share of a head that rotates."""
+
+    original_max_position_embeddings: int | None
+    """Window, in tokens, before the extension; None for the default type."""
+
+    parameters: Mapping[str, Any]
+    """What the type reads beside these, by transformers' names."""
+
+    holder: str
+    """Where they stand: `rope_scaling` or `rope_parameters`."""
+
+    ignored: tuple[str, ...]
+    """Keys in `holder` that the type does not read."""
+
+
+def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
+    """Read the rotary geometry of a `config.json`, in any spelling.
+
+    Args:
+        config (Mapping): The whole file; `model_type` decides about defaults.
+
+    Raises:
+        ValueError: A value is stated twice and differs, is of a wrong type, is missing, or the type
+            of RoPE is not supported; the message names the keys.
+    """
+    model_type = str(config.get("model_type"))
+    holder, values = _holder(config)
+    kind = _rope_type(holder, values, model_type)
+    if kind not in ROPE_KEYS:
+        raise ValueError(
+            f"config.json has {holder}.rope_type {kind!r}; supported types are "
+            f"{', '.join(ROPE_KEYS)}, so start from a model that was not extended this way"
+        )
+    original = None
+    if "original_max_position_embeddings" in ROPE_KEYS[kind]:
+        original = _original_window(config, holder, values, model_type, kind)
+    partial = _stated_once("partial_rotary_factor", config, {holder: values})
+    check_positive("partial_rotary_factor", 1.0 if partial is None else partial)
+    read = ROPE_KEYS[kind] - {"original_max_position_embeddings"}
+    everywhere = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    return HfRope(
+        rope_type=kind,
+        rope_theta=_rope_theta(config, holder, values, model_type),
+        partial_rotary_factor=1.0 if partial is None else float(partial),
+        original_max_position_embeddings=original,
+        parameters={key: values[key] for key in read if key in values},
+        holder=holder,
+        ignored=tuple(sorted(values.keys() - ROPE_KEYS[kind] - everywhere)),
+    )
+
+
+def _holder(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The dict that transformers reads: a non-empty `rope_scaling` wins in 4.57 and in 5.x."""
+    holder = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    values = config.get(holder) or {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config.json has {holder} = {values!r}; it must be an object")
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            raise ValueError(
+                f"config.json has {holder}.{key}, a RoPE for some of the layers; one for all "
+                "layers is supported"
+            )
+    return holder, values
+
+
+def _rope_type(holder: str, values: Mapping[str, Any], model_type: str) -> str:
+    new, old = values.get("rope_type"), values.get("type")
+    names = _OLD_NAMES | _OLD_NAMES_OF.get(model_type, {})
+    kinds = [names.get(item, item) for item in (new, old) if item is not None]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"config.json has {holder}.rope_type {new!r} and {holder}.type {old!r}, of which "
+            "transformers' releases read one or the other; make them agree"
+        )
+    return str(kinds[0]) if kinds else "default"
+
+
+def _stated_once(
+    key: str, config: Mapping[str, Any], inside: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    """A value that may stand at the top and in the dicts, None where it stands nowhere."""
+    places = {key: config.get(key)}
+    places |= {f"{name}.{key}": values.get(key) for name, values in inside.items()}
+    stated = [(name, value) for name, value in places.items() if value is not None]
+    for name, value in stated[1:]:
+        if value != stated[0][1]:
+            raise ValueError(
+                f"config.json has {stated[0][0]} {stated[0][1]!r} and {name} {value!r}, of which "
+                "transformers' releases read one or the other; keep the one that the model was "
+                "trained with"
+            )
+    return stated[0][1] if stated else None
+
+
+def _rope_theta(
+    config: Mapping[str, Any], holder: str, values: Mapping[str, Any], model_type: str
+) -> float:
+    inside = {
+        name: config[name]
+        for name in ("rope_scaling", "rope_parameters")
+        if isinstance(config.get(name), Mapping)
+    }
+    theta = _stated_once("rope_theta", config, inside)
+    default = _DEFAULT_ROPE_THETA.get(model_type, 10000.0)
+    read = values.get("rope_theta") is not None or config.get("rope_theta") is not None
+    if theta is not None and theta != default and not read:
+        raise ValueError(
+            f"config.json has rope_parameters.rope_theta {theta!r} beside rope_scaling, for which "
+            f"transformers ignores all of rope_parameters and takes {default:g}; write rope_theta "
+            "at the top"
+        )
+    check_positive("rope_theta", default if theta is None else theta)
+    return float(default if theta is None else theta)
+
+
+def _original_window(
+    config: Mapping[str, Any], holder: str, values: Mapping[str, Any], model_type: str, kind: str
+) -> int:
+    key = "original_max_position_embeddings"
+    original = _stated_once(key, config, {holder: values})
+    default = _DEFAULT_ORIGINAL_WINDOW.get(model_type)
+    if original is None:
+        raise ValueError(
+            f"config.json has rope_type {kind} but no {key}; add the window, in tokens, that the "
+            "model was pre-trained with"
+        )
+    if default is not None and config.get(key) is None and original != default:
+        raise ValueError(
+            f"config.json has {holder}.{key} {original!r}, which transformers overwrites with "
+            f"{default}, its default for {model_type}; write the key at the top"
+        )
+    check_int(key, original, 2)
+    return original

@@ -1,0 +1,229 @@
+"""The rotary geometry of a config.json: what is read, and what is refused by the names of keys."""
+
+import copy
+
+import pytest
+import torch
+
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion.families import shape_from_hf_config
+from megatron_longrope.frequencies import inv_freq_fp32
+from megatron_longrope.hf_rope import read_hf_rope
+
+SHORT, LONG = [1.0, 1.1, 1.2, 1.3], [1.0, 1.5, 2.0, 4.0]
+LISTS = {"short_factor": SHORT, "long_factor": LONG}
+BASE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+}
+PHI3 = {**BASE, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+QWEN2 = {**BASE, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
+def refusal(config):
+    with pytest.raises(ValueError) as caught:
+        read_hf_rope(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_theta": 50000.0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}},
+        {"rope_theta": 50000.0, "rope_parameters": {"rope_theta": 50000.0}},
+        {
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"rope_type": "longrope", **LISTS},
+        },
+        {  # a non-empty rope_scaling wins
+            "rope_theta": 50000.0,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": "longrope", "attention_factor": 1.5, **LISTS},
+            "rope_parameters": {"rope_type": "default"},
+        },
+        {  # an empty one does not
+            "rope_scaling": {},
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 32,
+                "factor": 3.0,
+                **LISTS,
+            },
+        },
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_frequencies_and_attention_factor_are_those_of_transformers(model_type, rope):
+    from transformers import LlamaConfig, MixtralConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = {**BASE, "model_type": model_type, "head_dim": 8, **rope}
+    kind = MixtralConfig if model_type == "mixtral" else LlamaConfig
+    theirs = LlamaRotaryEmbedding(kind(**copy.deepcopy(config)))
+    ours = read_hf_rope(config)
+    if ours.rope_type == "default":
+        assert torch.equal(theirs.inv_freq, inv_freq_fp32(ours.rope_theta, 8))
+        return
+    longrope = LongRopeConfig.from_hf(config, rotary_dim=8)
+    assert longrope.attention_factor == theirs.attention_scaling
+    for length in (32, 33, 128):
+        theirs(torch.zeros(1), torch.arange(length)[None])
+        factors = torch.tensor(longrope.factor_set_for(length).rescale_factors)
+        assert torch.equal(theirs.inv_freq, inv_freq_fp32(longrope.rotary_base, 8, factors))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            {**BASE, "rope_theta": 10000.0, "rope_parameters": {"rope_theta": 500000.0}},
+            "rope_theta 10000.0 and rope_parameters.rope_theta 500000.0, of which",
+        ),
+        (
+            {
+                **BASE,
+                "rope_scaling": {"rope_type": "longrope", **LISTS},
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {"rope_theta": 500000.0},
+            },
+            "rope_parameters.rope_theta 500000.0 beside rope_scaling, for which transformers "
+            "ignores all of rope_parameters and takes 10000; write rope_theta at the top",
+        ),
+        (
+            {**BASE, "rope_scaling": {"rope_type": "longrope", "type": "linear", "factor": 2.0}},
+            "rope_scaling.rope_type 'longrope' and rope_scaling.type 'linear'",
+        ),
+        (
+            {
+                **BASE,
+                "original_max_position_embeddings": 32,
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": 64,
+                    **LISTS,
+                },
+            },
+            "original_max_position_embeddings 32 and "
+            "rope_scaling.original_max_position_embeddings 64",
+        ),
+        (
+            {
+                **PHI3,
+                "partial_rotary_factor": 1.0,
+                "rope_parameters": {"partial_rotary_factor": 0.5},
+            },
+            "partial_rotary_factor 1.0 and rope_parameters.partial_rotary_factor 0.5",
+        ),
+        (
+            {
+                **PHI3,
+                "rope_scaling": {
+                    "type": "longrope",
+                    "original_max_position_embeddings": 32,
+                    **LISTS,
+                },
+            },
+            "rope_scaling.original_max_position_embeddings 32, which transformers overwrites with "
+            "4096, its default for phi3; write the key at the top",
+        ),
+        (
+            {**BASE, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters.full_attention, a RoPE for some of the layers",
+        ),
+        ({**BASE, "rope_scaling": "yarn"}, "rope_scaling = 'yarn'; it must be an object"),
+        (
+            {**BASE, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type 'dynamic'",
+        ),
+        ({**BASE, "rope_theta": "10000"}, "rope_theta is '10000'"),
+    ],
+)
+def test_what_is_stated_twice_or_not_supported_is_refused_by_its_keys(config, sentence):
+    assert sentence in refusal(config)
+
+
+def test_rope_scaling_beside_rope_parameters_is_read():
+    """transformers reads yarn here; plain RoPE's logits were off by 6.3."""
+    rope = read_hf_rope(
+        {
+            **BASE,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 32,
+                "beta_fast": 4,
+                **LISTS,
+            },
+        }
+    )
+    assert (rope.rope_type, rope.holder, rope.ignored) == (
+        "longrope",
+        "rope_scaling",
+        ("beta_fast",),
+    )
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_the_old_names_of_longrope_in_phi3_are_read(name):
+    config = {
+        **PHI3,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": name, **LISTS},
+    }
+    assert read_hf_rope(config).rope_type == "longrope"
+
+
+@pytest.mark.parametrize("key", ["short_factor", "long_factor"])
+def test_a_factor_list_is_refused_by_its_own_key(key):
+    config = {
+        **PHI3,
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"type": "longrope", **LISTS},
+    }
+    for change, sentence in (
+        (lambda values: values.append(5.0), f"^{key} has 5 values; rotary_dim 8 needs 4"),
+        (lambda values: values.__setitem__(1, None), rf"^{key}\[1\] is None; it must be a number"),
+        (lambda values: values.__setitem__(1, -1.0), rf"^{key}\[1\] is -1.0; .* above 0"),
+    ):
+        broken = copy.deepcopy(config)
+        change(broken["rope_scaling"][key])
+        with pytest.raises(ValueError, match=sentence):
+            LongRopeConfig.from_hf(broken, rotary_dim=8)
+
+
+# Sliding windows
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen3_moe"])
+def test_a_window_in_use_but_not_stated_is_transformers_default(model_type):
+    config = {**QWEN2, "model_type": model_type, "max_position_embeddings": 8192}
+    extra = {"moe_intermediate_size": 8, "num_experts": 4, "head_dim": 8}
+    config |= {**extra, "use_sliding_window": True, "max_window_layers": 0}
+    with pytest.raises(ValueError, match="sliding_window = 4096 and max_position_embeddings"):
+        shape_from_hf_config(config)
+    assert shape_from_hf_config({**config, "sliding_window": None}).num_layers == 2
+    assert shape_from_hf_config({**config, "use_sliding_window": False}).num_layers == 2
+
+
+@pytest.mark.parametrize(
+    "full", [{"max_window_layers": 2}, {}, {"layer_types": ["full_attention"] * 2}]
+)
+def test_a_window_that_no_layer_has_is_full_attention(full):
+    config = {**QWEN2, "use_sliding_window": True, "sliding_window": 16, **full}
+    assert shape_from_hf_config(config).num_layers == 2
+    some = {"max_window_layers": 1, "layer_types": None}
+    if "layer_types" in full:
+        some = {"layer_types": ["full_attention", "sliding_attention"]}
+    with pytest.raises(ValueError, match="sliding_window = 16"):
+        shape_from_hf_config({**config, **some})
