@@ -38,6 +38,9 @@ class HfRope:
     rope_type: str
     """A key of :data:`ROPE_KEYS`."""
 
+    stated_type: str
+    """The same by the name that stands in the file, which may be an old one."""
+
     rope_theta: float
     """Base of the geometric progression."""
 
@@ -84,6 +87,7 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
     everywhere = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     return HfRope(
         rope_type=kind,
+        stated_type=str(values.get("rope_type", values.get("type", "default"))),
         rope_theta=_rope_theta(config, holder, values, model_type),
         partial_rotary_factor=1.0 if partial is None else float(partial),
         original_max_position_embeddings=original,

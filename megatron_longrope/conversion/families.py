@@ -20,6 +20,7 @@ from megatron_longrope.conversion.limits import (
     check_routing,
     check_shape,
     check_sliding_window,
+    checked_keys,
 )
 from megatron_longrope.conversion.rules import (
     FUSED_MLP,
@@ -188,6 +189,16 @@ _CONFIG_KEYS = {
     "rope_theta": "rotary_base",
 }
 
+# Keys that change no logit of ours or of transformers, or that other functions read.
+_KNOWN_KEYS = {
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "embd_pdrop",
+    "eos_token_id", "id2label", "initializer_range", "label2id", "layer_types", "max_window_layers",
+    "model_type", "original_max_position_embeddings", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "resid_pdrop", "return_dict",
+    "rope_parameters", "rope_scaling", "router_jitter_noise", "sliding_window",
+    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
 _DTYPE_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -276,6 +287,20 @@ def to_hf_config(shape: ModelShape, family: Family, dtype: torch.dtype) -> dict[
     # 4.x reads rope_theta at the top, 5.x in rope_parameters.
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": shape.rotary_base}
     return config
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a config.json that conversion does not read, sorted.
+
+    Raises:
+        ValueError: As :func:`.read_hf_rope`.
+    """
+    family = FAMILIES[config["model_type"]]
+    read = {*_KNOWN_KEYS, *family.config_keys(), *family.absent, *family.config, *checked_keys()}
+    rope = read_hf_rope(config)
+    inside = [f"{rope.holder}.{key}" for key in rope.ignored]
+    top = [key for key in config if key not in read and not key.startswith("_")]
+    return sorted([*top, *inside])
 
 
 def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:

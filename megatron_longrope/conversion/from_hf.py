@@ -15,6 +15,7 @@ from megatron_longrope import __version__
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.families import FAMILIES, Family, shape_from_hf_config
+from megatron_longrope.conversion.finite import check_finite
 from megatron_longrope.conversion.hf_reader import HfFolder
 from megatron_longrope.conversion.megatron_args import (
     flags_beside_checkpoint_args,
@@ -185,6 +186,7 @@ def _loader(
 def _vocabulary_rows(folder: HfFolder, name: str, piece: Piece, vocab_size: int) -> Tensor:
     """Some rows of an embedding; those beyond the vocabulary are zero."""
     value = folder.rows(name, piece.start, max(piece.start, min(piece.stop, vocab_size)))
+    check_finite(f"{folder.directory}: tensor {name}", value, piece.tensor.dtype)
     value = value.to(piece.tensor.dtype)
     padding = piece.stop - piece.start - len(value)
     if padding == 0:
@@ -243,7 +245,10 @@ class HfSource:
     def load(self, name: str, layer: int | None) -> Tensor:
         """A tensor of the plan, or one of its layers."""
         rule = self._rules[name]
-        parts = [self._folder.tensor(part.format(layer=layer)) for part in rule.hf]
+        names = [part.format(layer=layer) for part in rule.hf]
+        parts = [self._folder.tensor(part) for part in names]
+        for part, value in zip(names, parts, strict=True):
+            check_finite(f"{self._folder.directory}: tensor {part}", value, self._dtype)
         value = join(parts, rule, self.shape)
         return value if self._dtype is None else value.to(self._dtype)
 
@@ -258,9 +263,12 @@ class HfSource:
             for layer in self._layers(rule)
             for name in rule.hf
         }
+        head, embedding = OUTPUT_LAYER.hf[0], self._rules[EMBEDDING].hf[0]
+        stored = self._folder.tensors.keys() & {head, embedding}
+        if head not in wanted and stored == {head}:  # tied, and stored under the other name
+            self._folder.rename(head, embedding)
         found = set(self._folder.tensors)
         derived = {name for name in found - wanted if _FREQUENCIES.fullmatch(name)}
-        head, embedding = OUTPUT_LAYER.hf[0], self._rules[EMBEDDING].hf[0]
         if head in found - wanted and embedding in found:
             if not torch.equal(self._folder.tensor(head), self._folder.tensor(embedding)):
                 raise ValueError(

@@ -29,8 +29,8 @@ class HfFolder:
         directory (str | Path): The folder.
 
     Raises:
-        ValueError: There is no such folder, it holds no safetensors, or a file is missing,
-            truncated or not what the index says.
+        ValueError: There is no such folder, it holds no safetensors or two sets of them, or a file
+            is missing, truncated or not what the index says.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -45,6 +45,11 @@ class HfFolder:
         self._places: dict[str, tuple[str, int]] = {}  # file, and the offset there
         for file, names in self._listed().items():
             self._open(file, names)
+
+    def rename(self, name: str, other: str) -> None:
+        """Give a tensor another name."""
+        self.tensors[other] = self.tensors.pop(name)
+        self._places[other] = self._places.pop(name)
 
     def tensor(self, name: str) -> Tensor:
         """Load one tensor to the CPU.
@@ -105,6 +110,11 @@ class HfFolder:
                 raise ValueError(f"{index}: names {file!r}, a file outside of the folder")
             names = files.setdefault(file, set())
             names.add(name)
+        if (self.directory / _SINGLE).is_file() and _SINGLE not in files:
+            raise ValueError(
+                f"{self.directory}: holds two sets of weights, {_SINGLE}, which transformers "
+                f"loads, and {_INDEX} with {len(files)} files; move away the one that is not meant"
+            )
         return dict(sorted(files.items()))
 
     def _nothing(self) -> str:
@@ -126,15 +136,17 @@ class HfFolder:
                 found = set(opened.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: truncated or damaged, download it again: {error}") from None
-        for verb, lacking in (
-            ("lacks", (names or found) - found),
-            ("holds", found - (names or found)),
-        ):
-            if lacking:
-                raise ValueError(
-                    f"{path}: {verb} tensor {sorted(lacking)[0]}, which is not what {_INDEX} says; "
-                    "download both again"
-                )
+        if lacking := (names or found) - found:
+            raise ValueError(
+                f"{path}: lacks tensor {sorted(lacking)[0]}, which is not what {_INDEX} says; "
+                "download both again"
+            )
+        # transformers reads whole files: what the index does not list counts as well.
+        for name in sorted(found & self.tensors.keys()):
+            raise ValueError(
+                f"{path}: holds tensor {name}, and so does {self._places[name][0]}; download both "
+                "again"
+            )
         with path.open("rb") as stream:  # now known to be a good header
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))

@@ -12,6 +12,7 @@ from megatron_longrope.checkpoint.layout import Layout
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.conversion.families import Family
+from megatron_longrope.conversion.finite import check_finite
 from megatron_longrope.conversion.rules import TensorRule, dimensions
 
 
@@ -85,6 +86,8 @@ class TensorSource:
             self._last = None  # free the previous one first
             self._last = (key, self._checkpoint.tensor(*self._layout.places[key]))
         value = split(self._last[1], planned.rule, self._shape)[planned.part]
+        source = f"{self._checkpoint.directory}: {planned.rule.disk} (tensor {planned.name})"
+        check_finite(source, value, planned.dtype)
         return value.to(planned.dtype).contiguous()
 
     def _check_names(self, rules: tuple[TensorRule, ...]) -> None:

@@ -6,7 +6,7 @@ Both models are in memory at once, in fp32: :func:`memory_needed` says how much 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from torch import Tensor
 
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.conversion.families import dtype_named
+from megatron_longrope.conversion.families import dtype_named, unread_keys
 from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.files import read_json
+from megatron_longrope.hf_rope import read_hf_rope
 
 TOLERANCE = 1e-4
 _SHORT_TOKENS = 512
-_TOKENS_PAST_ORIGINAL = 64
+_TOKENS_PAST_LIMIT = 64
+# Keys of config.json that may change the attention of later positions.
+_LIMITS = ("sliding_window", "attention_chunk_size")
 _ROWS_PER_BLOCK = 256
 
 
@@ -31,7 +34,8 @@ class WindowDifference:
     """How far the two models are apart on one input."""
 
     window: str
-    """`short` (the original window's factors) or `long`."""
+    """`short` (the original window's factors), `long`, or another limit of config.json past which
+    the models might part, such as `sliding_window`."""
 
     num_tokens: int
     """Length of the input."""
@@ -73,7 +77,7 @@ def verify(
     tolerance: float = TOLERANCE,
     seed: int = 0,
 ) -> VerificationReport:
-    """Run both models in fp32 on random tokens, within the original window and past it.
+    """Run both models in fp32 on random tokens, within and past every limit of config.json.
 
     Args:
         checkpoint_path (str | Path, optional): None compares transformers with the engine on the
@@ -100,7 +104,7 @@ def verify(
     return compare_models(
         (engine_factory or fp32_engine)(checkpoint, config),
         hf_dir,
-        windows_to_compare(config, hf_config["max_position_embeddings"]),
+        windows_to_compare(config, hf_config),
         hf_config["vocab_size"],
         tolerance=tolerance,
         rounding=_rounding(checkpoint, hf_config),
@@ -130,11 +134,10 @@ def compare_models(
         remedy (str): What to do about a difference.
 
     Raises:
-        ValueError: A window is over the tolerance, or its logits are not finite.
+        ValueError: transformers cannot load the folder, a window is over the tolerance, or its
+            logits are not finite.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(str(hf_dir), dtype=torch.float32).eval()
+    model = _load_transformers_model(hf_dir)
     differences = []
     for window, length in windows:
         tokens = random_tokens(vocab_size, length, seed)
@@ -146,12 +149,58 @@ def compare_models(
         allowed = tolerance + rounding * ours.abs().max().item()
         if not difference.max_abs_diff <= allowed:  # also catches NaN
             raise ValueError(
-                f"verification failed on {length} tokens ({window} factors): transformers' logits "
-                f"differ from Megatron's by up to {difference.max_abs_diff:.3g} (allowed "
-                f"{allowed:.3g}, mean KL {difference.mean_kl:.3g}, same top token for "
-                f"{difference.top1_agreement:.1%}); {remedy}"
+                f"verification failed on {length} tokens ({_describe(window)}): "
+                f"{_how_they_differ(difference, ours, theirs, allowed)}; {remedy}"
+                f"{_unread(hf_dir)}"
             )
     return VerificationReport(tuple(differences), tolerance)
+
+
+def _load_transformers_model(hf_dir: Path) -> Any:
+    """The folder's model in fp32."""
+    import transformers
+
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            str(hf_dir), dtype=torch.float32
+        ).eval()
+    except Exception as error:  # transformers raises many kinds, with messages of many lines
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        rope = read_hf_rope(read_json(hf_dir / "config.json"))
+        remedy = "correct config.json, or leave the verification out with --no-verify"
+        if rope.rope_type != rope.stated_type:
+            remedy = f"write {rope.rope_type!r} in place of {rope.stated_type!r} in {rope.holder}"
+        raise ValueError(
+            f"{hf_dir}: transformers {transformers.__version__} cannot load this folder "
+            f"({type(cause).__name__}: {reason}); {remedy}"
+        ) from None
+
+
+def _describe(window: str) -> str:
+    return f"{window} factors" if window in ("short", "long") else f"past {window}"
+
+
+def _how_they_differ(
+    difference: WindowDifference, ours: Tensor, theirs: Tensor, allowed: float
+) -> str:
+    for name, logits in (("transformers", theirs), ("Megatron", ours)):
+        if not logits.isfinite().all():
+            position = int((~logits.isfinite()).any(-1).flatten().nonzero()[0])
+            return f"the logits of {name} are not finite from position {position} on"
+    position = int(((ours - theirs).abs().amax(-1) > allowed).flatten().nonzero()[0])
+    return (
+        "transformers' logits differ from Megatron's by up to "
+        f"{difference.max_abs_diff:.3g}, from position {position} on (allowed {allowed:.3g}, mean "
+        f"KL {difference.mean_kl:.3g}, same top token for {difference.top1_agreement:.1%})"
+    )
+
+
+def _unread(hf_dir: Path) -> str:
+    """Where to look for the cause."""
+    if keys := unread_keys(read_json(hf_dir / "config.json")):
+        return f"; config.json has keys that conversion does not read: {', '.join(keys)}"
+    return ""
 
 
 def memory_needed(checkpoint: Checkpoint) -> int:
@@ -207,19 +256,29 @@ def compare(window: str, ours: Tensor, theirs: Tensor) -> WindowDifference:
     return WindowDifference(window, count, largest, divergence / count, agreeing / count)
 
 
-def windows_to_compare(config: LongRopeConfig | None, max_length: int) -> list[tuple[str, int]]:
-    """An input within the original window and one past it, by name and length.
+def windows_to_compare(
+    config: LongRopeConfig | None, hf_config: Mapping[str, Any]
+) -> list[tuple[str, int]]:
+    """Inputs within the original window and past every limit that config.json declares.
 
     Args:
         config (LongRopeConfig, optional): From :func:`exported_config`.
-        max_length (int): Window of a model with plain RoPE.
+        hf_config (Mapping): config.json.
+
+    Returns:
+        list[tuple[str, int]]: Names and lengths in tokens.
     """
-    if config is None:
-        return [("short", min(_SHORT_TOKENS, max_length))]
-    original = config.original_max_position_embeddings
-    windows = [("short", min(_SHORT_TOKENS, original))]
-    if max_length > original:
-        windows.append(("long", min(original + _TOKENS_PAST_ORIGINAL, max_length)))
+    max_length = hf_config["max_position_embeddings"]
+    original = max_length if config is None else config.original_max_position_embeddings
+    windows = [("short", min(_SHORT_TOKENS, original, max_length))]
+    rope = read_hf_rope(hf_config)
+    limits = {"long": original, "original window": rope.original_max_position_embeddings}
+    limits |= {key: hf_config.get(key) for key in _LIMITS}
+    for name, limit in limits.items():
+        if not isinstance(limit, int) or not 0 < limit < max_length:
+            continue
+        if all(length <= limit for _, length in windows):
+            windows.append((name, min(limit + _TOKENS_PAST_LIMIT, max_length)))
     return windows
 
 

@@ -284,6 +284,37 @@ def test_tensors_that_others_determine_are_left_out_and_reported(folders, tmp_pa
     assert_refused(folder, "lm_head.weight differs from model.embed_tokens.weight")
 
 
+def test_a_tied_model_that_stores_only_the_output_layer_loads(folders, tmp_path):
+    """transformers gives such a folder the same logits."""
+    folder = shutil.copytree(folders("qwen2"), tmp_path / "hf")
+    stored = tensors(folder)
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    report = convert_from_hf(
+        folder, tmp_path / "megatron", check=lambda path: verify_import(path, folder)
+    )
+    assert report.left_out == ()
+    read = MegatronCheckpoint.open(tmp_path / "megatron").tensor("embedding.word_embeddings.weight")
+    assert torch.equal(read[:VOCAB], stored["lm_head.weight"])
+
+
+def test_a_tensor_that_the_index_lacks_is_read_as_transformers_reads_it(folders, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("qwen2"))
+    folder = tmp_path / "hf"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    stored, embedding = load_file(first), tensors(folder)["model.embed_tokens.weight"]
+    save_file({**stored, "lm_head.weight": embedding.clone()}, first, metadata={"format": "pt"})
+    report = convert_from_hf(
+        folder, tmp_path / "megatron", check=lambda path: verify_import(path, folder)
+    )
+    assert report.left_out == ("lm_head.weight",)
+    shutil.rmtree(tmp_path / "megatron")
+    twice = {**load_file(second), **stored}
+    save_file(twice, second, metadata={"format": "pt"})
+    assert_refused(folder, f"{second.name}: holds tensor .*, and so does {first.name}")
+
+
 # Other models
 
 
@@ -388,6 +419,46 @@ def test_damaged_files_are_refused_by_name(folders, tmp_path):
     assert_refused(folder, "outside of the folder")
 
 
+def test_two_sets_of_weights_are_refused_by_both_names(folders, tmp_path):
+    """transformers loads the single file; the logits of the two differed by 6.9."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders("llama"))
+    folder = tmp_path / "hf"
+    model.save_pretrained(folder, max_shard_size="20KB")
+    shutil.copy(folders("llama") / "model.safetensors", folder)
+    assert_refused(
+        folder, "two sets of weights, model.safetensors, .*, and model.safetensors.index.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "sentence"),
+    [
+        (float("nan"), None, "norm.weight holds NaN; the source is damaged or its training div"),
+        (float("-inf"), torch.bfloat16, "norm.weight holds infinity"),
+        (-1e6, torch.float16, r"norm.weight holds values up to 1e\+06, over 6.55e\+04, the .*of "),
+        (3.4e38, torch.bfloat16, "convert with --dtype float32"),
+    ],
+)
+def test_weights_that_are_or_would_become_infinite_are_refused_in_both_directions(
+    llama, tmp_path, value, dtype, sentence
+):
+    for name in ("model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"):
+        changed = tensors(llama)
+        changed[name][3] = value
+        damaged = shutil.copytree(llama, llama.parent / name)
+        save_file(changed, damaged / "model.safetensors")
+        with pytest.raises(ValueError, match=sentence.replace("norm.weight", name)):
+            convert_from_hf(damaged, tmp_path / "out", dtype=dtype)
+    if abs(value) < float("inf"):
+        convert_from_hf(damaged, tmp_path / "megatron")
+        disk = "embedding.word_embeddings.weight"
+        with pytest.raises(ValueError, match=sentence.replace("norm.weight", f"{disk}.*")):
+            convert_to_hf(
+                tmp_path / "megatron", tmp_path / "out", longrope_config=None, dtype=dtype
+            )
+    assert not (tmp_path / "out").exists()
+
+
 def test_pickles_and_empty_folders_are_refused_with_the_remedy(llama, tmp_path):
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     assert_refused(llama, r"pytorch_model.bin, a pickle.*save_pretrained\(other\)")
@@ -424,11 +495,31 @@ def test_a_failure_on_the_way_leaves_nothing(folders, tmp_path, monkeypatch):
 def test_logits_that_differ_leave_no_checkpoint(folders, tmp_path):
     other = shutil.copytree(folders("llama"), tmp_path / "other")
     rewrite(other, lambda stored: stored["model.norm.weight"].mul_(1.1))
-    with pytest.raises(ValueError, match=r"verification failed on 64 tokens.*nothing was written"):
-        convert_from_hf(
-            other, tmp_path / "out", check=lambda path: verify_import(path, folders("llama"))
-        )
-    assert [item.name for item in tmp_path.iterdir()] == ["other"]
+    original = shutil.copytree(folders("llama"), tmp_path / "llama")
+    edit_config(original, logit_scale=2.0, rope_scaling={"type": "default", "beta_fast": 4})
+    with pytest.raises(
+        ValueError,
+        match=r"verification failed on 64 tokens .*, from position 0 on .*; nothing was written; "
+        r"config.json has keys that conversion does not read: logit_scale, rope_scaling.beta_fast$",
+    ):
+        convert_from_hf(other, tmp_path / "out", check=lambda path: verify_import(path, original))
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["llama", "other"]
+
+
+def test_a_folder_that_transformers_cannot_load_is_one_sentence_with_the_remedy(folders, tmp_path):
+    folder = shutil.copytree(folders("phi3"), tmp_path / "phi3")
+    lists = {key: LONGROPE[key] for key in ("short_factor", "long_factor")}
+    edit_config(folder, rope_parameters=None, rope_scaling={"type": "su", **lists})
+    with pytest.raises(ValueError) as caught:
+        convert_from_hf(folder, tmp_path / "out", check=lambda path: verify_import(path, folder))
+    assert str(caught.value) == (
+        f"{folder}: transformers {transformers.__version__} cannot load this folder (KeyError: "
+        "\"Missing required keys in `rope_parameters` for 'rope_type'='longrope': "
+        "{'original_max_position_embeddings'}\"); write 'longrope' in place of 'su' in rope_scaling"
+    )
+    convert_from_hf(folder, tmp_path / "unverified")  # the engine knows the old name
+    edit_config(folder, rope_scaling={"type": "longrope", **lists})
+    verify_import(tmp_path / "unverified", folder)
 
 
 # The command

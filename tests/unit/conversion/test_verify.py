@@ -9,7 +9,12 @@ import torch
 from megatron_longrope.cli import convert as command
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion import convert_to_hf
-from megatron_longrope.conversion.verify import compare, exported_config, verify
+from megatron_longrope.conversion.verify import (
+    compare,
+    exported_config,
+    verify,
+    windows_to_compare,
+)
 
 
 class RecordedEngine:
@@ -32,7 +37,7 @@ def lengths(monkeypatch):
     """The lengths that logits were recorded for."""
     monkeypatch.setattr("megatron_longrope.conversion.verify._SHORT_TOKENS", maker.SHORT_TOKENS)
     past = maker.LONG_TOKENS - maker.ORIGINAL
-    monkeypatch.setattr("megatron_longrope.conversion.verify._TOKENS_PAST_ORIGINAL", past)
+    monkeypatch.setattr("megatron_longrope.conversion.verify._TOKENS_PAST_LIMIT", past)
 
 
 @pytest.fixture
@@ -79,7 +84,9 @@ def test_wrong_long_factors_are_found_on_the_long_input(untied_gqa, config, fold
 
 def test_logits_that_are_not_finite_never_pass(untied_gqa, config, folder, lengths):
     engine = RecordedEngine(untied_gqa.logits, error=float("nan"))
-    with pytest.raises(ValueError, match="by up to nan"):
+    with pytest.raises(
+        ValueError, match="the logits of Megatron are not finite from position 0 on"
+    ):
         verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
 
 
@@ -100,6 +107,26 @@ def test_the_exported_configuration_is_what_transformers_can_hold(config):
     assert by_middle.attention_factor == three.__class__.attention_factor_for(
         replace(three, attention_factor=None), 256
     )
+
+
+def test_verification_looks_past_every_limit_that_config_json_declares(config):
+    plain = {"max_position_embeddings": 8192}
+    assert windows_to_compare(None, plain) == [("short", 512)]
+    assert windows_to_compare(None, {**plain, "sliding_window": 4096, "hidden_size": 600}) == [
+        ("short", 512),
+        ("sliding_window", 4160),
+    ]
+    assert windows_to_compare(None, {**plain, "attention_chunk_size": 8190})[1] == (
+        "attention_chunk_size",
+        8192,
+    )
+    both = {"max_position_embeddings": 256, "sliding_window": 100}
+    assert windows_to_compare(config, both) == [("short", 64), ("long", 128)]
+    assert windows_to_compare(config, {**both, "sliding_window": 200}) == [
+        ("short", 64),
+        ("long", 128),
+        ("sliding_window", 256),
+    ]
 
 
 def test_differences_are_measured_over_every_block():
