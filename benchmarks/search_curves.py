@@ -12,7 +12,7 @@ from typing import Any
 import measure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from megatron_longrope.evaluation.drawing import (
+from megatron_longrope.report.style import (
     MUTED,
     Drawing,
     Style,

@@ -34,7 +34,8 @@ import measure
 from curves import LAYOUTS, ONE, STAGE_STEPS, STEPS, TAGS, Curve, Layout, Trainer
 from matplotlib.ticker import FuncFormatter
 
-from megatron_longrope.evaluation.drawing import (
+from megatron_longrope.files import write_text_atomic
+from megatron_longrope.report.style import (
     CYCLE,
     MUTED,
     Drawing,
@@ -43,7 +44,6 @@ from megatron_longrope.evaluation.drawing import (
     label_ends,
     plot_line,
 )
-from megatron_longrope.files import write_text_atomic
 
 BASELINE, CONTROL = "one process", "no start tokens"
 QUICK_STEPS = 8

@@ -30,8 +30,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from megatron_longrope.evaluation.measurements import read_measurements
-    from megatron_longrope.evaluation.report import report_tables, write_report
+    from megatron_longrope.report.reading import read_measurements
+    from megatron_longrope.report.report import report_tables, write_report
 
     measurements = read_measurements(args.directory)
     page = write_report(args.directory, args.output, measurements=measurements)

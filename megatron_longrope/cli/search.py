@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 
 from megatron_longrope.cli import options
 from megatron_longrope.ranks import rank
@@ -238,11 +239,13 @@ def run(args: argparse.Namespace) -> int | None:
     # So ends torchrun the other ranks when one dies, and a batch system a job at its time limit.
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        plan.run(
+        found = plan.run(
             options.load_engine_from(
                 args, plan.checkpoint, plan.problem.base, attention=args.attention, replicas=True
             )
         )
+        if found and not args.no_figures:
+            _draw(Path(args.output), *found)
     except KeyboardInterrupt as stop:
         if rank() == 0:
             reason = str(stop) or "Ctrl-C"
@@ -253,6 +256,20 @@ def run(args: argparse.Namespace) -> int | None:
             )
         return 130
     return None
+
+
+def _draw(path: Path, problem, outcome) -> None:
+    """Draw the search into `F_figures` beside `F.json`."""
+    from megatron_longrope.report.search_figures import draw_search_figures
+
+    draw_search_figures(
+        outcome.records,
+        problem,
+        outcome.candidate,
+        path.with_name(f"{path.stem}_figures"),
+        name=path.stem,
+        seeds=outcome.seed_scores,
+    )
 
 
 def _terminate(*_: object) -> None:

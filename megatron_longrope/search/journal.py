@@ -269,6 +269,54 @@ class Journal:
         self._size += len(data)
 
 
+def read_records(path: str | Path) -> list[Evaluation]:
+    """Read every readable record of a journal of any version; damaged lines are passed over.
+
+    For whoever looks at a search: a search that goes on opens a :class:`Journal`, which refuses
+    damage. The first version of journals had no index and stopped no candidate early.
+    """
+    records: list[Evaluation] = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+            score, nlls = value["score"], value.get("sample_nlls") or ()
+            stopped = value.get("stopped")
+            record = Evaluation(
+                value["rescale_factors"],
+                value.get("num_start_tokens", 0),
+                math.inf if score is None else score,
+                tuple(math.inf if item is None else item for item in nlls),
+                index=value.get("index", len(records)),
+                stopped=None if stopped is None else str(stopped),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            continue  # the header, a torn last line, or damage
+        records.append(record)
+    return records
+
+
+def is_complete(record: Evaluation) -> bool:
+    """Return whether the record's score is a perplexity over every sample."""
+    return record.stopped is None and math.isfinite(record.score)
+
+
+def is_failed(record: Evaluation) -> bool:
+    """Return whether it has no score; the bound of one stopped early may well be infinite."""
+    return record.stopped is None and not math.isfinite(record.score)
+
+
+def fresh_samples(record: Evaluation, counted: dict[Any, int]) -> int:
+    """Count the samples scored for this record and not for an earlier one of the same candidate.
+
+    `counted` is what earlier calls noted; a candidate that halving promotes is recorded again with
+    the samples that it already had.
+    """
+    key = (tuple(record.rescale_factors), record.num_start_tokens)
+    before = counted.get(key, 0)
+    counted[key] = max(before, len(record.sample_nlls))
+    return counted[key] - before
+
+
 def _finite_or_inf(value: float) -> float:
     return float(value) if math.isfinite(value) else math.inf
 

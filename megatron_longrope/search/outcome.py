@@ -1,4 +1,4 @@
-"""What a finished search leaves: the configuration, its provenance, pictures and a table."""
+"""What a finished search leaves: the configuration, its provenance and a table."""
 
 from __future__ import annotations
 
@@ -55,28 +55,14 @@ def write(
     problem: SearchProblem,
     outcome: SearchOutcome,
     origin: Mapping[str, Any],
-    *,
-    figures: bool = True,
 ) -> None:
-    """The winner as a configuration, atomically, and figures with their CSV files beside it.
+    """Write the winner as a configuration, atomically.
 
     Args:
-        path (str | Path): `F.json`; figures go to the folder `F_figures`.
+        path (str | Path): `F.json`.
         origin (Mapping): Provenance of the factors.
     """
-    path = Path(path)
     problem.config(outcome.candidate, origin).save(path)
-    if figures:
-        from megatron_longrope.search.pictures import draw_search_figures
-
-        draw_search_figures(
-            outcome.records,
-            problem,
-            outcome.candidate,
-            path.with_name(f"{path.stem}_figures"),
-            name=path.stem,
-            seeds=outcome.seed_scores,
-        )
 
 
 def print_summary(

@@ -27,7 +27,7 @@ from megatron_longrope.search.objective import PerplexityObjective, TokenModel, 
 from megatron_longrope.search.problem import SearchProblem, make_problem
 from megatron_longrope.search.racing import Race
 from megatron_longrope.search.replicas import Replica
-from megatron_longrope.search.runner import SearchRun, choose_policy, run_search
+from megatron_longrope.search.runner import SearchOutcome, SearchRun, choose_policy, run_search
 from megatron_longrope.search.space import START_TOKENS
 
 
@@ -129,24 +129,28 @@ class SearchPlan:
             utilisation=mfu,
         ).lines()
 
-    def run(self, engine: Engine) -> None:
+    def run(self, engine: Engine) -> tuple[SearchProblem, SearchOutcome] | None:
         """Search, and write the winner with what is known about it.
 
         Args:
             engine (Engine): This rank's part of the model, loaded with `replicas=True`.
+
+        Returns:
+            tuple[SearchProblem, SearchOutcome]: What was searched, its attention factor settled,
+                and what was found; None on every rank but the first.
         """
         args = self.args
         replica = Replica(engine, args.tensor_model_parallel_size * args.context_parallel_size)
         store = shared_store() if replica.count > 1 else None
         if not replica.is_leader:
             replica.serve()
-            return
+            return None
         try:
-            self._lead(replica, Team(replica.index, replica.count, store))
+            return self._lead(replica, Team(replica.index, replica.count, store))
         finally:
             replica.close()
 
-    def _lead(self, model: TokenModel, team: Team) -> None:
+    def _lead(self, model: TokenModel, team: Team) -> tuple[SearchProblem, SearchOutcome] | None:
         args = self.args
         objective = self._objective(model, self.samples)
         settings = self._settings()
@@ -159,7 +163,7 @@ class SearchPlan:
         run = replace(run, settings={**settings, "attention": attention})
         outcome = run_search(_algorithm(self, problem), problem, objective, run)
         if rank() != 0:
-            return
+            return None
         origin = {
             "method": f"longrope-{args.algorithm}",
             "stage": problem.stage,
@@ -182,8 +186,9 @@ class SearchPlan:
             held_out = outcome_files.scores_on(other, problem, outcome.candidate)
             origin["held_out_perplexity"] = held_out
             origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
-        outcome_files.write(args.output, problem, outcome, origin, figures=not args.no_figures)
+        outcome_files.write(args.output, problem, outcome, origin)
         outcome_files.print_summary(args.output, problem, outcome, held_out)
+        return problem, outcome
 
     def _objective(self, model: TokenModel, samples: Mapping[str, Any]) -> PerplexityObjective:
         return PerplexityObjective(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_longrope.config import identity_config
-from megatron_longrope.evaluation.traces import SearchTrace, start_token_curve
-from megatron_longrope.search.pictures import draw_search_figures
+from megatron_longrope.report.search_figures import draw_search_figures
+from megatron_longrope.report.search_trace import SearchTrace, start_token_curve
 from megatron_longrope.search.problem import make_problem
 
 PROBLEM = make_problem(identity_config(10000.0, 16, 256), 2048)

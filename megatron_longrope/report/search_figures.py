@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -11,8 +12,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.axes import length_axis, note_above, panel_title, start_token_axis
-from megatron_longrope.evaluation.drawing import (
+from megatron_longrope.evaluation.statistics import wilson_interval
+from megatron_longrope.frequencies import named_factors
+from megatron_longrope.lengths import format_length
+from megatron_longrope.report.axes import length_axis, note_above, panel_title, start_token_axis
+from megatron_longrope.report.search_trace import (
+    SearchTrace,
+    StartTokenCurve,
+    start_token_curve,
+)
+from megatron_longrope.report.style import (
     INK,
     METHODS,
     MUTED,
@@ -30,10 +39,9 @@ from megatron_longrope.evaluation.drawing import (
     score_axis,
     style_of,
 )
-from megatron_longrope.evaluation.statistics import wilson_interval
-from megatron_longrope.evaluation.traces import SearchTrace, StartTokenCurve, is_failed
-from megatron_longrope.frequencies import named_factors
-from megatron_longrope.lengths import format_length
+from megatron_longrope.search.journal import Evaluation, is_complete, is_failed
+from megatron_longrope.search.problem import SearchProblem
+from megatron_longrope.search.space import Candidate
 
 _MARKS = ("Best so far", "Fully scored", "Scored in part", "Beyond the frame or failed")
 """Legend of the search progress, in order."""
@@ -68,6 +76,48 @@ def draw_perplexity(
             "Labels stand in the order in which the lines end.",
             ("method", "length", "perplexity"), rows,
         )  # fmt: skip
+
+
+def draw_search_figures(
+    records: Sequence[Evaluation],
+    problem: SearchProblem,
+    winner: Candidate,
+    directory: str | Path,
+    *,
+    name: str,
+    seeds: Mapping[str, float] | None = None,
+) -> list[Path]:
+    """Draw the way to the winner, its factors, and what start tokens did to perplexity.
+
+    What the records do not hold is not drawn: progress needs a candidate scored on every sample,
+    the start-token curve needs one vector of factors scored with two different n_hat.
+
+    Args:
+        records (Sequence): The journal's evaluations, in any order.
+        problem (SearchProblem): What was searched.
+        winner (Candidate): The result.
+        directory (str | Path): Where the files go; made if it does not exist.
+        name (str): What the search is called; the files start with it.
+        seeds (Mapping, optional): Perplexity of each named starting point. Defaults to what the
+            records say of the problem's seeds.
+
+    Returns:
+        list[Path]: `<name>_search_progress`, `<name>_rescale_factors` and `<name>_start_tokens`,
+            each as .png and .csv, as far as they were drawn.
+    """
+    names: dict[tuple[float, ...], str] = {}
+    for seed, candidate in problem.seeds.items():
+        names.setdefault(problem.factor_set(candidate).rescale_factors, seed)
+    trace = SearchTrace(name, records, names, seeds)
+    config = problem.config(winner)
+    drawings = [draw_factors([(name, config, config.factor_set_for(problem.target_length))])]
+    if any(map(is_complete, trace.records)):
+        drawings.insert(0, draw_search([trace]))
+    if curve := start_token_curve(trace):
+        drawings.append(draw_start_tokens([curve]))
+    return [
+        path for drawing in drawings for path in drawing.save(directory, f"{name}_{drawing.name}")
+    ]
 
 
 def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawing:
@@ -236,7 +286,7 @@ def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[fl
     }
 
 
-def _draw_candidates(axes: Axes, records: Sequence[Any]) -> dict[str, Line2D]:
+def _draw_candidates(axes: Axes, records: Sequence[Evaluation]) -> dict[str, Line2D]:
     """A light mark for each candidate; returns one artist of each kind by its legend label."""
     top = axes.get_ylim()[1]
     size, alpha = (3.4, 0.5) if len(records) <= 300 else (2.2, 0.38)

@@ -8,7 +8,10 @@ from evaluated import needle, passkey, ppl, save, short, whose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope.evaluation.comparison import (
+from megatron_longrope.evaluation.kinds import KINDS
+from megatron_longrope.evaluation.records import Records
+from megatron_longrope.evaluation.statistics import wilson_interval
+from megatron_longrope.report.comparison import (
     Tally,
     benchmark_table,
     best_of,
@@ -16,13 +19,10 @@ from megatron_longrope.evaluation.comparison import (
     passkey_groups,
     perplexity_groups,
 )
-from megatron_longrope.evaluation.drawing import METHODS
-from megatron_longrope.evaluation.kinds import KINDS
-from megatron_longrope.evaluation.measurements import read_measurements
-from megatron_longrope.evaluation.naming import Identity, name_subjects, subject_styles
-from megatron_longrope.evaluation.records import Records
-from megatron_longrope.evaluation.report import write_report
-from megatron_longrope.evaluation.statistics import wilson_interval
+from megatron_longrope.report.naming import Identity, name_subjects, subject_styles
+from megatron_longrope.report.reading import read_measurements
+from megatron_longrope.report.report import write_report
+from megatron_longrope.report.style import METHODS
 
 
 def refusal(*directories) -> str:

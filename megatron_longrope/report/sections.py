@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from megatron_longrope.evaluation.comparison import (
+from megatron_longrope.evaluation.statistics import perplexity_of
+from megatron_longrope.lengths import format_length
+from megatron_longrope.report.comparison import (
     Benchmark,
     PerplexityGroup,
     RetrievalGroup,
@@ -19,8 +21,7 @@ from megatron_longrope.evaluation.comparison import (
     passkey_groups,
     perplexity_groups,
 )
-from megatron_longrope.evaluation.comparison_figures import draw_perplexity_group, draw_positions
-from megatron_longrope.evaluation.document import (
+from megatron_longrope.report.document import (
     absent_cell,
     figure,
     head_cell,
@@ -30,12 +31,11 @@ from megatron_longrope.evaluation.document import (
     value_cell,
     warning_box,
 )
-from megatron_longrope.evaluation.drawing import Drawing, format_ratio, format_score
-from megatron_longrope.evaluation.measurements import Measurements
-from megatron_longrope.evaluation.naming import subject_styles
-from megatron_longrope.evaluation.retrieval_figures import draw_bars, draw_heatmap
-from megatron_longrope.evaluation.statistics import perplexity_of
-from megatron_longrope.lengths import format_length
+from megatron_longrope.report.grid_figures import draw_bars, draw_heatmap
+from megatron_longrope.report.line_figures import draw_perplexity_group, draw_positions
+from megatron_longrope.report.naming import subject_styles
+from megatron_longrope.report.reading import Measurements
+from megatron_longrope.report.style import Drawing, format_ratio, format_score
 
 
 def sections_of(

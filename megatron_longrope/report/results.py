@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.evaluation.drawing import METHODS, format_ratio, format_score, style_of
 from megatron_longrope.files import read_json
 from megatron_longrope.lengths import format_length
+from megatron_longrope.report.style import METHODS, format_ratio, format_score, style_of
 
 ABSENT = "\N{EN DASH}"
 """Stands for a cell that was not measured."""

@@ -11,10 +11,10 @@ from strict_page import StrictPage
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.comparison import passkey_groups
-from megatron_longrope.evaluation.measurements import read_measurements
-from megatron_longrope.evaluation.report import report_tables, write_report
-from megatron_longrope.evaluation.retrieval_figures import draw_bars, draw_heatmap
+from megatron_longrope.report.comparison import passkey_groups
+from megatron_longrope.report.grid_figures import draw_bars, draw_heatmap
+from megatron_longrope.report.reading import read_measurements
+from megatron_longrope.report.report import report_tables, write_report
 
 LENGTHS, DEPTHS = (4096, 16384), (0.0, 0.5, 1.0)
 

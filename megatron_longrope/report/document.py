@@ -7,8 +7,8 @@ from html import escape
 from typing import Any
 
 from megatron_longrope import __version__
-from megatron_longrope.evaluation.drawing import NEUTRALS, Drawing
-from megatron_longrope.evaluation.results import ABSENT
+from megatron_longrope.report.results import ABSENT
+from megatron_longrope.report.style import NEUTRALS, Drawing
 
 _LIGHT = "--ink: #1b1d21; --muted: #5f6671; --grid: #e3e6ea; --paper: #fefefe; --accent: #0062a3;"
 _DARK = "--ink: #e8eaed; --muted: #a2a9b4; --grid: #333941; --paper: #16191d; --accent: #6cb8ee;"

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_longrope.evaluation.measurements import Measurements, is_finite
-from megatron_longrope.evaluation.naming import Subject
 from megatron_longrope.evaluation.statistics import wilson_interval
 from megatron_longrope.lengths import format_length
+from megatron_longrope.report.naming import Subject
+from megatron_longrope.report.reading import Measurements, is_finite
 
 Row = dict[str, Any]
 

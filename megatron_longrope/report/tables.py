@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from megatron_longrope.evaluation.comparison import (
+from megatron_longrope.lengths import format_length
+from megatron_longrope.report.comparison import (
     RetrievalGroup,
     benchmark_table,
     best_of,
@@ -12,10 +13,9 @@ from megatron_longrope.evaluation.comparison import (
     passkey_groups,
     perplexity_groups,
 )
-from megatron_longrope.evaluation.drawing import format_score, shorten
-from megatron_longrope.evaluation.measurements import Measurements, is_finite
-from megatron_longrope.evaluation.results import ABSENT, summary_sentence, text_table
-from megatron_longrope.lengths import format_length
+from megatron_longrope.report.reading import Measurements, is_finite
+from megatron_longrope.report.results import ABSENT, summary_sentence, text_table
+from megatron_longrope.report.style import format_score, shorten
 
 _LONGEST_TEXT = 44
 """Characters of a name in a table of the terminal."""

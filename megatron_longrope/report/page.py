@@ -7,10 +7,10 @@ from html import escape
 from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.document import facts_table, render_document, section, table
-from megatron_longrope.evaluation.drawing import Drawing, format_ratio, format_score, style_of
-from megatron_longrope.evaluation.results import ABSENT, best_cells, measured_lengths
 from megatron_longrope.lengths import format_length
+from megatron_longrope.report.document import facts_table, render_document, section, table
+from megatron_longrope.report.results import ABSENT, best_cells, measured_lengths
+from megatron_longrope.report.style import Drawing, format_ratio, format_score, style_of
 
 
 def render_page(

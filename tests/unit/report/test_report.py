@@ -12,9 +12,9 @@ from strict_page import StrictPage
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.drawing import METHODS, NEUTRALS, spread_labels, style_of
-from megatron_longrope.evaluation.figures import draw_search, draw_start_tokens
-from megatron_longrope.evaluation.report import (
+from megatron_longrope.evaluation.statistics import wilson_interval
+from megatron_longrope.frequencies import named_factors
+from megatron_longrope.report.report import (
     find_factor_sets,
     find_search_traces,
     load_results,
@@ -22,15 +22,14 @@ from megatron_longrope.evaluation.report import (
     summary_table,
     write_report,
 )
-from megatron_longrope.evaluation.results import check_results
-from megatron_longrope.evaluation.statistics import wilson_interval
-from megatron_longrope.evaluation.traces import (
-    JournalRecord,
+from megatron_longrope.report.results import check_results
+from megatron_longrope.report.search_figures import draw_search, draw_start_tokens
+from megatron_longrope.report.search_trace import (
     SearchTrace,
     StartTokenCurve,
-    read_records,
 )
-from megatron_longrope.frequencies import named_factors
+from megatron_longrope.report.style import METHODS, NEUTRALS, spread_labels, style_of
+from megatron_longrope.search.journal import Evaluation, read_records
 
 RESULTS = {
     "original_length": 256,
@@ -89,7 +88,7 @@ def entry(index, score, start_tokens=0, nlls=(), stopped=None):
 
 def trace_of(name, scores, seeds):
     return SearchTrace(
-        name, [JournalRecord(i, FACTORS, 0, score) for i, score in enumerate(scores)], {}, seeds
+        name, [Evaluation(FACTORS, 0, score, index=i) for i, score in enumerate(scores)], {}, seeds
     )
 
 
@@ -300,7 +299,7 @@ def test_factor_sets_are_found_once_and_broken_files_are_named(tmp_path):
     save_config(tmp_path / "deep" / "copy.json")
     save_config(tmp_path / "deep" / "other.json", (*FACTORS[:-1], 10.0))
     broken = json.loads((tmp_path / "b.json").read_text())
-    broken["factor_sets"][1]["rescale_factors"][0] = 0.5
+    broken["factor_sets"][1]["rescale_factors"][0] = -1.0
     (tmp_path / "broken.json").write_text(json.dumps(broken))
     (tmp_path / "list.json").write_text("[1]")
     sets, notes = find_factor_sets(tmp_path)

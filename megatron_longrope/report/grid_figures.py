@@ -12,10 +12,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from megatron_longrope.evaluation.axes import panel_title
-from megatron_longrope.evaluation.comparison import RetrievalGroup, Tally
-from megatron_longrope.evaluation.comparison_figures import SUBJECT_FIELDS, subject_cells
-from megatron_longrope.evaluation.drawing import (
+from megatron_longrope.lengths import format_length
+from megatron_longrope.report.axes import panel_title
+from megatron_longrope.report.comparison import RetrievalGroup, Tally
+from megatron_longrope.report.line_figures import SUBJECT_FIELDS, subject_cells
+from megatron_longrope.report.naming import Subject
+from megatron_longrope.report.style import (
     INK,
     METHODS,
     MUTED,
@@ -25,8 +27,6 @@ from megatron_longrope.evaluation.drawing import (
     finish,
     shorten,
 )
-from megatron_longrope.evaluation.naming import Subject
-from megatron_longrope.lengths import format_length
 
 _SHARES = LinearSegmentedColormap.from_list(
     "shares", ["#f4f1ea", "#cfdfe6", "#8fbdd6", "#3f8cbb", "#0a5a93", "#07305a"]

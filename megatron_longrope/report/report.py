@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run or several, with figures and their data beside it.
 
-    from megatron_longrope.evaluation.report import write_report
+    from megatron_longrope.report.report import write_report
     write_report("runs/quickstart")  # results.json -> report.html, figures/*.png, figures/*.csv
     write_report(["runs/base", "runs/extended"], "comparison/report.html")  # ppl.jsonl, ... -> same
 
@@ -16,11 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.comparison_page import sections_of
-from megatron_longrope.evaluation.comparison_text import comparison_sentence, comparison_tables
-from megatron_longrope.evaluation.document import render_document, section
-from megatron_longrope.evaluation.drawing import Drawing
-from megatron_longrope.evaluation.figures import (
+from megatron_longrope.files import read_json, write_text_atomic
+from megatron_longrope.report.document import render_document, section
+from megatron_longrope.report.measured_how import method_section, source_of
+from megatron_longrope.report.page import factor_table, left_out, render_page
+from megatron_longrope.report.reading import (
+    KINDS,
+    Measurements,
+    files_below,
+    read_measurements,
+)
+from megatron_longrope.report.results import (
+    load_results,
+    measured_lengths,
+    summary_sentence,
+    summary_table,
+)
+from megatron_longrope.report.search_figures import (
     draw_factors,
     draw_passkey,
     draw_perplexity,
@@ -28,28 +40,14 @@ from megatron_longrope.evaluation.figures import (
     draw_start_tokens,
     reference_factors,
 )
-from megatron_longrope.evaluation.measurements import (
-    KINDS,
-    Measurements,
-    files_below,
-    read_measurements,
-)
-from megatron_longrope.evaluation.page import factor_table, left_out, render_page
-from megatron_longrope.evaluation.provenance import method_section, source_of
-from megatron_longrope.evaluation.results import (
-    load_results,
-    measured_lengths,
-    summary_sentence,
-    summary_table,
-)
-from megatron_longrope.evaluation.traces import (
-    JournalRecord,
+from megatron_longrope.report.search_trace import (
     SearchTrace,
-    is_complete,
-    read_records,
     start_token_curve,
 )
-from megatron_longrope.files import read_json, write_text_atomic
+from megatron_longrope.report.sections import sections_of
+from megatron_longrope.report.style import Drawing
+from megatron_longrope.report.tables import comparison_sentence, comparison_tables
+from megatron_longrope.search.journal import Evaluation, is_complete, read_records
 
 __all__ = [
     "find_factor_sets",
@@ -256,7 +254,7 @@ def _about(measurements: Measurements, name: str) -> str:
 
 
 def _recognise(
-    records: Sequence[JournalRecord], configs: Sequence[LongRopeConfig]
+    records: Sequence[Evaluation], configs: Sequence[LongRopeConfig]
 ) -> dict[tuple[float, ...], str]:
     """Factors of the records that are PI's, NTK's or YaRN's up to the search grid."""
     known = dict.fromkeys(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.evaluation.drawing import CYCLE, METHODS, Style, style_of
+from megatron_longrope.report.style import CYCLE, METHODS, Style, style_of
 
 _OWN = "own factors"
 """What a checkpoint's factors are called beside those of files and baselines."""

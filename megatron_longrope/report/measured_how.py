@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from megatron_longrope.evaluation.comparison import distinct, perplexity_groups
-from megatron_longrope.evaluation.document import facts_table, row_head, table
-from megatron_longrope.evaluation.measurements import Measurements
-from megatron_longrope.evaluation.results import ABSENT
+from megatron_longrope.report.comparison import distinct, perplexity_groups
+from megatron_longrope.report.document import facts_table, row_head, table
+from megatron_longrope.report.reading import Measurements
+from megatron_longrope.report.results import ABSENT
 
 _SHORT_HASH = 12
 """Characters of a sha256 that are shown."""

@@ -1,39 +1,13 @@
-"""What the journal of a search tells: the way to its best candidate, and what start tokens did.
-
-Records are duck-typed: anything with the attributes of :class:`JournalRecord` will do.
-"""
+"""What the journal of a search tells: the way to its best candidate, and what start tokens did."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class JournalRecord:
-    """What a report needs of one evaluation."""
-
-    index: int
-    """Order of asking; the order in the file differs from it when replicas score in parallel."""
-
-    rescale_factors: tuple[float, ...]
-    """lambda_i as evaluated."""
-
-    num_start_tokens: int
-    """n_hat as evaluated."""
-
-    score: float
-    """Perplexity; an estimate or a bound when stopped early, infinity when failed."""
-
-    sample_nlls: tuple[float, ...] = ()
-    """Loss of each sample scored so far."""
-
-    stopped: str | None = None
-    """Why not every sample was scored; None when all were."""
+from megatron_longrope.search.journal import Evaluation, fresh_samples, is_complete
 
 
 @dataclass(frozen=True)
@@ -43,8 +17,8 @@ class SearchTrace:
     name: str
     """What the search is called in a figure."""
 
-    records: Sequence[Any]
-    """The journal's records, see :class:`JournalRecord`; sorted by index here."""
+    records: Sequence[Evaluation]
+    """The journal's records, sorted by index here."""
 
     names: Mapping[tuple[float, ...], str] = field(default_factory=dict)
     """Rescale factors, as recorded, that have a name (`pi`, `ntk`, `yarn`, ...)."""
@@ -77,7 +51,7 @@ class SearchTrace:
 
     def _named_scores(self) -> dict[str, float]:
         """Of each name its completely scored record with the fewest start tokens."""
-        found: dict[str, Any] = {}
+        found: dict[str, Evaluation] = {}
         for record in filter(is_complete, self.records):
             name = self.names.get(tuple(record.rescale_factors))
             if name is not None and (
@@ -106,28 +80,6 @@ class StartTokenCurve:
 
     points: Mapping[int, float]
     """Perplexity of each n_hat, ascending in n_hat."""
-
-
-def is_complete(record: Any) -> bool:
-    """Whether the record's score is a perplexity over every sample."""
-    return record.stopped is None and math.isfinite(record.score)
-
-
-def is_failed(record: Any) -> bool:
-    """Whether the record has no score; the bound of one stopped early may well be infinite."""
-    return record.stopped is None and not math.isfinite(record.score)
-
-
-def fresh_samples(record: Any, counted: dict[Any, int]) -> int:
-    """Samples scored for this record and not for an earlier one of the same candidate.
-
-    `counted` is what earlier calls noted; a candidate that halving promotes is recorded again with
-    the samples that it already had.
-    """
-    key = (tuple(record.rescale_factors), record.num_start_tokens)
-    before = counted.get(key, 0)
-    counted[key] = max(before, len(record.sample_nlls))
-    return counted[key] - before
 
 
 def start_token_curve(trace: SearchTrace) -> StartTokenCurve | None:
@@ -160,35 +112,6 @@ def start_token_curve(trace: SearchTrace) -> StartTokenCurve | None:
         best = min(complete, key=lambda record: record.score)
         whose = "best" if tuple(best.rescale_factors) == factors else None
     return StartTokenCurve(trace.name, factors, whose, samples, points)
-
-
-def read_records(path: str | Path) -> list[JournalRecord]:
-    """Every readable record of a journal of any version; damaged lines are passed over.
-
-    The first version of journals had no index and stopped no candidate early.
-    """
-    records: list[JournalRecord] = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-            stopped = value.get("stopped")
-            record = JournalRecord(
-                int(value.get("index", len(records))),
-                tuple(float(item) for item in value["rescale_factors"]),
-                int(value.get("num_start_tokens", 0)),
-                _number(value["score"]),
-                tuple(map(_number, value.get("sample_nlls") or ())),
-                None if stopped is None else str(stopped),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            continue  # the header, a torn last line, or damage
-        records.append(record)
-    return records
-
-
-def _number(value: Any) -> float:
-    """A JSON number; null, which journals write for infinity, and NaN become infinity."""
-    return float(value) if value is not None and math.isfinite(value) else math.inf
 
 
 def _perplexity(nlls: Sequence[float]) -> float:

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.evaluation.drawing import METHODS
 from megatron_longrope.evaluation.kind import COUNT, NUMBER, TEXT, cell_key, is_number
 from megatron_longrope.evaluation.kinds import KINDS
-from megatron_longrope.evaluation.naming import Identity, Subject, name_subjects
-from megatron_longrope.evaluation.results import load_results
+from megatron_longrope.report.naming import Identity, Subject, name_subjects
+from megatron_longrope.report.results import load_results
+from megatron_longrope.report.style import METHODS
 
 __all__ = ["FILES", "KINDS", "Measurements", "read_measurements"]
 

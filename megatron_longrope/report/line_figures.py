@@ -11,9 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from megatron_longrope.evaluation.axes import length_axis
-from megatron_longrope.evaluation.comparison import PerplexityGroup
-from megatron_longrope.evaluation.drawing import (
+from megatron_longrope.lengths import format_length
+from megatron_longrope.report.axes import length_axis
+from megatron_longrope.report.comparison import PerplexityGroup
+from megatron_longrope.report.naming import Subject
+from megatron_longrope.report.reading import is_finite
+from megatron_longrope.report.style import (
     Drawing,
     Style,
     blank_figure,
@@ -24,9 +27,6 @@ from megatron_longrope.evaluation.drawing import (
     shorten,
     swatch,
 )
-from megatron_longrope.evaluation.measurements import is_finite
-from megatron_longrope.evaluation.naming import Subject
-from megatron_longrope.lengths import format_length
 
 _END_LABEL = 26  # characters that fit beside a line's end
 

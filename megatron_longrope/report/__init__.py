@@ -1,0 +1,1 @@
+"""Draw what evaluations measured and what searches found: one page, figures, tables."""
