@@ -2,10 +2,68 @@
 
 from __future__ import annotations
 
-from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.frequencies import named_factors
+from dataclasses import replace
+
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.frequencies import attention_factor, named_factors
 
 METHODS = ("none", "pi", "ntk", "yarn")
+
+OWN_POLICIES = {"yarn": "yarn"}
+"""Attention-factor policies that belong to a method; the others leave the logits alone."""
+
+
+def extension(method: str, base: LongRopeConfig, target_length: int) -> FactorSet:
+    """Factors of a method for a longer window of the model that `base` describes.
+
+    A model with factors keeps them: the method's multiply those of its longest window, which is
+    what a second extension of a fine-tuned model is (LongRoPE, table 9).
+
+    Args:
+        method (str): One of :data:`METHODS`.
+        base (LongRopeConfig): Plain RoPE, or a model's own factors.
+        target_length (int): Window, in tokens, beyond the base's.
+
+    Raises:
+        ValueError: The method is unknown, or the base's window is as long as the target.
+    """
+    longest = base.factor_sets[-1]
+    further = named_factors(
+        method,
+        base.rotary_dim,
+        target_length / longest.max_length,
+        base.rotary_base,
+        longest.max_length,
+        longest.rescale_factors,
+    )
+    factors = tuple(a * b for a, b in zip(longest.rescale_factors, further, strict=True))
+    return FactorSet(target_length, factors, longest.num_start_tokens, {"method": method})
+
+
+def extended_config(
+    method: str, base: LongRopeConfig, target_length: int, policy: str | None = None
+) -> LongRopeConfig:
+    """The base with a method's factors for a longer window; within its own window, the base.
+
+    Args:
+        method (str): One of :data:`METHODS`.
+        base (LongRopeConfig): Plain RoPE, or a model's own factors.
+        target_length (int): Window, in tokens.
+        policy (str, optional): Attention-factor policy of every window. By default the base keeps
+            its attention factor, and YaRN multiplies it by its own for the further extension.
+    """
+    longer = target_length > base.max_length
+    config = base.with_factor_set(extension(method, base, target_length)) if longer else base
+    if policy is not None:
+        return replace(config, attention_factor=None, attention_factor_policy=policy)
+    if not longer:
+        return config
+    value = base.attention_factor_for(base.max_length) * attention_factor(
+        OWN_POLICIES.get(method, "none"),
+        target_length / base.max_length,
+        base.original_max_position_embeddings,
+    )
+    return replace(config, attention_factor=value)
 
 
 def baseline_config(
@@ -14,26 +72,18 @@ def baseline_config(
     rotary_dim: int,
     original_max_position_embeddings: int,
     target_length: int,
-    policy: str = "none",
+    policy: str | None = None,
 ) -> LongRopeConfig:
-    """Configuration of `none`, `pi`, `ntk` or `yarn` for one target length.
+    """Configuration of a method for one target length of a model with plain RoPE.
 
     Args:
+        method (str): One of :data:`METHODS`.
         target_length (int): Window, in tokens; at or below the original window nothing is rescaled.
-        policy (str): Attention-factor policy at the target length. Defaults to `none`.
+        policy (str, optional): Attention-factor policy at the target length. Defaults to the
+            method's own: `yarn` for YaRN, `none` for the others.
 
     Returns:
         LongRopeConfig: Sets for the original window (all ones) and, if longer, the target.
     """
-    original = original_max_position_embeddings
-    sets = [FactorSet(original, (1.0,) * (rotary_dim // 2), origin={"method": "none"})]
-    if target_length > original:
-        factors = named_factors(method, rotary_dim, target_length / original, rotary_base, original)
-        sets.append(FactorSet(target_length, tuple(factors), origin={"method": method}))
-    return LongRopeConfig(
-        rotary_base=rotary_base,
-        rotary_dim=rotary_dim,
-        original_max_position_embeddings=original,
-        factor_sets=tuple(sets),
-        attention_factor_policy=policy,
-    )
+    base = identity_config(rotary_base, rotary_dim, original_max_position_embeddings)
+    return extended_config(method, base, target_length, policy or OWN_POLICIES.get(method, "none"))

@@ -12,6 +12,9 @@ off by 0.1 to 0.3 rad, which fp64 reduced modulo 2 pi brings below 1e-6 rad.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,25 +79,44 @@ def yarn_factors(
     rotary_dim: int,
     factor: float,
     rotary_base: float,
-    original_max_position_embeddings: int,
+    window: int,
     *,
+    rescale_factors: Sequence[float] | None = None,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
 ) -> list[float]:
     """YaRN "NTK-by-parts": interpolate inverse frequencies between PI and none (arXiv 2309.00071).
 
-    A dimension with more than `beta_fast` rotations within the original window is left alone, one
-    with fewer than `beta_slow` is interpolated, and between them the *inverse frequencies* are
-    mixed linearly: 1 / lambda_i = ramp / s + (1 - ramp).
+    A dimension with more than `beta_fast` rotations within the window is left alone, one with fewer
+    than `beta_slow` is interpolated, and between them the *inverse frequencies* are mixed linearly:
+    1 / lambda_i = ramp / s + (1 - ramp).
 
     Args:
-        beta_fast (float): Rotations in the original window above which a dimension is kept.
+        factor (float): Extension ratio s of the window.
+        window (int): Tokens that the model was trained with.
+        rescale_factors (Sequence[float], optional): `[rotary_dim / 2]`, the factors that it was
+            trained with, which the result multiplies. Its rotations are those of the slowed
+            frequencies: counted on the base's, a longer window would make nearly every dimension
+            a fast one. Defaults to ones.
+        beta_fast (float): Rotations in the window above which a dimension is kept.
         beta_slow (float): Rotations below which a dimension is fully interpolated.
     """
+    slope = 2 * math.log(rotary_base) / rotary_dim  # of the log period, from dimension to dimension
+    slowed = [] if rescale_factors is None else [math.log(value) for value in rescale_factors]
+    periods = list(accumulate((log + slope * i for i, log in enumerate(slowed)), max))
 
     def dimension_with(rotations: float) -> float:
-        window = original_max_position_embeddings / (rotations * 2 * math.pi)
-        return rotary_dim * math.log(window) / (2 * math.log(rotary_base))
+        """Where, between the dimensions, a period would fit so often into the window."""
+        period = math.log(window / (rotations * 2 * math.pi))
+        if not any(slowed):
+            return rotary_dim * period / (2 * math.log(rotary_base))
+        right = bisect_left(periods, period)
+        if right == 0:
+            return (period - periods[0]) / slope
+        if right == len(periods):
+            return right - 1 + (period - periods[-1]) / slope
+        left = periods[right - 1]
+        return right - 1 + (period - left) / (periods[right] - left)
 
     low = max(math.floor(dimension_with(beta_fast)), 0)
     high = min(math.ceil(dimension_with(beta_slow)), rotary_dim - 1)
@@ -110,9 +132,16 @@ def named_factors(
     rotary_dim: int,
     factor: float,
     rotary_base: float,
-    original_max_position_embeddings: int,
+    window: int,
+    rescale_factors: Sequence[float] | None = None,
 ) -> list[float]:
     """Factor vector of a published method: `none`, `pi`, `ntk` or `yarn`.
+
+    Args:
+        factor (float): Extension ratio s of the window.
+        window (int): Tokens that the model was trained with.
+        rescale_factors (Sequence[float], optional): `[rotary_dim / 2]`, the factors that it was
+            trained with; the result multiplies them. Defaults to ones.
 
     Raises:
         ValueError: The name is unknown or the extension ratio is below 1 or not finite.
@@ -129,7 +158,9 @@ def named_factors(
     if name == "ntk":
         return ntk_factors(rotary_dim, factor)
     if name == "yarn":
-        return yarn_factors(rotary_dim, factor, rotary_base, original_max_position_embeddings)
+        return yarn_factors(
+            rotary_dim, factor, rotary_base, window, rescale_factors=rescale_factors
+        )
     raise ValueError(f"unknown method {name!r}; choose none, pi, ntk or yarn")
 
 

@@ -54,14 +54,15 @@ def add_parser(kinds) -> None:
         type=options.choices("none", "pi", "ntk", "yarn"),
         default=[],
         metavar="LIST",
-        help="published methods to measure: none,pi,ntk,yarn",
+        help="published methods to measure: none,pi,ntk,yarn; on a model with factors they "
+        "multiply those of its longest window",
     )
     group.add_argument(
         "--attention-factor-policy",
         type=options.choices("su", "yarn", "none"),
-        default=["none"],
         metavar="LIST",
-        help="attention-factor policies of the baselines: su,yarn,none (default: none)",
+        help="attention-factor policies of the baselines: su,yarn,none (default: each method's "
+        "own, yarn for YaRN and none for the others, on top of what the model has)",
     )
     group.add_argument(
         "--original-length",
@@ -119,7 +120,7 @@ def _stride_at(args: argparse.Namespace, length: int) -> int | None:
 
 def _subjects(args: argparse.Namespace, model) -> Iterator[tuple[int, object]]:
     """(length, subject) of one model; lengths that its factors do not cover are refused."""
-    from megatron_longrope.baselines import baseline_config
+    from megatron_longrope.baselines import OWN_POLICIES, extended_config
     from megatron_longrope.evaluation.subjects import Subject, subjects_of
 
     if args.longrope_config or not args.baselines:
@@ -127,21 +128,42 @@ def _subjects(args: argparse.Namespace, model) -> Iterator[tuple[int, object]]:
             subject.check_lengths(args.lengths)
             for length in args.lengths:
                 yield length, subject
-    original = args.original_length or model.config().original_max_position_embeddings
-    shape = model.checkpoint.shape
+    if not args.baselines:
+        return
+    base = _base(args, model)
+    plain = base.max_length == base.original_max_position_embeddings
+    if not plain and rank() == 0:
+        print(f"{model.label}: baselines multiply its factors for {base.max_length} tokens")
+    first = True
     for method in args.baselines:
-        for policy in args.attention_factor_policy:
+        for policy in args.attention_factor_policy or [None]:
+            name = policy or (OWN_POLICIES.get(method, "none") if plain else None)
             for length in args.lengths:
-                # Within the original window every method is the model as it was trained.
-                if length <= original and (method, policy) != (
-                    args.baselines[0],
-                    args.attention_factor_policy[0],
-                ):
-                    continue
-                config = baseline_config(
-                    method, shape.rotary_base, shape.rotary_dim, original, length, policy
-                )
-                yield length, Subject(model, method, config, policy=policy)
+                # Within the base's window every method is the model as it was trained.
+                if length > base.max_length or first:
+                    config = extended_config(method, base, length, name)
+                    yield length, Subject(model, method, config, policy=name)
+            first = False
+
+
+def _base(args: argparse.Namespace, model):
+    """What the baselines extend: the model's factors, or its pre-trained window.
+
+    Raises:
+        ValueError: --original-length contradicts the model's factors.
+    """
+    from megatron_longrope.config import identity_config
+
+    base, shape = model.config(), model.checkpoint.shape
+    original = args.original_length or base.original_max_position_embeddings
+    if model.checkpoint.longrope is None:
+        return identity_config(shape.rotary_base, shape.rotary_dim, original)
+    if original != base.original_max_position_embeddings:
+        raise ValueError(
+            f"--original-length {original} contradicts the factors of {model.path}, which were "
+            f"made for {base.original_max_position_embeddings}; leave it out"
+        )
+    return base
 
 
 def _cell(args: argparse.Namespace, length: int, subject, documents):

@@ -28,10 +28,10 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "search",
         help="search rescale factors for a target length",
-        description="Search LongRoPE factors. Without --base-config: a first search on the base "
-        "model. With it: a second search beyond its window (factors multiply) or, for a length "
-        "within it, a recovery search of that window. Under torchrun, ranks form replicas of "
-        "TP x CP that score candidates in parallel.",
+        description="Search LongRoPE factors: a first search on a model with plain RoPE; on one "
+        "with factors (its own, or --base-config) a second search beyond their window (factors "
+        "multiply) or, for a length within it, a recovery search of that window. Under torchrun, "
+        "ranks form replicas of TP x CP that score candidates in parallel.",
     )
     options.add_model(parser)
     parser.add_argument(
@@ -49,7 +49,12 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--output", required=True, metavar="F.json", help="LongRoPE config to write"
     )
-    parser.add_argument("--base-config", metavar="F.json", help="factors of the fine-tuned model")
+    parser.add_argument(
+        "--base-config",
+        metavar="F.json",
+        help="factors of the fine-tuned model (default: those that the model carries; `none` "
+        "searches from plain RoPE all the same)",
+    )
     parser.add_argument(
         "--original-length",
         type=options.length,
@@ -71,8 +76,9 @@ def add_parser(commands) -> None:
     attention.add_argument(
         "--attention-factor-policy",
         choices=("auto", "su", "yarn", "none"),
-        help="auto scores the seeds under su and none and keeps the better (default: auto, or the "
-        "base config's)",
+        help="auto scores the seeds under su and none and keeps the better one's value for every "
+        "window; su, yarn and none leave the original window at 1, which Hugging Face cannot hold "
+        "(default: auto for a first search, else the base's)",
     )
     attention.add_argument(
         "--attention-factor",
@@ -140,13 +146,14 @@ def _add_space(parser: argparse.ArgumentParser) -> None:
         "--start-tokens",
         default=None,
         metavar="LIST",
-        help="choices of n_hat, for example 0,1,2,4 (default: the paper's 14; 0 switches them off, "
-        "which export to Hugging Face needs)",
+        help="choices of n_hat, for example 0,1,2,4, or `paper` for its fourteen; export to "
+        "Hugging Face needs 0 (default: the base's, 0 for plain RoPE)",
     )
     group.add_argument(
         "--upper",
         type=float,
-        help="largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s))",
+        help="largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s) or the "
+        "base's largest)",
     )
 
 

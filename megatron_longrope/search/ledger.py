@@ -40,6 +40,10 @@ class Ledger:
     def add(self, record: Evaluation) -> None:
         """Remember an evaluation."""
         self._by_index[record.index] = record
+        self.know(record)
+
+    def know(self, record: Evaluation) -> None:
+        """Remember the losses of an evaluation, which may be another search's."""
         key = record.rescale_factors, record.num_start_tokens
         if record.error is None and len(record.sample_nlls) > len(self._losses.get(key, ())):
             self._losses[key] = record.sample_nlls

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,20 @@ from megatron_longrope import __version__
 from megatron_longrope.integration.compat import megatron_version
 from megatron_longrope.search.generations import Trial
 from megatron_longrope.search.objective import Objective
-from megatron_longrope.search.problem import SearchProblem, make_problem
+from megatron_longrope.search.problem import SearchProblem
 from megatron_longrope.search.racing import Race
 from megatron_longrope.search.runner import SearchOutcome
 from megatron_longrope.search.scoring import score_trial
-from megatron_longrope.search.space import Candidate
-
-
-def compared(problem: SearchProblem) -> dict[str, tuple[SearchProblem, Candidate]]:
-    """What the winner is compared with: the published methods, or a recovery's starting points.
-
-    In LongRoPE2's space the methods are no candidates, hence the space that comes with each.
-    """
-    base, target = problem.base, problem.target_length
-    if problem.stage == "recovery":
-        full = problem
-    else:
-        with warnings.catch_warnings():  # the search itself has warned of its scale
-            warnings.simplefilter("ignore", UserWarning)
-            full = make_problem(base, target, start_tokens=(0,))
-    return {name: (full, candidate) for name, candidate in full.seeds.items()}
+from megatron_longrope.search.space import Candidate, GivenFactors
 
 
 def scores_on(
-    objective: Objective, problem: SearchProblem, winner: Candidate
+    objective: Objective, problem: SearchProblem, winner: Candidate | GivenFactors
 ) -> dict[str, float | None]:
-    """Perplexity of what the winner is compared with, and its own; None where scoring failed."""
+    """Perplexity of the references and of the winner; None where scoring failed."""
     scores = {}
-    for name, (space, candidate) in {
-        **compared(problem),
-        "longrope": (problem, winner),
-    }.items():
-        score = score_trial(Trial(0, candidate), space, objective, Race("off")).score
+    for name, item in {**problem.references, "longrope": winner}.items():
+        score = score_trial(Trial(0, item), problem, objective, Race("off")).score
         scores[name] = score if math.isfinite(score) else None
     return scores
 
@@ -89,7 +70,7 @@ def print_summary(
     searched = {**outcome.seed_scores, "longrope": outcome.score}
     columns = {"search text": searched, **({"held-out text": held_out} if held_out else {})}
     print(f"{'':12}" + "".join(f"{title:>16}" for title in columns))
-    for name in [*compared(problem), "longrope"]:
+    for name in [*problem.references, "longrope"]:
         cells = (f"{_cell(scores, name):>16}" for scores in columns.values())
         print(f"{name:12}" + "".join(cells))
     print(f"wrote {path}")
@@ -97,7 +78,7 @@ def print_summary(
 
 def _cell(scores: Mapping[str, float | None], name: str) -> str:
     if name not in scores:
-        return "-"  # not a starting point of this search
+        return "-"
     score = scores[name]
     return "failed" if score is None or not math.isfinite(score) else f"{score:.4f}"
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
+from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.frequencies import named_factors
 from megatron_longrope.search.critical import CriticalSpace, critical_choices, critical_seeds
-from megatron_longrope.search.space import START_TOKENS, Candidate, SearchSpace
+from megatron_longrope.search.space import START_TOKENS, Candidate, GivenFactors, SearchSpace
 
 SEED_METHODS = ("pi", "ntk", "yarn")
 SPACES = ("full", "critical")
@@ -49,18 +51,32 @@ class SearchProblem:
     """Factors that a candidate multiplies; ones except in the second search."""
 
     seeds: Mapping[str, Candidate]
-    """Named starting points."""
+    """Named starting points; `near-X` is the candidate nearest to a reference X that the space does
+    not hold."""
+
+    references: Mapping[str, GivenFactors]
+    """Absolute factors that are always scored, as they are: one of them is the result if nothing
+    beats it."""
+
+    exact: Mapping[Candidate, GivenFactors] = field(default_factory=dict)
+    """References that stand for the candidate of their grid cell, so that starting from one loses
+    nothing to rounding."""
 
     def factor_set(
-        self, candidate: Candidate, origin: Mapping[str, Any] | None = None
+        self, candidate: Candidate | GivenFactors, origin: Mapping[str, Any] | None = None
     ) -> FactorSet:
-        """The absolute factors of a candidate."""
-        factors, num_start_tokens = self.space.decode(candidate)
-        product = tuple(a * b for a, b in zip(self.multiplier, factors, strict=True))
-        return FactorSet(self.target_length, product, num_start_tokens, origin or {})
+        """The absolute factors of a candidate or of a reference."""
+        given = self.exact.get(candidate, candidate)
+        if isinstance(given, Candidate):
+            factors, num_start_tokens = self.space.decode(given)
+            product = tuple(a * b for a, b in zip(self.multiplier, factors, strict=True))
+            given = GivenFactors(product, num_start_tokens)
+        return FactorSet(
+            self.target_length, given.rescale_factors, given.num_start_tokens, origin or {}
+        )
 
     def config(
-        self, candidate: Candidate, origin: Mapping[str, Any] | None = None
+        self, candidate: Candidate | GivenFactors, origin: Mapping[str, Any] | None = None
     ) -> LongRopeConfig:
         """The base configuration with the candidate as the target length's set."""
         return self.base.with_factor_set(self.factor_set(candidate, origin))
@@ -76,9 +92,10 @@ def make_problem(
     target_length: int,
     *,
     upper: float | None = None,
-    start_tokens: tuple[int, ...] = START_TOKENS,
+    start_tokens: tuple[int, ...] | None = None,
     space: str = "full",
     critical_dimension: int | None = None,
+    warm_start: LongRopeConfig | None = None,
 ) -> SearchProblem:
     """Choose the stage from the lengths: beyond the base it extends, within it recovers.
 
@@ -90,13 +107,18 @@ def make_problem(
         base (LongRopeConfig): Plain RoPE for a first search, else a fine-tuned model's factors.
         target_length (int): Window in tokens.
         upper (float, optional): Largest candidate factor. Defaults to 1.25 s (LongRoPE's space) or
-            2 s (LongRoPE2's), for a recovery to max(3, 1 + s), which the published short factors
-            stay within; less where the product with the base's factors would exceed 2 x the whole
-            extension ratio.
-        start_tokens (tuple[int, ...]): Choices of n_hat; the critical space has none.
+            2 s (LongRoPE2's), for a recovery to max(3, 1 + s) or to the base's own largest factor
+            where that is larger: published short factors are as large as the long ones (62 for
+            4k tokens of LLaMA2-256k). Less where the product with the base's factors would exceed
+            2 x the whole extension ratio.
+        start_tokens (tuple[int, ...], optional): Choices of n_hat; the critical space has none.
+            Defaults to what the base has, 0 for plain RoPE.
         space (str): `full`, or `critical` for LongRoPE2's.
         critical_dimension (int, optional): Fixes the critical space's dimension, an index of
             frequencies. Defaults to the choices of algorithm 1.
+        warm_start (LongRopeConfig, optional): Factors of the same model for a near window, another
+            starting point: of the sets beyond the base's window YaRN extends the longest one up to
+            the target length; where all are longer, the shortest is taken as it is.
 
     Raises:
         ValueError: Nothing to search, or a setting outside its range.
@@ -115,9 +137,20 @@ def make_problem(
             "search for the original window or a longer one"
         )
     if target_length > base.max_length:
+        named = {name: _given(extension(name, base, target_length)) for name in SEED_METHODS}
+        if warm_start is not None:
+            named["warm"] = _warm(warm_start, base, target_length)
         if space == "critical":
-            return _critical_extension(base, target_length, upper, start_tokens, critical_dimension)
-        return _extension(base, target_length, upper, start_tokens)
+            return _critical_extension(
+                base, target_length, upper, start_tokens or (0,), critical_dimension, named
+            )
+        start_tokens = start_tokens or (base.factor_sets[-1].num_start_tokens,)
+        return _extension(base, target_length, upper, start_tokens, named)
+    if warm_start is not None:
+        raise ValueError(
+            "a warm start belongs to a search beyond the base's window; a recovery starts from the "
+            "base's own factors"
+        )
     if base.max_length <= original:
         raise ValueError(
             f"target length {target_length} is the original window and the model is not extended; "
@@ -137,14 +170,14 @@ def _extension(
     target_length: int,
     upper: float | None,
     start_tokens: tuple[int, ...],
+    named: Mapping[str, GivenFactors],
 ) -> SearchProblem:
     """First or second search in LongRoPE's space."""
     stage, scale, multiplier = _further(base, target_length)
     limit = _limit(base, target_length, multiplier)
     upper = _bounded(upper, SearchSpace.upper_ratio * scale, limit)
     space = SearchSpace(base.rotary_dim // 2, scale, upper=upper, start_tokens=start_tokens)
-    seeds = {name: space.encode(item) for name, item in _methods(base, scale).items()}
-    return SearchProblem(stage, base, target_length, space, multiplier, _distinct(seeds))
+    return _problem(stage, base, target_length, space, multiplier, named)
 
 
 def _critical_extension(
@@ -153,6 +186,7 @@ def _critical_extension(
     upper: float | None,
     start_tokens: tuple[int, ...],
     dimension: int | None,
+    named: Mapping[str, GivenFactors],
 ) -> SearchProblem:
     """First or second search in LongRoPE2's space."""
     if tuple(start_tokens) not in (START_TOKENS, (0,)):
@@ -179,40 +213,114 @@ def _critical_extension(
         upper=_bounded(upper, CriticalSpace.upper_ratio * scale, limit),
         critical_dimensions=choices,
     )
-    # A published method is only the candidate nearest to it here, hence the name.
-    nearest = {f"near-{name}": space.encode(item) for name, item in _methods(base, scale).items()}
-    seeds = {**critical_seeds(space), **nearest}
-    return SearchProblem(stage, base, target_length, space, multiplier, _distinct(seeds))
+    return _problem(stage, base, target_length, space, multiplier, named, critical_seeds(space))
 
 
 def _recovery(
-    base: LongRopeConfig, target_length: int, upper: float | None, start_tokens: tuple[int, ...]
+    base: LongRopeConfig,
+    target_length: int,
+    upper: float | None,
+    start_tokens: tuple[int, ...] | None,
 ) -> SearchProblem:
     """Search for a window that the base already covers."""
     original = base.original_max_position_embeddings
     scale = target_length / original
     ones = (1.0,) * (base.rotary_dim // 2)
-    limit = _limit(base, target_length, ones)
-    upper = _bounded(upper, max(3.0, 1.0 + scale), limit)
-    space = SearchSpace(len(ones), max(scale, 1.01), upper=upper, start_tokens=start_tokens)
-    seeds = {
-        "none": space.encode(ones),
-        "base": space.encode(base.factor_set_for(target_length).rescale_factors),
-        "longest": space.encode(base.factor_sets[-1].rescale_factors),
+    current, longest = base.factor_set_for(target_length), base.factor_sets[-1]
+    named = {
+        "none": GivenFactors(ones),
+        "base": _given(current),
+        "longest": _given(longest),
     }
     if scale > 1:
-        seeds["ntk"] = space.encode(
-            named_factors("ntk", base.rotary_dim, scale, base.rotary_base, original)
+        factors = named_factors("ntk", base.rotary_dim, scale, base.rotary_base, original)
+        named["ntk"] = GivenFactors(tuple(factors))
+    if start_tokens is None:
+        start_tokens = tuple(sorted({current.num_start_tokens, longest.num_start_tokens}))
+    largest = max(*current.rescale_factors, *longest.rescale_factors)
+    step = SearchSpace.step
+    default = max(3.0, 1.0 + scale, 1.0 + step * math.ceil((largest - 1.0) / step - 1e-6))
+    upper = _bounded(upper, default, _limit(base, target_length, ones))
+    space = SearchSpace(len(ones), max(scale, 1.01), upper=upper, start_tokens=start_tokens)
+    return _problem("recovery", base, target_length, space, ones, named)
+
+
+def _problem(
+    stage: str,
+    base: LongRopeConfig,
+    target_length: int,
+    space: SearchSpace,
+    multiplier: tuple[float, ...],
+    references: Mapping[str, GivenFactors],
+    seeds: Mapping[str, Candidate] | None = None,
+) -> SearchProblem:
+    """The problem with a starting point for each reference; those that coincide stand once."""
+    references = {
+        name: given
+        for index, (name, given) in enumerate(references.items())
+        if given not in list(references.values())[:index]
+    }
+    seeds = dict(seeds or {})
+    exact: dict[Candidate, GivenFactors] = {}
+    for name, given in references.items():
+        relative = [a / b for a, b in zip(given.rescale_factors, multiplier, strict=True)]
+        candidate = space.encode(relative, given.num_start_tokens)
+        factors, num_start_tokens = space.decode(candidate)
+        largest = max(abs(a - b) for a, b in zip(factors, relative, strict=True))
+        held = num_start_tokens == given.num_start_tokens and largest < 0.51 * space.step
+        # The first of two in one cell stands for it; the other one is scored apart.
+        if held and candidate not in exact:
+            exact[candidate] = given
+        elif candidate in seeds.values() or candidate in exact:
+            continue
+        if candidate not in seeds.values():
+            seeds[name if held else f"near-{name}"] = candidate
+    return SearchProblem(stage, base, target_length, space, multiplier, seeds, references, exact)
+
+
+def _given(factors: FactorSet) -> GivenFactors:
+    return GivenFactors(factors.rescale_factors, factors.num_start_tokens)
+
+
+def _warm(warm_start: LongRopeConfig, base: LongRopeConfig, target_length: int) -> GivenFactors:
+    """The starting point that factors for another window give.
+
+    Raises:
+        ValueError: They are another model's, or none is for a window beyond the base's.
+    """
+    for name in ("rotary_base", "rotary_dim", "original_max_position_embeddings"):
+        theirs, ours = getattr(warm_start, name), getattr(base, name)
+        if theirs != ours:
+            raise ValueError(
+                f"the warm start has {name} {theirs:g}, the base {ours:g}; give factors of the "
+                "same model"
+            )
+    further = [item for item in warm_start.factor_sets if item.max_length > base.max_length]
+    if not further:
+        raise ValueError(
+            f"the warm start has no factors beyond the base's {base.max_length} tokens, hence "
+            "nothing that this search does not know; give the result of a search for another window"
         )
-    return SearchProblem("recovery", base, target_length, space, ones, _distinct(seeds))
+    near = [item for item in further if item.max_length <= target_length]
+    if not near or near[-1].max_length == target_length:
+        return _given((near[-1:] or further)[0])
+    return _given(extension("yarn", replace(warm_start, factor_sets=tuple(near)), target_length))
 
 
 def _further(base: LongRopeConfig, target_length: int) -> tuple[str, float, tuple[float, ...]]:
     """Stage, extension ratio and multiplier of a search beyond the base's window."""
     longest = base.factor_sets[-1]
     scale = target_length / longest.max_length
+    # Published factors hold a few decreases, which would be in every candidate's product.
+    multiplier = tuple(accumulate(longest.rescale_factors, max))
+    if multiplier != longest.rescale_factors:
+        warnings.warn(
+            f"the base's factors for {longest.max_length} tokens decrease in places; candidates "
+            "multiply their running maximum, and the base itself stays as it is",
+            stacklevel=4,
+        )
     if longest.max_length <= base.original_max_position_embeddings:
-        return "first", scale, longest.rescale_factors
+        return "first", scale, multiplier
     low, high = _SECOND_SCALES
     if not low <= scale <= high:
         warnings.warn(
@@ -221,16 +329,7 @@ def _further(base: LongRopeConfig, target_length: int) -> tuple[str, float, tupl
             f"{target_length}, or fine-tune for a window in between",
             stacklevel=4,
         )
-    return "second", scale, longest.rescale_factors
-
-
-def _methods(base: LongRopeConfig, scale: float) -> dict[str, list[float]]:
-    """Factor vectors of the published methods for the extension."""
-    window = base.factor_sets[-1].max_length
-    return {
-        name: named_factors(name, base.rotary_dim, scale, base.rotary_base, window)
-        for name in SEED_METHODS
-    }
+    return "second", scale, multiplier
 
 
 def _limit(base: LongRopeConfig, target_length: int, multiplier: tuple[float, ...]) -> float:
@@ -240,6 +339,8 @@ def _limit(base: LongRopeConfig, target_length: int, multiplier: tuple[float, ..
     largest = max(multiplier)
     if largest == 1.0:
         return bound
+    if largest > 2.0 * base.max_length / base.original_max_position_embeddings:
+        bound = 2.0 * target_length / base.max_length * largest  # a base that is over it already
     # On the grid, as only there it shows whether the rounded product exceeds the bound.
     step = SearchSpace.step
     steps = math.floor((bound / largest - 1.0) / step + 1e-6)
@@ -257,12 +358,3 @@ def _bounded(upper: float | None, default: float, limit: float) -> float:
             f" give at most {limit:.6g}"
         )
     return upper
-
-
-def _distinct(seeds: Mapping[str, Candidate]) -> dict[str, Candidate]:
-    """Drop seeds that coincide on the grid; the first name stays."""
-    return {
-        name: candidate
-        for index, (name, candidate) in enumerate(seeds.items())
-        if candidate not in list(seeds.values())[:index]
-    }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron_longrope.search.objective import Objective
 from megatron_longrope.search.problem import SearchProblem
 from megatron_longrope.search.racing import Race
 from megatron_longrope.search.scoring import score_trial
-from megatron_longrope.search.space import Candidate
+from megatron_longrope.search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.search.telemetry import SearchStatus, Telemetry
 
 
@@ -25,14 +25,14 @@ from megatron_longrope.search.telemetry import SearchStatus, Telemetry
 class SearchOutcome:
     """The winner of a search, and what it took."""
 
-    candidate: Candidate
-    """Best candidate."""
+    candidate: Candidate | GivenFactors
+    """Best candidate, or the reference that none of them beats."""
 
     score: float
     """Its perplexity on the search samples."""
 
     seed_scores: dict[str, float]
-    """Perplexity of each named starting point that was scored."""
+    """Perplexity of each named starting point and each reference that was scored."""
 
     num_evaluations: int
     """Trials, resumed ones included."""
@@ -83,6 +83,7 @@ def run_search(
     run: SearchRun,
     *,
     label: str = "search",
+    known: Sequence[Evaluation] = (),
 ) -> SearchOutcome:
     """Score what `search` asks for until it is done.
 
@@ -92,6 +93,9 @@ def run_search(
         objective (Objective): Scores a sample.
         run (SearchRun): Where and how.
         label (str): Of the progress line.
+        known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
+            another search: what they scored costs nothing here. Complete ones are rivals of the
+            winner.
 
     Raises:
         ValueError: The journal exists and is not to be resumed, or belongs to other settings.
@@ -109,6 +113,8 @@ def run_search(
         Progress(total, label, "samples") as bar,
         Telemetry(run.tensorboard) as telemetry,
     ):
+        for record in known:
+            ledger.know(record)
         while trials := search.trials():
             arrived = [record for trial in trials if (record := ledger.find(trial))]
             if not arrived:
@@ -127,6 +133,10 @@ def run_search(
                     telemetry.evaluated(record, status.best and status.best.score, status)
         bar.finish(status.note())
     candidate, score = search.best
+    seed_scores = _named_scores(problem, [*known, *records.values()])
+    for name, given in problem.references.items():
+        if seed_scores.get(name, math.inf) < score:
+            candidate, score = given, seed_scores[name]
     if not math.isfinite(score):
         raise RuntimeError(
             f"no candidate could be scored; see the error fields in {run.journal} for the reason"
@@ -134,7 +144,7 @@ def run_search(
     return SearchOutcome(
         candidate,
         score,
-        _named_scores(problem, records.values()),
+        seed_scores,
         len(records),
         status.sample_forwards,
         status.avoided,
@@ -169,15 +179,15 @@ def _work(
     return arrived
 
 
-def _named_scores(problem: SearchProblem, records) -> dict[str, float]:
-    """Perplexity of the seeds, as far as all of their samples were scored."""
+def _named_scores(problem: SearchProblem, records: Iterable[Evaluation]) -> dict[str, float]:
+    """Perplexity of seeds and references, as far as all of their samples were scored."""
     scores = {
         (record.rescale_factors, record.num_start_tokens): record.score
         for record in records
         if record.stopped is None
     }
     named = {}
-    for name, candidate in problem.seeds.items():
+    for name, candidate in {**problem.seeds, **problem.references}.items():
         target = problem.factor_set(candidate)
         score = scores.get((target.rescale_factors, target.num_start_tokens))
         if score is not None:
@@ -186,9 +196,9 @@ def _named_scores(problem: SearchProblem, records) -> dict[str, float]:
 
 
 class SeedSearch(GenerationalSearch):
-    """Scores given candidates, and that is all."""
+    """Scores given factors, and that is all."""
 
-    def __init__(self, space, candidates: Sequence[Candidate]) -> None:
+    def __init__(self, space: SearchSpace, candidates: Sequence[GivenFactors]) -> None:
         super().__init__(space)
         self._candidates = list(dict.fromkeys(candidates))
         self._advance()
@@ -201,20 +211,17 @@ class SeedSearch(GenerationalSearch):
         return self._generation(self._candidates) if number == 0 else None
 
 
-def choose_policy(
-    problem: SearchProblem, policies: tuple[str, ...], objective: Objective, run: SearchRun
-) -> tuple[str, dict[str, dict[str, float]]]:
-    """Score the seeds under each attention-factor policy; the policy of the best seed wins.
+def score_references(
+    problem: SearchProblem, objective: Objective, run: SearchRun, label: str
+) -> SearchOutcome:
+    """Score the problem's references, all samples of each.
 
-    Returns:
-        tuple: The policy, and the perplexity of every seed under every policy.
+    Args:
+        run (SearchRun): Of the search that follows. The journal is another, `<journal>.<label>`
+            before its suffix.
+        label (str): Of the journal and the progress line.
     """
-    table: dict[str, dict[str, float]] = {}
-    for policy in policies:
-        variant = problem.with_attention(None, policy)
-        path = run.journal.with_suffix(f".policy-{policy}.jsonl")
-        part = SearchRun(path, run.settings, Race("off"), run.resume, run.overwrite, run.team)
-        search = SeedSearch(problem.space, list(problem.seeds.values()))
-        label = f"attention factor {policy}"
-        table[policy] = run_search(search, variant, objective, part, label=label).seed_scores
-    return min(policies, key=lambda policy: min(table[policy].values())), table
+    path = run.journal.with_suffix(f".{label.replace(' ', '-')}.jsonl")
+    part = replace(run, journal=path, race=Race("off"), tensorboard=None)
+    search = SeedSearch(problem.space, list(problem.references.values()))
+    return run_search(search, problem, objective, part, label=label)

@@ -16,6 +16,7 @@ from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import Engine
+from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.ranks import rank
 from megatron_longrope.search import outcome as outcome_files
 from megatron_longrope.search.board import shared_store
@@ -27,7 +28,12 @@ from megatron_longrope.search.objective import PerplexityObjective, TokenModel, 
 from megatron_longrope.search.problem import SearchProblem, make_problem
 from megatron_longrope.search.racing import Race
 from megatron_longrope.search.replicas import Replica
-from megatron_longrope.search.runner import SearchOutcome, SearchRun, choose_policy, run_search
+from megatron_longrope.search.runner import (
+    SearchOutcome,
+    SearchRun,
+    run_search,
+    score_references,
+)
 from megatron_longrope.search.space import START_TOKENS
 
 
@@ -80,7 +86,7 @@ class SearchPlan:
             _base(args, checkpoint),
             args.target_length,
             upper=args.upper,
-            start_tokens=_start_tokens(args.start_tokens, args.space),
+            start_tokens=_start_tokens(args.start_tokens),
             space=args.space,
             critical_dimension=args.critical_dimension,
         )
@@ -158,10 +164,12 @@ class SearchPlan:
             self.journal, settings, self.race, args.resume, args.overwrite, team,
             Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
-        problem, policy_scores = self._with_attention(objective, run)
+        problem, references, policy_scores = self._score_references(objective, run)
         attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
         run = replace(run, settings={**settings, "attention": attention})
-        outcome = run_search(_algorithm(self, problem), problem, objective, run)
+        outcome = run_search(
+            _algorithm(self, problem), problem, objective, run, known=references.records
+        )
         if rank() != 0:
             return None
         origin = {
@@ -223,25 +231,48 @@ class SearchPlan:
             "dtype": args.dtype,
         }
 
-    def _with_attention(
+    def _score_references(
         self, objective: PerplexityObjective, run: SearchRun
-    ) -> tuple[SearchProblem, dict[str, Any]]:
-        """Settle the attention factor of the search; scores the seeds when it is left open."""
-        args, problem = self.args, self.problem
-        base = problem.base
-        policy = base.attention_factor_policy
+    ) -> tuple[SearchProblem, SearchOutcome, dict[str, Any]]:
+        """Score the references, under both policies when the attention factor is left open.
+
+        Returns:
+            tuple: The problem with its attention factor, the references' scores under it, and all
+            scores by policy (empty when it was not left open).
+        """
+        args, base = self.args, self.problem.base
         if args.attention_factor == "longest":
-            return problem.with_attention(base.attention_factor_for(base.max_length), policy), {}
-        if args.attention_factor is not None:
-            return problem.with_attention(float(args.attention_factor), policy), {}
-        wanted = args.attention_factor_policy or (None if args.base_config else "auto")
-        if wanted is None:
-            return problem, {}
-        if wanted != "auto":
-            return problem.with_attention(None, wanted), {}
-        run = replace(run, settings={**run.settings, "attention": "per seed"})
-        wanted, table = choose_policy(problem, ("su", "none"), objective, run)
-        return problem.with_attention(None, wanted), table
+            value = base.attention_factor_for(base.max_length)
+            problem = self.problem.with_attention(value, base.attention_factor_policy)
+        elif args.attention_factor is not None:
+            value = float(args.attention_factor)
+            problem = self.problem.with_attention(value, base.attention_factor_policy)
+        elif args.attention_factor_policy in ("su", "yarn", "none"):
+            problem = self.problem.with_attention(None, args.attention_factor_policy)
+        elif args.attention_factor_policy == "auto" or self.problem.stage == "first":
+            return self._choose_policy(objective, run)
+        else:
+            problem = self.problem
+        attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
+        run = replace(run, settings={**run.settings, "attention": attention})
+        return problem, score_references(problem, objective, run, "references"), {}
+
+    def _choose_policy(
+        self, objective: PerplexityObjective, run: SearchRun
+    ) -> tuple[SearchProblem, SearchOutcome, dict[str, Any]]:
+        """The policy under which the best reference is best, as one value for every window."""
+        base, outcomes = self.problem.base, {}
+        original, target = base.original_max_position_embeddings, self.problem.target_length
+        for policy in ("su", "none"):
+            # One value is what Hugging Face's longrope and every reader of it can hold.
+            value = attention_factor(policy, target / original, original)
+            problem = self.problem.with_attention(value, policy)
+            part = replace(run, settings={**run.settings, "attention": [value, policy]})
+            outcome = score_references(problem, objective, part, f"policy {policy}")
+            outcomes[policy] = problem, outcome
+        best = min(outcomes, key=lambda policy: outcomes[policy][1].score)
+        table = {policy: outcome.seed_scores for policy, (_, outcome) in outcomes.items()}
+        return *outcomes[best], table
 
 
 def read_samples(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
@@ -281,7 +312,11 @@ def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | Evolutio
 
 
 def _base(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
-    """What the search extends: the fine-tuned model's factors, or plain RoPE."""
+    """What the search extends: given factors, the model's own, or plain RoPE.
+
+    Raises:
+        ValueError: An option contradicts them.
+    """
     if args.attention_factor not in (None, "longest"):
         try:
             float(args.attention_factor)
@@ -289,23 +324,49 @@ def _base(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
             raise ValueError(
                 f"--attention-factor {args.attention_factor!r} must be a number or `longest`"
             ) from None
-    if args.base_config:
-        return LongRopeConfig.load(args.base_config)
-    shape = checkpoint.shape
-    stored = checkpoint.longrope
-    original = args.original_length or (
-        stored.original_max_position_embeddings if stored else shape.max_position_embeddings
-    )
-    return identity_config(shape.rotary_base, shape.rotary_dim, original)
+    shape, stored = checkpoint.shape, checkpoint.longrope
+    if args.base_config and args.base_config != "none":
+        base, whose = LongRopeConfig.load(args.base_config), f"--base-config {args.base_config}"
+    elif stored and not args.base_config:
+        base, whose = stored, f"{checkpoint.directory}"
+        if rank() == 0:
+            windows = ", ".join(str(item.max_length) for item in stored.factor_sets)
+            print(
+                f"the base is the model's own factors, for {windows} tokens (attention factor "
+                f"{stored.attention_factor_for(stored.max_length):.6g} at the longest); "
+                "--base-config none would search from plain RoPE",
+                flush=True,
+            )
+    else:
+        original = args.original_length or (
+            stored.original_max_position_embeddings if stored else shape.max_position_embeddings
+        )
+        base, whose = identity_config(shape.rotary_base, shape.rotary_dim, original), "plain RoPE"
+    original = base.original_max_position_embeddings
+    if args.original_length not in (None, original):
+        raise ValueError(
+            f"--original-length {args.original_length} contradicts {whose}, made for {original}; "
+            "leave it out"
+        )
+    if args.attention_factor == "longest" and base.max_length == original:
+        raise ValueError(
+            "--attention-factor longest takes the value that the model was tuned with, and plain "
+            "RoPE has none: leave it out, or give the tuned model's --base-config"
+        )
+    return base
 
 
-def _start_tokens(text: str | None, space: str) -> tuple[int, ...]:
+def _start_tokens(text: str | None) -> tuple[int, ...] | None:
     if text is None:
-        return (0,) if space == "critical" else START_TOKENS
+        return None
+    if text == "paper":
+        return START_TOKENS
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise ValueError(f"--start-tokens {text!r} must be integers, for example 0,2,4") from None
+        raise ValueError(
+            f"--start-tokens {text!r} must be integers, for example 0,2,4, or `paper`"
+        ) from None
 
 
 def _depths(text: str | None) -> tuple[float, ...] | None:

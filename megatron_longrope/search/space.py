@@ -30,6 +30,17 @@ class Candidate:
     """Index into the space's start_tokens; in a critical space, into its critical_dimensions."""
 
 
+@dataclass(frozen=True, slots=True)
+class GivenFactors:
+    """Absolute factors from elsewhere, which need lie in no space and on no grid."""
+
+    rescale_factors: tuple[float, ...]
+    """lambda_i, `[rotary_dim / 2]`."""
+
+    num_start_tokens: int = 0
+    """n_hat."""
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """Bounds, grid and start-token choices of a search.

@@ -27,6 +27,7 @@ def start(untied_gqa, data, output, *flags, processes=1):
         command = [*TORCHRUN, "--nproc-per-node", str(processes), *rendezvous]
     command += [
         "-m", "megatron_longrope", "search", "--load", str(untied_gqa.path),
+        "--base-config", "none",
         "--data", data["search"], "--target-length", "256", "--original-length", "64",
         "--num-samples", "3", "--tokens-per-forward", "256", "--start-tokens", "0,4",
         "--attention-factor-policy", "su", "--no-figures", "--output", str(output), *flags,

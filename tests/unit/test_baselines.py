@@ -1,7 +1,8 @@
 import pytest
 
-from megatron_longrope.baselines import METHODS, baseline_config
-from megatron_longrope.frequencies import ntk_factors
+from megatron_longrope.baselines import METHODS, baseline_config, extended_config
+from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.frequencies import attention_factor, ntk_factors, yarn_factors
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -26,3 +27,46 @@ def test_none_extends_the_window_without_rescaling():
 def test_an_unknown_method_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown method 'alibi'"):
         baseline_config("alibi", 10000.0, 32, 256, 2048)
+
+
+@pytest.fixture
+def tuned():
+    """A model that was tuned for 2048 tokens under YaRN's factors and the su attention factor."""
+    factors = tuple(yarn_factors(32, 8.0, 10000.0, 256))
+    base = identity_config(10000.0, 32, 256)
+    return base.with_factor_set(FactorSet(2048, factors, num_start_tokens=4))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_within_a_tuned_models_window_every_method_is_the_model(tuned, method):
+    assert extended_config(method, tuned, 2048) == extended_config(method, tuned, 64) == tuned
+
+
+def test_on_a_tuned_model_a_method_multiplies_the_factors_it_was_tuned_with(tuned):
+    mine = tuned.factor_sets[-1].rescale_factors
+    config = extended_config("pi", tuned, 8192)
+    assert config.factor_sets[:2] == tuned.factor_sets
+    assert config.factor_set_for(8192).rescale_factors == tuple(4.0 * value for value in mine)
+    assert config.factor_set_for(8192).num_start_tokens == 4
+    # What fewer than one rotation of the tuned frequencies fills, YaRN slows by the whole ratio.
+    ratios = [
+        a / b
+        for a, b in zip(
+            extended_config("yarn", tuned, 8192).factor_sets[-1].rescale_factors, mine, strict=True
+        )
+    ]
+    rotations = [2048 / (6.283185307 * mine[i] * 10000.0 ** (i / 16)) for i in range(16)]
+    assert all(ratio == 4.0 for ratio, turns in zip(ratios, rotations, strict=True) if turns < 1)
+    assert ratios[0] == 1.0 and sum(turns < 1 for turns in rotations) >= 8
+
+
+def test_yarn_has_its_own_temperature_and_the_others_have_none(tuned):
+    own = {name: baseline_config(name, 10000.0, 32, 256, 2048) for name in METHODS}
+    assert own["yarn"].attention_factor_for(2048) == attention_factor("yarn", 8.0, 256)
+    assert {own[name].attention_factor_for(2048) for name in ("none", "pi", "ntk")} == {1.0}
+    # On a tuned model they come on top of the value that it was tuned with.
+    value = tuned.attention_factor_for(2048)
+    assert extended_config("pi", tuned, 8192).attention_factor_for(8192) == value
+    expected = value * attention_factor("yarn", 4.0, 256)
+    assert extended_config("yarn", tuned, 8192).attention_factor_for(8192) == expected
+    assert extended_config("yarn", tuned, 8192, "none").attention_factor_for(8192) == 1.0

@@ -113,6 +113,28 @@ def test_a_hugging_face_folder_measures_like_the_checkpoint_it_came_from(
     assert rows[0]["sha256"] == rows[1]["sha256"]
 
 
+def test_baselines_of_a_model_with_factors_multiply_them(untied_gqa, data, tmp_path, capsys):
+    assert main(["eval", "ppl", "--load", str(untied_gqa.path), "--data", data["heldout"],
+                 "--num-documents", "1", "--baselines", "pi,yarn", "--lengths", "128,512",
+                 "--output", str(tmp_path)]) == 0  # fmt: skip
+    assert "baselines multiply its factors for 256 tokens" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "ppl.jsonl").read_text().splitlines()]
+    cells = {(row["label"], row["length"]): row["ppl_token_weighted"] for row in rows}
+    # Within the model's window there is nothing to extend, and one row for all methods.
+    assert list(cells) == [("pi", 128), ("pi", 512), ("yarn", 512)]
+    engine = load_engine(untied_gqa.path)
+    own = maker.longrope_config()
+    engine.set_config(own)
+    (document,) = read_documents(data["heldout"], min_length=511, limit=1)
+    tokens = torch.tensor([[1, *document[:511]]])
+    expected = engine.nll(tokens[:, :128]).double().mean().exp().item()
+    assert cells["pi", 128] == pytest.approx(expected, rel=1e-5)
+    doubled = tuple(2.0 * value for value in own.factor_sets[1].rescale_factors)
+    engine.set_config(own.with_factor_set(FactorSet(512, doubled)))
+    expected = engine.nll(tokens).double().mean().exp().item()
+    assert cells["pi", 512] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_second_command_measures_only_what_is_new(untied_gqa, data, factors, tmp_path, capsys):
     common = (
         "--load", untied_gqa.path, "--longrope-config", factors, "--data", data["heldout"],

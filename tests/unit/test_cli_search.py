@@ -9,6 +9,7 @@ from search_data import make_search_data
 
 from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.search import parameters
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import loading as loading_module
 
 
@@ -21,7 +22,9 @@ def data(tmp_path_factory):
 def options(untied_gqa, data, tmp_path):
     return [
         "search", "--load", str(untied_gqa.path), "--data", data["search"],
-        "--target-length", "256", "--original-length", "64", "--num-samples", "3",
+        # The checkpoint carries factors for 64 and 256 tokens.
+        "--base-config", "none", "--target-length", "256", "--original-length", "64",
+        "--num-samples", "3",
         "--output", str(tmp_path / "factors.json"),
     ]  # fmt: skip
 
@@ -74,6 +77,7 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--racing-significance 0.7", "significance is 0.7"),
         ("--lookahead -1", "lookahead is -1"),
         ("--attention-factor big", "must be a number or `longest`"),
+        ("--attention-factor longest", "plain RoPE has none"),
         ("--max-evaluations 0", "max_evaluations is 0"),
         ("--seed -1", "rng_seed is -1"),
         ("--output .", "--output . is a directory"),
@@ -165,6 +169,8 @@ def test_a_second_search_multiplies_and_a_recovery_search_replaces(options, data
         return json.loads(Path(output).read_text())["factor_sets"]
 
     base = json.loads(Path(first).read_text())["factor_sets"]
+    # One attention factor, so that the result can be exported: policy auto pins it.
+    assert json.loads(Path(first).read_text())["attention_factor"] is not None
     second = run(256, str(tmp_path / "second.json"))
     assert [item["max_length"] for item in second] == [64, 128, 256]
     assert second[:2] == base and second[2]["origin"]["stage"] == "second"
@@ -173,3 +179,26 @@ def test_a_second_search_multiplies_and_a_recovery_search_replaces(options, data
     recovered = run(64, str(tmp_path / "recovery.json"))
     assert recovered[0]["origin"]["stage"] == "recovery" and recovered[1:] == base[1:]
     assert maker.ORIGINAL == 64
+
+
+def test_the_factors_that_a_model_carries_are_the_base(options, data, tmp_path, capsys):
+    carried = maker.longrope_config()
+    own = [item for item in options if item not in ("--base-config", "none")]
+    small = ["--max-evaluations", "4", "--no-figures", "--target-length", "512"]
+    assert main([*own, *small]) == 0
+    assert "the base is the model's own factors, for 64, 256 tokens" in capsys.readouterr().out
+    config = LongRopeConfig.load(tmp_path / "factors.json")
+    assert config.factor_sets[:2] == carried.factor_sets
+    assert config.attention_factor_for(512) == carried.attention_factor == 1.15
+    found = config.factor_sets[2]
+    assert found.origin["stage"] == "second" and found.max_length == 512
+    assert all(
+        longer >= shorter
+        for longer, shorter in zip(
+            found.rescale_factors, carried.factor_sets[1].rescale_factors, strict=True
+        )
+    )
+    # Within its window it is a recovery; another pre-trained window is a contradiction.
+    assert main([*own, "--target-length", "64", "--dry-run"]) == 0
+    assert main([*own, "--original-length", "128", "--dry-run"]) == 1
+    assert "--original-length 128 contradicts" in capsys.readouterr().err

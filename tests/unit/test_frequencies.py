@@ -322,6 +322,32 @@ def test_yarn_ends_exactly_on_the_ratio(ratio):
     assert (factors[0], factors[-1]) == (1.0, ratio)
 
 
+def test_yarn_of_a_tuned_model_counts_the_rotations_of_its_slowed_frequencies():
+    # What the authors fine-tuned LLaMA2 with (ft_la2_256k).
+    tuned = LongRopeConfig.load("published:llama2-256k").factor_set_for(262144).rescale_factors
+    window, ratio = 262144, 8.0
+    rotations = [
+        window / (2 * math.pi * factor * 10000.0 ** (i / 64)) for i, factor in enumerate(tuned)
+    ]
+    factors = yarn_factors(128, ratio, 10000.0, window, rescale_factors=tuned)
+    # As in the initialisation that the authors' second search starts from (dim_mono_yarn_8x).
+    assert factors[48:] == [8.0] * 16
+    assert all(value == 8.0 for value, turns in zip(factors, rotations, strict=True) if turns < 1)
+    assert all(value == 1.0 for value, turns in zip(factors, rotations, strict=True) if turns > 36)
+    # The ramp between is YaRN's, linear in the dimension: from 28 (35.9 rotations) to 46 (0.93).
+    assert factors[37] == pytest.approx(1 / (0.5 / 8 + 0.5), rel=1e-12)
+    # On the base's frequencies nearly all dimensions would be fast in so long a window.
+    assert max(yarn_factors(128, ratio, 10000.0, window)[:48]) < 1.9
+
+
+def test_yarn_of_factors_that_are_all_one_is_yarn():
+    plain = yarn_factors(128, 8.0, 500000.0, 8192)
+    assert yarn_factors(128, 8.0, 500000.0, 8192, rescale_factors=[1.0] * 64) == plain
+    # A uniform slowing by s in a window s times as long leaves every rotation as it was.
+    slowed = yarn_factors(128, 8.0, 500000.0, 4 * 8192, rescale_factors=[4.0] * 64)
+    assert slowed == pytest.approx(plain, rel=1e-12)
+
+
 def test_yarn_with_equal_ramp_ends_switches_at_once():
     factors = yarn_factors(8, 4.0, 10000.0, 6, beta_fast=1.0, beta_slow=1.0)
     assert factors == [1.0, 4.0, 4.0, 4.0]

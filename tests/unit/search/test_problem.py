@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.search.critical import CriticalSpace
 from megatron_longrope.search.operators import random_candidate
 from megatron_longrope.search.problem import make_problem
@@ -40,13 +41,60 @@ def test_a_second_search_multiplies_the_fine_tuned_factors(extended):
     assert config.factor_set_for(8192).origin == {"method": "x"}
 
 
-def test_a_recovery_search_replaces_the_short_set_under_a_reduced_bound(extended):
+def test_yarn_starts_a_second_search_at_the_rotations_of_the_tuned_frequencies(plain):
+    tuned = plain.with_factor_set(FactorSet(2048, (8.0,) * 16))
+    problem = make_problem(tuned, 8192)
+    # A uniform slowing leaves the rotations as they were, and with them YaRN's ramp.
+    expected = [8.0 * value for value in yarn_factors(DIM, 4.0, BASE, ORIGINAL)]
+    got = problem.config(problem.seeds["yarn"]).factor_set_for(8192).rescale_factors
+    assert got == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_published_method_is_scored_as_it_is_and_not_as_its_nearest_grid_point(plain):
+    problem = make_problem(plain, 2048)
+    expected = tuple(yarn_factors(DIM, 8.0, BASE, ORIGINAL))
+    assert problem.space.decode(problem.seeds["yarn"])[0] != expected
+    assert problem.factor_set(problem.seeds["yarn"]).rescale_factors == expected
+    assert problem.factor_set(problem.references["yarn"]).rescale_factors == expected
+
+
+def test_a_recovery_searchs_bound_covers_the_factors_that_the_base_has(extended):
     problem = make_problem(extended, 256)
     assert problem.stage == "recovery"
-    assert problem.space.decode(problem.space.encode([99.0] * 16))[0] == (3.0,) * 16
+    assert problem.space.decode(problem.space.encode([99.0] * 16))[0] == (8.0,) * 16
     config = problem.config(problem.seeds["longest"])
-    assert max(config.factor_set_for(256).rescale_factors) == 3.0
-    assert config.factor_set_for(2048) == extended.factor_set_for(2048)
+    longest = extended.factor_set_for(2048)
+    assert config.factor_set_for(256).rescale_factors == longest.rescale_factors
+    assert config.factor_set_for(2048) == longest
+
+
+def test_under_a_lower_bound_a_clipped_seed_has_another_name_and_the_whole_set_is_kept(extended):
+    problem = make_problem(extended, 256, upper=3.0)
+    assert "longest" not in problem.seeds
+    assert max(problem.factor_set(problem.seeds["near-longest"]).rescale_factors) == 3.0
+    longest = extended.factor_set_for(2048).rescale_factors
+    assert problem.factor_set(problem.references["longest"]).rescale_factors == longest
+
+
+def test_a_warm_start_is_another_searchs_winner_extended_as_yarn_would(extended):
+    half = make_problem(extended, 4096)
+    winner = half.config(half.space.encode([1.5] * 8 + [2.0] * 8))
+    problem = make_problem(extended, 8192, warm_start=winner)
+    got = problem.factor_set(problem.references["warm"]).rescale_factors
+    mine = winner.factor_sets[-1].rescale_factors
+    further = yarn_factors(DIM, 2.0, BASE, 4096, rescale_factors=mine)
+    assert got == pytest.approx([a * b for a, b in zip(mine, further, strict=True)], rel=1e-12)
+    assert "warm" in problem.seeds or "near-warm" in problem.seeds
+    # The other way round it is taken as it is.
+    shorter = make_problem(extended, 4096, warm_start=problem.config(problem.references["warm"]))
+    assert shorter.references["warm"].rescale_factors == got
+    with pytest.raises(ValueError, match="no factors beyond the base's 2048 tokens"):
+        make_problem(extended, 4096, warm_start=extended)
+    with pytest.raises(ValueError, match="rotary_base 20000, the base 10000"):
+        other = identity_config(20000.0, DIM, ORIGINAL)
+        make_problem(extended, 4096, warm_start=other)
+    with pytest.raises(ValueError, match="a recovery starts from the base's own"):
+        make_problem(extended, 256, warm_start=winner)
 
 
 def test_seeds_that_coincide_are_searched_once(extended):

@@ -1,15 +1,18 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from synthetic_search import Synthetic, drop_seconds, small_problem
 
+from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.search.cma import CmaParameters, CmaSearch
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.search.journal import Journal
+from megatron_longrope.search.problem import make_problem
 from megatron_longrope.search.racing import Race
-from megatron_longrope.search.runner import SearchRun, choose_policy, run_search
+from megatron_longrope.search.runner import SearchRun, run_search, score_references
 
 SMALL = EvolutionParameters(
     population_size=8, num_mutations=4, num_crossovers=4, max_iterations=3, num_parents=4
@@ -152,14 +155,47 @@ def test_a_search_in_which_every_evaluation_fails_says_so(problem, new_search, t
         run_search(new_search(problem), problem, broken, SearchRun(tmp_path / "j.jsonl"))
 
 
-def test_the_policy_of_the_best_seed_is_chosen_and_remembered(problem, tmp_path):
+def test_what_the_references_scored_is_not_scored_again(problem, new_search, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    policy, table = choose_policy(problem, ("su", "none"), Synthetic(), run)
-    assert policy == "su"  # its attention factor lowers the synthetic score
-    assert set(table) == {"su", "none"} and set(table["su"]) == {"pi", "ntk", "yarn"}
+    objective = Synthetic()
+    references = score_references(problem, objective, run, "references")
+    assert set(references.seed_scores) == {"pi", "ntk", "yarn"}
+    assert objective.calls == 3 * Synthetic.num_samples
     again = Synthetic()
-    assert choose_policy(problem, ("su", "none"), again, run) == (policy, table)
-    assert again.calls == 0
+    assert score_references(problem, again, run, "references") == references and not again.calls
+    outcome = run_search(new_search(problem), problem, objective, run, known=references.records)
+    # The whole search, references included, costs what the search alone did.
+    alone = Synthetic()
+    other = SearchRun(tmp_path / "alone.jsonl")
+    assert run_search(new_search(problem), problem, alone, other) == outcome
+    assert objective.calls == alone.calls
+
+
+class OnlyOneIsGood(Synthetic):
+    """Losses that are lowest for one vector, wherever it lies, and rise steeply around it."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self._factors = np.asarray(factors)
+
+    def _loss(self, config, index):
+        factors = np.asarray(
+            config.factor_set_for(config.factor_sets[0].max_length).rescale_factors
+        )
+        return 2.0 + float(np.abs(factors - self._factors).sum() > 1e-9)
+
+
+@pytest.mark.parametrize("upper", [None, 3.0])
+def test_a_recovery_keeps_the_tuned_factors_that_nothing_beats(new_search, tmp_path, upper):
+    plain = identity_config(10000.0, 32, 256)
+    tuned = tuple(1.0 + 7.003 * i / 15 for i in range(16))  # beyond 3, and on no grid
+    problem = make_problem(plain.with_factor_set(FactorSet(2048, tuned)), 256, upper=upper)
+    run = SearchRun(tmp_path / "j.jsonl")
+    objective = OnlyOneIsGood(tuned)
+    known = score_references(problem, objective, run, "references").records
+    outcome = run_search(new_search(problem), problem, objective, run, known=known)
+    assert problem.factor_set(outcome.candidate).rescale_factors == tuned
+    assert outcome.seed_scores["longest"] == outcome.score == pytest.approx(math.exp(2.0))
 
 
 # Racing
