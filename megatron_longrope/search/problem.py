@@ -239,7 +239,8 @@ def _recovery(
         start_tokens = tuple(sorted({current.num_start_tokens, longest.num_start_tokens}))
     largest = max(*current.rescale_factors, *longest.rescale_factors)
     step = SearchSpace.step
-    default = max(3.0, 1.0 + scale, 1.0 + step * math.ceil((largest - 1.0) / step - 1e-6))
+    covering = round(1.0 + step * math.ceil((largest - 1.0) / step - 1e-6), 10)
+    default = max(3.0, 1.0 + scale, covering)
     upper = _bounded(upper, default, _limit(base, target_length, ones))
     space = SearchSpace(len(ones), max(scale, 1.01), upper=upper, start_tokens=start_tokens)
     return _problem("recovery", base, target_length, space, ones, named)
