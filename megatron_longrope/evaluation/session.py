@@ -20,6 +20,7 @@ from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.subjects import Model, Subject
 from megatron_longrope.evaluation.work import share
 from megatron_longrope.flops import forward_flops
+from megatron_longrope.out_of_memory import is_out_of_memory
 from megatron_longrope.progress import Progress, format_duration
 from megatron_longrope.ranks import rank
 
@@ -208,10 +209,15 @@ def _note(cell: Cell) -> str:
 
 @contextlib.contextmanager
 def _named_memory_error(cell: Cell) -> Iterator[None]:
-    """Say which cell a GPU's memory did not suffice for, and what helps."""
+    """Say which cell the memory did not suffice for, and what helps; ends this rank.
+
+    The other ranks may already wait in a collective for this one, so that nobody can go on.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RuntimeError(
             f"out of memory for {_note(cell)} tokens: start more processes and raise "
             "--context-parallel-size, or give --dtype bfloat16; finished cells are kept, and the "

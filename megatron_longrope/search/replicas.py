@@ -6,15 +6,19 @@ Only the leader decides anything, so that the ranks cannot disagree about what c
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.engine import Engine
+from megatron_longrope.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from megatron_longrope.engine import Engine
 
 # A rank may wait for its leader as long as the slowest replica takes for a candidate.
 _PATIENCE = timedelta(days=30)
@@ -23,7 +27,8 @@ _PATIENCE = timedelta(days=30)
 class Replica:
     """This rank's place in its replica, with the engine's interface for the leader.
 
-    Under one rank a replica is the engine itself, at no cost.
+    Under one rank a replica is the engine itself, at no cost. With more of them an out-of-memory
+    ends the job, where one rank would record it as the candidate's failure and go on.
 
     Args:
         engine (Engine): This rank's part of the model.
@@ -38,6 +43,7 @@ class Replica:
         self.is_leader = rank % size == 0
         """Whether this rank runs the search."""
         self._leader = self.index * size
+        self._is_in_step = True  # False when this rank has left a forward pass halfway
         self._group = None
         if size > 1:
             # Every rank makes every group, in the same order. Gloo: orders are no work for a GPU,
@@ -56,28 +62,52 @@ class Replica:
     def nll(self, tokens: Tensor, start: int = 0) -> Tensor:
         """Token losses; the leader calls it. See :meth:`Engine.nll`."""
         self._order("nll", tokens, start)
-        return self.engine.nll(tokens, start)
+        with self._in_step():
+            return self.engine.nll(tokens, start)
 
     def serve(self) -> None:
-        """Do what the leader orders, until it closes; the other ranks call it."""
+        """Do what the leader orders, until it closes; the other ranks call it.
+
+        Raises:
+            RuntimeError: This rank ran out of memory.
+        """
         while True:
             order: list[Any] = [None]
             dist.broadcast_object_list(order, src=self._leader, group=self._group)
             name, *arguments = order[0]
             if name == "close":
                 return
-            try:
-                if name == "set_config":
-                    self.engine.set_config(LongRopeConfig.from_dict(*arguments))
-                else:
+            if name == "set_config":
+                self.engine.set_config(LongRopeConfig.from_dict(*arguments))
+            else:
+                with self._in_step():
                     self.engine.nll(*arguments)
-            except torch.OutOfMemoryError:
-                # The leader, with as much to hold, has run out of it too and records the failure.
-                torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Let the other ranks go."""
-        self._order("close")
+        """Let the other ranks go, unless they wait in a layer for a rank that failed there."""
+        if self._is_in_step:
+            self._order("close")
+
+    @contextlib.contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Around a forward pass, which the ranks of a replica can only finish together.
+
+        A rank that leaves it halfway cannot take the others along: they wait in a collective of the
+        layer where it failed. It ends, and the launcher ends the others.
+        """
+        self._is_in_step = False
+        try:
+            yield
+        except RuntimeError as error:
+            if self._group is None or not is_out_of_memory(error):
+                raise
+            raise RuntimeError(
+                f"rank {dist.get_rank()} ran out of memory in a forward pass that its replica's "
+                "ranks can only finish together; every finished evaluation is in the journal: "
+                "start the job again with --resume and more --context-parallel-size or "
+                "--tensor-model-parallel-size, or a shorter --target-length"
+            ) from error
+        self._is_in_step = True
 
     def _order(self, *order: Any) -> None:
         if self._group is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_longrope.out_of_memory import is_out_of_memory
 from megatron_longrope.search.generations import Trial
 from megatron_longrope.search.journal import Evaluation
 from megatron_longrope.search.objective import Objective
@@ -56,7 +57,7 @@ def score_trial(
                 stopped, mean = verdict
                 break
     except RuntimeError as failure:
-        if not _out_of_memory(failure):
+        if not is_out_of_memory(failure):
             raise
         error = f"out of memory: {str(failure).splitlines()[0]}"
         if torch.cuda.is_available():
@@ -78,9 +79,3 @@ def score_trial(
         trial.index,
         None if error else stopped,
     )
-
-
-def _out_of_memory(failure: RuntimeError) -> bool:
-    if isinstance(failure, torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(failure)  # torch's CPU allocator has no type of its own
