@@ -8,8 +8,10 @@ megatron-core's `cu_seqlens` do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -97,6 +99,19 @@ def documents_of(
     return queries, keys
 
 
+def offsets_on(device: torch.device, lengths: Sequence[int]) -> Tensor:
+    """Where documents begin and the last one ends, int32, for kernels.
+
+    Kept for the other layers of a batch: a copy to the device makes the host wait for it.
+    """
+    return _offsets(device, tuple(lengths), torch.is_inference_mode_enabled())
+
+
+@lru_cache(maxsize=8)
+def _offsets(device: torch.device, lengths: tuple[int, ...], _: bool) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
 def check_queries_see_keys(queries: Documents, keys: Documents) -> None:
     """Refuse queries without a key: the last query stands at the last key.
 
@@ -147,6 +162,25 @@ def _sections(documents: Documents, total: int) -> list[int]:
 
 
 def _packed_documents(packed: PackedSeqParams, cp_size: int) -> tuple[Documents, Documents]:
+    """Read the offsets once for all layers, because the host waits for the device there."""
+    tensors = [getattr(packed, name) for name in _OFFSETS]
+    # Identity and version: a tensor may be replaced or overwritten between two batches.
+    # Inference tensors have no version.
+    seen = [
+        (id(tensor), None if tensor is None or tensor.is_inference() else tensor._version)
+        for tensor in tensors
+    ]
+    known = getattr(packed, "longrope_documents", None)
+    if known is None or known[0] != (cp_size, seen):
+        known = (cp_size, seen), _read_documents(packed, cp_size), tensors
+        packed.longrope_documents = known
+    return known[1]
+
+
+_OFFSETS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
+
+
+def _read_documents(packed: PackedSeqParams, cp_size: int) -> tuple[Documents, Documents]:
     queries = _from_cu_seqlens(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, "cu_seqlens_q")
     keys = queries
     if packed.cu_seqlens_kv is not None and (
@@ -185,7 +219,7 @@ def _from_cu_seqlens(cu_seqlens: Tensor | None, padded: Tensor | None, name: str
 
 
 def _differences(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
-    offsets = cu_seqlens.tolist()  # the one point where the host waits for the device
+    offsets = cu_seqlens.tolist()
     if cu_seqlens.dim() == 1 and offsets[0] == 0:
         lengths = tuple(after - before for before, after in pairwise(offsets))
         if min(lengths, default=0) >= 0:

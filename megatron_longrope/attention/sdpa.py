@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_longrope.attention import varlen
 from megatron_longrope.attention.documents import (
     Documents,
     check_queries_see_keys,
@@ -39,8 +40,9 @@ class SdpaCoreAttention(MegatronModule):
     """Scaled dot-product attention for the `core_attention` slot of a megatron-core layer spec.
 
     Causal attention over one sequence or over packed documents that do not see one another, with
-    grouped queries and context parallelism, on CPU and CUDA, forward and backward. With several
-    documents there is one kernel call each and never a mask over the pack.
+    grouped queries and context parallelism, on CPU and CUDA, forward and backward. A pack is one
+    kernel call for each softmax scale in it where torch has a kernel for documents of any lengths
+    (CUDA, half precision), else a call for each document, and never a mask over the pack.
 
     Under context parallelism keys and values are gathered for training and travel around a ring
     when neither gradients nor training mode are on. The two differ by rounding. A checkpointed
@@ -234,13 +236,48 @@ class SdpaCoreAttention(MegatronModule):
         Returns:
             Tensor: `[b, sum of query_lengths, h, d_v]`.
         """
+        first, *others = dict.fromkeys(scales)
+        lengths = (query_lengths, key_lengths, key_lengths)
+        if not others:
+            return self._attend_documents(query, key, value, *lengths[:2], first, causal)
+        # A kernel takes one scale a call: mixed windows have two.
+        parts = [
+            tensor.split(list(counts), dim=1)
+            for tensor, counts in zip((query, key, value), lengths, strict=True)
+        ]
+        outputs: list[Tensor] = list(parts[0])
+        for scale in (first, *others):
+            chosen = [index for index, own in enumerate(scales) if own == scale]
+            output = self._attend_documents(
+                *(torch.cat([pieces[i] for i in chosen], dim=1) for pieces in parts),
+                *([counts[i] for i in chosen] for counts in lengths[:2]),
+                scale,
+                causal,
+            )
+            pieces = output.split([query_lengths[i] for i in chosen], dim=1)
+            for index, piece in zip(chosen, pieces, strict=True):
+                outputs[index] = piece
+        return torch.cat(outputs, dim=1)
+
+    def _attend_documents(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> Tensor:
+        """As :meth:`_attend`, for documents with one softmax scale."""
+        if len(query_lengths) > 1 and varlen.fits(query, key, value, self._dropout()):
+            return varlen.attend(query, key, value, query_lengths, key_lengths, scale, causal)
         outputs = [
-            self._attend_document(*document, causal)
+            self._attend_document(*document, scale, causal)
             for document in zip(
                 query.split(list(query_lengths), dim=1),
                 key.split(list(key_lengths), dim=1),
                 value.split(list(key_lengths), dim=1),
-                scales,
                 strict=True,
             )
         ]

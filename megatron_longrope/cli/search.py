@@ -36,9 +36,10 @@ def add_parser(commands) -> None:
     options.add_model(parser)
     parser.add_argument(
         "--attention",
-        choices=("auto", "sdpa", "flash"),
+        choices=("auto", "sdpa", "flash", "te"),
         default="auto",
-        help="kernels (default: auto, flash-attn where it is installed and fits, else torch SDPA)",
+        help="kernels: a flash-attention package, torch SDPA or Transformer Engine (default: auto, "
+        "flash where one can run, else sdpa; `longrope doctor` says which)",
     )
     parser.add_argument(
         "--data", required=True, metavar="PREFIX", help="search documents (longrope data prepare)"

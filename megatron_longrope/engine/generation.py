@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.transformer.attention import Attention
 from torch import Tensor, nn
 
+from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.config_rules import check_int
 from megatron_longrope.engine import loss
 from megatron_longrope.engine.engine import Engine
@@ -224,6 +225,14 @@ def _whole_logits(engine: Engine, hidden: Tensor, real_tokens: int) -> Tensor:
 
 
 def _check_layout(engine: Engine) -> None:
+    for module in engine.model.modules():
+        if isinstance(module, Attention) and not isinstance(
+            module.core_attention, SdpaCoreAttention
+        ):
+            raise ValueError(
+                "generation needs attention that aligns its causal mask with the last key, which "
+                f"{type(module.core_attention).__name__} does not; use attention 'sdpa' or 'flash'"
+            )
     size = engine.cp_group.size()
     if size > 1:
         raise ValueError(

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
+from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention, flash_kernels
+from megatron_longrope.integration import compat
 
-ATTENTIONS = ("auto", "sdpa", "flash")
+ATTENTIONS = ("auto", "sdpa", "flash", "te")
 
 _HALF = (torch.float16, torch.bfloat16)
-_AMPERE = (8, 0)  # the oldest compute capability of flash-attn 2
 
 
-def core_attention(
-    attention: str, device: torch.device, dtype: torch.dtype
-) -> type[SdpaCoreAttention]:
+def core_attention(attention: str, device: torch.device, dtype: torch.dtype) -> type:
     """The class for the model's `core_attention` slot.
 
     Args:
-        attention (str): `sdpa`, `flash`, or `auto`: flash-attn where it can run, else SDPA, which
-            on CUDA in half precision takes torch's own flash kernel.
+        attention (str): `sdpa`, `flash`, `te` (Transformer Engine), or `auto`: a flash-attention
+            package where one can run, else SDPA, which on CUDA in half precision takes torch's own
+            flash kernel.
         device (torch.device): Where the model will be.
         dtype (torch.dtype): What it will compute in.
 
     Raises:
-        ValueError: Another name, or `flash` where flash-attn cannot run.
+        ValueError: Another name, or `flash` or `te` where it cannot run.
     """
     if attention not in ATTENTIONS:
         raise ValueError(
@@ -33,28 +32,47 @@ def core_attention(
         )
     if attention == "sdpa":
         return SdpaCoreAttention
-    obstacle = _obstacle(device, dtype)
+    obstacle = _no_half_on_cuda(device, dtype)
+    if attention == "te":
+        if obstacle is None and not compat.transformer_engine_is_usable():
+            obstacle = "megatron-core cannot import Transformer Engine"
+        if obstacle is not None:
+            raise _refusal(attention, "Transformer Engine", obstacle)
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+    obstacle = obstacle or _flash_obstacle(device)
     if obstacle is None:
         return FlashCoreAttention
     if attention == "flash":
-        raise ValueError(
-            f"attention 'flash' needs flash-attn and a half-precision model on a CUDA device, but "
-            f"{obstacle}; use attention 'sdpa'"
-        )
+        raise _refusal(attention, "a flash-attention package", obstacle)
     return SdpaCoreAttention
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why flash-attn cannot run, or None."""
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` takes for a model, and why not another."""
+    chosen = core_attention("auto", device, dtype)
+    if chosen is FlashCoreAttention:
+        return f"flash ({flash_kernels.find(torch.cuda.get_device_capability(device)).name})"
+    return f"sdpa ({_no_half_on_cuda(device, dtype) or _flash_obstacle(device)})"
+
+
+def _refusal(attention: str, package: str, obstacle: str) -> ValueError:
+    return ValueError(
+        f"attention {attention!r} needs {package} and a half-precision model on a CUDA device, but "
+        f"{obstacle}; use attention 'sdpa'"
+    )
+
+
+def _no_half_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"the device is {device}"
-    if dtype not in _HALF:
-        return f"the dtype is {dtype}"
+    return None if dtype in _HALF else f"the dtype is {dtype}"
+
+
+def _flash_obstacle(device: torch.device) -> str | None:
     try:
-        import flash_attn  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn cannot be imported ({error})"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _AMPERE:
-        return f"the device has compute capability {'.'.join(map(str, capability))}, below 8.0"
+        flash_kernels.find(torch.cuda.get_device_capability(device))
+    except ValueError as error:
+        return str(error)
     return None

@@ -45,8 +45,8 @@ def load_engine(
         device (optional): Defaults to this process' GPU, else the CPU.
         mode (str): How a sequence chooses its factor set. Defaults to "auto".
         hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
-        attention (str): `auto` takes flash-attn where it is installed and can run (CUDA, half
-            precision), else torch SDPA; `sdpa` or `flash` insist. Defaults to "auto".
+        attention (str): `auto` takes a flash-attention package where one can run (CUDA, half
+            precision), else torch SDPA; `sdpa`, `flash` or `te` insist. Defaults to "auto".
         replicas (bool): Accept a multiple of TP x CP processes, each TP x CP of which hold a copy
             of the model; :attr:`Engine.replica` tells which. Defaults to False.
 

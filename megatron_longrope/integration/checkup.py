@@ -177,8 +177,12 @@ def _helpers(problems: list[str]) -> str:
 
 def _attention(notes: list[str]) -> dict[str, str]:
     chosen = {"local": attention_from_args(_flags("local"))}
+    flash = _flash()
     if chosen["local"] == "flash":
-        chosen["local"] = "flash with --bf16 or --fp16, otherwise sdpa"
+        chosen["local"] = f"flash ({flash}) with --bf16 or --fp16, otherwise sdpa"
+    else:
+        chosen["local"] += f" ({flash})"
+    chosen["search and evaluation"] = _engine_attention()
     if compat.transformer_engine_is_usable():
         chosen["transformer_engine"] = "te"
     else:
@@ -187,6 +191,31 @@ def _attention(notes: list[str]) -> dict[str, str]:
             chosen["transformer_engine"] = "not available: Transformer Engine cannot be imported"
             notes.append("Transformer Engine is installed, but megatron-core cannot import it")
     return chosen
+
+
+def _flash() -> str:
+    """The flash-attention package that would be taken, or why none is."""
+    import torch
+
+    from megatron_longrope.attention import flash_kernels
+
+    if not torch.cuda.is_available():
+        return "no GPU"
+    try:
+        return flash_kernels.find(flash_kernels.capability()).name
+    except ValueError as error:
+        return str(error)
+
+
+def _engine_attention() -> str:
+    import torch
+
+    from megatron_longrope.engine.kernels import describe
+    from megatron_longrope.engine.model import default_device
+
+    text = describe(default_device(), torch.bfloat16)
+    usable = compat.transformer_engine_is_usable() and torch.cuda.is_available()
+    return f"{text}; --attention te is there too" if usable else text
 
 
 def _flags(transformer_impl: str) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -94,9 +93,10 @@ def attention_from_args(args: argparse.Namespace) -> str:
             f"--longrope-attention {choice} needs --transformer-impl local, "
             f"got {args.transformer_impl}"
         )
-    if choice == "flash" and not flash_attention_is_installed():
+    if choice == "flash" and (obstacle := flash_obstacle()):
         raise ValueError(
-            "--longrope-attention flash needs flash-attn, which is not installed; use sdpa"
+            f"--longrope-attention flash needs a flash-attention package that runs here, but "
+            f"{obstacle}; install one (pip install megatron-longrope[flash]) or use sdpa"
         )
     if choice == "local" and args.context_parallel_size > 1:
         raise ValueError(
@@ -112,16 +112,22 @@ def attention_from_args(args: argparse.Namespace) -> str:
     return choice
 
 
-def flash_attention_is_installed() -> bool:
-    """True when flash-attn can be imported."""
-    return importlib.util.find_spec("flash_attn") is not None
+def flash_obstacle() -> str | None:
+    """Why no flash-attention package can run here, or None."""
+    from megatron_longrope.attention import flash_kernels
+
+    try:
+        flash_kernels.find(flash_kernels.capability())
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _flash_attention_fits(args: argparse.Namespace) -> bool:
     import torch
 
     half = getattr(args, "bf16", False) or getattr(args, "fp16", False)
-    return bool(half and flash_attention_is_installed() and torch.cuda.is_available())
+    return bool(half and torch.cuda.is_available() and flash_obstacle() is None)
 
 
 def check_flags(args: argparse.Namespace) -> None:

@@ -19,12 +19,18 @@ from attention_cases import (
     tokens_scale,
     with_scale,
 )
+from fake_flash_attn import flash_attn_varlen_func
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
+from megatron_longrope.attention import (
+    FlashCoreAttention,
+    SdpaCoreAttention,
+    documents,
+    varlen,
+)
 
 CLASSES = [SdpaCoreAttention, FlashCoreAttention]
 pytestmark = pytest.mark.usefixtures("flash_in_fp64")
@@ -118,11 +124,50 @@ def test_no_kernel_call_covers_more_than_one_document(monkeypatch):
     assert shapes == [(5, 5, None), (7, 7, None)]
 
 
-def test_flash_takes_a_whole_pack_in_one_call(flash_in_fp64):
-    pack = Pack((5, 3, 7), (6, 4, 7), tail=1)
-    module = core_attention(with_scale(FlashCoreAttention))
-    module(*random_batch(pack.total)[:3], packed_seq_params=pack.params())
+def test_flash_takes_a_whole_pack_in_one_call_for_each_scale(flash_in_fp64):
+    pack = Pack((5, 3, 7, 2), (6, 4, 7, 4), tail=1)
+    batch = random_batch(pack.total)[:3]
+    core_attention(FlashCoreAttention)(*batch, packed_seq_params=pack.params())
     assert flash_in_fp64.calls == {"flash_attn_varlen_func": 1}
+    scale = staticmethod(lambda rows: 1.0 + (rows > 4))
+    mixed = type("Mixed", (FlashCoreAttention,), {"document_scale": scale})
+    core_attention(mixed)(*batch, packed_seq_params=pack.params())
+    assert flash_in_fp64.calls == {"flash_attn_varlen_func": 3}
+
+
+def test_the_offsets_of_a_pack_are_read_once_for_all_layers(monkeypatch):
+    read = []
+    stock = documents._differences
+    monkeypatch.setattr(documents, "_differences", lambda *a: read.append(a) or stock(*a))
+    packed = Pack.tight(4, 5).params()
+    batch = random_batch(9)[:3]
+    for _ in range(3):
+        core_attention()(*batch, packed_seq_params=packed)
+    assert len(read) == 1
+    packed.cu_seqlens_q[1] = 3  # in place, as a captured graph's inputs change
+    core_attention()(*batch, packed_seq_params=packed)
+    assert len(read) == 2
+
+
+def test_torchs_kernel_for_documents_of_any_lengths_gets_them_in_one_call(monkeypatch):
+    """A stand-in with its signature: the kernel itself needs CUDA (tests/gpu)."""
+    calls = []
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        calls.append(options.pop("enable_gqa"))
+        scale, window = options.pop("scale"), options.pop("window_size")
+        assert not options and window == (-1, 0) and cu_seq_q is cu_seq_k
+        return flash_attn_varlen_func(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, scale, True
+        )
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "fits", lambda *_: True)
+    pack = Pack((5, 3, 7), (6, 4, 7), tail=1)
+    *qkv, _ = random_batch(pack.total, groups=2)
+    ours = core_attention()(*qkv, packed_seq_params=pack.params())
+    assert_same([ours], [packed_reference(*qkv, pack)])
+    assert calls == [True]
 
 
 def test_dropout_acts_within_a_pack_in_training_only():

@@ -11,8 +11,10 @@ from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import Engine, load_engine, process_groups
-from megatron_longrope.engine.kernels import core_attention
+from megatron_longrope.engine.generation import generate
+from megatron_longrope.engine.kernels import core_attention, describe
 from megatron_longrope.engine.model import build_model
+from megatron_longrope.integration import compat
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 HALF = torch.bfloat16
@@ -27,6 +29,7 @@ def flash_installed(monkeypatch):
 @pytest.fixture
 def no_flash(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -47,7 +50,7 @@ def test_elsewhere_auto_is_sdpa_and_flash_is_refused(flash_installed, device, dt
 
 def test_without_the_package_auto_is_sdpa_and_flash_is_refused(no_flash):
     assert core_attention("auto", CUDA, HALF) is SdpaCoreAttention
-    with pytest.raises(ValueError, match="flash-attn cannot be imported"):
+    with pytest.raises(ValueError, match=r"flash-attn 2 cannot be used \(import of flash_"):
         core_attention("flash", CUDA, HALF)
 
 
@@ -63,8 +66,46 @@ def test_sdpa_is_sdpa_everywhere(flash_installed):
 
 
 def test_another_name_is_refused(megatron_runs):
-    with pytest.raises(ValueError, match=r"attention 'te' is unknown .* auto, sdpa, flash"):
-        load_engine(megatron_runs["tied_mha"].path, device="cpu", attention="te")
+    with pytest.raises(ValueError, match=r"attention 'xla' is unknown .* auto, sdpa, flash, te"):
+        load_engine(megatron_runs["tied_mha"].path, device="cpu", attention="xla")
+
+
+def test_transformer_engine_is_taken_where_it_can_run(monkeypatch):
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    with pytest.raises(ValueError, match="megatron-core cannot import Transformer Engine"):
+        core_attention("te", CUDA, HALF)
+    monkeypatch.setattr(compat, "transformer_engine_is_usable", lambda: True)
+    assert core_attention("te", CUDA, HALF) is TEDotProductAttention
+    with pytest.raises(ValueError, match=r"the dtype is torch\.float32; use attention 'sdpa'"):
+        core_attention("te", CUDA, torch.float32)
+
+
+class TransformerEngineLike(torch.nn.Module):
+    """Core attention that has given its softmax scale away by the time the engine sets one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.kernel = SdpaCoreAttention(*args, **kwargs)
+        self.softmax_scale = self.kernel.softmax_scale
+
+    def forward(self, *args, **kwargs):
+        return self.kernel(*args, **kwargs)
+
+
+def test_attention_with_a_scale_of_its_own_gets_the_factor_by_cos_and_sin(megatron_runs):
+    process_groups.initialize()
+    checkpoint = MegatronCheckpoint.open(megatron_runs["untied_gqa"].path)
+    tokens = random_tokens(maker.VOCAB, maker.LONG_TOKENS, 1)
+    losses = []
+    for kernel in (SdpaCoreAttention, TransformerEngineLike):
+        model = build_model(checkpoint.shape, maker.longrope_config(), core_attention=kernel)
+        load_into(model, checkpoint)
+        assert model.rotary_pos_emb.attention_factor(maker.LONG_TOKENS) != 1.0
+        losses.append(Engine(model, checkpoint.shape).nll(tokens))
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="TransformerEngineLike does not; use attention 'sdpa'"):
+        generate(Engine(model, checkpoint.shape), tokens, 1)
 
 
 def test_a_model_on_flash_gives_the_losses_of_sdpa(flash_installed, megatron_runs):
@@ -80,3 +121,8 @@ def test_a_model_on_flash_gives_the_losses_of_sdpa(flash_installed, megatron_run
     assert fake_flash_attn.calls["flash_attn_func"] == maker.LAYERS
     torch.testing.assert_close(*losses, atol=0.1, rtol=0)  # bf16
     assert (losses[0] - losses[1]).abs().mean() < 0.01
+
+
+def test_what_auto_takes_is_described_with_the_reason(flash_installed):
+    assert describe(CUDA, HALF) == "flash (flash-attn 2)"
+    assert describe(CPU, HALF) == "sdpa (the device is cpu)"
