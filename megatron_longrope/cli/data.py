@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.cli.data_facts import print_facts
+from megatron_longrope.cli.options import add_bos
 from megatron_longrope.lengths import parse_length
 
 
@@ -68,6 +69,7 @@ def _add_prepare(actions: Any) -> None:
         "--tokenizer", required=True, metavar="PATH",
         help="sentencepiece .model file or Hugging Face tokenizer folder",
     )  # fmt: skip
+    add_bos(parser)
     parser.add_argument(
         "--output", required=True, metavar="PREFIX", help="path of the set, without suffix"
     )
@@ -243,6 +245,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
         args.tokenizer,
         recipe,
         split=Split(args.held_out, short, args.seed),
+        bos=args.bos,
         text_key=args.text_key,
         on_error=args.on_error,
         workers=args.workers,

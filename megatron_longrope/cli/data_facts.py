@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_longrope.data.tokenizer import bos_name
+
 
 def print_facts(prefix: str, manifest: dict[str, Any]) -> None:
     """Print a manifest, without its histograms.
@@ -28,7 +30,8 @@ def print_facts(prefix: str, manifest: dict[str, Any]) -> None:
     for item in manifest["skipped"]["lines"][:10]:
         print(f"    {item['file']}:{item['line']}: {item['reason']}")
     print(f"  tokenizer        {manifest['tokenizer']} ({manifest['vocab_size']} tokens, "
-          f"BOS {manifest['bos_id']}, EOS {manifest['eos_id']})")  # fmt: skip
+          f"BOS {bos_name(manifest['bos_id'])}, "
+          f"EOS {manifest['eos_id']})")  # fmt: skip
     print(f"  tokenizer sha256 {manifest['tokenizer_sha256']}")
     print(f"  token sha256     {manifest['token_sha256']}")
 

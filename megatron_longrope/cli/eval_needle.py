@@ -29,7 +29,7 @@ def add_parser(kinds) -> None:
         metavar="TEXT",
         help="a .txt, .jsonl or .jsonl.gz file, or a directory of them",
     )
-    group.add_argument("--tokenizer", metavar="T", help="the models' tokenizer (default: of --hf)")
+    evaluate.add_tokenizer(group)
     group.add_argument(
         "--tasks",
         type=options.choices(*_TASKS),
@@ -65,10 +65,11 @@ def add_parser(kinds) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from megatron_longrope.data.sentences import train_splitter
+    from megatron_longrope.data.tokenizer import bos_name
     from megatron_longrope.evaluation import needle
     from megatron_longrope.evaluation.records import write_csv
     from megatron_longrope.evaluation.retrieval import needle_summary
-    from megatron_longrope.evaluation.scored_documents import read_texts, tokenizer_with_bos
+    from megatron_longrope.evaluation.scored_documents import read_texts, tokenizer_for
     from megatron_longrope.evaluation.session import Cell
     from megatron_longrope.evaluation.subjects import check_tokenizer_fits
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     if args.depths == [None]:
         raise ValueError("--depths random is for passkey; give a number of depths or a list")
     models, subjects = evaluate.open_subjects(args, args.lengths)
-    tokenizer = tokenizer_with_bos(evaluate.tokenizer_path(args), args.data)
+    tokenizer = tokenizer_for(evaluate.tokenizer_path(args), args.data, args.bos)
     check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
     texts = list(read_texts(args.data))
     documents = needle.prepare_documents(
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
                 "document": documents[trial % len(documents)].name,
                 "document_sha256": documents[trial % len(documents)].sha256(length),
                 "tokenizer_sha256": tokenizer.sha256,
+                "bos": bos_name(tokenizer.bos_id),
+                "requested_bos": args.bos,
             },
             {length: 1},
         )

@@ -24,7 +24,7 @@ def add_parser(kinds) -> None:
     )
     evaluate.add_common(parser)
     group = parser.add_argument_group("passkey")
-    group.add_argument("--tokenizer", metavar="T", help="the models' tokenizer (default: of --hf)")
+    evaluate.add_tokenizer(group)
     evaluate.add_trials(group, "of each length and depth", depths="random")
     group.add_argument(
         "--scoring",
@@ -38,7 +38,7 @@ def add_parser(kinds) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from megatron_longrope.data.tokenizer import load_tokenizer
+    from megatron_longrope.data.tokenizer import bos_name, load_tokenizer
     from megatron_longrope.evaluation import passkey
     from megatron_longrope.evaluation.records import write_csv
     from megatron_longrope.evaluation.retrieval import passkey_summary
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     evaluate.check_trials(args)
     models, subjects = evaluate.open_subjects(args, args.lengths)
-    tokenizer = load_tokenizer(evaluate.tokenizer_path(args))
+    tokenizer = load_tokenizer(evaluate.tokenizer_path(args), args.bos)
     check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
     report = passkey.check_tokenizer(tokenizer)
     # Ten new tokens must fit behind a prompt that is to be continued.
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
                 "trial": trial,
                 "scoring": args.scoring,
                 "tokenizer_sha256": tokenizer.sha256,
+                "bos": bos_name(tokenizer.bos_id),
+                "requested_bos": args.bos,
             },
             {length: 1},
         )

@@ -21,7 +21,8 @@ def add_parser(kinds) -> None:
     parser = kinds.add_parser(
         "ppl",
         help="perplexity at several lengths, for baselines and factor files",
-        description="Perplexity by the paper's definition: BOS before every window, unweighted "
+        description="Perplexity by the paper's definition: BOS (where the tokenizer has one) "
+        "before every window, unweighted "
         "mean over windows; the token-weighted mean is given beside it. One window per document "
         "(`truncated`) unless --stride is given.",
     )
@@ -33,7 +34,7 @@ def add_parser(kinds) -> None:
         metavar="PREFIX|TEXT",
         help="held-out documents: a prepared set, or a .txt, .jsonl or .jsonl.gz file or directory",
     )
-    group.add_argument("--tokenizer", metavar="T", help="the models' tokenizer, for text")
+    evaluate.add_tokenizer(group)
     group.add_argument(
         "--num-documents",
         type=int,
@@ -77,13 +78,15 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from megatron_longrope.evaluation.perplexity import perplexity
     from megatron_longrope.evaluation.records import write_csv
-    from megatron_longrope.evaluation.scored_documents import read_scored_documents
+    from megatron_longrope.evaluation.scored_documents import is_prepared, read_scored_documents
     from megatron_longrope.evaluation.subjects import check_tokenizer_fits, open_models
 
     models = open_models(args.load, args.hf, args.iteration)
     subjects = [item for model in models for item in _subjects(args, model)]
+    # A prepared set knows its tokenizer; a model's folder may hold the same one in another form.
+    tokenizer = args.tokenizer if is_prepared(args.data) else evaluate.own_tokenizer_path(args)
     documents = read_scored_documents(
-        args.data, args.tokenizer, max(args.lengths) - 1, args.num_documents
+        args.data, tokenizer, max(args.lengths), args.num_documents, args.bos
     )
     check_tokenizer_fits(documents.vocab_size, f"the tokenizer of {args.data}", models)
     cells = [_cell(args, length, subject, documents) for length, subject in subjects]
@@ -167,11 +170,14 @@ def _base(args: argparse.Namespace, model):
 
 
 def _cell(args: argparse.Namespace, length: int, subject, documents):
+    from megatron_longrope.data.tokenizer import bos_name, bos_prefix
     from megatron_longrope.evaluation.perplexity import planned_windows, protocol_of
     from megatron_longrope.evaluation.session import Cell
 
     stride = _stride_at(args, length)
-    spans = planned_windows([len(tokens) for tokens in documents.tokens], length, stride)
+    front = len(bos_prefix(documents.bos_id))
+    lengths = [len(tokens) for tokens in documents.tokens]
+    spans = planned_windows(lengths, length, stride, bos=bool(front))
     return Cell(
         subject,
         {
@@ -180,8 +186,10 @@ def _cell(args: argparse.Namespace, length: int, subject, documents):
             "requested_stride": args.stride,
             "sources": f"{documents.source}:{len(documents.tokens)}",
             "documents_sha256": documents.sha256,
+            "bos": bos_name(documents.bos_id),
+            "requested_bos": args.bos,
         },
-        Counter(span.end - span.start + 1 for _, span in spans),
+        Counter(span.end - span.start + front for _, span in spans),
     )
 
 

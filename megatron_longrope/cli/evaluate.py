@@ -131,22 +131,38 @@ def check_trials(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed} must be at least 0")
 
 
+def add_tokenizer(group) -> None:
+    """Flags of the tokenizer of a text or prompt."""
+    group.add_argument(
+        "--tokenizer",
+        metavar="T",
+        help="the models' tokenizer, a sentencepiece .model file or a Hugging Face folder "
+        "(default: of --hf)",
+    )
+    options.add_bos(group)
+
+
 def tokenizer_path(args: argparse.Namespace) -> str:
     """The tokenizer given, else that of the only model when it is a Hugging Face folder.
 
     Raises:
         ValueError: Neither.
     """
+    if (path := own_tokenizer_path(args)) is None:
+        raise ValueError(
+            "prompts need a tokenizer: give the models' own with --tokenizer (a sentencepiece "
+            ".model file or a Hugging Face folder); models with different ones need a command each"
+        )
+    return path
+
+
+def own_tokenizer_path(args: argparse.Namespace) -> str | None:
+    """As :func:`tokenizer_path`, but None where there is neither."""
     from megatron_longrope.evaluation.subjects import labelled
 
-    if args.tokenizer is not None:
-        return args.tokenizer
-    if len(args.hf) == 1 and not args.load:
+    if args.tokenizer is None and len(args.hf) == 1 and not args.load:
         return labelled(args.hf)[0][1]
-    raise ValueError(
-        "prompts need a tokenizer: give the models' own with --tokenizer (a sentencepiece .model "
-        "file or a Hugging Face folder); models with different ones need a command each"
-    )
+    return args.tokenizer
 
 
 def _hours(text: str) -> float:

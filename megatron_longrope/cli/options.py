@@ -37,6 +37,17 @@ def choices(*allowed: str):
     return parse
 
 
+def add_bos(parser) -> None:
+    """The flag of the token before every window and segment."""
+    parser.add_argument(
+        "--bos",
+        type=int,
+        metavar="ID",
+        help="token id before every window or segment (default: the tokenizer's BOS; nothing where "
+        "it has none, as Qwen's)",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Flags that say which model is loaded, and how.
 

@@ -44,6 +44,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--data", required=True, metavar="PREFIX", help="search documents (longrope data prepare)"
     )
+    options.add_bos(parser)
     parser.add_argument(
         "--target-length", required=True, type=options.length, metavar="N", help="window in tokens"
     )

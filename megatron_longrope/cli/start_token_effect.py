@@ -55,7 +55,7 @@ def measured(
     results = []
     for item in dropped:
         length = min(windows[item.window], data_length or windows[item.window])
-        documents = read_scored_documents(data, tokenizer, length - 1, num_documents)
+        documents = read_scored_documents(data, tokenizer, length, num_documents)
         if documents.vocab_size > checkpoint.shape.vocab_size:
             raise ValueError(
                 f"the tokenizer of {data} has {documents.vocab_size} tokens, the model's "

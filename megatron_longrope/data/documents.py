@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_longrope.data.prepare import MANIFEST_SCHEMA
+from megatron_longrope.data.tokenizer import bos_prefix, check_bos
 from megatron_longrope.data.writer import output_paths, update_digest
 from megatron_longrope.files import read_json
 
@@ -58,21 +59,31 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def read_documents_with_bos(
-    prefix: str | Path, min_length: int, limit: int
-) -> tuple[list[np.ndarray], int]:
-    """Documents for windows that BOS stands before, and its id; see :func:`read_documents`.
+def read_window_documents(
+    prefix: str | Path, window: int, limit: int, *, windows: int = 1, bos: int | None = None
+) -> tuple[list[np.ndarray], int | None]:
+    """Read documents that fill `windows` windows of `window` tokens; see :func:`read_documents`.
+
+    Args:
+        prefix (Path): A prepared set.
+        window (int): Tokens of a window, BOS included.
+        limit (int): How many documents.
+        windows (int): Windows in each document, side by side.
+        bos (int, optional): Token id before every window. Defaults to the set's, or none.
+
+    Returns:
+        tuple[list[np.ndarray], int | None]: Documents without special tokens, and the id of BOS;
+        None for a tokenizer without one.
 
     Raises:
-        ValueError: Too few documents are that long, or the set's tokenizer has no BOS.
+        ValueError: Too few documents are that long, or `bos` is no token.
     """
-    bos_id = read_manifest(prefix)["bos_id"]
-    if bos_id is None:
-        raise ValueError(
-            f"{prefix} was made with a tokenizer without BOS, which stands before every window; "
-            "use a tokenizer that has one"
-        )
-    return read_documents(prefix, min_length=min_length, limit=limit), bos_id
+    manifest = read_manifest(prefix)
+    bos_id = manifest["bos_id"] if bos is None else bos
+    if bos is not None:
+        check_bos(bos, manifest["vocab_size"])
+    content = windows * (window - len(bos_prefix(bos_id)))
+    return read_documents(prefix, min_length=content, limit=limit), bos_id
 
 
 def read_documents(
@@ -117,8 +128,9 @@ def check_set(prefix: str | Path) -> list[str]:
     """Compare every token of a set with its manifest; memory stays at one entry.
 
     Entries of segments must all have exactly segment_length tokens (times joined), and each segment
-    starts with BOS and ends with EOS, or GPTDataset's samples are not the entries. Short documents
-    must keep their multiple, or context parallelism cannot divide them.
+    starts with BOS (where the tokenizer has one) and ends with EOS, or GPTDataset's samples are not
+    the entries. Short documents must keep their multiple, or context parallelism cannot divide
+    them.
 
     Returns:
         list[str]: One sentence for each problem, shortened to the first few; empty when sound.
@@ -174,9 +186,10 @@ def _entry_problems(tokens: np.ndarray, manifest: dict[str, Any]) -> list[str]:
         segments = np.array_split(tokens, joined)
     for segment in segments:
         for place, position, name in (("starts", 0, "bos_id"), ("ends", -1, "eos_id")):
-            if len(segment) and segment[position] != manifest[name]:
+            special = manifest[name]
+            if special is not None and len(segment) and segment[position] != special:
                 found = segment[position]
-                problems.append(f"{place} with token {found}, not {name} {manifest[name]}")
+                problems.append(f"{place} with token {found}, not {name} {special}")
     return problems
 
 

@@ -34,6 +34,7 @@ def prepare(
     recipe: Recipe,
     *,
     split: Split | None = None,
+    bos: int | None = None,
     text_key: str = "text",
     on_error: str = "fail",
     workers: int = 1,
@@ -53,6 +54,7 @@ def prepare(
         tokenizer (Path): sentencepiece `.model` file or Hugging Face folder.
         recipe (Recipe): Fixed-length segments or whole documents.
         split (Split, optional): What goes to sets beside this one. Defaults to nothing.
+        bos (int, optional): Token id that begins segments. Defaults to the tokenizer's, or none.
         text_key (str): Key of the text in JSON lines, or column. Defaults to "text".
         on_error (str): `fail` stops at an unreadable document, `skip` counts it and goes on.
         workers (int): Processes that tokenize. Defaults to 1, which is this one.
@@ -74,8 +76,12 @@ def prepare(
     sources = as_sources(inputs)
     files = [find_source_files(source.paths) for source in sources]
     _refuse_shared(sources, files)
-    loaded = load_tokenizer(tokenizer)
-    _check_special_tokens(loaded, tokenizer, recipes.values())
+    loaded = load_tokenizer(tokenizer, bos)
+    if loaded.eos_id is None and any(each.needs_special_tokens for each in recipes.values()):
+        raise ValueError(
+            f"tokenizer {tokenizer} has no EOS token, which ends every segment; name one in its "
+            "tokenizer_config.json (eos_token)"
+        )
 
     with ExitStack() as stack:
         directory = stack.enter_context(parts_directory(Path(output)))
@@ -150,19 +156,6 @@ def _manifest_of_split(split: Split) -> dict[str, Any]:
         "held_out": split.held_out,
         "short_window": split.short.window if split.short else None,
     }
-
-
-def _check_special_tokens(
-    loaded: Tokenizer, tokenizer: str | Path, recipes: Iterable[Recipe]
-) -> None:
-    if any(recipe.needs_special_tokens for recipe in recipes) and (
-        loaded.bos_id is None or loaded.eos_id is None
-    ):
-        missing = "BOS" if loaded.bos_id is None else "EOS"
-        raise ValueError(
-            f"tokenizer {tokenizer} has no {missing} token; segments are bookended with BOS and "
-            f"EOS, so name one in its tokenizer_config.json ({missing.lower()}_token)"
-        )
 
 
 def _refuse_shared(sources: Sequence[Source], files: Sequence[Sequence[Path]]) -> None:

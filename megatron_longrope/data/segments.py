@@ -1,6 +1,7 @@
 """From tokenized documents to what a .bin holds: fixed-length segments or whole documents.
 
-Fine-tuning follows the paper: every sample is one segment, bookended with BOS and EOS. Megatron's
+Fine-tuning follows the paper: every sample is one segment, bookended with BOS and EOS; a tokenizer
+without BOS (stock Qwen) has EOS alone at the end. Megatron's
 GPTDataset concatenates the entries of a .bin and cuts sample i at tokens i * S to (i + 1) * S (plus
 one token for the labels), so samples equal segments exactly when every entry has S tokens. The
 very last segment of a run has no label token behind it: n segments give n - 1 samples in one epoch.
@@ -19,6 +20,8 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
+
+from megatron_longrope.data.tokenizer import bos_prefix
 
 TAILS = ("drop", "pad", "pack")
 CUTS = ("tokens", "sentences")
@@ -41,6 +44,8 @@ class TokenizedDocument:
 @dataclass(frozen=True)
 class FixedSegments:
     """Cut documents into pieces of S - 2 tokens, each stored as [BOS] piece [EOS].
+
+    Without BOS, pieces have S - 1 tokens and are stored as piece [EOS].
 
     Raises:
         ValueError: A field breaks its rule.
@@ -94,13 +99,13 @@ class FixedSegments:
         return self.cut == "sentences"
 
     def arrange(
-        self, documents: Iterable[TokenizedDocument], bos_id: int, eos_id: int
+        self, documents: Iterable[TokenizedDocument], bos_id: int | None, eos_id: int
     ) -> Iterator[np.ndarray]:
         """Yield entries, int64 [joined * S]; the pieces of a document come in its order.
 
         Args:
             documents (Iterable[TokenizedDocument]): Without special tokens.
-            bos_id (int): First token of every segment.
+            bos_id (int, optional): First token of every segment; None for none.
             eos_id (int): Last token of every segment.
         """
         segments = self._segments(documents, bos_id, eos_id)
@@ -108,11 +113,12 @@ class FixedSegments:
             yield np.concatenate(group)
 
     def _segments(
-        self, documents: Iterable[TokenizedDocument], bos_id: int, eos_id: int
+        self, documents: Iterable[TokenizedDocument], bos_id: int | None, eos_id: int
     ) -> Iterator[np.ndarray]:
         packer = _Packer(self.segment_length, bos_id, eos_id)
+        room = self.segment_length - num_special(bos_id)
         for document in documents:
-            pieces, rest = self._cut(document)
+            pieces, rest = self._cut(document, room)
             for piece in pieces:
                 yield _filled(piece, self.segment_length, bos_id, eos_id)
             if self.tail == "pad" and len(rest):
@@ -121,9 +127,9 @@ class FixedSegments:
                 yield from packer.add(rest)
         yield from packer.flush()
 
-    def _cut(self, document: TokenizedDocument) -> tuple[list[np.ndarray], np.ndarray]:
-        """The pieces that have segments of their own, and the tail, shorter than S - 2."""
-        size, tokens = self.segment_length - 2, document.tokens
+    def _cut(self, document: TokenizedDocument, size: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The pieces, of `size` tokens, that have segments of their own, and the shorter tail."""
+        tokens = document.tokens
         pieces, start = [], 0
         while len(tokens) - start >= size:
             stop = start + size
@@ -195,6 +201,8 @@ class WholeDocuments:
 class ShortDocuments:
     """Every document that fits a short window is an entry of its own: [BOS] document [EOS].
 
+    A tokenizer without BOS gives document [EOS].
+
     This is the short half of mixed-window training (LongRoPE2, section 3.3): with inter-document
     masking Megatron's GPTDataset packs entries into a sample and hands their boundaries to
     attention, so that each trains in its own window. A document cut by the end of a sample goes on
@@ -224,22 +232,25 @@ class ShortDocuments:
                 "which documents are filled up; choose another window or multiple"
             )
 
-    def fits(self, document: TokenizedDocument) -> bool:
-        """Whether the document, with BOS and EOS, is within the window."""
-        return 0 < len(document.tokens) <= self.window - 2
+    def fits(self, document: TokenizedDocument, bos_id: int | None) -> bool:
+        """Return whether the document, with BOS (if there is one) and EOS, is within the window."""
+        return 0 < len(document.tokens) <= self.window - num_special(bos_id)
 
     def arrange(
-        self, documents: Iterable[TokenizedDocument], bos_id: int, eos_id: int
+        self, documents: Iterable[TokenizedDocument], bos_id: int | None, eos_id: int
     ) -> Iterator[np.ndarray]:
         """Yield entries, int64 [n], of the documents that fit, in order.
 
         Args:
             documents (Iterable[TokenizedDocument]): Without special tokens.
-            bos_id (int): First token of every entry.
+            bos_id (int, optional): First token of every entry; None for none.
             eos_id (int): Last token of every entry, and what it is filled with.
         """
-        for document in filter(self.fits, documents):
-            length = -(-(len(document.tokens) + 2) // self.multiple) * self.multiple
+        for document in documents:
+            if not self.fits(document, bos_id):
+                continue
+            least = len(document.tokens) + num_special(bos_id)
+            length = -(-least // self.multiple) * self.multiple
             yield _filled(document.tokens, length, bos_id, eos_id)
 
     def describe(self) -> dict[str, Any]:
@@ -253,7 +264,7 @@ Recipe = FixedSegments | WholeDocuments | ShortDocuments
 class _Packer:
     """Joins bookended tails into full segments."""
 
-    def __init__(self, segment_length: int, bos_id: int, eos_id: int) -> None:
+    def __init__(self, segment_length: int, bos_id: int | None, eos_id: int) -> None:
         self._length = segment_length
         self._bos_id = bos_id
         self._eos_id = eos_id
@@ -263,11 +274,13 @@ class _Packer:
     def add(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
         """Append `tokens`, int64 [n]; yield the segments that this fills."""
         while len(tokens):
-            piece = tokens[: self._length - self._used - 2]
+            special = num_special(self._bos_id)
+            piece = tokens[: self._length - self._used - special]
             tokens = tokens[len(piece) :]
-            self._parts.append(_bookend(piece, self._bos_id, self._eos_id))
-            self._used += len(piece) + 2
-            if self._length - self._used < 3:
+            size = len(piece) + special
+            self._parts.append(_filled(piece, size, self._bos_id, self._eos_id))
+            self._used += size
+            if self._length - self._used <= special:
                 yield from self.flush()
 
     def flush(self) -> Iterator[np.ndarray]:
@@ -278,15 +291,17 @@ class _Packer:
         self._parts, self._used = [], 0
 
 
-def _bookend(piece: np.ndarray, bos_id: int, eos_id: int) -> np.ndarray:
-    return np.concatenate([[bos_id], piece, [eos_id]]).astype(np.int64)  # [n] -> [n + 2]
+def num_special(bos_id: int | None) -> int:
+    """Count the special tokens around a piece: EOS, and BOS where there is one."""
+    return 1 + len(bos_prefix(bos_id))
 
 
-def _filled(piece: np.ndarray, length: int, bos_id: int, eos_id: int) -> np.ndarray:
+def _filled(piece: np.ndarray, length: int, bos_id: int | None, eos_id: int) -> np.ndarray:
     """[BOS] piece [EOS], then EOS up to `length`."""
     filled = np.full(length, eos_id, dtype=np.int64)
-    filled[0] = bos_id
-    filled[1 : 1 + len(piece)] = piece
+    before = bos_prefix(bos_id)
+    filled[: len(before)] = before
+    filled[len(before) : len(before) + len(piece)] = piece
     return filled
 
 

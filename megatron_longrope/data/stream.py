@@ -117,8 +117,8 @@ class DocumentStream:
                     continue
                 counts.use(length)
                 short = self._split.short
-                if short is not None and short.fits(document):
-                    bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+                bos_id, eos_id = tokenizer.bos_id, tokenizer.eos_id
+                if short is not None and short.fits(document, bos_id):
                     writers["_short"].extend(short.arrange([document], bos_id, eos_id))  # type: ignore[arg-type]
                 else:
                     yield document

@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
     """Largest token id plus one."""
 
     bos_id: int | None
-    """Begin-of-sequence token, None when the tokenizer has none."""
+    """Begin-of-sequence token, None when the tokenizer has none (stock Qwen2, Qwen2.5, Qwen3)."""
 
     eos_id: int | None
     """End-of-sequence token, None when the tokenizer has none."""
@@ -153,20 +153,49 @@ class HuggingFaceTokenizer:
         )
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
     """Load a sentencepiece `.model` file or a Hugging Face folder.
 
+    Args:
+        path (Path): File or folder.
+        bos (int, optional): Token id to use as BOS. Defaults to the tokenizer's own, or none.
+
     Raises:
-        ValueError: The path does not exist or holds neither.
+        ValueError: The path does not exist or holds neither, or `bos` is none of its tokens.
     """
     if Path(path).is_dir():
-        return HuggingFaceTokenizer(path)
-    if Path(path).is_file():
-        return SentencePieceTokenizer(path)
-    raise ValueError(
-        f"tokenizer {path} does not exist; give a sentencepiece .model file "
-        "or the folder of a Hugging Face tokenizer"
-    )
+        loaded: Tokenizer = HuggingFaceTokenizer(path)
+    elif Path(path).is_file():
+        loaded = SentencePieceTokenizer(path)
+    else:
+        raise ValueError(
+            f"tokenizer {path} does not exist; give a sentencepiece .model file "
+            "or the folder of a Hugging Face tokenizer"
+        )
+    if bos is not None:
+        check_bos(bos, loaded.vocab_size)
+        loaded.bos_id = bos
+    return loaded
+
+
+def check_bos(bos: int, vocab_size: int) -> None:
+    """Refuse a BOS that is no token.
+
+    Raises:
+        ValueError: It is not an id from 0 to `vocab_size` - 1.
+    """
+    if not 0 <= bos < vocab_size:
+        raise ValueError(f"--bos {bos} is no token id; the tokenizer has 0 to {vocab_size - 1}")
+
+
+def bos_name(bos_id: int | None) -> int | str:
+    """Return the id of BOS for a record, or `none`."""
+    return "none" if bos_id is None else bos_id
+
+
+def bos_prefix(bos_id: int | None) -> list[int]:
+    """Return what stands before a window: BOS, or nothing where the model has none."""
+    return [] if bos_id is None else [bos_id]
 
 
 def train_sentencepiece(

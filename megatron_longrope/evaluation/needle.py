@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_longrope.data.sentences import Splitter
 from megatron_longrope.data.sources import Document
-from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
 from megatron_longrope.evaluation.lockers import (
     INSTRUCTION,
@@ -45,7 +45,7 @@ class NeedleSample:
     """One of :data:`TASKS`."""
 
     tokens: Tensor
-    """`[1, length]`, int64: BOS, instruction, document with needles, question and answer."""
+    """`[1, length]`, int64: BOS if any, instruction, document with needles, question and answer."""
 
     num_answer_tokens: int
     """Tokens at the end that are the answer: numbers, and the spaces and commas before them."""
@@ -118,19 +118,14 @@ def prepare_documents(
         limit (int): Most documents to use; each is encoded up to the largest length.
 
     Raises:
-        ValueError: There is no document, none is long enough, the tokenizer has no BOS, or none of
-            the long ones makes every sample; the last refusal is raised.
+        ValueError: There is no document, none is long enough, or none of the long ones makes every
+            sample; the last refusal is raised.
     """
     for name, given in (("lengths", lengths), ("tasks", tasks), ("documents", documents)):
         if not len(given):
             raise ValueError(f"needle samples need {name}, but there are none; give at least one")
     if limit < 1:
         raise ValueError(f"limit is {limit!r}; at least 1 document is needed")
-    if tokenizer.bos_id is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.path} has no BOS token, which every needle sample begins "
-            "with; name one in its tokenizer_config.json (bos_token)"
-        )
     need, longest, refusal = max(lengths), 0, None
     usable: list[NeedleDocument] = []
     for document in documents:
@@ -172,7 +167,7 @@ def make_sample(
     tokenizer: Tokenizer,
     length: int,
     *,
-    bos_id: int,
+    bos_id: int | None,
     depth: float,
     seed: int,
     trial: int,
@@ -189,7 +184,7 @@ def make_sample(
         document (NeedleDocument): Of `length` tokens or more, which is always enough.
         tokenizer (Tokenizer): The one that encoded it.
         length (int): Tokens of the sample, BOS and answer included.
-        bos_id (int): First token.
+        bos_id (int, optional): First token; None for none.
         depth (float): 0 (before the document's text) to 1 (at the last place of what fits).
         seed (int): With task, length, depth and trial, decides objects, numbers and places.
         trial (int): Number of the trial, from 0.
@@ -207,7 +202,8 @@ def make_sample(
     rng = np.random.default_rng([seed, trial, length, TASKS.index(task), 1 + round(depth * 2**31)])
     keys, values = draw_lockers(count, rng)
 
-    begin = [bos_id, *tokenizer.encode(INSTRUCTION)]
+    front = bos_prefix(bos_id)
+    begin = [*front, *tokenizer.encode(INSTRUCTION)]
     question, answer, spans = question_and_answer(tokenizer, keys[:asked], values[:asked])
     needles = [needle_text(*locker) for locker in zip(keys, values, strict=True)]
     ways = [
@@ -235,7 +231,9 @@ def make_sample(
     ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
     assert len(ids) == length, (len(ids), length)
     for needle, at, own in zip(needles, positions, inserted, strict=True):
-        read = tokenizer.decode(ids[max(at - _BESIDE, 1) : at + len(own) + _BESIDE].tolist())
+        read = tokenizer.decode(
+            ids[max(at - _BESIDE, len(front)) : at + len(own) + _BESIDE].tolist()
+        )
         if needle not in read:
             raise ValueError(
                 f"the tokenizer {tokenizer.path} reads {read!r} where {needle!r} was written; use "

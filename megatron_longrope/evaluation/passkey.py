@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_longrope.config_rules import check_int
-from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 
 MAX_NEW_TOKENS = 10
 """Tokens that the paper's code generates."""
@@ -174,7 +174,7 @@ def make_trial(
     rng = np.random.default_rng([seed, length, trial, place])
     key = int(rng.integers(1, _LARGEST_KEY + 1))
     share = float(rng.random()) if depth is None else depth
-    special = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    special = bos_prefix(tokenizer.bos_id)
     prompts = _Prompts(tokenizer, key)
     reserved = len(special) + spare
     if length < prompts.minimum + reserved:

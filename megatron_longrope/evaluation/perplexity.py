@@ -4,6 +4,9 @@ BOS goes in front of every window of N tokens; a window's loss is the mean over 
 earlier window scored; the paper's number is exp of the unweighted mean over windows, so that the
 first window of N - 1 tokens weighs as much as one that adds 256. With one window per document this
 is the "truncated" form of table 5; with a stride beyond the window, the short columns of table 6.
+
+A model without BOS (stock Qwen) is shown windows of N document tokens; the first of a window has no
+prediction and is not scored.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_longrope.data.tokenizer import bos_prefix
 from megatron_longrope.evaluation.statistics import perplexity_of
 from megatron_longrope.evaluation.work import share
 
@@ -30,7 +34,7 @@ class Window:
     """A span of a document that is scored in one forward pass."""
 
     start: int
-    """First document token in the window (BOS stands before it)."""
+    """First document token in the window (BOS, if there is one, stands before it)."""
 
     end: int
     """One past the last token."""
@@ -39,28 +43,33 @@ class Window:
     """How many of the window's last tokens count."""
 
 
-def windows(num_tokens: int, window: int, stride: int | None) -> Iterator[Window]:
+def windows(
+    num_tokens: int, window: int, stride: int | None, *, bos: bool = True
+) -> Iterator[Window]:
     """Tile a document as the authors' code does.
 
     Args:
         num_tokens (int): Document length without BOS.
         window (int): Model input N in tokens, BOS included.
         stride (int, optional): Tokens S between the starts of two windows. Up to window - 1 every
-            token is scored exactly once; beyond, those that lie between two windows are not scored.
-            None for one window per document.
+            token is scored exactly once (without BOS, all but the first); beyond, those that lie
+            between two windows are not scored. None for one window per document.
+        bos (bool): Whether BOS stands before every window. Defaults to True.
 
     Raises:
         ValueError: A size below its minimum.
     """
-    content = window - 1
-    if content < 1 or num_tokens < 1:
+    content = window - bos
+    if window < 2 or num_tokens < 1:
         raise ValueError(f"window {window} and document of {num_tokens} tokens must be positive")
     if stride is not None and stride < 1:
         raise ValueError(f"stride {stride} must be at least 1")
     scored = 0
     for start in range(0, num_tokens, stride or num_tokens):
         end = min(start + content, num_tokens)
-        yield Window(start, end, end - max(start, scored))
+        # Without BOS nothing predicts the first token of a window.
+        if num_scored := end - max(start + (not bos), scored):
+            yield Window(start, end, num_scored)
         scored = end
         if end == num_tokens:
             return
@@ -122,7 +131,7 @@ class PerplexityResult:
 def perplexity(
     nll: NLL,
     documents: Sequence[np.ndarray],
-    bos_id: int,
+    bos_id: int | None,
     length: int,
     *,
     stride: int | None = None,
@@ -132,9 +141,8 @@ def perplexity(
 
     Args:
         nll (Callable): `[1, n] -> [1, n - 1]`, such as :meth:`megatron_longrope.engine.Engine.nll`.
-        documents (Sequence[np.ndarray]): Token ids without special tokens, each at least
-            `length - 1` long.
-        bos_id (int): Put before every window.
+        documents (Sequence[np.ndarray]): Token ids without special tokens; each fills a window.
+        bos_id (int, optional): Put before every window; None for nothing.
         stride (int, optional): Tokens between windows; see :func:`windows`. Defaults to None, the
             truncated form.
         on_window (Callable, optional): Called after each forward, for progress.
@@ -143,7 +151,9 @@ def perplexity(
         ValueError: A document is shorter than the window.
     """
     started = time.perf_counter()
-    spans = planned_windows([len(document) for document in documents], length, stride)
+    front = bos_prefix(bos_id)
+    lengths = [len(document) for document in documents]
+    spans = planned_windows(lengths, length, stride, bos=bool(front))
     digest = hashlib.sha256()
     for index, span in spans:
         digest.update(_content(documents[index], span).tobytes())
@@ -151,7 +161,7 @@ def perplexity(
     def score(place: tuple[int, Window]) -> tuple[float, np.ndarray]:
         index, span = place
         content = _content(documents[index], span)
-        tokens = torch.from_numpy(np.concatenate(([bos_id], content)))[None]
+        tokens = torch.from_numpy(np.concatenate((np.asarray(front, np.int64), content)))[None]
         values = nll(tokens)[0].double().numpy()
         return float(values[-span.num_scored :].mean()), _buckets(values, span, length)
 
@@ -184,7 +194,7 @@ def perplexity(
 
 
 def planned_windows(
-    num_tokens: Sequence[int], length: int, stride: int | None
+    num_tokens: Sequence[int], length: int, stride: int | None, *, bos: bool = True
 ) -> list[tuple[int, Window]]:
     """Every forward pass as (index of the document, window), for documents of these lengths.
 
@@ -192,15 +202,16 @@ def planned_windows(
         ValueError: A document is shorter than the window.
     """
     for index, count in enumerate(num_tokens):
-        if count < length - 1:
+        if count < length - bos:
+            beside = " beside BOS" if bos else ""
             raise ValueError(
-                f"document {index} has {count} tokens, fewer than the {length - 1} that a window "
-                f"of {length} needs beside BOS; use longer documents or shorter lengths"
+                f"document {index} has {count} tokens, fewer than the {length - bos} that a window "
+                f"of {length} needs{beside}; use longer documents or shorter lengths"
             )
     return [
         (index, span)
         for index, count in enumerate(num_tokens)
-        for span in windows(count, length, stride)
+        for span in windows(count, length, stride, bos=bos)
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
+from megatron_longrope.data.documents import read_manifest, read_window_documents
 from megatron_longrope.data.prepare import output_paths
 from megatron_longrope.data.sources import (
     Document,
@@ -17,7 +17,7 @@ from megatron_longrope.data.sources import (
     find_source_files,
     iterate_documents,
 )
-from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class ScoredDocuments:
     tokens: list[np.ndarray]
     """int64 `[n]` each."""
 
-    bos_id: int
-    """Put before every window."""
+    bos_id: int | None
+    """Put before every window; None for a tokenizer without BOS."""
 
     vocab_size: int
     """Largest token id that the tokenizer has, plus one."""
@@ -46,40 +46,41 @@ def is_prepared(data: str) -> bool:
 
 
 def read_scored_documents(
-    data: str, tokenizer: str | None, min_tokens: int, count: int
+    data: str, tokenizer: str | None, window: int, count: int, bos: int | None = None
 ) -> ScoredDocuments:
-    """The first `count` documents of at least `min_tokens` tokens.
+    """Read the first `count` documents that fill a window.
 
     Args:
         data (str): Prefix of a prepared set, or a .txt, .jsonl or .jsonl.gz file or a directory.
         tokenizer (str, optional): sentencepiece model or Hugging Face folder; needed for text. A
             prepared set knows its own, and is checked against this one.
-        min_tokens (int): A shorter document is passed over.
+        window (int): Tokens, BOS included; a document that does not fill it is passed over.
         count (int): How many documents.
+        bos (int, optional): Token id before every window. Defaults to the tokenizer's BOS, or none.
 
     Raises:
         ValueError: The data is missing, empty, no UTF-8 or of too few long documents; or the
-            tokenizer is missing, has no BOS or is not that of the set.
+            tokenizer is missing or is not that of the set.
     """
     if count < 1:
         raise ValueError(f"--num-documents {count} must be at least 1")
     if is_prepared(data):
         manifest = read_manifest(data)
         _check_tokenizer(data, manifest["tokenizer_sha256"], tokenizer)
-        tokens, bos_id = read_documents_with_bos(data, min_tokens, count)
+        tokens, bos_id = read_window_documents(data, window, count, bos=bos)
         vocab_size = int(manifest["vocab_size"])
     else:
-        loaded = tokenizer_with_bos(tokenizer, data)
-        tokens = _tokenize(data, loaded, min_tokens, count)
+        loaded = tokenizer_for(tokenizer, data, bos)
+        tokens = _tokenize(data, loaded, window - len(bos_prefix(loaded.bos_id)), count)
         bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
     return ScoredDocuments(tokens, bos_id, vocab_size, data, _sha256(tokens))
 
 
-def tokenizer_with_bos(path: str | None, data: str) -> Tokenizer:
-    """Load a tokenizer that can begin a window.
+def tokenizer_for(path: str | None, data: str, bos: int | None = None) -> Tokenizer:
+    """Load the tokenizer of a text, with `bos` as its BOS if given.
 
     Raises:
-        ValueError: None was given, it cannot be read, or it has no BOS.
+        ValueError: None was given, or it cannot be read.
     """
     if path is None:
         if not Path(data).exists():
@@ -88,13 +89,7 @@ def tokenizer_with_bos(path: str | None, data: str) -> Tokenizer:
                 "file; check the path"
             )
         raise ValueError(f"{data} is text; give the model's tokenizer with --tokenizer")
-    tokenizer = load_tokenizer(path)
-    if tokenizer.bos_id is None:
-        raise ValueError(
-            f"tokenizer {path} has no BOS, which stands before every window; name one in its "
-            "tokenizer_config.json (bos_token)"
-        )
-    return tokenizer
+    return load_tokenizer(path, bos)
 
 
 def read_texts(data: str) -> Iterator[Document]:

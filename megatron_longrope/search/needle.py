@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.search.space import check_int
 
 _INSTRUCTION = (
@@ -42,7 +42,7 @@ class NeedleSamples:
     """Fixed samples with the targets that count."""
 
     tokens: Tensor
-    """`[k, n]`, int64: BOS, instruction, document with the needle, question and answer."""
+    """`[k, n]`, int64: BOS if any, instruction, document with the needle, question and answer."""
 
     scored: Tensor
     """`[k, n - 1]`, bool: True at j where tokens[:, j + 1] belongs to the answer."""
@@ -73,7 +73,7 @@ def needle_samples(
     tokenizer: Tokenizer,
     length: int,
     *,
-    bos_id: int,
+    bos_id: int | None,
     depths: Sequence[float] | None = None,
     seed: int = 0,
 ) -> NeedleSamples:
@@ -88,7 +88,7 @@ def needle_samples(
             tokens of each are used.
         tokenizer (Tokenizer): The one that made the documents.
         length (int): Tokens of every sample, BOS and answer included.
-        bos_id (int): Put before every sample.
+        bos_id (int, optional): Put before every sample; None for nothing.
         depths (Sequence[float], optional): Places in [0, 1]; `(0,)` is the paper's. Defaults to
             one for each document, evenly from 0 to 1.
         seed (int): Of the numbers.
@@ -138,7 +138,7 @@ class _Parts:
     num_answer_tokens: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, bos_id: int, number: int) -> _Parts:
+    def of(cls, tokenizer: Tokenizer, bos_id: int | None, number: int) -> _Parts:
         question, after = tokenizer.encode(_QUESTION), tokenizer.encode(f"{_QUESTION} {number}")
         if after[: len(question)] != question:
             raise ValueError(
@@ -155,7 +155,7 @@ class _Parts:
                 "written; use a tokenizer that keeps digits"
             )
         return cls(
-            [bos_id, *tokenizer.encode(_INSTRUCTION)],
+            [*bos_prefix(bos_id), *tokenizer.encode(_INSTRUCTION)],
             tokenizer.encode(_NEEDLE.format(number=number)),
             after,
             len(answer),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.data.tokenizer import bos_prefix
 
 # Short samples go through the model together, up to this many tokens.
 TOKENS_PER_FORWARD = 8192
@@ -97,7 +98,10 @@ class PerplexityObjective:
 
 
 def window_samples(
-    documents: Sequence[np.ndarray], bos_id: int, length: int, windows_per_document: int = 1
+    documents: Sequence[np.ndarray],
+    bos_id: int | None,
+    length: int,
+    windows_per_document: int = 1,
 ) -> Tensor:
     """Windows of `length` tokens, BOS included, from the beginning of each document.
 
@@ -107,7 +111,7 @@ def window_samples(
 
     Args:
         documents (Sequence[np.ndarray]): Token ids without special tokens.
-        bos_id (int): Put before every sample.
+        bos_id (int, optional): Put before every sample; None for nothing.
         length (int): Sample length in tokens.
         windows_per_document (int): Consecutive windows taken from each document; more of them make
             up for the little text in a short window. Defaults to 1.
@@ -118,16 +122,18 @@ def window_samples(
     Raises:
         ValueError: A document is too short.
     """
-    content = length - 1
+    front = np.asarray(bos_prefix(bos_id), np.int64)
+    content = length - len(front)
     for index, document in enumerate(documents):
         if len(document) < windows_per_document * content:
             raise ValueError(
                 f"document {index} has {len(document)} tokens; {windows_per_document} windows "
-                f"of {length} need {windows_per_document * content} (BOS is added)"
+                f"of {length} need {windows_per_document * content}"
+                f"{' (BOS is added)' if len(front) else ''}"
             )
     return torch.stack(
         [
-            torch.from_numpy(np.concatenate(([bos_id], document[i * content : (i + 1) * content])))
+            torch.from_numpy(np.concatenate((front, document[i * content : (i + 1) * content])))
             for document in documents
             for i in range(windows_per_document)
         ]

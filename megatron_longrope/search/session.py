@@ -13,8 +13,8 @@ from typing import Any
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
-from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
-from megatron_longrope.data.tokenizer import load_tokenizer
+from megatron_longrope.data.documents import read_manifest, read_window_documents
+from megatron_longrope.data.tokenizer import bos_name, load_tokenizer
 from megatron_longrope.engine import Engine
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.ranks import rank
@@ -227,6 +227,7 @@ class SearchPlan:
             "needles": self.samples["description"],
             "tokens_per_forward": args.tokens_per_forward,
             "data_sha256": read_manifest(args.data)["token_sha256"],
+            "bos": self.samples["bos"],
             "checkpoint": str(self.checkpoint.directory),
             "dtype": args.dtype,
         }
@@ -276,16 +277,18 @@ class SearchPlan:
 
 
 def read_samples(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
-    """Samples of a data set: `tokens`, `scored` (None: all of them) and a `description` of needles.
+    """Samples of a data set: `tokens`, `scored` (None: all), `description` of needles, `bos`.
 
     Raises:
         ValueError: Too few documents are long enough, or the tokenizer does not fit.
     """
     windows, length = args.windows_per_document, args.target_length
-    documents, bos_id = read_documents_with_bos(prefix, windows * (length - 1), args.num_samples)
+    documents, bos_id = read_window_documents(
+        prefix, length, args.num_samples, windows=windows, bos=args.bos
+    )
     if args.objective == "ppl":
         tokens = window_samples(documents, bos_id, length, windows)
-        return {"tokens": tokens, "scored": None, "description": None}
+        return {"tokens": tokens, "scored": None, "description": None, "bos": bos_name(bos_id)}
     if args.tokenizer is None:
         raise ValueError("--objective needle writes text into documents: give their --tokenizer")
     tokenizer, manifest = load_tokenizer(args.tokenizer), read_manifest(prefix)
@@ -298,7 +301,12 @@ def read_samples(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
         documents, tokenizer, length, bos_id=bos_id,
         depths=_depths(args.needle_depths), seed=args.seed,
     )  # fmt: skip
-    return {"tokens": samples.tokens, "scored": samples.scored, "description": samples.describe()}
+    return {
+        "tokens": samples.tokens,
+        "scored": samples.scored,
+        "description": samples.describe(),
+        "bos": bos_name(bos_id),
+    }
 
 
 def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | EvolutionSearch:

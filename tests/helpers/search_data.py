@@ -15,10 +15,10 @@ from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import WholeDocuments
 
 
-def make_search_data(directory: Path) -> dict[str, str]:
+def make_search_data(directory: Path, bos: bool = True) -> dict[str, str]:
     """Write `search` and `heldout` sets; returns their prefixes and the tokenizer's path."""
     tokenizer = directory / "tokenizer"
-    _character_tokenizer().save_pretrained(str(tokenizer))
+    _character_tokenizer("<s>" if bos else None).save_pretrained(str(tokenizer))
     texts = [make_text(seed, 400) for seed in range(8)]
     for name, part in (("search", texts[:5]), ("heldout", texts[5:])):
         source = directory / f"{name}.jsonl"
@@ -31,7 +31,7 @@ def make_search_data(directory: Path) -> dict[str, str]:
     }
 
 
-def _character_tokenizer() -> PreTrainedTokenizerFast:
+def _character_tokenizer(bos: str | None) -> PreTrainedTokenizerFast:
     """One token per printable character: the checkpoints' vocabulary holds no bytes."""
     tokens = ["<unk>", "<s>", "</s>", *string.printable]
     assert len(tokens) <= maker.VOCAB
@@ -40,5 +40,5 @@ def _character_tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=inner, bos_token=bos, eos_token="</s>", unk_token="<unk>"
     )

@@ -328,7 +328,7 @@ def test_the_perplexity_effect_of_dropping_them_is_the_engines(
     from megatron_longrope.evaluation.perplexity import perplexity
     from megatron_longrope.evaluation.scored_documents import read_scored_documents
 
-    documents = read_scored_documents(data["heldout"], None, 127, 2)
+    documents = read_scored_documents(data["heldout"], None, 128, 2)
     values = []
     for count in (4, 0):
         long = replace(config.factor_sets[1], num_start_tokens=count)

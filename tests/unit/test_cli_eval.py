@@ -3,12 +3,14 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import make_megatron_checkpoint as maker
 import pytest
 import torch
 from search_data import make_search_data
+from tiny_corpus import make_text
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet
@@ -147,6 +149,30 @@ def test_a_second_command_measures_only_what_is_new(untied_gqa, data, factors, t
     evaluate("ppl", tmp_path, *common, "--lengths", "64,128")
     assert "everything was already measured" in capsys.readouterr().out
     assert (tmp_path / "ppl.jsonl").read_bytes() == before
+
+
+def test_a_folder_without_bos_is_measured_with_its_own_tokenizer(
+    untied_gqa, factors, folder, tmp_path
+):
+    data = make_search_data(tmp_path, bos=False)
+    model = shutil.copytree(folder, tmp_path / "hf")
+    shutil.copytree(data["tokenizer"], model, dirs_exist_ok=True)
+    common = ("--hf", model, "--lengths", "512")
+    text = ("--data", f"{data['heldout']}.jsonl", "--num-documents", 1)
+    (row,) = evaluate("ppl", tmp_path, *common, *text)
+    assert row["bos"] == "none" and row["num_tokens"] == 511
+    tokens = torch.tensor(load_tokenizer(data["tokenizer"]).encode(make_text(5, 400))[:512])[None]
+    engine = load_engine(untied_gqa.path, longrope_config=longrope_config(), device="cpu")
+    assert row["nll_per_document"][0] == pytest.approx(engine.nll(tokens).mean().item(), rel=1e-5)
+
+    rows = evaluate("ppl", tmp_path, *common, *text, "--bos", 1)
+    assert [item["bos"] for item in rows] == ["none", 1]
+    tokens = torch.cat([torch.tensor([[1]]), tokens[:, :-1]], dim=1)
+    expected = engine.nll(tokens).mean().item()
+    assert rows[1]["nll_per_document"][0] == pytest.approx(expected, rel=1e-5)
+
+    (trial,) = evaluate("passkey", tmp_path, *common, "--trials", 1)
+    assert trial["bos"] == "none" and trial["num_tokens"] == 512
 
 
 def test_passkey_trials_are_exactly_as_long_as_asked_for(

@@ -8,7 +8,7 @@ NEEDLE = Kind(
     "needle",
     key=(
         "task", "length", "requested_depth", "seed", "trial", "num_needles", "num_queries",
-        "document_sha256", "tokenizer_sha256",
+        "document_sha256", "tokenizer_sha256", "requested_bos",
     ),
     required={
         "task": TEXT, "length": COUNT, "recall": SHARE, "seed": ANYTHING, "trial": ANYTHING,

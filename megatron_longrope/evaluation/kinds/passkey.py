@@ -6,7 +6,15 @@ from megatron_longrope.evaluation.kind import ANYTHING, COUNT, NUMBER, SHARE, TE
 
 PASSKEY = Kind(
     "passkey",
-    key=("length", "requested_depth", "seed", "trial", "scoring", "tokenizer_sha256"),
+    key=(
+        "length",
+        "requested_depth",
+        "seed",
+        "trial",
+        "scoring",
+        "tokenizer_sha256",
+        "requested_bos",
+    ),
     required={
         "length": COUNT,
         "correct": (lambda value: isinstance(value, bool), "true or false"),

@@ -19,7 +19,7 @@ _PERPLEXITY = (lambda value: is_number(value) and not value <= 0, "a number abov
 
 PPL = Kind(
     "ppl",
-    key=("length", "requested_stride", "documents_sha256"),
+    key=("length", "requested_stride", "documents_sha256", "requested_bos"),
     required={
         "length": COUNT,
         "protocol": TEXT,

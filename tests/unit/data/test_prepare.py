@@ -10,7 +10,8 @@ from megatron_longrope.data import prepare as prepare_module
 from megatron_longrope.data import tokenization
 from megatron_longrope.data.documents import check_set, read_documents, read_manifest
 from megatron_longrope.data.prepare import prepare
-from megatron_longrope.data.segments import FixedSegments, WholeDocuments
+from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
+from megatron_longrope.data.stream import Split
 from megatron_longrope.data.tokenizer import load_tokenizer
 
 S = 64
@@ -120,7 +121,7 @@ def test_large_vocabularies_are_stored_as_int32(corpus, model_path, prefix, monk
         def encode(self, text):
             return [token + 100_000 for token in real.encode(text)]
 
-    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda path: Shifted())
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda path, bos: Shifted())
     manifest = prepare([corpus], prefix, "x", FixedSegments(S))
     assert manifest["dtype"] == "int32"
     assert read_documents(prefix)[0][0] == 127_000
@@ -128,9 +129,35 @@ def test_large_vocabularies_are_stored_as_int32(corpus, model_path, prefix, monk
     Shifted.vocab_size = 100_100
     with pytest.raises(ValueError, match="is not below the vocabulary size 100100"):
         prepare([corpus], prefix, "x", WholeDocuments(), overwrite=True)
-    Shifted.bos_id = None
-    with pytest.raises(ValueError, match=r"has no BOS token; .*bos_token"):
+    Shifted.eos_id = None
+    with pytest.raises(ValueError, match=r"has no EOS token, .*eos_token"):
         prepare([corpus], prefix, "x", FixedSegments(S), overwrite=True)
+
+
+def test_without_bos_a_set_has_eos_alone_and_a_given_id_takes_its_place(
+    corpus, model_path, prefix, monkeypatch
+):
+    real = load_tokenizer(model_path)
+
+    def load(path, bos=None):  # sentencepiece models have a BOS; stock Qwen's folder has none
+        loaded = load_tokenizer(path, bos)
+        loaded.bos_id = bos
+        return loaded
+
+    monkeypatch.setattr(prepare_module, "load_tokenizer", load)
+    short = Split(short=ShortDocuments(32, 16))
+    for bos in (None, 5):
+        recipe = FixedSegments(S, "pack")
+        manifest = prepare(
+            [corpus], prefix, model_path, recipe, split=short, bos=bos, overwrite=True
+        )
+        assert manifest["bos_id"] == bos
+        for suffix in ("", "_short"):
+            assert check_set(f"{prefix}{suffix}") == []
+            for entry in read_documents(f"{prefix}{suffix}"):
+                assert (entry[0] == 5) == (bos == 5) and entry[-1] == real.eos_id
+    with pytest.raises(ValueError, match=r"--bos 99999 is no token id; the tokenizer has 0 to"):
+        load_tokenizer(model_path, 99999)
 
 
 def test_skipped_lines_are_listed_in_the_manifest(corpus, model_path, prefix):

@@ -26,8 +26,8 @@ def wrapped(documents):
     return map(TokenizedDocument, documents)
 
 
-def arrange(length, tail, documents, joined=1):
-    return list(FixedSegments(length, tail, joined).arrange(wrapped(documents), BOS, EOS))
+def arrange(length, tail, documents, joined=1, bos=BOS):
+    return list(FixedSegments(length, tail, joined).arrange(wrapped(documents), bos, EOS))
 
 
 lengths = st.lists(st.integers(0, 40), max_size=12)
@@ -50,6 +50,19 @@ def test_pad_and_pack_keep_every_token_once_and_each_document_in_order(lengths, 
     assert sorted(stored) == list(range(3, 3 + sum(lengths)))
     for document in documents:
         assert list(stored[np.isin(stored, document)]) == list(document)
+
+
+@given(lengths, segment_lengths, st.sampled_from(("drop", "pad", "pack")))
+def test_without_bos_segments_are_text_and_eos_alone(lengths, length, tail):
+    documents = numbered(lengths)
+    segments = arrange(length, tail, documents, bos=None)
+    stored = np.concatenate([np.array([], dtype=np.int64), *segments])
+    for segment in segments:
+        assert segment.shape == (length,) and segment[0] > EOS and segment[-1] == EOS
+    assert BOS not in stored
+    size = length - 1
+    kept = [d[: len(d) // size * size] if tail == "drop" else d for d in documents]
+    assert sorted(stored[stored > EOS]) == [n for document in kept for n in document]
 
 
 @given(lengths, segment_lengths)

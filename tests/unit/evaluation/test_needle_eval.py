@@ -14,7 +14,12 @@ from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
 from megatron_longrope.evaluation.lockers import INSTRUCTION, needle_text
-from megatron_longrope.evaluation.needle import TASKS, make_sample, prepare_documents, score
+from megatron_longrope.evaluation.needle import (
+    TASKS,
+    make_sample,
+    prepare_documents,
+    score,
+)
 
 BOS = 1
 # How GPT-2 and Llama 3 cut text before they merge; the second keeps ".\n\n" together.
@@ -509,8 +514,10 @@ def test_unfit_data_is_refused_before_a_model_is_loaded(splitter, changes, messa
         prepare_documents(arguments.pop("documents"), splitter, CharacterTokenizer(), **arguments)
 
 
-def test_a_tokenizer_without_bos_is_refused(splitter):
+def test_a_tokenizer_without_bos_begins_with_the_instruction(splitter):
     tokenizer = CharacterTokenizer()
     tokenizer.bos_id = None
-    with pytest.raises(ValueError, match="tokenizer characters has no BOS token"):
-        prepare_documents(documents(*TEXTS), splitter, tokenizer, [2000])
+    document, *_ = prepare_documents(documents(*TEXTS), splitter, tokenizer, [2000])
+    sample = sample_of(document, tokenizer, length=2000, bos_id=None)
+    assert sample.tokens.shape == (1, 2000)
+    assert tokenizer.decode(sample.tokens[0].tolist()).startswith(INSTRUCTION)

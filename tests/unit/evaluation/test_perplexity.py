@@ -36,12 +36,20 @@ def test_the_truncated_form_is_one_window_of_the_first_tokens(num_tokens, window
     assert protocol_of(window, None) == "truncated"
 
 
-def scored_tokens(num_tokens, window, stride):
+@given(data=st.data(), num_tokens=st.integers(1, 300), window=st.integers(2, 80))
+def test_without_bos_every_token_but_the_first_is_scored_once(data, num_tokens, window):
+    stride = data.draw(st.integers(1, window - 1))
+    assert scored_tokens(num_tokens, window, stride, bos=False) == list(range(1, num_tokens))
+    first = list(range(1, min(num_tokens, window)))
+    assert scored_tokens(num_tokens, window, None, bos=False) == first
+
+
+def scored_tokens(num_tokens, window, stride, bos=True):
     scored = []
-    for span in windows(num_tokens, window, stride):
+    for span in windows(num_tokens, window, stride, bos=bos):
         assert 0 <= span.start < span.end <= num_tokens
-        assert span.end - span.start <= window - 1  # BOS takes one place
-        assert 1 <= span.num_scored <= span.end - span.start
+        assert span.end - span.start <= window - bos  # BOS takes one place
+        assert 1 <= span.num_scored <= span.end - span.start - (not bos)
         scored += range(span.end - span.num_scored, span.end)
     return scored
 
@@ -96,6 +104,20 @@ def test_the_truncated_form_scores_the_first_window_with_bos_in_front():
     assert seen == [[1, 10, 11, 12, 13], [1, 40, 41, 42, 43]]
     assert result.protocol == "truncated" and result.num_windows == 2
     assert result.nll_per_document == [2.5, 2.5]
+
+
+def test_without_bos_windows_are_the_text_alone():
+    seen = []
+
+    def nll(tokens):
+        seen.append(tokens[0].tolist())
+        return position_nll(tokens)
+
+    result = perplexity(nll, [np.arange(10, 30)], bos_id=None, length=5, stride=4)
+    assert seen[:2] == [[10, 11, 12, 13, 14], [14, 15, 16, 17, 18]] and seen[-1] == [26, 27, 28, 29]
+    assert result.num_tokens == 19
+    with pytest.raises(ValueError, match="document 0 has 7 tokens, fewer than the 8 that a window"):
+        perplexity(nll, [np.arange(7)], bos_id=None, length=8)
 
 
 def test_position_buckets_hold_every_scored_token():

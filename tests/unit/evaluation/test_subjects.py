@@ -95,10 +95,10 @@ def test_short_documents_are_passed_over(data, tmp_path):
     texts = [make_text(1, 20), make_text(2, 400), make_text(3, 400)]
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    documents = read_scored_documents(str(path), data["tokenizer"], 1000, 2)
+    documents = read_scored_documents(str(path), data["tokenizer"], 1001, 2)
     assert [len(tokens) for tokens in documents.tokens] == [len(text) for text in texts[1:]]
     with pytest.raises(ValueError, match="holds 2 documents of at least 1000 tokens, 3 needed"):
-        read_scored_documents(str(path), data["tokenizer"], 1000, 3)
+        read_scored_documents(str(path), data["tokenizer"], 1001, 3)
 
 
 def test_bad_data_is_one_sentence(data, tmp_path):
@@ -127,11 +127,16 @@ def test_a_set_made_with_another_tokenizer_is_refused(data, tmp_path):
         read_scored_documents(data["heldout"], other, 10, 1)
 
 
-def test_a_tokenizer_without_bos_is_refused(data, tmp_path):
-    make_search_data(tmp_path)
-    path = tmp_path / "tokenizer/tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    settings["bos_token"] = None
-    path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="has no BOS, which stands before every window"):
-        read_scored_documents(f"{data['heldout']}.jsonl", str(tmp_path / "tokenizer"), 10, 1)
+def test_a_tokenizer_without_bos_needs_a_token_more_of_a_document(data, tmp_path):
+    tokenizer = make_search_data(tmp_path, bos=False)["tokenizer"]
+    (tmp_path / "t.txt").write_text("x" * 100)
+    text = str(tmp_path / "t.txt")
+    assert read_scored_documents(text, tokenizer, 100, 1).bos_id is None
+    with pytest.raises(ValueError, match="0 documents of at least 101 tokens"):
+        read_scored_documents(text, tokenizer, 101, 1)
+    assert read_scored_documents(text, tokenizer, 101, 1, bos=2).bos_id == 2
+    prepared = f"{tmp_path}/heldout"
+    assert read_scored_documents(prepared, None, 100, 1).bos_id is None
+    assert read_scored_documents(prepared, None, 100, 1, bos=2).bos_id == 2
+    with pytest.raises(ValueError, match="--bos 1000 is no token id; the tokenizer has 0 to 102"):
+        read_scored_documents(prepared, None, 100, 1, bos=1000)

@@ -110,6 +110,11 @@ def test_windows_follow_one_another_with_bos_before_each():
     ]
 
 
+def test_without_bos_windows_are_the_text_alone():
+    windows = window_samples([np.arange(10, 40)], None, 8, windows_per_document=2)
+    assert windows.tolist() == [[*range(10, 18)], [*range(18, 26)]]
+
+
 def test_a_short_document_is_named_with_its_tokens():
     with pytest.raises(ValueError, match="document 1 has 13 tokens; 2 windows of 8 need 14"):
         window_samples([np.arange(14), np.arange(13)], 1, 8, 2)
