@@ -1,6 +1,7 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens (25 minutes on 2 cores)
 # make test         CPU only;  make test-fast: the fast ones;  make test-all: the long repetitions too
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
+# make readers      the older transformers that tests read exports with
 # make style        ruff (lint and format)
 # Each installs what it needs into $(VENV) first.
 
@@ -26,13 +27,16 @@ MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/test_training_loss.py tests
 # Among them, but without any Megatron.
 MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 
-.PHONY: quickstart test test-all test-fast test-matrix style format constraints clean
+# The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
+READER := build/readers/4.57/.installed
+
+.PHONY: quickstart test test-all test-fast test-matrix readers style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 quickstart: $(STAMP)
 	$(PYTHON) examples/quickstart/quickstart.py
 
-test: $(DEV)
+test: $(DEV) $(READER)
 	$(PYTEST) --release $(RELEASE)
 
 test-all:
@@ -52,6 +56,14 @@ $(MATRIX:%=build/matrix/%/.installed): build/matrix/%/.installed: | $(DEV)
 	rm -rf $(@D)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps \
 		--only-binary megatron-core --target $(@D) megatron-core==$*
+	@touch $@
+
+readers: $(READER)
+
+$(READER): | $(DEV)
+	rm -rf $(@D)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+		transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 	@touch $@
 
 style: $(DEV)

@@ -186,6 +186,8 @@ def _run_to_hf(args: argparse.Namespace) -> int:
     )
     for item in report.dropped_start_tokens:
         print(item.describe())
+    for remark in report.remarks:
+        print(f"note: {remark}")
     if report.verification is None:
         print("not verified (--no-verify)")
     else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion.rope_export import ExportedRope
 from megatron_longrope.conversion.start_tokens import DroppedStartTokens
 from megatron_longrope.lengths import format_length
 
@@ -32,6 +33,7 @@ def model_card(
     name: str,
     hf_config: dict[str, Any],
     longrope_config: LongRopeConfig | None,
+    rope: ExportedRope | None,
     short_length: int | None,
     target_length: int | None,
     iteration: int,
@@ -43,6 +45,7 @@ def model_card(
 
     Args:
         hf_config (dict): Content of config.json.
+        rope (ExportedRope, optional): Its rotary keys, with factors.
         short_length (int, optional): Window whose set is short_factor.
         target_length (int, optional): Window whose set is long_factor.
         dropped (Sequence[DroppedStartTokens]): Sets that lost their start tokens.
@@ -68,13 +71,13 @@ def model_card(
     ]
     if not has_tokenizer:
         lines += ["No tokenizer is included; add the files of the one used in training.", ""]
-    if longrope_config is None:
+    if longrope_config is None or rope is None:
         return "\n".join(lines)
     lines += [
         "## LongRoPE factors",
         "",
         f"Original window {original} tokens, rotary base {longrope_config.rotary_base:g}, "
-        f"attention factor {hf_config['rope_parameters']['attention_factor']:.6g}. "
+        f"attention factor {rope.attention_factor:.6g}. "
         "`longrope.json` holds the full configuration.",
         "",
         "| used as | factor set | first factor | last factor | provenance |",
@@ -94,7 +97,8 @@ def model_card(
     if dropped:
         lines += ["", "The search kept the first positions as they were; this folder cannot:", ""]
         lines += [f"- {item.describe()}" for item in dropped]
-    return "\n".join([*lines, "", _LIMITS.format(original=original)])
+    limits = _LIMITS.format(original=original)
+    return "\n".join([*lines, "", limits, *(f"Note: {remark}.\n" for remark in rope.remarks)])
 
 
 def _origin(origin: Mapping[str, Any]) -> str:

@@ -69,6 +69,9 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that are the same for every model of the family."""
 
+    bare_longrope: bool = False
+    """Whether transformers 4.57 accepts no key in `rope_scaling` beside type and factor lists."""
+
     absent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that a config.json lacks, where the families differ."""
 
@@ -120,6 +123,7 @@ FAMILIES = {
             "phi3",
             "Phi3ForCausalLM",
             rules=decoder(FUSED_QKV, FUSED_MLP),
+            bare_longrope=True,
             config={"sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
         ),
         Family(
@@ -270,8 +274,17 @@ def dtype_named(name: str) -> torch.dtype:
     raise ValueError(f"dtype {name!r} is not supported; choose {', '.join(_DTYPE_NAMES.values())}")
 
 
-def to_hf_config(shape: ModelShape, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` of a model with plain RoPE, valid for transformers 4.57 and 5.x."""
+def to_hf_config(
+    shape: ModelShape,
+    family: Family,
+    dtype: torch.dtype,
+    rope: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`config.json` of a model, valid for transformers 4.57 and 5.x.
+
+    Args:
+        rope (Mapping, optional): Keys of its rotation. Defaults to plain RoPE.
+    """
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.name,
@@ -285,8 +298,8 @@ def to_hf_config(shape: ModelShape, family: Family, dtype: torch.dtype) -> dict[
     }
     config.update((key, getattr(shape, name)) for key, name in family.config_keys().items())
     # 4.x reads rope_theta at the top, 5.x in rope_parameters.
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": shape.rotary_base}
-    return config
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rotary_base}}
+    return {**config, **(plain if rope is None else rope)}
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:

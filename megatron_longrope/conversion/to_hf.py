@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_longrope.checkpoint import MegatronCheckpoint, ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.card import model_card
 from megatron_longrope.conversion.families import dtype_name, select_family, to_hf_config
+from megatron_longrope.conversion.rope_export import ExportedRope, check_fits, export_rope
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
 from megatron_longrope.conversion.start_tokens import (
     DroppedStartTokens,
@@ -25,7 +25,6 @@ from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, write_tokenizer
 from megatron_longrope.conversion.work import file_identity, work_folder
 from megatron_longrope.files import write_json_atomic, write_text_atomic
-from megatron_longrope.frequencies import attention_factor
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -63,6 +62,9 @@ class ConversionReport:
 
     dropped_start_tokens: tuple[DroppedStartTokens, ...] = ()
     """Factor sets that were exported without their start tokens."""
+
+    remarks: tuple[str, ...] = ()
+    """Sentences about what some readers of the folder cannot do."""
 
     resumed: bool = False
     """Whether an interrupted conversion was continued."""
@@ -124,7 +126,7 @@ def convert_to_hf(
     shape = checkpoint.shape
     chosen = select_family(shape, checkpoint.args, family)
     dtype_name(dtype or shape.params_dtype)  # refuses others before any work
-    rope: dict[str, Any] = {}
+    rope: ExportedRope | None = None
     dropped: tuple[DroppedStartTokens, ...] = ()
     if longrope_config is not None:
         check_fits(longrope_config, shape)
@@ -132,7 +134,7 @@ def convert_to_hf(
             given = longrope_config
             longrope_config, dropped = drop_start_tokens(given, short_length, target_length)
             dropped = tuple(measure(given, dropped)) if measure and dropped else dropped
-        rope = hf_rope(longrope_config, short_length, target_length)
+        rope = export_rope(longrope_config, chosen, short_length, target_length)
     elif short_length or target_length or without_start_tokens:
         raise ValueError(
             "short_length, target_length and without_start_tokens need a longrope configuration"
@@ -158,12 +160,14 @@ def convert_to_hf(
         source = TensorSource(checkpoint, chosen, shape, dtype)
         num_bytes = sum(item.num_bytes for item in source.plan)
         work.check_space(num_bytes)
-        hf_config = {**to_hf_config(shape, chosen, dtype or source.plan[0].dtype), **rope}
+        written = dtype or source.plan[0].dtype
+        hf_config = to_hf_config(shape, chosen, written, None if rope is None else rope.keys)
         _write_configs(work.result, hf_config, info, longrope_config)
         card = model_card(
             name=output_dir.name,
             hf_config=hf_config,
             longrope_config=longrope_config,
+            rope=rope,
             short_length=short_length,
             target_length=target_length,
             iteration=checkpoint.iteration,
@@ -186,6 +190,7 @@ def convert_to_hf(
         max_position_embeddings=hf_config["max_position_embeddings"],
         verification=verification,
         dropped_start_tokens=dropped,
+        remarks=() if rope is None else rope.remarks,
         resumed=resumed,
     )
 
@@ -206,56 +211,6 @@ def _write_configs(
     write_json_atomic(directory / "generation_config.json", special)
     if longrope_config is not None:
         longrope_config.save(directory / "longrope.json")
-
-
-def hf_rope(
-    config: LongRopeConfig, short_length: int | None = None, target_length: int | None = None
-) -> dict[str, Any]:
-    """The `longrope` fields of config.json for transformers 4.57 and 5.x, and for vLLM.
-
-    vLLM does not read attention_factor: it computes the value of the paper's formula unless
-    `short_mscale` and `long_mscale` are there. transformers warns of keys that it does not know, so
-    they are written only where the two values differ.
-
-    Args:
-        short_length (int, optional): Window whose set becomes short_factor.
-        target_length (int, optional): Window whose set becomes long_factor.
-
-    Raises:
-        ValueError: A set has start tokens, or transformers cannot hold the factors for another
-            reason; see :meth:`.LongRopeConfig.to_hf`.
-    """
-    for item in drop_start_tokens(config, short_length, target_length)[1]:
-        raise ValueError(
-            f"the {item.window} factor set (max_length {item.factor_set.max_length}) has "
-            f"num_start_tokens {item.factor_set.num_start_tokens}, which transformers' longrope "
-            "cannot express; search again with --start-tokens 0, or export without them with "
-            "--drop-start-tokens"
-        )
-    rope = config.to_hf(short_length, target_length)
-    used = rope["rope_parameters"]["attention_factor"]
-    computed = attention_factor(
-        "su", rope["rope_parameters"]["factor"], config.original_max_position_embeddings
-    )
-    if not math.isclose(used, computed, rel_tol=1e-6):
-        for spelling in ("rope_scaling", "rope_parameters"):
-            rope[spelling] |= {"short_mscale": used, "long_mscale": used}
-    return rope
-
-
-def check_fits(longrope_config: LongRopeConfig, shape: ModelShape) -> None:
-    """Refuse factors that belong to another model.
-
-    Raises:
-        ValueError: rotary_dim or rotary_base differ.
-    """
-    for name in ("rotary_dim", "rotary_base"):
-        ours, theirs = getattr(longrope_config, name), getattr(shape, name)
-        if ours != theirs:
-            raise ValueError(
-                f"the longrope configuration has {name} {ours:g}, the model has {theirs:g}; "
-                "the factors were made for another model"
-            )
 
 
 def _with_true_vocabulary(

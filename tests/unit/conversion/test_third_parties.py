@@ -19,6 +19,7 @@ import torch
 import transformers
 from search_data import make_search_data
 
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion import convert_to_hf
 from megatron_longrope.conversion.tokenizer import write_tokenizer
 from megatron_longrope.engine import load_engine
@@ -170,7 +171,6 @@ def test_vllm_finds_factors_window_and_attention_factor(untied_gqa, config, tmp_
     assert vllm_attention_factor(loaded) == pytest.approx(
         (config.attention_factor, config.attention_factor), rel=1e-6
     )
-    # transformers warns of keys that it does not know, so they are there only if they are needed.
     assert ("long_mscale" in rope) is (value is not None)
 
 
@@ -211,4 +211,4 @@ def test_llama_cpp_finds_what_its_phi3_converter_reads(untied_gqa, config, tmp_p
     # It does not read attention_factor: only the formula's value survives.
     scale = values["max_position_embeddings"] / maker.ORIGINAL
     computed = math.sqrt(1 + math.log(scale) / math.log(maker.ORIGINAL))
-    assert rope["attention_factor"] == pytest.approx(computed, rel=1e-6)
+    assert LongRopeConfig.from_hf(values).attention_factor == pytest.approx(computed, rel=1e-6)

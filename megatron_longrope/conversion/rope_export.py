@@ -1,0 +1,98 @@
+"""The rotary keys of an exported config.json, for every program that is known to read them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_longrope.checkpoint import ModelShape
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion.families import Family
+from megatron_longrope.conversion.start_tokens import drop_start_tokens
+from megatron_longrope.frequencies import attention_factor
+
+_MSCALES = ("short_mscale", "long_mscale")
+
+
+@dataclass(frozen=True)
+class ExportedRope:
+    """What config.json says about the rotation."""
+
+    keys: dict[str, Any]
+    """Keys of config.json, in place of those of plain RoPE."""
+
+    attention_factor: float
+    """Multiplier of q and k in both windows."""
+
+    remarks: tuple[str, ...] = ()
+    """Sentences about what some readers cannot do."""
+
+
+def export_rope(
+    config: LongRopeConfig,
+    family: Family,
+    short_length: int | None = None,
+    target_length: int | None = None,
+) -> ExportedRope:
+    """Write factors as transformers' `longrope`, valid for 4.57, 5.x and vLLM.
+
+    vLLM does not read attention_factor: it computes the value of the paper's formula unless
+    `short_mscale` and `long_mscale` are there, so they are written where the two values differ.
+
+    Args:
+        family (Family): The architecture; Phi-3's code checks which keys there are.
+        short_length (int, optional): Window whose set becomes short_factor.
+        target_length (int, optional): Window whose set becomes long_factor.
+
+    Raises:
+        ValueError: A set has start tokens, or transformers cannot hold the factors for another
+            reason; see :meth:`.LongRopeConfig.to_hf`.
+    """
+    for item in drop_start_tokens(config, short_length, target_length)[1]:
+        raise ValueError(
+            f"the {item.window} factor set (max_length {item.factor_set.max_length}) has "
+            f"num_start_tokens {item.factor_set.num_start_tokens}, which transformers' longrope "
+            "cannot express; search again with --start-tokens 0, or export without them with "
+            "--drop-start-tokens"
+        )
+    keys = config.to_hf(short_length, target_length)
+    scaling = keys["rope_scaling"]
+    used = scaling["attention_factor"]
+    computed = attention_factor("su", scaling["factor"], config.original_max_position_embeddings)
+    if math.isclose(used, computed, rel_tol=1e-6):
+        if family.bare_longrope:
+            # transformers 4.57 refuses any other key here, and takes the rest from the top.
+            lists = {key: scaling[key] for key in ("short_factor", "long_factor")}
+            keys["rope_scaling"] = {"type": "longrope", **lists}
+            del keys["rope_parameters"]
+        return ExportedRope(keys, used)
+    for spelling in ("rope_scaling", "rope_parameters"):
+        keys[spelling] |= dict.fromkeys(_MSCALES, used)
+    # transformers 5.x warns of keys that it does not know, except of those named here.
+    keys["ignore_keys_at_rope_validation"] = list(_MSCALES)
+    remark = (
+        "transformers 4.57 warns of the keys short_mscale and long_mscale, which vLLM reads, and "
+        "goes on"
+    )
+    if family.bare_longrope:
+        remark = (
+            f"transformers 4.57 cannot load this folder: its {family.name} holds only the "
+            f"attention factor of its formula ({computed:.6g}), not {used:.6g}; 5.x can"
+        )
+    return ExportedRope(keys, used, (remark,))
+
+
+def check_fits(longrope_config: LongRopeConfig, shape: ModelShape) -> None:
+    """Refuse factors that belong to another model.
+
+    Raises:
+        ValueError: rotary_dim or rotary_base differ.
+    """
+    for name in ("rotary_dim", "rotary_base"):
+        ours, theirs = getattr(longrope_config, name), getattr(shape, name)
+        if ours != theirs:
+            raise ValueError(
+                f"the longrope configuration has {name} {ours:g}, the model has {theirs:g}; "
+                "the factors were made for another model"
+            )
