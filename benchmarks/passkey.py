@@ -52,6 +52,7 @@ from megatron_longrope.evaluation.passkey import (
     prompt,
 )
 from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.local_folder import LOCAL_ONLY
 
 ARMS = ("ours", "released", "cached")
 ROTARY_BASE = 10000.0
@@ -258,7 +259,7 @@ def main() -> None:
         folder = Path(directory) / "model"
         make_model(folder, plan.geometry, lengths[-1])
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
+            folder, dtype=torch.float32, attn_implementation="sdpa", **LOCAL_ONLY
         ).eval()
         engine = load_engine(HfCheckpoint(folder), dtype=torch.float32)
         for length in lengths:

@@ -56,6 +56,7 @@ from megatron_longrope.conversion import convert_from_hf
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity
 from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.local_folder import LOCAL_ONLY
 
 ARMS = ("ours", "theirs")
 ROTARY_BASE = 10000.0
@@ -120,7 +121,7 @@ def scorer(arm: str, directory: Path) -> tuple[torch.nn.Module, Callable[[np.nda
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        directory / "theirs", dtype=torch.float32, attn_implementation="sdpa"
+        directory / "theirs", dtype=torch.float32, attn_implementation="sdpa", **LOCAL_ONLY
     ).eval()
 
     @torch.no_grad()

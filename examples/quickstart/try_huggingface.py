@@ -22,6 +22,7 @@ from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity
 from megatron_longrope.files import write_json_atomic
 from megatron_longrope.lengths import parse_lengths
+from megatron_longrope.local_folder import LOCAL_ONLY
 
 CROSSING = 8  # tokens generated on either side of the switch
 
@@ -68,8 +69,8 @@ def main():
     config = LongRopeConfig.load(args.longrope_config)
     window = config.original_max_position_embeddings
     report = verify(args.load, args.hf, longrope_config=config)
-    model = AutoModelForCausalLM.from_pretrained(args.hf, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.hf)
+    model = AutoModelForCausalLM.from_pretrained(args.hf, dtype=torch.float32, **LOCAL_ONLY).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.hf, **LOCAL_ONLY)
     # Transformers holds two factor sets; Megatron's sets between them are left out on our side too.
     engine = load_engine(
         args.load, longrope_config=exported_config(config), device="cpu", hf_parity=True

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.files import read_json, write_json_atomic
+from megatron_longrope.local_folder import LOCAL_ONLY
 
 _HF_FILES = (
     "tokenizer.json",
@@ -85,7 +86,7 @@ def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(directory))
+        loaded = AutoTokenizer.from_pretrained(str(directory), **LOCAL_ONLY)
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"{path}: transformers cannot load this tokenizer: {error}") from None
     return TokenizerInfo(len(loaded), loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)

@@ -20,6 +20,7 @@ from megatron_longrope.conversion.families import dtype_named, unread_keys
 from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.files import read_json
 from megatron_longrope.hf_rope import read_hf_rope
+from megatron_longrope.local_folder import LOCAL_ONLY
 
 TOLERANCE = 1e-4
 _SHORT_TOKENS = 512
@@ -162,7 +163,7 @@ def _load_transformers_model(hf_dir: Path) -> Any:
 
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype=torch.float32
+            str(hf_dir), dtype=torch.float32, **LOCAL_ONLY
         ).eval()
     except Exception as error:  # transformers raises many kinds, with messages of many lines
         cause = error.__cause__ or error

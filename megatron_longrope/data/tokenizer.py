@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longrope.data.outputs import refuse_existing, staged_outputs
+from megatron_longrope.local_folder import LOCAL_ONLY
 
 # The file that defines a Hugging Face tokenizer, in the order in which transformers prefers them.
 _HF_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -109,9 +110,7 @@ class HuggingFaceTokenizer:
                 "give the folder of a Hugging Face model or a sentencepiece .model file"
             )
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False
-            )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), **LOCAL_ONLY)
         except Exception as error:  # transformers raises many types for a broken folder
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(

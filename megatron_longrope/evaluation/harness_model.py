@@ -29,6 +29,7 @@ from megatron_longrope.evaluation.harness_generation import (
     generation_batches,
 )
 from megatron_longrope.evaluation.work import share
+from megatron_longrope.local_folder import LOCAL_ONLY
 from megatron_longrope.progress import Progress
 from megatron_longrope.ranks import rank
 
@@ -325,5 +326,5 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
         return tokenizer.bos_id is not None
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(tokenizer.path, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(tokenizer.path, **LOCAL_ONLY)
     return theirs.encode("a")[:1] == [tokenizer.bos_id]

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible
+from megatron_longrope.fused_rope import fused_rope_overflow
 from megatron_longrope.integration.compat import transformer_engine_version
 from megatron_longrope.selection import FactorSelection
 
@@ -198,6 +199,7 @@ def settings_from_args(
         mode_is_chosen=mode_is_chosen,
     )
     _check_kernels(args, settings)
+    _check_fused_rope(args)
     if selection.mode == "mixed":
         _check_mixed(args, settings, attention)
     if settings.carrier == "softmax" and factor != 1.0:
@@ -261,6 +263,23 @@ def _check_kernels(args: argparse.Namespace, settings: LongRopeSettings) -> None
             f"attention factor {settings.attention_factor:.6g} on cos and sin is ignored by "
             "--fused-single-qkv-rope; remove that flag"
         )
+
+
+def _check_fused_rope(args: argparse.Namespace) -> None:
+    """Refuse lengths that the fused kernel cannot index."""
+    heads = getattr(args, "num_attention_heads", None)
+    if not getattr(args, "apply_rope_fusion", False) or heads is None:
+        return
+    grouped = getattr(args, "group_query_attention", False)
+    overflow = fused_rope_overflow(
+        args.seq_length // args.context_parallel_size * args.micro_batch_size,
+        heads,
+        args.num_query_groups if grouped else heads,
+        args.kv_channels,
+        args.tensor_model_parallel_size,
+    )
+    if overflow is not None:
+        raise ValueError(overflow)
 
 
 def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention: str) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 from megatron_longrope.lengths import format_length
 from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, parse, render
 from megatron_longrope.plan.hardware import GIB, GPUS, USABLE, Gpu, parse_gpu
-from megatron_longrope.plan.layouts import FULL, Layout, Training, layouts, problem, traffic
+from megatron_longrope.plan.layouts import (
+    FULL,
+    Layout,
+    Training,
+    layouts,
+    problem,
+    rope_overflow,
+    traffic,
+)
 from megatron_longrope.plan.memory import Memory, memory
 from megatron_longrope.plan.model import Model
 from megatron_longrope.plan.time import Flops, rates, step_flops, step_seconds
@@ -295,11 +303,15 @@ def plan_command(
         memory (float, optional): GiB of a GPU. Defaults to the GPU's.
 
     Raises:
-        ValueError: The command lacks a flag that matters, or Megatron would refuse its layout.
+        ValueError: The command lacks a flag that matters, Megatron would refuse its layout, or its
+            fused RoPE cannot index so many tokens.
     """
     model, training, layout = parse(words, gpus)
     if broken := problem(model, training, layout):
         raise ValueError(f"Megatron would refuse the command: {broken}; change the size")
+    is_fused = not {"--no-rope-fusion", "local"} & set(words)
+    if is_fused and (overflow := rope_overflow(model, training, layout)):
+        raise ValueError(overflow)
     return Estimate(model, training, layout, with_memory(parse_gpu(gpu), memory))
 
 

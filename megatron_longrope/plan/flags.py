@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.plan.layouts import FULL, Layout, Training
+from megatron_longrope.plan.layouts import FULL, Layout, Training, rope_overflow
 from megatron_longrope.plan.model import MODELS, Model
 
 DEFAULT_CHUNK = 1024
@@ -82,6 +82,8 @@ def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
         ),
         _flag("calculate-per-token-loss", None, "the mean over tokens, whatever CP and DP are"),
     ]
+    if rope_overflow(model, training, layout) is not None:
+        found.append(_flag("no-rope-fusion", None, "the fused kernel's offsets have 32 bits"))
     if training.loss_chunk is not None:
         chunk = None if training.loss_chunk == DEFAULT_CHUNK else training.loss_chunk
         found.append(_flag("longrope-chunked-loss", chunk, "logits of a few tokens at a time"))

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_longrope.fused_rope import fused_rope_overflow
 from megatron_longrope.plan.model import Model
 
 FULL = ("full",)
@@ -147,6 +148,17 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
             ),
         )
     return next((text for broken, text in rules if broken), None)
+
+
+def rope_overflow(model: Model, training: Training, layout: Layout) -> str | None:
+    """Why fused RoPE cannot index a rank's tokens, see :func:`.fused_rope_overflow`, or None."""
+    return fused_rope_overflow(
+        training.length // layout.context * layout.micro_batch_size,
+        model.num_attention_heads,
+        model.num_query_groups,
+        model.head_dim,
+        layout.tensor,
+    )
 
 
 def a2a_fits(model: Model, tensor: int, context: int) -> bool:

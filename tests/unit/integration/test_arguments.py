@@ -470,6 +470,21 @@ def test_kernels_that_ignore_the_rope_carrier_are_refused(path, changes, message
     read(namespace(path, **changes))  # the softmax scale is safe there
 
 
+def test_fused_rope_that_cannot_index_the_tokens_of_a_rank_is_refused(path):
+    def seven_b(seq_length, **changes):
+        args = namespace(path, seq_length=seq_length, apply_rope_fusion=True, **changes)
+        args.kv_channels, args.rotary_percent = 128, HEAD_DIM / 128
+        args.num_attention_heads, args.tensor_model_parallel_size = 32, 1
+        args.group_query_attention, args.micro_batch_size = False, 1
+        return args
+
+    long = CONFIG.with_factor_set(FactorSet(262144, (1.0, 2.0, 300.0, 4096.0)))
+    for length, sizes in ((174762, {}), (174764, {"context_parallel_size": 2})):
+        settings_from_args(seven_b(length, **sizes), long, "te")
+    with pytest.raises(ValueError, match=r"174763 tokens a rank x 12288 values .* --no-rope-fus"):
+        settings_from_args(seven_b(174763), long, "te")
+
+
 # Mixed windows
 
 

@@ -103,6 +103,24 @@ def test_megatrons_own_parser_knows_every_flag():
         assert args.context_parallel_size == 2 and args.longrope_chunked_loss == 1024
 
 
+def test_fused_rope_that_cannot_index_the_tokens_is_named_and_left_out():
+    seven, training = MODELS["llama2-7b"], Training(262144)
+    words = [w for f in render(Layout(recompute=FULL), training, seven) for w in f.words]
+    assert "--no-rope-fusion" in words
+    split = Layout(context=2, recompute=FULL)
+    assert not any("--no-rope-fusion" in f.words for f in render(split, training, seven))
+    command = shlex.split(f"{SEVEN_B} --bf16 --hidden-dropout 0 --train-iters 9")
+
+    def length(tokens):
+        return [*command, "--seq-length", str(tokens)]
+
+    plan_command(length(174762), gpus=1)  # x 12288 values of q, k and v: 2^31 - 8192
+    with pytest.raises(ValueError, match=r"32-bit offsets, and 174763 tokens a rank x 12288 value"):
+        plan_command(length(174763), gpus=1)
+    plan_command([*length(174763), "--no-rope-fusion"], gpus=1)
+    plan_command([*length(174763), "--transformer-impl", "local"], gpus=1)
+
+
 def test_the_chunk_without_a_number_is_the_plugins():
     from megatron_longrope import training_loss
 

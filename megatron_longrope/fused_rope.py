@@ -1,0 +1,28 @@
+"""How far Transformer Engine's fused RoPE kernel reaches."""
+
+from __future__ import annotations
+
+
+def fused_rope_overflow(
+    rows: int, num_heads: int, num_groups: int, head_dim: int, tensor_parallel: int
+) -> str | None:
+    """Why the kernel would read the wrong memory, or None where it reaches every value.
+
+    Its offsets are 32-bit (`offset_block` in transformer_engine/common/fused_rope), and queries and
+    keys come as views of the joint q, k, v projection, whose row they stride over.
+
+    Args:
+        rows (int): Tokens of a rank: of its part of the sequence, times the micro batch.
+        num_heads (int): Query heads.
+        num_groups (int): Key/value heads.
+        head_dim (int): Width of a head.
+        tensor_parallel (int): Ranks that share the heads.
+    """
+    width = (num_heads + 2 * num_groups) * head_dim // tensor_parallel
+    if rows * width <= 2**31:
+        return None
+    return (
+        f"Transformer Engine's fused RoPE kernel has 32-bit offsets, and {rows} tokens a rank x "
+        f"{width} values of queries, keys and values are beyond 2^31: add --no-rope-fusion, or "
+        "split further with --context-parallel-size or --tensor-model-parallel-size"
+    )
