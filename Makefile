@@ -1,6 +1,7 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens (25 minutes on 2 cores)
 # make test         CPU only;  make test-fast: the fast ones;  make test-all: the long repetitions too
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
+# make test-gpu    tests/gpu, on a machine with a CUDA device
 # make readers      the older transformers that tests read exports with
 # make style        ruff (lint and format)
 # Each installs what it needs into $(VENV) first.
@@ -44,6 +45,10 @@ test-all:
 
 test-fast: $(DEV)
 	$(PYTEST) -m "not slow and not release"
+
+# On a machine with a GPU; elsewhere all of them are skipped.
+test-gpu: $(DEV)
+	$(PYTHON) -m pytest tests/gpu
 
 test-matrix: $(MATRIX:%=test-matrix-%)
 

@@ -32,8 +32,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
 
     - With context parallelism only this rank's rows are built, never the whole table.
     - Angles are exact to 1e-6 rad at any position. A factor set of all ones is stock RoPE and keeps
-      stock's own fp32 product, so that it changes no bit of a training run; `hf_parity` uses the
-      fp32 product of transformers for every set.
+      stock's own frequencies and fp32 product, so that it changes no bit of a training run;
+      `hf_parity` uses the fp32 product of transformers for every set.
     - Factors may be swapped at any time; no table of the old factors survives.
     - Nothing is a parameter or buffer: bf16 wrapping cannot round it, checkpoints do not hold it.
 
@@ -87,13 +87,13 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
                 "--use-rope-scaling, which would scale positions twice; remove that flag"
             )
         selection = FactorSelection(config, mode, run_length)
-        # CPU initialisation keeps the base class away from CUDA; tables choose their own device.
+        # Where stock computes its frequencies: a GPU's pow may round differently.
         super().__init__(
             kv_channels=kv_channels,
             rotary_percent=rotary_percent,
             rotary_interleaved=rotary_interleaved,
             rotary_base=config.rotary_base if rotary_base is None else rotary_base,
-            use_cpu_initialization=True,
+            use_cpu_initialization=use_cpu_initialization or not torch.cuda.is_available(),
             cp_group=cp_group,
         )
         self.rotary_dim = 2 * len(self.inv_freq)
@@ -136,6 +136,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
                 f"{config.rotary_base}: it has another base or --use-rope-scaling; use factors "
                 "that were searched for it"
             )
+        replacement.inv_freq = rotary.inv_freq
         return replacement
 
     def set_config(self, config: LongRopeConfig) -> None:
@@ -200,6 +201,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             num_start_tokens=selected.num_start_tokens,
             interleaved=self.rotary_interleaved,
             exact=not (selected.is_identity or self.hf_parity),
+            stock_frequencies=None if self.hf_parity else self.inv_freq,
             device=self._device(),
         )
 

@@ -35,6 +35,7 @@ def build_table(
     num_start_tokens: int = 0,
     interleaved: bool = False,
     exact: bool = True,
+    stock_frequencies: Tensor | None = None,
     device: torch.device | str,
 ) -> Tensor:
     """Angles of the chunks' positions, in the layout that megatron-core's attention reads.
@@ -52,6 +53,8 @@ def build_table(
             columns i and d / 2 + i. Defaults to False.
         exact (bool): Angles within 1e-6 rad (modulo 2 pi) at any position up to 2^22, in
             [-2 pi, 2 pi]. Otherwise the plain fp32 product, bit for bit. Defaults to True.
+        stock_frequencies (Tensor, optional): `[d / 2]`, fp32: what the model's own module rotates
+            by, for the plain product of positions that are not rescaled. Defaults to the formula.
         device (torch.device | str): Of the table.
 
     Returns:
@@ -71,9 +74,13 @@ def build_table(
 
     @functools.cache
     def writer(rescaled: bool) -> _Writer:
-        make = _exact_writer if exact else _fp32_writer
         lambdas = factors if rescaled else None
-        return make(rotary_base, rotary_dim, lambdas, interleaved, table.device)
+        if exact:
+            return _exact_writer(rotary_base, rotary_dim, lambdas, interleaved, table.device)
+        frequencies = stock_frequencies if lambdas is None else None
+        if frequencies is None:
+            frequencies = inv_freq_fp32(rotary_base, rotary_dim, lambdas)
+        return _fp32_writer(frequencies, interleaved, table.device)
 
     rows = table[:, 0, 0]  # [s, 1, 1, d] -> [s, d], a view
     for chunk in chunks:
@@ -128,15 +135,9 @@ def _exact_writer(
     return write
 
 
-def _fp32_writer(
-    rotary_base: float,
-    rotary_dim: int,
-    factors: Tensor | None,
-    interleaved: bool,
-    device: torch.device,
-) -> _Writer:
+def _fp32_writer(frequencies: Tensor, interleaved: bool, device: torch.device) -> _Writer:
     """The product that megatron-core and transformers compute, without all positions at once."""
-    frequencies = _pair(inv_freq_fp32(rotary_base, rotary_dim, factors), interleaved).to(device)
+    frequencies = _pair(frequencies, interleaved).to(device)
 
     def write(rows: Tensor, part: range) -> None:
         for start in range(part.start, part.stop, _ROWS):

@@ -39,6 +39,12 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """Hide the GPU from tests that compare CPU tensors: all but those of tests/gpu."""
+    if not any("tests/gpu" in str(argument) for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config, items):
     marked = [item.nodeid for item in items if item.get_closest_marker("release")]
     try:

@@ -1,4 +1,8 @@
-"""The CUDA kernels behind core attention, in half precision, against a plain softmax in fp64."""
+"""The CUDA kernels behind core attention in half precision, by their error against fp64.
+
+The allowed error is what torch's own attention makes on the same bf16 inputs, document by document:
+single elements of a gradient lie far from fp64 where scores are large, whatever the kernel.
+"""
 
 import pytest
 import torch
@@ -8,37 +12,44 @@ pytest.importorskip("megatron.core")
 from attention_cases import (
     SCALE,
     Pack,
-    assert_same,
     core_attention,
     output_and_gradients,
     packed_reference,
     random_batch,
     reference,
+    relative_errors,
+    stock_attention,
     tokens_scale,
     with_scale,
 )
 
-from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention, tiles
+from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention, flash_kernels, tiles
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CLASSES = [SdpaCoreAttention, FlashCoreAttention]
+DEVICE = "cuda"
 
 
 def module_of(cls):
     if cls.kernel == "flash":
-        pytest.importorskip("flash_attn")
+        try:
+            flash_kernels.find(flash_kernels.capability())
+        except ValueError as error:
+            pytest.skip(str(error))
     return core_attention(with_scale(cls))
 
 
 def on_gpu(batch):
-    return [x.to("cuda", torch.bfloat16) for x in batch]
+    return [x.to(DEVICE, torch.bfloat16) for x in batch]
 
 
-def assert_near(ours, theirs):
-    assert_same([x.double().cpu() for x in ours], theirs, tolerance=3e-2)
+def assert_as_near_as_stock(ours, stock, exact):
+    errors, allowed = (relative_errors(values, exact) for values in (ours, stock))
+    for name, error, limit in zip(["output", "dq", "dk", "dv"], errors, allowed, strict=True):
+        assert error <= 2 * limit + 1e-3, f"{name}: {error:.2e} against {limit:.2e}"
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -49,31 +60,37 @@ def test_a_pack_equals_each_document_alone_with_gradients(cls, groups):
     batch = on_gpu(random_batch(pack.total, groups=groups))
     packed = pack.params()
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
-        setattr(packed, name, getattr(packed, name).cuda())
+        setattr(packed, name, getattr(packed, name).to(DEVICE))
     ours = output_and_gradients(lambda *qkv: module(*qkv, packed_seq_params=packed), *batch)
-    theirs = output_and_gradients(
+    stock = output_and_gradients(
+        lambda *qkv: packed_reference(*qkv, pack, scale_of=tokens_scale, attention=stock_attention),
+        *batch,
+    )
+    exact = output_and_gradients(
         lambda *qkv: packed_reference(*qkv, pack, scale_of=tokens_scale),
         *(x.double().cpu() for x in batch),
     )
-    assert_near(ours, theirs)
+    assert_as_near_as_stock(ours, stock, exact)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("queries", [64, 16, 1])
 def test_the_last_query_stands_at_the_last_key(cls, queries):
     batch = on_gpu(random_batch(queries, keys=64, groups=2, batch=2))
+    scale = SCALE * tokens_scale(64)
     ours = output_and_gradients(module_of(cls), *batch)
-    theirs = output_and_gradients(
-        lambda *qkv: reference(*qkv, SCALE * tokens_scale(64)), *(x.double().cpu() for x in batch)
+    stock = output_and_gradients(lambda *qkv: stock_attention(*qkv, scale), *batch)
+    exact = output_and_gradients(
+        lambda *qkv: reference(*qkv, scale), *(x.double().cpu() for x in batch)
     )
-    assert_near(ours, theirs)
+    assert_as_near_as_stock(ours, stock, exact)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tiles_of_the_ring(groups, causal, dtype):
-    query, key, value, _ = (x.cuda() for x in random_batch(64, groups=groups, batch=2))
+    query, key, value, _ = (x.to(DEVICE) for x in random_batch(64, groups=groups, batch=2))
     # [s, b, h, d] -> [b, s, h, d]
     tensors = [x.to(dtype).transpose(0, 1) for x in (query, key, value)]
     heads_first = [x.transpose(1, 2) for x in tensors]
@@ -82,8 +99,6 @@ def test_tiles_of_the_ring(groups, causal, dtype):
     ours = tiles.attend_tile(*tensors, SCALE, causal)
     exact = tiles._blockwise(*(x.double() for x in heads_first), SCALE, causal)
     assert ours[1].dtype == torch.float32
-    for mine, theirs in zip(ours, exact, strict=True):
-        tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
-        torch.testing.assert_close(
-            mine.double(), theirs.transpose(1, 2), rtol=tolerance, atol=tolerance
-        )
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    errors = relative_errors(ours, [x.transpose(1, 2).cpu() for x in exact])
+    assert max(errors) <= limit

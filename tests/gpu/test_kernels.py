@@ -3,7 +3,6 @@
 Each result is compared with the same computation in fp32 or fp64 on plain torch operations.
 """
 
-import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.integration import compat
+from megatron_longrope.integration.settings import flash_obstacle
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
 pytestmark = [
@@ -26,11 +27,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 needs_flash = pytest.mark.skipif(
-    importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed"
+    flash_obstacle() is not None, reason=f"no flash-attention runs here: {flash_obstacle()}"
 )
 needs_te = pytest.mark.skipif(
-    importlib.util.find_spec("transformer_engine") is None,
-    reason="Transformer Engine is not installed",
+    not compat.transformer_engine_is_usable(), reason="Transformer Engine cannot be imported"
 )
 
 HEAD_DIM, HEADS, GROUPS, ORIGINAL, LENGTH = 64, 8, 2, 256, 2048

@@ -4,14 +4,11 @@ A layer spec of Transformer Engine is what the formulas describe; where it is no
 local spec's extra tensors, which docs/plan.md lists, are added.
 """
 
-import importlib.util
-
 import pytest
 import torch
 
 pytest.importorskip("megatron.core")
 
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -22,6 +19,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
+from megatron_longrope.engine import process_groups
+from megatron_longrope.integration import compat
+from megatron_longrope.integration.settings import flash_obstacle
 from megatron_longrope.plan import Layout, Model, Training
 from megatron_longrope.plan.memory import memory
 
@@ -30,8 +30,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
-HAVE_FLASH = importlib.util.find_spec("flash_attn") is not None
+HAVE_TE = compat.transformer_engine_is_usable()
+HAVE_FLASH = flash_obstacle() is None
 MODEL = Model(8, 1024, 2816, 16, 4, 32000, 64)
 RECOMPUTATION = {
     (): {},
@@ -46,10 +46,7 @@ RECOMPUTATION = {
 
 @pytest.fixture(scope="module")
 def one_rank():
-    torch.distributed.init_process_group(
-        "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    parallel_state.initialize_model_parallel()
+    process_groups.initialize()  # which other files may have done
     model_parallel_cuda_manual_seed(1)
 
 

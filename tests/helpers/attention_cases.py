@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -110,13 +111,38 @@ def reference(query, key, value, scale=SCALE, causal=True):
     return torch.einsum("...hst,t...hd->s...hd", weights, value).flatten(-2)
 
 
-def packed_reference(query, key, value, pack: Pack, *, scale_of=None, causal=True):
+def stock_attention(query, key, value, scale=SCALE, causal=True):
+    """The same by torch's own attention, in the inputs' type and on their device."""
+    # [s, ..., h, d] -> [..., h, s, d], with a batch
+    query, key, value = (x.movedim(0, -2) for x in (query, key, value))
+    if query.dim() == 3:
+        query, key, value = (x[None] for x in (query, key, value))
+    rows, columns = query.shape[-2], key.shape[-2]
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask if causal else None, scale=scale, enable_gqa=True
+    )
+    output = output.movedim(-2, 0).flatten(-2)
+    return output if key.shape[0] > 1 else output[:, 0]
+
+
+def relative_errors(values, exact):
+    """Norm of each difference over the norm of the exact value."""
+    return [
+        ((mine.double().cpu() - theirs).norm() / theirs.norm()).item()
+        for mine, theirs in zip(values, exact, strict=True)
+    ]
+
+
+def packed_reference(
+    query, key, value, pack: Pack, *, scale_of=None, causal=True, attention=reference
+):
     """Every document alone, zeros in padding rows: `[t, h, d] -> [t, h * d_v]`."""
     pieces = []
     for start, length, rows in zip(pack.starts, pack.lengths, pack.rows, strict=True):
         part = slice(start, start + length)
         scale = SCALE * (1.0 if scale_of is None else scale_of(rows))
-        output = reference(query[part], key[part], value[part], scale, causal)
+        output = attention(query[part], key[part], value[part], scale, causal)
         pieces += [output, output.new_zeros(rows - length, output.shape[-1])]
     pieces.append(query.new_zeros(pack.tail, query.shape[-2] * value.shape[-1]))
     return torch.cat(pieces)

@@ -83,6 +83,18 @@ def test_all_ones_is_megatrons_own_table_bit_for_bit(monkeypatch, percent, inter
     assert ours(1000).dtype == theirs.dtype == torch.float32
 
 
+def test_all_ones_rotates_by_the_frequencies_that_stock_has_computed_on_its_device():
+    """A GPU's pow may round one of them differently from the CPU's."""
+    stock = RotaryEmbedding(8, 1.0, rotary_base=10000, use_cpu_initialization=True)
+    stock.inv_freq = torch.nextafter(stock.inv_freq, torch.tensor(2.0))
+    ones = identity_config(10000.0, 8, 4096)
+    table = LongRopeRotaryEmbedding.from_rotary(stock, ones)(4096)
+    expected = torch.outer(torch.arange(4096.0), stock.inv_freq)
+    assert torch.equal(table[:, 0, 0, :4], expected)
+    parity = LongRopeRotaryEmbedding.from_rotary(stock, ones, hf_parity=True)(4096)
+    assert not torch.equal(parity, table)
+
+
 def test_all_ones_with_start_tokens_is_still_megatrons_table():
     ones = config_of(FactorSet(64, (1.0,) * 8, num_start_tokens=5))
     stock = RotaryEmbedding(DIM, 1.0, use_cpu_initialization=True)
