@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_longrope import __version__
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.conversion.companions import keep_companions
 from megatron_longrope.conversion.families import FAMILIES, Family, shape_from_hf_config
 from megatron_longrope.conversion.finite import check_finite
 from megatron_longrope.conversion.hf_reader import HfFolder
@@ -152,6 +153,7 @@ def convert_from_hf(
         )
         if longrope_config is not None:
             longrope_config.save(work.result / _LONGROPE_FILE)
+        keep_companions(folder.directory, work.result)
         verification = None if check is None else check(work.result)
         work.put_in_place()
     return ImportReport(

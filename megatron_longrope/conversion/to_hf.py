@@ -13,6 +13,12 @@ from megatron_longrope import __version__
 from megatron_longrope.checkpoint import MegatronCheckpoint, ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.card import model_card
+from megatron_longrope.conversion.companions import (
+    GENERATION_CONFIG,
+    companions,
+    copy_companions,
+    special_token_ids,
+)
 from megatron_longrope.conversion.families import dtype_name, select_family, to_hf_config
 from megatron_longrope.conversion.rope_export import ExportedRope, check_fits, export_rope
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
@@ -22,7 +28,7 @@ from megatron_longrope.conversion.start_tokens import (
     drop_start_tokens,
 )
 from megatron_longrope.conversion.tensors import TensorSource
-from megatron_longrope.conversion.tokenizer import TokenizerInfo, write_tokenizer
+from megatron_longrope.conversion.tokenizer import TokenizerInfo, copy_tokenizer, write_tokenizer
 from megatron_longrope.conversion.work import file_identity, work_folder
 from megatron_longrope.files import write_json_atomic, write_text_atomic
 
@@ -97,7 +103,9 @@ def convert_to_hf(
         checkpoint_path (str | Path): Megatron's `--save` directory or an `iter_XXXXXXX` in it.
         longrope_config (LongRopeConfig, optional): Factors to export; None writes plain RoPE.
         iteration (int, optional): Iteration to convert. Defaults to the latest.
-        tokenizer (str | Path, optional): SentencePiece `.model` or Hugging Face folder.
+        tokenizer (str | Path, optional): SentencePiece `.model` or Hugging Face folder, whose
+            generation_config.json is taken along. Defaults to what the checkpoint was imported
+            with, if it was.
         short_length (int, optional): Window, in tokens, whose factor set becomes short_factor.
             Defaults to the original window.
         target_length (int, optional): Window, in tokens, whose set becomes long_factor. Defaults
@@ -143,11 +151,12 @@ def convert_to_hf(
         longrope_config.max_length if longrope_config else shape.max_position_embeddings
     )
 
+    beside = companions(tokenizer, checkpoint.directory)
     identity = {
         "version": __version__,
         "conversion": "to-hf",
         "source": file_identity([checkpoint.directory]),
-        "tokenizer": None if tokenizer is None else file_identity([Path(tokenizer)]),
+        "tokenizer": file_identity([Path(tokenizer)] if tokenizer else [beside] if beside else []),
         "longrope": None if longrope_config is None else longrope_config.to_dict(),
         "lengths": [short_length, target_length],
         "dtype": str(dtype),
@@ -157,12 +166,15 @@ def convert_to_hf(
     with work_folder(output_dir, identity) as (work, resumed):
         info = write_tokenizer(tokenizer, work.result, longest)
         shape = _with_true_vocabulary(shape, checkpoint, info)
+        has_tokenizer = tokenizer is not None
+        if beside is not None and not has_tokenizer:
+            has_tokenizer = copy_tokenizer(beside, work.result, longest)
         source = TensorSource(checkpoint, chosen, shape, dtype)
         num_bytes = sum(item.num_bytes for item in source.plan)
         work.check_space(num_bytes)
         written = dtype or source.plan[0].dtype
         hf_config = to_hf_config(shape, chosen, written, None if rope is None else rope.keys)
-        _write_configs(work.result, hf_config, info, longrope_config)
+        _write_configs(work.result, hf_config, info, beside, longrope_config)
         card = model_card(
             name=output_dir.name,
             hf_config=hf_config,
@@ -172,7 +184,7 @@ def convert_to_hf(
             target_length=target_length,
             iteration=checkpoint.iteration,
             version=__version__,
-            has_tokenizer=tokenizer is not None,
+            has_tokenizer=has_tokenizer,
             dropped=dropped,
         )
         write_text_atomic(work.result / "README.md", card)
@@ -199,16 +211,19 @@ def _write_configs(
     directory: Path,
     hf_config: dict[str, Any],
     info: TokenizerInfo,
+    beside: Path | None,
     longrope_config: LongRopeConfig | None,
 ) -> None:
     """The JSON files of the folder."""
-    special = {
+    own = {
         "bos_token_id": info.bos_token_id,
         "eos_token_id": info.eos_token_id,
         "pad_token_id": info.pad_token_id,
     }
+    special = special_token_ids(beside, own)
     write_json_atomic(directory / "config.json", {**hf_config, **special})
-    write_json_atomic(directory / "generation_config.json", special)
+    if beside is None or not copy_companions(beside, directory, (GENERATION_CONFIG,)):
+        write_json_atomic(directory / GENERATION_CONFIG, special)
     if longrope_config is not None:
         longrope_config.save(directory / "longrope.json")
 

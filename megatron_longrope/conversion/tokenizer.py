@@ -12,19 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.conversion.companions import TOKENIZER_FILES, copy_companions
 from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
 
-_HF_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _PROBES = (
     "Hello world",
     "The quick brown fox jumps over the lazy dog, twice!",
@@ -76,13 +67,21 @@ def write_tokenizer(
     )
 
 
-def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
-    names = [name for name in _HF_FILES if (path / name).is_file()]
-    if not names:
-        raise ValueError(f"{path}: holds no tokenizer files (looked for {', '.join(_HF_FILES)})")
-    for name in names:
-        shutil.copyfile(path / name, directory / name)
+def copy_tokenizer(folder: Path, directory: Path, max_length: int) -> bool:
+    """Copy the tokenizer files of a folder byte for byte, but for a window that is too short.
+
+    Returns:
+        bool: Whether there are any.
+    """
+    found = copy_companions(folder, directory, TOKENIZER_FILES)
     _raise_window(directory / "tokenizer_config.json", max_length)
+    return bool(found)
+
+
+def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
+    if not copy_tokenizer(path, directory, max_length):
+        looked_for = ", ".join(TOKENIZER_FILES)
+        raise ValueError(f"{path}: holds no tokenizer files (looked for {looked_for})")
     from transformers import AutoTokenizer
 
     try:

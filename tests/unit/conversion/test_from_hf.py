@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
@@ -263,6 +264,48 @@ def test_neither_megatron_nor_a_process_group_is_needed(folders, tmp_path):
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Files beside the weights
+
+
+def test_stop_tokens_sampling_settings_and_templates_come_back(llama, tmp_path):
+    files = {
+        "generation_config.json": json.dumps(
+            {"eos_token_id": [0, 2], "do_sample": True, "temperature": 0.6}
+        ),
+        "tokenizer_config.json": '{"model_max_length": 100000, "bos_token": "<s>"}',
+        "added_tokens.json": '{"<tool>": 249}',
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    }
+    for name, text in files.items():
+        (llama / name).parent.mkdir(exist_ok=True)
+        (llama / name).write_text(text)
+    edit_config(llama, bos_token_id=1, eos_token_id=[0, 2])
+    convert_from_hf(llama, tmp_path / "megatron")
+    for tokenizer in (None, llama):
+        if tokenizer is not None:  # transformers must load what the user gives
+            for name in ("tokenizer_config.json", "added_tokens.json"):
+                (llama / name).unlink()
+            core = Tokenizer(models.WordLevel({"a": 0, "</s>": 2}, unk_token="a"))
+            core.save(str(llama / "tokenizer.json"))
+            files = {name: files[name] for name in files if (llama / name).exists()}
+        output = tmp_path / f"back-{tokenizer is None}"
+        convert_to_hf(tmp_path / "megatron", output, longrope_config=None, tokenizer=tokenizer)
+        assert {name: (output / name).read_text() for name in files} == files
+        config = json.loads((output / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (1, [0, 2])
+        assert config["pad_token_id"] is None
+    assert "No tokenizer" not in (tmp_path / "back-True" / "README.md").read_text()
+
+
+def test_a_generation_config_gives_the_ids_that_config_json_lacks(llama, tmp_path):
+    (llama / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    edit_config(llama, eos_token_id=None)
+    convert_from_hf(llama, tmp_path / "megatron")
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [0, 2]
 
 
 # Redundant tensors

@@ -1,0 +1,72 @@
+"""Small files beside the weights of a Hugging Face folder, carried through Megatron and back.
+
+`convert from-hf` keeps them, byte for byte, in the folder `hf` of the checkpoint that it writes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_longrope.files import read_json
+
+FOLDER = "hf"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",  # a folder
+)
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def copy_companions(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:
+    """Copy those of the named files and folders that exist; gives their names."""
+    found = [name for name in names if (source / name).exists()]
+    for name in found:
+        target.mkdir(exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        else:
+            shutil.copyfile(source / name, target / name)
+    return found
+
+
+def keep_companions(source: Path, checkpoint: Path) -> None:
+    """Copy what a later `convert to-hf` needs into a checkpoint directory."""
+    names = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
+    copy_companions(source, checkpoint / FOLDER, names)
+
+
+def companions(tokenizer: str | Path | None, checkpoint: Path) -> Path | None:
+    """The folder whose files an export takes along.
+
+    Args:
+        tokenizer (str | Path, optional): As given to the export; a folder is taken as it is.
+        checkpoint (Path): Directory of an iteration, beside which :func:`keep_companions` wrote.
+    """
+    folder = checkpoint.parent / FOLDER if tokenizer is None else Path(tokenizer)
+    return folder if folder.is_dir() else None
+
+
+def special_token_ids(folder: Path | None, defaults: dict[str, int | None]) -> dict[str, Any]:
+    """Ids for config.json: a model may have several ids of the end, a tokenizer has one.
+
+    Args:
+        folder (Path, optional): From :func:`companions`.
+        defaults (dict): Those of the tokenizer.
+    """
+    result: dict[str, Any] = dict(defaults)
+    for name in () if folder is None else (GENERATION_CONFIG, "config.json"):
+        if (folder / name).is_file():
+            stated = read_json(folder / name)
+            result |= {key: stated[key] for key in _SPECIAL_TOKENS if stated.get(key) is not None}
+    return result
