@@ -98,10 +98,19 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("objective")
     group.add_argument(
         "--objective",
-        choices=("ppl", "needle"),
+        choices=("ppl", "needle", "joint"),
         default="ppl",
         help="ppl: perplexity of all tokens. needle: of a hidden number's tokens when it is asked "
-        "for at the end (LongRoPE2); needs --tokenizer (default: ppl)",
+        "for at the end (LongRoPE2). joint: the loss of the document's tokens plus "
+        "--needle-weight x that of the number's, from one pass. The latter two need --tokenizer "
+        "(default: ppl)",
+    )
+    group.add_argument(
+        "--needle-weight",
+        type=float,
+        default=0.1,
+        metavar="W",
+        help="of the number's loss in the joint objective (default: 0.1)",
     )
     group.add_argument(
         "--num-samples", type=int, default=5, metavar="K", help="documents per evaluation"
@@ -113,7 +122,12 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="consecutive windows per document; useful for short windows (default: 1)",
     )
-    group.add_argument("--tokenizer", metavar="T", help="the data's tokenizer, for needle")
+    group.add_argument(
+        "--tokenizer",
+        metavar="T",
+        help="the data's tokenizer, to hide numbers in it (default, for the closing table only: "
+        "where the data's manifest says)",
+    )
     group.add_argument(
         "--needle-depths",
         metavar="LIST",
@@ -127,22 +141,39 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="shorter samples share a forward pass up to so many tokens (default: 8k)",
     )
+    group.add_argument(
+        "--retrieval-trials",
+        type=int,
+        default=3,
+        metavar="N",
+        help="numbers that the references and the winner are asked for at the end; a winner that "
+        "finds fewer than the best reference gives way to the best that does not; 0 asks for none "
+        "(default: 3)",
+    )
+    group.add_argument(
+        "--accept-worse-retrieval",
+        action="store_true",
+        help="write the winner even so",
+    )
 
 
 def _add_space(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("space")
     group.add_argument(
         "--space",
-        choices=("full", "critical"),
-        default="full",
-        help="full: every factor in [1, 1.25 s]. critical: factors in [s, 2 s] from the critical "
-        "dimension up, NTK below (LongRoPE2) (default: full)",
+        choices=("floored", "full", "critical"),
+        default="floored",
+        help="full: every factor in [1, 1.25 s] (LongRoPE). floored: the same, but at least s from "
+        "the critical dimension on, the first that completes no period in the trained window; "
+        "less is hardly seen by perplexity and loses retrieval. critical: factors in [s, 2 s] "
+        "from the critical dimension up, NTK below (LongRoPE2) (default: floored)",
     )
     group.add_argument(
         "--critical-dimension",
         type=int,
         metavar="I",
-        help="fix it, as an index of frequencies (default: searched)",
+        help="fix it, as an index of frequencies (default: floored: by the trained window; "
+        "critical: searched)",
     )
     group.add_argument(
         "--start-tokens",
@@ -174,6 +205,19 @@ def _add_algorithm(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="stop after so many candidates (default: cma 336, evolution 1344; half at 512k and "
         "above)",
+    )
+    group.add_argument(
+        "--patience",
+        type=int,
+        metavar="K",
+        help="stop when K evaluations in a row have not lowered the best score by more than 0.1 %% "
+        "(default: use the whole budget)",
+    )
+    group.add_argument(
+        "--warm-start",
+        metavar="F.json",
+        help="factors for a near window of the same model, such as another second search's "
+        "result: one more starting point",
     )
     group.add_argument(
         "--population-size", type=int, metavar="P", help="evolution: 64; cma: 4 + 3 ln n"

@@ -94,6 +94,7 @@ class CmaSearch(GenerationalSearch):
         seeds (Sequence[Candidate]): Starting points; the best of them is where it starts.
         rng_seed (int): Seed of every random choice.
         lookahead (int): See :class:`GenerationalSearch`; applies to the generations of CMA-ES.
+        patience (int, optional): See :class:`GenerationalSearch`.
 
     Raises:
         ValueError: No seed, or one outside the space.
@@ -107,8 +108,9 @@ class CmaSearch(GenerationalSearch):
         rng_seed: int,
         *,
         lookahead: int = 0,
+        patience: int | None = None,
     ) -> None:
-        super().__init__(space, lookahead=lookahead)
+        super().__init__(space, lookahead=lookahead, patience=patience)
         check_int("rng_seed", rng_seed, 0)
         self._seeds = checked_seeds(space, seeds)
         self.parameters = parameters

@@ -86,6 +86,7 @@ class EvolutionSearch(GenerationalSearch):
         rng_seed (int): Seed of every random choice.
         max_evaluations (int, optional): Stop after so many evaluations.
         lookahead (int): See :class:`GenerationalSearch`; 0 is the algorithm of the paper.
+        patience (int, optional): See :class:`GenerationalSearch`.
 
     Raises:
         ValueError: No seed, more seeds than the population holds, or a seed outside the space.
@@ -100,8 +101,11 @@ class EvolutionSearch(GenerationalSearch):
         *,
         max_evaluations: int | None = None,
         lookahead: int = 0,
+        patience: int | None = None,
     ) -> None:
-        super().__init__(space, max_evaluations=max_evaluations, lookahead=lookahead)
+        super().__init__(
+            space, max_evaluations=max_evaluations, lookahead=lookahead, patience=patience
+        )
         check_int("rng_seed", rng_seed, 0)
         self._seeds = checked_seeds(space, seeds)
         if len(self._seeds) > parameters.population_size:

@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 
 from megatron_longrope.search.space import Candidate, SearchSpace, check_int
 
+WORTHWHILE = 0.001
+"""Share by which the best score must fall to count as better to a search with patience."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -83,17 +86,26 @@ class GenerationalSearch(ABC):
             descends from the scores of generations up to g - 1 - lookahead, however many of the
             later ones have arrived: the trajectory depends on the setting, never on the timing.
             Defaults to 0.
+        patience (int, optional): Draw no further generation when so many evaluations in a row have
+            not lowered the best score by more than 0.1 %.
     """
 
     def __init__(
-        self, space: SearchSpace, *, max_evaluations: int | None = None, lookahead: int = 0
+        self,
+        space: SearchSpace,
+        *,
+        max_evaluations: int | None = None,
+        lookahead: int = 0,
+        patience: int | None = None,
     ) -> None:
         if max_evaluations is not None:
             check_int("max_evaluations", max_evaluations, 1)
+        if patience is not None:
+            check_int("patience", patience, 1)
         check_int("lookahead", lookahead, 0)
         self.space = space
         self.lookahead = lookahead
-        self._max_evaluations = max_evaluations
+        self._max_evaluations, self._patience = max_evaluations, patience
         self._generations: list[Generation] = []
         self._num_asked = 0
         self._asked: dict[Candidate, int] = {}  # in full, -> index of the trial
@@ -254,12 +266,23 @@ class GenerationalSearch(ABC):
         while True:
             number = len(self._generations)
             known = self._generations[: self._known(number)]
-            if not all(generation.complete for generation in known):
+            if not all(generation.complete for generation in known) or self._is_stale(known):
                 return
             generation = self._draw(number)
             if generation is None:
                 return
             self._generations.append(generation)
+
+    def _is_stale(self, generations: Sequence[Generation]) -> bool:
+        """Whether patience has run out, by complete generations in the order of asking."""
+        best, unimproved = math.inf, 0
+        for generation in generations if self._patience else ():
+            for score in [generation.scores[item] for item in generation.candidates]:
+                if generation.samples is not None:
+                    continue
+                better = score < best * (1 - WORTHWHILE) or best == math.inf > score
+                best, unimproved = (score, 0) if better else (best, unimproved + 1)
+        return self._patience is not None and unimproved >= self._patience
 
     def _open(self) -> Iterable[Generation]:
         return (item for item in self._generations if not item.complete)

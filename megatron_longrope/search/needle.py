@@ -47,6 +47,9 @@ class NeedleSamples:
     scored: Tensor
     """`[k, n - 1]`, bool: True at j where tokens[:, j + 1] belongs to the answer."""
 
+    text: Tensor
+    """`[k, n - 1]`, bool: True at j where tokens[:, j + 1] belongs to the document."""
+
     depths: tuple[float, ...]
     """Where each needle was to stand: 0 before the document's text, 1 behind it."""
 
@@ -112,7 +115,7 @@ def needle_samples(
     rng = np.random.default_rng(seed)
     numbers = rng.choice(_LARGEST + 1 - _SMALLEST, count, replace=False) + _SMALLEST
     tokens = torch.empty(count, length, dtype=torch.int64)
-    scored = torch.zeros(count, length - 1, dtype=torch.bool)
+    scored, of_text = torch.zeros(2, count, length - 1, dtype=torch.bool)
     positions = []
     for row, number in enumerate(numbers.tolist()):
         which = row % len(documents)
@@ -122,9 +125,12 @@ def needle_samples(
         ids = [*parts.before, *text[:place], *parts.needle, *text[place:], *parts.after]
         tokens[row] = torch.tensor(ids)
         scored[row, length - 1 - parts.num_answer_tokens :] = True
-        positions.append(len(parts.before) + place)
+        first, answered = len(parts.before), length - len(parts.after)
+        of_text[row, first - 1 : answered - 1] = True
+        of_text[row, first + place - 1 : first + place + len(parts.needle) - 1] = False
+        positions.append(first + place)
     used = tuple(float(depths[row % len(depths)]) for row in range(count))
-    return NeedleSamples(tokens, scored, used, tuple(positions), tuple(numbers.tolist()))
+    return NeedleSamples(tokens, scored, of_text, used, tuple(positions), tuple(numbers.tolist()))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a search minimises: perplexity of fixed samples at the target length."""
+"""What a search minimises: losses of fixed samples at the target length."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class TokenModel(Protocol):
 
 
 class PerplexityObjective:
-    """Mean loss of samples of `target_length` tokens, over all their tokens or over marked ones.
+    """Mean or weighted loss of samples of `target_length` tokens.
 
     Args:
         engine (TokenModel): Resident model; only its factors change.
         samples (Tensor): `[k, target_length]`, int64, BOS included.
-        scored (Tensor, optional): `[k, target_length - 1]`, bool: which targets count (those of
-            sample position 1, 2, ...). Defaults to all of them.
+        weights (Tensor, optional): `[k, target_length - 1]`, what the loss of each target (of
+            sample position 1, 2, ...) counts in the sample's sum. Defaults to the mean over all.
         tokens_per_forward (int): Samples shorter than this share a forward pass, and a race looks
             at its runners after each pass. Defaults to 8192.
 
@@ -60,22 +60,22 @@ class PerplexityObjective:
         engine: TokenModel,
         samples: Tensor,
         *,
-        scored: Tensor | None = None,
+        weights: Tensor | None = None,
         tokens_per_forward: int = TOKENS_PER_FORWARD,
     ) -> None:
         if not len(samples):
             raise ValueError("there is no sample to score; give at least one document")
-        if scored is not None and not bool(scored.any(dim=1).all()):
-            raise ValueError("a sample has no token that counts; mark at least one target of each")
+        if weights is not None and not bool((weights > 0).any(dim=1).all()):
+            raise ValueError("a sample has no token that counts; weigh at least one target of each")
         self._engine = engine
-        self._samples, self._scored = samples, scored
+        self._samples, self._weights = samples, weights
         self._config: LongRopeConfig | None = None
         self.num_samples = len(samples)
         self.samples_per_forward = max(1, tokens_per_forward // samples.shape[1])
         self.target_length = samples.shape[1]
 
     def losses(self, config: LongRopeConfig, first: int) -> list[float]:
-        """Mean loss in nats of sample `first` and those that share its forward pass.
+        """Score sample `first` and those that share its forward pass, in nats.
 
         Args:
             config (LongRopeConfig): Factors to score.
@@ -85,16 +85,29 @@ class PerplexityObjective:
             self._engine.set_config(config)
             self._config = config
         rows = slice(first, first + self.samples_per_forward)
-        if self._scored is None:
+        if self._weights is None:
             means = self._engine.nll(self._samples[rows]).double().mean(dim=1)
         else:
-            scored = self._scored[rows]
-            start = int(scored.any(dim=0).nonzero()[0])
+            weights = self._weights[rows].double()
+            start = int((weights > 0).any(dim=0).nonzero()[0])
             losses = self._engine.nll(self._samples[rows], start).double()
-            scored = scored[:, start:]
-            means = torch.where(scored, losses, 0.0).sum(dim=1) / scored.sum(dim=1)
+            weights = weights[:, start:]
+            # What does not count may be infinite.
+            means = (weights * torch.where(weights > 0, losses, 0.0)).sum(dim=1)
         # Rounding can take the loss of a certain token below zero, where races assume it never is.
         return [max(0.0, value) if value == value else value for value in means.tolist()]
+
+
+def mean_over(marked: Tensor) -> Tensor:
+    """Weights of a mean over the marked targets of each sample.
+
+    Args:
+        marked (Tensor): `[k, n]`, bool.
+
+    Returns:
+        Tensor: `[k, n]`, fp64, rows that add up to 1; zeros where nothing is marked.
+    """
+    return marked.double() / marked.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def window_samples(

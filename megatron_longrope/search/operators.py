@@ -42,7 +42,7 @@ def mutate(
     steps = list(parent)
     first = space.first_gene(candidate.start_index)
     for i in np.flatnonzero(changes[first:]) + first:
-        low = steps[i - 1] if i else space.min_step
+        low = max(steps[i - 1] if i else space.min_step, space.lowest(i))
         high = parent[i + 1] if i + 1 < len(parent) else space.max_step
         steps[i] = low + int(draws[i] * (high - low + 1))
     start_index = candidate.start_index
@@ -68,13 +68,15 @@ def crossover(
 
 
 def random_candidate(space: SearchSpace, rng: np.random.Generator) -> Candidate:
-    """A uniform draw: first a choice (start tokens or critical dimension), then its genes."""
+    """A uniform draw: first a choice (start tokens or critical dimension), then its genes; what
+    falls below a floor is raised to it."""
     start_index = int(rng.integers(space.num_choices))
     first = space.first_gene(start_index)
     genes, levels = space.num_factors - first, space.max_step - space.min_step
     # Stars and bars: d distinct values below K + d, sorted, minus 0 .. d-1, are d values of 0 .. K.
     picks = np.sort(rng.choice(levels + genes, genes, replace=False)) - np.arange(genes)
     steps = [space.min_step] * first + (picks + space.min_step).tolist()
+    steps = [max(k, space.lowest(gene)) for gene, k in enumerate(steps)]
     return space.canonical(Candidate(tuple(steps), start_index))
 
 

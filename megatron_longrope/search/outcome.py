@@ -15,6 +15,7 @@ from megatron_longrope.search.generations import Trial
 from megatron_longrope.search.objective import Objective
 from megatron_longrope.search.problem import SearchProblem
 from megatron_longrope.search.racing import Race
+from megatron_longrope.search.retrieval import RetrievalVerdict
 from megatron_longrope.search.runner import SearchOutcome
 from megatron_longrope.search.scoring import score_trial
 from megatron_longrope.search.space import Candidate, GivenFactors
@@ -46,22 +47,50 @@ def write(
     problem.config(outcome.candidate, origin).save(path)
 
 
+def export_notes(problem: SearchProblem, outcome: SearchOutcome, objective: Objective) -> list[str]:
+    """What keeps the result from Hugging Face, and what it costs to do without; [] if nothing."""
+    config, original = (
+        problem.config(outcome.candidate),
+        problem.base.original_max_position_embeddings,
+    )
+    chosen, notes = config.factor_set_for(problem.target_length), []
+    if chosen.num_start_tokens:
+        without = GivenFactors(chosen.rescale_factors)
+        score = score_trial(Trial(0, without), problem, objective, Race("off")).score
+        notes.append(
+            f"{chosen.num_start_tokens} start tokens cannot be exported to Hugging Face; `convert "
+            f"to-hf --drop-start-tokens` leaves them out, at {score:.4f} instead of "
+            f"{outcome.score:.4f} on the search text"
+        )
+    short, long = (config.attention_factor_for(n) for n in (original, problem.target_length))
+    if not math.isclose(short, long):
+        notes.append(
+            f"attention factor {short:.6g} up to {original} tokens and {long:.6g} beyond cannot be "
+            f"exported to Hugging Face, which holds one; --attention-factor {long:.6g} searches "
+            "with it"
+        )
+    return notes
+
+
 def print_summary(
-    path: str | Path,
     problem: SearchProblem,
     outcome: SearchOutcome,
     held_out: Mapping[str, float | None],
+    verdict: RetrievalVerdict | None,
+    name: str = "perplexity",
 ) -> None:
-    """The winner against the published methods, on the search text and on held-out text.
+    """Print the winner against the references: search text, held-out text, needle answers.
 
     Args:
         held_out (Mapping): Perplexities of :func:`scores_on`; empty without held-out text.
+        verdict (RetrievalVerdict, optional): None where retrieval was not measured.
+        name (str): What the score on the search text is.
     """
     length = problem.target_length
     config = problem.config(outcome.candidate)
     chosen = config.factor_set_for(length)
     print(
-        f"{problem.stage} search to {length} tokens: perplexity {outcome.score:.4f} after "
+        f"{problem.stage} search to {length} tokens: {name} {outcome.score:.4f} after "
         f"{outcome.num_evaluations} evaluations ({outcome.sample_forwards} sample-forwards, "
         f"{outcome.sample_forwards_saved} saved by racing, {outcome.num_failed} failed), "
         f"{chosen.num_start_tokens} start tokens, attention factor "
@@ -69,16 +98,19 @@ def print_summary(
     )
     searched = {**outcome.seed_scores, "longrope": outcome.score}
     columns = {"search text": searched, **({"held-out text": held_out} if held_out else {})}
-    print(f"{'':12}" + "".join(f"{title:>16}" for title in columns))
-    for name in [*problem.references, "longrope"]:
-        cells = (f"{_cell(scores, name):>16}" for scores in columns.values())
-        print(f"{name:12}" + "".join(cells))
-    print(f"wrote {path}")
+    table = {
+        title: {row: _cell(scores, row) for row in scores} for title, scores in columns.items()
+    }
+    if verdict is not None:
+        found = {**verdict.measured, "longrope": verdict.written}
+        table["needle loss"] = {row: f"{item.loss:.4f}" for row, item in found.items()}
+        table["answers"] = {row: f"{item.correct} of {item.trials}" for row, item in found.items()}
+    print(f"{'':12}" + "".join(f"{title:>16}" for title in table))
+    for row in [*problem.references, "longrope"]:
+        print(f"{row:12}" + "".join(f"{cells.get(row, '-'):>16}" for cells in table.values()))
 
 
 def _cell(scores: Mapping[str, float | None], name: str) -> str:
-    if name not in scores:
-        return "-"
     score = scores[name]
     return "failed" if score is None or not math.isfinite(score) else f"{score:.4f}"
 

@@ -24,8 +24,9 @@ from megatron_longrope.search.critical import CriticalSpace, critical_choices, c
 from megatron_longrope.search.space import START_TOKENS, Candidate, GivenFactors, SearchSpace
 
 SEED_METHODS = ("pi", "ntk", "yarn")
-SPACES = ("full", "critical")
-"""LongRoPE's space, and LongRoPE2's."""
+SPACES = ("floored", "full", "critical")
+"""LongRoPE's space with factors of at least s from the critical dimension on, without that floor,
+and LongRoPE2's."""
 
 # Section 3.3 extends a fine-tuned model by 2x to 16x without further training.
 _SECOND_SCALES = (2.0, 16.0)
@@ -113,9 +114,10 @@ def make_problem(
             2 x the whole extension ratio.
         start_tokens (tuple[int, ...], optional): Choices of n_hat; the critical space has none.
             Defaults to what the base has, 0 for plain RoPE.
-        space (str): `full`, or `critical` for LongRoPE2's.
-        critical_dimension (int, optional): Fixes the critical space's dimension, an index of
-            frequencies. Defaults to the choices of algorithm 1.
+        space (str): One of :data:`SPACES`. A recovery, which extends nothing, has no floor.
+        critical_dimension (int, optional): An index of frequencies: where the floor begins, by
+            default at the first dimension that completes no period in the trained window; or the
+            critical space's dimension, by default searched among algorithm 1's choices.
         warm_start (LongRopeConfig, optional): Factors of the same model for a near window, another
             starting point: of the sets beyond the base's window YaRN extends the longest one up to
             the target length; where all are longer, the shortest is taken as it is.
@@ -128,7 +130,7 @@ def make_problem(
     if critical_dimension is not None and space == "full":
         raise ValueError(
             f"critical_dimension {critical_dimension} has no meaning in the full space; "
-            "leave it out or search the critical space"
+            "leave it out or search the floored or the critical space"
         )
     original = base.original_max_position_embeddings
     if target_length < original:
@@ -145,7 +147,10 @@ def make_problem(
                 base, target_length, upper, start_tokens or (0,), critical_dimension, named
             )
         start_tokens = start_tokens or (base.factor_sets[-1].num_start_tokens,)
-        return _extension(base, target_length, upper, start_tokens, named)
+        dimension = critical_dimension
+        if space == "floored" and dimension is None:
+            dimension = _first_incomplete(base)
+        return _extension(base, target_length, upper, start_tokens, named, dimension)
     if warm_start is not None:
         raise ValueError(
             "a warm start belongs to a search beyond the base's window; a recovery starts from the "
@@ -171,12 +176,19 @@ def _extension(
     upper: float | None,
     start_tokens: tuple[int, ...],
     named: Mapping[str, GivenFactors],
+    floor: int | None,
 ) -> SearchProblem:
-    """First or second search in LongRoPE's space."""
+    """First or second search in LongRoPE's space, with factors of at least s from `floor` on."""
     stage, scale, multiplier = _further(base, target_length)
     limit = _limit(base, target_length, multiplier)
     upper = _bounded(upper, SearchSpace.upper_ratio * scale, limit)
-    space = SearchSpace(base.rotary_dim // 2, scale, upper=upper, start_tokens=start_tokens)
+    space = SearchSpace(
+        base.rotary_dim // 2,
+        scale,
+        upper=upper,
+        start_tokens=start_tokens,
+        floor_dimension=floor,
+    )
     return _problem(stage, base, target_length, space, multiplier, named)
 
 
@@ -331,6 +343,16 @@ def _further(base: LongRopeConfig, target_length: int) -> tuple[str, float, tupl
             stacklevel=4,
         )
     return "second", scale, multiplier
+
+
+def _first_incomplete(base: LongRopeConfig) -> int | None:
+    """First dimension that completes no period in the base's window, at its slowed frequency."""
+    longest = base.factor_sets[-1]
+    for index, factor in enumerate(longest.rescale_factors):
+        period = 2 * math.pi * factor * base.rotary_base ** (2 * index / base.rotary_dim)
+        if period > longest.max_length:
+            return index
+    return None
 
 
 def _limit(base: LongRopeConfig, target_length: int, multiplier: tuple[float, ...]) -> float:

@@ -18,7 +18,7 @@ from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from megatron_longrope.engine import Engine
+    from megatron_longrope.engine import Answer, Engine
 
 # A rank may wait for its leader as long as the slowest replica takes for a candidate.
 _PATIENCE = timedelta(days=30)
@@ -65,6 +65,13 @@ class Replica:
         with self._in_step():
             return self.engine.nll(tokens, start)
 
+    def answer(self, tokens: Tensor, num_answer_tokens: int) -> Answer:
+        """Loss and greedy choice of the last tokens; the leader calls it. See
+        :meth:`Engine.answer`."""
+        self._order("answer", tokens, num_answer_tokens)
+        with self._in_step():
+            return self.engine.answer(tokens, num_answer_tokens)
+
     def serve(self) -> None:
         """Do what the leader orders, until it closes; the other ranks call it.
 
@@ -81,7 +88,7 @@ class Replica:
                 self.engine.set_config(LongRopeConfig.from_dict(*arguments))
             else:
                 with self._in_step():
-                    self.engine.nll(*arguments)
+                    getattr(self.engine, name)(*arguments)
 
     def close(self) -> None:
         """Let the other ranks go, unless they wait in a layer for a rank that failed there."""

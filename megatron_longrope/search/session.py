@@ -5,36 +5,43 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
-from megatron_longrope.data.documents import read_manifest, read_window_documents
-from megatron_longrope.data.tokenizer import bos_name, load_tokenizer
+from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.ranks import rank
 from megatron_longrope.search import outcome as outcome_files
+from megatron_longrope.search.base import base_of, start_token_choices
 from megatron_longrope.search.board import shared_store
 from megatron_longrope.search.cma import CmaParameters, CmaSearch
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.search.generations import WORTHWHILE
 from megatron_longrope.search.ledger import Team
-from megatron_longrope.search.needle import needle_samples
-from megatron_longrope.search.objective import PerplexityObjective, TokenModel, window_samples
+from megatron_longrope.search.needle import NeedleSamples
+from megatron_longrope.search.objective import PerplexityObjective
 from megatron_longrope.search.problem import SearchProblem, make_problem
 from megatron_longrope.search.racing import Race
 from megatron_longrope.search.replicas import Replica
+from megatron_longrope.search.retrieval import (
+    RetrievalVerdict,
+    choose_by_retrieval,
+    measure_retrieval,
+)
 from megatron_longrope.search.runner import (
     SearchOutcome,
     SearchRun,
     run_search,
     score_references,
 )
-from megatron_longrope.search.space import START_TOKENS
+from megatron_longrope.search.samples import Samples, read_samples, retrieval_samples
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,14 @@ class SearchPlan:
     race: Race
     """When candidates are given up."""
 
-    samples: Mapping[str, Any]
-    """Of :func:`read_samples`, for the search documents."""
+    samples: Samples
+    """What candidates are scored on."""
 
-    held_out: Mapping[str, Any] | None
-    """The same for the held-out documents, if there are any."""
+    held_out: Samples | None
+    """Windows of the held-out documents, if there are any; perplexity is measured on them."""
+
+    needles: NeedleSamples | str
+    """What references and winner are asked for at the end, or why they are not."""
 
     @classmethod
     def from_options(
@@ -73,8 +83,14 @@ class SearchPlan:
         """
         if min(args.num_samples, args.windows_per_document) < 1:
             raise ValueError("--num-samples and --windows-per-document must be at least 1")
-        if args.objective == "needle" and args.windows_per_document > 1:
-            raise ValueError("--windows-per-document has no meaning with --objective needle")
+        if args.objective != "ppl" and args.windows_per_document > 1:
+            raise ValueError(
+                f"--windows-per-document has no meaning with --objective {args.objective}"
+            )
+        if not 0 < args.needle_weight < math.inf:
+            raise ValueError(f"--needle-weight {args.needle_weight} must be above 0")
+        if args.retrieval_trials < 0:
+            raise ValueError(f"--retrieval-trials {args.retrieval_trials} must be at least 0")
         if args.tensorboard_dir and Path(args.tensorboard_dir).is_file():
             raise ValueError(
                 f"--tensorboard-dir {args.tensorboard_dir} is a file; name a directory"
@@ -83,19 +99,21 @@ class SearchPlan:
             raise ValueError(f"--output {args.output} is a directory; name a JSON file")
         checkpoint = open_checkpoint(args.load, args.hf, args.iteration)
         problem = make_problem(
-            _base(args, checkpoint),
+            base_of(args, checkpoint),
             args.target_length,
             upper=args.upper,
-            start_tokens=_start_tokens(args.start_tokens),
+            start_tokens=start_token_choices(args.start_tokens),
             space=args.space,
             critical_dimension=args.critical_dimension,
+            warm_start=LongRopeConfig.load(args.warm_start) if args.warm_start else None,
         )
-        samples = read_samples(args, args.data)
+        samples = read_samples(args, args.data, args.objective)
         if isinstance(parameters, CmaParameters):
-            parameters = replace(parameters, num_samples=len(samples["tokens"]))
+            parameters = replace(parameters, num_samples=len(samples))
         race = Race(args.racing, args.racing_significance)
-        held_out = read_samples(args, args.held_out) if args.held_out else None
-        plan = cls(args, parameters, checkpoint, problem, race, samples, held_out)
+        held_out = read_samples(args, args.held_out, "ppl") if args.held_out else None
+        needles = _needles(args)
+        plan = cls(args, parameters, checkpoint, problem, race, samples, held_out, needles)
         _algorithm(plan, problem)  # seeds that do not fit its sizes
         return plan
 
@@ -117,7 +135,7 @@ class SearchPlan:
 
         args = self.args
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
-        count = len(self.samples["tokens"])
+        count = len(self.samples)
         forwards = _algorithm(self, self.problem).total_samples(count)
         gpus = num_gpus or model_ranks
         if gpus % model_ranks:
@@ -125,7 +143,7 @@ class SearchPlan:
                 f"--num-gpus {gpus} is not a multiple of tensor parallel x context parallel = "
                 f"{model_ranks}"
             )
-        return estimate_command(
+        lines = estimate_command(
             args,
             self.checkpoint.shape,
             samples=count,
@@ -134,6 +152,12 @@ class SearchPlan:
             gpu=parse_gpu(gpu),
             utilisation=mfu,
         ).lines()
+        if args.patience:
+            lines.append(
+                f"at most: it ends when {args.patience} evaluations in a row have lowered the best "
+                f"score by no more than {WORTHWHILE:.1%}"
+            )
+        return lines
 
     def run(self, engine: Engine) -> tuple[SearchProblem, SearchOutcome] | None:
         """Search, and write the winner with what is known about it.
@@ -156,7 +180,7 @@ class SearchPlan:
         finally:
             replica.close()
 
-    def _lead(self, model: TokenModel, team: Team) -> tuple[SearchProblem, SearchOutcome] | None:
+    def _lead(self, model: Replica, team: Team) -> tuple[SearchProblem, SearchOutcome] | None:
         args = self.args
         objective = self._objective(model, self.samples)
         settings = self._settings()
@@ -172,6 +196,9 @@ class SearchPlan:
         )
         if rank() != 0:
             return None
+        verdict = self._check_retrieval(model, problem, outcome)
+        if verdict is not None:
+            outcome = verdict.outcome
         origin = {
             "method": f"longrope-{args.algorithm}",
             "stage": problem.stage,
@@ -186,6 +213,7 @@ class SearchPlan:
             **{key: value for key, value in settings.items() if key != "base"},
             "racing": self.race.rule,
             "date": datetime.date.today().isoformat(),
+            "retrieval": self.needles if verdict is None else verdict.to_dict(),
             "versions": outcome_files.versions(),
         }
         held_out = {}
@@ -195,14 +223,36 @@ class SearchPlan:
             origin["held_out_perplexity"] = held_out
             origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
         outcome_files.write(args.output, problem, outcome, origin)
-        outcome_files.print_summary(args.output, problem, outcome, held_out)
+        name = "perplexity" if args.objective == "ppl" else "score"
+        outcome_files.print_summary(problem, outcome, held_out, verdict, name)
+        notes = outcome_files.export_notes(problem, outcome, objective)
+        if verdict is None:
+            notes.insert(0, f"retrieval was not measured: {self.needles}")
+        elif verdict.reason:
+            notes.insert(0, f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
+        for note in notes:
+            print(note)
+        print(f"wrote {args.output}")
         return problem, outcome
 
-    def _objective(self, model: TokenModel, samples: Mapping[str, Any]) -> PerplexityObjective:
+    def _check_retrieval(
+        self, model: Replica, problem: SearchProblem, outcome: SearchOutcome
+    ) -> RetrievalVerdict | None:
+        """What may be written of the outcome; None where retrieval is not measured."""
+        if isinstance(self.needles, str):
+            return None
+        return choose_by_retrieval(
+            problem,
+            outcome,
+            lambda config: measure_retrieval(model, self.needles, config),
+            accept_worse=self.args.accept_worse_retrieval,
+        )
+
+    def _objective(self, model: Replica, samples: Samples) -> PerplexityObjective:
         return PerplexityObjective(
             model,
-            samples["tokens"],
-            scored=samples["scored"],
+            samples.tokens,
+            weights=samples.weights,
             tokens_per_forward=self.args.tokens_per_forward,
         )
 
@@ -219,15 +269,22 @@ class SearchPlan:
             "space": args.space,
             "start_tokens": list(space.start_tokens),
             "critical_dimensions": list(getattr(space, "critical_dimensions", ())),
+            "floor_dimension": space.floor_dimension,
+            "references": {
+                name: [*given.rescale_factors, given.num_start_tokens]
+                for name, given in self.problem.references.items()
+            },
             "upper": space.max_step,
             "seed": args.seed,
             "objective": args.objective,
             "num_samples": args.num_samples,
             "windows_per_document": args.windows_per_document,
-            "needles": self.samples["description"],
+            "needles": self.samples.needles,
+            "needle_weight": args.needle_weight if args.objective == "joint" else None,
+            "patience": args.patience,
             "tokens_per_forward": args.tokens_per_forward,
             "data_sha256": read_manifest(args.data)["token_sha256"],
-            "bos": self.samples["bos"],
+            "bos": self.samples.bos,
             "checkpoint": str(self.checkpoint.directory),
             "dtype": args.dtype,
         }
@@ -276,111 +333,32 @@ class SearchPlan:
         return *outcomes[best], table
 
 
-def read_samples(args: argparse.Namespace, prefix: str) -> dict[str, Any]:
-    """Samples of a data set: `tokens`, `scored` (None: all), `description` of needles, `bos`.
-
-    Raises:
-        ValueError: Too few documents are long enough, or the tokenizer does not fit.
-    """
-    windows, length = args.windows_per_document, args.target_length
-    documents, bos_id = read_window_documents(
-        prefix, length, args.num_samples, windows=windows, bos=args.bos
-    )
-    if args.objective == "ppl":
-        tokens = window_samples(documents, bos_id, length, windows)
-        return {"tokens": tokens, "scored": None, "description": None, "bos": bos_name(bos_id)}
-    if args.tokenizer is None:
-        raise ValueError("--objective needle writes text into documents: give their --tokenizer")
-    tokenizer, manifest = load_tokenizer(args.tokenizer), read_manifest(prefix)
-    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
-        raise ValueError(
-            f"{args.tokenizer} is not the tokenizer that {prefix} was made with "
-            f"({manifest['tokenizer']}); give that one"
-        )
-    samples = needle_samples(
-        documents, tokenizer, length, bos_id=bos_id,
-        depths=_depths(args.needle_depths), seed=args.seed,
-    )  # fmt: skip
-    return {
-        "tokens": samples.tokens,
-        "scored": samples.scored,
-        "description": samples.describe(),
-        "bos": bos_name(bos_id),
-    }
-
-
 def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | EvolutionSearch:
     args, seeds = plan.args, list(problem.seeds.values())
     if isinstance(plan.parameters, CmaParameters):
-        return CmaSearch(problem.space, plan.parameters, seeds, args.seed, lookahead=args.lookahead)
+        return CmaSearch(
+            problem.space, plan.parameters, seeds, args.seed,
+            lookahead=args.lookahead, patience=args.patience,
+        )  # fmt: skip
     return EvolutionSearch(
         problem.space, plan.parameters, seeds, args.seed,
-        max_evaluations=args.max_evaluations, lookahead=args.lookahead,
+        max_evaluations=args.max_evaluations, lookahead=args.lookahead, patience=args.patience,
     )  # fmt: skip
 
 
-def _base(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
-    """What the search extends: given factors, the model's own, or plain RoPE.
+def _needles(args: argparse.Namespace) -> NeedleSamples | str:
+    """Needles in the held-out documents if there are any, or why there are none.
 
     Raises:
-        ValueError: An option contradicts them.
+        ValueError: A tokenizer was given, and it does not fit.
     """
-    if args.attention_factor not in (None, "longest"):
-        try:
-            float(args.attention_factor)
-        except ValueError:
-            raise ValueError(
-                f"--attention-factor {args.attention_factor!r} must be a number or `longest`"
-            ) from None
-    shape, stored = checkpoint.shape, checkpoint.longrope
-    if args.base_config and args.base_config != "none":
-        base, whose = LongRopeConfig.load(args.base_config), f"--base-config {args.base_config}"
-    elif stored and not args.base_config:
-        base, whose = stored, f"{checkpoint.directory}"
-        if rank() == 0:
-            windows = ", ".join(str(item.max_length) for item in stored.factor_sets)
-            print(
-                f"the base is the model's own factors, for {windows} tokens (attention factor "
-                f"{stored.attention_factor_for(stored.max_length):.6g} at the longest); "
-                "--base-config none would search from plain RoPE",
-                flush=True,
-            )
-    else:
-        original = args.original_length or (
-            stored.original_max_position_embeddings if stored else shape.max_position_embeddings
-        )
-        base, whose = identity_config(shape.rotary_base, shape.rotary_dim, original), "plain RoPE"
-    original = base.original_max_position_embeddings
-    if args.original_length not in (None, original):
-        raise ValueError(
-            f"--original-length {args.original_length} contradicts {whose}, made for {original}; "
-            "leave it out"
-        )
-    if args.attention_factor == "longest" and base.max_length == original:
-        raise ValueError(
-            "--attention-factor longest takes the value that the model was tuned with, and plain "
-            "RoPE has none: leave it out, or give the tuned model's --base-config"
-        )
-    return base
-
-
-def _start_tokens(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    if text == "paper":
-        return START_TOKENS
+    if not args.retrieval_trials:
+        return "--retrieval-trials is 0"
     try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise ValueError(
-            f"--start-tokens {text!r} must be integers, for example 0,2,4, or `paper`"
-        ) from None
-
-
-def _depths(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--needle-depths {text!r} must be numbers, for example 0,0.5,1") from None
+        return retrieval_samples(args, args.held_out or args.data)
+    except ValueError as error:
+        if args.tokenizer is not None and "tokenizer" in str(error):
+            raise
+        return (
+            f"{error} (--tokenizer names the data's)" if "tokenizer" in str(error) else f"{error}"
+        )

@@ -68,6 +68,11 @@ class SearchSpace:
     start_tokens: tuple[int, ...] = START_TOKENS
     """Choices for n_hat, ascending; `(0,)` leaves start tokens out of the search."""
 
+    floor_dimension: int | None = None
+    """First dimension whose factors are at least `scale`; None leaves all of them free. A dimension
+    that completes no period in the trained window meets unseen angles under a smaller factor, which
+    perplexity hardly sees and retrieval does (LongRoPE2, section 3.1)."""
+
     upper_ratio: ClassVar[float] = 1.25
     """Default of `upper` in units of `scale`."""
 
@@ -87,6 +92,19 @@ class SearchSpace:
             raise ValueError(
                 f"upper is {self.upper!r}; it must be at least 1 + step = {1 + self.step!r}"
             )
+        if self.floor_dimension is not None:
+            check_int("floor_dimension", self.floor_dimension, 0)
+            if self.floor_dimension >= self.num_factors:
+                raise ValueError(
+                    f"floor_dimension is {self.floor_dimension}; it must be below rotary_dim / 2 = "
+                    f"{self.num_factors}"
+                )
+            if self.lowest(self.floor_dimension) > self.max_step:
+                raise ValueError(
+                    f"upper is {self.upper!r}, below the extension ratio {self.scale!r} (on the "
+                    f"grid) that factors from dimension {self.floor_dimension} on must reach; "
+                    "raise upper"
+                )
         object.__setattr__(self, "start_tokens", tuple(self.start_tokens))
         if not self.start_tokens:
             raise ValueError("start_tokens is empty; give at least one choice, such as (0,)")
@@ -114,6 +132,12 @@ class SearchSpace:
         # 1e-6 of a step absorbs the rounding of (upper - 1) / step.
         return math.floor((self.upper - 1.0) / self.step + 1e-6)
 
+    def lowest(self, gene: int) -> int:
+        """Smallest k of one factor; it never falls with the dimension."""
+        if self.floor_dimension is None or gene < self.floor_dimension:
+            return self.min_step
+        return math.ceil((self.scale - 1.0) / self.step - 1e-6)
+
     @property
     def num_choices(self) -> int:
         """Number of values of a candidate's `start_index`."""
@@ -121,7 +145,7 @@ class SearchSpace:
 
     @property
     def size(self) -> int:
-        """Number of candidates; exact, as there are C(K + d, d) monotonic vectors."""
+        """Number of candidates, C(K + d, d) monotonic vectors; fewer under a floor."""
         vectors = math.comb(self.max_step + self.num_factors, self.num_factors)
         return vectors * len(self.start_tokens)
 
@@ -134,7 +158,8 @@ class SearchSpace:
         return candidate
 
     def encode(self, rescale_factors: Sequence[float], num_start_tokens: int = 0) -> Candidate:
-        """Nearest candidate: factors rounded to the grid, clipped, then made non-decreasing.
+        """Nearest candidate: factors rounded to the grid, clipped (under a floor also from below),
+        then made non-decreasing.
 
         A running maximum removes decreases (published factors hold a few, of one step). Of
         `start_tokens`, the choice closest to `num_start_tokens` is taken, the smaller one on a tie.
@@ -165,10 +190,11 @@ class SearchSpace:
             )
         previous = self.min_step
         for index, value in enumerate(steps):
+            previous = max(previous, self.lowest(index))
             if not previous <= value <= self.max_step:
                 raise ValueError(
                     f"steps[{index}] of the candidate is {value}; it must lie between its "
-                    f"predecessor {previous} and {self.max_step}"
+                    f"predecessor or the floor, {previous}, and {self.max_step}"
                 )
             previous = value
         if not 0 <= candidate.start_index < self.num_choices:
@@ -180,6 +206,8 @@ class SearchSpace:
     def enumerate(self) -> Iterator[Candidate]:
         """Every candidate once, from plain RoPE upwards in lexicographic order."""
         for steps in combinations_with_replacement(range(self.max_step + 1), self.num_factors):
+            if any(k < self.lowest(gene) for gene, k in enumerate(steps)):
+                continue
             for start_index in range(len(self.start_tokens)):
                 yield Candidate(steps, start_index)
 
@@ -198,7 +226,7 @@ class SearchSpace:
             if not math.isfinite(value):
                 raise ValueError(f"rescale_factors[{index}] is {value!r}; it must be finite")
             nearest = round((float(value) - 1.0) / self.step)
-            steps.append(min(max(nearest, self.min_step), self.max_step))
+            steps.append(min(max(nearest, self.lowest(index)), self.max_step))
         return steps
 
     # What continuous search needs: the genes that count, and the way back to the grid.

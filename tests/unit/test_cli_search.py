@@ -72,7 +72,11 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--target-length 32", "below the original window 64"),
         ("--start-tokens 0,x", "must be integers"),
         ("--space critical --start-tokens 0,4", "start_tokens (0, 4)"),
-        ("--critical-dimension 3", "no meaning in the full space"),
+        ("--space full --critical-dimension 3", "no meaning in the full space"),
+        ("--critical-dimension 8", "floor_dimension is 8; it must be below"),
+        ("--patience 0", "patience is 0"),
+        ("--needle-weight 0", "--needle-weight 0.0 must be above 0"),
+        ("--objective joint", "--objective joint writes text into documents"),
         ("--space critical --critical-dimension 99", "must be below rotary_dim / 2 = 8"),
         ("--racing-significance 0.7", "significance is 0.7"),
         ("--lookahead -1", "lookahead is -1"),
@@ -116,6 +120,8 @@ def test_a_dry_run_says_what_the_search_costs_without_loading_it(options, no_wei
         "--algorithm evolution --population-size 5 --num-mutations 2 --num-crossovers 2 "
         "--iterations 1 --start-tokens 0",
         "--space critical --objective needle --needle-depths 0,1 --target-length 640",
+        "--space full --objective joint --start-tokens paper --target-length 640 --patience 50 "
+        "--tokens-per-forward 640",
     ],
 )
 def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
@@ -126,6 +132,11 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert main([*options, *more, *flags.split()]) == 0
     output = capsys.readouterr().out
     assert "held-out text" in output and "longrope" in output
+    # All four methods have a row, without a gap; 256 characters are too few for a needle's text.
+    table = [line for line in output.splitlines() if line.startswith(("pi ", "ntk ", "yarn "))]
+    assert len(table) == 3 and not any(" - " in f"{line} " for line in table)
+    asked = "--target-length 640" in flags
+    assert ("needle loss" in output) == asked != ("retrieval was not measured" in output)
     config = json.loads((tmp_path / "factors.json").read_text())
     found = config["factor_sets"][-1]
     origin = found["origin"]
@@ -133,6 +144,8 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert origin["seed"] == 0 and origin["evaluations"] >= 9
     assert origin["search_perplexity"] <= min(origin["seed_perplexity"].values())
     assert set(origin["held_out_perplexity"]) == {"pi", "ntk", "yarn", "longrope"}
+    if asked:
+        assert origin["retrieval"]["written"]["trials"] == 3
     assert len(origin["data_sha256"]) == len(origin["held_out_sha256"]) == 64
     assert origin["versions"]["torch"] and origin["checkpoint"]
     assert origin["sample_forwards"] <= 12 * 3

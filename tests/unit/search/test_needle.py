@@ -90,6 +90,9 @@ def check_samples(samples, tokenizer, length):
         assert tokenizer.decode(targets.tolist()).strip() == number
         answer = len(targets)
         assert samples.scored[row, -answer:].all() and not samples.scored[row, :-answer].any()
+        of_text = tokenizer.decode(ids[1:][samples.text[row]].tolist())
+        assert number not in of_text and "lighthouse" not in of_text
+        assert not (samples.text[row] & samples.scored[row]).any()
         needle = tokenizer.decode(ids[samples.positions[row] :].tolist())
         assert needle.startswith("\nThe registration number of the lighthouse is")
 

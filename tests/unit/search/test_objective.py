@@ -1,6 +1,7 @@
 """The objective is the mean loss of what counts, whatever shares a forward pass."""
 
 import math
+from types import SimpleNamespace
 
 import make_megatron_checkpoint as maker
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 from search_data import make_search_data
 
+from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.search.needle import needle_samples
-from megatron_longrope.search.objective import PerplexityObjective, window_samples
+from megatron_longrope.search.objective import PerplexityObjective, mean_over, window_samples
+from megatron_longrope.search.samples import read_samples
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,7 @@ def test_only_marked_targets_count(engine, config, samples):
     scored = torch.zeros(5, 95, dtype=torch.bool)
     for row in range(5):
         scored[row, 90 - row : 94] = True
-    objective = PerplexityObjective(engine, samples, scored=scored)
+    objective = PerplexityObjective(engine, samples, weights=mean_over(scored))
     engine.set_config(config)
     losses = engine.nll(samples).double()
     theirs = [losses[row][scored[row]].mean().item() for row in range(5)]
@@ -128,7 +131,7 @@ def test_a_needles_answer_alone_decides_its_score(engine, config, data):
     wide = config.with_factor_set(
         type(config.factor_sets[-1])(length, config.factor_sets[-1].rescale_factors)
     )
-    objective = PerplexityObjective(engine, needles.tokens, scored=needles.scored)
+    objective = PerplexityObjective(engine, needles.tokens, weights=mean_over(needles.scored))
     losses = all_losses(objective, wide)
     engine.set_config(wide)
     for row, number in enumerate(needles.numbers):
@@ -137,8 +140,26 @@ def test_a_needles_answer_alone_decides_its_score(engine, config, data):
         assert losses[row] == pytest.approx(answer.double().mean().item(), abs=1e-5)
 
 
+def test_the_joint_objective_takes_both_losses_from_one_pass(engine, config, data):
+    args = SimpleNamespace(
+        windows_per_document=1, target_length=640, num_samples=3, tokenizer=data["tokenizer"],
+        needle_depths="0,0.5,1", needle_weight=0.25, seed=3, bos=None,
+    )  # fmt: skip
+    samples = read_samples(args, data["search"], "joint")
+    wide = config.with_factor_set(FactorSet(640, config.factor_sets[-1].rescale_factors))
+    objective = PerplexityObjective(engine, samples.tokens, weights=samples.weights)
+    losses = all_losses(objective, wide)
+    documents = read_documents(data["search"], limit=3)
+    needles = needle_samples(
+        documents, load_tokenizer(data["tokenizer"]), 640, bos_id=1, depths=(0, 0.5, 1), seed=3
+    )
+    for row, nll in enumerate(engine.nll(needles.tokens).double()):
+        text, answer = nll[needles.text[row]].mean(), nll[-7:].mean()
+        assert losses[row] == pytest.approx(float(text + 0.25 * answer), abs=1e-5)
+
+
 def test_nothing_to_score_is_refused(engine, samples):
     with pytest.raises(ValueError, match="no sample to score"):
         PerplexityObjective(engine, samples[:0])
     with pytest.raises(ValueError, match="no token that counts"):
-        PerplexityObjective(engine, samples, scored=torch.zeros(5, 95, dtype=torch.bool))
+        PerplexityObjective(engine, samples, weights=torch.zeros(5, 95))

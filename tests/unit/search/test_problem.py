@@ -134,6 +134,26 @@ def test_searches_within_the_papers_range_do_not_warn(plain, extended):
         make_problem(extended, 256)
 
 
+def test_the_floor_begins_where_no_period_is_completed_and_changes_ntk_but_not_yarn(plain):
+    problem = make_problem(plain, 2048, space="floored")
+    # 256 / (2 pi 10000^(i / 16)) rotations: 1.29 in dimension 6, 0.72 in 7.
+    assert problem.space.floor_dimension == 7
+    assert set(problem.seeds) == {"pi", "near-ntk", "yarn"}
+    raised = problem.factor_set(problem.seeds["near-ntk"]).rescale_factors
+    assert raised[6] == pytest.approx(8.0 ** (12 / 30), abs=0.01) and raised[7:] == (8.0,) * 9
+    ntk = problem.factor_set(problem.references["ntk"]).rescale_factors
+    assert ntk[7] == pytest.approx(8.0 ** (14 / 30))
+    assert make_problem(plain, 2048, space="floored", critical_dimension=9).space.lowest(8) == 0
+
+
+def test_the_floor_of_a_second_search_counts_on_the_tuned_frequencies(plain):
+    tuned = plain.with_factor_set(FactorSet(2048, (8.0,) * 16))
+    assert make_problem(tuned, 8192, space="floored").space.floor_dimension == 7
+    untouched = plain.with_factor_set(FactorSet(2048, (1.0,) * 16))
+    assert make_problem(untouched, 8192, space="floored").space.floor_dimension == 11
+    assert make_problem(tuned, 256, space="floored").space.floor_dimension is None  # a recovery
+
+
 # LongRoPE2's space
 
 
@@ -204,7 +224,7 @@ def test_recovery_in_the_critical_space_is_refused(extended):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"space": "critcal"}, "space 'critcal' is unknown; choose one of full, critical"),
+        ({"space": "critcal"}, "space 'critcal' is unknown; choose one of floored, full, critical"),
         ({"critical_dimension": 5}, "critical_dimension 5 has no meaning in the full space"),
         ({"space": "critical", "critical_dimension": 16}, "must be below rotary_dim / 2 = 16"),
         ({"space": "critical", "start_tokens": (0, 8)}, r"start_tokens \(0, 8\) cannot be"),

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,10 @@ SEARCHES = {"evolution": evolution, "cma": covariance}
 @pytest.fixture(params=SEARCHES)
 def new_search(request):
     return SEARCHES[request.param]
+
+
+def drop_time(record):
+    return replace(record, seconds=0.0)
 
 
 def test_the_winner_is_at_least_as_good_as_every_seed(problem, new_search, tmp_path):
@@ -196,6 +201,22 @@ def test_a_recovery_keeps_the_tuned_factors_that_nothing_beats(new_search, tmp_p
     outcome = run_search(new_search(problem), problem, objective, run, known=known)
     assert problem.factor_set(outcome.candidate).rescale_factors == tuned
     assert outcome.seed_scores["longest"] == outcome.score == pytest.approx(math.exp(2.0))
+
+
+def test_patience_ends_a_search_that_finds_nothing_better(problem, new_search, tmp_path):
+    def run(name, **options):
+        search = new_search(problem, **options)
+        return run_search(search, problem, Synthetic(), SearchRun(tmp_path / name, resume=True))
+
+    whole, cut = run("whole.jsonl"), run("cut.jsonl", patience=9)
+    assert cut.num_evaluations < whole.num_evaluations
+    # The same trajectory, only shorter, and it ends where the last worthwhile step lies behind it.
+    assert [drop_time(item) for item in cut.records] == [
+        drop_time(item) for item in whole.records[: cut.num_evaluations]
+    ]
+    assert run("cut.jsonl", patience=9) == cut
+    complete = [item.score for item in cut.records if item.stopped is None]
+    assert min(complete[:-9]) * 0.999 < min(complete)
 
 
 # Racing

@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.search.coordinates import moved_candidate
+from megatron_longrope.search.operators import crossover, mutate, random_candidate
 from megatron_longrope.search.space import START_TOKENS, Candidate, SearchSpace
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -113,3 +116,44 @@ def test_check_refuses_a_candidate_from_elsewhere(candidate):
 def test_encode_refuses_wrong_counts_and_values_that_are_not_finite(factors):
     with pytest.raises(ValueError, match="rescale_factors"):
         SearchSpace(3, 2).encode(factors)
+
+
+# A floor under the slow dimensions
+
+
+@pytest.fixture
+def floored():
+    return SearchSpace(4, 2.0, upper=2.5, step=0.25, start_tokens=(0, 4), floor_dimension=2)
+
+
+def test_from_the_floors_dimension_on_factors_reach_the_extension_ratio(floored):
+    assert floored.decode(floored.encode((1.0, 1.5, 1.6, 2.2)))[0] == (1.0, 1.5, 2.0, 2.25)
+    with pytest.raises(ValueError, match=r"steps\[2\] .* predecessor or the floor, 4, and 6"):
+        floored.check(Candidate((0, 2, 3, 5)))
+    everything = list(floored.enumerate())
+    assert all(floored.decode(item)[0][2] >= 2.0 for item in everything)
+    free = SearchSpace(4, 2.0, upper=2.5, step=0.25, start_tokens=(0, 4))
+    assert len(everything) == sum(item.steps[2] >= 4 for item in free.enumerate())
+
+
+def test_every_operator_keeps_to_the_floor(floored):
+    rng = np.random.default_rng(0)
+    a, b = (random_candidate(floored, rng) for _ in range(2))
+    for _ in range(200):
+        a, b = mutate(a, floored, rng, 0.7), crossover(a, b, floored, rng)
+        floored.check(a)
+        floored.check(b)
+        floored.check(random_candidate(floored, rng))
+    floored.check(moved_candidate(floored, a, [(3, -0.9), (1, 0.4)]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"floor_dimension": 4}, "floor_dimension is 4; it must be below rotary_dim / 2 = 4"),
+        ({"floor_dimension": 1, "upper": 1.5}, "upper is 1.5, below the extension ratio 2.0"),
+    ],
+)
+def test_a_floor_that_nothing_can_reach_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SearchSpace(4, 2.0, **options)

@@ -1,0 +1,73 @@
+"""What a search command extends: the options that decide it, checked against the model."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.ranks import rank
+from megatron_longrope.search.space import START_TOKENS
+
+
+def base_of(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
+    """What the search extends: given factors, the model's own, or plain RoPE.
+
+    Raises:
+        ValueError: An option contradicts them.
+    """
+    if args.attention_factor not in (None, "longest"):
+        try:
+            float(args.attention_factor)
+        except ValueError:
+            raise ValueError(
+                f"--attention-factor {args.attention_factor!r} must be a number or `longest`"
+            ) from None
+    shape, stored = checkpoint.shape, checkpoint.longrope
+    if args.base_config and args.base_config != "none":
+        base, whose = LongRopeConfig.load(args.base_config), f"--base-config {args.base_config}"
+    elif stored and not args.base_config:
+        base, whose = stored, f"{checkpoint.directory}"
+        if rank() == 0:
+            windows = ", ".join(str(item.max_length) for item in stored.factor_sets)
+            print(
+                f"the base is the model's own factors, for {windows} tokens (attention factor "
+                f"{stored.attention_factor_for(stored.max_length):.6g} at the longest); "
+                "--base-config none would search from plain RoPE",
+                flush=True,
+            )
+    else:
+        original = args.original_length or (
+            stored.original_max_position_embeddings if stored else shape.max_position_embeddings
+        )
+        base, whose = identity_config(shape.rotary_base, shape.rotary_dim, original), "plain RoPE"
+    original = base.original_max_position_embeddings
+    if args.original_length not in (None, original):
+        raise ValueError(
+            f"--original-length {args.original_length} contradicts {whose}, made for {original}; "
+            "leave it out"
+        )
+    if args.attention_factor == "longest" and base.max_length == original:
+        raise ValueError(
+            "--attention-factor longest takes the value that the model was tuned with, and plain "
+            "RoPE has none: leave it out, or give the tuned model's --base-config"
+        )
+    return base
+
+
+def start_token_choices(text: str | None) -> tuple[int, ...] | None:
+    """Read --start-tokens; None leaves the choice to the problem.
+
+    Raises:
+        ValueError: No list of integers.
+    """
+    if text is None:
+        return None
+    if text == "paper":
+        return START_TOKENS
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ValueError(
+            f"--start-tokens {text!r} must be integers, for example 0,2,4, or `paper`"
+        ) from None

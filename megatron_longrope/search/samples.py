@@ -1,0 +1,103 @@
+"""The samples that a search scores, and the needles that its winner is asked for at the end."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from megatron_longrope.data.documents import read_manifest, read_window_documents
+from megatron_longrope.data.tokenizer import Tokenizer, bos_name, load_tokenizer
+from megatron_longrope.search.needle import NeedleSamples, needle_samples
+from megatron_longrope.search.objective import mean_over, window_samples
+
+OBJECTIVES = ("ppl", "needle", "joint")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What an objective scores."""
+
+    tokens: Tensor
+    """`[k, n]`, int64, BOS included where there is one."""
+
+    bos: str | int
+    """What stands before every window; see :func:`.tokenizer.bos_name`."""
+
+    weights: Tensor | None = None
+    """`[k, n - 1]`, what the loss of each target counts; None for the mean over all."""
+
+    needles: dict[str, Any] | None = None
+    """Wording and places of the needles, if there are any."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def read_samples(args: argparse.Namespace, prefix: str, objective: str) -> Samples:
+    """Samples of a data set for one of :data:`OBJECTIVES`.
+
+    `joint` is the loss of the document's tokens plus --needle-weight x the loss of the answer's, in
+    nats, both from one forward pass. What the best seed has of either would only be subtracted from
+    every candidate alike.
+
+    Raises:
+        ValueError: Too few documents are long enough, or the tokenizer does not fit.
+    """
+    windows, length = args.windows_per_document, args.target_length
+    documents, bos_id = read_window_documents(
+        prefix, length, args.num_samples, windows=windows, bos=args.bos
+    )
+    if objective == "ppl":
+        return Samples(window_samples(documents, bos_id, length, windows), bos_name(bos_id))
+    if args.tokenizer is None:
+        raise ValueError(
+            f"--objective {objective} writes text into documents: give their --tokenizer"
+        )
+    samples = needle_samples(
+        documents, _tokenizer(args.tokenizer, prefix), length, bos_id=bos_id,
+        depths=_depths(args.needle_depths), seed=args.seed,
+    )  # fmt: skip
+    weights = mean_over(samples.scored)
+    if objective == "joint":
+        weights = mean_over(samples.text) + args.needle_weight * weights
+    return Samples(samples.tokens, bos_name(bos_id), weights, samples.describe())
+
+
+def retrieval_samples(args: argparse.Namespace, prefix: str) -> NeedleSamples:
+    """Needles for the closing table, at depths spread evenly from 0 to 1.
+
+    Raises:
+        ValueError: No tokenizer is at hand, it does not fit, or the window is too short.
+    """
+    path = args.tokenizer or read_manifest(prefix)["tokenizer"]
+    tokenizer = _tokenizer(path, prefix)
+    trials = args.retrieval_trials
+    documents, bos_id = read_window_documents(
+        prefix, args.target_length, args.num_samples, bos=args.bos
+    )
+    return needle_samples(
+        documents[:trials], tokenizer, args.target_length, bos_id=bos_id,
+        depths=[index / max(trials - 1, 1) for index in range(trials)], seed=args.seed,
+    )  # fmt: skip
+
+
+def _tokenizer(path: str, prefix: str) -> Tokenizer:
+    tokenizer, manifest = load_tokenizer(path), read_manifest(prefix)
+    if tokenizer.sha256 != manifest["tokenizer_sha256"]:
+        raise ValueError(
+            f"{path} is not the tokenizer that {prefix} was made with "
+            f"({manifest['tokenizer']}); give that one"
+        )
+    return tokenizer
+
+
+def _depths(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--needle-depths {text!r} must be numbers, for example 0,0.5,1") from None
