@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_longrope", "megatron_longrope.*"]),
-    package_data={"megatron_longrope.published": ["*.json"]},
+    package_data={"megatron_longrope.published": ["*.json"], "megatron_longrope.report": ["*.j2"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core[training]>=0.17",
@@ -31,6 +31,7 @@ setup(
         "cma>=4.0",
         "scipy>=1.12",
         "matplotlib",
+        "jinja2",
         "tqdm",
         "pyyaml",
     ],

@@ -10,16 +10,21 @@ from typing import Any
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old content or the new, never a part.
+    """Write `text` to `path` in UTF-8, as :func:`write_bytes_atomic`."""
+    write_bytes_atomic(path, text.encode())
 
-    The text goes to a temporary file in the same directory, is flushed to disk and then renamed.
+
+def write_bytes_atomic(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old content or the new, never a part.
+
+    The content goes to a temporary file in the same directory, is flushed to disk and then renamed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp creates 0600; give the file the mode that open() would have given it.

@@ -18,8 +18,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "directory", type=Path, nargs="+", metavar="DIR",
-        help="holds results.json or, at any depth, what `longrope eval` wrote (ppl.jsonl, "
-        "passkey.jsonl, needle.jsonl, short.jsonl); also LongRoPE JSON files and *.journal.jsonl",
+        help="holds, at any depth, what `longrope eval` wrote (ppl.jsonl, passkey.jsonl, "
+        "needle.jsonl, short.jsonl); also LongRoPE JSON files, *.journal.jsonl and, at its top, "
+        "facts.json",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
@@ -30,10 +31,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from megatron_longrope.report.page import report_tables, write_report
     from megatron_longrope.report.reading import read_measurements
-    from megatron_longrope.report.report import report_tables, write_report
 
     measurements = read_measurements(args.directory)
     page = write_report(args.directory, args.output, measurements=measurements)
     print(report_tables(args.directory, measurements=measurements))
-    print(f"wrote {page} and {page.parent / 'figures'}")
+    print(f"wrote {page}, {page.parent / 'figures'} and {page.parent / 'tables'}")

@@ -1,11 +1,19 @@
-"""What a kind of evaluation records, and what makes two of its records one cell."""
+"""What a kind of evaluation is: how its cells are told apart, recorded, tabulated and drawn."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_longrope.evaluation.figure import Figure
+    from megatron_longrope.evaluation.series import Rows
+    from megatron_longrope.evaluation.table import Table
+
+Row = dict[str, Any]
+"""A record."""
 
 Check = tuple[Callable[[Any], bool], str]
 """A rule for a field of a record, in code and in words."""
@@ -15,8 +23,25 @@ TARGET_KEY = ("checkpoint", "iteration", "label", "policy", "config_sha256")
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of a report: a title with tables and figures under it."""
+
+    title: str
+
+    tables: Sequence[Table] = ()
+
+    figures: Sequence[Figure] = ()
+
+    warnings: Sequence[str] = ()
+    """What must not be overlooked."""
+
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Data, seeds and versions behind it; empty values are left out."""
+
+
+@dataclass(frozen=True)
 class Kind:
-    """A kind of evaluation."""
+    """A kind of evaluation: all that the command line, the recorder and the report know of it."""
 
     name: str
     """Of the command and of its files: `longrope eval <name>` writes `<name>.jsonl`."""
@@ -28,13 +53,45 @@ class Kind:
     required: Mapping[str, Check]
     """Fields that a record must hold."""
 
+    sections: Callable[[Rows, int | None], list[Section]]
+    """Tables and figures of records; given the pre-trained window in tokens where all share it."""
+
     optional: Mapping[str, Check] = field(default_factory=dict)
     """Fields that may be absent or null."""
+
+    restore: Callable[[Row], Any] = lambda row: None
+    """Completes a record that was read: what JSON has no word for, what old versions left out."""
 
     @property
     def cell_fields(self) -> tuple[str, ...]:
         """Every field that tells one cell from another."""
         return (*TARGET_KEY, *self.key)
+
+    def check(self, row: Any, where: str) -> Row:
+        """Complete and check a record.
+
+        Args:
+            row (Any): What a line of `<name>.jsonl` holds.
+            where (str): Which line, for the error.
+
+        Raises:
+            ValueError: It is no record of this kind.
+        """
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
+        self.restore(row)
+        for name, (good, rule) in self.required.items():
+            if name not in row:
+                raise ValueError(
+                    f"{where}: the record lacks {name!r}; measure again with `longrope eval "
+                    f"{self.name}`"
+                )
+            if not good(row[name]):
+                raise ValueError(f"{where}: {name} is {row[name]!r}; it must be {rule}")
+        for name, (good, rule) in {**self.optional, **_OF_EVERY_KIND}.items():
+            if row.get(name) is not None and not good(row[name]):
+                raise ValueError(f"{where}: {name} is {row[name]!r}; it must be {rule} or null")
+        return row
 
 
 def cell_key(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -56,3 +113,5 @@ COUNT: Check = (_is_count, "a positive integer")
 SHARE: Check = (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
 TEXT: Check = (lambda value: isinstance(value, str) and value != "", "a text that is not empty")
 ANYTHING: Check = (lambda value: True, "")
+
+_OF_EVERY_KIND = {"label": TEXT, "model": TEXT, "original_length": COUNT, "seconds": NUMBER}

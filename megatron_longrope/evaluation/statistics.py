@@ -1,12 +1,14 @@
-"""Intervals for proportions, and perplexity."""
+"""Intervals for proportions, perplexity, and trials counted once for every table and figure."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
+from typing import Any
 
 
 def wilson_interval(accuracy: float, trials: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927), sensible at 0 and at 1."""
+    """Return the 95 % interval of a proportion (Wilson 1927), sensible at 0 and at 1."""
     z = 1.959964
     center = (accuracy + z * z / (2 * trials)) / (1 + z * z / trials)
     spread = accuracy * (1 - accuracy) / trials + z * z / (4 * trials * trials)
@@ -15,5 +17,48 @@ def wilson_interval(accuracy: float, trials: int) -> tuple[float, float]:
 
 
 def perplexity_of(nll: float) -> float:
-    """exp of a mean loss in nats; infinite above 700, where fp64 has no number for it."""
+    """Return exp of a mean loss in nats; infinite above 700, where fp64 has no number for it."""
     return math.inf if nll >= 700 else math.exp(nll)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether it is a number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass
+class Tally:
+    """Trials of one cell of a table or figure."""
+
+    hits: float = 0.0
+    """Sum of what the trials found, each from 0 to 1."""
+
+    trials: int = 0
+
+    whole: bool = True
+    """Whether every trial found all or nothing, as an interval for proportions supposes."""
+
+    nlls: list[float] = field(default_factory=list)
+    """Mean loss over the answer's tokens of each trial, in nats."""
+
+    @property
+    def share(self) -> float:
+        """What was found, from 0 to 1."""
+        return self.hits / self.trials
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval, where trials found all or nothing."""
+        return wilson_interval(self.share, self.trials) if self.whole else None
+
+    @property
+    def nll(self) -> float | None:
+        """Mean over the trials, in nats per token of the answer; None unless all have a loss."""
+        return sum(self.nlls) / self.trials if len(self.nlls) == self.trials else None
+
+    def add(self, found: float, nll: Any) -> None:
+        """Count a trial."""
+        self.hits, self.trials = self.hits + found, self.trials + 1
+        self.whole = self.whole and found in (0.0, 1.0)
+        if is_finite(nll):
+            self.nlls.append(float(nll))

@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from megatron_longrope.evaluation.table import shorten
 from megatron_longrope.lengths import format_length
-from megatron_longrope.report.style import MUTED, shorten
+from megatron_longrope.report.style import MUTED
 
 
 def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None = None) -> None:

@@ -1,141 +1,273 @@
-"""The page about one run, from its `results.json`."""
+"""Write one self-contained HTML page about finished evaluations, with figures and data beside it.
+
+    from megatron_longrope.report.page import write_report
+    write_report("runs/quickstart")  # ppl.jsonl, ... -> report.html, figures/*.png, figures/*.csv
+    write_report(["runs/base", "runs/extended"], "comparison/report.html")
+
+A directory holds, at any depth, the records of `longrope eval`; besides, LongRoPE JSON files,
+`*.journal.jsonl` and, at its top, `facts.json`. What was not measured is left out; nothing is ever
+filled in. What there is to show of a kind of evaluation its own file says: this page knows none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from megatron_longrope.config import FactorSet, LongRopeConfig
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_longrope import __version__
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.evaluation.kind import Section
+from megatron_longrope.evaluation.kinds import KINDS
+from megatron_longrope.evaluation.table import ABSENT, Column, Table, Value, format_ratio
+from megatron_longrope.files import write_text_atomic
 from megatron_longrope.lengths import format_length
-from megatron_longrope.report.document import facts_table, render_document, section, table
-from megatron_longrope.report.results import ABSENT, best_cells, measured_lengths
-from megatron_longrope.report.style import Drawing, format_ratio, format_score, style_of
+from megatron_longrope.progress import format_duration
+from megatron_longrope.report.figures import draw
+from megatron_longrope.report.reading import Measurements, read_measurements
+from megatron_longrope.report.search_figures import draw_factors, draw_search, draw_start_tokens
+from megatron_longrope.report.search_trace import (
+    NamedSet,
+    SearchTrace,
+    find_factor_sets,
+    find_search_traces,
+    start_token_curve,
+)
+from megatron_longrope.report.style import NEUTRALS, Drawing, series_styles
+
+_SHORT_HASH = 12  # characters of a sha256 that are shown
 
 
-def render_page(
-    name: str,
-    summary: str,
-    results: Mapping[str, Any],
-    drawings: Sequence[Drawing],
-    sets: Sequence[tuple[str, LongRopeConfig, FactorSet]] = (),
-    notes: Sequence[str] = (),
-    extra_parts: Sequence[str] = (),
-    origin: str = "results.json",
-) -> str:
-    """The whole page.
+@dataclass(frozen=True)
+class _Drawn:
+    """A section with its figures drawn."""
+
+    title: str
+    tables: Sequence[Table]
+    drawings: Sequence[Drawing]
+    warnings: Sequence[str] = ()
+
+
+def write_report(
+    directories: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    measurements: Measurements | None = None,
+) -> Path:
+    """Write the report of a run, or of several models in comparison.
 
     Args:
-        name (str): What was run; shown under the title.
-        summary (str): The sentence at the top.
-        results (Mapping): Checked results, see `results.check_results`.
-        drawings (Sequence[Drawing]): Figures, whose PNG and CSV lie in `figures/` beside the page.
-        sets (Sequence[tuple]): (file, configuration, factor set) of each set found.
-        notes (Sequence[str]): What had to be left out, and why.
-        extra_parts (Sequence[str]): HTML of further sections.
-        origin (str): Files that the numbers come from.
+        directories (str | Path | Sequence): One or several directories, each with the records of
+            `longrope eval` at any depth.
+        output (str | Path | None): The page; by default `report.html` in the directory if there is
+            one, and where the program runs if there are several. `figures/` and `tables/` go beside
+            it.
+        measurements (Measurements, optional): Of these directories, if they have been read.
+
+    Returns:
+        Path: The page.
+
+    Raises:
+        ValueError: A directory is missing or has nothing to report, or a file in it is malformed.
     """
-    extras = {
-        "perplexity": _perplexity_table(results),
-        "rescale_factors": factor_table(sets),
-    }
-    parts = [section(drawing, extras.get(drawing.name, "")) for drawing in drawings]
-    checks = [
-        facts_table("Conversion to Hugging Face", results["conversion"]),
-        facts_table("Context-parallel parity", _with_difference(results["cp_parity"])),
+    folders = _listed(directories)
+    page = Path(output) if output is not None else (
+        folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    )  # fmt: skip
+    if page.is_dir():
+        raise ValueError(f"{page} is a directory; give the name of the HTML file to write")
+    measurements = measurements or read_measurements(folders)
+    sets, notes = _factor_sets(folders)
+    sections = sections_of(measurements)
+    drawn = [*_draw(sections, measurements), *_draw_searches(sets, _traces(folders, sets))]
+    for part in drawn:
+        for drawing in part.drawings:
+            drawing.save(page.parent / "figures")
+        for table in part.tables:
+            write_text_atomic(page.parent / "tables" / f"{table.name}.csv", table.csv())
+    name = ", ".join(folder.resolve().name for folder in folders)
+    window = measurements.window
+    text = _template().render(
+        name=name,
+        about=f"{name} \N{MIDDLE DOT} original window {window:,} tokens" if window else name,
+        summary=sections[0].tables[0].sentence(_things(measurements)),
+        sections=drawn,
+        series=_series_table(measurements),
+        facts=_all_facts(sections, measurements),
+        notes=notes,
+        origin=", ".join(f"{kind}.jsonl" for kind in measurements.rows),
+        version=__version__,
+        neutrals=NEUTRALS,
+        absent=ABSENT,
+    )
+    write_text_atomic(page, text)
+    return page
+
+
+def report_tables(
+    directories: str | Path | Sequence[str | Path], *, measurements: Measurements | None = None
+) -> str:
+    """Return the report's tables as plain text.
+
+    Raises:
+        ValueError: As :func:`write_report`.
+    """
+    measurements = measurements or read_measurements(_listed(directories))
+    return "\n\n".join(
+        "\n".join([table.text(), *section.warnings])
+        for section in sections_of(measurements)
+        for table in section.tables
+    )
+
+
+def sections_of(measurements: Measurements) -> list[Section]:
+    """Return the sections of every kind that was measured, in the order of the page."""
+    return [
+        section
+        for name, kind in KINDS.items()
+        if name in measurements.rows
+        for section in kind.sections(measurements.rows[name], measurements.window)
     ]
-    parts += [f'<div class="facts">{"".join(checks)}</div>', _timings(results["seconds"])]
-    setup = {**results["versions"]}
-    if results.get("seed") is not None:
-        setup["seed"] = results["seed"]
-    parts.append(facts_table("Versions and seed", setup))
-    parts += [*extra_parts, left_out(notes)]
-    window = results.get("original_length")
-    about = f"{name} · original window {window:,} tokens" if window else name
-    return render_document(name, about, summary, parts, origin)
 
 
-def _perplexity_table(results: Mapping[str, Any]) -> str:
-    perplexity, original = results["perplexity"], results.get("original_length")
-    policies = results["attention_factor_policy"]
-    best = best_cells(perplexity)
-    lengths = measured_lengths(perplexity)
-    head = ['<th scope="col">Method</th>']
-    for length in lengths:
-        times = f"<small>{format_ratio(length / original)}&times;</small>" if original else ""
-        head.append(f'<th scope="col">{format_length(length)}{times}</th>')
-    body = []
-    for method, row in perplexity.items():
-        cells = [f'<th scope="row">{escape(style_of(method).label)}</th>']
-        for length in lengths:
-            if length not in row:
-                cells.append(f'<td class="absent">{ABSENT}</td>')
-                continue
-            shown = format_score(row[length])
-            shown = f"<b>{shown}</b>" if (method, length) in best else shown
-            policy = policies.get(method, {}).get(length)
-            shown += f"<small>{escape(policy)}</small>" if policy else ""
-            cells.append(f"<td>{shown}</td>")
-        body.append("".join(cells))
-    note = "Perplexity; the lowest of each length is bold."
-    if original:
-        note += " Under each length: its ratio to the original window."
-    if any(policies.values()):
-        note += " Under a value: the attention factor policy that gave it."
-    return table("".join(head), body) + f'\n<p class="note">{note}</p>'
+def _template() -> Any:
+    loader = PackageLoader("megatron_longrope.report", "")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    # Matplotlib wrote the SVG and escaped the text in it.
+    environment.filters["svg"] = Markup
+    return environment.get_template("page.html.j2")
 
 
-def factor_table(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> str:
-    """What the factor sets hold, a row for each (file, configuration, factor set)."""
-    names = ("Up to", "Ratio", "Factors", "Start tokens", "Attention factor")
-    head = '<th scope="col">File</th>' + "".join(f'<th scope="col">{item}</th>' for item in names)
-    rows = []
+def _draw(sections: Sequence[Section], measurements: Measurements) -> Iterator[_Drawn]:
+    styles = series_styles(measurements.series)
+    for section in sections:
+        drawings = [draw(figure, styles) for figure in section.figures]
+        yield _Drawn(section.title, section.tables, drawings, section.warnings)
+
+
+def _draw_searches(sets: Sequence[NamedSet], traces: Sequence[SearchTrace]) -> Iterator[_Drawn]:
+    if sets:
+        drawing = draw_factors(sets)
+        yield _Drawn(drawing.title, [_factor_table(sets, drawing.title)], [drawing])
+    curves = [curve for trace in traces if (curve := start_token_curve(trace))]
+    for found, drawn_by in ((traces, draw_search), (curves, draw_start_tokens)):
+        if found:
+            drawing = drawn_by(found)
+            yield _Drawn(drawing.title, [], [drawing])
+
+
+def _factor_table(sets: Sequence[NamedSet], title: str) -> Table:
+    rows = {}
     for name, config, item in sets:
         ratio = item.max_length / config.original_max_position_embeddings
         low, high = min(item.rescale_factors), max(item.rescale_factors)
         cells = (
-            format_length(item.max_length),
-            f"{format_ratio(ratio)}&times;",
-            f"{low:.4g} to {high:.4g}",
-            item.num_start_tokens,
+            format_length(item.max_length), f"{format_ratio(ratio)}\N{MULTIPLICATION SIGN}",
+            f"{low:.4g} to {high:.4g}", str(item.num_start_tokens),
             f"{config.attention_factor_for(item.max_length):.4f}",
-        )
-        rows.append(
-            f'<th scope="row">{escape(name)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells)
-        )
-    return table(head, rows)
+        )  # fmt: skip
+        several = sum(other == name for other, *_ in sets) > 1
+        key = f"{name}, up to {cells[0]}" if several else name
+        rows[key] = [Value(cell) for cell in cells]
+    names = ("Up to", "Ratio", "Factors", "Start tokens", "Attention factor")
+    return Table("rescale_factors", title, [*map(Column, names)], rows, corner="File")
 
 
-def left_out(notes: Sequence[str]) -> str:
-    """A section of what had to be left out; nothing if there are no notes."""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<h2>Left out</h2>\n<ul class="note">{items}</ul>' if notes else ""
+def _series_table(measurements: Measurements) -> Table:
+    """Return whose numbers these are: checkpoints, factor files, windows."""
+    rows = {}
+    for series in measurements.series:
+        one = series.identity
+        factors = one.config or one.label or ABSENT
+        factors = "the checkpoint's own" if factors == "checkpoint" else factors
+        cells = (
+            one.checkpoint or one.model, one.iteration or ABSENT,
+            f"{factors} ({one.policy})" if one.policy else factors,
+            one.config_sha256[:_SHORT_HASH] or ABSENT,
+            f"{series.original_length:,}" if series.original_length else ABSENT,
+        )  # fmt: skip
+        rows[series.name] = [Value(cell) for cell in cells]
+    names = ("Checkpoint", "Iteration", "Factors", "sha256", "Window")
+    columns = [Column(name, is_text=True) for name in names]
+    note = "Window: tokens of pre-training."
+    return Table("series", "Measured how", columns, rows, note=note, corner="Shown as")
 
 
-def _with_difference(parity: Mapping[str, float]) -> dict[str, float]:
-    facts = dict(parity)
-    if {"cp1_loss", "cp2_loss"} <= facts.keys():
-        facts["Difference"] = abs(facts["cp1_loss"] - facts["cp2_loss"])
-    return facts
-
-
-def _timings(seconds: Mapping[str, float]) -> str:
-    if not seconds:
-        return ""
-    longest, total = max(seconds.values()) or 1.0, sum(seconds.values())
-    rows = [
-        f'<th scope="row">{escape(stage.replace("_", " "))}</th><td>{_duration(value)}</td>'
-        '<td class="track">'
-        f'<span class="bar" style="width: {100 * value / longest:.1f}%"></span></td>'
-        for stage, value in seconds.items()
+def _all_facts(
+    sections: Sequence[Section], measurements: Measurements
+) -> dict[str, list[tuple[str, str]]]:
+    """Return names and values by title: of the evaluations, then of the runs."""
+    ours = [
+        (f"{section.title}: {name}", value)
+        for section in sections
+        for name, value in section.facts.items()
+        if value
     ]
-    rows.append(f'<th scope="row"><b>Total</b></th><td><b>{_duration(total)}</b></td><td></td>')
-    return f'<section class="whole"><h2>Time</h2>\n{table("", rows)}</section>'
+    seconds = sum(row.get("seconds") or 0 for rows in measurements.rows.values() for _, row in rows)
+    if seconds:
+        ours.append(("Time of all measurements", format_duration(seconds)))
+    facts = {"Data, seeds and versions": ours}
+    return facts | {title: [*_flat(part)] for title, part in measurements.facts.items()}
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (name, value) of every leaf; nested names are joined."""
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}, ")
+        elif isinstance(value, bool):
+            yield f"{prefix}{key}", "yes" if value else "no"
+        elif isinstance(value, float):
+            shown = f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.6g}"
+            yield f"{prefix}{key}", shown
+        elif value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{prefix}{key}", text
+
+
+def _things(measurements: Measurements) -> str:
+    identities = [series.identity for series in measurements.series]
+    models = {identity.model for identity in identities}
+    if len(models) == len(identities):
+        return "models"
+    return "sets of factors" if len(models) == 1 else "models and factors"
+
+
+def _listed(directories: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the directories, each once."""
+    one = isinstance(directories, str | Path)
+    folders = [Path(directories)] if one else [Path(item) for item in directories]
+    if not folders:
+        raise ValueError("no directory to report on; give at least one")
+    return list({folder.resolve(): folder for folder in folders}.values())
+
+
+def _factor_sets(folders: Sequence[Path]) -> tuple[list[NamedSet], list[str]]:
+    """Return factor sets of all folders, and notes; with several folders the names say which."""
+    sets, notes = [], []
+    for folder in folders:
+        found, broken = find_factor_sets(folder)
+        prefix = _prefix(folder, folders)
+        sets += [(f"{prefix}{name}", config, item) for name, config, item in found]
+        notes += [f"{prefix}{note}" for note in broken]
+    return sets, notes
+
+
+def _traces(folders: Sequence[Path], sets: Sequence[NamedSet]) -> list[SearchTrace]:
+    configs: list[LongRopeConfig] = [config for _, config, _ in sets]
+    return [
+        replace(trace, name=_prefix(folder, folders) + trace.name)
+        for folder in folders
+        for trace in find_search_traces(folder, configs)
+    ]
+
+
+def _prefix(folder: Path, folders: Sequence[Path]) -> str:
+    return f"{folder.resolve().name}/" if len(folders) > 1 else ""

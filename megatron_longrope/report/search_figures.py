@@ -1,4 +1,4 @@
-"""The figures of a report: perplexity, rescale factors, search, start tokens and passkey."""
+"""Figures of searches: rescale factors, progress and start tokens."""
 
 from __future__ import annotations
 
@@ -9,35 +9,31 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.evaluation.statistics import wilson_interval
-from megatron_longrope.frequencies import named_factors
+from megatron_longrope.evaluation.table import format_ratio, format_score
 from megatron_longrope.lengths import format_length
-from megatron_longrope.report.axes import length_axis, note_above, panel_title, start_token_axis
+from megatron_longrope.report.axes import panel_title, start_token_axis
 from megatron_longrope.report.search_trace import (
     SearchTrace,
     StartTokenCurve,
+    reference_factors,
     start_token_curve,
 )
 from megatron_longrope.report.style import (
-    INK,
-    METHODS,
+    LONGROPE,
     MUTED,
-    PAPER,
     Drawing,
-    blank_figure,
+    Style,
     finish,
-    format_ratio,
-    format_score,
     has_style,
     label_ends,
-    method_legend,
     panels,
     plot_line,
     score_axis,
     style_of,
+    swatch,
 )
 from megatron_longrope.search.journal import Evaluation, is_complete, is_failed
 from megatron_longrope.search.problem import SearchProblem
@@ -45,37 +41,6 @@ from megatron_longrope.search.space import Candidate
 
 _MARKS = ("Best so far", "Fully scored", "Scored in part", "Beyond the frame or failed")
 """Legend of the search progress, in order."""
-
-
-def draw_perplexity(
-    perplexity: Mapping[str, Mapping[int, float]], original_length: int | None
-) -> Drawing:
-    """Perplexity against length, one line for each method that has values."""
-    shown = {method: dict(sorted(row.items())) for method, row in perplexity.items() if row}
-    lengths = sorted({length for row in shown.values() for length in row})
-    with blank_figure("Perplexity by sequence length", 4.4) as figure:
-        axes = figure.add_subplot()
-        for method, row in shown.items():
-            plot_line(
-                axes, list(row), list(row.values()), style_of(method), clip_on=False, zorder=3
-            )
-        score_axis(axes, [value for row in shown.values() for value in row.values()])
-        axes.set_ylabel("Perplexity (lower is better)")
-        length_axis(axes, lengths, original_length)
-        ends = [(row[max(row)], style_of(method)) for method, row in shown.items()]
-        reach = [max(row) == lengths[-1] for row in shown.values()]
-        label_ends(axes, [(*end, end[1].label, far) for end, far in zip(ends, reach, strict=True)])
-        rows = [
-            (method, length, value)
-            for method, row in shown.items()
-            for length, value in row.items()
-        ]
-        return finish(
-            figure, "perplexity",
-            "Lines to the right of the original window are extrapolation or extension. "
-            "Labels stand in the order in which the lines end.",
-            ("method", "length", "perplexity"), rows,
-        )  # fmt: skip
 
 
 def draw_search_figures(
@@ -123,23 +88,22 @@ def draw_search_figures(
 def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawing:
     """Rescale factors of each set against PI, NTK and YaRN at the same extension ratio."""
     rows: list[tuple[Any, ...]] = []
-    used: dict[str, None] = {}
+    used: dict[str, Style] = {}
     title = "Rescale factors by dimension"
     with panels(title, len(sets), "Dimension, fast to slow", "Rescale factor") as (figure, grid):
         for axes, (name, config, chosen) in zip(grid, sets, strict=True):
             ratio = chosen.max_length / config.original_max_position_embeddings
-            curves = {**reference_factors(config, ratio), "longrope_search": chosen.rescale_factors}
+            curves = {**reference_factors(config, ratio), "longrope": chosen.rescale_factors}
             every = max(1, config.rotary_dim // 2 // 8)
             for index, (method, values) in enumerate(curves.items()):
-                style = style_of(method)
-                width = 2.0 if method == "longrope_search" else 1.4
+                style = LONGROPE if method == "longrope" else style_of(method)
+                width = 2.0 if method == "longrope" else 1.4
+                used[method] = style
                 plot_line(
                     axes, range(len(values)), values, style, linewidth=width, clip_on=False,
                     markersize=4.2, markevery=(index * every // 4 % every, every), zorder=3 + index,
                 )  # fmt: skip
-                origin = "longrope" if method == "longrope_search" else method
-                rows += [(name, chosen.max_length, origin, i, v) for i, v in enumerate(values)]
-            used |= dict.fromkeys(curves)
+                rows += [(name, chosen.max_length, method, i, v) for i, v in enumerate(values)]
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_locator(NullLocator())
@@ -150,7 +114,11 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
             if chosen.num_start_tokens:
                 detail += f", {chosen.num_start_tokens} start tokens"
             panel_title(axes, name, detail)
-        method_legend(figure, used, {"longrope_search": "LongRoPE"})
+        figure.legend(
+            handles=[swatch(style) for style in used.values()],
+            labels=[style.label for style in used.values()],
+            loc="outside lower center", ncols=len(used), frameon=False,
+        )  # fmt: skip
         return finish(
             figure, "rescale_factors",
             "A factor of 1 keeps a dimension's rotation, a factor of 2 halves its speed. "
@@ -185,7 +153,7 @@ def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
                 axes.axhline(score, color=seed.color, linestyle=seed.dashes, linewidth=1.3)
             used["Best so far"] = _draw_best(axes, best)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            named = [(best[-1], METHODS["longrope_search"]._replace(label="Best"))]
+            named = [(best[-1], LONGROPE._replace(label="Best"))]
             named += [(score, style_of(method)) for method, score in seeds.items()]
             label_ends(axes, [
                 (score, style._replace(marker=""), f"{style.label} {format_score(score)}", True)
@@ -210,7 +178,7 @@ def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
 
 def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
     """Perplexity against the number of start tokens, the factors held fixed."""
-    style = METHODS["longrope_search"]
+    style = LONGROPE
     xlabel, ylabel = "Start tokens that keep their positions", "Perplexity"
     rows: list[tuple[Any, ...]] = []
     with panels("Perplexity by start tokens", len(curves), xlabel, ylabel) as (figure, grid):
@@ -235,55 +203,6 @@ def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
             f"{many}. The ring marks the lowest, the dashed line no start tokens.",
             ("journal", "num_start_tokens", "perplexity", "samples"), rows,
         )  # fmt: skip
-
-
-def draw_passkey(
-    passkey: Mapping[int, float], trials: int | None, original_length: int | None
-) -> Drawing:
-    """Passkey accuracy as one bar for each length, with 95 % Wilson intervals."""
-    lengths = sorted(passkey)
-    values = [passkey[length] for length in lengths]
-    places = range(len(lengths))
-    count = f", {trials} trials per length" if trials else ""
-    with blank_figure(f"Passkey retrieval{count}", 3.3) as figure:
-        axes = figure.add_subplot()
-        axes.bar(places, values, width=0.62, color=METHODS["longrope_search"].color, zorder=2)
-        bounds = [wilson_interval(v, trials) if trials else (v, v) for v in values]
-        for place, value, (low, high) in zip(places, values, bounds, strict=True):
-            if trials:
-                axes.plot([place, place], [low, high], color=PAPER, linewidth=3.4, zorder=3)
-                axes.plot([place, place], [low, high], color=INK, linewidth=1.3, zorder=4)
-            axes.annotate(f"{value:.0%}", (place, max(value, high)), (0, 4), ha="center",
-                          textcoords="offset points", fontweight="bold")  # fmt: skip
-        within = sum(length <= original_length for length in lengths) if original_length else 0
-        if within:
-            axes.axvline(within - 0.5, color=MUTED, linewidth=0.9, zorder=1)
-            note_above(axes, within - 0.5, "original window ends")
-        axes.set_xticks(places, [format_length(length) for length in lengths])
-        axes.tick_params(axis="x", length=0)
-        axes.set_xlim(-0.7, len(lengths) - 0.3)
-        axes.set_ylim(0, 1.12)
-        axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        axes.set(xlabel="Sequence length (tokens)", ylabel="Keys retrieved")
-        bars = " Thin bars are 95 % Wilson intervals." if trials else ""
-        return finish(
-            figure, "passkey",
-            f"Share of hidden keys that the model repeated exactly{count}.{bars}",
-            ("length", "accuracy", "trials"),
-            [(length, passkey[length], trials or "") for length in lengths],
-        )  # fmt: skip
-
-
-def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[float]]:
-    """Factors of PI, NTK and YaRN for the geometry; none where the ratio extends nothing."""
-    if ratio <= 1 or config.rotary_dim < 4:
-        return {}
-    geometry = (config.rotary_base, config.original_max_position_embeddings)
-    return {
-        name: named_factors(name, config.rotary_dim, ratio, *geometry)
-        for name in ("pi", "ntk", "yarn")
-    }
 
 
 def _draw_candidates(axes: Axes, records: Sequence[Evaluation]) -> dict[str, Line2D]:
@@ -319,7 +238,7 @@ def _draw_best(axes: Axes, best: Sequence[float]) -> Line2D:
         for index, value in enumerate(best)
         if value < (best[index - 1] if index else math.inf)
     ]
-    style = METHODS["longrope_search"]
+    style = LONGROPE
     (line,) = axes.step(
         range(1, len(best) + 1), values, where="post", color=style.color, linewidth=2, zorder=4,
         marker="o", markevery=better, markersize=3.6 if len(better) <= 40 else 2.6, clip_on=False,
@@ -348,7 +267,7 @@ def _ring(axes: Axes, lowest: int, curve: StartTokenCurve) -> None:
     """Mark and name the lowest point; nothing can lie below it, so its label goes there."""
     score, counts = curve.points[lowest], list(curve.points)
     axes.plot(
-        [lowest], [score], "o", color=METHODS["longrope_search"].color, markerfacecolor="none",
+        [lowest], [score], "o", color=LONGROPE.color, markerfacecolor="none",
         markersize=11, markeredgewidth=1.3, clip_on=False, zorder=4,
     )  # fmt: skip
     side = {counts[0]: "left", counts[-1]: "right"}.get(lowest, "center")

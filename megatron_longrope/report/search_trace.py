@@ -1,13 +1,32 @@
-"""What the journal of a search tells: the way to its best candidate, and what start tokens did."""
+"""What searches left: factor files, the way to the best candidate, what start tokens did."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from megatron_longrope.search.journal import Evaluation, fresh_samples, is_complete
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.files import read_json
+from megatron_longrope.frequencies import named_factors
+from megatron_longrope.report.reading import files_below
+from megatron_longrope.search.journal import (
+    Evaluation,
+    fresh_samples,
+    is_complete,
+    read_records,
+)
+from megatron_longrope.search.problem import SEED_METHODS
+
+_LARGEST_JSON = 16 * 2**20
+"""Bytes above which a JSON file is no LongRoPE file; tokenizers and weight indices can be huge."""
+_SEEDS_SEARCHED = 64
+"""Records at the start of a journal among which the published methods are looked for."""
+
+NamedSet = tuple[str, LongRopeConfig, FactorSet]
+"""A factor set with the file and the configuration that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -116,3 +135,81 @@ def start_token_curve(trace: SearchTrace) -> StartTokenCurve | None:
 
 def _perplexity(nlls: Sequence[float]) -> float:
     return math.exp(min(sum(nlls) / len(nlls), 700.0))  # e^700 is near the largest float
+
+
+def find_factor_sets(
+    directory: str | Path,
+) -> tuple[list[NamedSet], list[str]]:
+    """Find every different factor set below `directory`, and a note on each broken LongRoPE file.
+
+    Sets that change nothing are left out; the name is the path within `directory`.
+    """
+    found: dict[tuple[Any, ...], NamedSet] = {}
+    notes = []
+    for path, name in files_below(Path(directory), ".json"):
+        if path.stat().st_size > _LARGEST_JSON:
+            continue
+        try:
+            content = read_json(path)
+        except ValueError:
+            continue
+        if not isinstance(content, dict) or not {"schema", "factor_sets"} <= content.keys():
+            continue
+        try:
+            config = LongRopeConfig.load(path)
+        except ValueError as error:
+            notes.append(f"{name} was left out: {str(error).removeprefix(f'{path}: ')}")
+            continue
+        for item in config.factor_sets:
+            if not item.is_identity:
+                key = (item.max_length, item.rescale_factors, item.num_start_tokens)
+                found.setdefault((*key, config.original_max_position_embeddings),
+                                 (name, config, item))  # fmt: skip
+    return sorted(found.values(), key=lambda entry: (entry[2].max_length, entry[0])), notes
+
+
+def find_search_traces(
+    directory: str | Path, configs: Sequence[LongRopeConfig] = ()
+) -> list[SearchTrace]:
+    """Read every search journal below `directory` that scored a candidate completely.
+
+    Lines that cannot be read are passed over. `configs` tell which geometry the seeds may have.
+    """
+    traces = []
+    for path, name in files_below(Path(directory), ".journal.jsonl"):
+        records = read_records(path)
+        if any(map(is_complete, records)):
+            first = sorted(records, key=lambda record: record.index)[:_SEEDS_SEARCHED]
+            name = name.removesuffix(".journal.jsonl")
+            traces.append(SearchTrace(name, records, _recognise(first, configs)))
+    return traces
+
+
+def _recognise(
+    records: Sequence[Evaluation], configs: Sequence[LongRopeConfig]
+) -> dict[tuple[float, ...], str]:
+    """Factors of the records that are PI's, NTK's or YaRN's up to the search grid."""
+    known = dict.fromkeys(
+        (name, tuple(factors))
+        for config in configs
+        for item in config.factor_sets
+        for name, factors in reference_factors(
+            config, item.max_length / config.original_max_position_embeddings
+        ).items()
+    )
+    found: dict[tuple[float, ...], str] = {}
+    for name, factors in known:
+        for values in (record.rescale_factors for record in records):
+            if name not in found.values() and len(values) == len(factors) and all(
+                abs(ours - theirs) <= 0.011 for ours, theirs in zip(values, factors, strict=True)
+            ):  # fmt: skip
+                found.setdefault(values, name)
+    return found
+
+
+def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[float]]:
+    """Factors of PI, NTK and YaRN for the geometry; none where the ratio extends nothing."""
+    if ratio <= 1 or config.rotary_dim < 4:
+        return {}
+    geometry = (config.rotary_base, config.original_max_position_embeddings)
+    return {name: named_factors(name, config.rotary_dim, ratio, *geometry) for name in SEED_METHODS}

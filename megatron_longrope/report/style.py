@@ -1,6 +1,6 @@
-"""How the figures of a report look: methods' styles, the blank page, lines, labels, formats.
+"""How the figures of a report look: styles, the blank figure, lines, axes, labels.
 
-Every method has a colour (Okabe and Ito's palette), a marker and a line style of its own, so that
+Every line has a colour (Okabe and Ito's palette), a marker and a line style of its own, so that
 the figures read in grey and with any colour vision. The few neutral colours stand in `NEUTRALS`, so
 that a page can exchange them and one drawing serves light screens, dark screens and paper.
 """
@@ -10,9 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from megatron_longrope.files import write_text_atomic
+from megatron_longrope.evaluation.series import Series
+from megatron_longrope.evaluation.table import shorten
+from megatron_longrope.files import write_bytes_atomic, write_text_atomic
+from megatron_longrope.methods import METHODS
 
 INK, MUTED, GRID, PAPER = "#1b1d21", "#5f6671", "#e3e6ea", "#fefefe"
 NEUTRALS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
@@ -43,33 +45,28 @@ class Style(NamedTuple):
     dashes: Any
 
 
-METHODS = {
-    "none": Style("No extension", INK, "x", (0, (1, 1.6))),
-    "pi": Style("PI", "#E69F00", "s", (0, (5, 2))),
-    "ntk": Style("NTK", "#56B4E9", "^", (0, (5, 1.5, 1, 1.5))),
-    "yarn": Style("YaRN", "#009E73", "D", (0, (3, 1.5))),
-    "longrope_search": Style("LongRoPE (search only)", "#0072B2", "o", "-"),
-    "longrope_finetuned": Style("LongRoPE (fine-tuned)", "#D55E00", "v", "-"),
-    "longrope_second": Style("LongRoPE (second search)", "#CC79A7", "P", "-"),
+LOOKS = {
+    "blue": ("#0072B2", "o", "-"),
+    "vermilion": ("#D55E00", "v", (0, (5, 2))),
+    "green": ("#009E73", "D", (0, (3, 1.5))),
+    "purple": ("#CC79A7", "P", (0, (5, 1.5, 1, 1.5))),
+    "orange": ("#E69F00", "s", (0, (8, 2))),
+    "sky": ("#56B4E9", "^", (0, (1, 1))),
+    "ink": (INK, "x", (0, (1, 1.6))),
 }
-"""Methods of `results.json` in the order in which tables and figures list them."""
+"""Colour, marker and dashes by name; grey print tells them by marker and line."""
 
-_SEEDS = {
-    "base": Style("Base factors", "#D55E00", "v", (0, (5, 2, 1, 2))),
-    "longest": Style("Longest window's", "#CC79A7", "P", (0, (2, 1.5))),
+CYCLE = tuple(Style("", *look) for look in LOOKS.values())
+"""Looks of things that have no house style, in order."""
+
+LONGROPE = Style("LongRoPE", *LOOKS["blue"])
+
+_STARTS = {
+    **{name: Style(method.label, *LOOKS[method.look]) for name, method in METHODS.items()},
+    "base": Style("Base factors", *LOOKS["vermilion"]),
+    "longest": Style("Longest window's", *LOOKS["purple"]),
 }
-"""Starting points of a recovery search that are no method of their own."""
-
-CYCLE = (
-    Style("", "#0072B2", "o", "-"),
-    Style("", "#D55E00", "v", (0, (5, 2))),
-    Style("", "#009E73", "D", (0, (3, 1.5))),
-    Style("", "#CC79A7", "P", (0, (5, 1.5, 1, 1.5))),
-    Style("", "#E69F00", "s", (0, (8, 2))),
-    Style("", "#56B4E9", "^", (0, (1, 1))),
-    Style("", INK, "x", (0, (1, 1.6))),
-)
-"""Looks of things that have no house style, in order; grey print tells them by marker and line."""
+"""Starting points of searches: the published methods, and those of a recovery search."""
 
 
 @dataclass(frozen=True)
@@ -103,39 +100,52 @@ class Drawing:
             list[Path]: The image and the data.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         image, data = (directory / f"{stem or self.name}.{kind}" for kind in ("png", "csv"))
-        _write_bytes_atomic(image, self.png)
+        write_bytes_atomic(image, self.png)
         write_text_atomic(data, self.csv)
         return [image, data]
 
 
 def style_of(method: str) -> Style:
-    """The method's style; one that this release does not know keeps its name and gets grey.
+    """Return the style of a search's starting point; an unknown one keeps its name and gets grey.
 
     `near-pi`, the candidate of a narrower space nearest to PI, looks like PI.
     """
-    known = METHODS | _SEEDS
-    if style := known.get(method.removeprefix("near-")):
-        return style._replace(label=f"near {style.label}") if method not in known else style
+    if style := _STARTS.get(method.removeprefix("near-")):
+        return style._replace(label=f"near {style.label}") if method not in _STARTS else style
     return Style(method, MUTED, "h", "-")
 
 
 def has_style(method: str) -> bool:
-    """Whether the method has colours of its own."""
+    """Return whether the starting point has colours of its own."""
     return style_of(method).color != MUTED
 
 
-def format_score(value: float) -> str:
-    """Perplexity for people: `23.41`, `1,234`, `2.1e+07`."""
-    if value >= 1e6:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+def series_styles(every: Sequence[Series]) -> dict[Series, Style]:
+    """Choose a colour, marker and line style for each series, the same in every figure.
 
-
-def format_ratio(ratio: float) -> str:
-    """Extension ratio: `8` or `2.5`."""
-    return f"{ratio:.4g}"
+    Beside a single model's factors the published methods keep the colours they have elsewhere.
+    """
+    single = len({series.identity.model for series in every}) == 1
+    styles: dict[Series, Style] = {}
+    named: set[str | None] = set()
+    for series in every:
+        label = series.identity.label
+        if single and series.identity.is_method and label not in named:
+            named.add(label)  # a second policy of the method gets another look
+            styles[series] = style_of(label)._replace(label=series.name)
+    used = {style.color for style in styles.values()}
+    free = [style for style in CYCLE if style.color not in used] or list(CYCLE)
+    others = [series for series in every if series not in styles]
+    for number, series in enumerate(others):
+        # Each round through the colours pairs them with other markers and dashes.
+        style, turn = free[number % len(free)], number // len(free)
+        place = CYCLE.index(style)
+        styles[series] = Style(
+            series.name, style.color, CYCLE[(place + turn) % len(CYCLE)].marker,
+            CYCLE[(place + 2 * turn) % len(CYCLE)].dashes,
+        )  # fmt: skip
+    return {series: styles[series] for series in every}
 
 
 def spread_labels(places: Sequence[float], gap: float, top: float = 1.0) -> list[float]:
@@ -163,12 +173,6 @@ def spread_labels(places: Sequence[float], gap: float, top: float = 1.0) -> list
         for offset, index in enumerate(block):
             result[index] = start + gap * offset
     return result
-
-
-def shorten(text: str, most: int) -> str:
-    """At most `most` characters, without the middle of a longer text."""
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}\N{HORIZONTAL ELLIPSIS}{text[-half:]}"
 
 
 @contextmanager
@@ -207,20 +211,6 @@ def panels(title: str, count: int, xlabel: str, ylabel: str) -> Iterator[tuple[F
             if index % columns == 0:
                 axes.set_ylabel(ylabel)
         yield figure, grid[:count]
-
-
-def method_legend(
-    figure: Figure, methods: Iterable[str], names: Mapping[str, str], *, markers: bool = True
-) -> None:
-    """One legend below all panels, in the house order; `names` override the methods' own."""
-    used = set(methods)
-    order = [method for method in METHODS if method in used]
-    styles = [style_of(m) if markers else style_of(m)._replace(marker="") for m in order]
-    figure.legend(
-        handles=[swatch(style) for style in styles],
-        labels=[names.get(method, METHODS[method].label) for method in order],
-        loc="outside lower center", ncols=len(order), frameon=False,
-    )  # fmt: skip
 
 
 def finish(
@@ -313,13 +303,3 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, Style, str, bool]]) -> No
         axes.text(
             1.095, here, shorten(text, 26), transform=axes.transAxes, va="center", fontsize=8.5
         )
-
-
-def _write_bytes_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -66,7 +66,7 @@ def test_bad_usage_exits_with_two(arguments, capsys):
     "arguments, sentence",
     [
         ("pretrain absent.py --cpu", "script absent.py does not exist"),
-        ("report absent", "results.json"),
+        ("report absent", "ppl.jsonl"),
         ("eval ppl --data y --output z --lengths 4k", "no model was given"),
         ("data inspect absent", "absent"),
         ("convert inspect absent", "absent"),

@@ -1,19 +1,35 @@
 """Figures of a search hold what its journal says, and leave out what it does not."""
 
 import csv
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_longrope.config import identity_config
-from megatron_longrope.report.search_figures import draw_search_figures
-from megatron_longrope.report.search_trace import SearchTrace, start_token_curve
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.frequencies import named_factors
+from megatron_longrope.report.search_figures import (
+    draw_search,
+    draw_search_figures,
+    draw_start_tokens,
+)
+from megatron_longrope.report.search_trace import (
+    SearchTrace,
+    StartTokenCurve,
+    find_factor_sets,
+    find_search_traces,
+    start_token_curve,
+)
+from megatron_longrope.report.style import style_of
+from megatron_longrope.search.journal import Evaluation, read_records
 from megatron_longrope.search.problem import make_problem
 
 PROBLEM = make_problem(identity_config(10000.0, 16, 256), 2048)
 PI, NTK, YARN = (PROBLEM.factor_set(item).rescale_factors for item in PROBLEM.seeds.values())
 OTHER = (1.0, 1.1, 1.5, 2.5, 4.5, 8.0, 8.0, 9.0)
+GEOMETRY = (16, 8.0, 10000.0, 256)  # rotary_dim, extension ratio, base, original window
+FACTORS = (1.0, 1.1, 1.5, 2.5, 4.5, 8.0, 8.0, 9.0)
 
 
 def record(index, score, factors=OTHER, start_tokens=0, nlls=None, stopped=None):
@@ -124,3 +140,107 @@ def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
     trace = SearchTrace("x", records)
     assert start_token_curve(trace).num_samples == 3
     assert trace.sample_forwards == [1, 4, 6]
+
+
+# Found in a folder
+
+
+def save_config(path, factors=FACTORS):
+    sets = (FactorSet(256, (1.0,) * 8), FactorSet(2048, factors, 4))
+    LongRopeConfig(10000.0, 16, 256, sets).save(path)
+
+
+def save_journal(path, scores=(61.0, 71.2, 42.9, 40.0, math.inf, 38.5), extra=()):
+    """A journal of the first version, which knew no index and no stopping."""
+    seeds = [named_factors(name, *GEOMETRY) for name in ("pi", "ntk", "yarn")]
+    lines = [{"journal": 1, "settings": {"seed": 1}, "settings_sha256": ""}]
+    for index, score in enumerate(scores):
+        values = seeds[index] if index < 3 else FACTORS
+        lines.append({
+            "rescale_factors": [round(value, 2) for value in values], "num_start_tokens": 0,
+            "score": score if math.isfinite(score) else None, "sample_nlls": [], "seconds": 0.5,
+            "error": None if math.isfinite(score) else "out of memory",
+        })  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *extra]))
+
+
+def entry(index, score, start_tokens=0, nlls=(), stopped=None):
+    """A line of a later version's journal."""
+    return {
+        "index": index, "rescale_factors": list(FACTORS), "num_start_tokens": start_tokens,
+        "score": score, "sample_nlls": list(nlls), "seconds": 0.5, "stopped": stopped,
+        "error": None,
+    }  # fmt: skip
+
+
+def trace_of(name, scores, seeds):
+    return SearchTrace(
+        name, [Evaluation(FACTORS, 0, score, index=i) for i, score in enumerate(scores)], {}, seeds
+    )
+
+
+def test_factor_sets_are_found_once_and_broken_files_are_named(tmp_path):
+    save_config(tmp_path / "b.json")
+    (tmp_path / "deep").mkdir()
+    save_config(tmp_path / "deep" / "copy.json")
+    save_config(tmp_path / "deep" / "other.json", (*FACTORS[:-1], 10.0))
+    broken = json.loads((tmp_path / "b.json").read_text())
+    broken["factor_sets"][1]["rescale_factors"][0] = -1.0
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    (tmp_path / "list.json").write_text("[1]")
+    sets, notes = find_factor_sets(tmp_path)
+    assert [(name, item.max_length) for name, _, item in sets] == [
+        ("b.json", 2048),
+        ("deep/other.json", 2048),
+    ]
+    assert len(notes) == 1 and notes[0].startswith("broken.json was left out: factor_sets[1]")
+
+
+def test_seeds_are_recognised_and_damaged_lines_passed_over(tmp_path):
+    path = tmp_path / "first.journal.jsonl"
+    save_config(tmp_path / "first.json")
+    save_journal(path)
+    with path.open("a") as file:
+        file.write('[]\n{"score": "x", "rescale_factors": [1]}\n{"score": 3, "resc')
+    (tmp_path / "empty.journal.jsonl").write_text("")
+    configs = [config for _, config, _ in find_factor_sets(tmp_path)[0]]
+    (trace,) = find_search_traces(tmp_path, configs)
+    assert trace.name == "first"
+    scores = [record.score for record in trace.records]
+    assert scores == [61.0, 71.2, 42.9, 40.0, math.inf, 38.5]
+    assert trace.seeds == {"pi": 61.0, "ntk": 71.2, "yarn": 42.9}
+    assert find_search_traces(tmp_path)[0].seeds == {}
+
+
+@pytest.mark.parametrize("scores", [(5.0,), (math.inf, 4.0), (9e9, 3.0, math.inf, 2.0)])
+def test_a_short_or_wild_search_can_be_drawn(scores):
+    assert draw_search([trace_of("x", scores, {})]).png.startswith(b"\x89PNG")
+
+
+def test_a_search_without_a_complete_candidate_has_no_trace(tmp_path):
+    save_journal(tmp_path / "x.journal.jsonl", (), [entry(0, 5.0, stopped="budget")])
+    assert len(read_records(tmp_path / "x.journal.jsonl")) == 1
+    assert find_search_traces(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "points", [{0: 3.0, 1: 3.0}, {4: 2.0, 256: 9e5}, {0: 1.0, 20: 1.1, 24: 1.2, 28: 1.3, 32: 1.0}]
+)
+def test_flat_wild_and_crowded_start_token_curves_can_be_drawn(points):
+    drawing = draw_start_tokens([StartTokenCurve("x", FACTORS, "yarn", 5, points)])
+    assert drawing.png.startswith(b"\x89PNG") and "over 5 samples" in drawing.caption
+
+
+def test_of_many_unpublished_starting_points_only_the_best_has_a_line():
+    seeds = {f"cd{index}": 39.0 - index for index in range(30)} | {"near-pi": 8.0}
+    svg = [draw_search([trace_of("x", (5.0, 4.0), some)]).svg
+           for some in (seeds, {"cd29": 10.0, "near-pi": 8.0})]  # fmt: skip
+    assert svg[0] == svg[1]
+    assert style_of("near-pi") == style_of("pi")._replace(label="near PI")
+
+
+def test_a_search_whose_candidates_all_fit_the_frame_is_laid_out_without_a_warning(recwarn):
+    draw_search([trace_of(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
+    points = {0: 3.0, 1: 2.9, 2: 2.8, 256: 90.0}
+    draw_start_tokens([StartTokenCurve("x", FACTORS, None, 1, points)] * 5)
+    assert not [item for item in recwarn if "layout" in str(item.message)]

@@ -1,15 +1,16 @@
-"""What the measured things are called: short names that tell every one from the others."""
+"""Records of one checkpoint under one set of factors as a series, with a name of its own."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.report.style import CYCLE, METHODS, Style, style_of
+from megatron_longrope.evaluation.kind import Row
+from megatron_longrope.methods import METHODS
 
 _OWN = "own factors"
 """What a checkpoint's factors are called beside those of files and baselines."""
@@ -36,10 +37,15 @@ class Identity:
     config_sha256: str = ""
     """Of the factors; empty for baselines, which have others at every length."""
 
+    @property
+    def is_method(self) -> bool:
+        """Whether the factors are those of a published method."""
+        return self.config is None and self.label in METHODS
+
 
 @dataclass(frozen=True)
-class Subject:
-    """A checkpoint under one set of factors, as figures and tables list it."""
+class Series:
+    """A checkpoint under one set of factors: a row of a table, a line of a figure."""
 
     name: str
     """Unique in the report."""
@@ -53,7 +59,7 @@ class Subject:
     original_length: int | None = None
     """Pre-trained window in tokens."""
 
-    def with_window(self, original_length: int | None) -> Subject:
+    def with_window(self, original_length: int | None) -> Series:
         """The same with a pre-trained window."""
         return replace(self, original_length=original_length)
 
@@ -62,14 +68,18 @@ Entry = tuple[Identity, Path, Hashable, Mapping[str, Any]]
 """Of a record: identity, folder, cell, fields."""
 
 
-def name_subjects(entries: Sequence[Entry]) -> list[Subject]:
-    """The subject of each record.
+Rows = Sequence[tuple[Series, Row]]
+"""Records of one kind, each with its series; no two of one cell."""
 
-    Records with one identity belong to one subject, unless two folders hold different records of
-    the same cell: then each folder's are a subject of their own.
+
+def name_series(entries: Sequence[Entry]) -> list[Series]:
+    """Find the series of each record.
+
+    Records with one identity belong to one series, unless two folders hold different records of
+    the same cell: then each folder's are a series of their own.
 
     Args:
-        entries (Sequence[Entry]): In the order in which subjects shall be listed.
+        entries (Sequence[Entry]): In the order in which series shall be listed.
     """
     by_identity: dict[Identity, list[int]] = defaultdict(list)
     for index, (identity, *_) in enumerate(entries):
@@ -81,41 +91,10 @@ def name_subjects(entries: Sequence[Entry]) -> list[Subject]:
     ]
     folders = [_common([entries[index][1] for index in part]) for _, part in groups]
     names = _names([identity for identity, _ in groups], folders)
-    owners: dict[int, Subject] = {}
+    owners: dict[int, Series] = {}
     for (identity, part), folder, name in zip(groups, folders, names, strict=True):
-        owners |= dict.fromkeys(part, Subject(name, identity, str(folder)))
+        owners |= dict.fromkeys(part, Series(name, identity, str(folder)))
     return [owners[index] for index in range(len(entries))]
-
-
-def subject_styles(subjects: Sequence[Subject]) -> dict[Subject, Style]:
-    """A colour, marker and line style for each subject, the same in every figure.
-
-    Beside a single model's factors the published methods keep the colours they have elsewhere.
-    """
-    single = len({subject.identity.model for subject in subjects}) == 1
-    styles: dict[Subject, Style] = {}
-    named: set[str | None] = set()
-    for subject in subjects:
-        label = subject.identity.label
-        if single and _is_method(subject.identity) and label not in named:
-            named.add(label)  # a second policy of the method gets another look
-            styles[subject] = METHODS[label]._replace(label=subject.name)
-    used = {style.color for style in styles.values()}
-    free = [style for style in CYCLE if style.color not in used] or list(CYCLE)
-    others = [subject for subject in subjects if subject not in styles]
-    for number, subject in enumerate(others):
-        # Each round through the colours pairs them with other markers and dashes.
-        style, turn = free[number % len(free)], number // len(free)
-        place = CYCLE.index(style)
-        styles[subject] = Style(
-            subject.name, style.color, CYCLE[(place + turn) % len(CYCLE)].marker,
-            CYCLE[(place + 2 * turn) % len(CYCLE)].dashes,
-        )  # fmt: skip
-    return {subject: styles[subject] for subject in subjects}
-
-
-def _is_method(identity: Identity) -> bool:
-    return identity.config is None and identity.label in METHODS
 
 
 def _apart(entries: Sequence[Entry], indices: Sequence[int]) -> list[list[int]]:
@@ -152,7 +131,7 @@ def _names(identities: Sequence[Identity], folders: Sequence[Path]) -> list[str]
             label = _OWN if identity.label == "checkpoint" else identity.label
             # A single label goes without saying beside several models.
             if len(labels) > 1 or len(models) == 1:
-                parts.append(style_of(label).label if _is_method(identity) else label)
+                parts.append(METHODS[label].label if identity.is_method else label)
         name = ", ".join(parts) or identity.model
         if identity.policy and len(policies[identity.model, identity.label]) > 1:
             name += f" ({identity.policy})"
@@ -174,7 +153,7 @@ def _names(identities: Sequence[Identity], folders: Sequence[Path]) -> list[str]
 
 
 def _differences(identities: Sequence[Identity], folders: Sequence[Path]) -> list[str]:
-    """What tells subjects with one name apart: folder, iteration, checkpoint or factor file."""
+    """What tells series with one name apart: folder, iteration, checkpoint or factor file."""
     candidates = (
         _distinct_parts(folders),
         [f"iteration {identity.iteration}" for identity in identities],
@@ -211,3 +190,89 @@ def _common(folders: Sequence[Path]) -> Path:
             break
         common.append(parts[0])
     return Path(*common)
+
+
+def identify(row: Row) -> Identity:
+    """Return what a record says of the series that it belongs to."""
+    checkpoint = row.get("checkpoint")
+    config, policy = row.get("config"), row.get("policy")
+    # A baseline's factors are computed for each length, so its hash changes along the line.
+    computed = config is None and (policy is not None or row.get("label") in METHODS)
+    return Identity(
+        model=row.get("model") or (Path(str(checkpoint)).name if checkpoint else "model"),
+        label=row.get("label") or "checkpoint",
+        policy=None if policy is None else str(policy),
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        iteration=None if row.get("iteration") is None else str(row["iteration"]),
+        config=None if config is None else str(config),
+        config_sha256="" if computed else str(row.get("config_sha256") or ""),
+    )
+
+
+def split_repeats(rows: Rows, place: Sequence[str], settings: Sequence[str]) -> dict[str, Rows]:
+    """Split records so that no series has two at one place of a table.
+
+    Args:
+        rows (Rows): Records of a table.
+        place (Sequence[str]): Fields that say where in the table a record belongs.
+        settings (Sequence[str]): Fields by which to split, the first that helps first. One by which
+            no two records of a place differ splits nothing.
+
+    Returns:
+        dict[str, Rows]: The parts under the settings that tell them apart, in words; one part under
+            an empty name where nothing repeats.
+    """
+    if not settings:
+        return {"": rows}
+    setting, *rest = settings
+    found: dict[Any, set[str]] = defaultdict(set)
+    parts: dict[str, list[tuple[Series, Row]]] = defaultdict(list)
+    for series, row in rows:
+        words = _in_words(setting, row.get(setting))
+        found[series, tuple(as_text(row.get(name)) for name in place)].add(words)
+        parts[words].append((series, row))
+    if not any(len(words) > 1 for words in found.values()):
+        return split_repeats(rows, place, rest)
+    return {
+        joined(words, more): some
+        for words, part in parts.items()
+        for more, some in split_repeats(part, place, rest).items()
+    }
+
+
+def _in_words(name: str, value: Any) -> str:
+    """`tokenizer 3fa9c0d1`, `seed 7`, `no limit`."""
+    if name == "sources":
+        return as_text(value)
+    words = name.removeprefix("requested_").removesuffix("_sha256").replace("_", " ")
+    text = as_text(value)[:8] if name.endswith("_sha256") else as_text(value)
+    if value is None:
+        return f"{'default' if name.startswith('requested_') else 'no'} {words}"
+    return f"{words} {text}"
+
+
+def joined(*words: str) -> str:
+    """Return the words that are not empty with commas between them."""
+    return ", ".join(filter(None, words))
+
+
+def distinct(rows: Iterable[Row], name: str) -> str:
+    """Return every value of a field, in the order of appearance."""
+    found = dict.fromkeys(as_text(row[name]) for row in rows if row.get(name) not in (None, ""))
+    return ", ".join(found)
+
+
+def span(rows: Iterable[Row], name: str) -> str:
+    """Return the values of a field as `10`, or as `10 to 2,000` where they differ."""
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def as_text(value: Any) -> str:
+    """Return a field as text; nothing for one that is absent."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

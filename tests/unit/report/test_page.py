@@ -11,10 +11,8 @@ from strict_page import StrictPage
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.report.comparison import passkey_groups
-from megatron_longrope.report.grid_figures import draw_bars, draw_heatmap
-from megatron_longrope.report.reading import read_measurements
-from megatron_longrope.report.report import report_tables, write_report
+from megatron_longrope.report.page import report_tables, write_report
+from megatron_longrope.report.style import LOOKS, NEUTRALS
 
 LENGTHS, DEPTHS = (4096, 16384), (0.0, 0.5, 1.0)
 
@@ -56,12 +54,13 @@ def data_of(directory, name):
 
 def test_the_page_is_well_formed_and_needs_no_other_file(run, text):
     page = StrictPage(text)
-    files = {f"figures/{path.name}" for path in (run / "figures").iterdir()}
+    files = {f"{d}/{path.name}" for d in ("figures", "tables") for path in (run / d).iterdir()}
+    files.discard("tables/series.csv")
     assert {link for link in page.links if not link.startswith("#")} == files
     assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
     assert not re.search(r"<script|<link|<img|@import|url\((?!#)", text)
-    labels = set(re.findall(r'aria-labelledby="([^"]*)"', text))
-    assert len(labels) == len(files) // 2 and labels <= page.ids
+    labels = set(re.findall(r'<svg[^>]*aria-labelledby="([^"]*)"', text))
+    assert len(labels) == len([*(run / "figures").glob("*.csv")]) and labels <= page.ids
 
 
 def test_every_kind_has_a_section_and_the_figures_their_data(run, text):
@@ -70,8 +69,11 @@ def test_every_kind_has_a_section_and_the_figures_their_data(run, text):
         "Perplexity by sequence length (truncated)", "Loss by position in a window of 16k",
         "Perplexity by sequence length (sliding, stride 256)",
         "Loss by position in a window of 16k", "Passkey retrieval, teacher-forced",
-        "Needle retrieval, single", "Needle perplexity, single", "Needle retrieval, multi query",
-        "Needle perplexity, multi query", "Short benchmarks", "Rescale factors by dimension",
+        "Passkey retrieval, teacher-forced, by depth", "Needle retrieval, single",
+        "Needle perplexity, single", "Needle retrieval, single, by depth",
+        "Needle retrieval, multi query", "Needle perplexity, multi query",
+        "Needle retrieval, multi query, by depth", "Short benchmarks",
+        "Rescale factors by dimension",
         "Measured how", "Data, seeds and versions",
     ]  # fmt: skip
     rows = data_of(run, "perplexity")
@@ -107,9 +109,9 @@ def test_values_on_other_tokens_are_warned_of_and_none_is_called_the_best(tmp_pa
             for n in (4096, 8192) for i, m in enumerate("ab")]  # fmt: skip
     save(tmp_path, "ppl", rows)
     text = page_of(tmp_path)
-    assert 'class="warning">Not all lines were measured on the same tokens at 8k' in text
+    assert 'class="warning">Not all rows were measured on the same tokens at 8k' in text
     assert bold_in(table_after(text, "Perplexity by sequence length")) == ["3.00"]
-    assert "no one is the lowest" in text
+    assert "At 4,096 tokens, within the original window, a has the lowest perplexity" in text
     assert report_tables(tmp_path).count("3.00*") == 1
 
 
@@ -118,12 +120,12 @@ def test_infinite_and_undefined_perplexities_are_shown_and_not_drawn(tmp_path):
             ppl(16384, 4.0, ppl_window_mean=math.nan, ppl_token_weighted=math.nan)]  # fmt: skip
     save(tmp_path, "ppl", rows)
     text = page_of(tmp_path)
-    assert "&infin;" in text and "not a number" in text
+    assert "∞" in text and "not a number" in text
     assert "2 values are not finite and not drawn." in text
     save(tmp_path, "ppl", [rows[1]])
     text = page_of(tmp_path)
     StrictPage(text)
-    assert "&infin;" in text and "<figure>" not in text
+    assert "∞" in text and "<figure>" not in text
 
 
 def test_a_passkey_table_has_trials_interval_and_loss(tmp_path):
@@ -159,10 +161,9 @@ def test_benchmarks_are_a_table_of_models_and_tasks(tmp_path):
     ])  # fmt: skip
     text = page_of(tmp_path)
     table = table_after(text, "Short benchmarks")
-    assert "<b>53.0</b><small>&plusmn;&thinsp;1.2</small>" in table and "<td>51.0</td>" in table
+    assert "<b>53.0</b><small>± 1.2</small>" in table and "<td>51.0</td>" in table
     assert "<b>8.500</b>" in table and "arc<small>acc_norm, 10-shot</small>" in table
     assert "(limit 20): they are no benchmark scores" in text
-    assert "2 short benchmarks of 2 models." in text
     assert not (tmp_path / "figures").exists()
 
 
@@ -190,29 +191,42 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "figures").iterdir()} == images
 
 
-def test_a_run_with_results_json_also_shows_its_needles_and_benchmarks(tmp_path):
-    results = {"original_length": 256, "perplexity": {"pi": {"512": 7.0}, "none": {"512": 9.0}}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    save(tmp_path / "more", "ppl", [ppl(512, 1.25)])
-    save(tmp_path / "more", "short", [short("arc", 0.5)])
+def test_facts_of_a_run_stand_beside_its_numbers(tmp_path):
+    save(tmp_path, "ppl", [ppl(4096, 3.0)])
+    facts = {"Export": {"Largest <difference>": 3.1e-6, "Same text": True, "deep": {"a": 1.5}}}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
     text = page_of(tmp_path)
-    StrictPage(text)
-    assert "<h2>Short benchmarks</h2>" in text and "results.json, short.jsonl" in text
-    assert "1.25" not in "".join(StrictPage(text).text)
-    tables = report_tables(tmp_path)
-    assert tables.startswith("Perplexity     512") and "Short benchmarks" in tables
+    rows = re.findall(r'<th scope="row">(.*?)</th><td class="text">(.*?)</td>', text)
+    assert "<h2>Export</h2>" in text
+    assert rows[-3:] == [
+        ("Largest &lt;difference&gt;", "3.10e-06"), ("Same text", "yes"), ("deep, a", "1.5"),
+    ]  # fmt: skip
+    (tmp_path / "facts.json").write_text('{"Export": 1}')
+    with pytest.raises(ValueError, match=r"facts.json: must hold objects of names and values"):
+        page_of(tmp_path)
 
 
-def test_curated_and_measured_directories_are_compared_without_mixing_protocols(tmp_path):
-    (tmp_path / "curated").mkdir()
-    results = {"perplexity": {"pi": {"512": 7.0}}, "passkey": {"512": 0.5}, "seed": 77}
-    (tmp_path / "curated" / "results.json").write_text(json.dumps(results))
-    save(tmp_path / "measured", "ppl", [ppl(512, 3.0)])
-    page = write_report([tmp_path / "curated", tmp_path / "measured"], tmp_path / "x" / "p.html")
-    text = page.read_text(encoding="utf-8")
-    StrictPage(text)
-    assert "(as in results.json)" in text and "(truncated)" in text and "77" in text
-    assert (tmp_path / "x" / "figures" / "perplexity.png").is_file()
+def test_the_output_can_lie_elsewhere(tmp_path):
+    save(tmp_path / "run", "short", [short("arc", 0.5)])
+    page = write_report(tmp_path / "run", tmp_path / "site" / "index.html")
+    assert page == tmp_path / "site" / "index.html" and page.is_file()
+    assert (tmp_path / "site" / "tables" / "short_benchmarks.csv").is_file()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["short.jsonl"]
+    with pytest.raises(ValueError, match="is a directory"):
+        write_report(tmp_path / "run", tmp_path)
+    with pytest.raises(ValueError, match=r"no directory to report on"):
+        write_report([])
+
+
+def test_neutral_colours_follow_the_theme(text):
+    svg = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    colours = {value.upper() for value in re.findall(r": (#[0-9a-fA-F]{6})\b", svg)}
+    dark = text[text.index("@media screen and (prefers-color-scheme: dark)") :]
+    for color, variable in NEUTRALS.items():
+        assert f'svg [style*="stroke: {color}"] {{ stroke: var({variable}) !important; }}' in dark
+        assert f"{variable}: #" in dark
+    assert {look[0].upper() for look in LOOKS.values()} & colours
+    assert "@media print" in text
 
 
 def test_the_command_prints_the_tables_and_names_the_page(tmp_path, capsys, monkeypatch):
@@ -222,23 +236,21 @@ def test_the_command_prints_the_tables_and_names_the_page(tmp_path, capsys, monk
     save(tmp_path / "one", "passkey", [passkey(4096, True)])
     assert main(["report", "one", "two"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "Perplexity, truncated", "              4k     8k", "------------------------",
-        "base (one)  3.00*  4.00*", "base (two)  4.00   5.00", "* lowest of its column", "",
-        "Passkey, teacher-forced", "               4k", "-----------------",
-        "base (one)  100 %", "wrote report.html and figures",
+        "Perplexity by sequence length (truncated)", "              4k     8k",
+        "------------------------", "base (one)  3.00*  4.00*", "base (two)  4.00   5.00",
+        "* lowest of its column", "", "Passkey retrieval, teacher-forced", "               4k",
+        "-----------------", "base (one)  100 %", "wrote report.html, figures and tables",
     ]  # fmt: skip
     assert (tmp_path / "report.html").is_file()
     assert main(["report", "one", "absent"]) == 1
     assert capsys.readouterr().err.startswith("longrope report: error: absent is no directory")
 
 
-def test_large_grids_can_be_drawn(tmp_path, recwarn):
-    many = [2**i for i in range(8, 40)]
-    save(tmp_path / "wide", "passkey", [
-        passkey(n, True, trial, depth) | whose("x" * 70) for n in many for depth in (0.0, 1.0)
-        for trial in range(10)
+def test_a_grid_too_large_for_numbers_and_a_bar_for_each_length_are_laid_out(tmp_path, recwarn):
+    lengths = [2**i for i in range(8, 40)]
+    save(tmp_path, "passkey", [
+        passkey(n, True, trial, depth) | whose("x" * 70)
+        for n in lengths for depth in (0.0, 1.0, None) for trial in range(10)
     ])  # fmt: skip
-    (wide,) = passkey_groups(read_measurements([tmp_path / "wide"]))
-    assert draw_heatmap("x", "x", "x", wide).png.startswith(b"\x89PNG")
-    assert draw_bars("x", "x", "x", wide.by_length, 4096).png.startswith(b"\x89PNG")
+    assert "passkey_by_depth.png" in page_of(tmp_path)
     assert not [item for item in recwarn if "layout" in str(item.message)]

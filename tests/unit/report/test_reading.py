@@ -1,6 +1,7 @@
-"""Records of several models are read once, told apart, and compared only where that is fair."""
+"""Records are read whole, named apart, and compared only where that is fair."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,12 @@ from hypothesis import strategies as st
 
 from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.records import Records
-from megatron_longrope.evaluation.statistics import wilson_interval
-from megatron_longrope.report.comparison import (
-    Tally,
-    benchmark_table,
-    best_of,
-    needle_groups,
-    passkey_groups,
-    perplexity_groups,
-)
-from megatron_longrope.report.naming import Identity, name_subjects, subject_styles
+from megatron_longrope.evaluation.series import Identity, name_series
+from megatron_longrope.evaluation.statistics import Tally, wilson_interval
+from megatron_longrope.evaluation.table import ABSENT, Column, Table, Value
+from megatron_longrope.report.page import sections_of, write_report
 from megatron_longrope.report.reading import read_measurements
-from megatron_longrope.report.report import write_report
-from megatron_longrope.report.style import METHODS
+from megatron_longrope.report.style import series_styles, spread_labels, style_of
 
 
 def refusal(*directories) -> str:
@@ -34,13 +28,30 @@ def refusal(*directories) -> str:
 
 
 def names_of(*directories) -> list[str]:
-    return [subject.name for subject in read_measurements(directories).subjects]
+    return [series.name for series in read_measurements(directories).series]
 
 
-def perplexities(*directories) -> dict[str, dict[int, float]]:
-    """Of the only group."""
-    (group,) = perplexity_groups(read_measurements(directories))
-    return {subject.name: row for subject, row in group.values().items()}
+def tables(*directories) -> list[Table]:
+    """Every table of the report."""
+    sections = sections_of(read_measurements(directories))
+    return [table for section in sections for table in section.tables]
+
+
+def cells(table) -> dict[str, dict[str, float]]:
+    """Numbers of a table by row and column, in which small print tells benchmarks apart."""
+    heads = [column.title for column in table.columns]
+    if len(set(heads)) < len(heads):
+        heads = [column.below for column in table.columns]
+    return {
+        name: {head: value.rank for head, value in zip(heads, values, strict=True) if value}
+        for name, values in table.rows.items()
+    }
+
+
+def perplexities(*directories) -> dict[str, dict[str, float]]:
+    """Of the first table."""
+    table, *_ = tables(*directories)
+    return cells(table)
 
 
 # Reading
@@ -52,12 +63,12 @@ def test_records_are_found_at_any_depth_and_read_once(tmp_path):
     save(tmp_path / "a" / ".hidden", "ppl", [ppl(4096, 9.0)])
     found = read_measurements([tmp_path, tmp_path / "a", tmp_path / "a" / "deep"])
     assert {kind: len(rows) for kind, rows in found.rows.items() if rows} == {"ppl": 1, "short": 1}
-    assert len(found.subjects) == 1 and found.original_length == 4096
+    assert len(found.series) == 1 and found.window == 4096
 
 
 def test_the_last_record_of_a_cell_wins(tmp_path):
     save(tmp_path, "ppl", [ppl(4096, 9.0), ppl(8192, 4.0), ppl(4096, 3.0, sha256="other")])
-    assert perplexities(tmp_path) == {"base": {4096: 3.0, 8192: 4.0}}
+    assert perplexities(tmp_path) == {"base": {"4k": 3.0, "8k": 4.0}}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +77,7 @@ def test_the_last_record_of_a_cell_wins(tmp_path):
 def test_what_a_crash_left_of_the_last_line_is_passed_over(tmp_path, tail):
     path = save(tmp_path, "ppl", [ppl(4096, 3.0)], tail)
     before = path.read_bytes()
-    assert perplexities(tmp_path) == {"base": {4096: 3.0}}
+    assert perplexities(tmp_path) == {"base": {"4k": 3.0}}
     assert path.read_bytes() == before  # a report changes nothing it reads
 
 
@@ -105,60 +116,42 @@ def test_a_directory_without_records_is_refused(tmp_path):
     assert "absent is no directory" in refusal(tmp_path / "absent")
     save(tmp_path / "good", "ppl", [ppl(4096, 3.0)])
     (tmp_path / "empty").mkdir()
-    assert "empty has no results.json" in refusal(tmp_path / "good", tmp_path / "empty")
-
-
-def test_curated_numbers_stand_for_the_directorys_own_records(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text(
-        '{"original_length": 256, "perplexity": {"pi": {"512": 7.0}}, "passkey": {"512": 0.5},'
-        ' "passkey_trials": 4, "attention_factor_policy": {"pi": {"512": "su"}}}'
-    )
-    save(tmp_path / "run" / "deep", "ppl", [ppl(512, 1.0)])
-    save(tmp_path / "run" / "deep", "passkey", [passkey(512, True)])
-    save(tmp_path / "run" / "deep", "short", [short("arc", 0.5)])
-    found = read_measurements([tmp_path / "run"])
-    (group,) = perplexity_groups(found)
-    assert group.protocol == "results.json"
-    assert {s.identity.label: row for s, row in group.values().items()} == {"pi": {512: 7.0}}
-    ((tally,),) = [row.values() for row in passkey_groups(found)[0].by_length.values()]
-    assert (tally.share, tally.trials) == (0.5, 4)
-    assert len(found.of("short")) == 1
+    assert "empty has no record" in refusal(tmp_path / "good", tmp_path / "empty")
 
 
 def shown_in(directory, kind):
-    """Every value of a report's tables, with the name of its table or column."""
-    found = read_measurements([directory])
-    if kind == "short":
-        _, rows = benchmark_table(found)
-        return [(column.detail, row["value"]) for by in rows.values() for column, row in by.items()]
-    if kind == "ppl":
-        return [(group.detail, value) for group in perplexity_groups(found)
-                for row in group.values().values() for value in row.values()]  # fmt: skip
-    groups = {"passkey": passkey_groups, "needle": needle_groups}[kind](found)
-    return [(group.kind, tally.share, tally.trials) for group in groups
-            for row in group.by_length.values() for tally in row.values()]  # fmt: skip
+    """Every value of a report's tables with the name of its table or column."""
+    found = []
+    for table in tables(directory):
+        for row in cells(table).values():
+            for head, value in row.items():
+                found.append((head if kind == "short" else table.title.split("(")[-1], value))
+    return found
 
 
 @pytest.mark.parametrize(
     ("kind", "rows", "shown"),
     [
         ("ppl", [ppl(4096, 3.0), ppl(4096, 2.0, documents_sha256="changed under one path")],
-         [("documents d0", 3.0), ("documents changed ", 2.0)]),
+         [("truncated, documents d0)", 3.0), ("truncated, documents changed )", 2.0)]),
         ("ppl", [ppl(4096, 3.0, label="pi", policy="su", config_sha256=f"{n}", original_length=n)
                  for n in (1024, 2048)],
-         [("original length 1024", 3.0), ("original length 2048", 3.0)]),
+         [("truncated, original length 1024)", 3.0), ("truncated, original length 2048)", 3.0)]),
         ("passkey", [passkey(4096, True), passkey(4096, False, tokenizer_sha256="another")],
-         [("teacher-forced, tokenizer t0", 1.0, 1), ("teacher-forced, tokenizer another", 0.0, 1)]),
+         [("Passkey retrieval, teacher-forced, tokenizer t0", 1.0),
+          ("Passkey retrieval, teacher-forced, tokenizer another", 0.0)]),
         ("needle", [needle(4096, 1.0), needle(4096, 0.0, document_sha256="another")],
-         [("single", 0.5, 2)]),
-        ("needle", [needle(4096, 1.0), needle(4096, 0.0, tokenizer_sha256="another")],
-         [("single, tokenizer t0", 1.0, 1), ("single, tokenizer another", 0.0, 1)]),
+         [("Needle retrieval, single", 0.5), ("Needle perplexity, single", math.exp(0.5))]),
+        ("needle", [needle(4096, 1.0, nll=None),
+                    needle(4096, 0.0, nll=None, tokenizer_sha256="another")],
+         [("Needle retrieval, single, tokenizer t0", 1.0),
+          ("Needle retrieval, single, tokenizer another", 0.0)]),
         ("short", [short("arc", 0.5), short("arc", 0.4, seed=7)],
-         [("seed 1234", 0.5), ("seed 7", 0.4)]),
+         [("acc_norm, 10-shot, seed 1234", 0.5), ("acc_norm, 10-shot, seed 7", 0.4)]),
         ("short", [short("arc", 0.5), short("arc", 0.4, limit=20)],
-         [("no limit", 0.5), ("limit 20", 0.4)]),
-        ("short", [short("arc", 0.5), short("arc", 0.4, metric="acc")], [("", 0.5), ("", 0.4)]),
+         [("acc_norm, 10-shot, no limit", 0.5), ("acc_norm, 10-shot, limit 20", 0.4)]),
+        ("short", [short("arc", 0.5), short("arc", 0.4, metric="acc")],
+         [("acc_norm, 10-shot", 0.5), ("acc, 10-shot", 0.4)]),
     ],
 )  # fmt: skip
 def test_the_report_shows_every_cell_that_the_recorder_keeps(tmp_path, kind, rows, shown):
@@ -166,21 +159,45 @@ def test_the_report_shows_every_cell_that_the_recorder_keeps(tmp_path, kind, row
     for row in rows:
         assert records.find(row) is None
         records.append(row)
-    assert len(records.rows) == len(read_measurements([tmp_path]).of(kind)) == len(rows)
+    assert len(records.rows) == len(read_measurements([tmp_path]).rows[kind]) == len(rows)
     assert shown_in(tmp_path, kind) == shown
+
+
+SAMPLES = {
+    "ppl": ppl(4096, 3.0),
+    "passkey": passkey(4096, True, requested=0.5),
+    "needle": needle(4096, 1.0, nll=None),
+    "short": short("arc", 0.5),
+}
+
+
+@pytest.mark.parametrize(("kind", "field"), [
+    (kind, field) for kind in KINDS for field in KINDS[kind].cell_fields
+])  # fmt: skip
+def test_no_field_of_a_key_can_be_lost_in_the_tables(tmp_path, kind, field):
+    one = SAMPLES[kind]
+    other = 0.25 if field.endswith("depth") else 7 if isinstance(one.get(field), int) else "other"
+    save(tmp_path, kind, [one, one | {field: other}])
+    shown = [value for table in tables(tmp_path) for values in table.rows.values()
+             for value in values if value]  # fmt: skip
+    pooled = [
+        int(value.below[0].split(" ")[-1]) for value in shown if kind in ("passkey", "needle")
+    ]
+    assert (sum(pooled) if pooled else len(shown)) == 2
 
 
 def test_another_tokenizer_of_another_model_splits_nothing(tmp_path):
     save(tmp_path, "passkey", [
         passkey(4096, True, tokenizer_sha256=model) | whose(model) for model in ("a", "b")
     ])  # fmt: skip
-    assert [kind for kind, *_ in shown_in(tmp_path, "passkey")] == ["teacher-forced"] * 2
+    (table,) = tables(tmp_path)
+    assert table.title == "Passkey retrieval, teacher-forced" and list(table.rows) == ["a", "b"]
 
 
 # Names
 
 
-def test_names_hold_only_what_tells_the_subjects_apart(tmp_path):
+def test_names_hold_only_what_tells_the_series_apart(tmp_path):
     one = tmp_path / "one"
     save(one, "ppl", [
         ppl(4096, 3.0) | whose("llama", "yarn", "su"), ppl(4096, 3.0) | whose("llama", "pi", "su"),
@@ -201,14 +218,14 @@ def test_a_baseline_is_one_line_though_its_factors_change_with_the_length(tmp_pa
     rows = [ppl(n, 3.0) | whose(label="yarn", policy="su") | {"config_sha256": f"{n}"}
             for n in (4096, 8192)]  # fmt: skip
     save(tmp_path, "ppl", rows)
-    assert perplexities(tmp_path) == {"base, YaRN": {4096: 3.0, 8192: 3.0}}
+    assert perplexities(tmp_path) == {"base, YaRN": {"4k": 3.0, "8k": 3.0}}
 
 
 def test_models_of_one_label_in_two_directories_are_told_apart_by_them(tmp_path):
     for folder, value in (("first", 3.0), ("second", 4.0)):
         save(tmp_path / folder / "eval", "ppl", [ppl(4096, value)])
         save(tmp_path / folder / "more", "passkey", [passkey(4096, value > 3)])
-    expected = {"base (first)": {4096: 3.0}, "base (second)": {4096: 4.0}}
+    expected = {"base (first)": {"4k": 3.0}, "base (second)": {"4k": 4.0}}
     assert perplexities(tmp_path) == expected
     assert perplexities(tmp_path / "first", tmp_path / "second") == expected
     assert names_of(tmp_path) == ["base (first)", "base (second)"]
@@ -218,13 +235,13 @@ def test_parts_of_one_evaluation_in_two_directories_belong_together(tmp_path):
     save(tmp_path / "a", "ppl", [ppl(4096, 3.0)])
     save(tmp_path / "b", "ppl", [ppl(8192, 4.0)])
     save(tmp_path / "c", "ppl", [ppl(8192, 4.0)])  # a copy
-    assert perplexities(tmp_path) == {"base": {4096: 3.0, 8192: 4.0}}
+    assert perplexities(tmp_path) == {"base": {"4k": 3.0, "8k": 4.0}}
 
 
-def test_one_factor_file_under_two_paths_is_one_subject(tmp_path):
+def test_one_factor_file_under_two_paths_is_one_series(tmp_path):
     rows = [whose(label="s", config=path) | {"config_sha256": "ab"} for path in ("s", "./s")]
     save(tmp_path, "ppl", [ppl(n, 3.0) | row for n, row in zip((4096, 8192), rows, strict=True)])
-    assert perplexities(tmp_path) == {"base, s": {4096: 3.0, 8192: 3.0}}
+    assert perplexities(tmp_path) == {"base, s": {"4k": 3.0, "8k": 3.0}}
 
 
 def test_checkpoints_of_one_label_are_told_apart_by_iteration_or_factors(tmp_path):
@@ -249,8 +266,8 @@ entries = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(entries, min_size=1, max_size=12))
-def test_every_subject_has_a_name_of_its_own_and_no_cell_holds_two_values(records):
-    owners = name_subjects(records)
+def test_every_series_has_a_name_of_its_own_and_no_cell_holds_two_values(records):
+    owners = name_series(records)
     whose_name = {}
     for owner, (identity, *_) in zip(owners, records, strict=True):
         assert owner.identity == identity
@@ -261,12 +278,12 @@ def test_every_subject_has_a_name_of_its_own_and_no_cell_holds_two_values(record
     assert all(len(set(found.values())) == 1 for found in values.values())
 
 
-def test_thirty_subjects_look_different_and_baselines_as_everywhere():
+def test_thirty_series_look_different_and_baselines_as_everywhere():
     rows = [(Identity("m", f"l{i}", config="f"), Path("/x"), 0, {}) for i in range(30)]
     rows += [(Identity("m", "pi"), Path("/x"), 0, {})]
-    styles = subject_styles(name_subjects(rows))
+    styles = series_styles(name_series(rows))
     assert len({style[1:] for style in styles.values()}) == 31
-    assert list(styles.values())[-1] == METHODS["pi"]
+    assert list(styles.values())[-1] == style_of("pi")
 
 
 # Comparing
@@ -276,35 +293,38 @@ def test_protocols_and_strides_are_never_compared(tmp_path):
     save(tmp_path, "ppl", [
         ppl(4096, 3.0, "sliding", 256), ppl(4096, 3.1, "sliding", "disjoint"), ppl(4096, 3.2),
     ])  # fmt: skip
-    groups = perplexity_groups(read_measurements([tmp_path]))
-    assert [(group.protocol, group.detail) for group in groups] == [
-        ("truncated", ""), ("sliding", "stride 256"), ("sliding", "stride disjoint")
+    found = tables(tmp_path)
+    assert [(table.name, table.title.split("(")[1]) for table in found] == [
+        ("perplexity", "truncated)"), ("perplexity_sliding", "sliding, stride 256)"),
+        ("perplexity_sliding_2", "sliding, stride disjoint)"),
     ]  # fmt: skip
-    assert [group.name for group in groups] == [
-        "perplexity", "perplexity_sliding", "perplexity_sliding_2",
-    ]  # fmt: skip
+
+
+def test_windows_side_by_side_are_ranked_by_the_mean_over_tokens(tmp_path):
+    """The last of them may hold a few tokens, which the mean over windows would overrate."""
+    save(tmp_path, "ppl", [ppl(4096, 3.0, "sliding", "disjoint", ppl_token_weighted=2.5)])
+    ((value,),) = tables(tmp_path)[0].rows.values()
+    assert (value.text, value.rank, value.below) == ("2.50", 2.5, ("3.00",))
 
 
 def test_one_stride_is_one_line_though_short_windows_leave_gaps(tmp_path):
     save(tmp_path, "ppl", [ppl(4096, 3.0, "sampled", 8192), ppl(16384, 2.0, "sliding", 8192)])
-    (group,) = perplexity_groups(read_measurements([tmp_path]))
-    assert group.protocol == "sampled and sliding" and group.lengths == [4096, 16384]
+    assert perplexities(tmp_path) == {"base": {"4k": 3.0, "16k": 2.0}}
+    assert "(sampled and sliding, stride 8192)" in tables(tmp_path)[0].title
 
 
 def test_needles_of_other_numbers_are_not_pooled(tmp_path):
-    rows = [needle(4096, 1.0, task="multi_key", num_needles=n) for n in (4, 8)]
-    save(tmp_path, "needle", [*rows, needle(4096, 1.0)])
-    kinds = [group.kind for group in needle_groups(read_measurements([tmp_path]))]
-    assert kinds == ["single", "multi_key, 4 needles", "multi_key, 8 needles"]
+    rows = [needle(4096, 1.0, task="multi_key", num_needles=n, nll=None) for n in (4, 8)]
+    save(tmp_path, "needle", [*rows, needle(4096, 1.0, nll=None)])
+    titles = [table.title.removeprefix("Needle retrieval, ") for table in tables(tmp_path)]
+    assert titles == ["single", "multi key, 4 needles", "multi key, 8 needles"]
 
 
-def test_two_sources_of_one_model_are_two_groups(tmp_path):
+def test_two_sources_of_one_model_are_two_tables(tmp_path):
     save(tmp_path / "pg19", "ppl", [ppl(4096, 3.0, sources="pg19", documents_sha256="a")])
     save(tmp_path / "proof", "ppl", [ppl(4096, 2.0, sources="proof", documents_sha256="b")])
-    groups = perplexity_groups(read_measurements([tmp_path]))
-    assert [(group.detail, list(group.values().values())) for group in groups] == [
-        ("pg19", [{4096: 3.0}]), ("proof", [{4096: 2.0}])
-    ]  # fmt: skip
+    found = [(table.title.split("(")[1], cells(table)["base"]) for table in tables(tmp_path)]
+    assert found == [("truncated, pg19)", {"4k": 3.0}), ("truncated, proof)", {"4k": 2.0})]
 
 
 def test_lines_measured_on_other_tokens_are_warned_of(tmp_path):
@@ -313,47 +333,104 @@ def test_lines_measured_on_other_tokens_are_warned_of(tmp_path):
         for model, tokens in (("a", "x"), ("b", "y"))
         for row in (ppl(4096, 3.0), ppl(8192, 3.0, tokens=tokens))
     ])  # fmt: skip
-    (group,) = perplexity_groups(read_measurements([tmp_path]))
-    assert group.apart == [8192] and "at 8k (their sha256 differ)" in group.warning
+    (section,) = sections_of(read_measurements([tmp_path]))
+    assert "at 8k (their sha256 differ)" in section.warnings[0]
+    assert [column.best for column in section.tables[0].columns] == ["lowest", ""]
 
 
 def test_passkey_trials_are_pooled_by_scoring_length_and_depth(tmp_path):
     rows = [passkey(4096, trial < 2, trial, depth) for depth in (0.0, 1.0) for trial in range(3)]
     rows += [passkey(4096, False, 7), passkey(4096, True, 0, 0.0, scoring="generate")]
     save(tmp_path, "passkey", rows)
-    forced, generated = passkey_groups(read_measurements([tmp_path]))
-    (by_length,), (grid,) = forced.by_length.values(), forced.by_depth.values()
-    assert by_length[4096].hits == 4 and by_length[4096].trials == 7
-    assert by_length[4096].nll == pytest.approx((4 * 0.1 + 3 * 2.0) / 7)
-    assert {key: (tally.hits, tally.trials) for key, tally in grid.items()} == {
+    forced, generated = sections_of(read_measurements([tmp_path]))
+    ((value,),) = forced.tables[0].rows.values()
+    assert value.rank == 4 / 7 and value.below[0] == "4 of 7"
+    assert value.below[-1] == f"loss {(4 * 0.1 + 3 * 2.0) / 7:.3g}"
+    grid, bars = forced.figures  # trials on a grid, and those at random depths
+    ((by_depth,), (by_length,)) = (grid.cells.values(), bars.bars.values())
+    assert {key: (tally.hits, tally.trials) for key, tally in by_depth.items()} == {
         (4096, 0.0): (2, 3), (4096, 1.0): (2, 3)
     }  # fmt: skip
-    assert len(forced.scattered) == 1 and generated.kind == "generate"
+    assert by_length[4096].trials == 7 and generated.title == "Passkey retrieval, generate"
 
 
 def test_an_interval_needs_trials_that_find_all_or_nothing():
     tally = Tally()
     tally.add(1.0, 0.5)
-    tally.add(0.0, math.nan)
-    assert tally.interval == wilson_interval(0.5, 2) and tally.nll == 0.5
-    tally.add(0.5, None)
+    tally.add(0.0, 0.7)
+    assert tally.interval == wilson_interval(0.5, 2) and tally.nll == 0.6
+    tally.add(0.5, math.nan)
     assert tally.interval is None and tally.share == 0.5
-    assert Tally(0.25, None).share == 0.25 and Tally(0.25, None).interval is None
+    assert tally.nll is None  # a mean without the trials that were lost would flatter
+
+
+def test_the_wilson_interval_matches_published_values():
+    # 10 of 10 and 0 of 10: 1 / (1 + z^2 / 10) and its mirror image.
+    assert wilson_interval(1.0, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert wilson_interval(0.5, 100) == pytest.approx((0.403832, 0.596168), abs=1e-6)
 
 
 def test_benchmarks_with_other_shots_are_other_columns(tmp_path):
     save(tmp_path, "short", [short("arc", 0.5), short("arc", 0.4, num_fewshot=0)])
-    columns, rows = benchmark_table(read_measurements([tmp_path]))
-    assert [(column.task, column.num_fewshot) for column in columns] == [("arc", 10), ("arc", 0)]
-    assert [row["value"] for row in next(iter(rows.values())).values()] == [0.5, 0.4]
+    assert cells(tables(tmp_path)[0]) == {
+        "base": {"acc_norm, 10-shot": 0.5, "acc_norm, 0-shot": 0.4}
+    }
+
+
+# Tables
+
+
+def table(best, **ranks):
+    """One column."""
+    rows = {name: [Value(f"{rank:g}", rank)] for name, rank in ranks.items()}
+    return Table("t", "T", [Column("4k", "", best, "At 4,096 tokens")], rows, "perplexity")
 
 
 def test_the_best_is_finite_and_not_shared_by_all():
-    assert best_of({"a": 2.0, "b": 3.0, "c": 2.0}, lowest=True) == {"a", "c"}
-    assert best_of({"a": 2.0, "b": 3.0}, lowest=False) == {"b"}
-    assert best_of({"a": 2.0, "b": 2.0}, lowest=True) == set()
-    assert best_of({"a": 2.0}, lowest=True) == set()
-    assert best_of({"a": 2.0, "b": math.inf}, lowest=False) == {"a"}
+    def best(which, **ranks):
+        return {name for name, _ in table(which, **ranks).best}
+
+    assert best("lowest", a=2.0, b=3.0, c=2.0) == {"a", "c"}
+    assert best("highest", a=2.0, b=3.0) == {"b"}
+    assert best("highest", a=2.0, b=math.inf) == {"a"}
+    assert best("lowest", a=2.0, b=2.0) == best("lowest", a=2.0) == best("", a=2.0, b=3.0) == set()
+
+
+def test_a_table_is_one_for_terminal_and_csv():
+    columns = [Column("4k", "1x", "lowest", "At 4,096 tokens"), Column("8k", "2x", "lowest")]
+    three, four = Value("3.00", 3.0, ("3.03",)), Value("4.00", 4.0, ("4.04",))
+    both = Table("t", "Perplexity", columns, {"a": [three, None], "b": [four, None]}, "perplexity")
+    assert both.text(details=True).splitlines() == [
+        "Perplexity", "     4k   8k", "------------", f"a  3.00*   {ABSENT}", "   3.03",
+        f"b  4.00    {ABSENT}", "   4.04", "* lowest of its column",
+    ]  # fmt: skip
+    assert both.csv() == "model,column,value,details\na,4k 1x,3.0,3.03\nb,4k 1x,4.0,4.04\n"
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (table("lowest", a=2.0, b=3.0, c=4.0),
+         "At 4,096 tokens a has the lowest perplexity of the 3 models measured there, 2; next is b "
+         "with 3."),
+        (table("lowest", a=2.0, b=2.0, c=4.0),
+         "At 4,096 tokens a and b share the lowest perplexity of the 3 models measured there, 2."),
+        (table("highest", a=2.0, b=2.0), "At 4,096 tokens all 2 models have a perplexity of 2."),
+        (table("lowest", a=2.0), "At 4,096 tokens a has a perplexity of 2."),
+        (table("", a=2.0, b=3.0), "T: 2 models, measured on different tokens."),
+    ],
+)  # fmt: skip
+def test_a_sentence_compares_the_rows_at_the_last_column_that_most_have(made, said):
+    assert made.sentence("models") == said
+
+
+def test_labels_move_apart_as_little_as_possible():
+    assert spread_labels([0.2, 0.9, 0.5], 0.1) == [0.2, 0.9, 0.5]
+    assert spread_labels([0.52, 0.5], 0.1) == pytest.approx([0.56, 0.46])
+    assert spread_labels([1.0, 1.0, 0.0], 0.1) == pytest.approx([0.9, 1.0, 0.0])
+    places = sorted(spread_labels([0.5, 0.5, 0.59, 0.7, 0.31], 0.1))
+    assert all(b - a > 0.0999 for a, b in pairwise(places))
 
 
 def test_a_perplexity_that_was_recorded_as_not_finite_is_infinite_in_the_report(tmp_path):
@@ -364,5 +441,5 @@ def test_a_perplexity_that_was_recorded_as_not_finite_is_infinite_in_the_report(
     for row in (ppl(4096, 3.0), lost):
         records.append(row)
     assert '"ppl_window_mean": null' in records.path.read_text()
-    assert perplexities(tmp_path) == {"base": {4096: 3.0, 16384: math.inf}}
+    assert perplexities(tmp_path) == {"base": {"4k": 3.0, "16k": math.inf}}
     assert write_report(tmp_path).is_file()

@@ -1,0 +1,156 @@
+"""Retrieval trials, of whatever kind: counted by length and depth, as tables and figures."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_longrope.evaluation.figure import Bars, Grid
+from megatron_longrope.evaluation.kind import ANYTHING, COUNT, NUMBER, SHARE, Row, Section
+from megatron_longrope.evaluation.series import Rows, Series, distinct, span
+from megatron_longrope.evaluation.statistics import Tally
+from megatron_longrope.evaluation.table import Table, Value, length_column
+
+REQUIRED = {"length": COUNT, "seed": ANYTHING, "trial": ANYTHING}
+"""Fields of every trial."""
+
+OPTIONAL = {"requested_depth": SHARE, "depth": SHARE, "nll": NUMBER}
+"""Fields that a trial may have."""
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trials that one table and one figure may compare."""
+
+    by_length: Mapping[Series, Mapping[int, Tally]]
+    """All of them."""
+
+    by_depth: Mapping[Series, Mapping[tuple[int, float], Tally]]
+    """Those that were asked for at a depth, by (length, depth)."""
+
+    random: set[Series]
+    """Series with trials at random depths."""
+
+    @property
+    def have_losses(self) -> bool:
+        """Whether any trial recorded the loss of its answer."""
+        return any(tally.nlls for row in self.by_length.values() for tally in row.values())
+
+
+def count(rows: Rows, found: str) -> Trials:
+    """Count trials.
+
+    Args:
+        rows (Rows): Records of trials that may be compared.
+        found (str): Field that says what a trial found: a share, or whether it did.
+    """
+    by_length: dict[Series, dict[int, Tally]] = defaultdict(lambda: defaultdict(Tally))
+    by_depth: dict[Series, dict[Any, Tally]] = defaultdict(lambda: defaultdict(Tally))
+    random = set()
+    for series, row in rows:
+        share, nll, asked = float(row[found]), row.get("nll"), row.get("requested_depth")
+        by_length[series][row["length"]].add(share, nll)
+        if asked is None:
+            random.add(series)
+        else:
+            by_depth[series][row["length"], round(asked, 4)].add(share, nll)
+    return Trials(_ascending(by_length), _ascending(by_depth), random)
+
+
+def section(
+    trials: Trials,
+    rows: Rows,
+    *,
+    name: str,
+    title: str,
+    what: str,
+    tables: Sequence[Table],
+    window: int | None,
+) -> Section:
+    """Return the section of some trials: their tables, a grid of depths, bars for random ones.
+
+    Args:
+        trials (Trials): What :func:`count` found in the rows.
+        rows (Rows): The records.
+        name (str): File name of the figures, unique in a report.
+        title (str): Title of the section.
+        what (str): What the share is one of, for the captions.
+        tables (Sequence[Table]): From :func:`table`.
+        window (int, optional): Pre-trained window in tokens.
+    """
+    figures: list[Grid | Bars] = []
+    if trials.by_depth:
+        figures.append(
+            Grid(
+                f"{name}_by_depth", f"{title}, by depth",
+                f"{what} by depth (0 % is the beginning of the text) and length; the darker, the "
+                "more was found.",
+                trials.by_depth,
+            )
+        )  # fmt: skip
+    loose = {series: row for series, row in trials.by_length.items() if series in trials.random}
+    if loose:
+        edge = " The upright line is the end of the original window." if window else ""
+        figures.append(Bars(name, title, f"{what} by length.{edge}", loose, window))
+    records = [row for _, row in rows]
+    facts = {
+        "scoring": distinct(records, "scoring"),
+        "seeds": distinct(records, "seed"),
+        "tokens of the prompts": span(records, "num_tokens"),
+        "documents": f"{documents}" if (documents := _distinct_count(records)) else "",
+    }
+    return Section(title, tables, figures, facts=facts)
+
+
+def table(
+    trials: Trials,
+    show: Callable[[Tally], Value],
+    *,
+    name: str,
+    title: str,
+    quantity: str,
+    note: str,
+    best: str = "highest",
+) -> Table:
+    """Return a table of series and lengths.
+
+    Args:
+        trials (Trials): What is shown.
+        show (Callable): Gives the cell of a tally.
+        name (str): File name, unique in a report.
+        title (str): Its title.
+        quantity (str): What a sentence calls its values.
+        note (str): How to read it.
+        best (str): Which value of a column is marked. Defaults to `highest`.
+    """
+    lengths = sorted({length for row in trials.by_length.values() for length in row})
+    rows = {
+        series.name: [show(row[length]) if length in row else None for length in lengths]
+        for series, row in trials.by_length.items()
+    }
+    columns = [length_column(length, None, best) for length in lengths]
+    return Table(name, title, columns, rows, quantity, note)
+
+
+def percent(share: float) -> str:
+    """Return a share for people."""
+    return f"{100 * share:.0f} %"
+
+
+def summary(rows: Iterable[Row], names: Sequence[str], found: str) -> list[tuple[Row, Tally]]:
+    """Count the records of each target, of each value of `names` and of each length and depth."""
+    tallies: dict[tuple[Any, ...], Tally] = defaultdict(Tally)
+    names = ("model", "label", "config_sha256", *names, "length", "requested_depth")
+    for row in rows:
+        tallies[tuple(row[name] for name in names)].add(float(row[found]), row["nll"])
+    return [(dict(zip(names, key, strict=True)), tally) for key, tally in tallies.items()]
+
+
+def _ascending(counted: Mapping[Series, Mapping[Any, Tally]]) -> dict[Series, dict[Any, Tally]]:
+    return {series: dict(sorted(row.items())) for series, row in counted.items()}
+
+
+def _distinct_count(records: Sequence[Row]) -> int:
+    return len({row["document_sha256"] for row in records if row.get("document_sha256")})
