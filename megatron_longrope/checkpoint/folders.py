@@ -16,15 +16,17 @@ def iteration_directory(path: Path, iteration: int | None) -> Path:
 
     Args:
         path (Path): Megatron's `--save` directory, or the folder of an iteration.
-        iteration (int, optional): Which one. Defaults to the latest.
+        iteration (int, optional): Which one. Defaults to the one in the tracker file, or to the
+            only one.
 
     Raises:
-        ValueError: There is no such folder or iteration.
+        ValueError: There is no such folder or iteration, or several and no tracker file.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; give Megatron's --save directory")
     tracker = path / TRACKER
     is_one = (path / ".metadata").exists() or path.name.startswith("iter_")
+    present = sorted(item.name for item in path.glob("iter_*") if item.is_dir())
     if is_one and not tracker.is_file():
         if iteration is not None and path.name != f"iter_{iteration:07d}":
             raise ValueError(
@@ -36,10 +38,7 @@ def iteration_directory(path: Path, iteration: int | None) -> Path:
         if not tracker.is_file():
             if _is_torch(path):
                 return path
-            raise ValueError(
-                f"{path}: not a Megatron checkpoint: it has neither {TRACKER} nor .metadata nor "
-                "mp_rank_* folders"
-            )
+            return _without_tracker(path, present)
         text = tracker.read_text(encoding="utf-8", errors="replace").strip()
         if not (text.isdigit() or text == "release"):
             raise ValueError(f"{tracker}: holds {text!r}; expected an iteration number")
@@ -47,11 +46,27 @@ def iteration_directory(path: Path, iteration: int | None) -> Path:
     else:
         directory = path / f"iter_{iteration:07d}"
     if not directory.is_dir():
-        present = sorted(item.name for item in path.glob("iter_*"))
         raise ValueError(
             f"{directory}: no such iteration; {path} holds {', '.join(present) or 'none'}"
         )
     return directory
+
+
+def _without_tracker(path: Path, present: list[str]) -> Path:
+    """The only checkpoint below `path`, as a copy of one iteration has no tracker file."""
+    found = [*present, *(["release"] if (path / "release").is_dir() else [])]
+    if len(found) == 1:
+        return path / found[0]
+    if not found:
+        raise ValueError(
+            f"{path}: not a Megatron checkpoint: it has neither {TRACKER} nor .metadata nor "
+            "mp_rank_* nor iter_* folders"
+        )
+    ways = [f"--iteration {int(name[5:])}" for name in present if name[5:].isdigit()]
+    ways += [f"give {path / 'release'} itself"] if "release" in found else []
+    raise ValueError(
+        f"{path}: has no {TRACKER} and holds {', '.join(found)}; choose with {' or '.join(ways)}"
+    )
 
 
 def checkpoint_format(directory: Path) -> str:

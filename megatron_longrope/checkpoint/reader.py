@@ -15,7 +15,15 @@ from torch import Tensor
 
 from megatron_longrope.checkpoint.folders import checkpoint_format, iteration_directory
 from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.checkpoint.run_config import RUN_CONFIG, args_from_run_config
 from megatron_longrope.config import LongRopeConfig
+
+# What must be known to read a model; a script that saves stores all of its arguments.
+_MODEL_FLAGS = (
+    "--num-layers, --hidden-size, --ffn-hidden-size, --num-attention-heads, "
+    "--group-query-attention with --num-query-groups, --kv-channels, --swiglu, --normalization, "
+    "--norm-epsilon, --rotary-base, --seq-length and --untie-embeddings-and-output-weights"
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,8 @@ class MegatronCheckpoint(ABC):
 
         Args:
             path (str | Path): Megatron's `--save` directory, or one `iter_XXXXXXX` directory in it.
-            iteration (int, optional): Which iteration of a `--save` directory. Defaults to the
-                latest.
+            iteration (int, optional): Which iteration of a `--save` directory. Defaults to the one
+                in its tracker file, or to the only one.
 
         Raises:
             ValueError: There is no checkpoint, its format is not supported, or a file is missing
@@ -91,14 +99,23 @@ class MegatronCheckpoint(ABC):
     def args(self) -> argparse.Namespace:
         """Megatron's arguments as stored by the run that saved the checkpoint."""
         args = self.common.get("args")
-        if not hasattr(args, "__dict__"):
-            raise ValueError(f"{self.directory}: the checkpoint stores no arguments")
-        return argparse.Namespace(**vars(args))
+        if hasattr(args, "__dict__"):
+            return argparse.Namespace(**vars(args))
+        described = self.directory / RUN_CONFIG
+        if described.is_file():
+            embedding = self.keys().get("embedding.word_embeddings.weight")
+            return args_from_run_config(described, embedding.shape[0] if embedding else None)
+        raise ValueError(
+            f"{self.directory}: the checkpoint stores no arguments; load it once with a Megatron "
+            f"script that is given {_MODEL_FLAGS} and save it again, or put Megatron-Bridge's "
+            f"{RUN_CONFIG} into this folder"
+        )
 
     @cached_property
     def iteration(self) -> int:
-        """Training iteration of the checkpoint."""
-        return int(self.common.get("iteration", 0))
+        """Training iteration of the checkpoint; of one that does not say, by its folder's name."""
+        number = self.directory.name.removeprefix("iter_")
+        return int(self.common.get("iteration", int(number) if number.isdigit() else 0))
 
     @cached_property
     def shape(self) -> ModelShape:

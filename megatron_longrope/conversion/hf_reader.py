@@ -37,6 +37,14 @@ class HfFolder:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ValueError(f"{directory}: no such folder; give a local Hugging Face folder")
+        if (
+            not (self.directory / "config.json").is_file()
+            and (self.directory / "adapter_config.json").is_file()
+        ):
+            raise ValueError(
+                f"{directory}: is an adapter (LoRA), not a model; merge it into its base model "
+                "first (peft: merge_and_unload) and give the folder that this saves"
+            )
         config = read_json(self.directory / "config.json")
         if not isinstance(config, dict):
             raise ValueError(f"{self.directory / 'config.json'}: expected a JSON object")

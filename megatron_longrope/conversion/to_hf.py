@@ -239,6 +239,11 @@ def _with_true_vocabulary(
             f"the tokenizer has {info.vocab_size} tokens, the model's vocabulary {stored}; "
             "it is not the one the model was trained with"
         )
+    if info.vocab_size > shape.padded_vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {info.vocab_size - 1}, the model's embedding "
+            f"{shape.padded_vocab_size} rows; it is not the one the model was trained with"
+        )
     # Megatron stores --vocab-size only where the user gave it; the tokenizer knows otherwise.
     return replace(shape, vocab_size=stored or info.vocab_size)
 

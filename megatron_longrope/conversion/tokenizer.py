@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.conversion.companions import TOKENIZER_FILES, copy_companions
+from megatron_longrope.data.tokenizer import (
+    PROBES,
+    SentencePieceTokenizer,
+    load_sentencepiece,
+)
 from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
-
-_PROBES = (
-    "Hello world",
-    "The quick brown fox jumps over the lazy dog, twice!",
-    "  def f(x):\n\treturn x * 12345  # done\n\n",
-    " one  two   three ",
-    "na\u00efve caf\u00e9 \u6f22\u5b57 \U0001f642 \u00bd \ufb01",
-    "https://example.org/?q=1&r=%20#top",
-)
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class TokenizerInfo:
     """What config.json needs to know of a tokenizer; the defaults mean "no tokenizer given"."""
 
     vocab_size: int | None = None
-    """Number of tokens."""
+    """Largest token id plus one; ids may have holes."""
 
     bos_token_id: int | None = None
     """Beginning of sequence, if any."""
@@ -88,7 +84,28 @@ def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
         loaded = AutoTokenizer.from_pretrained(str(directory), **LOCAL_ONLY)
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"{path}: transformers cannot load this tokenizer: {error}") from None
-    return TokenizerInfo(len(loaded), loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+    if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
+        _check_sentencepiece_ids(path, loaded)
+    largest = max(loaded.get_vocab().values())
+    return TokenizerInfo(largest + 1, loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+
+
+def _check_sentencepiece_ids(path: Path, loaded: Any) -> None:
+    """Refuse a tokenizer.model that transformers, without a tokenizer.json, reads in its own way.
+
+    Raises:
+        ValueError: A probe text has other ids than sentencepiece's.
+    """
+    file = path / "tokenizer.model"
+    theirs = SentencePieceTokenizer(file)
+    for text in PROBES:
+        ids, expected = loaded.encode(text, add_special_tokens=False), theirs.encode(text)
+        if ids != expected:
+            raise ValueError(
+                f"{path}: transformers reads tokenizer.model with other ids than sentencepiece "
+                f"({ids[:4]} instead of {expected[:4]} for {text!r}); give --tokenizer {file}, "
+                "which writes a tokenizer.json with sentencepiece's ids"
+            )
 
 
 def _raise_window(path: Path, max_length: int) -> None:
@@ -96,19 +113,16 @@ def _raise_window(path: Path, max_length: int) -> None:
     if not path.is_file():
         return
     config = read_json(path)
-    if config.get("model_max_length", max_length) < max_length:
+    stated = config.get("model_max_length")
+    # transformers takes anything that is no number, such as null, as no limit.
+    if isinstance(stated, int | float) and stated < max_length:
         write_json_atomic(path, {**config, "model_max_length": max_length})
 
 
 def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path}: not a SentencePiece model: {error}") from None
+    model = load_sentencepiece(path)
     fast = _fast_tokenizer(path)
-    for text in _PROBES:
+    for text in PROBES:
         ours, theirs = fast.encode(text, add_special_tokens=False).ids, model.encode(text)
         if ours != theirs:
             raise ValueError(

@@ -15,6 +15,9 @@ _ROWS = 64
 # A folder holds a saved dataset when it has this file beside dataset_info.json.
 _STATE = "state.json"
 
+NO_TEXT = "there is no"
+"""How a reason begins that another key or column would mend."""
+
 
 def is_dataset_folder(path: Path) -> bool:
     """Whether `path` is a dataset saved by `Dataset.save_to_disk` (one split, not a dict of them).
@@ -122,4 +125,4 @@ def _text_of(value: Any, text_key: str) -> tuple[str, str | None]:
 
 
 def _no_column(text_key: str, names: list[str]) -> str:
-    return f"there is no column {text_key!r} (columns: {sorted(names)[:8]})"
+    return f"{NO_TEXT} column {text_key!r} (columns: {sorted(names)[:8]})"

@@ -74,7 +74,8 @@ def prepare(
     for each in paths.values():
         refuse_existing(each, overwrite)
     sources = as_sources(inputs)
-    files = [find_source_files(source.paths) for source in sources]
+    hidden: list[Path] = []
+    files = [find_source_files(source.paths, hidden.append) for source in sources]
     _refuse_shared(sources, files)
     loaded = load_tokenizer(tokenizer, bos)
     if loaded.eos_id is None and any(each.needs_special_tokens for each in recipes.values()):
@@ -107,6 +108,7 @@ def prepare(
             **_manifest_of_tokenizer(loaded),
             **_manifest_of_split(split),
             **stream.counts.to_manifest(),
+            "hidden_skipped": len(hidden),
             "source_files": [
                 {"path": str(path), "bytes": source_size(path)} for group in files for path in group
             ],
@@ -180,6 +182,10 @@ def _remove_leftovers(paths: Iterable[Sequence[Path]]) -> None:
 
 def _nothing_left(recipe: Recipe, suffix: str, counts: Counts) -> str:
     total = counts.total()
+    if not total.documents and counts.skips.listed:
+        first = counts.skips.listed[0]
+        remedy = "name the text with --text-key" if first.lacks_text else "repair the input"
+        return f"none of {counts.skips.count} documents can be read, such as {first}; {remedy}"
     read = f"none of the {total.documents} documents read"
     longest = f"the longest has {total.longest_document} tokens"
     if suffix == "_heldout":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_longrope.data.columns import (
+    NO_TEXT,
     is_dataset_folder,
     read_dataset_folder,
     read_parquet,
@@ -19,6 +20,9 @@ from megatron_longrope.data.columns import (
 )
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+# Read as JSON lines where it is named itself; in directories such files are mostly something else.
+_NAMED_SUFFIXES = (*SUFFIXES, ".json")
 
 # What a reader yields: line or row, text, None or the reason why there is no text, bytes done.
 _Rows = Iterator[tuple[int, str, str | None, int]]
@@ -51,14 +55,25 @@ class SkippedDocument:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
 
+    @property
+    def lacks_text(self) -> bool:
+        """Return whether another key or column would have to be named."""
+        return self.reason.startswith(NO_TEXT)
 
-def find_source_files(inputs: Iterable[str | Path]) -> list[Path]:
+
+def find_source_files(
+    inputs: Iterable[str | Path], on_hidden: Callable[[Path], object] | None = None
+) -> list[Path]:
     """Expand files and directories (recursively, sorted by path) into source files.
+
+    What begins with a dot in a directory (`.git`, `.ipynb_checkpoints`) is passed over; a path that
+    is given itself is read whatever its name.
 
     Args:
         inputs (Iterable[Path]): .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, folders
             written by datasets' `save_to_disk`, or directories that hold some of these; the order
-            is kept.
+            is kept. A .json file that is named itself is read as JSON lines.
+        on_hidden (Callable, optional): Receives every path that was passed over.
 
     Raises:
         ValueError: A path does not exist, has another suffix, stands twice, or a directory holds
@@ -67,7 +82,9 @@ def find_source_files(inputs: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = [path] if is_dataset_folder(path) else sorted(filter(_is_source, _walk(path)))
+            found = [path]
+            if not is_dataset_folder(path):
+                found = sorted(filter(_is_source, _walk(path, on_hidden)))
             if not found:
                 raise ValueError(
                     f"directory {path} holds no {', '.join(SUFFIXES)} file and no saved dataset; "
@@ -76,10 +93,10 @@ def find_source_files(inputs: Iterable[str | Path]) -> list[Path]:
             files.extend(found)
         elif not path.exists():
             raise ValueError(f"input {path} does not exist; check the path")
-        elif not _is_source(path):
+        elif not path.name.endswith(_NAMED_SUFFIXES):
             raise ValueError(
-                f"input {path} is of an unknown kind; sources are {', '.join(SUFFIXES)} files, "
-                "folders saved by datasets, or directories of them"
+                f"input {path} is of an unknown kind; sources are {', '.join(_NAMED_SUFFIXES)} "
+                "files, folders saved by datasets, or directories of them"
             )
         else:
             files.append(path)
@@ -123,7 +140,11 @@ def iterate_documents(
                 continue
             skipped = SkippedDocument(str(path), line, reason)
             if on_skip is None:
-                raise ValueError(f"{skipped}; repair it or pass --on-error skip")
+                raise ValueError(
+                    f"{skipped}; name the text with --text-key"
+                    if skipped.lacks_text
+                    else f"{skipped}; repair it or pass --on-error skip"
+                )
             on_skip(skipped)
         if on_bytes is not None:
             on_bytes(source_size(path) - done)
@@ -133,12 +154,16 @@ def _is_source(path: Path) -> bool:
     return path.name.endswith(SUFFIXES) if path.is_file() else is_dataset_folder(path)
 
 
-def _walk(directory: Path) -> Iterator[Path]:
-    """Everything below a directory, but nothing from within a saved dataset."""
+def _walk(directory: Path, on_hidden: Callable[[Path], object] | None) -> Iterator[Path]:
+    """Everything below a directory that is not hidden, but nothing from within a saved dataset."""
     for item in directory.iterdir():
+        if item.name.startswith("."):
+            if on_hidden is not None:
+                on_hidden(item)
+            continue
         yield item
         if item.is_dir() and not item.is_symlink() and not is_dataset_folder(item):
-            yield from _walk(item)
+            yield from _walk(item, on_hidden)
 
 
 def _reader(path: Path) -> Callable[[Path, str], _Rows]:
@@ -223,9 +248,9 @@ def _parse_line(line: bytes, text_key: str) -> str:
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+        raise ValueError(f"expected a JSON object on each line, got {type(value).__name__}")
     if text_key not in value:
-        raise ValueError(f"the object has no key {text_key!r} (keys: {sorted(value)[:8]})")
+        raise ValueError(f"{NO_TEXT} key {text_key!r} (keys: {sorted(value)[:8]})")
     text = value[text_key]
     if not isinstance(text, str):
         raise ValueError(f"{text_key!r} holds {type(text).__name__}, not a string")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,28 @@ from typing import Any, Protocol
 from megatron_longrope.data.outputs import refuse_existing, staged_outputs
 from megatron_longrope.local_folder import LOCAL_ONLY
 
-# The file that defines a Hugging Face tokenizer, in the order in which transformers prefers them.
-_HF_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+# Files that define a Hugging Face tokenizer, in the order in which transformers prefers them.
+_HF_FILES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)
+
+PROBES = (
+    "Hello world",
+    " lead",
+    "The quick brown fox jumps over the lazy dog, twice!",
+    "  def f(x):\n\treturn x * 12345  # done\n\n",
+    " one  two   three ",
+    "na\u00efve caf\u00e9 \u6f22\u5b57 \U0001f642 \u00bd \ufb01",
+    "https://example.org/?q=1&r=%20#top",
+)
+"""Texts on which two readings of a tokenizer are compared."""
+
+# A line of a tiktoken vocabulary: a token in base64 and its rank.
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
 
 # sentencepiece drops sentences over max_sentence_length bytes; a character has at most 4 bytes.
 _CHUNK_CHARACTERS = 2048
@@ -30,7 +51,7 @@ class Tokenizer(Protocol):
     """The file or folder it was loaded from."""
 
     sha256: str
-    """Hash of the sentencepiece model or of the tokenizer's defining file."""
+    """Hash of what decides the ids: the sentencepiece model or the tokenizer's defining files."""
 
     vocab_size: int
     """Largest token id plus one."""
@@ -60,19 +81,9 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        import sentencepiece
-
-        data = Path(path).read_bytes()
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(data)
-        except RuntimeError:
-            raise ValueError(
-                f"{path} is not a sentencepiece model; give a .model file, "
-                "or the folder of a Hugging Face tokenizer"
-            ) from None
+        self._processor = load_sentencepiece(path)
         self.path = str(path)
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self.vocab_size = self._processor.vocab_size()
         self.bos_id = _valid_id(self._processor.bos_id())
         self.eos_id = _valid_id(self._processor.eos_id())
@@ -96,34 +107,65 @@ class SentencePieceTokenizer:
         return self._processor.DecodeIds([int(token) for token in ids])
 
 
+def load_sentencepiece(path: str | Path) -> Any:
+    """Load a sentencepiece model.
+
+    Returns:
+        sentencepiece.SentencePieceProcessor: The model.
+
+    Raises:
+        ValueError: The file is none; one of tiktoken's is called so.
+    """
+    import sentencepiece
+
+    data = Path(path).read_bytes()
+    if _TIKTOKEN.match(data):
+        raise ValueError(
+            f"{path} is a tiktoken vocabulary, not a sentencepiece model; give the folder of the "
+            "Hugging Face model, with its tokenizer.json"
+        )
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(data)
+    except RuntimeError:
+        raise ValueError(
+            f"{path} is not a sentencepiece model; give a .model file, "
+            "or the folder of a Hugging Face tokenizer"
+        ) from None
+    return processor
+
+
 class HuggingFaceTokenizer:
     """A local Hugging Face tokenizer folder; nothing is downloaded and no remote code runs."""
 
     def __init__(self, path: str | Path) -> None:
-        from transformers import AutoTokenizer
-
-        folder = Path(path)
-        defining = next((folder / name for name in _HF_FILES if (folder / name).is_file()), None)
-        if defining is None:
-            raise ValueError(
-                f"{path} holds no tokenizer ({', '.join(_HF_FILES)}); "
-                "give the folder of a Hugging Face model or a sentencepiece .model file"
-            )
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), **LOCAL_ONLY)
-        except Exception as error:  # transformers raises many types for a broken folder
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ValueError(
-                f"{path} cannot be loaded as a Hugging Face tokenizer: {reason}; check its files"
-            ) from None
+        defining = _defining_files(Path(path))
+        self._tokenizer = _load_auto(path)
         # Long documents are the purpose here: no warning beyond the model's window.
         self._tokenizer.model_max_length = 2**62
         self.path = str(path)
-        self.sha256 = hashlib.sha256(defining.read_bytes()).hexdigest()
+        settings = Path(path) / "tokenizer_config.json"
+        # add_prefix_space, for one, stands in the settings and changes ids.
+        if settings.is_file() and not self._is_as_stored(defining[0]):
+            defining.append(settings)
+        content = b"".join(file.read_bytes() for file in defining)
+        self.sha256 = hashlib.sha256(content).hexdigest()
         # Added tokens may leave holes, so count to the largest id instead of counting entries.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.bos_id = self._tokenizer.bos_token_id
         self.eos_id = self._tokenizer.eos_token_id
+
+    def _is_as_stored(self, file: Path) -> bool:
+        """Return whether tokenizer.json alone gives the same ids."""
+        from tokenizers import Tokenizer as Stored
+
+        if file.name != "tokenizer.json":
+            return False
+        stored = Stored.from_file(str(file))
+        return all(
+            stored.encode(text, add_special_tokens=False).ids == self.encode(text)
+            for text in PROBES
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; the name of a special token in the text is split like any text."""
@@ -163,7 +205,12 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
         ValueError: The path does not exist or holds neither, or `bos` is none of its tokens.
     """
     if Path(path).is_dir():
-        loaded: Tokenizer = HuggingFaceTokenizer(path)
+        file = _defining_files(Path(path))[0]
+        loaded: Tokenizer = (
+            _sentencepiece_folder(path, file)
+            if file.suffix == ".model"
+            else HuggingFaceTokenizer(path)
+        )
     elif Path(path).is_file():
         loaded = SentencePieceTokenizer(path)
     else:
@@ -174,6 +221,61 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
     if bos is not None:
         check_bos(bos, loaded.vocab_size)
         loaded.bos_id = bos
+    return loaded
+
+
+def _defining_files(folder: Path) -> list[Path]:
+    """The files that transformers makes the tokenizer of a folder from."""
+    for names in _HF_FILES:
+        if (folder / names[0]).is_file():
+            return [folder / name for name in names if (folder / name).is_file()]
+    wanted = ", ".join(names[0] for names in _HF_FILES)
+    raise ValueError(
+        f"{folder} holds no tokenizer ({wanted}); "
+        "give the folder of a Hugging Face model or a sentencepiece .model file"
+    )
+
+
+def _load_auto(path: str | Path) -> Any:
+    """transformers' tokenizer of a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), **LOCAL_ONLY)
+    except Exception as error:  # transformers raises many types for a broken folder
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"{path} cannot be loaded as a Hugging Face tokenizer: {reason}; check its files"
+        ) from None
+
+
+def _sentencepiece_folder(path: str | Path, file: Path) -> SentencePieceTokenizer:
+    """A folder without tokenizer.json: ids by sentencepiece, special tokens by the folder.
+
+    transformers makes a tokenizer of its own from the .model file, which keeps or drops a leading
+    space otherwise than sentencepiece does.
+
+    Raises:
+        ValueError: The folder gives the pieces other ids, or adds tokens that are found in text.
+    """
+    loaded, theirs = SentencePieceTokenizer(file), _load_auto(path)
+    vocabulary = theirs.get_vocab()
+    processor = loaded._processor
+    moved = [i for i in range(loaded.vocab_size) if vocabulary.get(processor.IdToPiece(i), i) != i]
+    added = [
+        str(token)
+        for index, token in theirs.added_tokens_decoder.items()
+        if index >= loaded.vocab_size and not token.special
+    ]
+    if moved or added:
+        what = f"adds {added[0]!r} to" if added else f"moves {processor.IdToPiece(moved[0])!r} in"
+        raise ValueError(
+            f"{path} {what} the vocabulary of {file.name}, so that sentencepiece alone does not "
+            "give its ids; save the tokenizer with transformers once, which writes tokenizer.json"
+        )
+    loaded.path = str(path)
+    loaded.vocab_size = max(loaded.vocab_size, max(vocabulary.values()) + 1)
+    loaded.bos_id, loaded.eos_id = theirs.bos_token_id, theirs.eos_token_id
     return loaded
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_longrope.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.engine import Engine
 from megatron_longrope.evaluation.harness import check_original_factors
 from megatron_longrope.evaluation.harness_generation import (
@@ -322,7 +323,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 
 def adds_bos(tokenizer: Tokenizer) -> bool:
     """Whether transformers would put BOS before a text, which is what lm-eval's hf model does."""
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
+    if not Path(tokenizer.path).is_dir():
         return tokenizer.bos_id is not None
     from transformers import AutoTokenizer
 

@@ -100,7 +100,10 @@ def read_texts(data: str) -> Iterator[Document]:
     """
 
     def refuse(skipped: SkippedDocument) -> None:
-        raise ValueError(f"{skipped}; repair the file or take it out")
+        remedy = "repair the file or take it out"
+        if skipped.lacks_text:
+            remedy = "prepare the set with `longrope data prepare --whole-documents --text-key KEY`"
+        raise ValueError(f"{skipped}; {remedy}")
 
     return iterate_documents(find_source_files([data]), on_skip=refuse)
 

@@ -1,12 +1,15 @@
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import megatron_longrope
 from megatron_longrope.checkpoint import MegatronCheckpoint, shards
@@ -79,6 +82,63 @@ def test_an_iteration_directory_and_an_iteration_number_open_the_same(make_check
         MegatronCheckpoint.open(save, iteration=9)
     with pytest.raises(ValueError, match="iteration 9 was asked for"):
         MegatronCheckpoint.open(save / "iter_0000003", iteration=9)
+
+
+def test_without_a_tracker_file_the_only_checkpoint_is_read_and_several_are_named(make_checkpoint):
+    save = make_checkpoint()
+    (save / "latest_checkpointed_iteration.txt").unlink()
+    assert MegatronCheckpoint.open(save).iteration == 3
+    shutil.copytree(save / "iter_0000003", save / "iter_0000010")
+    shutil.copytree(save / "iter_0000003", save / "release")
+    with pytest.raises(
+        ValueError,
+        match=r"has no latest_.* and holds iter_0000003, iter_0000010, release; choose with "
+        r"--iteration 3 or --iteration 10 or give .*release itself",
+    ):
+        MegatronCheckpoint.open(save)
+    assert MegatronCheckpoint.open(save / "release").args.num_layers
+    shutil.rmtree(save / "iter_0000003")
+    shutil.rmtree(save / "iter_0000010")
+    assert MegatronCheckpoint.open(save).directory.name == "release"
+
+
+def test_without_stored_arguments_megatron_bridges_run_config_describes_the_model(
+    make_checkpoint, monkeypatch
+):
+    save = make_checkpoint()
+    checkpoint = MegatronCheckpoint.open(save)
+    expected, args = checkpoint.shape, checkpoint.args
+    reader = type(checkpoint)
+    monkeypatch.setattr(reader, "common", {})  # Bridge keeps neither arguments nor iteration there
+    with pytest.raises(ValueError, match=r"no arguments; .*--num-layers, .*run_config\.yaml"):
+        _ = MegatronCheckpoint.open(save).shape
+
+    def call(name):
+        return {"_target_": name, "_call_": False}
+
+    same = (
+        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+        "num_query_groups", "layernorm_epsilon", "rotary_base", "rotary_percent", "qk_layernorm",
+        "add_qkv_bias", "add_bias_linear", "normalization", "seq_length", "vocab_size",
+    )  # fmt: skip
+    model = {name: getattr(args, name, None) for name in same} | {
+        "_target_": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",
+        "activation_func": call("torch.nn.functional.silu"),
+        "gated_linear_unit": True,
+        "num_moe_experts": None,
+        "params_dtype": call(str(expected.params_dtype)),
+        "share_embeddings_and_output_weights": not expected.untie_embeddings,
+    }
+    described = save / "iter_0000003" / "run_config.yaml"
+    described.write_text(yaml.safe_dump({"model": model, "train": {"train_iters": 3}}))
+    found = MegatronCheckpoint.open(save)
+    assert found.iteration == 3
+    assert (
+        replace(found.shape, max_position_embeddings=expected.max_position_embeddings) == expected
+    )
+    described.write_text("model: [")
+    with pytest.raises(ValueError, match=r"run_config\.yaml: cannot be read as YAML"):
+        _ = MegatronCheckpoint.open(save).shape
 
 
 def test_reading_needs_no_megatron(make_checkpoint):

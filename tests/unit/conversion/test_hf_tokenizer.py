@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import make_megatron_checkpoint as maker
@@ -5,6 +6,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.conversion import convert_to_hf
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, write_tokenizer
 
@@ -64,6 +66,42 @@ def test_a_hugging_face_folder_is_copied(tmp_path):
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
 
 
+def test_a_window_that_is_no_number_is_no_limit(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    write_tokenizer(train(tmp_path, **VARIANTS["llama"]), first, 64)
+    settings = json.loads((first / "tokenizer_config.json").read_text())
+    for stated, expected in ((None, None), ("long", "long"), (32, 128)):
+        text = json.dumps({**settings, "model_max_length": stated})
+        (first / "tokenizer_config.json").write_text(text)
+        write_tokenizer(first, second, 128)
+        copied = json.loads((second / "tokenizer_config.json").read_text())
+        assert copied["model_max_length"] == expected
+
+
+def test_a_tokenizer_with_holes_in_its_ids_is_as_large_as_its_largest_id(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    size = write_tokenizer(train(tmp_path, **VARIANTS["llama"]), first, 64).vocab_size
+    inner = json.loads((first / "tokenizer.json").read_text())
+    inner["model"]["vocab"]["\u2581far"] = 600
+    (first / "tokenizer.json").write_text(json.dumps(inner))
+    assert len(AutoTokenizer.from_pretrained(first)) == size + 1
+    assert write_tokenizer(first, second, 64).vocab_size == 601
+
+
+def test_a_folder_that_transformers_reads_otherwise_than_sentencepiece_is_refused(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    train(tmp_path, **VARIANTS["llama"]).rename(first / "tokenizer.model")
+    (first / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ValueError, match=r"other ids than sentencepiece .*--tokenizer .*\.model"):
+        write_tokenizer(first, second, 64)
+
+
 def test_a_path_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such tokenizer"):
         write_tokenizer(tmp_path / "nothing", tmp_path, 64)
@@ -71,7 +109,7 @@ def test_a_path_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer files"):
         write_tokenizer(tmp_path / "empty", tmp_path, 64)
     (tmp_path / "text.model").write_text("not a model")
-    with pytest.raises(ValueError, match="not a SentencePiece model"):
+    with pytest.raises(ValueError, match="is not a sentencepiece model"):
         write_tokenizer(tmp_path / "text.model", tmp_path, 64)
 
 
@@ -86,8 +124,16 @@ def test_the_folder_knows_the_tokenizer_and_its_special_tokens(untied_gqa, confi
     assert AutoTokenizer.from_pretrained(str(tmp_path / "hf")).model_max_length == maker.TARGET
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(untied_gqa, tmp_path):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(untied_gqa, tmp_path, monkeypatch):
     path = train(tmp_path, **VARIANTS["llama"])
     with pytest.raises(ValueError, match="tokens, the model's vocabulary 250"):
+        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer=path)
+    args = MegatronCheckpoint.args.func
+
+    def without_vocabulary(self):
+        return argparse.Namespace(**{**vars(args(self)), "vocab_size": None})
+
+    monkeypatch.setattr(MegatronCheckpoint, "args", property(without_vocabulary))
+    with pytest.raises(ValueError, match=r"has ids up to \d+, the model's embedding \d+ rows"):
         convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer=path)
     assert not (tmp_path / "hf").exists()

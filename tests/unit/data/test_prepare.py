@@ -171,6 +171,17 @@ def test_skipped_lines_are_listed_in_the_manifest(corpus, model_path, prefix):
     assert manifest["documents"] == 12
 
 
+def test_a_wrong_text_key_is_named_with_those_that_are_there(corpus, model_path, prefix):
+    (corpus.parent / ".git").mkdir()
+    keys = r"no key 'body' \(keys: \['text'\]\); name the text with --text-key"
+    with pytest.raises(ValueError, match=rf"corpus\.jsonl:1: there is {keys}"):
+        prepare([corpus], prefix, model_path, WholeDocuments(), text_key="body")
+    with pytest.raises(ValueError, match=rf"none of 12 documents can be read, such as .*{keys}"):
+        prepare([corpus], prefix, model_path, WholeDocuments(), text_key="body", on_error="skip")
+    manifest = prepare([corpus.parent], prefix, model_path, WholeDocuments())
+    assert manifest["hidden_skipped"] == 1 and manifest["documents"] == 12
+
+
 def test_many_skipped_lines_are_counted_but_not_all_listed(corpus, model_path, prefix, monkeypatch):
     monkeypatch.setattr(tokenization, "MAX_REPORTED_SKIPS", 3)
     corpus.write_text(corpus.read_text() + "broken\n" * 10)

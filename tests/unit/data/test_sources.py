@@ -34,6 +34,26 @@ def test_directories_are_read_recursively_in_sorted_order(tmp_path):
     assert names == ["a.txt", "b/1.jsonl", "b/2.txt", "b/a/x.jsonl.gz"]
 
 
+def test_hidden_files_and_folders_are_passed_over_unless_they_are_given_themselves(tmp_path):
+    for name in ("a.txt", ".b.txt", ".git/c.txt", "d/.ipynb_checkpoints/e.jsonl", "d/f.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    hidden = []
+    found = find_source_files([tmp_path], hidden.append)
+    assert [path.name for path in found] == ["a.txt", "f.jsonl"]
+    assert {path.name for path in hidden} == {".b.txt", ".git", ".ipynb_checkpoints"}
+    given = [tmp_path / ".b.txt", tmp_path / ".git"]
+    assert [path.name for path in find_source_files(given)] == [".b.txt", "c.txt"]
+
+
+def test_a_json_file_is_read_as_json_lines_where_it_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert read(*find_source_files([path])) == [(f"{path}:1", "one"), (f"{path}:2", "two")]
+    with pytest.raises(ValueError, match="holds no"):  # beside text lie manifests and settings
+        find_source_files([tmp_path])
+
+
 def test_bytes_reported_add_up_to_the_file_sizes(tmp_path):
     paths = [tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl.gz"]
     line = json.dumps({"text": "x" * 500}).encode() + b"\n"
@@ -46,7 +66,7 @@ def test_bytes_reported_add_up_to_the_file_sizes(tmp_path):
 
 BROKEN = [
     (b'{"text": "a"', "not valid JSON at column"),
-    (b'["a"]', "expected a JSON object, got list"),
+    (b'["a"]', "expected a JSON object on each line, got list"),
     (b'{"txt": "a"}', r"no key 'text' \(keys: \['txt'\]\)"),
     (b'{"text": null}', "'text' holds NoneType, not a string"),
     (b'{"text": "\xff"}', "byte 0xff is not valid UTF-8"),
@@ -59,7 +79,8 @@ BROKEN = [
 def test_broken_line_is_named_with_file_line_and_remedy(tmp_path, line, reason):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=rf"a\.jsonl:2: .*{reason}.*--on-error skip"):
+    remedy = "--text-key" if "no key" in reason else "--on-error skip"
+    with pytest.raises(ValueError, match=rf"a\.jsonl:2: .*{reason}.*{remedy}"):
         read(path)
 
 

@@ -1,4 +1,6 @@
 import hashlib
+import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -126,6 +128,64 @@ def test_hugging_face_folder_encodes_without_special_tokens(hf_folder):
     assert min(ids) > 1 and max(ids) < tokenizer.vocab_size
     expected = hashlib.sha256((hf_folder / "tokenizer.json").read_bytes()).hexdigest()
     assert tokenizer.sha256 == expected
+
+
+@pytest.fixture(scope="module")
+def prefixed(tmp_path_factory):
+    """A sentencepiece model that puts a space before every text, alone in a folder."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("prefixed")
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(make_text(seed, 100) for seed in range(20)),
+            model_writer=file, model_type="bpe", vocab_size=340, byte_fallback=True,
+            remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+        )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("kind", [None, "LlamaTokenizer"])
+def test_a_folder_with_tokenizer_model_alone_has_sentencepieces_ids_and_hash(prefixed, kind):
+    if kind:
+        (prefixed / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    file, folder = load_tokenizer(prefixed / "tokenizer.model"), load_tokenizer(prefixed)
+    for text in (" lead", "lead", "a  b", "\n x", CODE):
+        assert folder.encode(text) == file.encode(text)
+    assert (folder.bos_id, folder.eos_id, folder.vocab_size) == (1, 2, 340)
+    assert folder.sha256 == file.sha256 and folder.path == str(prefixed)
+
+
+def test_a_folder_that_adds_tokens_found_in_text_needs_a_tokenizer_json(prefixed, tmp_path):
+    folder = shutil.copytree(prefixed, tmp_path / "added")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": {"340": {"content": "<tab>", "special": False}}})
+    )
+    with pytest.raises(ValueError, match=r"adds '<tab>' to the vocabulary of tokenizer\.model"):
+        load_tokenizer(folder)
+
+
+def test_the_hash_covers_settings_that_change_ids_and_no_others(prefixed, tmp_path):
+    from transformers import AutoTokenizer
+
+    (prefixed / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    AutoTokenizer.from_pretrained(prefixed).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    hashes = []
+    for changes in ({}, {"model_max_length": 7}, {"add_prefix_space": False}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **changes}))
+        hashes.append(load_tokenizer(tmp_path).sha256)
+    stored = hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    assert hashes[0] == hashes[1] == stored != hashes[2]
+
+
+def test_a_tiktoken_vocabulary_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer\.model is a tiktoken vocabulary, not .*json"
+        ):
+            load_tokenizer(path)
 
 
 def test_special_token_names_in_the_text_stay_text_with_hugging_face(hf_folder):
