@@ -34,6 +34,7 @@ setup(
         "jinja2",
         "tqdm",
         "pyyaml",
+        "pybind11",  # a checkout of Megatron-LM compiles its dataset helpers with it
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],

@@ -46,7 +46,9 @@ class Checkpoint(Protocol):
 def load_into(
     model: nn.Module, checkpoint: Checkpoint, *, tp_rank: int = 0, tp_size: int = 1
 ) -> int:
-    """Fill every parameter of `model`; peak extra memory is one layer's tensor.
+    """Fill every parameter of `model`, on its device and in its type.
+
+    Peak extra memory is one layer's tensor, or the embedding, as the checkpoint stores it.
 
     Args:
         model (nn.Module): GPTModel or HybridModel of the local or the Transformer Engine spec,
@@ -84,17 +86,19 @@ def load_into(
         disk = address[0]
         value = checkpoint.tensor(*theirs.places[address])
         for parameter, part in _parts(parameters, name, value, disk):
+            target = parameter.detach()
             if disk in _VOCAB:
-                part = _vocab_rows(part, parameter.shape[0], vocab_size, tp_rank, tp_size, disk)
+                part = _vocab_rows(part, len(target), vocab_size, tp_rank, tp_size, disk)
+                target[len(part) :] = 0  # rows that pad the vocabulary
+                target = target[: len(part)]
             elif tp_size > 1:
                 part = _tensor_parallel_slice(part, disk, tp_rank, tp_size)
-            if part.shape != parameter.shape:
+            if part.shape != target.shape:
                 raise ValueError(
                     f"{disk} has shape {tuple(part.shape)} for tensor-parallel rank {tp_rank} of "
-                    f"{tp_size}, the model expects {tuple(parameter.shape)}"
+                    f"{tp_size}, the model expects {tuple(target.shape)}"
                 )
-            with torch.no_grad():
-                parameter.copy_(part)
+            target.copy_(part)
     return len(parameters)
 
 
@@ -134,10 +138,7 @@ def _vocab_rows(
         raise ValueError(
             f"{name}: the model has {rows * tp_size} rows, fewer than the vocabulary's {vocab_size}"
         )
-    result = value.new_zeros(rows, *value.shape[1:])
-    part = value[:vocab_size][tp_rank * rows : (tp_rank + 1) * rows]
-    result[: len(part)] = part
-    return result
+    return value[:vocab_size][tp_rank * rows : (tp_rank + 1) * rows]
 
 
 def _rows(value: Tensor, rank: int, size: int) -> Tensor:

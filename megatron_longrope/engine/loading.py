@@ -32,6 +32,8 @@ def load_engine(
 ) -> Engine:
     """Load a checkpoint for scoring.
 
+    Tensors go to the device one by one: the host holds one at a time, whatever the model's size.
+
     Args:
         source (str | Path | Checkpoint): The `--save` directory of a Megatron run, or one of its
             iteration directories; or an opened checkpoint, such as a
@@ -71,11 +73,13 @@ def load_engine(
         mode=mode,
         hf_parity=hf_parity,
         core_attention=core_attention(attention, device, dtype),
+        device=device,
+        dtype=dtype,
     )
     tensor_group = model.pg_collection.tp
     load_into(model, checkpoint, tp_rank=tensor_group.rank(), tp_size=tensor_group.size())
     model.rotary_pos_emb.table_device = device
-    return Engine(model.to(device=device, dtype=dtype), shape)
+    return Engine(model, shape)
 
 
 def default_config(shape: ModelShape) -> LongRopeConfig:

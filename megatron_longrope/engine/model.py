@@ -28,10 +28,14 @@ def build_model(
     mode: str = "auto",
     hf_parity: bool = False,
     core_attention: type = SdpaCoreAttention,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """An empty model of `shape` with the LongRoPE rotary module, in fp32 on CPU, for scoring.
+    """A model of `shape` with the LongRoPE rotary module, for scoring; its parameters are to fill.
 
-    Model-parallel groups must exist; see :func:`.process_groups.initialize`.
+    They are allocated once, where and in what they will be used: a copy in fp32 on the host, in
+    every process of a node, would take several times the model's bytes. Model-parallel groups must
+    exist; see :func:`.process_groups.initialize`.
 
     Args:
         shape (ModelShape): The model's geometry.
@@ -41,6 +45,8 @@ def build_model(
         mode (str): How a sequence chooses its factor set. Defaults to "auto".
         hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
         core_attention (type): See :func:`.kernels.core_attention`. Defaults to SDPA.
+        device (torch.device | str): Of the parameters. Defaults to "cpu".
+        dtype (torch.dtype): Of all parameters. Defaults to fp32.
 
     Raises:
         ValueError: The architecture is not a decoder with SwiGLU and RMSNorm, dense or of experts.
@@ -83,7 +89,11 @@ def build_model(
         share_embeddings_and_output_weights=not shape.untie_embeddings,
         parallel_output=True,
     )
-    model = _language_model(shape, settings, options, core_attention)
+    with torch.device("meta"):
+        model = _language_model(shape, settings, options, core_attention)
+    # A buffer would come out of to_empty without its values.
+    assert not [name for name, _ in model.named_buffers()]
+    model.to(dtype).to_empty(device=device)
     slice_mlps(model)
     # HybridModel takes no such argument; its rotary module is replaced here anyway.
     model.rotary_pos_emb.rotary_interleaved = shape.rotary_interleaved

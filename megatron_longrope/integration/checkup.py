@@ -166,11 +166,11 @@ def _location(package: str, problems: list[str]) -> str | None:
 def _helpers(problems: list[str]) -> str:
     if compat.helpers_are_compiled():
         return "compiled"
-    if compat.helpers_can_be_compiled():
+    obstacle = compat.helpers_obstacle()
+    if obstacle is None:
         return "compiled by Megatron when a run starts"
     problems.append(
-        "megatron.core.datasets.helpers_cpp is not compiled for this Python, and there is no "
-        "Makefile beside it to build it with; install a wheel of megatron-core for this Python"
+        f"megatron.core.datasets.helpers_cpp is not compiled for this Python, and {obstacle}"
     )
     return "missing"
 

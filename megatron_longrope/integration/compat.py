@@ -10,6 +10,9 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
+import shutil
+import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -327,10 +330,26 @@ def helpers_are_compiled() -> bool:
     return _find_module("megatron.core.datasets.helpers_cpp")
 
 
-def helpers_can_be_compiled() -> bool:
-    """True when Megatron finds the Makefile that it runs at the start of training."""
+def helpers_obstacle() -> str | None:
+    """Why Megatron could not compile the dataset helpers when training starts, or None."""
     location = megatron_location()
-    return location is not None and (location / "megatron/core/datasets/Makefile").is_file()
+    if location is None or not (location / "megatron/core/datasets/Makefile").is_file():
+        return (
+            "there is no Makefile beside it to build it with; install a wheel of megatron-core for "
+            "this Python"
+        )
+    compiler = os.environ.get("CXX", "c++")
+    for tool in ("make", compiler, "python3-config"):
+        if shutil.which(tool) is None:
+            return f"{tool}, which Megatron's Makefile calls, is not on the PATH; install it"
+    # The Makefile asks the python3 of the PATH, whichever Python runs here.
+    asked = subprocess.run(["python3", "-m", "pybind11", "--includes"], capture_output=True)
+    if asked.returncode != 0:
+        return (
+            "the python3 on the PATH has no pybind11, whose headers Megatron's Makefile needs; pip "
+            "install pybind11, with the environment activated"
+        )
+    return None
 
 
 def _find_module(dotted: str) -> bool:

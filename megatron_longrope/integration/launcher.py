@@ -22,7 +22,7 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         cpu (bool): Host Megatron on the CPU; see :mod:`megatron_longrope.integration.cpu_host`.
 
     Raises:
-        ValueError: The script does not exist.
+        ValueError: The script does not exist, or Megatron could not compile its dataset helpers.
         RuntimeError: This Megatron lacks a symbol that the plugin needs.
     """
     path = Path(script)
@@ -41,8 +41,13 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         if rank() == 0:
             print(rewrite.describe(), flush=True)
         cpu_host.enable()
-    from megatron_longrope.integration import hooks
+    from megatron_longrope.integration import compat, hooks
 
+    if not compat.helpers_are_compiled() and (obstacle := compat.helpers_obstacle()):
+        # Megatron would fail on rank 0 in `make`, and on the others in a collective.
+        raise ValueError(
+            f"Megatron's dataset helpers are not compiled for this Python, and {obstacle}"
+        )
     hooks.apply()
     sys.argv = [str(path), *arguments]
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_longrope.cli import main
-from megatron_longrope.integration import checkup, compat
+from megatron_longrope.integration import checkup, compat, launcher
 
 pytest.importorskip("megatron.training")
 
@@ -89,10 +89,43 @@ def test_megatron_without_its_training_loop_is_a_problem(monkeypatch, capsys):
 
 def test_helpers_that_nothing_can_compile_are_a_problem(monkeypatch, capsys):
     monkeypatch.setattr(compat, "helpers_are_compiled", lambda: False)
-    monkeypatch.setattr(compat, "helpers_can_be_compiled", lambda: True)
+    monkeypatch.setattr(compat, "helpers_obstacle", lambda: None)
     assert "compiled by Megatron when a run starts" in doctor(capsys, 0)
-    monkeypatch.setattr(compat, "helpers_can_be_compiled", lambda: False)
-    assert "helpers_cpp is not compiled for this Python" in doctor(capsys, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(compat, "helpers_are_compiled", lambda: False)
+    printed = doctor(capsys, 1)
+    assert "helpers_cpp is not compiled for this Python, and there is no Makefile" in printed
+
+
+@pytest.fixture
+def checkout(monkeypatch, tmp_path):
+    """A Megatron-LM checkout whose helpers are not compiled, and a PATH with the tools for it."""
+    makefile = tmp_path / "megatron/core/datasets/Makefile"
+    makefile.parent.mkdir(parents=True)
+    makefile.touch()
+    monkeypatch.setattr(compat, "megatron_location", lambda *_: tmp_path)
+    monkeypatch.setattr(compat, "helpers_are_compiled", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("make", "c++", "python3-config", "python3"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def test_what_a_checkout_lacks_for_its_dataset_helpers_is_named_before_a_run_starts(
+    monkeypatch, checkout
+):
+    assert compat.helpers_obstacle() is None
+    (checkout / "python3").write_text("#!/bin/sh\nexit 1\n")
+    assert compat.helpers_obstacle().startswith("the python3 on the PATH has no pybind11, whose he")
+    monkeypatch.setattr(launcher, "_default_rendezvous", lambda: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    script = checkout / "pretrain_gpt.py"
+    script.touch()
+    with pytest.raises(ValueError, match=r"dataset helpers are not compiled .* install pybind11"):
+        launcher.launch(str(script), [])
+    (checkout / "make").unlink()
+    assert "make, which Megatron's Makefile calls, is not on the PATH" in compat.helpers_obstacle()
 
 
 def test_an_untested_release_whose_symbols_fit_is_a_note(monkeypatch, capsys):
