@@ -1,0 +1,162 @@
+"""Factors in the authors' CSV, config.json and lists, there and back, and two files compared."""
+
+import json
+import re
+
+import pytest
+
+from megatron_longrope.cli import main
+from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.factor_files import Geometry, differences, import_factors, sorted_factors
+
+VECTOR = (1.0, 1.5, 2.25, 31.999999)
+MODEL = ("--rotary-base", "10000", "--original-length", "4k")
+GEOMETRY = Geometry(10000.0, 4096)
+
+
+def config(*sets, **changes):
+    return LongRopeConfig(**{
+        "rotary_base": 10000.0, "rotary_dim": 8, "original_max_position_embeddings": 4096,
+        "factor_sets": sets or (FactorSet(4096, (1.0,) * 4), FactorSet(131072, VECTOR)),
+        "attention_factor": 1.19, **changes,
+    })  # fmt: skip
+
+
+def run(*arguments):
+    return main(["factors", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1.0,1.5,2.25,31.999999\n" * 32,  # the authors': a row for each layer
+        "1.0\n1.5\n2.25\n31.999999\n",
+        "1.0 1.5 2.25 31.999999",
+        "[1.0, 1.5, 2.25, 31.999999]",
+        '{"rescale_factors": [[1.0, 1.5, 2.25, 31.999999]]}',
+    ],
+)
+def test_a_vector_is_read_from_rows_columns_and_lists(tmp_path, text):
+    name = "x.json" if text[0] in "[{" else "x.csv"
+    (tmp_path / name).write_text(text)
+    found = import_factors([(tmp_path / name, 131072)], GEOMETRY)
+    assert found.factor_sets == (FactorSet(131072, VECTOR, origin={"source": name}),)
+    assert found.rotary_dim == 8 and found.attention_factor is None
+
+
+def test_files_called_like_the_authors_know_their_windows(tmp_path):
+    for name in ("4k_la2_256k", "ft_la2_256k", "2048k_la2_256k"):
+        (tmp_path / f"{name}.csv").write_text("1.0,1.5,2.25,62\n" * 2)
+    output = tmp_path / "f.json"
+    assert run("import", *sorted(tmp_path.glob("*.csv")), *MODEL, "--output", output) == 0
+    assert [s.max_length for s in LongRopeConfig.load(output).factor_sets] == [
+        4096, 262144, 2097152
+    ]  # fmt: skip
+
+
+def test_longrope2s_short_and_long_lists_are_two_sets(tmp_path):
+    (tmp_path / "a.json").write_text(
+        json.dumps({"long_factor": list(VECTOR), "short_factor": [1.0] * 4})
+    )
+    found = import_factors([(tmp_path / "a.json", 131072)], GEOMETRY)
+    assert [(s.max_length, s.rescale_factors) for s in found.factor_sets] == [
+        (4096, (1.0,) * 4), (131072, VECTOR)
+    ]  # fmt: skip
+
+
+def test_an_export_for_hugging_face_is_imported_as_it_was(tmp_path):
+    config().save(tmp_path / "a.json")
+    assert run("export", tmp_path / "a.json", "--output", tmp_path / "config.json") == 0
+    assert run("import", tmp_path / "config.json", "--output", tmp_path / "b.json") == 0
+    assert differences(config(), LongRopeConfig.load(tmp_path / "b.json")) == []
+    assert run("diff", tmp_path / "a.json", tmp_path / "b.json") == 0
+
+
+@pytest.mark.parametrize("kind", ["csv", "list"])
+def test_a_published_vector_goes_out_and_comes_back_to_the_last_digit(tmp_path, kind):
+    published = LongRopeConfig.load("published:llama2-256k")
+    export = ("--format", kind, "--window", "256k", "--output", tmp_path / "v.txt")
+    assert run("export", "published:llama2-256k", *export) == 0
+    back = import_factors([(tmp_path / "v.txt", 262144)], GEOMETRY)
+    expected = published.factor_set_for(262144).rescale_factors
+    assert back.factor_sets[0].rescale_factors == expected
+    if kind == "csv":
+        assert len(set((tmp_path / "v.txt").read_text().splitlines())) == 1
+        assert (tmp_path / "v.txt").read_text().count("\n") == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "sources", "message"),
+    [
+        ("1,2\n1,3\n", "8k={}", "layers have different factors"),
+        ("1,2,x\n", "8k={}", "holds no numbers alone"),
+        ("", "8k={}", "expected a list of numbers|needs|dim"),
+        ('{"weights": 1}', "8k={}", "no factors here; expected rope_scaling"),
+        ("1,2\n", "{}", "does not say which window it is for; write WINDOW="),
+        ("1,2\n", "many={}", "many=.*write WINDOW=FILE"),
+    ],
+)
+def test_a_file_that_holds_no_vector_is_refused(tmp_path, capsys, text, sources, message):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    assert run("import", sources.format(path), *MODEL, "--output", tmp_path / "o.json") == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_a_bare_vector_needs_the_geometry_and_a_config_json_must_not_get_one(tmp_path):
+    (tmp_path / "a.csv").write_text("1,2\n")
+    with pytest.raises(ValueError, match="holds factors alone; give the model's --rotary-base"):
+        import_factors([(tmp_path / "a.csv", 8192)])
+    (tmp_path / "config.json").write_text(json.dumps(config().to_hf()))
+    with pytest.raises(ValueError, match="leave the window and the flags of the geometry out"):
+        import_factors([(tmp_path / "config.json", None)], GEOMETRY)
+
+
+def test_differences_are_named_by_window_and_largest_index(capsys, tmp_path):
+    other = config(
+        FactorSet(4096, (1.0,) * 4, 8), FactorSet(131072, (1.0, 1.5, 2.5, 32.0)),
+        FactorSet(262144, VECTOR), attention_factor=None,
+    )  # fmt: skip
+    assert differences(config(), other) == [
+        "attention_factor: 1.19 and None",
+        "4096 tokens: start tokens 0 and 8",
+        "131072 tokens: 2 of 4 factors differ, most at index 2: 2.25 and 2.5 (0.111 apart)",
+        "262144 tokens: in the second only",
+    ]
+    config().save(tmp_path / "a.json")
+    other.save(tmp_path / "b.json")
+    assert run("diff", tmp_path / "a.json", tmp_path / "b.json") == 1
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_sorting_changes_only_sets_that_decrease(tmp_path, capsys):
+    mistral = LongRopeConfig.load("published:mistral-128k")
+    result, changed = sorted_factors(mistral)
+    assert changed == [131072, 262144, 524288, 1048576, 2097152]
+    for new, old in zip(result.factor_sets, mistral.factor_sets, strict=True):
+        assert list(new.rescale_factors) == sorted(old.rescale_factors)
+    assert run("sort", "published:mistral-128k", "--output", tmp_path / "s.json") == 0
+    assert "changed: 131072, 262144" in capsys.readouterr().out
+
+
+def test_show_prints_every_factor_on_demand_and_json(capsys):
+    assert run("show", "published:phi-4-mini", "--all") == 0
+    assert "1.118320672" in capsys.readouterr().out
+    assert run("show", "published:phi-4-mini", "--json", "--all") == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert (
+        LongRopeConfig.load("published:phi-4-mini").to_dict()["factor_sets"][1]["rescale_factors"]
+        == shown["factor_sets"][1]["rescale_factors"]
+    )
+    assert shown["factor_sets"][1]["attention_factor"] == pytest.approx(1.190238, abs=5e-7)
+    assert run("show", "published:phi-4-mini", "--json") == 0
+    (short,) = json.loads(capsys.readouterr().out)
+    assert len(short["factor_sets"][1]["rescale_factors"]) == 3
+
+
+def test_the_published_factors_are_listed_with_their_licence(capsys):
+    assert run("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all(line.endswith("MIT)") for line in lines)
