@@ -116,6 +116,13 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
         "--num-samples", type=int, default=5, metavar="K", help="documents per evaluation"
     )
     group.add_argument(
+        "--pool",
+        type=int,
+        metavar="N",
+        help="documents that generations take in turn, K each, instead of the same K for all; a "
+        "quarter is kept to choose among the best at the end (default: no rotation)",
+    )
+    group.add_argument(
         "--windows-per-document",
         type=int,
         default=1,

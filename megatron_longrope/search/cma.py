@@ -95,6 +95,7 @@ class CmaSearch(GenerationalSearch):
         rng_seed (int): Seed of every random choice.
         lookahead (int): See :class:`GenerationalSearch`; applies to the generations of CMA-ES.
         patience (int, optional): See :class:`GenerationalSearch`.
+        blocks (int): See :class:`GenerationalSearch`.
 
     Raises:
         ValueError: No seed, or one outside the space.
@@ -109,8 +110,9 @@ class CmaSearch(GenerationalSearch):
         *,
         lookahead: int = 0,
         patience: int | None = None,
+        blocks: int = 1,
     ) -> None:
-        super().__init__(space, lookahead=lookahead, patience=patience)
+        super().__init__(space, lookahead=lookahead, patience=patience, blocks=blocks)
         check_int("rng_seed", rng_seed, 0)
         self._seeds = checked_seeds(space, seeds)
         self.parameters = parameters

@@ -87,6 +87,7 @@ class EvolutionSearch(GenerationalSearch):
         max_evaluations (int, optional): Stop after so many evaluations.
         lookahead (int): See :class:`GenerationalSearch`; 0 is the algorithm of the paper.
         patience (int, optional): See :class:`GenerationalSearch`.
+        blocks (int): See :class:`GenerationalSearch`.
 
     Raises:
         ValueError: No seed, more seeds than the population holds, or a seed outside the space.
@@ -102,9 +103,14 @@ class EvolutionSearch(GenerationalSearch):
         max_evaluations: int | None = None,
         lookahead: int = 0,
         patience: int | None = None,
+        blocks: int = 1,
     ) -> None:
         super().__init__(
-            space, max_evaluations=max_evaluations, lookahead=lookahead, patience=patience
+            space,
+            max_evaluations=max_evaluations,
+            lookahead=lookahead,
+            patience=patience,
+            blocks=blocks,
         )
         check_int("rng_seed", rng_seed, 0)
         self._seeds = checked_seeds(space, seeds)

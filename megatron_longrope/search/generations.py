@@ -45,6 +45,9 @@ class Trial:
     """Whether losing to the rival means for certain that it does not matter. Where it is only
     likely, as in CMA-ES, the exact rule stops nobody."""
 
+    block: int = 0
+    """Of a rotating pool: which samples."""
+
 
 @dataclass
 class Generation:
@@ -63,6 +66,9 @@ class Generation:
     """See :class:`Trial`."""
 
     certain: bool = True
+    """See :class:`Trial`."""
+
+    block: int = 0
     """See :class:`Trial`."""
 
     scores: dict[Candidate, float] = field(default_factory=dict)
@@ -88,6 +94,7 @@ class GenerationalSearch(ABC):
             Defaults to 0.
         patience (int, optional): Draw no further generation when so many evaluations in a row have
             not lowered the best score by more than 0.1 %.
+        blocks (int): Of a rotating pool; the generations take them in turn. Defaults to 1.
     """
 
     def __init__(
@@ -97,14 +104,17 @@ class GenerationalSearch(ABC):
         max_evaluations: int | None = None,
         lookahead: int = 0,
         patience: int | None = None,
+        blocks: int = 1,
     ) -> None:
         if max_evaluations is not None:
             check_int("max_evaluations", max_evaluations, 1)
         if patience is not None:
             check_int("patience", patience, 1)
         check_int("lookahead", lookahead, 0)
+        check_int("blocks", blocks, 1)
         self.space = space
         self.lookahead = lookahead
+        self._blocks = blocks
         self._max_evaluations, self._patience = max_evaluations, patience
         self._generations: list[Generation] = []
         self._num_asked = 0
@@ -175,6 +185,7 @@ class GenerationalSearch(ABC):
                 generation.samples,
                 generation.rival,
                 generation.certain,
+                generation.block,
             )
             for generation in self._open()
             for offset, candidate in enumerate(generation.candidates)
@@ -234,7 +245,8 @@ class GenerationalSearch(ABC):
             chosen = chosen[: self._max_evaluations - self._num_asked]
         if not chosen:
             return None
-        generation = Generation(self._num_asked, chosen, samples, rival, certain)
+        block = len(self._generations) % self._blocks
+        generation = Generation(self._num_asked, chosen, samples, rival, certain, block)
         self._num_asked += len(chosen)
         if samples is None:
             for offset, candidate in enumerate(chosen):

@@ -56,6 +56,9 @@ class Evaluation:
     """Why samples are missing: `exact` or `paired`, a race was lost; `budget`, only so many were
     asked for. None when every sample was scored."""
 
+    block: int = 0
+    """Of a rotating pool: which samples these are. Left out of the file where it is 0."""
+
     def __post_init__(self) -> None:
         if not math.isfinite(self.score) and not self.error:
             object.__setattr__(self, "error", f"the score is {float(self.score)}")
@@ -69,8 +72,11 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object with null in place of infinity."""
+        values = asdict(self)
+        if not self.block:
+            del values["block"]
         return {
-            **asdict(self),
+            **values,
             "rescale_factors": list(self.rescale_factors),
             "score": _null_if_inf(self.score),
             "sample_nlls": [_null_if_inf(value) for value in self.sample_nlls],
@@ -84,7 +90,7 @@ class Evaluation:
             ValueError: Not an object with exactly this class' fields, or a field of the wrong type.
         """
         names = {item.name for item in fields(cls)}
-        if not isinstance(value, dict) or value.keys() != names:
+        if not isinstance(value, dict) or value.keys() | {"block"} != names:
             raise ValueError(f"expected an object with the keys {sorted(names)}")
         nlls = value["sample_nlls"]
         score = value["score"]
@@ -288,6 +294,7 @@ def read_records(path: str | Path) -> list[Evaluation]:
                 tuple(math.inf if item is None else item for item in nlls),
                 index=value.get("index", len(records)),
                 stopped=None if stopped is None else str(stopped),
+                block=value.get("block", 0),
             )
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             continue  # the header, a torn last line, or damage
@@ -311,7 +318,7 @@ def fresh_samples(record: Evaluation, counted: dict[Any, int]) -> int:
     `counted` is what earlier calls noted; a candidate that halving promotes is recorded again with
     the samples that it already had.
     """
-    key = (tuple(record.rescale_factors), record.num_start_tokens)
+    key = (tuple(record.rescale_factors), record.num_start_tokens, record.block)
     before = counted.get(key, 0)
     counted[key] = max(before, len(record.sample_nlls))
     return counted[key] - before

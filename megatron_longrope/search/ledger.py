@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from megatron_longrope.search.board import Board, LocalBoard, SharedBoard
 from megatron_longrope.search.generations import Trial
-from megatron_longrope.search.journal import Evaluation, Journal
+from megatron_longrope.search.journal import Evaluation, Journal, is_complete
 from megatron_longrope.search.problem import SearchProblem
 from megatron_longrope.search.space import Candidate
 
-Key = tuple[tuple[float, ...], int]
+Key = tuple[tuple[float, ...], int, int]
+"""Factors, start tokens and the block of a rotating pool."""
 
 
 class Ledger:
@@ -33,6 +34,7 @@ class Ledger:
         self._problem = problem
         self._by_index: dict[int, Evaluation] = {}
         self._losses: dict[Key, tuple[float, ...]] = {}
+        self._scores: dict[tuple[tuple[float, ...], int], float] = {}
         for record in records:
             self.add(record)
         self.num_resumed = len(self._by_index)
@@ -44,7 +46,9 @@ class Ledger:
 
     def know(self, record: Evaluation) -> None:
         """Remember the losses of an evaluation, which may be another search's."""
-        key = record.rescale_factors, record.num_start_tokens
+        key = record.rescale_factors, record.num_start_tokens, record.block
+        if is_complete(record):
+            self._scores[key[:2]] = record.score
         if record.error is None and len(record.sample_nlls) > len(self._losses.get(key, ())):
             self._losses[key] = record.sample_nlls
 
@@ -57,7 +61,8 @@ class Ledger:
         record = self._by_index.get(trial.index)
         if record is None:
             return None
-        if (record.rescale_factors, record.num_start_tokens) != self._key(trial.candidate):
+        key = record.rescale_factors, record.num_start_tokens, record.block
+        if key != self._key(trial.candidate, trial.block):
             raise ValueError(
                 f"evaluation {trial.index} of the journal is not the candidate that this search "
                 "asks for; it comes from another release of this package or of numpy and scipy: "
@@ -65,13 +70,17 @@ class Ledger:
             )
         return record
 
-    def losses(self, candidate: Candidate) -> tuple[float, ...]:
-        """Losses of the candidate's first samples, as far as they are known."""
-        return self._losses.get(self._key(candidate), ())
+    def losses(self, candidate: Candidate, block: int = 0) -> tuple[float, ...]:
+        """Losses of the candidate's first samples of a block, as far as they are known."""
+        return self._losses.get(self._key(candidate, block), ())
 
-    def _key(self, candidate: Candidate) -> Key:
+    def score(self, candidate: Candidate) -> float | None:
+        """The candidate's score over all samples of a block, if it has one."""
+        return self._scores.get(self._key(candidate, 0)[:2])
+
+    def _key(self, candidate: Candidate, block: int) -> Key:
         target = self._problem.factor_set(candidate)
-        return target.rescale_factors, target.num_start_tokens
+        return target.rescale_factors, target.num_start_tokens, block
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,12 @@ def choose_by_retrieval(
     if not fitting:  # it could not be scored on the search text
         return RetrievalVerdict(outcome, measured, won, f"{reason}, which has no perplexity")
     fallback = min(fitting, key=fitting.__getitem__)
-    ranked = _ranked(outcome, fitting[fallback])
+    target = problem.factor_set(outcome.candidate)
+    won_given = GivenFactors(target.rescale_factors, target.num_start_tokens)
+    ranked = [item for item in _ranked(outcome, fitting[fallback]) if item[0] != won_given]
     place = 1
-    while place < len(ranked):
-        given, score = ranked[place]
+    while place <= len(ranked):
+        given, score = ranked[place - 1]
         found = measure(problem.config(given))
         if not found.is_worse_than(best):
             reason += f"; in its place stands the {place + 1}. best, {found}"

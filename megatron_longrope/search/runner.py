@@ -10,12 +10,13 @@ from typing import Any
 
 from megatron_longrope.progress import Progress
 from megatron_longrope.search.board import Board
-from megatron_longrope.search.generations import Generation, GenerationalSearch
-from megatron_longrope.search.journal import Evaluation
+from megatron_longrope.search.generations import Generation, GenerationalSearch, Trial
+from megatron_longrope.search.journal import Evaluation, is_complete
 from megatron_longrope.search.ledger import Ledger, Team, opened
 from megatron_longrope.search.objective import Objective
 from megatron_longrope.search.problem import SearchProblem
 from megatron_longrope.search.racing import Race
+from megatron_longrope.search.rotation import Anchor
 from megatron_longrope.search.scoring import score_trial
 from megatron_longrope.search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.search.telemetry import SearchStatus, Telemetry
@@ -84,6 +85,8 @@ def run_search(
     *,
     label: str = "search",
     known: Sequence[Evaluation] = (),
+    blocks: Sequence[Objective] = (),
+    anchor: Anchor | None = None,
 ) -> SearchOutcome:
     """Score what `search` asks for until it is done.
 
@@ -96,6 +99,9 @@ def run_search(
         known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
             another search: what they scored costs nothing here. Complete ones are rivals of the
             winner.
+        blocks (Sequence[Objective]): Of a rotating pool, all of the same size; a trial is scored on
+            its own. Defaults to `objective` for all.
+        anchor (Anchor, optional): What scores on different blocks are relative to.
 
     Raises:
         ValueError: The journal exists and is not to be resumed, or belongs to other settings.
@@ -118,7 +124,9 @@ def run_search(
         while trials := search.trials():
             arrived = [record for trial in trials if (record := ledger.find(trial))]
             if not arrived:
-                arrived = _work(trials, problem, objective, run.race, ledger, board)
+                arrived = _work(
+                    trials, problem, blocks or (objective,), anchor, run.race, ledger, board
+                )
             trials_by_index = {trial.index: trial for trial in trials}
             for record in sorted(arrived, key=lambda item: item.index):
                 search.tell([trials_by_index[record.index].candidate], [record.score])
@@ -154,8 +162,8 @@ def run_search(
 
 
 def _work(
-    trials: Sequence, problem: SearchProblem, objective: Objective, race: Race,
-    ledger: Ledger, board: Board,
+    trials: Sequence[Trial], problem: SearchProblem, blocks: Sequence[Objective],
+    anchor: Anchor | None, race: Race, ledger: Ledger, board: Board,
 ) -> list[Evaluation]:  # fmt: skip
     """Score one trial, or wait for the other replicas; returns what is new."""
     arrived = [record for trial in trials if (record := board.fetch(trial.index))]
@@ -164,13 +172,17 @@ def _work(
         if trial is None:
             board.wait()
             return []
-        rival = None
+        objective, rival = blocks[trial.block], None
+        # A rival that was itself stopped has no score to compare with.
         if trial.rival is not None and (trial.certain or race.rule == "paired"):
-            losses = ledger.losses(trial.rival)
-            # A rival that was itself stopped has not got the samples to compare on.
-            rival = losses if len(losses) == objective.num_samples else None
+            score = ledger.score(trial.rival)
+            if score is not None and anchor is None:
+                rival = ledger.losses(trial.rival)
+            elif score is not None:
+                rival = anchor.losses_of(score, trial.block)
+        known = ledger.losses(trial.candidate, trial.block)
         record = score_trial(
-            trial, problem, objective, race, known=ledger.losses(trial.candidate), rival=rival
+            trial, problem, objective, race, known=known, rival=rival, anchor=anchor
         )
         board.publish(record)
         arrived = [record]
@@ -196,19 +208,21 @@ def _named_scores(problem: SearchProblem, records: Iterable[Evaluation]) -> dict
 
 
 class SeedSearch(GenerationalSearch):
-    """Scores given factors, and that is all."""
+    """Scores given factors on every block, and that is all."""
 
-    def __init__(self, space: SearchSpace, candidates: Sequence[GivenFactors]) -> None:
-        super().__init__(space)
+    def __init__(
+        self, space: SearchSpace, candidates: Sequence[GivenFactors], blocks: int = 1
+    ) -> None:
+        super().__init__(space, blocks=blocks)
         self._candidates = list(dict.fromkeys(candidates))
         self._advance()
 
     def total_samples(self, num_samples: int) -> int:
         """Sample-forwards of all candidates."""
-        return num_samples * len(self._candidates)
+        return num_samples * len(self._candidates) * self._blocks
 
     def _draw(self, number: int) -> Generation | None:
-        return self._generation(self._candidates) if number == 0 else None
+        return self._generation(self._candidates) if number < self._blocks else None
 
 
 def score_references(
@@ -225,3 +239,33 @@ def score_references(
     part = replace(run, journal=path, race=Race("off"), tensorboard=None)
     search = SeedSearch(problem.space, list(problem.references.values()))
     return run_search(search, problem, objective, part, label=label)
+
+
+def score_anchor(
+    given: GivenFactors,
+    problem: SearchProblem,
+    blocks: Sequence[Objective],
+    run: SearchRun,
+    known: Sequence[Evaluation],
+) -> Anchor:
+    """Score the factors that a rotating search is relative to, on every block.
+
+    Args:
+        given (GivenFactors): A reference of the problem.
+        run (SearchRun): Of the search that follows; the journal is another.
+        known (Sequence[Evaluation]): Scores on the first block, which are not repeated.
+    """
+    path = run.journal.with_suffix(".anchor.jsonl")
+    part = replace(run, journal=path, race=Race("off"), tensorboard=None)
+    search = SeedSearch(problem.space, [given], len(blocks))
+    outcome = run_search(
+        search, problem, blocks[0], part, label="anchor", known=known, blocks=blocks
+    )
+    losses: dict[int, tuple[float, ...]] = {
+        record.block: record.sample_nlls for record in outcome.records if is_complete(record)
+    }
+    if len(losses) < len(blocks):
+        raise RuntimeError(
+            f"the anchor could not be scored on every block; see the error fields in {path}"
+        )
+    return Anchor(given, tuple(losses[block] for block in range(len(blocks))))

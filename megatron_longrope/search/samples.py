@@ -36,7 +36,9 @@ class Samples:
         return len(self.tokens)
 
 
-def read_samples(args: argparse.Namespace, prefix: str, objective: str) -> Samples:
+def read_samples(
+    args: argparse.Namespace, prefix: str, objective: str, num_documents: int
+) -> Samples:
     """Samples of a data set for one of :data:`OBJECTIVES`.
 
     `joint` is the loss of the document's tokens plus --needle-weight x the loss of the answer's, in
@@ -48,7 +50,7 @@ def read_samples(args: argparse.Namespace, prefix: str, objective: str) -> Sampl
     """
     windows, length = args.windows_per_document, args.target_length
     documents, bos_id = read_window_documents(
-        prefix, length, args.num_samples, windows=windows, bos=args.bos
+        prefix, length, num_documents, windows=windows, bos=args.bos
     )
     if objective == "ppl":
         return Samples(window_samples(documents, bos_id, length, windows), bos_name(bos_id))
@@ -58,7 +60,7 @@ def read_samples(args: argparse.Namespace, prefix: str, objective: str) -> Sampl
         )
     samples = needle_samples(
         documents, _tokenizer(args.tokenizer, prefix), length, bos_id=bos_id,
-        depths=_depths(args.needle_depths), seed=args.seed,
+        depths=_depths(args.needle_depths) or _even(args.num_samples), seed=args.seed,
     )  # fmt: skip
     weights = mean_over(samples.scored)
     if objective == "joint":
@@ -80,8 +82,30 @@ def retrieval_samples(args: argparse.Namespace, prefix: str) -> NeedleSamples:
     )
     return needle_samples(
         documents[:trials], tokenizer, args.target_length, bos_id=bos_id,
-        depths=[index / max(trials - 1, 1) for index in range(trials)], seed=args.seed,
+        depths=_even(trials), seed=args.seed,
     )  # fmt: skip
+
+
+def needles_or_reason(args: argparse.Namespace) -> NeedleSamples | str:
+    """Hide needles in the held-out documents (else the search's), or say why there are none.
+
+    Raises:
+        ValueError: A tokenizer was given, and it does not fit.
+    """
+    if not args.retrieval_trials:
+        return "--retrieval-trials is 0"
+    try:
+        return retrieval_samples(args, args.held_out or args.data)
+    except ValueError as error:
+        if args.tokenizer is not None and "tokenizer" in str(error):
+            raise
+        return (
+            f"{error} (--tokenizer names the data's)" if "tokenizer" in str(error) else f"{error}"
+        )
+
+
+def _even(count: int) -> list[float]:
+    return [index / max(count - 1, 1) for index in range(count)]
 
 
 def _tokenizer(path: str, prefix: str) -> Tokenizer:

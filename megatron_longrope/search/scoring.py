@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from megatron_longrope.search.objective import Objective
 from megatron_longrope.search.problem import SearchProblem
 from megatron_longrope.search.racing import Race
 
+if TYPE_CHECKING:
+    from megatron_longrope.search.rotation import Anchor
+
 
 def score_trial(
     trial: Trial,
@@ -24,6 +28,7 @@ def score_trial(
     *,
     known: Sequence[float] = (),
     rival: Sequence[float] | None = None,
+    anchor: Anchor | None = None,
 ) -> Evaluation:
     """The evaluation of a trial.
 
@@ -33,6 +38,7 @@ def score_trial(
     Args:
         known (Sequence[float]): Losses of the candidate's first samples, from an earlier trial.
         rival (Sequence[float], optional): Losses of the trial's rival on all samples.
+        anchor (Anchor, optional): Makes scores on different blocks of a pool comparable.
 
     Returns:
         Evaluation: With the reason instead of a score when memory ran out or a loss is not finite.
@@ -65,6 +71,9 @@ def score_trial(
     if error is None and stopped is None:
         mean = math.fsum(losses[:wanted]) / wanted
         stopped = "budget" if wanted < objective.num_samples else None
+    if error is None and anchor is not None:
+        compared = wanted if stopped in (None, "budget") else objective.num_samples
+        mean += anchor.offset(trial.block, compared)
     try:
         score = math.exp(mean)
     except OverflowError:
@@ -78,4 +87,5 @@ def score_trial(
         error,
         trial.index,
         None if error else stopped,
+        trial.block,
     )

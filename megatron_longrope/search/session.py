@@ -35,13 +35,15 @@ from megatron_longrope.search.retrieval import (
     choose_by_retrieval,
     measure_retrieval,
 )
+from megatron_longrope.search.rotation import FINALISTS, split_pool, validate
 from megatron_longrope.search.runner import (
     SearchOutcome,
     SearchRun,
     run_search,
+    score_anchor,
     score_references,
 )
-from megatron_longrope.search.samples import Samples, read_samples, retrieval_samples
+from megatron_longrope.search.samples import Samples, needles_or_reason, read_samples
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class SearchPlan:
 
     held_out: Samples | None
     """Windows of the held-out documents, if there are any; perplexity is measured on them."""
+
+    rotating: int
+    """Blocks of samples that generations take in turn; 1 without --pool."""
 
     needles: NeedleSamples | str
     """What references and winner are asked for at the end, or why they are not."""
@@ -107,15 +112,37 @@ class SearchPlan:
             critical_dimension=args.critical_dimension,
             warm_start=LongRopeConfig.load(args.warm_start) if args.warm_start else None,
         )
-        samples = read_samples(args, args.data, args.objective)
+        rotating, kept = (1, 0) if args.pool is None else split_pool(args.pool, args.num_samples)
+        blocks = rotating + kept
+        samples = read_samples(args, args.data, args.objective, blocks * args.num_samples)
         if isinstance(parameters, CmaParameters):
-            parameters = replace(parameters, num_samples=len(samples))
+            # The same forwards with a pool: the anchor on every block, and the finalists.
+            budget = parameters.max_evaluations - (rotating - 1 + kept * (FINALISTS + 1))
+            if budget < 1:
+                raise ValueError(
+                    f"--pool {args.pool} leaves nothing of {parameters.max_evaluations} evaluations"
+                    " for the search; give a smaller pool or a larger --max-evaluations"
+                )
+            parameters = replace(
+                parameters, num_samples=len(samples) // blocks, max_evaluations=budget
+            )
         race = Race(args.racing, args.racing_significance)
-        held_out = read_samples(args, args.held_out, "ppl") if args.held_out else None
-        needles = _needles(args)
-        plan = cls(args, parameters, checkpoint, problem, race, samples, held_out, needles)
+        held_out = None
+        if args.held_out:
+            held_out = read_samples(args, args.held_out, "ppl", args.num_samples)
+        plan = cls(
+            args, parameters, checkpoint, problem, race, samples, held_out, rotating,
+            needles_or_reason(args),
+        )  # fmt: skip
         _algorithm(plan, problem)  # seeds that do not fit its sizes
         return plan
+
+    @property
+    def num_samples(self) -> int:
+        """Samples behind one score; the others of a pool rotate or are kept for the end."""
+        if self.args.pool is None:
+            return len(self.samples)
+        return self.args.num_samples * self.args.windows_per_document
 
     @property
     def journal(self) -> Path:
@@ -135,8 +162,11 @@ class SearchPlan:
 
         args = self.args
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
-        count = len(self.samples)
+        count = self.num_samples
         forwards = _algorithm(self, self.problem).total_samples(count)
+        forwards += count * (self.rotating - 1)
+        if args.pool is not None:
+            forwards += (len(self.samples) - self.rotating * count) * (FINALISTS + 1)
         gpus = num_gpus or model_ranks
         if gpus % model_ranks:
             raise ValueError(
@@ -188,14 +218,26 @@ class SearchPlan:
             self.journal, settings, self.race, args.resume, args.overwrite, team,
             Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
-        problem, references, policy_scores = self._score_references(objective, run)
+        count = self.num_samples
+        blocks = [objective.part(i * count, count) for i in range(self.rotating)]
+        problem, references, policy_scores = self._score_references(blocks[0], run)
         attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
         run = replace(run, settings={**settings, "attention": attention})
+        known, anchor = references.records, None
+        if args.pool:
+            anchor = score_anchor(references.candidate, problem, blocks, run, known)
+            known = anchor.adjusted(known)
         outcome = run_search(
-            _algorithm(self, problem), problem, objective, run, known=references.records
-        )
+            _algorithm(self, problem), problem, blocks[0], run,
+            known=known, blocks=blocks, anchor=anchor,
+        )  # fmt: skip
         if rank() != 0:
             return None
+        validation = None
+        if anchor is not None:
+            unseen = objective.part(self.rotating * count, len(self.samples))
+            winner, score, validation = validate(problem, outcome.records, anchor, unseen)
+            outcome = replace(outcome, candidate=winner, score=score)
         verdict = self._check_retrieval(model, problem, outcome)
         if verdict is not None:
             outcome = verdict.outcome
@@ -213,6 +255,7 @@ class SearchPlan:
             **{key: value for key, value in settings.items() if key != "base"},
             "racing": self.race.rule,
             "date": datetime.date.today().isoformat(),
+            "validation_perplexity": validation,
             "retrieval": self.needles if verdict is None else verdict.to_dict(),
             "versions": outcome_files.versions(),
         }
@@ -225,7 +268,12 @@ class SearchPlan:
         outcome_files.write(args.output, problem, outcome, origin)
         name = "perplexity" if args.objective == "ppl" else "score"
         outcome_files.print_summary(problem, outcome, held_out, verdict, name)
-        notes = outcome_files.export_notes(problem, outcome, objective)
+        notes = outcome_files.export_notes(problem, outcome, blocks[0])
+        if validation is not None:
+            notes.append(
+                f"on {len(self.samples) - self.rotating * count} windows that no generation saw: "
+                f"{validation['longrope']:.4f}, the anchor {validation['anchor']:.4f}"
+            )
         if verdict is None:
             notes.insert(0, f"retrieval was not measured: {self.needles}")
         elif verdict.reason:
@@ -278,6 +326,7 @@ class SearchPlan:
             "seed": args.seed,
             "objective": args.objective,
             "num_samples": args.num_samples,
+            "pool": args.pool,
             "windows_per_document": args.windows_per_document,
             "needles": self.samples.needles,
             "needle_weight": args.needle_weight if args.objective == "joint" else None,
@@ -338,27 +387,10 @@ def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | Evolutio
     if isinstance(plan.parameters, CmaParameters):
         return CmaSearch(
             problem.space, plan.parameters, seeds, args.seed,
-            lookahead=args.lookahead, patience=args.patience,
+            lookahead=args.lookahead, patience=args.patience, blocks=plan.rotating,
         )  # fmt: skip
     return EvolutionSearch(
         problem.space, plan.parameters, seeds, args.seed,
         max_evaluations=args.max_evaluations, lookahead=args.lookahead, patience=args.patience,
+        blocks=plan.rotating,
     )  # fmt: skip
-
-
-def _needles(args: argparse.Namespace) -> NeedleSamples | str:
-    """Needles in the held-out documents if there are any, or why there are none.
-
-    Raises:
-        ValueError: A tokenizer was given, and it does not fit.
-    """
-    if not args.retrieval_trials:
-        return "--retrieval-trials is 0"
-    try:
-        return retrieval_samples(args, args.held_out or args.data)
-    except ValueError as error:
-        if args.tokenizer is not None and "tokenizer" in str(error):
-            raise
-        return (
-            f"{error} (--tokenizer names the data's)" if "tokenizer" in str(error) else f"{error}"
-        )

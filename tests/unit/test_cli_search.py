@@ -215,3 +215,24 @@ def test_the_factors_that_a_model_carries_are_the_base(options, data, tmp_path, 
     assert main([*own, "--target-length", "64", "--dry-run"]) == 0
     assert main([*own, "--original-length", "128", "--dry-run"]) == 1
     assert "--original-length 128 contradicts" in capsys.readouterr().err
+
+
+def test_a_rotating_search_resumes_and_is_judged_on_windows_that_no_generation_saw(
+    options, data, tmp_path, capsys
+):
+    flags = ["--pool", "5", "--num-samples", "1", "--max-evaluations", "16", "--no-figures",
+             "--attention-factor-policy", "su"]  # fmt: skip
+    assert main([*options, *flags]) == 0
+    assert "on 2 windows that no generation saw: " in capsys.readouterr().out
+    config = json.loads((tmp_path / "factors.json").read_text())
+    origin = config["factor_sets"][-1]["origin"]
+    on_unseen = origin["validation_perplexity"]
+    assert on_unseen["longrope"] <= on_unseen["anchor"]
+    journal = (tmp_path / "factors.journal.jsonl").read_bytes()
+    blocks = {json.loads(line).get("block", 0) for line in journal.splitlines()[1:]}
+    assert blocks <= {0, 1, 2}
+    assert main([*options, *flags, "--resume"]) == 0
+    assert (tmp_path / "factors.journal.jsonl").read_bytes() == journal
+    assert json.loads((tmp_path / "factors.json").read_text()) == config
+    assert main([*options, *flags, "--max-evaluations", "12", "--dry-run"]) == 1
+    assert "--pool 5 leaves nothing of 12 evaluations" in capsys.readouterr().err
