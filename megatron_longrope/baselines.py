@@ -7,8 +7,6 @@ from dataclasses import replace
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.frequencies import attention_factor, named_factors
 
-METHODS = ("none", "pi", "ntk", "yarn")
-
 OWN_POLICIES = {"yarn": "yarn"}
 """Attention-factor policies that belong to a method; the others leave the logits alone."""
 
@@ -20,7 +18,7 @@ def extension(method: str, base: LongRopeConfig, target_length: int) -> FactorSe
     what a second extension of a fine-tuned model is (LongRoPE, table 9).
 
     Args:
-        method (str): One of :data:`METHODS`.
+        method (str): One of :data:`.frequencies.METHODS`.
         base (LongRopeConfig): Plain RoPE, or a model's own factors.
         target_length (int): Window, in tokens, beyond the base's.
 
@@ -46,7 +44,7 @@ def extended_config(
     """The base with a method's factors for a longer window; within its own window, the base.
 
     Args:
-        method (str): One of :data:`METHODS`.
+        method (str): One of :data:`.frequencies.METHODS`.
         base (LongRopeConfig): Plain RoPE, or a model's own factors.
         target_length (int): Window, in tokens.
         policy (str, optional): Attention-factor policy of every window. By default the base keeps
@@ -77,7 +75,7 @@ def baseline_config(
     """Configuration of a method for one target length of a model with plain RoPE.
 
     Args:
-        method (str): One of :data:`METHODS`.
+        method (str): One of :data:`.frequencies.METHODS`.
         target_length (int): Window, in tokens; at or below the original window nothing is rescaled.
         policy (str, optional): Attention-factor policy at the target length. Defaults to the
             method's own: `yarn` for YaRN, `none` for the others.

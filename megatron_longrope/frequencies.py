@@ -75,6 +75,45 @@ def ntk_factors(rotary_dim: int, factor: float) -> list[float]:
     return [float(factor) ** (2 * i / (rotary_dim - 2)) for i in range(rotary_dim // 2)]
 
 
+def dynamic_ntk_factors(rotary_dim: int, factor: float) -> list[float]:
+    """Dynamic NTK at the end of its window, with transformers' rule for the current length.
+
+    transformers enlarges the base by (s n / L - (s - 1))^(d / (d - 2)) for n tokens and a window of
+    L; at n = s L that is NTK-aware interpolation by s^2 - s + 1.
+    """
+    return ntk_factors(rotary_dim, factor * factor - factor + 1.0)
+
+
+def base_change_factors(
+    rotary_dim: int,
+    factor: float,
+    rotary_base: float,
+    window: int,
+    *,
+    rescale_factors: Sequence[float] | None = None,
+) -> list[float]:
+    """Base change (arXiv 2310.05209), the NTK baseline of LongRoPE2: lambda_i = s^(i / c).
+
+    c is where a period fills the window once, so that this dimension is slowed by s and the slower
+    ones by more: base' = base^(ln(s L / 2 pi) / ln(L / 2 pi)).
+
+    Args:
+        factor (float): Extension ratio s of the window.
+        window (int): Tokens L that the model was trained with.
+        rescale_factors (Sequence[float], optional): See :func:`yarn_factors`.
+
+    Raises:
+        ValueError: No dimension completes a period in the window.
+    """
+    critical = _dimension_with(1.0, rotary_dim, rotary_base, window, rescale_factors)
+    if critical <= 0:
+        raise ValueError(
+            f"no dimension completes a period in a window of {window} tokens, so that a base "
+            "change is undefined; use a longer window"
+        )
+    return [float(factor) ** (i / critical) for i in range(rotary_dim // 2)]
+
+
 def yarn_factors(
     rotary_dim: int,
     factor: float,
@@ -101,30 +140,41 @@ def yarn_factors(
         beta_fast (float): Rotations in the window above which a dimension is kept.
         beta_slow (float): Rotations below which a dimension is fully interpolated.
     """
-    slope = 2 * math.log(rotary_base) / rotary_dim  # of the log period, from dimension to dimension
-    slowed = [] if rescale_factors is None else [math.log(value) for value in rescale_factors]
-    periods = list(accumulate((log + slope * i for i, log in enumerate(slowed)), max))
-
-    def dimension_with(rotations: float) -> float:
-        """Where, between the dimensions, a period would fit so often into the window."""
-        period = math.log(window / (rotations * 2 * math.pi))
-        if not any(slowed):
-            return rotary_dim * period / (2 * math.log(rotary_base))
-        right = bisect_left(periods, period)
-        if right == 0:
-            return (period - periods[0]) / slope
-        if right == len(periods):
-            return right - 1 + (period - periods[-1]) / slope
-        left = periods[right - 1]
-        return right - 1 + (period - left) / (periods[right] - left)
-
-    low = max(math.floor(dimension_with(beta_fast)), 0)
-    high = min(math.ceil(dimension_with(beta_slow)), rotary_dim - 1)
+    geometry = (rotary_dim, rotary_base, window, rescale_factors)
+    low = max(math.floor(_dimension_with(beta_fast, *geometry)), 0)
+    high = min(math.ceil(_dimension_with(beta_slow, *geometry)), rotary_dim - 1)
     span = high - low if high != low else 0.001  # avoids a division by zero, as the reference does
     ramps = [min(max((i - low) / span, 0.0), 1.0) for i in range(rotary_dim // 2)]
     # Multiplied through by s, in the order that keeps both ends exact and rounding monotonic:
     # as written above, 1 / (1 / s) exceeds s for s = 49.
     return [factor / (factor - ramp * (factor - 1.0)) for ramp in ramps]
+
+
+def _dimension_with(
+    rotations: float,
+    rotary_dim: int,
+    rotary_base: float,
+    window: int,
+    rescale_factors: Sequence[float] | None,
+) -> float:
+    """Where, between the dimensions, a period fits so often into the window."""
+    period = math.log(window / (rotations * 2 * math.pi))
+    slowed = [math.log(value) for value in rescale_factors or ()]
+    if not any(slowed):
+        return rotary_dim * period / (2 * math.log(rotary_base))
+    slope = 2 * math.log(rotary_base) / rotary_dim  # of the log period, from dimension to dimension
+    periods = list(accumulate((log + slope * i for i, log in enumerate(slowed)), max))
+    right = bisect_left(periods, period)
+    if right == 0:
+        return (period - periods[0]) / slope
+    if right == len(periods):
+        return right - 1 + (period - periods[-1]) / slope
+    left = periods[right - 1]
+    return right - 1 + (period - left) / (periods[right] - left)
+
+
+METHODS = ("none", "pi", "ntk", "yarn", "dynamic-ntk", "base-ntk")
+"""Names that :func:`named_factors` knows."""
 
 
 def named_factors(
@@ -135,7 +185,7 @@ def named_factors(
     window: int,
     rescale_factors: Sequence[float] | None = None,
 ) -> list[float]:
-    """Factor vector of a published method: `none`, `pi`, `ntk` or `yarn`.
+    """Factor vector of a published method, one of :data:`METHODS`.
 
     Args:
         factor (float): Extension ratio s of the window.
@@ -151,17 +201,15 @@ def named_factors(
             f"extension ratio {factor} must be a finite number of at least 1; "
             "the target must not be shorter than the original window"
         )
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose {', '.join(METHODS)}")
     if name == "none":
         return [1.0] * (rotary_dim // 2)
-    if name == "pi":
-        return linear_factors(rotary_dim, factor)
-    if name == "ntk":
-        return ntk_factors(rotary_dim, factor)
-    if name == "yarn":
-        return yarn_factors(
-            rotary_dim, factor, rotary_base, window, rescale_factors=rescale_factors
-        )
-    raise ValueError(f"unknown method {name!r}; choose none, pi, ntk or yarn")
+    if name in ("yarn", "base-ntk"):
+        counting = yarn_factors if name == "yarn" else base_change_factors
+        return counting(rotary_dim, factor, rotary_base, window, rescale_factors=rescale_factors)
+    of_ratio = {"pi": linear_factors, "ntk": ntk_factors, "dynamic-ntk": dynamic_ntk_factors}
+    return of_ratio[name](rotary_dim, factor)
 
 
 def attention_factor(policy: str, factor: float, original_max_position_embeddings: int) -> float:

@@ -52,11 +52,12 @@ def add_parser(kinds) -> None:
     )
     group.add_argument(
         "--baselines",
-        type=options.choices("none", "pi", "ntk", "yarn"),
+        # Those of frequencies.METHODS, which would import torch to print a help text.
+        type=options.choices("none", "pi", "ntk", "yarn", "dynamic-ntk", "base-ntk"),
         default=[],
         metavar="LIST",
-        help="published methods to measure: none,pi,ntk,yarn; on a model with factors they "
-        "multiply those of its longest window",
+        help="published methods to measure: none,pi,ntk,yarn,dynamic-ntk,base-ntk; on a model with "
+        "factors they multiply those of its longest window",
     )
     group.add_argument(
         "--attention-factor-policy",

@@ -15,6 +15,8 @@ from megatron_longrope.frequencies import (
     angles,
     angles_fp32,
     attention_factor,
+    base_change_factors,
+    dynamic_ntk_factors,
     inv_freq,
     inv_freq_fp32,
     linear_factors,
@@ -348,6 +350,27 @@ def test_yarn_of_factors_that_are_all_one_is_yarn():
     assert slowed == pytest.approx(plain, rel=1e-12)
 
 
+@pytest.mark.parametrize("factor", [2.0, 4.0])
+def test_dynamic_ntk_equals_transformers_at_the_end_of_its_window(factor):
+    rope = {"rope_type": "dynamic", "factor": factor}
+    config = llama_config(10000.0, 128, rope, 4096)
+    theirs, _ = theirs_from_transformers("dynamic", config, seq_len=int(4096 * factor))
+    factors = torch.tensor(dynamic_ntk_factors(128, factor), dtype=torch.float64)
+    torch.testing.assert_close(inv_freq_fp32(10000.0, 128, factors), theirs, rtol=1e-6, atol=0)
+
+
+def test_a_base_change_moves_the_critical_dimension_to_the_new_window():
+    factors = torch.tensor(base_change_factors(128, 16.0, 500000.0, 8192), dtype=torch.float64)
+    base = 500000.0 ** (math.log(16 * 8192 / (2 * math.pi)) / math.log(8192 / (2 * math.pi)))
+    ours = inv_freq(500000.0, 128) / factors
+    torch.testing.assert_close(ours, inv_freq(base, 128), rtol=1e-12, atol=0)
+    # Where a period filled the window once, it now fills the longer one once.
+    turns = 16 * 8192 * ours / (2 * math.pi)
+    assert turns[34] > 1 > turns[35] and factors[34] < 16 < factors[35]
+    with pytest.raises(ValueError, match="no dimension completes a period in a window of 4 tokens"):
+        base_change_factors(128, 2.0, 10000.0, 4)
+
+
 def test_yarn_with_equal_ramp_ends_switches_at_once():
     factors = yarn_factors(8, 4.0, 10000.0, 6, beta_fast=1.0, beta_slow=1.0)
     assert factors == [1.0, 4.0, 4.0, 4.0]
@@ -368,7 +391,9 @@ def test_a_named_method_gives_the_vector_of_its_function():
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown method 'linear'; choose none, pi, ntk or yarn"):
+    with pytest.raises(
+        ValueError, match="unknown method 'linear'; choose none, pi, ntk, yarn, dynamic"
+    ):
         named_factors("linear", 64, 8.0, 1e4, 4096)
 
 
