@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope import published
+from megatron_longrope.base_frequencies import (
+    BASE_KEYS,
+    base_attention_factor,
+    base_factors,
+    validate_base_frequencies,
+)
 from megatron_longrope.config_rules import (
-    check_int,
     check_keys,
     check_positive,
     extension_ratio,
@@ -22,15 +27,16 @@ from megatron_longrope.config_rules import (
 )
 from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.frequencies import attention_factor
-from megatron_longrope.hf_rope import read_hf_rope
+from megatron_longrope.hf_rope import HfRope, model_window, read_hf_rope, rotated_dimensions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""The second adds `base_frequencies`; a configuration without them is written as the first."""
 _SET_KEYS = {"max_length", "rescale_factors", "num_start_tokens", "origin"}
 _CONFIG_KEYS = {
     "schema", "rope_type", "rotary_base", "rotary_dim", "original_max_position_embeddings",
-    "attention_factor", "attention_factor_policy", "factor_sets",
+    "attention_factor", "attention_factor_policy", "factor_sets", "base_frequencies",
 }  # fmt: skip
-_OPTIONAL_CONFIG_KEYS = {"attention_factor", "attention_factor_policy"}
+_OPTIONAL_CONFIG_KEYS = {"attention_factor", "attention_factor_policy", "base_frequencies"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class FactorSet:
 
     @property
     def is_identity(self) -> bool:
-        """True when the set is plain RoPE."""
+        """True when the set leaves the model's own frequencies as they are."""
         return all(value == 1.0 for value in self.rescale_factors)
 
 
@@ -86,9 +92,16 @@ class LongRopeConfig:
     attention_factor_policy: str = "su"
     """`su`, `yarn` or `none`; see :func:`megatron_longrope.frequencies.attention_factor`."""
 
+    base_frequencies: Mapping[str, Any] | None = None
+    """How the model itself scales RoPE, as :mod:`.base_frequencies` describes it; the factors
+    multiply its scaling. None for plain RoPE."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "factor_sets", tuple(self.factor_sets))
         validate_geometry(self)
+        if self.base_frequencies is not None:
+            validate_base_frequencies(self.base_frequencies)
+            object.__setattr__(self, "base_frequencies", dict(self.base_frequencies))
         validate_factor_sets(self)
 
     @property
@@ -114,11 +127,31 @@ class LongRopeConfig:
         """Multiplier of q and k for a sequence of `length` tokens (logits get its square)."""
         if self.attention_factor is not None:
             return self.attention_factor
-        return attention_factor(
-            self.attention_factor_policy,
-            self.factor_set_for(length).max_length / self.original_max_position_embeddings,
-            self.original_max_position_embeddings,
-        )
+        longest = self.factor_set_for(length).max_length
+        return self.attention_factor_by(self.attention_factor_policy, longest)
+
+    def attention_factor_by(self, policy: str, max_length: int) -> float:
+        """The attention factor of a window of `max_length` tokens under a policy.
+
+        A model whose own scaling has one keeps it: the policy's multiplies it.
+        """
+        original = self.original_max_position_embeddings
+        own = 1.0 if self.base_frequencies is None else base_attention_factor(self.base_frequencies)
+        return own * attention_factor(policy, max_length / original, original)
+
+    @property
+    def base_factors(self) -> tuple[float, ...] | None:
+        """By what the model itself slows each frequency of plain RoPE; None for plain RoPE."""
+        if self.base_frequencies is None:
+            return None
+        return base_factors(self.base_frequencies, self.rotary_base, self.rotary_dim)
+
+    def plain_factors(self, factor_set: FactorSet) -> tuple[float, ...]:
+        """By what a set and the model together slow each frequency of plain RoPE."""
+        own = self.base_factors
+        if own is None:
+            return factor_set.rescale_factors
+        return tuple(a * b for a, b in zip(own, factor_set.rescale_factors, strict=True))
 
     def with_factor_set(self, factor_set: FactorSet) -> LongRopeConfig:
         """A copy that holds `factor_set`, in place of a set with the same max_length if any."""
@@ -127,9 +160,11 @@ class LongRopeConfig:
         return replace(self, factor_sets=tuple(ordered))
 
     def to_dict(self) -> dict[str, Any]:
-        """Schema-1 JSON object."""
+        """JSON object; of schema 1 where that holds everything."""
+        base = self.base_frequencies
+        extra = {} if base is None else {"base_frequencies": dict(base)}
         return {
-            "schema": SCHEMA_VERSION,
+            "schema": 1 if base is None else SCHEMA_VERSION,
             "rope_type": "longrope",
             "rotary_base": self.rotary_base,
             "rotary_dim": self.rotary_dim,
@@ -145,11 +180,12 @@ class LongRopeConfig:
                 }
                 for item in self.factor_sets
             ],
+            **extra,
         }
 
     @classmethod
     def from_dict(cls, value: Any) -> LongRopeConfig:
-        """Build from a schema-1 JSON object.
+        """Build from a JSON object of schema 1 or 2.
 
         Raises:
             ValueError: Unknown schema, unknown or missing key, or an invalid field.
@@ -157,11 +193,12 @@ class LongRopeConfig:
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, got {type(value).__name__}")
         schema = value.get("schema")
-        if schema != SCHEMA_VERSION or isinstance(schema, bool):
+        if schema not in (1, SCHEMA_VERSION) or isinstance(schema, bool):
             raise ValueError(
-                f"schema {schema!r} is not supported; this release reads schema {SCHEMA_VERSION}"
+                f"schema {schema!r} is not supported; this release reads schema 1 and 2"
             )
-        check_keys("the configuration", value, _CONFIG_KEYS, _OPTIONAL_CONFIG_KEYS)
+        known = _CONFIG_KEYS - ({"base_frequencies"} if schema == 1 else set())
+        check_keys("the configuration", value, known, _OPTIONAL_CONFIG_KEYS)
         if value["rope_type"] != "longrope":
             raise ValueError(f'rope_type {value["rope_type"]!r} must be "longrope"')
         if not isinstance(value["factor_sets"], list):
@@ -177,9 +214,8 @@ class LongRopeConfig:
             if not isinstance(item.get("origin", {}), dict):
                 raise ValueError(f"{where}.origin must be an object")
             sets.append(FactorSet(**item))
-        fields = {key: value[key] for key in _CONFIG_KEYS & value.keys()}
-        for key in ("schema", "rope_type"):
-            fields.pop(key)
+        names = (_CONFIG_KEYS & value.keys()) - {"schema", "rope_type"}
+        fields = {key: value[key] for key in names}
         return cls(**{**fields, "factor_sets": tuple(sets)})
 
     def save(self, path: str | Path) -> None:
@@ -201,9 +237,7 @@ class LongRopeConfig:
             config = cls.from_dict(value)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        names = [
-            f"factor_sets[{index}].rescale_factors" for index in range(len(config.factor_sets))
-        ]
+        names = [f"factor_sets[{i}].rescale_factors" for i in range(len(config.factor_sets))]
         _warn_of_unusual_factors(f"{path}: ", names, config)
         return config
 
@@ -254,8 +288,8 @@ class LongRopeConfig:
             "factor": long_length / self.original_max_position_embeddings,
             "attention_factor": long_value,
             "original_max_position_embeddings": self.original_max_position_embeddings,
-            "short_factor": list(short.rescale_factors),
-            "long_factor": list(long.rescale_factors),
+            "short_factor": list(self.plain_factors(short)),
+            "long_factor": list(self.plain_factors(long)),
         }
         return {
             "max_position_embeddings": long_length,
@@ -267,9 +301,10 @@ class LongRopeConfig:
 
     @classmethod
     def from_hf(cls, hf_config: Mapping[str, Any], rotary_dim: int | None = None) -> LongRopeConfig:
-        """Read the `longrope` fields of a transformers `config.json` (either spelling).
+        """Read the rotation of a transformers `config.json` (either spelling).
 
-        Warns, once and by key and index, of factors that no search would propose.
+        A type that scales RoPE without LongRoPE's factors becomes `base_frequencies` under one set
+        of ones. Warns, once and by key and index, of factors that no search would propose.
 
         Args:
             hf_config (Mapping): The whole file.
@@ -277,10 +312,12 @@ class LongRopeConfig:
                 lists are made for.
 
         Raises:
-            ValueError: The configuration is not longrope, lacks a field, or a value breaks its
+            ValueError: The configuration is plain RoPE, lacks a field, or a value breaks its
                 rule; the message names the key of config.json.
         """
         rope = read_hf_rope(hf_config)
+        if rope.rope_type in BASE_KEYS:
+            return _scaled_base(rope, hf_config, rotary_dim)
         if rope.rope_type != "longrope":
             raise ValueError(f"rope_type {rope.rope_type!r} in config.json is not longrope")
         lists = {}
@@ -290,11 +327,8 @@ class LongRopeConfig:
             lists[key] = rope.parameters[key]
             if not isinstance(lists[key], list | tuple):
                 raise ValueError(f"{key} in config.json must be a list of numbers")
-        if "max_position_embeddings" not in hf_config:
-            raise ValueError("config.json has no max_position_embeddings")
-        max_length = hf_config["max_position_embeddings"]
+        max_length = model_window(hf_config)
         original = rope.original_max_position_embeddings
-        check_int("max_position_embeddings", max_length, 2)
         value = rope.parameters.get("attention_factor")
         if value is None:
             ratio = rope.parameters.get("factor") or max_length / original
@@ -322,6 +356,21 @@ class LongRopeConfig:
         return config
 
 
+def _scaled_base(
+    rope: HfRope, hf_config: Mapping[str, Any], rotary_dim: int | None
+) -> LongRopeConfig:
+    rotary_dim = rotary_dim or rotated_dimensions(hf_config, rope)
+    base = {"rope_type": rope.rope_type, **rope.parameters}
+    if rope.original_max_position_embeddings is not None:
+        base["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    try:
+        return identity_config(rope.rope_theta, rotary_dim, model_window(hf_config), base)
+    except ValueError as error:  # the rules name the fields of our own file
+        raise ValueError(
+            str(error).replace("base_frequencies", f"config.json's {rope.holder}")
+        ) from None
+
+
 def _warn_of_unusual_factors(source: str, names: Sequence[str], config: LongRopeConfig) -> None:
     """One warning that names the first unusual factor; `names` are the vectors', set by set."""
     extension = extension_ratio(config)
@@ -335,13 +384,17 @@ def _warn_of_unusual_factors(source: str, names: Sequence[str], config: LongRope
 
 
 def identity_config(
-    rotary_base: float, rotary_dim: int, original_max_position_embeddings: int
+    rotary_base: float,
+    rotary_dim: int,
+    original_max_position_embeddings: int,
+    base_frequencies: Mapping[str, Any] | None = None,
 ) -> LongRopeConfig:
-    """Plain RoPE as a configuration: one all-ones set for the original window."""
+    """A model without factors as a configuration: one all-ones set for its window."""
     ones = (1.0,) * (rotary_dim // 2)
     return LongRopeConfig(
         rotary_base=rotary_base,
         rotary_dim=rotary_dim,
         original_max_position_embeddings=original_max_position_embeddings,
         factor_sets=(FactorSet(original_max_position_embeddings, ones, origin={"method": "none"}),),
+        base_frequencies=base_frequencies,
     )

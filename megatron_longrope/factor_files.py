@@ -106,9 +106,10 @@ def export_factors(
             f"the set for {item.max_length} tokens has {item.num_start_tokens} start tokens, which "
             f"{kind} cannot hold; search again with --start-tokens 0"
         )
+    factors = config.plain_factors(item)  # such a file cannot say what the base's scaling is
     if kind == "list":
-        return json.dumps(list(item.rescale_factors)) + "\n"
-    return (",".join(map(repr, item.rescale_factors)) + "\n") * layers
+        return json.dumps(list(factors)) + "\n"
+    return (",".join(map(repr, factors)) + "\n") * layers
 
 
 def sorted_factors(config: LongRopeConfig) -> tuple[LongRopeConfig, list[int]]:

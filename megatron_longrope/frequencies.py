@@ -123,6 +123,7 @@ def yarn_factors(
     rescale_factors: Sequence[float] | None = None,
     beta_fast: float = 32.0,
     beta_slow: float = 1.0,
+    truncate: bool = True,
 ) -> list[float]:
     """YaRN "NTK-by-parts": interpolate inverse frequencies between PI and none (arXiv 2309.00071).
 
@@ -139,10 +140,13 @@ def yarn_factors(
             a fast one. Defaults to ones.
         beta_fast (float): Rotations in the window above which a dimension is kept.
         beta_slow (float): Rotations below which a dimension is fully interpolated.
+        truncate (bool): Whether the ramp begins and ends at whole dimensions. Defaults to True.
     """
     geometry = (rotary_dim, rotary_base, window, rescale_factors)
-    low = max(math.floor(_dimension_with(beta_fast, *geometry)), 0)
-    high = min(math.ceil(_dimension_with(beta_slow, *geometry)), rotary_dim - 1)
+    low, high = _dimension_with(beta_fast, *geometry), _dimension_with(beta_slow, *geometry)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     span = high - low if high != low else 0.001  # avoids a division by zero, as the reference does
     ramps = [min(max((i - low) / span, 0.0), 1.0) for i in range(rotary_dim // 2)]
     # Multiplied through by s, in the order that keeps both ends exact and rounding monotonic:

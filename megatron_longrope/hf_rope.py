@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_longrope.base_frequencies import BASE_KEYS
 from megatron_longrope.config_rules import check_int, check_positive
 
 # What transformers takes where no rope_theta is stated; 10000 for the model types that are absent.
@@ -28,6 +29,7 @@ ROPE_KEYS: dict[str, frozenset[str]] = {
         {"short_factor", "long_factor", "factor", "attention_factor"}
         | {"original_max_position_embeddings"}
     ),
+    **{kind: needed | optional for kind, (needed, optional) in BASE_KEYS.items()},
 }
 
 
@@ -48,7 +50,7 @@ class HfRope:
     """Share of a head that rotates."""
 
     original_max_position_embeddings: int | None
-    """Window, in tokens, before the extension; None for the default type."""
+    """Window, in tokens, before the extension; None for types without."""
 
     parameters: Mapping[str, Any]
     """What the type reads beside these, by transformers' names."""
@@ -75,8 +77,8 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
     kind = _rope_type(holder, values, model_type)
     if kind not in ROPE_KEYS:
         raise ValueError(
-            f"config.json has {holder}.rope_type {kind!r}; supported types are "
-            f"{', '.join(ROPE_KEYS)}, so start from a model that was not extended this way"
+            f"config.json has {holder}.rope_type {kind!r}, whose frequencies are no constants that "
+            f"factors could multiply; supported types are {', '.join(ROPE_KEYS)}"
         )
     original = None
     if "original_max_position_embeddings" in ROPE_KEYS[kind]:
@@ -91,7 +93,11 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
         rope_theta=_rope_theta(config, holder, values, model_type),
         partial_rotary_factor=1.0 if partial is None else float(partial),
         original_max_position_embeddings=original,
-        parameters={key: values[key] for key in read if key in values},
+        parameters={
+            key: value
+            for key, value in values.items()
+            if key in read and (kind == "longrope" or value is not None)
+        },
         holder=holder,
         ignored=tuple(sorted(values.keys() - ROPE_KEYS[kind] - everywhere)),
     )
@@ -168,6 +174,8 @@ def _original_window(
     key = "original_max_position_embeddings"
     original = _stated_once(key, config, {holder: values})
     default = _DEFAULT_ORIGINAL_WINDOW.get(model_type)
+    if original is None and kind == "yarn":
+        original = config.get("max_position_embeddings")
     if original is None:
         raise ValueError(
             f"config.json has rope_type {kind} but no {key}; add the window, in tokens, that the "
@@ -180,3 +188,20 @@ def _original_window(
         )
     check_int(key, original, 2)
     return original
+
+
+def model_window(config: Mapping[str, Any]) -> int:
+    """The window, in tokens, that a `config.json` states."""
+    if "max_position_embeddings" not in config:
+        raise ValueError("config.json has no max_position_embeddings")
+    check_int("max_position_embeddings", config["max_position_embeddings"], 2)
+    return config["max_position_embeddings"]
+
+
+def rotated_dimensions(config: Mapping[str, Any], rope: HfRope) -> int:
+    """Rotated dimensions of a head, by the keys that most model types have."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    head_dim = config.get("head_dim") or (heads and width and width // heads)
+    if not head_dim:
+        raise ValueError("config.json has no head_dim, nor hidden_size and num_attention_heads")
+    return int(head_dim * rope.partial_rotary_factor)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 
-_SAME = ("rotary_base", "rotary_dim", "original_max_position_embeddings")
+_SAME = ("rotary_base", "rotary_dim", "original_max_position_embeddings", "base_frequencies")
 
 
 def merge_configs(configs: Mapping[str, LongRopeConfig]) -> LongRopeConfig:

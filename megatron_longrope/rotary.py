@@ -192,15 +192,17 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
 
     def _table(self, chunks: Sequence[range], selected: FactorSet) -> Tensor:
         """Angles of the chunks' positions: `[s, 1, 1, d]`, fp32."""
+        own = self.config.base_factors
         return build_table(
             chunks,
             rotary_base=self.rotary_base,
             rotary_dim=self.rotary_dim,
             # Start tokens cannot matter when nothing is rescaled.
-            rescale_factors=None if selected.is_identity else selected.rescale_factors,
+            rescale_factors=own if selected.is_identity else self.config.plain_factors(selected),
+            start_factors=own,
             num_start_tokens=selected.num_start_tokens,
             interleaved=self.rotary_interleaved,
-            exact=not (selected.is_identity or self.hf_parity),
+            exact=not (self.hf_parity or (selected.is_identity and own is None)),
             stock_frequencies=None if self.hf_parity else self.inv_freq,
             device=self._device(),
         )

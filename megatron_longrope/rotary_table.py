@@ -32,6 +32,7 @@ def build_table(
     rotary_base: float,
     rotary_dim: int,
     rescale_factors: Sequence[float] | None,
+    start_factors: Sequence[float] | None = None,
     num_start_tokens: int = 0,
     interleaved: bool = False,
     exact: bool = True,
@@ -48,7 +49,9 @@ def build_table(
         rotary_base (float): Base of the geometric progression.
         rotary_dim (int): Number of rotated dimensions d of a head; even.
         rescale_factors (Sequence[float], optional): lambda_i, d / 2 of them. None is stock RoPE.
-        num_start_tokens (int): n_hat; positions below it are not rescaled. Defaults to 0.
+        start_factors (Sequence[float], optional): The same for the start tokens. Defaults to None,
+            stock RoPE.
+        num_start_tokens (int): n_hat; positions below it take `start_factors`. Defaults to 0.
         interleaved (bool): An angle stands in neighbouring columns 2 i and 2 i + 1 instead of in
             columns i and d / 2 + i. Defaults to False.
         exact (bool): Angles within 1e-6 rad (modulo 2 pi) at any position up to 2^22, in
@@ -68,13 +71,11 @@ def build_table(
             raise ValueError(f"{chunk} has step {chunk.step}; a chunk's positions are contiguous")
     length = sum(len(chunk) for chunk in chunks)
     table = torch.empty(length, 1, 1, rotary_dim, dtype=torch.float32, device=device)
-    factors = None
-    if rescale_factors is not None:
-        factors = torch.tensor(rescale_factors, dtype=torch.float64, device="cpu")
 
     @functools.cache
     def writer(rescaled: bool) -> _Writer:
-        lambdas = factors if rescaled else None
+        given = rescale_factors if rescaled else start_factors
+        lambdas = None if given is None else torch.tensor(given, dtype=torch.float64, device="cpu")
         if exact:
             return _exact_writer(rotary_base, rotary_dim, lambdas, interleaved, table.device)
         frequencies = stock_frequencies if lambdas is None else None

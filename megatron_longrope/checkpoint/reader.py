@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_longrope.base_frequencies import megatron_base_frequencies
 from megatron_longrope.checkpoint.folders import checkpoint_format, iteration_directory
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.run_config import RUN_CONFIG, args_from_run_config
-from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.config import LongRopeConfig, identity_config
 
 # What must be known to read a model; a script that saves stores all of its arguments.
 _MODEL_FLAGS = (
@@ -124,14 +125,19 @@ class MegatronCheckpoint(ABC):
 
     @cached_property
     def longrope(self) -> LongRopeConfig | None:
-        """The configuration that the run trained with, or None for a run without this plugin.
+        """The configuration that the run trained with, or None for plain RoPE without this plugin.
 
         Raises:
             ValueError: The stored configuration does not validate.
         """
         value = getattr(self.args, "longrope_config_value", None)
         if value is None:
-            return None
+            scaling = megatron_base_frequencies(self.args)
+            if scaling is None:
+                return None
+            shape = self.shape
+            window = shape.max_position_embeddings
+            return identity_config(shape.rotary_base, shape.rotary_dim, window, scaling)
         try:
             return LongRopeConfig.from_dict(value)
         except ValueError as error:

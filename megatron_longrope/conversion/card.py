@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion.rope_export import ExportedRope
+from megatron_longrope.conversion.rope_export import ExportedRope, is_bare_base
 from megatron_longrope.conversion.start_tokens import DroppedStartTokens
 from megatron_longrope.lengths import format_length
 
@@ -50,8 +50,9 @@ def model_card(
         target_length (int, optional): Window whose set is long_factor.
         dropped (Sequence[DroppedStartTokens]): Sets that lost their start tokens.
     """
-    original = hf_config.get("original_max_position_embeddings")
-    tags = ["megatron", *(["longrope", "long-context"] if longrope_config else [])]
+    original = longrope_config and longrope_config.original_max_position_embeddings
+    has_factors = longrope_config is not None and not is_bare_base(longrope_config)
+    tags = ["megatron", *(["longrope", "long-context"] if has_factors else [])]
     lines = [
         "---",
         "library_name: transformers",
@@ -71,7 +72,7 @@ def model_card(
     ]
     if not has_tokenizer:
         lines += ["No tokenizer is included; add the files of the one used in training.", ""]
-    if longrope_config is None or rope is None:
+    if longrope_config is None or rope is None or is_bare_base(longrope_config):
         return "\n".join(lines)
     lines += [
         "## LongRoPE factors",

@@ -72,6 +72,9 @@ class Family:
     bare_longrope: bool = False
     """Whether transformers 4.57 accepts no key in `rope_scaling` beside type and factor lists."""
 
+    partial_rotary: bool = False
+    """Whether transformers rotates a part of each head where `partial_rotary_factor` says so."""
+
     absent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that a config.json lacks, where the families differ."""
 
@@ -124,6 +127,7 @@ FAMILIES = {
             "Phi3ForCausalLM",
             rules=decoder(FUSED_QKV, FUSED_MLP),
             bare_longrope=True,
+            partial_rotary=True,
             config={"sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
         ),
         Family(
@@ -179,6 +183,8 @@ FAMILIES = {
     )
 }
 
+_PARTIAL = [family.name for family in FAMILIES.values() if family.partial_rotary]
+
 # config.json key -> field of ModelShape
 _CONFIG_KEYS = {
     "hidden_size": "hidden_size",
@@ -198,9 +204,9 @@ _KNOWN_KEYS = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "embd_pdrop",
     "eos_token_id", "id2label", "initializer_range", "label2id", "layer_types", "max_window_layers",
     "model_type", "original_max_position_embeddings", "output_attentions", "output_hidden_states",
-    "output_router_logits", "pad_token_id", "pretraining_tp", "resid_pdrop", "return_dict",
-    "rope_parameters", "rope_scaling", "router_jitter_noise", "sliding_window",
-    "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+    "output_router_logits", "pad_token_id", "partial_rotary_factor", "pretraining_tp",
+    "resid_pdrop", "return_dict", "rope_parameters", "rope_scaling", "router_jitter_noise",
+    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 _DTYPE_NAMES = {
@@ -237,14 +243,18 @@ def select_family(
             "heads, which transformers requires"
         )
     wanted = (shape.add_qkv_bias, shape.qk_layernorm, shape.num_experts is not None)
+    is_partial = shape.rotary_percent != 1
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
         fixed = all(getattr(shape, key) == value for key, value in family.fixed.items())
+        if is_partial and not family.partial_rotary:
+            continue
         if (family.qkv_bias, family.qk_layernorm, family.experts) == wanted and fixed:
             return family
     experts = f", num_experts = {shape.num_experts}, moe_router_pre_softmax = "
     raise ValueError(
         f"no supported family has add_qkv_bias = {wanted[0]} and qk_layernorm = {wanted[1]}"
-        f"{f'{experts}{not shape.moe_normalized_gates}' if wanted[2] else ''} "
+        f"{f'{experts}{not shape.moe_normalized_gates}' if wanted[2] else ''}"
+        f"{f', rotary_percent = {shape.rotary_percent:g}' if is_partial else ''} "
         f"(families: {', '.join(FAMILIES if name is None else (name,))})"
     )
 
@@ -298,6 +308,8 @@ def to_hf_config(
     }
     config.update((key, getattr(shape, name)) for key, name in family.config_keys().items())
     # 4.x reads rope_theta at the top, 5.x in rope_parameters.
+    if shape.rotary_percent != 1:
+        config["partial_rotary_factor"] = shape.rotary_percent
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rotary_base}}
     return {**config, **(plain if rope is None else rope)}
 
@@ -330,7 +342,13 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
             f"families: {', '.join(FAMILIES)}"
         )
     rope = read_hf_rope(config)
-    check_config({**config, "partial_rotary_factor": rope.partial_rotary_factor})
+    check_config(config)
+    partial = rope.partial_rotary_factor
+    if partial != 1 and not (family.partial_rotary and partial < 1):
+        raise ValueError(
+            f"config.json has partial_rotary_factor = {partial!r}; conversion supports partially "
+            f"rotated heads of {', '.join(_PARTIAL)} only"
+        )
     heads = config.get("num_attention_heads")
     defaults = {
         "num_key_value_heads": heads,
@@ -361,7 +379,7 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
         **fields,
         **family.fixed,
         padded_vocab_size=fields["vocab_size"],
-        rotary_percent=1.0,
+        rotary_percent=partial,
         rotary_interleaved=False,
         untie_embeddings=not config.get("tie_word_embeddings", False),
         qk_layernorm=family.qk_layernorm,

@@ -23,6 +23,7 @@ _VALUES = (
     (("--kv-channels", "kv_channels"), ("--num-query-groups", "num_query_groups")),
     (("--seq-length", "seq_length"), ("--max-position-embeddings", "max_position_embeddings")),
     (("--position-embedding-type", "position_embedding_type"), ("--rotary-base", "rotary_base")),
+    (("--rotary-percent", "rotary_percent"),),
     (("--normalization", "normalization"), ("--norm-epsilon", "norm_epsilon")),
     (("--attention-dropout", "attention_dropout"), ("--hidden-dropout", "hidden_dropout")),
     (
@@ -126,7 +127,7 @@ def stored_arguments(
         "position_embedding_type": "rope",
         "add_position_embedding": True,
         "rotary_base": int(shape.rotary_base),
-        "rotary_percent": 1.0,
+        "rotary_percent": shape.rotary_percent,
         "rotary_interleaved": False,
         "normalization": shape.normalization,
         # Megatron's releases know the epsilon by one name or the other.
@@ -207,5 +208,7 @@ def flags_beside_checkpoint_args(args: argparse.Namespace) -> list[str]:
 
 
 def _applies(args: argparse.Namespace, name: str) -> bool:
-    """Megatron refuses query groups without grouped queries."""
+    """Megatron refuses query groups without grouped queries; whole heads are its default."""
+    if name == "rotary_percent":
+        return args.rotary_percent != 1
     return name != "num_query_groups" or args.group_query_attention

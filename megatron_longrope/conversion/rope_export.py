@@ -56,6 +56,8 @@ def export_rope(
             "cannot express; search again with --start-tokens 0, or export without them with "
             "--drop-start-tokens"
         )
+    if is_bare_base(config) and not family.bare_longrope:
+        return _bare_base(config)
     keys = config.to_hf(short_length, target_length)
     scaling = keys["rope_scaling"]
     used = scaling["attention_factor"]
@@ -83,12 +85,53 @@ def export_rope(
     return ExportedRope(keys, used, (remark,))
 
 
-def check_fits(longrope_config: LongRopeConfig, shape: ModelShape) -> None:
+def is_bare_base(config: LongRopeConfig) -> bool:
+    """Whether a configuration says no more than how the model itself scales RoPE."""
+    only = config.factor_sets[0]
+    return (
+        config.base_frequencies is not None
+        and len(config.factor_sets) == 1
+        and only.is_identity
+        and only.max_length == config.original_max_position_embeddings
+        and config.attention_factor is None
+    )
+
+
+def _bare_base(config: LongRopeConfig) -> ExportedRope:
+    """The scaling itself; the original window stands inside only, where it is that before it."""
+    scaling = dict(config.base_frequencies)
+    keys = {
+        "max_position_embeddings": config.max_length,
+        "rope_theta": config.rotary_base,
+        "rope_scaling": scaling,
+        "rope_parameters": {**scaling, "rope_theta": config.rotary_base},
+    }
+    return ExportedRope(keys, config.attention_factor_for(config.max_length))
+
+
+def check_fits(
+    longrope_config: LongRopeConfig, shape: ModelShape, stored: LongRopeConfig | None = None
+) -> None:
     """Refuse factors that belong to another model.
 
+    Args:
+        stored (LongRopeConfig, optional): What the model rotates by itself. Defaults to plain RoPE.
+
     Raises:
-        ValueError: rotary_dim or rotary_base differ.
+        ValueError: rotary_dim or rotary_base differ, or the scaling that the factors multiply.
     """
+    if stored is None or all(item.is_identity for item in stored.factor_sets):
+        own = None if stored is None else stored.base_frequencies
+        if own != longrope_config.base_frequencies:
+            theirs, ours = (
+                "plain RoPE" if item is None else f"RoPE scaled by {item['rope_type']}"
+                for item in (own, longrope_config.base_frequencies)
+            )
+            raise ValueError(
+                f"the longrope configuration multiplies {ours}, the model has {theirs}; the "
+                "factors were made for another model, so search again or correct their "
+                "base_frequencies"
+            )
     for name in ("rotary_dim", "rotary_base"):
         ours, theirs = getattr(longrope_config, name), getattr(shape, name)
         if ours != theirs:

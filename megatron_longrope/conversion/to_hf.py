@@ -20,7 +20,12 @@ from megatron_longrope.conversion.companions import (
     special_token_ids,
 )
 from megatron_longrope.conversion.families import dtype_name, select_family, to_hf_config
-from megatron_longrope.conversion.rope_export import ExportedRope, check_fits, export_rope
+from megatron_longrope.conversion.rope_export import (
+    ExportedRope,
+    check_fits,
+    export_rope,
+    is_bare_base,
+)
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
 from megatron_longrope.conversion.start_tokens import (
     DroppedStartTokens,
@@ -133,11 +138,14 @@ def convert_to_hf(
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
     shape = checkpoint.shape
     chosen = select_family(shape, checkpoint.args, family)
+    if longrope_config is None and checkpoint.longrope is not None:
+        # Plain RoPE would be another model where the base is scaled.
+        longrope_config = checkpoint.longrope if is_bare_base(checkpoint.longrope) else None
     dtype_name(dtype or shape.params_dtype)  # refuses others before any work
     rope: ExportedRope | None = None
     dropped: tuple[DroppedStartTokens, ...] = ()
     if longrope_config is not None:
-        check_fits(longrope_config, shape)
+        check_fits(longrope_config, shape, checkpoint.longrope)
         if without_start_tokens:
             given = longrope_config
             longrope_config, dropped = drop_start_tokens(given, short_length, target_length)

@@ -127,13 +127,13 @@ def subjects_of(model: Model, factor_files: Sequence[str]) -> list[Subject]:
     Raises:
         ValueError: A file is damaged or for another model, or a label stands for two.
     """
-    from megatron_longrope.conversion.to_hf import check_fits
+    from megatron_longrope.conversion.rope_export import check_fits
 
     subjects = []
     for label, path in labelled(factor_files):
         config = LongRopeConfig.load(path)
         try:
-            check_fits(config, model.checkpoint.shape)
+            check_fits(config, model.checkpoint.shape, model.checkpoint.longrope)
         except ValueError as error:
             raise ValueError(f"{path} with {model.path}: {error}") from None
         subjects.append(Subject(model, label, config, path))

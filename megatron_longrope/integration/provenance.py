@@ -17,6 +17,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_longrope.base_frequencies import megatron_base_frequencies
 from megatron_longrope.integration.rotation import Rotary, difference
 from megatron_longrope.integration.settings import LongRopeSettings, is_packed
 
@@ -80,11 +81,13 @@ def check(
     if theirs is not None and theirs.differs_in_mode_alone(ours):
         return _mode_change(args, lineage, theirs, ours, settings.mode_is_chosen, iteration)
     step = ours.describe()
-    if theirs is None or theirs.is_stock:
-        if ours.is_stock:
+    if theirs is None or not theirs.has_factors:
+        refusal = _other_base(saved, theirs, ours)
+        if ours.is_stock and refusal is None:
             return Verdict(lineage)
-        refusal = _other_base(saved, ours)
-        remark = f"first LongRoPE stage: {step}, on a model with stock RoPE"
+        scaling = ours.config.base_frequencies
+        whose = "stock RoPE" if scaling is None else f"RoPE scaled by {scaling['rope_type']}"
+        remark = f"first LongRoPE stage: {step}, on a model with {whose}"
     else:
         refusal = _other_factors(theirs, ours)
         step += f", after {theirs.describe()}"
@@ -215,8 +218,18 @@ def _other_factors(theirs: Rotary, ours: Rotary) -> str | None:
     )
 
 
-def _other_base(saved: argparse.Namespace, ours: Rotary) -> str | None:
+def _other_base(saved: argparse.Namespace, theirs: Rotary | None, ours: Rotary) -> str | None:
     """Factors rescale the frequencies that the model was trained with."""
+    scaling = megatron_base_frequencies(saved) if theirs is None else theirs.config.base_frequencies
+    if scaling != ours.config.base_frequencies:
+        scaled, factors = (
+            "plain RoPE" if item is None else f"RoPE scaled by {item['rope_type']}"
+            for item in (scaling, ours.config.base_frequencies)
+        )
+        return (
+            f"the checkpoint was trained with {scaled} and this run's factors multiply {factors}; "
+            "give factors with the checkpoint's base_frequencies"
+        )
     base = getattr(saved, "rotary_base", None)
     is_rope = getattr(saved, "position_embedding_type", None) == "rope"
     if not is_rope or base is None or float(base) == float(ours.config.rotary_base):

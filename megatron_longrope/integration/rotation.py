@@ -15,7 +15,7 @@ class Window:
     """What rotates one sequence or packed document."""
 
     rescale_factors: tuple[float, ...]
-    """Of the factor set."""
+    """Of the factor set, times the model's own scaling of RoPE."""
 
     num_start_tokens: int
     """Of the factor set."""
@@ -102,8 +102,14 @@ class Rotary:
     @property
     def is_stock(self) -> bool:
         """True when it is plain RoPE."""
+        return self.config.base_frequencies is None and not self.has_factors
+
+    @property
+    def has_factors(self) -> bool:
+        """False when every sequence rotates as in the model that the factors are made for."""
         factor = self.in_use().sequence.attention_factor
-        return factor == 1.0 and all(item.is_identity for item in self.config.factor_sets)
+        own = _rounded(self.config.attention_factor_by("none", self.config.max_length))
+        return factor != own or not all(item.is_identity for item in self.config.factor_sets)
 
     def in_use(self) -> InUse:
         """What rotates in this run."""
@@ -121,7 +127,7 @@ class Rotary:
         def window(length: int) -> Window:
             chosen = selection.factor_set(length)
             return Window(
-                chosen.rescale_factors,
+                config.plain_factors(chosen),
                 chosen.num_start_tokens,
                 _rounded(selection.attention_factor(length)),
                 chosen.max_length,

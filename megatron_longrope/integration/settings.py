@@ -354,7 +354,11 @@ def _refuse_other_scaling(args: argparse.Namespace) -> None:
     if get("multi_latent_attention"):
         refuse("--multi-latent-attention", "its attention builds a rotary embedding of its own")
     if get("use_rope_scaling"):
-        refuse("--use-rope-scaling", "it would scale the frequencies twice")
+        refuse(
+            "--use-rope-scaling",
+            "base_frequencies in the file of --longrope-config replaces it (longrope convert "
+            "from-hf writes them), and both would scale the frequencies twice; remove the flag",
+        )
     if get("rotary_seq_len_interpolation_factor") is not None:
         refuse("--rotary-seq-len-interpolation-factor", "it would interpolate the positions twice")
     if get("hybrid_layer_pattern") and get("rotary_interleaved"):

@@ -40,7 +40,9 @@ def base_of(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
         original = args.original_length or (
             stored.original_max_position_embeddings if stored else shape.max_position_embeddings
         )
-        base, whose = identity_config(shape.rotary_base, shape.rotary_dim, original), "plain RoPE"
+        own = stored.base_frequencies if stored else None
+        base = identity_config(shape.rotary_base, shape.rotary_dim, original, own)
+        whose = "plain RoPE" if own is None else f"RoPE scaled by {own['rope_type']}"
     original = base.original_max_position_embeddings
     if args.original_length not in (None, original):
         raise ValueError(

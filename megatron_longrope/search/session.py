@@ -16,7 +16,6 @@ from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
-from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.ranks import rank
 from megatron_longrope.search import outcome as outcome_files
 from megatron_longrope.search.base import base_of, start_token_choices
@@ -369,10 +368,10 @@ class SearchPlan:
     ) -> tuple[SearchProblem, SearchOutcome, dict[str, Any]]:
         """The policy under which the best reference is best, as one value for every window."""
         base, outcomes = self.problem.base, {}
-        original, target = base.original_max_position_embeddings, self.problem.target_length
+        target = self.problem.target_length
         for policy in ("su", "none"):
             # One value is what Hugging Face's longrope and every reader of it can hold.
-            value = attention_factor(policy, target / original, original)
+            value = base.attention_factor_by(policy, target)
             problem = self.problem.with_attention(value, policy)
             part = replace(run, settings={**run.settings, "attention": [value, policy]})
             outcome = score_references(problem, objective, part, f"policy {policy}")

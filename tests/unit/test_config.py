@@ -270,21 +270,21 @@ def test_the_attention_factor_may_be_left_out_and_follows_the_release(key):
     assert (config.attention_factor, config.attention_factor_policy) == (None, "su")
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None, True])
+@pytest.mark.parametrize("schema", [0, 3, "1", None, True])
 def test_an_unknown_schema_is_refused(schema):
     assert refusal(payload(schema=schema)) == (
-        f"schema {schema!r} is not supported; this release reads schema 1"
+        f"schema {schema!r} is not supported; this release reads schema 1 and 2"
     )
 
 
 def test_a_missing_schema_is_refused():
     assert refusal(without("schema")) == (
-        "schema None is not supported; this release reads schema 1"
+        "schema None is not supported; this release reads schema 1 and 2"
     )
 
 
 def test_another_schema_is_reported_before_its_unknown_keys():
-    assert refusal({"schema": 2, "sets": []}).startswith("schema 2 is not supported")
+    assert refusal({"schema": 3, "sets": []}).startswith("schema 3 is not supported")
 
 
 @pytest.mark.parametrize("value", ["su", "yarn", None, 1])

@@ -41,9 +41,7 @@ def test_llama_is_the_default_and_mistral_can_be_asked_for():
         ({"add_bias_linear": True}, "biases"),
         ({"layernorm_zero_centered_gamma": True}, "zero-centred"),
         ({"position_embedding_type": "yarn"}, "position_embedding_type = 'yarn'"),
-        ({"rotary_percent": 0.5}, "partially rotated"),
         ({"rotary_interleaved": True}, "interleaved"),
-        ({"use_rope_scaling": True}, "rope scaling"),
         ({"window_size": (128, 0)}, "sliding-window"),
     ],
 )
@@ -62,6 +60,14 @@ def test_biases_and_norms_choose_the_family():
     assert select_family(replace(SHAPE, **EXPERTS, qk_layernorm=True), ARGS).name == "qwen3_moe"
     with pytest.raises(ValueError, match="no supported family has add_qkv_bias = True"):
         select_family(replace(SHAPE, add_qkv_bias=True), ARGS, "llama")
+
+
+def test_partly_rotated_heads_are_phi3s():
+    partial = replace(SHAPE, rotary_percent=0.75)
+    assert select_family(partial, ARGS).name == "phi3"
+    with pytest.raises(ValueError, match=r"rotary_percent = 0.75 \(families: llama\)"):
+        select_family(partial, ARGS, "llama")
+    assert to_hf_config(partial, FAMILIES["phi3"], torch.float32)["partial_rotary_factor"] == 0.75
 
 
 def test_a_converted_checkpoint_goes_back_to_its_family():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_hf
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.cli import main
-from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.conversion import convert_to_hf
 from megatron_longrope.conversion.from_hf import convert_from_hf
 from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
@@ -369,15 +370,18 @@ def test_a_tensor_that_the_index_lacks_is_read_as_transformers_reads_it(folders,
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'.*activations other than SiLU"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5; .* heads of phi3 only"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}},
             "partial_rotary_factor = 0.75",
         ),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3'"),
         (
-            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rope_type 'linear'",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_type llama3 but no original_max_position_embeddings",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type 'dynamic', whose frequencies are no constants",
         ),
         ({"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta = 10000.5.*integers only"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope but no original_max_position"),
@@ -563,6 +567,52 @@ def test_a_folder_that_transformers_cannot_load_is_one_sentence_with_the_remedy(
     convert_from_hf(folder, tmp_path / "unverified")  # the engine knows the old name
     edit_config(folder, rope_scaling={"type": "longrope", **lists})
     verify_import(tmp_path / "unverified", folder)
+
+
+# Rotation
+
+
+def test_partly_rotated_heads_become_megatrons_rotary_percent(tmp_path):
+    """Phi-4-mini's, end to end; its exports are read in test_readers.py."""
+    tiny_hf.make_hf_folder(tmp_path / "hf", "phi3", partial_rotary_factor=0.75, hidden_size=64)
+    report = convert_from_hf(
+        tmp_path / "hf",
+        tmp_path / "megatron",
+        check=lambda path: verify_import(path, tmp_path / "hf"),
+    )
+    assert report.verification.windows[0].max_abs_diff < 1e-5
+    assert report.shape.rotary_dim == 12
+    assert "--rotary-percent 0.75" in report.flags
+
+
+def test_a_scaled_base_is_verified_past_its_original_window_and_kept_by_an_export(tmp_path):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 600,
+    }
+    changes = {"rope_scaling": dict(scaling), "max_position_embeddings": 1024}
+    tiny_hf.make_hf_folder(tmp_path / "hf", "llama", **changes)
+    report = convert_from_hf(
+        tmp_path / "hf",
+        tmp_path / "megatron",
+        check=lambda path: verify_import(path, tmp_path / "hf"),
+    )
+    windows = report.verification.windows
+    assert [(item.window, item.num_tokens) for item in windows] == [
+        ("short", 512),
+        ("original window", 664),
+    ]
+    assert all(item.max_abs_diff < 1e-4 for item in windows)
+    # None, "no factors", is the scaling that the model has, not plain RoPE.
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["rope_scaling"] == scaling
+    plain = identity_config(10000.0, 8, 1024)
+    with pytest.raises(ValueError, match="multiplies plain RoPE, the model has RoPE scaled by ll"):
+        convert_to_hf(tmp_path / "megatron", tmp_path / "plain", longrope_config=plain)
 
 
 # The command

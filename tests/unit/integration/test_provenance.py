@@ -284,6 +284,33 @@ def test_factors_for_another_base_than_the_stock_models_are_refused():
     assert check(settings(), stock(position_embedding_type="learned_absolute", rotary_base=5))
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_a_model_of_scaled_rope_begins_its_first_stage_under_factors_for_that_scaling():
+    base = identity_config(10000.0, 8, 64, LLAMA3)
+    extended = replace(CONFIG, base_frequencies=LLAMA3)
+    megatrons = stock(use_rope_scaling=True, rope_scaling_factor=8.0)
+    for checkpoint in (saved(base, 64), megatrons):
+        assert check(settings(extended), checkpoint).remark.startswith("first LongRoPE stage")
+    assert check(settings(base, 64), saved(base, 64)).remark is None
+    assert check(settings(base, 64), megatrons).remark is not None
+    plain = "this run's factors multiply plain RoPE"
+    for run in (settings(CONFIG), settings(identity_config(10000.0, 8, 64), 64)):
+        for checkpoint in (saved(base, 64), megatrons):
+            assert f"trained with RoPE scaled by llama3 and {plain}" in refusal(run, checkpoint)
+    assert "trained with plain RoPE and this run's factors multiply RoPE scaled by llama3" in (
+        refusal(settings(extended), stock())
+    )
+    assert "this run has stock RoPE" in refusal(None, saved(base, 64))
+
+
 def test_damaged_factors_in_a_checkpoint_are_one_sentence():
     checkpoint = saved()
     checkpoint.longrope_config_value["factor_sets"] = []

@@ -1,0 +1,138 @@
+"""Models that scale RoPE already: their frequencies, their file, what factors do to them."""
+
+import argparse
+import math
+
+import pytest
+import torch
+
+from megatron_longrope.base_frequencies import base_factors, megatron_base_frequencies
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.frequencies import inv_freq
+from megatron_longrope.rotary import LongRopeRotaryEmbedding
+from megatron_longrope.search.problem import make_problem
+
+DIM, THETA = 64, 500000.0
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+BASES = [
+    {"rope_type": "linear", "factor": 8.0},
+    LLAMA3,
+    {**LLAMA3, "factor": 32.0, "low_freq_factor": 0.5},
+    YARN,
+    {**YARN, "attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0},
+    {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False},
+]
+
+
+def hf_config(base):
+    return {
+        "model_type": "llama",
+        "hidden_size": 4 * DIM,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 131072,
+        "rope_theta": THETA,
+        "rope_scaling": dict(base),
+    }
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base["rope_type"])
+def test_frequencies_and_attention_factor_are_those_of_transformers(base):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**hf_config(base)))
+    config = LongRopeConfig.from_hf(hf_config(base))
+    assert (config.base_frequencies, config.rotary_dim) == (base, DIM)
+    assert config.attention_factor_for(131072) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    ours = inv_freq(THETA, DIM) / torch.tensor(config.base_factors, dtype=torch.float64)
+    torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
+
+
+def test_megatrons_rope_scaling_is_llama3():
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    args = argparse.Namespace(use_rope_scaling=True, rope_scaling_factor=32.0)
+    theirs = RotaryEmbedding(
+        DIM, 1.0, rotary_base=int(THETA), rope_scaling=True, rope_scaling_factor=32.0,
+        use_cpu_initialization=True,
+    )  # fmt: skip
+    ours = base_factors(megatron_base_frequencies(args), THETA, DIM)
+    ours = inv_freq(THETA, DIM) / torch.tensor(ours, dtype=torch.float64)
+    torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
+    assert megatron_base_frequencies(argparse.Namespace(use_rope_scaling=False)) is None
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base["rope_type"])
+def test_the_file_holds_the_base_in_schema_2_and_plain_rope_stays_schema_1(base, tmp_path):
+    config = identity_config(THETA, DIM, 131072, base)
+    config.save(tmp_path / "two.json")
+    assert config.to_dict()["schema"] == 2
+    assert LongRopeConfig.load(tmp_path / "two.json") == config
+    plain = identity_config(THETA, DIM, 131072)
+    assert plain.to_dict()["schema"] == 1
+    assert "base_frequencies" not in plain.to_dict()
+    with pytest.raises(ValueError, match="unknown key 'base_frequencies'"):
+        LongRopeConfig.from_dict({**plain.to_dict(), "base_frequencies": base})
+
+
+@pytest.mark.parametrize(
+    ("base", "sentence"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "must be one of linear, llama3, yarn"),
+        ({"rope_type": "llama3", "factor": 8.0}, "lacks the key 'high_freq_factor'"),
+        ({**LLAMA3, "high_freq_factor": 1.0}, "above low_freq_factor 1.0"),
+        ({**YARN, "factor": "4"}, "base_frequencies.factor is '4'"),
+        ({**YARN, "truncate": 1}, "truncate is 1; it must be true or false"),
+        ({**YARN, "beta": 1}, "unknown key 'beta'"),
+        ("yarn", "base_frequencies is 'yarn'; it must be an object"),
+    ],
+)
+def test_a_description_that_is_not_complete_is_refused(base, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        identity_config(THETA, DIM, 131072, base)
+
+
+def test_a_config_json_that_lacks_a_value_is_refused_by_its_key():
+    with pytest.raises(ValueError, match=r"config.json's rope_scaling lacks the key 'factor'"):
+        LongRopeConfig.from_hf(hf_config({"rope_type": "linear"}))
+
+
+def test_the_rotary_module_multiplies_factors_with_the_base():
+    ones, twos = (1.0,) * (DIM // 2), (2.0,) * (DIM // 2)
+    config = identity_config(THETA, DIM, 128, LLAMA3).with_factor_set(FactorSet(256, twos, 4))
+    rotary = LongRopeRotaryEmbedding(config, DIM, rotary_base=THETA)
+    base = inv_freq(THETA, DIM) / torch.tensor(config.base_factors, dtype=torch.float64)
+    for length, factor, start in ((100, 1.0, 0), (200, 2.0, 4)):
+        positions = torch.arange(length, dtype=torch.float64)
+        expected = torch.outer(positions, base / factor)
+        expected[:start] = torch.outer(positions[:start], base)  # start tokens keep the model's own
+        angles = rotary(length)[:, 0, 0, : DIM // 2].double()
+        difference = torch.remainder(angles - expected + math.pi, 2 * math.pi) - math.pi
+        assert difference.abs().max() < 1e-6
+    assert config.plain_factors(config.factor_sets[0]) == config.base_factors
+    assert config.factor_sets[0].rescale_factors == ones
+
+
+def test_an_extension_keeps_the_attention_factor_of_the_base():
+    yarn = identity_config(THETA, DIM, 131072, YARN)
+    own = 0.1 * math.log(4.0) + 1.0
+    longer = yarn.with_factor_set(FactorSet(262144, (2.0,) * (DIM // 2)))
+    assert yarn.attention_factor_for(131072) == own
+    ratio = math.sqrt(1 + math.log(2) / math.log(131072))
+    assert longer.attention_factor_for(262144) == pytest.approx(own * ratio, rel=1e-12)
+    assert longer.attention_factor_by("none", 262144) == own
+
+
+def test_a_search_extends_the_scaled_model():
+    problem = make_problem(identity_config(THETA, DIM, 131072, LLAMA3), 262144)
+    assert problem.stage == "first"
+    found = problem.config(problem.seeds["pi"])
+    assert found.base_frequencies == LLAMA3
+    assert found.max_length == 262144
