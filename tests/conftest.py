@@ -1,7 +1,5 @@
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
+import launching
 import make_hybrid_checkpoint as hybrid_maker
 import make_megatron_checkpoint as maker
 import pytest
@@ -19,8 +18,6 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from shares import share_of
-
-import megatron_longrope
 
 # A busy machine is no failure, and the same examples everywhere make a failure repeatable.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -102,17 +99,9 @@ class MegatronRun:
     logits: dict[str, torch.Tensor]
 
 
-def _make(script: str, *arguments: str) -> None:
+def _make(script: str, *arguments: object) -> None:
     """Run a maker of checkpoints, which needs a process of its own."""
-    package = Path(megatron_longrope.__file__).parents[1]
-    paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, script, *arguments, str(torch.get_num_threads())],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+    done = launching.python(script, *arguments, torch.get_num_threads())
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launching import spawn
 
 pytest.importorskip("megatron.core")
 
@@ -179,9 +179,7 @@ def run_rank(rank: int, directory: str) -> None:
 def ranks(tmp_path_factory):
     """What every rank computed, in rank order."""
     directory = tmp_path_factory.mktemp("gloo")
-    # The fork server imports torch and megatron-core once for all ranks.
-    mp.get_context("forkserver").set_forkserver_preload(["megatron_longrope.attention"])
-    mp.start_processes(run_rank, args=(str(directory),), nprocs=WORLD, start_method="forkserver")
+    spawn(run_rank, (str(directory),), WORLD)
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
 
 

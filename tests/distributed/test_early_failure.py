@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import launching
 import pytest
-from launching import PRETRAIN, SCRIPT, TORCHRUN, two_agent_commands
+from launching import SCRIPT, Command, two_agents
 from tiny_training import HEAD_DIM, MODEL, refusal, yarn_config
 
 from megatron_longrope.integration import agreement, seams
@@ -159,12 +159,8 @@ def launch(directory, files, *, agents):
     script.write_text(BY_RANK)
     command = [str(script), "pretrain", str(SCRIPT), "--cpu", *MODEL]
     command += ["--longrope-config", "factors.json"]
-    if agents == 1:
-        starters = [[*TORCHRUN, "--standalone", "--nproc-per-node", "2"]]
-    else:
-        whole = two_agent_commands([])
-        starters = [item[: item.index(PRETRAIN[0], len(TORCHRUN))] for item in whole]
-    return launching.run([[*starter, *command] for starter in starters], directory)
+    commands = [Command(tuple(command), 2)] if agents == 1 else two_agents(command)
+    return launching.run(commands, directory)
 
 
 @pytest.mark.slow
@@ -175,6 +171,7 @@ def test_a_file_that_rank_1_lacks_is_named_by_rank_0(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.real_process
 def test_a_file_that_rank_0_lacks_ends_the_other_nodes_torchrun_too(tmp_path):
     pytest.importorskip("megatron.training")
     ended = launch(tmp_path, [ABSENT, CONFIG], agents=2)

@@ -7,13 +7,12 @@ change no digit of a loss curve and no factor of a search.
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 from fake_slurm import CLUSTER, Job, end_processes_in, environment, wait_until
-from launching import ROOT, SCRIPT, pretrain_command, train
+from launching import ROOT, SCRIPT, free_port, pretrain_command, train
 from search_data import make_search_data
 from synthetic_search import drop_seconds
 from tiny_training import MODEL, yarn_config
@@ -22,7 +21,7 @@ from megatron_longrope.cli import main
 from megatron_longrope.config import LongRopeConfig
 
 pytest.importorskip("megatron.training")
-pytestmark = [pytest.mark.slow, pytest.mark.one_release]
+pytestmark = [pytest.mark.slow, pytest.mark.one_release, pytest.mark.real_process]
 
 ITERATIONS = 24
 NUM_EVALUATIONS = 60
@@ -118,10 +117,8 @@ class Agent:
 
 def rendezvous():
     """Variables of two nodes. The first has the rendezvous; the second, by its address, rank 0."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    common = {"NNODES": 2, "NPROC_PER_NODE": 1, "RDZV_ENDPOINT": f"localhost:{port}"}
+    endpoint = f"localhost:{free_port()}"
+    common = {"NNODES": 2, "NPROC_PER_NODE": 1, "RDZV_ENDPOINT": endpoint}
     return (
         {**common, "LOCAL_ADDR": "127.0.0.2", "RDZV_CONF": "is_host=1"},
         {**common, "LOCAL_ADDR": "127.0.0.1", "RDZV_CONF": "is_host=0"},
@@ -145,6 +142,7 @@ def test_a_killed_agent_comes_back_and_the_loss_curve_does_not_know(inputs, undi
     assert_same_curve(curve(survivor.log), undisturbed, resumed)
 
 
+@pytest.mark.release
 def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_with_the_same_curve(
     inputs, undisturbed, tmp_path
 ):
@@ -166,6 +164,7 @@ def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_with_the_same_cu
     assert_same_curve(curve(job.log), undisturbed, int(stopped) + 1)
 
 
+@pytest.mark.release
 def test_a_search_whose_first_rank_is_killed_ends_with_the_same_factors(inputs, tmp_path):
     flags = f"--max-evaluations {NUM_EVALUATIONS} --original-length 64 --num-samples 3 "
     flags += "--tokens-per-forward 256 --start-tokens 0,4 --attention-factor-policy su --no-figures"

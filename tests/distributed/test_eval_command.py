@@ -1,15 +1,15 @@
 """`longrope eval` under torchrun and after kill -9, on a real checkpoint."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
+import launching
 import make_megatron_checkpoint as maker
 import pytest
-from launching import ROOT, TORCHRUN
+from launching import LONGROPE
 from search_data import make_search_data
 
 from megatron_longrope.config import FactorSet
@@ -29,23 +29,11 @@ def inputs(tmp_path_factory, megatron_runs):
     return load, data
 
 
-def start(kind, output, *flags, processes=1):
-    command = [sys.executable]
-    if processes > 1:
-        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-        command = [*TORCHRUN, "--nproc-per-node", str(processes), *rendezvous]
-    command += ["-m", "megatron_longrope", "eval", kind, "--output", str(output), *flags]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def finish(process):
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-3000:]
-    return output
+def evaluate(kind, output, *flags, processes=1):
+    words = (*LONGROPE, "eval", kind, "--output", output, *flags)
+    done = launching.python(*words, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def records(path):
@@ -60,12 +48,11 @@ def test_two_copies_and_two_context_parallel_ranks_measure_what_one_process_meas
         *load, "--data", data["heldout"], "--num-documents", "3", "--lengths", "64,250",
         "--stride", "disjoint",
     ]  # fmt: skip
-    one = start("ppl", tmp_path / "one", *flags)
-    finish(one)
-    output = finish(start("ppl", tmp_path / "copies", *flags, processes=2))
+    evaluate("ppl", tmp_path / "one", *flags)
+    output = evaluate("ppl", tmp_path / "copies", *flags, processes=2)
     assert output.count("wrote ") == 1  # rank 0 alone speaks
     # 250 tokens, and the windows at the documents' ends, do not split into four chunks.
-    finish(start("ppl", tmp_path / "cp", *flags, "--context-parallel-size", "2", processes=2))
+    evaluate("ppl", tmp_path / "cp", *flags, "--context-parallel-size", "2", processes=2)
     expected = records(tmp_path / "one/ppl.jsonl")
     for name in ("copies", "cp"):
         rows = records(tmp_path / name / "ppl.jsonl")
@@ -76,20 +63,24 @@ def test_two_copies_and_two_context_parallel_ranks_measure_what_one_process_meas
             assert row["ppl_window_mean"] == pytest.approx(theirs["ppl_window_mean"], rel=1e-5)
 
 
+@pytest.mark.real_process
 def test_passkey_trials_are_shared_and_survive_kill_9(inputs, tmp_path):
     load, data = inputs
     flags = [*load, "--tokenizer", data["tokenizer"], "--lengths", "400,512", "--depths", "3"]
     flags += ["--trials", "8"]
     path = tmp_path / "two/passkey.jsonl"
-    process = start("passkey", path.parent, *flags)
+    process = subprocess.Popen(
+        [sys.executable, *LONGROPE, "eval", "passkey", "--output", str(path.parent), *flags],
+        env=launching.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     while process.poll() is None and not (path.exists() and path.stat().st_size > 3000):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = path.read_bytes().rpartition(b"\n")[0].splitlines()
     assert 0 < len(before) < 48
-    finish(start("passkey", path.parent, *flags, processes=2))  # goes on with another layout
-    finish(start("passkey", tmp_path / "one", *flags))
+    evaluate("passkey", path.parent, *flags, processes=2)  # goes on with another layout
+    evaluate("passkey", tmp_path / "one", *flags)
     ours, theirs = records(path), records(tmp_path / "one/passkey.jsonl")
     assert path.read_bytes().splitlines()[: len(before)] == before
     assert len(ours) == 48

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import launching
 import pytest
-from launching import pretrain_command, train, two_agent_commands
+from launching import LONGROPE, Command, pretrain_command, train, two_agent_commands
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.frequencies import yarn_factors
@@ -98,11 +98,12 @@ def one_process(directory, continued):
     "LONGROPE_EXPECT_MEGATRON" not in os.environ, reason="LONGROPE_EXPECT_MEGATRON is not set"
 )
 def test_started_processes_import_the_release_under_test(tmp_path):
-    command = [sys.executable, "-m", "megatron_longrope", "doctor", "--json"]
-    statuses, log = launching.run([command], tmp_path)
-    assert statuses == [0]
-    found = json.loads(log[log.index("{") :])
-    assert found["versions"]["megatron-core"] == os.environ["LONGROPE_EXPECT_MEGATRON"]
+    command = Command((*LONGROPE, "doctor", "--json"))
+    for way in (command, command.words()):
+        statuses, log = launching.run([way], tmp_path)
+        assert statuses == [0]
+        found = json.loads(log[log.index("{") :])
+        assert found["versions"]["megatron-core"] == os.environ["LONGROPE_EXPECT_MEGATRON"]
 
 
 def assert_same_losses(ours, theirs, relative=1e-6):
@@ -162,6 +163,8 @@ def test_two_processes_train_like_one(tmp_path, continued, one_process, layout, 
     assert_same_losses(two, one_process)
 
 
+@pytest.mark.release  # test_elastic_training.py has two agents too
+@pytest.mark.real_process
 @pytest.mark.one_release
 def test_two_torchrun_agents_train_like_one_process(directory, continued, one_process):
     commands = two_agent_commands([*continued, "--context-parallel-size", "2"])
@@ -292,6 +295,7 @@ PARSED_INSIDE = (
 )
 
 
+@pytest.mark.real_process  # the script prepares Megatron itself, before it is imported
 def test_the_readmes_three_lines_in_an_own_script_give_the_launchers_losses(
     directory, continued, one_process
 ):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launching import spawn
 
 pytest.importorskip("megatron.training")
 
@@ -153,7 +153,7 @@ def worker(rank: int, size: int, directory: str) -> None:
 def results(tmp_path_factory):
     directory = Path(tmp_path_factory.mktemp("mixed"))
     for size in (1, 2):
-        mp.spawn(worker, (size, str(directory)), nprocs=size)
+        spawn(worker, (size, str(directory)), size)
     return {path.stem: torch.load(path) for path in directory.glob("*.pt")}
 
 

@@ -8,9 +8,8 @@ import tiny_gpt
 import tiny_training
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from launching import pretrain_command, train
+from launching import pretrain_command, spawn, train
 from tiny_gpt import RUN, random_tokens
 
 pytest.importorskip("megatron.training")
@@ -115,7 +114,7 @@ def worker(rank: int, directory: str) -> None:
 def ranks(tmp_path_factory) -> list[dict]:
     """What every rank computed, in rank order."""
     directory = Path(tmp_path_factory.mktemp("loss"))
-    mp.spawn(worker, (str(directory),), nprocs=WORLD)
+    spawn(worker, (str(directory),), WORLD)
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
 
 

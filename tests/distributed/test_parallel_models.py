@@ -12,7 +12,7 @@ import pytest
 import tiny_gpt
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launching import spawn
 from reference_decoder import Weights
 from tiny_gpt import RUN, decoder, fill, random_tokens, start_run
 
@@ -325,7 +325,7 @@ def worker(rank: int, directory: str) -> None:
 def ranks(tmp_path_factory) -> list[dict]:
     """What every rank computed, in rank order."""
     directory = Path(tmp_path_factory.mktemp("parallel"))
-    mp.spawn(worker, (str(directory),), nprocs=WORLD)
+    spawn(worker, (str(directory),), WORLD)
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
 
 

@@ -1,14 +1,14 @@
 """`longrope search` under torchrun and under SIGTERM, on a real checkpoint."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
+import launching
 import pytest
-from launching import ROOT, TORCHRUN
+from launching import LONGROPE
 from search_data import make_search_data
 from synthetic_search import drop_seconds
 
@@ -20,47 +20,29 @@ def data(tmp_path_factory):
     return make_search_data(tmp_path_factory.mktemp("data"))
 
 
-def start(untied_gqa, data, output, *flags, processes=1):
-    command = [sys.executable]
-    if processes > 1:
-        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-        command = [*TORCHRUN, "--nproc-per-node", str(processes), *rendezvous]
-    command += [
-        "-m", "megatron_longrope", "search", "--load", str(untied_gqa.path),
+def words(untied_gqa, data, output, *flags):
+    return (
+        *LONGROPE, "search", "--load", str(untied_gqa.path),
         "--base-config", "none",
         "--data", data["search"], "--target-length", "256", "--original-length", "64",
         "--num-samples", "3", "--tokens-per-forward", "256", "--start-tokens", "0,4",
         "--attention-factor-policy", "su", "--no-figures", "--output", str(output), *flags,
-    ]  # fmt: skip
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def finish(process):
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-3000:]
-    return output
+def search(*arguments, processes=1):
+    done = launching.python(*words(*arguments), processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_replicas_of_context_and_tensor_parallel_ranks_find_what_one_process_finds(
     untied_gqa, data, tmp_path
 ):
     budget = ("--max-evaluations", "7")
-    finish(start(untied_gqa, data, tmp_path / "one.json", *budget))
-    output = finish(
-        start(
-            untied_gqa,
-            data,
-            tmp_path / "four.json",
-            *budget,
-            "--context-parallel-size",
-            "2",
-            processes=4,
-        )
-    )
+    search(untied_gqa, data, tmp_path / "one.json", *budget)
+    layout = ("--context-parallel-size", "2")
+    output = search(untied_gqa, data, tmp_path / "four.json", *budget, *layout, processes=4)
     assert output.count("held-out") == 0 and output.count("wrote ") == 1  # rank 0 alone speaks
     one, four = (drop_seconds(tmp_path / f"{name}.journal.jsonl") for name in ("one", "four"))
     # Ring attention adds in another order: 1e-5 in a loss, too little to choose other candidates.
@@ -71,19 +53,23 @@ def test_replicas_of_context_and_tensor_parallel_ranks_find_what_one_process_fin
     assert len({str(item["factor_sets"][-1]["rescale_factors"]) for item in configs}) == 1
 
 
+@pytest.mark.real_process
 def test_a_cancelled_job_says_how_to_go_on_and_does(untied_gqa, data, tmp_path):
     output = tmp_path / "f.json"
     flags = ("--resume", "--algorithm", "evolution", "--max-evaluations", "400")
-    process = start(untied_gqa, data, output, *flags)
+    process = subprocess.Popen(
+        [sys.executable, *words(untied_gqa, data, output, *flags)], env=launching.environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     journal = output.with_suffix(".journal.jsonl")
     while process.poll() is None and not (journal.exists() and journal.stat().st_size > 5000):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     done = len(journal.read_text().splitlines()) - 1
     assert process.returncode == 130
     assert f"stopped by SIGTERM (the job was cancelled, or another rank ended); {done} " in errors
     assert "--resume" in errors and "Traceback" not in errors
     assert not output.exists()
-    text = finish(start(untied_gqa, data, output, *flags[:3], "--max-evaluations", str(done + 3)))
+    text = search(untied_gqa, data, output, *flags[:3], "--max-evaluations", str(done + 3))
     assert f"after {done + 3} evaluations" in text and output.exists()

@@ -50,11 +50,15 @@ def test_the_loss_falls_and_the_gradient_is_clipped(one_process):
     assert sum(clipped) > STEPS / 2
 
 
-@pytest.mark.parametrize("layout", ["CP2 x TP2", "CP2 x DP2, loss per token"])
+@pytest.mark.parametrize(
+    "layout",
+    ["CP2 x TP2", pytest.param("CP2 x DP2, loss per token", marks=pytest.mark.release)],
+)
 def test_four_processes_take_the_steps_of_one(trainer, one_process, layout):
     assert_same_steps(trainer.run(layout, LAYOUTS[layout]), one_process)
 
 
+@pytest.mark.real_process
 def test_a_killed_context_parallel_run_goes_on_by_the_same_command(trainer, one_process, killed):
     resumed = trainer.run(killed, LAYOUTS["CP2"])
     first = f"iteration {SAVED_AT + 1:8d}/"
@@ -62,11 +66,14 @@ def test_a_killed_context_parallel_run_goes_on_by_the_same_command(trainer, one_
     assert_same_steps(resumed, one_process)  # those before its save too
 
 
+@pytest.mark.release
+@pytest.mark.real_process  # for the run that was killed
 def test_a_run_saved_by_two_context_parallel_ranks_goes_on_with_four(trainer, one_process, killed):
     curve = trainer.go_on("CP4", LAYOUTS["CP4"], killed)
     assert_same_steps(curve, one_process, range(SAVED_AT + 1, STEPS + 1))
 
 
+@pytest.mark.release
 def test_the_second_stage_of_the_progressive_walk_takes_the_steps_of_one_process(trainer):
     trainer.first_stage("stage A")
     reference = trainer.second_stage("stage B", ONE, "stage A")

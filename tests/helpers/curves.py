@@ -175,7 +175,7 @@ class Trainer:
         times: int = 8,
         steps: int = STEPS,
         start: Path | None = None,
-    ) -> list[str]:
+    ) -> launching.Command:
         """The command of a run, which goes on from its own checkpoint where there is one.
 
         Args:
@@ -224,7 +224,11 @@ class Trainer:
 
     def kill_after_save(self, name: str, layout: Layout = ONE) -> None:
         """Start a run and kill -9 all its processes at a random moment after its first save."""
-        command, log = self.command(name, layout), self.directory / "logs" / f"{name}-killed"
+        # A real process: it is its agent that dies.
+        command, log = (
+            self.command(name, layout).words(),
+            self.directory / "logs" / f"{name}-killed",
+        )
         saved = self.checkpoint(name) / "latest_checkpointed_iteration.txt"
         with ThreadPoolExecutor() as pool:
             running = pool.submit(launching.run, [command], log)
@@ -242,7 +246,9 @@ class Trainer:
         """What the runs of that name logged."""
         return Curve.read(self.directory / "curves" / name)
 
-    def _flags(self, name: str, times: int, layout: Layout, options: str, *flags: str) -> list[str]:
+    def _flags(
+        self, name: str, times: int, layout: Layout, options: str, *flags: str
+    ) -> launching.Command:
         length = str(times * self.window)
         arguments = [
             *shlex.split(f"{_MODEL} {options} {layout.flags}"),

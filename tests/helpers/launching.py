@@ -1,16 +1,28 @@
-"""Start `longrope pretrain` as users do and read Megatron's log."""
+"""Start `longrope pretrain` and other commands as users do, and read Megatron's log.
+
+A :class:`Command` runs in processes that a fork server starts (tests/helpers/fork_server.py), which
+spares each of them the import of torch and Megatron. A list of words is a real process: for agents,
+for what is killed, and for scripts that prepare Megatron in their own way.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+import torch.multiprocessing
+from fork_server import ForkedProcess, ForkServer
 
 import megatron_longrope
 
@@ -18,7 +30,18 @@ ROOT = Path(megatron_longrope.__file__).parents[1]
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "pretrain_gpt.py"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PRETRAIN = ("-m", "megatron_longrope", "pretrain")
-TIMEOUT_S = 180
+LONGROPE = ("-m", "megatron_longrope")
+# Nothing here takes a tenth of it; a machine that does other work at the same time may.
+TIMEOUT_S = 600
+# What torchrun waits between SIGTERM and SIGKILL for its other processes, when one has failed.
+_AGENT_PATIENCE_S = 30
+_MOST_SERVERS = 2
+
+# What torchrun tells its processes, and what pytest tells whoever looks.
+_OF_A_RANK = re.compile(
+    "RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|ROLE_NAME|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_ADDR|"
+    "MASTER_PORT|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|PYTEST_CURRENT_TEST"
+)
 
 _ITERATION = re.compile(r" iteration +\d+/.*?lm loss: (\S+) \|.*?grad norm: (\S+) \|")
 _VALIDATION = re.compile(r" validation loss at .*? on (\w+) set \| lm loss value: (\S+) \|")
@@ -48,15 +71,29 @@ class TrainingRun:
         return [float(text) for text in (*self.losses, *(loss for _, loss in self.evaluations))]
 
 
+@dataclass(frozen=True)
+class Command:
+    """What Python is to run, in one process or in several that torchrun would start."""
+
+    arguments: tuple[str, ...]
+    """`-m` and a module, or a script, and what follows."""
+
+    processes: int = 1
+
+    def words(self) -> list[str]:
+        """The command line of one real process, or of one torchrun agent with several."""
+        if self.processes == 1:
+            return [sys.executable, *self.arguments]
+        rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+        ranks = ("--nproc-per-node", str(self.processes))
+        return [*TORCHRUN, *ranks, *rendezvous, *self.arguments]
+
+
 def pretrain_command(
     arguments: Sequence[str], *, processes: int = 1, script: Path = SCRIPT
-) -> list[str]:
-    """The command of one process, or of one torchrun agent with several."""
-    command = [*PRETRAIN, str(script), "--cpu", *arguments]
-    if processes == 1:
-        return [sys.executable, *command]
-    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-    return [*TORCHRUN, "--nproc-per-node", str(processes), *rendezvous, *command]
+) -> Command:
+    """The command of `longrope pretrain` on the CPU."""
+    return Command((*PRETRAIN, str(script), "--cpu", *arguments), processes)
 
 
 def two_agent_commands(arguments: Sequence[str]) -> list[list[str]]:
@@ -66,50 +103,208 @@ def two_agent_commands(arguments: Sequence[str]) -> list[list[str]]:
 
 def two_agents(command: Sequence[str], *, processes: int = 1) -> list[list[str]]:
     """A command under two torchrun agents, which meet on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        endpoint = f"localhost:{probe.getsockname()[1]}"
     agent = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(processes))
-    agent += ("--rdzv-endpoint", endpoint)
+    agent += ("--rdzv-endpoint", f"localhost:{free_port()}")
     return [[*agent, "--node-rank", str(rank), *command] for rank in range(2)]
 
 
-def run(commands: Sequence[Sequence[str]], directory: Path) -> tuple[list[int], str]:
+_reserved: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody else is given while these tests run.
+
+    The socket stays bound: the kernel hands its port to nobody who asks for any. It does not
+    listen: a server that may reuse addresses, as those of torch may, takes the port by number.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("localhost", 0))
+    _reserved.append(reserved)
+    return reserved.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """Of started processes: that of the tests, without a rank, with our packages and no GPU."""
+    ours = {name: text for name, text in os.environ.items() if not _OF_A_RANK.fullmatch(name)}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**ours, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+_servers: dict[tuple[bool, frozenset], ForkServer] = {}
+
+
+def _server(environment: dict[str, str], hosted: bool) -> ForkServer:
+    """The server for this environment; those of others are closed when there are too many."""
+    key = (hosted, frozenset(environment.items()))
+    if key not in _servers:
+        if len(_servers) == _MOST_SERVERS:
+            _servers.pop(next(iter(_servers))).close()
+        _servers[key] = ForkServer(environment, hosted=hosted)
+    _servers[key] = _servers.pop(key)  # the last one used is the last to go
+    return _servers[key]
+
+
+@atexit.register
+def _close_servers() -> None:
+    for server in _servers.values():
+        server.close()
+
+
+def spawn(function: Callable[..., None], arguments: tuple, processes: int) -> None:
+    """Call `function(rank, *arguments)` of a module in several processes, as `mp.spawn` does.
+
+    Multiprocessing's own fork server imports torch and Megatron once, not in every process.
+    """
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch", "megatron.training.training"]
+    )
+    torch.multiprocessing.start_processes(
+        function, arguments, nprocs=processes, start_method="forkserver"
+    )
+
+
+class Ranks:
+    """The forked processes of a command, in the role of the torchrun agent where it has several."""
+
+    def __init__(self, command: Command, directory: Path, stdout, stderr) -> None:
+        shared = environment()
+        hosted = "pretrain" in command.arguments and "--cpu" in command.arguments
+        server = _server(shared, hosted)
+        self._is_agent = command.processes > 1
+        self._processes: list[ForkedProcess] = []
+        if self._is_agent:
+            # Bound to a free port by the kernel, and never free again in between.
+            self._store = torch.distributed.TCPStore(
+                "localhost", 0, is_master=True, wait_for_workers=False
+            )
+        for rank in range(command.processes):
+            own = self._variables(rank, command.processes) if self._is_agent else {}
+            process = server.fork(
+                command.arguments, {**shared, **own}, directory, stdout, stderr,
+                new_session=self._is_agent,  # as torchrun's
+            )  # fmt: skip
+            self._processes.append(process)
+
+    def _variables(self, rank: int, count: int) -> dict[str, str]:
+        """What torchrun tells its processes."""
+        size, number = str(count), str(rank)
+        return {
+            "RANK": number, "LOCAL_RANK": number, "ROLE_RANK": number, "GROUP_RANK": "0",
+            "ROLE_NAME": "default", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+            "ROLE_WORLD_SIZE": size, "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(self._store.port), "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_RUN_ID": "none",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+        }  # fmt: skip
+
+    def wait(self, timeout: float) -> int:
+        """The exit status: of the process, or 1 where one of several has failed.
+
+        Raises:
+            subprocess.TimeoutExpired: They run still.
+        """
+        if not self._is_agent:
+            return self._processes[0].wait(timeout)
+        deadline = time.monotonic() + timeout
+        while running := [item for item in self._processes if item.poll() is None]:
+            if any(item.returncode for item in self._processes):
+                self.end()
+                return 1
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired("forked processes", timeout)
+            select.select(running, [], [], left)
+        return int(any(item.returncode for item in self._processes))
+
+    def end(self) -> None:
+        """End what runs still, as torchrun does."""
+        for item in self._processes:
+            item.terminate()
+        deadline = time.monotonic() + _AGENT_PATIENCE_S
+        for item in self._processes:
+            try:
+                item.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                item.kill()
+                item.wait()
+
+
+class RealProcess:
+    """A process of its own, with the methods of :class:`Ranks`."""
+
+    def __init__(self, words: Sequence[str], directory: Path, stdout, stderr) -> None:
+        self._process = subprocess.Popen(
+            words, cwd=directory, env=environment(), stdout=stdout, stderr=stderr
+        )
+
+    def wait(self, timeout: float) -> int:
+        """See :meth:`Ranks.wait`."""
+        return self._process.wait(timeout)
+
+    def end(self) -> None:
+        """See :meth:`Ranks.end`; torchrun ends its processes on SIGTERM."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(2 * _AGENT_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def _start(command: Command | Sequence[str], directory: Path, stdout, stderr):
+    kind = Ranks if isinstance(command, Command) else RealProcess
+    return kind(command, directory, stdout, stderr)
+
+
+def run(commands: Sequence[Command | Sequence[str]], directory: Path) -> tuple[list[int], str]:
     """Run commands side by side in `directory`: their exit statuses and their common log."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "log.txt"
+    started = []
     with path.open("w") as log:
-        children = [
-            subprocess.Popen(
-                command, cwd=directory, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-            for command in commands
-        ]
-        deadline = time.monotonic() + TIMEOUT_S
         try:
-            statuses = [child.wait(deadline - time.monotonic()) for child in children]
+            started += [_start(command, directory, log, log) for command in commands]
+            deadline = time.monotonic() + TIMEOUT_S
+            statuses = [item.wait(max(0, deadline - time.monotonic())) for item in started]
         except subprocess.TimeoutExpired:
             raise AssertionError(f"no end after {TIMEOUT_S} s\n{_tail(path)}") from None
         finally:
-            for child in children:  # torchrun ends its workers on SIGTERM
-                if child.poll() is None:
-                    child.terminate()
-                    try:
-                        child.wait(10)
-                    except subprocess.TimeoutExpired:
-                        child.kill()
+            for item in started:
+                item.end()
     return statuses, path.read_text()
 
 
-def train(commands: Sequence[Sequence[str]], directory: Path) -> TrainingRun:
+def python(
+    *arguments: object, processes: int = 1, directory: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python *arguments`, or torchrun with several processes, and take what it prints.
+
+    Args:
+        arguments (object): `-m` and a module, or a script, and what follows; taken as text.
+        processes (int): How many of them, each a rank. Defaults to 1, without a rank.
+        directory (Path, optional): To run in. Defaults to that of the tests.
+
+    Raises:
+        subprocess.TimeoutExpired: There is no end.
+    """
+    command = Command(tuple(map(str, arguments)), processes)
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        ranks = Ranks(command, directory or Path.cwd(), stdout, stderr)
+        try:
+            status = ranks.wait(TIMEOUT_S)
+        finally:
+            ranks.end()
+        texts = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            texts.append(file.read())
+    return subprocess.CompletedProcess(command.words(), status, *texts)
+
+
+def train(commands: Sequence[Command | Sequence[str]], directory: Path) -> TrainingRun:
     """Run commands that must succeed and log at least one iteration."""
     statuses, _ = run(commands, directory)
     path = directory / "log.txt"

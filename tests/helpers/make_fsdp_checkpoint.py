@@ -76,4 +76,6 @@ def write(rank, directory):
 
 
 if __name__ == "__main__":
-    multiprocessing.spawn(write, (Path(sys.argv[1]),), nprocs=RANKS)
+    # Nothing has started a thread yet, and torch need not be imported twice more.
+    arguments = (Path(sys.argv[1]),)
+    multiprocessing.start_processes(write, arguments, nprocs=RANKS, start_method="fork")

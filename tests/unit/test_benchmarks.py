@@ -1,10 +1,9 @@
 """The benchmarks run and end with their result. How fast anything is, no test asserts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -12,8 +11,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def result_of(script: str, *options: str) -> dict:
     """The last line of a benchmark's output."""
-    command = [sys.executable, str(BENCHMARKS / script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = launching.python(BENCHMARKS / script, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == Path(script).stem

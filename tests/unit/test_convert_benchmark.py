@@ -1,10 +1,10 @@
 """The conversion benchmark: what it concludes from its numbers, and that it runs."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -55,10 +55,8 @@ def test_what_cannot_be_measured_is_refused(options, capsys):
 @pytest.mark.slow
 def test_every_arm_runs_and_the_benchmark_ends_with_its_result(tmp_path):
     stored = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
-    command = [sys.executable, str(BENCHMARKS / "convert.py"), "--gib", "0.1", "--repeats", "1"]
-    done = subprocess.run(
-        [*command, "--directory", str(tmp_path)], capture_output=True, text=True, timeout=600
-    )
+    options = ("--gib", "0.1", "--repeats", "1", "--directory", tmp_path)
+    done = launching.python(BENCHMARKS / "convert.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == "convert"

@@ -4,10 +4,10 @@ import csv
 import io
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -53,15 +53,11 @@ def test_the_figures_data_hold_every_value_of_every_run():
 
 
 @pytest.mark.slow
+@pytest.mark.release  # tests/distributed/test_training_curves.py walks the same way
 def test_the_training_curves_benchmark_ends_with_its_result(tmp_path):
     before = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
-    command = [sys.executable, str(BENCHMARKS / "training_curves.py"), "--quick"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "runs")],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    script = BENCHMARKS / "training_curves.py"
+    done = launching.python(script, "--quick", "--output", tmp_path / "runs")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == "training_curves"

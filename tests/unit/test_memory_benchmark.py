@@ -2,10 +2,10 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,8 +74,7 @@ def test_what_cannot_be_measured_is_refused(options, sentence, capsys):
 def test_both_arms_do_the_same_work_and_the_benchmark_ends_with_its_result():
     stored = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
     tiny = ("--lengths", "1024", "2048", "--hidden-size", "64", "--vocab-size", "4096")
-    command = [sys.executable, str(BENCHMARKS / "ppl_memory.py"), *tiny]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = launching.python(BENCHMARKS / "ppl_memory.py", *tiny)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == "ppl_memory"

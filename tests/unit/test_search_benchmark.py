@@ -3,10 +3,10 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import numpy as np
 import pytest
 import torch
@@ -46,8 +46,7 @@ def model(untied_gqa, tmp_path):
 
 
 def run(*options, ok=True):
-    command = [sys.executable, str(BENCHMARKS / "search.py"), "--quick", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = launching.python(BENCHMARKS / "search.py", "--quick", *options)
     assert (done.returncode == 0) == ok, done.stderr[-3000:]
     return done
 

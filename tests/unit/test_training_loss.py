@@ -2,10 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,8 +257,7 @@ def test_the_benchmark_ends_with_its_result():
     pytest.importorskip("megatron.training")
     script = Path(__file__).parents[2] / "benchmarks" / "training_loss.py"
     sizes = ("--tokens", "256", "--chunk", "16", "--vocabularies", "8000", "--repeats", "1")
-    command = [sys.executable, str(script), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = launching.python(script, *sizes)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["benchmark"] == "training_loss"

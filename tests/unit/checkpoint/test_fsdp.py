@@ -3,10 +3,9 @@
 import itertools
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -36,7 +35,8 @@ def written(directory, arguments, tensors, expected_longrope):
     if not (directory / "wanted.pt").exists():
         args = arguments(longrope_config_value=expected_longrope.to_dict())
         torch.save({"tensors": tensors, "args": args}, directory / "wanted.pt")
-        subprocess.run([sys.executable, str(HELPER), str(directory)], check=True)
+        done = launching.python(HELPER, directory)
+        assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
 

@@ -2,26 +2,22 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import launching
 import make_megatron_checkpoint as maker
 import make_moe_checkpoint as moe_maker
 import moe_models
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
+from launching import spawn
 from megatron.core.transformer.mlp import MLP
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import megatron_longrope
 from megatron_longrope.checkpoint import MegatronCheckpoint, ModelShape
 from megatron_longrope.conversion import convert_from_hf, convert_to_hf
 from megatron_longrope.conversion.families import select_family, shape_from_hf_config
@@ -50,15 +46,7 @@ def folders(tmp_path_factory):
 def made_by_megatron(tmp_path_factory):
     """Checkpoints that megatron-core wrote, and the logits of its own forward pass."""
     directory = tmp_path_factory.mktemp("moe")
-    package = Path(megatron_longrope.__file__).parents[1]
-    paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, moe_maker.__file__, str(directory), "1"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+    done = launching.python(moe_maker.__file__, directory, 1)
     assert done.returncode == 0, done.stderr[-3000:]
     return {
         name: (directory / name, torch.load(directory / f"{name}.pt"))
@@ -182,7 +170,7 @@ def _of_rank(rank, folder, directory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_tensor_parallel_ranks_share_every_expert(folders, tmp_path, name):
-    mp.spawn(_of_rank, (folders[name], tmp_path), nprocs=2)
+    spawn(_of_rank, (folders[name], tmp_path), 2)
     tokens = random_tokens(moe_models.VOCAB, 60, 0)
     whole = load_engine(HfCheckpoint(folders[name]), device="cpu").nll(tokens)
     for rank in range(2):

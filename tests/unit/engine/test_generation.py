@@ -9,9 +9,9 @@ import make_megatron_checkpoint as maker
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import spawn
 from transformers import AutoModelForCausalLM
 
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
@@ -490,13 +490,7 @@ def run_rank(rank, directory, checkpoint):
 def test_two_processes_generate_what_one_does_unless_they_share_a_sequence(
     engine, megatron_runs, tmp_path
 ):
-    mp.get_context("forkserver").set_forkserver_preload(["megatron_longrope.engine"])
-    mp.start_processes(
-        run_rank,
-        args=(str(tmp_path), str(megatron_runs["untied_gqa"].path)),
-        nprocs=WORLD,
-        start_method="forkserver",
-    )
+    spawn(run_rank, (str(tmp_path), str(megatron_runs["untied_gqa"].path)), WORLD)
     for rank in range(WORLD):
         results = torch.load(tmp_path / f"rank{rank}.pt")
         message = results.pop("context parallel")

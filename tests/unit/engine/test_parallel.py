@@ -6,7 +6,7 @@ import make_megatron_checkpoint as maker
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launching import spawn
 
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import load_engine, process_groups
@@ -70,13 +70,7 @@ def run_rank(rank: int, directory: str, checkpoint: str) -> None:
 def ranks(tmp_path_factory, megatron_runs):
     """What every rank computed, in rank order."""
     directory = tmp_path_factory.mktemp("gloo")
-    mp.get_context("forkserver").set_forkserver_preload(["megatron_longrope.engine"])
-    mp.start_processes(
-        run_rank,
-        args=(str(directory), str(megatron_runs[RUN].path)),
-        nprocs=WORLD,
-        start_method="forkserver",
-    )
+    spawn(run_rank, (str(directory), str(megatron_runs[RUN].path)), WORLD)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -12,9 +12,9 @@ import pytest
 import sentencepiece
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launching import spawn
 
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion import convert_to_hf
@@ -680,12 +680,7 @@ def run_rank(rank, directory, checkpoint, tokenizer):
 def test_copies_tensor_and_context_parallelism_change_no_result(
     megatron_runs, tokenizer_file, tmp_path, ours
 ):
-    mp.start_processes(
-        run_rank,
-        args=(str(tmp_path), str(megatron_runs["untied_gqa"].path), str(tokenizer_file)),
-        nprocs=2,
-        start_method="forkserver",
-    )
+    spawn(run_rank, (str(tmp_path), str(megatron_runs["untied_gqa"].path), str(tokenizer_file)), 2)
     scores, whole = likelihoods(ours, PAIRS), rolling(ours, [LONG, "window"])
     (record,) = run_tasks(ours, load_one("tiny_endings", 2))
     for rank in range(2):

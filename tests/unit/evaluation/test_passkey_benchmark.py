@@ -1,10 +1,9 @@
 """The passkey benchmark runs and ends with its result. How fast anything is, no test asserts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import launching
 import pytest
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks/passkey.py"
@@ -12,8 +11,7 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks/passkey.py"
 
 @pytest.mark.slow
 def test_the_passkey_benchmark_ends_with_its_result():
-    command = [sys.executable, str(SCRIPT), "--lengths", "256", "--trials", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = launching.python(SCRIPT, "--lengths", "256", "--trials", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     (row,) = result["rows"]
