@@ -1,4 +1,6 @@
-# make quickstart   extend a small Megatron model from 256 to 8192 tokens (25 minutes on 2 cores)
+# make quickstart   extend a small Megatron model from 256 to 8192 tokens; make quickstart-full: README's figures
+# make plan RECIPE=llama2_7b      memory, operations, hours of every training and search of a recipe
+# make rehearse RECIPE=llama2_7b  the recipe's rules with a toy model on a CPU (or mistral_7b, llama3_8b)
 # make test         CPU only;  make test-fast: the fast ones;  make test-all: the long repetitions too
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
 # make test-gpu    tests/gpu, on a machine with a CUDA device
@@ -31,11 +33,24 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
-.PHONY: quickstart test test-all test-fast test-matrix readers style format constraints clean
+.PHONY: quickstart quickstart-full plan rehearse test test-all test-fast test-matrix readers style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
+RECIPE ?= llama2_7b
+RUN := PYTHON=$(PYTHON) examples/run.sh
+
 quickstart: $(STAMP)
-	$(PYTHON) examples/quickstart/quickstart.py
+	$(RUN) quickstart build/quickstart
+
+quickstart-full: $(STAMP)
+	$(RUN) quickstart-full build/quickstart_full
+
+plan: $(STAMP)
+	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) --quiet all -- plan
+
+# With the `dev` extra, for lm-evaluation-harness.
+rehearse: $(DEV)
+	$(RUN) rehearse-$(RECIPE) build/rehearsal/$(RECIPE)
 
 test: $(DEV) $(READER)
 	$(PYTEST) --release $(RELEASE)
@@ -89,7 +104,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		     "(for example: apt install python3.12-venv, pyenv install 3.12) or uv, then run" \
 		     "make again" >&2; exit 1; \
 	fi
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes]"
 	@touch $@
 
 $(DEV): $(STAMP)

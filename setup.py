@@ -9,6 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(
     r'__version__ = "(.+)"', (HERE / "megatron_longrope" / "__init__.py").read_text()
 ).group(1)
+# What runs the recipes of examples/, here and on a cluster.
+RECIPES = ["snakemake>=9", "snakemake-executor-plugin-slurm>=2"]
 
 setup(
     name="megatron-longrope",
@@ -42,7 +44,9 @@ setup(
         "eval": ["lm-eval>=0.4.13"],
         "data": ["zstandard", "pyarrow", "datasets"],
         "tensorboard": ["tensorboard"],
+        "recipes": RECIPES,
         "dev": [
+            *RECIPES,
             "tensorboard",
             "lm-eval>=0.4.13",
             "accelerate",

@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -41,8 +42,6 @@ from megatron_longrope.data.documents import read_documents_with_bos, read_manif
 from megatron_longrope.engine import Engine, load_engine
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.progress import Progress
-from megatron_longrope.recipe.document import Recipe
-from megatron_longrope.recipe.runner import run_recipe
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.search.generations import GenerationalSearch, Trial
 from megatron_longrope.search.journal import Evaluation, Journal
@@ -359,8 +358,9 @@ def quickstart_model(output: Path) -> Path:
     Raises:
         RuntimeError: One of them failed.
     """
-    recipe = Recipe.load(ROOT / "examples/quickstart/recipe.yaml", output=output)
-    if run_recipe(recipe, until="pretrain"):
+    command = [ROOT / "examples/run.sh", "quickstart-full", output, "--until", "pretrain"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    if subprocess.run(list(map(str, command)), env=environment).returncode:
         raise RuntimeError("the quickstart's base model is not there; see above")
     return output
 

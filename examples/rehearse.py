@@ -1,12 +1,10 @@
-"""Walk through a recipe with a toy model on a CPU, before GPUs are rented for it.
+"""Make what the rehearsal of a recipe needs: a random model, a tokenizer, text, a mix and a task.
 
-    python examples/rehearse.py llama2_7b       # or mistral_7b, llama3_8b; minutes
-    python examples/rehearse.py llama2_7b --jobs 2
+    python examples/rehearse.py llama2_7b build/rehearsal/llama2_7b/inputs
 
-Makes a random model of two layers, a tokenizer, and text from the Python standard library,
-build/rehearsal/inputs, and runs the recipe's own stages on them with its profile `rehearsal`. The
-numbers mean nothing; that every stage runs, resumes and hands on to the next is what is rehearsed.
-Its short benchmarks need lm-evaluation-harness: pip install -e ".[eval]".
+`make rehearse RECIPE=llama2_7b` then runs the recipe's own rules on them, on a CPU, before GPUs are
+rented for it. The numbers mean nothing; that every rule runs, resumes and hands on to the next is
+what is rehearsed.
 """
 
 import argparse
@@ -16,9 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-LONGROPE = [sys.executable, "-m", "megatron_longrope"]
-RECIPES = ("llama2_7b", "mistral_7b", "llama3_8b")
-WINDOW = {"llama2_7b": 64, "mistral_7b": 64, "llama3_8b": 128}  # `original` of the profile
+WINDOW = {"llama2_7b": 64, "mistral_7b": 64, "llama3_8b": 128}  # `original` of rehearsal.yaml
 VOCABULARY = 512
 SHORT = 150  # characters
 QUESTION = {
@@ -35,7 +31,7 @@ QUESTION = {
 
 
 def make_inputs(directory: Path, recipe: str) -> None:
-    """A model folder, text, a mix of sources and a task, as the profile expects them."""
+    """Write a model folder, text, a mix of sources and a task, as rehearsal.yaml names them."""
     text = directory / "text"
     collect = HERE / "quickstart" / "collect_text.py"
     subprocess.run([sys.executable, str(collect), "--output", str(text)], check=True)
@@ -100,19 +96,15 @@ def make_model(directory: Path, text: Path, recipe: str) -> None:
     model.save_pretrained(directory)
 
 
-def main() -> int:
-    """Make what is missing and run the recipe; further flags go to `longrope recipe run`."""
+def main() -> None:
+    """Make what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--output", type=Path, help="default: build/rehearsal/RECIPE")
-    args, further = parser.parse_known_args()
-    output = args.output or Path("build/rehearsal") / args.recipe
-    inputs = output / "inputs"
-    if not (inputs / "tasks" / "rehearsal.yaml").exists():  # written last
-        make_inputs(inputs, args.recipe)
-    command = ["recipe", "run", str(HERE / args.recipe / "recipe.yaml"), "--profile", "rehearsal"]
-    return subprocess.run([*LONGROPE, *command, "--output", str(output), *further]).returncode
+    parser.add_argument("recipe", choices=WINDOW)
+    parser.add_argument("directory", type=Path)
+    args = parser.parse_args()
+    if not (args.directory / "tasks" / "rehearsal.yaml").exists():  # written last
+        make_inputs(args.directory, args.recipe)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import logging
+import os
+import signal
 import sys
 import warnings
 
@@ -20,7 +23,6 @@ _COMMANDS = (
     "data",
     "factors",
     "plan",
-    "recipe",
     "report",
     "doctor",
 )
@@ -42,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage."""
     args = build_parser().parse_args(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_agent()
     if args.command != "pretrain" and not args.debug:
         _quiet_imports()
         warnings.formatwarning = lambda message, *_: (
@@ -57,6 +61,16 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"longrope {args.command}: error: {error}", file=sys.stderr)
         return 1
+
+
+def _end_with_agent() -> None:
+    """Get SIGTERM when the torchrun agent is gone.
+
+    After kill -9 of an agent its workers would keep the GPUs and go on writing.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _quiet_imports() -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import runpy
 import socket
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from megatron_longrope.ranks import rank
+
+_LOCK = ".longrope.lock"
+_LOCK_WAIT_S = 30.0  # workers of the run before may still be ending
+_held: dict[Path, IO[str]] = {}  # locks go with the process, however it ends
 
 
 def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
@@ -22,13 +30,16 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         cpu (bool): Host Megatron on the CPU; see :mod:`megatron_longrope.integration.cpu_host`.
 
     Raises:
-        ValueError: The script does not exist, or Megatron could not compile its dataset helpers.
+        ValueError: The script does not exist, another training writes to the `--save` folder, or
+            Megatron could not compile its dataset helpers.
         RuntimeError: This Megatron lacks a symbol that the plugin needs.
     """
     path = Path(script)
     if not path.is_file():
         raise ValueError(f"script {script} does not exist; give the path of a pretrain script")
     arguments = list(arguments)
+    if rank() == 0 and "--save" in arguments[:-1]:
+        hold_folder(Path(arguments[arguments.index("--save") + 1]))
     _default_rendezvous()
     # The script's neighbours (gpt_builders.py, model_provider.py) and its Megatron come first.
     sys.path.insert(0, str(path.resolve().parent))
@@ -56,6 +67,47 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         # What fails inside the script is the script's: its traceback is the message.
         traceback.print_exc()
         raise SystemExit(1) from None
+
+
+def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:
+    """Keep other trainings out of a `--save` folder until this process ends.
+
+    Two writers would mix their checkpoints, for example the orphan of a workflow that was killed
+    and the same command started again.
+
+    Args:
+        folder (Path): Created if it is not there.
+        wait (float): Seconds to wait for the process that holds it.
+
+    Raises:
+        ValueError: It is still held after that time.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / _LOCK).open("a+", encoding="utf-8")
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(min(0.5, wait))
+                continue
+            lock.seek(0)
+            raise ValueError(
+                f"--save {folder} is being written by {lock.read().strip() or 'another process'}; "
+                "wait for it, end it, or save elsewhere"
+            ) from None
+        except OSError as error:  # some network file systems have no flock
+            warnings.warn(f"{folder} cannot be locked ({error}); start one training", stacklevel=2)
+            break
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    _held[folder] = lock
 
 
 def _default_rendezvous() -> None:

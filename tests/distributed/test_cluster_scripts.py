@@ -161,10 +161,9 @@ def test_a_search_always_resumes(tmp_path, python):
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_a_stage_leaves_its_exit_status_where_the_recipe_looks(tmp_path, status):
+def test_a_job_ends_with_the_exit_status_of_its_command(tmp_path, status):
     job = Job(tmp_path, "stage.sbatch", "bash", "-c", f"exit {status}")
     assert job.wait(30) == status
-    assert job.status_file == f"{status}\n"
     assert not job.alive
 
 
@@ -179,15 +178,12 @@ def test_words_that_begin_with_m_run_under_one_agent_per_node(tmp_path, python):
 
 
 @pytest.mark.parametrize("last", [0, 4])
-def test_a_requeued_stage_writes_its_status_only_when_it_is_over(tmp_path, last):
-    (tmp_path / "status-file").write_text("of an earlier attempt\n")
+def test_a_requeued_job_ends_with_the_status_of_its_last_start(tmp_path, last):
     job = Job(tmp_path, "stage.sbatch", "bash", "-c", WORK, LAST_STATUS=last)
     wait_for_work(job)
-    assert job.status_file is None
     job.signal(signal.SIGUSR1)
     job.wait_for_log("requeueing job")
     assert job.wait(30) == last
-    assert job.status_file == f"{last}\n"
     assert (tmp_path / "starts").read_text() == "started\n" * 2
     told = [job.log.index(part) for part in ("SIGUSR1", "stopping\n", "requeueing", "restart 1 of")]
     assert told == sorted(told)
@@ -198,7 +194,6 @@ def test_a_cancelled_job_stops_in_good_order_and_does_not_come_back(tmp_path):
     wait_for_work(job)
     job.signal(signal.SIGTERM)
     assert job.wait(30) == 143
-    assert job.status_file == "143\n"
     assert "stopping\n" in job.log and "requeueing" not in job.log
 
 
@@ -215,7 +210,6 @@ def test_a_job_that_cannot_be_requeued_says_so_and_fails(tmp_path, variables, se
     wait_for_work(job)
     job.signal(signal.SIGUSR1)
     assert job.wait(30) == 75
-    assert job.status_file == "75\n"
     assert sentence in job.log
 
 

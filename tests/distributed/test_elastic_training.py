@@ -154,11 +154,9 @@ def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_with_the_same_cu
     wait_until(lambda: 7 in curve(job.log), 300, lambda: job.log)
     job.signal(signal.SIGUSR1)
     job.wait_for_log("requeueing job")
-    assert job.status_file is None
     stopped = re.search(rf"stopped at iteration (\d+) of {ITERATIONS}", job.log)[1]
     assert 7 <= int(stopped) < ITERATIONS
     assert job.wait() == 0, job.log
-    assert job.status_file == "0\n"
     assert "restart 1 of" in job.log and "restart 2 of" not in job.log
     assert [int(number) for number, *_ in _ITERATION.findall(job.log)] == list(undisturbed)
     assert_same_curve(curve(job.log), undisturbed, int(stopped) + 1)

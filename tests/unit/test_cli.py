@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,6 @@ from megatron_longrope.cli import build_parser, main
         "data inspect",
         "factors merge",
         "plan",
-        "recipe run",
         "report",
         "doctor",
     ],
@@ -82,3 +83,31 @@ def test_a_failure_is_one_sentence_and_exit_code_one(arguments, sentence, capsys
 def test_debug_shows_the_traceback():
     with pytest.raises(ValueError, match="does not exist"):
         main(["--debug", "pretrain", "absent.py"])
+
+
+# Processes of its own, because one of them is to be killed; neither imports torch.
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
+def test_a_worker_ends_when_its_torchrun_agent_is_killed():
+    worker = (
+        "import time; from megatron_longrope.cli import _end_with_agent\n"
+        "_end_with_agent(); print('ready', flush=True); time.sleep(60)"
+    )
+    agent = (
+        "import subprocess, sys\n"
+        f"process = subprocess.Popen([sys.executable, '-c', {worker!r}], stdout=subprocess.PIPE)\n"
+        "process.stdout.readline(); print(process.pid, flush=True); process.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", agent], stdout=subprocess.PIPE) as process:
+        pid = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 30
+    while running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

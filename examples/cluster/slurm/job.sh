@@ -8,7 +8,6 @@
 MAX_REQUEUES=${MAX_REQUEUES:-20}                   # restarts of the job, those by Slurm included
 STOP_SECONDS=${STOP_SECONDS:-270}                  # after SIGUSR1; then the job is requeued as it is
 RDZV_PORT=${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # port of the first node where agents meet
-LONGROPE_STATUS_FILE=${LONGROPE_STATUS_FILE:-}     # gets the exit status, when the job is over
 
 # shellcheck source=examples/cluster/common.sh
 source "$LONGROPE_CLUSTER/common.sh"
@@ -17,9 +16,8 @@ source "$LONGROPE_CLUSTER/common.sh"
 run_job() {
   local nodes=$1 host status
   shift
-  restarts=${SLURM_RESTART_COUNT:-0} asked='' step='' timer='' requeued=''
+  restarts=${SLURM_RESTART_COUNT:-0} asked='' step='' timer=''
   trap finish EXIT
-  [[ $LONGROPE_STATUS_FILE ]] && rm -f "$LONGROPE_STATUS_FILE"
   trap 'ask USR1' USR1
   trap 'ask TERM' TERM
   trap requeue USR2
@@ -63,19 +61,12 @@ requeue() {
   fi
   trap '' USR1 TERM USR2 # requeueing ends this script
   say "requeueing job $SLURM_JOB_ID"
-  if scontrol requeue "$SLURM_JOB_ID"; then
-    requeued=yes
-    exit 0
-  fi
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
   say "Slurm refused; submit the job again to go on"
   exit "$GOES_ON"
 }
 
-# The exit status, in one piece, and only when this is the end.
 # shellcheck disable=SC2329
 finish() {
-  local status=$?
   [[ $timer ]] && kill "$timer" 2>/dev/null
-  [[ $requeued || ! $LONGROPE_STATUS_FILE ]] && return
-  echo "$status" >"$LONGROPE_STATUS_FILE.new" && mv "$LONGROPE_STATUS_FILE.new" "$LONGROPE_STATUS_FILE"
 }

@@ -50,10 +50,7 @@ class Job:
     """A submitted job."""
 
     def __init__(self, directory: Path, script: str, *arguments: object, **variables: object):
-        self._status_file = directory / "status-file"
-        self._environment = environment(
-            directory, LONGROPE_STATUS_FILE=self._status_file, **variables
-        )
+        self._environment = environment(directory, **variables)
         command = ["sbatch", "--parsable", str(CLUSTER / "slurm" / script), *map(str, arguments)]
         done = subprocess.run(
             command, cwd=directory, env=self._environment, capture_output=True, text=True,
@@ -67,12 +64,6 @@ class Job:
         """What it wrote, over all restarts."""
         path = self._folder / "log"
         return path.read_text(errors="replace") if path.exists() else ""
-
-    @property
-    def status_file(self) -> str | None:
-        """Content of the file that tells a recipe the exit status."""
-        path = self._status_file
-        return path.read_text() if path.exists() else None
 
     @property
     def alive(self) -> bool:

@@ -1,0 +1,45 @@
+# What the Snakefiles share: paths, and the shell of their rules.
+import json
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from megatron_longrope.lengths import parse_length
+
+EXAMPLES = Path(workflow.current_basedir).parent
+STARTED_IN = Path.cwd()
+# Results of rules are checked by Snakemake; that their processes end with it is up to this shell.
+shell.executable(str(EXAMPLES / "workflow/shell"))
+os.environ["LONGROPE_BIN"] = str(Path(sys.executable).parent)
+
+
+def given(path):
+    """A path of the configuration, which counts from where Snakemake was started."""
+    found = STARTED_IN / Path(str(path).format(output=config["output"])).expanduser()
+    # For plan.py any file stands in for what is not there yet.
+    return str(found if found.exists() or not config.get("planning") else workflow.main_snakefile)
+
+
+def words(*blocks):
+    """Flags as one text: a block is a text, or a list with a comment at each line."""
+    return " ".join(" ".join([block] if isinstance(block, str) else block) for block in blocks)
+
+
+wildcard_constraints:
+    window=r"\d+[kKmM]?",
+
+
+# All that is written lies in this folder, Snakemake's own state included.
+workdir: config["output"]
+
+
+# `snakemake plan`: what the trainings and searches would take.
+rule plan:
+    localrule: True
+    params:
+        snakefile=workflow.main_snakefile,
+        config=json.dumps(config),
+    shell:
+        "cd {STARTED_IN:q} && python {EXAMPLES:q}/workflow/plan.py {params.snakefile:q} {params.config:q}"

@@ -1,0 +1,173 @@
+"""Print what the trainings and searches of a recipe would take: memory, operations, hours.
+
+    make plan RECIPE=llama2_7b
+    snakemake -s examples/llama3_8b/Snakefile --cores 1 plan
+
+Asks Snakemake for the commands of all rules and puts the flags of each `longrope pretrain` and
+`longrope search` through the arithmetic of `longrope plan` and `longrope search --dry-run`. Nothing
+runs, and the inputs need not exist.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_longrope.cli import build_parser
+from megatron_longrope.cli.search import parameters
+from megatron_longrope.plan import plan_command
+from megatron_longrope.plan.flags import parse
+from megatron_longrope.plan.hardware import GIB, parse_gpu
+from megatron_longrope.progress import format_duration
+from megatron_longrope.search.cost import estimate_command
+
+HEADER = ("rule", "GPU memory", "fits", "FLOP", "time", "")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A `longrope` command of a rule."""
+
+    rule: str
+    """Its name, with its wildcards."""
+
+    gpus: int
+    """GPUs it runs on."""
+
+    words: tuple[str, ...]
+    """`longrope`, the subcommand, its flags."""
+
+
+def commands_of(listing: str) -> Iterator[Command]:
+    """Read the `longrope` commands that `snakemake --dry-run --printshellcmds` lists.
+
+    Lines are `[TRAINED ||] [on_gpus N] longrope COMMAND FLAGS`.
+    """
+    rule = ""
+    for line in listing.splitlines():
+        if found := re.match(r"(?:local)?rule (\w+):$", line):
+            rule = found[1]
+        elif found := re.match(r"    wildcards: (.*)$", line):
+            rule += " " + ", ".join(re.findall(r"=([^,]+)", found[1]))
+        elif found := re.match(r" +(?:.* \|\| +)?(?:on_gpus (\d+) )?(longrope .*)$", line):
+            yield Command(rule, max(int(found[1] or 1), 1), tuple(shlex.split(found[2])))
+
+
+def list_commands(snakefile: str, config: dict[str, Any]) -> list[Command]:
+    """Ask Snakemake for the commands of all rules.
+
+    Args:
+        snakefile (str): The recipe's Snakefile.
+        config (dict): Its whole configuration.
+
+    Raises:
+        ValueError: Snakemake refuses the recipe.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        # Inputs that are missing do not matter; in an empty folder everything is still to be done.
+        path.write_text(json.dumps({**config, "output": f"{folder}/output", "planning": True}))
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", "-s", snakefile, "--configfile", str(path),
+             "--dry-run", "--printshellcmds", "--cores", "1", "--nocolor"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"Snakemake refuses {snakefile}:\n{done.stdout}{done.stderr}")
+    # The Snakefile itself stands in for inputs that are not there, see common.smk.
+    listing = (done.stdout + done.stderr).replace(snakefile, "missing")
+    return sorted(set(commands_of(listing)), key=lambda command: command.rule)
+
+
+def plan_table(commands: Sequence[Command], gpu: str) -> str:
+    """Estimate every training and search.
+
+    Args:
+        commands (Sequence[Command]): Of all rules.
+        gpu (str): See :func:`megatron_longrope.plan.hardware.parse_gpu`.
+
+    Raises:
+        ValueError: The GPU is unknown.
+    """
+    parse_gpu(gpu)
+    estimates = {"pretrain": _training, "search": _search}
+    rows = [HEADER]
+    for command in commands:
+        if estimate := estimates.get(command.words[1]):
+            try:
+                rows.append((command.rule, *estimate(command, gpu, commands)))
+            except ValueError as error:
+                rows.append((command.rule, "", "", "", "", f"not estimated: {error}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _training(command: Command, gpu: str, commands: Sequence[Command]) -> tuple[str, ...]:
+    found = plan_command(command.words, gpu, command.gpus, None)
+    return _cells(found.memory.total, found.fits, found.flops, found.hours, found.short())
+
+
+def _search(command: Command, gpu: str, commands: Sequence[Command]) -> tuple[str, ...]:
+    args = build_parser().parse_args(command.words[1:])
+    sizes = parameters(args)
+    evaluations = sizes.max_evaluations if args.algorithm == "cma" else sizes.total_evaluations
+    if args.max_evaluations is not None:
+        evaluations = min(evaluations, args.max_evaluations)
+    ranks = args.tensor_model_parallel_size * args.context_parallel_size
+    if command.gpus % ranks:
+        raise ValueError(f"{command.gpus} GPUs are no multiple of its TP x CP = {ranks}")
+    found = estimate_command(
+        args,
+        _shape(commands),
+        samples=args.num_samples * args.windows_per_document,
+        evaluations=evaluations,
+        gpus=command.gpus,
+        gpu=parse_gpu(gpu),
+    )
+    note = f"{evaluations} evaluations, replicas: {found.replicas}"
+    return _cells(found.peak_bytes, found.fits, found.search_flops, found.hours, note)
+
+
+def _cells(size: int, fits: bool, flops: float, hours: float, note: str) -> tuple[str, ...]:
+    time = format_duration(3600 * hours)
+    return f"{size / GIB:.1f} GiB", "yes" if fits else "NO", f"{flops:.1e}", time, note
+
+
+def _shape(commands: Sequence[Command]) -> SimpleNamespace:
+    """The model's shape, from the flags of a training: its checkpoint need not be there yet."""
+    for command in commands:
+        if command.words[1] == "pretrain":
+            model, _, _ = parse(command.words, command.gpus)
+            shape = {field.name: getattr(model, field.name) for field in fields(model)}
+            return SimpleNamespace(
+                **shape, rotary_dim=model.rotary_dim, padded_vocab_size=model.rows()
+            )
+    raise ValueError("no training's flags say the model's shape")
+
+
+def main() -> None:
+    """Print the table of one recipe."""
+    snakefile, config = sys.argv[1], json.loads(sys.argv[2])
+    gpu = config.get("gpu", "h100")
+    commands = list_commands(snakefile, config)
+    print(f"{max(command.gpus for command in commands)} x {gpu} for every job on GPUs\n")
+    print(plan_table(commands, gpu))
+
+
+if __name__ == "__main__":
+    os.environ.pop("SNAKEMAKE_PROFILE", None)  # the one of the outer Snakemake must not count
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"plan: error: {error}")

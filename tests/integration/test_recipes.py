@@ -1,0 +1,159 @@
+"""The recipes in examples/: their commands are those of the programs they call."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("snakemake")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples/workflow"))
+import plan  # noqa: E402
+
+from megatron_longrope.cli import build_parser  # noqa: E402
+from megatron_longrope.integration.arguments import add_longrope_args  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.one_release]
+RECIPES = ("llama2_7b", "mistral_7b", "llama3_8b")
+
+
+@cache
+def commands(name, *, rehearsal=False, **overrides):
+    """Every `longrope` command of a recipe: Snakemake itself says them, in a process of its own."""
+    own = (ROOT / "examples" / name / "Snakefile").exists()
+    folders = (name,) if own else ("progressive", name)
+    files = [ROOT / "examples" / folder / "config.yaml" for folder in folders]
+    if rehearsal:
+        files += [ROOT / "examples" / folder / "rehearsal.yaml" for folder in folders]
+    config = {}
+    for path in filter(Path.exists, files):
+        config |= yaml.safe_load(path.read_text())
+    snakefile = ROOT / "examples" / folders[0] / "Snakefile"
+    return plan.list_commands(str(snakefile), config | overrides)
+
+
+def of_kind(name, kind, **options):
+    return [command for command in commands(name, **options) if command.words[1] == kind]
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    arguments = pytest.importorskip("megatron.training.arguments")
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    return add_longrope_args(arguments.add_megatron_arguments(parser))
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_command_is_one_that_the_command_line_takes(name, rehearsal):
+    found = commands(name, rehearsal=rehearsal)
+    for command in found:
+        try:
+            args = build_parser().parse_args(command.words[1:])
+        except SystemExit:
+            pytest.fail(f"{command.rule}: {' '.join(command.words)}")
+        assert args.command == command.words[1]
+    kinds = {" ".join(command.words[1:3]) for command in found}
+    assert {"convert from-hf", "convert to-hf", "data prepare", "eval ppl", "eval short"} <= kinds
+    assert all(command.gpus == 1 for command in found) or not rehearsal
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_megatron_knows_every_flag_of_the_trainings(name, megatron):
+    for command in of_kind(name, "pretrain"):
+        args, unknown = megatron.parse_known_args(command.words[3:])
+        known_from_0_19 = {"--dataloader-inter-document-masking"}
+        assert set(unknown) <= known_from_0_19
+        assert args.longrope_config and args.longrope_chunked_loss
+        assert args.position_embedding_type == "rope"
+        # At a time limit it saves a checkpoint: the scripts send this signal.
+        assert args.exit_signal_handler and args.exit_signal.name == "SIGUSR1"
+
+
+@pytest.mark.parametrize(
+    "name, batch, rate, decay, steps, length",
+    [
+        # LongRoPE, section 4.1 and appendix A.2
+        ("llama2_7b", 32, 2e-5, "linear", [400, 600], [131072, 262144]),
+        ("mistral_7b", 64, 1e-6, "constant", [400], [16384]),
+        # LongRoPE2, section 4.1: 10B tokens
+        ("llama3_8b", 64, 2e-5, "cosine", [1192], [131072]),
+    ],
+)
+def test_trainings_have_the_published_settings(name, batch, rate, decay, steps, length, megatron):
+    trainings = [
+        megatron.parse_known_args(command.words[3:])[0] for command in of_kind(name, "pretrain")
+    ]
+    assert [args.train_iters for args in trainings] == steps
+    assert [args.seq_length for args in trainings] == length
+    for args in trainings:
+        assert args.global_batch_size == batch and args.lr == rate
+        assert args.lr_decay_style == decay and args.lr_warmup_iters < args.train_iters
+        assert args.weight_decay == 0 and args.clip_grad == 1.0
+
+
+def test_the_second_fine_tuning_goes_on_from_the_first_and_replaces_its_factors(megatron):
+    first, second = (
+        megatron.parse_known_args(command.words[3:])[0]
+        for command in of_kind("llama2_7b", "pretrain")
+    )
+    assert first.pretrained_checkpoint == "checkpoints/base"
+    assert second.pretrained_checkpoint == "checkpoints/128k"
+    assert (first.longrope_replace_factors, second.longrope_replace_factors) == (False, True)
+
+
+def test_searches_have_the_published_sizes():
+    from megatron_longrope.cli.search import parameters
+
+    searches = {
+        command.rule: build_parser().parse_args(command.words[1:])
+        for command in of_kind("llama2_7b", "search")
+    }
+    near, far = searches["search 256k"], searches["second_search 2048k"]
+    assert (near.target_length, far.target_length) == (1 << 18, 1 << 21)
+    assert (near.num_samples, far.num_samples) == (5, 3)
+    assert (parameters(near).population_size, parameters(far).population_size) == (64, 32)
+    assert far.base_config == "factors/256k.json" and far.context_parallel_size == 8
+    assert searches["recover 4k"].base_config == "factors/recovered_8k.json"
+
+
+def test_the_table_of_costs_has_every_training_and_search():
+    table = plan.plan_table(commands("llama2_7b"), "h100")
+    assert table.count("yes") == 9 and "not estimated" not in table
+    assert "finetune 256k        47.0 GiB    yes   1.2e+21" in table
+    few = plan.plan_table(commands("llama2_7b", gpus=2), "h100")
+    assert "2 GPUs are no multiple of its TP x CP = 8" in few
+
+
+def test_the_plan_is_a_target_of_the_recipe_itself(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-s", "examples/llama3_8b/Snakefile", "--cores", "1",
+         "--quiet", "all", "--config", f"output={tmp_path / 'out'}", "--", "plan"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "64 x h100 for every job on GPUs" in done.stdout
+    assert "finetune  " in done.stdout and "not estimated" not in done.stdout
+
+
+@pytest.mark.release
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_rehearsal_walks_through_every_rule(name, tmp_path):
+    pytest.importorskip("lm_eval")
+    output = tmp_path / "a walk"
+    command = ["examples/run.sh", f"rehearse-{name}", str(output)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **run, timeout=3500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert json.loads((output / "hf/config.json").read_text())["rope_scaling"]
+    assert (output / "results/report.html").exists()
+    again = subprocess.run(command, **run, timeout=300)
+    assert "Nothing to be done" in again.stdout + again.stderr

@@ -1,0 +1,228 @@
+"""What examples/workflow adds to Snakemake, on rules that take no time: half-done work stays."""
+
+import contextlib
+import fcntl
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("snakemake")
+ROOT = Path(__file__).parents[2]
+# All of them start Snakemake, and kill it.
+pytestmark = [pytest.mark.slow, pytest.mark.one_release, pytest.mark.timeout(600)]
+
+SNAKEFILE = f"""
+include: "{ROOT}/examples/workflow/common.smk"
+
+rule all:
+    default_target: True
+    input: "end.done"
+
+rule first:
+    input: given("input")
+    output: "first.done"
+    params: seed=config["seed"]
+    resources: tp=config["tp"]
+    log: "logs/first.log"
+    shell:
+        '''
+        log_to {{log}}
+        begin first {{input:q}} {{params:q}}
+        python {{config[worker]}} first {{params.seed}} {{resources.tp}}
+        stamp {{output}}
+        '''
+
+rule end:
+    input: "first.done"
+    output: "end.done"
+    params: seed=config["last_seed"]
+    log: "logs/end.log"
+    shell:
+        '''
+        log_to {{log}}
+        begin end {{input:q}} {{params:q}}
+        python {{config[worker]}} end {{params.seed}} 1
+        stamp {{output}}
+        '''
+"""
+# Appends a line at a time to what an earlier run left, as a training adds checkpoints.
+WORKER = """
+import os, pathlib, sys, time
+folder, seed, how = sys.argv[1:]
+path = pathlib.Path(folder); path.mkdir(exist_ok=True)
+lines = path / "lines"
+done = lines.read_text().count("\\n") if lines.exists() else 0
+with lines.open("a", buffering=1) as file:
+    for number in range(done, 40):
+        time.sleep(0.05)
+        file.write(f"{number} {seed}\\n")
+pathlib.Path("runs").open("a").write(f"{folder} from {done}\\n")
+"""
+
+
+class Workflow:
+    """A folder with the two rules above."""
+
+    def __init__(self, folder):
+        self.folder, self.output = folder, folder / "out"
+        (folder / "Snakefile").write_text(SNAKEFILE)
+        (folder / "worker.py").write_text(WORKER)
+        (folder / "input").write_text("text")
+        self.config = {"seed": 1, "last_seed": 1, "tp": 1}
+
+    def start(self, *flags):
+        values = [f"{name}={value}" for name, value in self.config.items()]
+        return subprocess.Popen(
+            [sys.executable, "-m", "snakemake", "--profile", str(ROOT / "examples/profiles/local"),
+             *flags, "--config", "output=out", f"worker={self.folder}/worker.py", *values],
+            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *flags):
+        process = self.start(*flags)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        return said
+
+    def lines(self, name):
+        return (self.output / name / "lines").read_text().splitlines()
+
+    def runs(self):
+        """What has ended since the last call, and after how many lines each began."""
+        path = self.output / "runs"
+        found = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return found
+
+    def wait_for_lines(self, name, number):
+        path = self.output / name / "lines"
+        deadline = time.monotonic() + 90
+        while not path.exists() or path.read_text().count("\n") < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def workflow(tmp_path):
+    return Workflow(tmp_path)
+
+
+def descendants(pid):
+    """Of a process, those below first."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found += [*descendants(int(path.parent.name)), int(path.parent.name)]
+    return found
+
+
+def workers(workflow):
+    found = subprocess.run(
+        ["pgrep", "-f", f"{workflow.folder}/worker.py (first|end)"], capture_output=True, text=True
+    )
+    return found.stdout.split()
+
+
+def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_nothing(workflow):
+    workflow.run()
+    assert workflow.runs() == ["first from 0", "end from 0"]
+    workflow.config["tp"] = 2
+    assert "Nothing to be done" in workflow.run()
+    workflow.config["last_seed"] = 2
+    workflow.run()
+    assert workflow.runs() == ["end from 0"]
+    assert workflow.lines("end")[0] == "0 2"
+    assert next(workflow.output.glob("stale/*/end/lines")).read_text().startswith("0 1\n")
+    (workflow.folder / "input").write_text("other text")
+    workflow.run()
+    assert workflow.runs() == ["first from 0", "end from 0"]
+    os.utime(workflow.folder / "input")  # newer, but the same
+    assert "Nothing to be done" in workflow.run()
+
+
+def test_killed_it_ends_its_jobs_and_the_same_command_goes_on(workflow):
+    process = workflow.start()
+    workflow.wait_for_lines("first", 5)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while workers(workflow):
+        assert time.monotonic() < deadline, "the job goes on as an orphan"
+        time.sleep(0.1)
+    done = len(workflow.lines("first"))
+    refused = workflow.start()
+    assert "--unlock" in refused.communicate(timeout=120)[0] and refused.returncode != 0
+    workflow.run("--unlock")
+    workflow.run()
+    assert workflow.runs() == [f"first from {done}", "end from 0"]
+    assert workflow.lines("first") == [f"{number} 1" for number in range(40)]
+
+
+def test_work_that_was_begun_with_other_flags_is_put_aside(workflow):
+    process = workflow.start()
+    workflow.wait_for_lines("first", 5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    workflow.config["seed"] = 2
+    workflow.run("--unlock")
+    said = workflow.run()
+    assert "first was begun with other flags or inputs; it is in stale/" in said
+    assert workflow.lines("first") == [f"{number} 2" for number in range(40)]
+    assert next(workflow.output.glob("stale/*/first/lines")).read_text().startswith("0 1\n")
+
+
+@pytest.mark.release
+def test_killed_at_random_moments_no_line_is_lost_or_written_twice(workflow):
+    chance = random.Random(0)
+    kills = 0
+    while kills < 10:
+        process = workflow.start()
+        time.sleep(chance.uniform(0.5, 7))
+        victims = [process.pid, *descendants(process.pid)]
+        for pid in victims if chance.random() < 0.5 else victims[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:  # it was done before: once more from the beginning
+            shutil.rmtree(workflow.output)
+            continue
+        kills += 1
+        workflow.run("--unlock")
+    workflow.run()
+    for name in ("first", "end"):
+        assert workflow.lines(name) == [f"{number} 1" for number in range(40)]
+    assert not (workflow.output / "stale").exists()
+
+
+def test_a_folder_in_use_is_refused_and_a_dead_lock_is_opened(tmp_path):
+    """Of examples/run.sh, which `make quickstart` starts."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(ROOT / "examples/run.sh"), "quickstart-smoke", str(tmp_path / "out"), "-n"]
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out/.run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and "another run works in" in done.stderr
+    locks = tmp_path / "out/.snakemake/locks"
+    locks.mkdir(parents=True)
+    (locks / "0.output.lock").write_text("report.html\n")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not locks.exists() or not any(locks.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/workflow").glob("*.s*h*")), ids=str)
+def test_shell_files_are_sound_bash(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)

@@ -1,0 +1,20 @@
+import fcntl
+
+import pytest
+
+from megatron_longrope.integration.launcher import hold_folder
+
+pytestmark = pytest.mark.one_release
+
+
+def test_a_second_training_into_a_folder_is_refused_and_named(tmp_path):
+    with (tmp_path / ".longrope.lock").open("w") as other:
+        other.write("process 7 on a-node")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is being written by process 7 on a-node; wait for"):
+            hold_folder(tmp_path, wait=0)
+    hold_folder(tmp_path, wait=0)
+    hold_folder(tmp_path, wait=0)  # its own
+    with (tmp_path / ".longrope.lock").open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
