@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_longrope.cli.byte_progress import ByteProgress, interruptible
+from megatron_longrope.cli.options import add_sliding_window
 from megatron_longrope.lengths import parse_length
 
 
@@ -58,6 +59,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="ranks to pad the vocabulary for; tensors are not split (default: %(default)s)",
     )
+    add_sliding_window(from_hf)
     from_hf.set_defaults(run=interruptible(_run_from_hf))
     for command in (to_hf, from_hf):
         command.add_argument(
@@ -228,7 +230,9 @@ def _run_from_hf(args: argparse.Namespace) -> int:
 
     def check(directory: Any) -> Any:
         _say_memory(MegatronCheckpoint.open(directory))
-        return verify_import(directory, args.hf, tolerance=args.tolerance)
+        return verify_import(
+            directory, args.hf, tolerance=args.tolerance, sliding_window=args.sliding_window
+        )
 
     report = convert_from_hf(
         args.hf,
@@ -236,6 +240,7 @@ def _run_from_hf(args: argparse.Namespace) -> int:
         dtype=None if args.dtype == "keep" else dtype_named(args.dtype),
         make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
+        sliding_window=args.sliding_window,
         check=None if args.no_verify else check,
         progress=ByteProgress("writing"),
     )
@@ -262,6 +267,8 @@ def _run_from_hf(args: argparse.Namespace) -> int:
             f"left out {len(report.left_out)} tensors that others determine: {report.left_out[0]}"
             f"{', ...' if len(report.left_out) > 1 else ''}"
         )
+    if report.dropped_window is not None:
+        print(f"dropped the sliding window of {report.dropped_window} tokens: attention is full")
     if report.longrope_config is not None:
         print(f"longrope configuration: {report.output_dir / 'longrope.json'}")
     print("\nMegatron flags of this model:\n")

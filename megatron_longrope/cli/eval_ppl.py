@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_longrope.evaluation.scored_documents import is_prepared, read_scored_documents
     from megatron_longrope.evaluation.subjects import check_tokenizer_fits, open_models
 
-    models = open_models(args.load, args.hf, args.iteration)
+    models = open_models(args.load, args.hf, args.iteration, args.sliding_window)
     subjects = [item for model in models for item in _subjects(args, model)]
     # A prepared set knows its tokenizer; a model's folder may hold the same one in another form.
     tokenizer = args.tokenizer if is_prepared(args.data) else evaluate.own_tokenizer_path(args)

@@ -62,7 +62,7 @@ def open_subjects(args: argparse.Namespace, lengths: list[int] | None = None):
     """
     from megatron_longrope.evaluation.subjects import open_models, subjects_of
 
-    models = open_models(args.load, args.hf, args.iteration)
+    models = open_models(args.load, args.hf, args.iteration, args.sliding_window)
     subjects = [item for model in models for item in subjects_of(model, args.longrope_config)]
     for subject in subjects:
         if lengths:

@@ -48,6 +48,17 @@ def add_bos(parser) -> None:
     )
 
 
+def add_sliding_window(parser) -> None:
+    """The flag of a Hugging Face folder's sliding window."""
+    parser.add_argument(
+        "--sliding-window",
+        choices=("refuse", "drop"),
+        default="refuse",
+        help="of a Hugging Face model with one that its sequences exceed: refuse it, or drop the "
+        "window and attend in full, as LongRoPE's authors do with Mistral v0.1 (default: refuse)",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Flags that say which model is loaded, and how.
 
@@ -72,6 +83,7 @@ def add_model(parser: argparse.ArgumentParser, *, several: bool = False) -> None
         help=f"local Hugging Face folder, read as it is{more}",
         **how,
     )
+    add_sliding_window(group)
     group.add_argument("--iteration", type=int, help="iteration to load (default: the latest)")
     group.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="TP", help="under torchrun"

@@ -111,7 +111,7 @@ def _model(args: argparse.Namespace):
         return find_model(args.model)
     from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 
-    return Model.from_shape(open_checkpoint(args.load, args.hf).shape)
+    return Model.from_shape(open_checkpoint(args.load, args.hf, sliding_window="drop").shape)
 
 
 def _lines(best, others, advice: list[str]) -> list[str]:

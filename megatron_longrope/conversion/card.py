@@ -39,6 +39,7 @@ def model_card(
     iteration: int,
     version: str,
     has_tokenizer: bool,
+    dropped_window: int | None = None,
     dropped: Sequence[DroppedStartTokens] = (),
 ) -> str:
     """Markdown with the YAML front matter of a Hugging Face model card.
@@ -48,6 +49,7 @@ def model_card(
         rope (ExportedRope, optional): Its rotary keys, with factors.
         short_length (int, optional): Window whose set is short_factor.
         target_length (int, optional): Window whose set is long_factor.
+        dropped_window (int, optional): Sliding window, in tokens, that the source model had.
         dropped (Sequence[DroppedStartTokens]): Sets that lost their start tokens.
     """
     original = longrope_config and longrope_config.original_max_position_embeddings
@@ -72,6 +74,13 @@ def model_card(
     ]
     if not has_tokenizer:
         lines += ["No tokenizer is included; add the files of the one used in training.", ""]
+    if dropped_window is not None:
+        lines += [
+            f"The model that this one was made from attended within a sliding window of "
+            f"{dropped_window} tokens; the window was dropped (`--sliding-window drop`), so that "
+            "every token attends to all before it.",
+            "",
+        ]
     if longrope_config is None or rope is None or is_bare_base(longrope_config):
         return "\n".join(lines)
     lines += [

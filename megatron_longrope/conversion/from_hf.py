@@ -18,6 +18,7 @@ from megatron_longrope.conversion.companions import keep_companions
 from megatron_longrope.conversion.families import FAMILIES, Family, shape_from_hf_config
 from megatron_longrope.conversion.finite import check_finite
 from megatron_longrope.conversion.hf_reader import HfFolder
+from megatron_longrope.conversion.limits import without_sliding_window
 from megatron_longrope.conversion.megatron_args import (
     flags_beside_checkpoint_args,
     megatron_flags,
@@ -34,6 +35,9 @@ from megatron_longrope.conversion.rules import EMBEDDING, OUTPUT_LAYER, TensorRu
 from megatron_longrope.conversion.tensors import join, part_rows
 from megatron_longrope.conversion.work import file_identity, work_folder
 from megatron_longrope.hf_rope import read_hf_rope
+
+SLIDING_WINDOW = ("refuse", "drop")
+"""What to do about a sliding window that a model declares."""
 
 _LONGROPE_FILE = "longrope.json"
 # Older exports store the frequencies, which every implementation computes from rope_theta.
@@ -55,6 +59,9 @@ class ImportReport:
 
     longrope_config: LongRopeConfig | None
     """Factors that config.json states."""
+
+    dropped_window: int | None
+    """Sliding window, in tokens, that the model lost (`sliding_window="drop"`)."""
 
     num_tensors: int
     """Tensors read."""
@@ -86,6 +93,7 @@ def convert_from_hf(
     make_vocab_size_divisible_by: int = 128,
     tensor_model_parallel_size: int = 1,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    sliding_window: str = "refuse",
     check: Callable[[Path], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImportReport:
@@ -101,6 +109,7 @@ def convert_from_hf(
         make_vocab_size_divisible_by (int): With the next, what the vocabulary is padded to.
         tensor_model_parallel_size (int): Largest tensor parallel size to pad the vocabulary for.
         max_shard_bytes (int): Largest file, unless a single tensor is larger.
+        sliding_window (str): See :func:`open_folder`.
         check (Callable, optional): Called with the finished directory before it is put in place;
             an exception leaves nothing behind.
         progress (Callable, optional): Called with bytes written and bytes in all; first with those
@@ -112,7 +121,7 @@ def convert_from_hf(
     output_dir = Path(output_dir)
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists already; give another --output")
-    folder = HfFolder(hf_dir)
+    folder = open_folder(hf_dir, sliding_window)
     family, shape, longrope_config = read_model(folder)
     rows = padded_vocab_size(
         shape.vocab_size, make_vocab_size_divisible_by, tensor_model_parallel_size
@@ -132,6 +141,7 @@ def convert_from_hf(
         longrope_config=longrope_config,
         longrope_path=longrope_path if longrope_config else None,
     )
+    args.longrope_dropped_sliding_window = folder.dropped_window
     files = [folder.directory / "config.json", *folder.directory.glob("*.safetensors*")]
     identity = {
         "version": __version__,
@@ -139,6 +149,7 @@ def convert_from_hf(
         "source": file_identity(files),
         "tensors": [repr(item) for item in plan],
         "max_shard_bytes": max_shard_bytes,
+        "sliding_window": sliding_window,
     }
     with work_folder(output_dir, identity) as (work, resumed):
         work.check_space(sum(item.num_bytes for item in plan))
@@ -161,6 +172,7 @@ def convert_from_hf(
         family=family.name,
         shape=source.shape,
         longrope_config=longrope_config,
+        dropped_window=folder.dropped_window,
         num_tensors=len(folder.tensors) - len(source.left_out),
         num_bytes=sum(item.num_bytes for item in source.plan),
         left_out=source.left_out,
@@ -194,6 +206,33 @@ def _vocabulary_rows(folder: HfFolder, name: str, piece: Piece, vocab_size: int)
     if padding == 0:
         return value
     return torch.cat([value, value.new_zeros(padding, *value.shape[1:])])
+
+
+def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
+    """Open a Hugging Face folder.
+
+    Args:
+        hf_dir (str | Path): The folder.
+        sliding_window (str): `refuse` leaves a window in use to be refused. `drop` reads the model
+            as if it had none: every token attends to all before it, which it was not trained for.
+            LongRoPE's authors use Mistral v0.1 so.
+
+    Raises:
+        ValueError: The folder is damaged, or `sliding_window` unknown.
+    """
+    if sliding_window not in SLIDING_WINDOW:
+        raise ValueError(
+            f"sliding_window is {sliding_window!r}; it must be one of {', '.join(SLIDING_WINDOW)}"
+        )
+    folder = HfFolder(hf_dir)
+    family = FAMILIES.get(folder.config.get("model_type"))
+    wanted = {"num_hidden_layers", "max_position_embeddings"}
+    if sliding_window == "drop" and family is not None and wanted <= folder.config.keys():
+        stated = {**family.absent, **folder.config}
+        dropped, folder.dropped_window = without_sliding_window(stated)
+        if folder.dropped_window is not None:
+            folder.config = dropped
+    return folder
 
 
 def read_model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | None]:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
-from megatron_longrope.conversion.from_hf import HfSource, read_model
-from megatron_longrope.conversion.hf_reader import HfFolder
+from megatron_longrope.conversion.from_hf import HfSource, open_folder, read_model
 
 
 class HfCheckpoint:
@@ -20,6 +19,7 @@ class HfCheckpoint:
 
     Args:
         directory (str | Path): Folder with config.json and safetensors.
+        sliding_window (str): See :func:`.from_hf.open_folder`.
 
     Raises:
         ValueError: The folder is damaged, or holds a model that is not supported.
@@ -27,8 +27,8 @@ class HfCheckpoint:
 
     iteration = 0
 
-    def __init__(self, directory: str | Path) -> None:
-        folder = HfFolder(directory)
+    def __init__(self, directory: str | Path, sliding_window: str = "refuse") -> None:
+        folder = open_folder(directory, sliding_window)
         family, shape, self.longrope = read_model(folder)
         self._source = HfSource(folder, family, shape)
         self.shape = self._source.shape
@@ -50,7 +50,10 @@ class HfCheckpoint:
 
 
 def open_checkpoint(
-    load: str | Path | None, hf: str | Path | None, iteration: int | None = None
+    load: str | Path | None,
+    hf: str | Path | None,
+    iteration: int | None = None,
+    sliding_window: str = "refuse",
 ) -> Checkpoint:
     """Read the headers of a Megatron checkpoint or of a Hugging Face folder.
 
@@ -58,6 +61,7 @@ def open_checkpoint(
         load (str | Path, optional): Megatron's `--save` directory.
         hf (str | Path, optional): Hugging Face folder; exactly one of the two is given.
         iteration (int, optional): Of the Megatron checkpoint. Defaults to the latest.
+        sliding_window (str): Of the folder; see :func:`.from_hf.open_folder`.
 
     Raises:
         ValueError: It is damaged or of an unsupported kind, or a folder was asked for an iteration.
@@ -66,4 +70,4 @@ def open_checkpoint(
         return MegatronCheckpoint.open(load, iteration)
     if iteration is not None:
         raise ValueError(f"{hf} is a Hugging Face folder, which has no iterations; leave it out")
-    return HfCheckpoint(hf)
+    return HfCheckpoint(hf, sliding_window)

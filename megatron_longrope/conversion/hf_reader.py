@@ -49,6 +49,8 @@ class HfFolder:
         if not isinstance(config, dict):
             raise ValueError(f"{self.directory / 'config.json'}: expected a JSON object")
         self.config: dict[str, Any] = config
+        self.dropped_window: int | None = None
+        """Sliding window, in tokens, that :func:`.from_hf.open_folder` took out of `config`."""
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[str, int]] = {}  # file, and the offset there
         for file, names in self._listed().items():

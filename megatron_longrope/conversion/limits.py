@@ -141,17 +141,45 @@ def check_sliding_window(config: Mapping[str, Any], num_layers: int, max_length:
     Raises:
         ValueError: Some positions would see less than all before them.
     """
+    window = _window_in_use(config, num_layers, max_length)
+    if window is None:
+        return
+    raise ValueError(
+        f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
+        "conversion does not support sliding-window attention: drop the window with "
+        "--sliding-window drop, as LongRoPE's authors do, or set max_position_embeddings to "
+        f"{window}, which the model attends to in full"
+    )
+
+
+def without_sliding_window(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """Let a model attend in full, whatever window it was trained with.
+
+    Args:
+        config (Mapping): config.json with transformers' defaults for missing keys.
+
+    Returns:
+        tuple[dict[str, Any], int | None]: The configuration, and the window, in tokens, that it no
+        longer has; None where none was in use.
+    """
+    changed = {key: value for key, value in config.items() if key != "layer_types"}
+    changed |= {"sliding_window": None}
+    if "use_sliding_window" in config:
+        changed |= {"use_sliding_window": False}
+    return changed, _window_in_use(
+        config, config["num_hidden_layers"], config["max_position_embeddings"]
+    )
+
+
+def _window_in_use(config: Mapping[str, Any], num_layers: int, max_length: int) -> int | None:
+    """The window that keeps some positions from seeing all before them, in tokens."""
     window = config.get("sliding_window")
     if window is None or window >= max_length or not config.get("use_sliding_window", True):
-        return
+        return None
     if "max_window_layers" in config:
         kinds = config.get("layer_types")
         if kinds is None:
             kinds = ["full_attention"] * min(config["max_window_layers"], num_layers)
         if kinds == ["full_attention"] * num_layers:
-            return
-    raise ValueError(
-        f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
-        "conversion does not support sliding-window attention: set max_position_embeddings to "
-        f"{window}, which the model attends to in full"
-    )
+            return None
+    return window

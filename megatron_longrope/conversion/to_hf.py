@@ -193,6 +193,7 @@ def convert_to_hf(
             iteration=checkpoint.iteration,
             version=__version__,
             has_tokenizer=has_tokenizer,
+            dropped_window=getattr(checkpoint.args, "longrope_dropped_sliding_window", None),
             dropped=dropped,
         )
         write_text_atomic(work.result / "README.md", card)

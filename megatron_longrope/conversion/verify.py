@@ -124,6 +124,7 @@ def compare_models(
     rounding: float,
     remedy: str,
     seed: int = 0,
+    full_attention: bool = False,
 ) -> VerificationReport:
     """Run an engine and transformers on the same random tokens.
 
@@ -133,12 +134,13 @@ def compare_models(
         tolerance (float): Largest difference of a logit.
         rounding (float): Added to it, relative to the largest logit.
         remedy (str): What to do about a difference.
+        full_attention (bool): Let transformers ignore the sliding window that config.json declares.
 
     Raises:
         ValueError: transformers cannot load the folder, a window is over the tolerance, or its
             logits are not finite.
     """
-    model = _load_transformers_model(hf_dir)
+    model = _load_transformers_model(hf_dir, full_attention)
     differences = []
     for window, length in windows:
         tokens = random_tokens(vocab_size, length, seed)
@@ -157,13 +159,20 @@ def compare_models(
     return VerificationReport(tuple(differences), tolerance)
 
 
-def _load_transformers_model(hf_dir: Path) -> Any:
+def _load_transformers_model(hf_dir: Path, full_attention: bool = False) -> Any:
     """The folder's model in fp32."""
     import transformers
 
+    options: dict[str, Any] = {}
     try:
+        if full_attention:
+            config = options["config"] = transformers.AutoConfig.from_pretrained(
+                str(hf_dir), **LOCAL_ONLY
+            )
+            config.sliding_window, config.use_sliding_window = None, False
+            config.layer_types = ["full_attention"] * config.num_hidden_layers
         return transformers.AutoModelForCausalLM.from_pretrained(
-            str(hf_dir), dtype=torch.float32, **LOCAL_ONLY
+            str(hf_dir), dtype=torch.float32, **options, **LOCAL_ONLY
         ).eval()
     except Exception as error:  # transformers raises many kinds, with messages of many lines
         cause = error.__cause__ or error

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.conversion.from_hf import open_folder
 from megatron_longrope.conversion.hf_reader import HfFolder
 from megatron_longrope.conversion.verify import (
     TOLERANCE,
@@ -19,7 +20,12 @@ from megatron_longrope.conversion.verify import (
 
 
 def verify_import(
-    checkpoint_path: str | Path, hf_dir: str | Path, *, tolerance: float = TOLERANCE, seed: int = 0
+    checkpoint_path: str | Path,
+    hf_dir: str | Path,
+    *,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    sliding_window: str = "refuse",
 ) -> VerificationReport:
     """Run transformers and the engine in fp32 on the same random tokens.
 
@@ -28,24 +34,32 @@ def verify_import(
     Args:
         tolerance (float): Largest difference of a logit; for a checkpoint in a narrower dtype than
             the folder, that dtype's rounding is added.
+        sliding_window (str): As given to the conversion; with `drop` transformers, too, attends in
+            full.
 
     Raises:
         ValueError: A window is over the tolerance, or its logits are not finite.
     """
     checkpoint = MegatronCheckpoint.open(checkpoint_path)
     config = checkpoint.longrope
-    folder = HfFolder(hf_dir)
+    folder = open_folder(hf_dir, sliding_window)
     if config is not None:
         config = exported_config(config)
     return compare_models(
         fp32_engine(checkpoint, config),
         Path(hf_dir),
-        windows_to_compare(config, folder.config),
+        windows_to_compare(
+            config,
+            {**folder.config, "sliding_window": folder.dropped_window}
+            if folder.dropped_window
+            else folder.config,
+        ),
         checkpoint.shape.vocab_size,
         tolerance=tolerance,
         rounding=_rounding(checkpoint, folder),
         remedy="nothing was written",
         seed=seed,
+        full_attention=folder.dropped_window is not None,
     )
 
 

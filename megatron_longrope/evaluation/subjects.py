@@ -90,7 +90,10 @@ def config_sha256(config: LongRopeConfig) -> str:
 
 
 def open_models(
-    megatron: Sequence[str], hugging_face: Sequence[str], iteration: int | None = None
+    megatron: Sequence[str],
+    hugging_face: Sequence[str],
+    iteration: int | None = None,
+    sliding_window: str = "refuse",
 ) -> list[Model]:
     """Read the headers of checkpoints.
 
@@ -98,6 +101,7 @@ def open_models(
         megatron (Sequence[str]): `[LABEL=]DIR` of Megatron checkpoints.
         hugging_face (Sequence[str]): `[LABEL=]DIR` of Hugging Face folders.
         iteration (int, optional): Of the Megatron checkpoints. Defaults to the latest.
+        sliding_window (str): Of the folders: `refuse` or `drop`.
 
     Raises:
         ValueError: None or an unreadable one was given, or a label stands for two.
@@ -112,7 +116,8 @@ def open_models(
         for label, path in labelled(megatron)
     ]
     models += [
-        Model(label, path, open_checkpoint(None, path)) for label, path in labelled(hugging_face)
+        Model(label, path, open_checkpoint(None, path, sliding_window=sliding_window))
+        for label, path in labelled(hugging_face)
     ]
     _check_distinct([model.label for model in models], "models")
     return models

@@ -101,7 +101,7 @@ class SearchPlan:
             )
         if Path(args.output).is_dir():
             raise ValueError(f"--output {args.output} is a directory; name a JSON file")
-        checkpoint = open_checkpoint(args.load, args.hf, args.iteration)
+        checkpoint = open_checkpoint(args.load, args.hf, args.iteration, args.sliding_window)
         problem = make_problem(
             base_of(args, checkpoint),
             args.target_length,

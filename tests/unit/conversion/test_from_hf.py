@@ -17,6 +17,7 @@ from megatron_longrope.cli import main
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.conversion import convert_to_hf
 from megatron_longrope.conversion.from_hf import convert_from_hf
+from megatron_longrope.conversion.hf_checkpoint import HfCheckpoint
 from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
 from megatron_longrope.conversion.verify_import import verify_import
 
@@ -639,3 +640,39 @@ def test_the_command_ends_with_one_sentence(llama, tmp_path, capsys):
     arguments = ["--hf", str(llama), "--output", str(tmp_path / "out"), "--no-verify"]
     assert main(["convert", "from-hf", *arguments]) == 1
     assert "model_type 'mamba' is not supported" in capsys.readouterr().err
+
+
+# Sliding windows
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3"])
+def test_a_dropped_window_gives_transformers_logits_without_one_past_it(folders, tmp_path, family):
+    folder = shutil.copytree(folders(family), tmp_path / "hf")
+    edit_config(folder, sliding_window=16)
+    if family == "qwen2":
+        kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+        edit_config(folder, use_sliding_window=True, max_window_layers=1, layer_types=kinds)
+    with pytest.raises(ValueError, match=r"sliding_window = 16 .*--sliding-window drop"):
+        convert_from_hf(folder, tmp_path / "refused")
+    report = convert_from_hf(
+        folder,
+        tmp_path / "megatron",
+        sliding_window="drop",
+        check=lambda path: verify_import(path, folder, sliding_window="drop"),
+    )
+    assert report.dropped_window == 16
+    windows = report.verification.windows
+    assert any(item.num_tokens > 16 for item in windows)
+    assert all(item.max_abs_diff < 1e-5 for item in windows)
+    checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert not config.get("use_sliding_window") and config.get("sliding_window") is None
+    assert "within a sliding window of 16 tokens" in (tmp_path / "back" / "README.md").read_text()
+    read_in_place = HfCheckpoint(folder, "drop")
+    assert read_in_place.shape.max_position_embeddings == report.shape.max_position_embeddings
+
+
+def test_a_window_that_is_not_in_use_is_not_said_to_be_dropped(folders, tmp_path):
+    report = convert_from_hf(folders("qwen3"), tmp_path / "megatron", sliding_window="drop")
+    assert report.dropped_window is None
