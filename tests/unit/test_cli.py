@@ -111,3 +111,15 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(
+    "page", sorted((Path(__file__).parent / "help").iterdir()), ids=lambda page: page.stem
+)
+def test_flags_and_their_help_stay_as_they_are(page, capsys, monkeypatch):
+    """A flag is a promise: who changes one changes its page in `help/` and the changelog."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        main([*page.stem.split("_"), "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == page.read_text(encoding="utf-8")
