@@ -46,8 +46,8 @@ from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.engine import Engine, loss, process_groups
 from megatron_longrope.engine.model import build_model
-from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.integration import cpu_host
+from megatron_longrope.methods import yarn_factors
 
 ROTARY_BASE = 10000.0
 EXTENSION = 8  # the original window is an eighth of the sequence

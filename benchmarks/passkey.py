@@ -42,17 +42,17 @@ from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.hf_checkpoint import HfCheckpoint
 from megatron_longrope.data.tokenizer import Tokenizer, train_sentencepiece
 from megatron_longrope.engine import Engine, load_engine
-from megatron_longrope.evaluation.passkey import (
+from megatron_longrope.evaluation.passkey_prompt import (
     MAX_NEW_TOKENS,
-    Trial,
+    PasskeyTrial,
     check_tokenizer,
     is_retrieved,
     make_trial,
     parse_answer,
     prompt,
 )
-from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.local_folder import LOCAL_ONLY
+from megatron_longrope.methods import yarn_factors
 
 ARMS = ("ours", "released", "cached")
 ROTARY_BASE = 10000.0
@@ -124,11 +124,11 @@ class Comparison:
         engine (Engine): Ours.
         model (nn.Module): transformers' model with the same weights.
         tokenizer (Tokenizer): Makes the trials.
-        trials (Sequence[Trial]): The first is for warming up.
+        trials (Sequence[PasskeyTrial]): The first is for warming up.
     """
 
     def __init__(
-        self, engine: Engine, model: nn.Module, tokenizer: Tokenizer, trials: Sequence[Trial]
+        self, engine: Engine, model: nn.Module, tokenizer: Tokenizer, trials: Sequence[PasskeyTrial]
     ) -> None:
         self.engine, self.model, self.tokenizer, self.trials = engine, model, tokenizer, trials
         self.verdicts: dict[str, list[bool]] = {arm: [] for arm in ARMS}
@@ -167,7 +167,7 @@ class Comparison:
 
         return score
 
-    def _verdict(self, arm: str, trial: Trial) -> bool:
+    def _verdict(self, arm: str, trial: PasskeyTrial) -> bool:
         if arm == "ours":
             answer = self.engine.answer(torch.tensor([trial.tokens]), trial.num_answer_tokens)
             return is_retrieved(answer.predicted, trial, self.tokenizer)

@@ -55,8 +55,8 @@ from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion import convert_from_hf
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity
-from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.local_folder import LOCAL_ONLY
+from megatron_longrope.methods import yarn_factors
 
 ARMS = ("ours", "theirs")
 ROTARY_BASE = 10000.0

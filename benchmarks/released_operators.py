@@ -24,7 +24,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.methods import yarn_factors
 from megatron_longrope.search.evolution import EvolutionParameters, checked_seeds
 from megatron_longrope.search.generations import Generation, GenerationalSearch
 from megatron_longrope.search.operators import unique

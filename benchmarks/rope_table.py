@@ -29,8 +29,8 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.integration import cpu_host
+from megatron_longrope.methods import yarn_factors
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
 HEAD_DIM = 128

@@ -36,8 +36,8 @@ from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.engine import process_groups
 from megatron_longrope.engine.model import set_attention_factor
-from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.integration import cpu_host
+from megatron_longrope.methods import yarn_factors
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
 ROTARY_BASE = 10000.0

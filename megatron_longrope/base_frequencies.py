@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_longrope.config_rules import check_int, check_keys, check_positive
-from megatron_longrope.frequencies import inv_freq, linear_factors, yarn_factors
+from megatron_longrope.frequencies import inv_freq
+from megatron_longrope.methods import linear_factors, yarn_factors
 
 _WINDOW = "original_max_position_embeddings"
 _YARN_ATTENTION = ("attention_factor", "mscale", "mscale_all_dim")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from megatron_longrope import methods
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.frequencies import attention_factor, named_factors
-
-OWN_POLICIES = {"yarn": "yarn"}
-"""Attention-factor policies that belong to a method; the others leave the logits alone."""
+from megatron_longrope.frequencies import attention_factor
+from megatron_longrope.methods import named_factors
 
 
 def extension(method: str, base: LongRopeConfig, target_length: int) -> FactorSet:
@@ -18,7 +17,7 @@ def extension(method: str, base: LongRopeConfig, target_length: int) -> FactorSe
     what a second extension of a fine-tuned model is (LongRoPE, table 9).
 
     Args:
-        method (str): One of :data:`.frequencies.METHODS`.
+        method (str): One of :data:`megatron_longrope.methods.METHODS`.
         base (LongRopeConfig): Plain RoPE, or a model's own factors.
         target_length (int): Window, in tokens, beyond the base's.
 
@@ -44,7 +43,7 @@ def extended_config(
     """The base with a method's factors for a longer window; within its own window, the base.
 
     Args:
-        method (str): One of :data:`.frequencies.METHODS`.
+        method (str): One of :data:`megatron_longrope.methods.METHODS`.
         base (LongRopeConfig): Plain RoPE, or a model's own factors.
         target_length (int): Window, in tokens.
         policy (str, optional): Attention-factor policy of every window. By default the base keeps
@@ -57,7 +56,7 @@ def extended_config(
     if not longer:
         return config
     value = base.attention_factor_for(base.max_length) * attention_factor(
-        OWN_POLICIES.get(method, "none"),
+        methods.method(method).policy,
         target_length / base.max_length,
         base.original_max_position_embeddings,
     )
@@ -75,7 +74,7 @@ def baseline_config(
     """Configuration of a method for one target length of a model with plain RoPE.
 
     Args:
-        method (str): One of :data:`.frequencies.METHODS`.
+        method (str): One of :data:`megatron_longrope.methods.METHODS`.
         target_length (int): Window, in tokens; at or below the original window nothing is rescaled.
         policy (str, optional): Attention-factor policy at the target length. Defaults to the
             method's own: `yarn` for YaRN, `none` for the others.
@@ -84,4 +83,4 @@ def baseline_config(
         LongRopeConfig: Sets for the original window (all ones) and, if longer, the target.
     """
     base = identity_config(rotary_base, rotary_dim, original_max_position_embeddings)
-    return extended_config(method, base, target_length, policy or OWN_POLICIES.get(method, "none"))
+    return extended_config(method, base, target_length, policy or methods.method(method).policy)

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.integration import cpu_host
 from megatron_longrope.lengths import parse_lengths
+from megatron_longrope.methods import yarn_factors
 
 _LOSS_ROWS = 4096
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_longrope.lengths import parse_length, parse_lengths
+from megatron_longrope.lengths import parse_length
 
 
 def length(text: str) -> int:
@@ -13,28 +13,6 @@ def length(text: str) -> int:
         return parse_length(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def lengths(text: str) -> list[int]:
-    """argparse type of a comma-separated list of lengths."""
-    try:
-        return parse_lengths(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def choices(*allowed: str):
-    """argparse type of a comma-separated choice among `allowed`."""
-
-    def parse(text: str) -> list[str]:
-        values = [part.strip() for part in text.split(",") if part.strip()]
-        if wrong := [value for value in values if value not in allowed]:
-            raise argparse.ArgumentTypeError(
-                f"{wrong[0]!r} is unknown; choose among {', '.join(allowed)}"
-            )
-        return values
-
-    return parse
 
 
 def add_bos(parser) -> None:

@@ -29,7 +29,7 @@ from megatron_longrope.evaluation.harness_generation import (
     continuations,
     generation_batches,
 )
-from megatron_longrope.evaluation.work import share
+from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.local_folder import LOCAL_ONLY
 from megatron_longrope.progress import Progress
 from megatron_longrope.ranks import rank

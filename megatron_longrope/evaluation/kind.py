@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.figure import Figure
+    from megatron_longrope.evaluation.options import EvaluationOptions
     from megatron_longrope.evaluation.series import Rows
+    from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.table import Table
+    from megatron_longrope.evaluation.targets import Model
 
 Row = dict[str, Any]
 """A record."""
@@ -53,6 +57,25 @@ class Kind:
     required: Mapping[str, Check]
     """Fields that a record must hold."""
 
+    help: str
+    """One line about the command."""
+
+    description: str
+    """A few sentences about it."""
+
+    options: type[EvaluationOptions]
+    """What it can be told; the flags and their help are made from it."""
+
+    plan: Callable[[Any, Sequence[Model]], Plan]
+    """Makes cells of options and models, and what measures them. Refuses bad input with one
+    sentence before a weight is loaded."""
+
+    unit: str
+    """What the progress counts."""
+
+    summary: Callable[[Sequence[Row]], list[Row]]
+    """Lines of `<name>.csv`, made of all records."""
+
     sections: Callable[[Rows, int | None], list[Section]]
     """Tables and figures of records; given the pre-trained window in tokens where all share it."""
 
@@ -66,6 +89,19 @@ class Kind:
     def cell_fields(self) -> tuple[str, ...]:
         """Every field that tells one cell from another."""
         return (*TARGET_KEY, *self.key)
+
+    def sections_of(self, records: Sequence[Row]) -> list[Section]:
+        """Return tables and figures of records that lie in one file."""
+        from megatron_longrope.evaluation.series import identify, name_series
+
+        rows = [self.check(dict(row), self.name) for row in records]
+        keys = [cell_key(row, self.cell_fields) for row in rows]
+        series = name_series(
+            [(identify(row), Path(), key, row) for row, key in zip(rows, keys, strict=True)]
+        )
+        windows = {row["original_length"] for row in rows}
+        window = windows.pop() if len(windows) == 1 else None
+        return self.sections(list(zip(series, rows, strict=True)), window)
 
     def check(self, row: Any, where: str) -> Row:
         """Complete and check a record.

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from megatron_longrope.data.tokenizer import bos_prefix
+from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.evaluation.statistics import perplexity_of
-from megatron_longrope.evaluation.work import share
 
 NLL = Callable[[torch.Tensor], torch.Tensor]
 

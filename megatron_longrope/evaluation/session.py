@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from megatron_longrope.evaluation.records import Records
-from megatron_longrope.evaluation.subjects import Model, Subject
-from megatron_longrope.evaluation.work import share
+from megatron_longrope.evaluation.sharing import share
+from megatron_longrope.evaluation.targets import Model, Target
 from megatron_longrope.flops import forward_flops
 from megatron_longrope.out_of_memory import is_out_of_memory
 from megatron_longrope.progress import Progress, format_duration
@@ -31,11 +31,11 @@ _TRIAL_TOKENS = 4096  # enough for a GPU to show its speed, little enough to cos
 class Cell:
     """One record to be."""
 
-    subject: Subject
+    target: Target
     """Model and factors."""
 
     fields: Mapping[str, Any]
-    """What tells it from the subject's other cells."""
+    """What tells it from the target's other cells."""
 
     forwards: Mapping[int, int] = field(default_factory=dict)
     """Number of forward passes of each length in tokens; empty where it is not known before."""
@@ -43,7 +43,7 @@ class Cell:
     @property
     def record(self) -> dict[str, Any]:
         """The record's fields that are known before measuring."""
-        return {**self.subject.fields(), **self.fields}
+        return {**self.target.fields(), **self.fields}
 
     @property
     def num_forwards(self) -> int:
@@ -53,8 +53,21 @@ class Cell:
     @property
     def flops(self) -> float:
         """Operations of all forward passes."""
-        shape = self.subject.model.checkpoint.shape
+        shape = self.target.model.checkpoint.shape
         return float(sum(n * sum(forward_flops(shape, k)) for k, n in self.forwards.items()))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command is to measure, and how."""
+
+    cells: Sequence[Cell]
+
+    measure: Callable[..., Mapping[str, Any]]
+    """See :meth:`Session.run_each` and :meth:`Session.run_shared`."""
+
+    shared: bool
+    """Whether a cell is one forward pass, so that copies of the model take different cells."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,10 @@ class Session:
     unit: str
     """Name of a forward pass there."""
 
+    def run(self, plan: Plan) -> None:
+        """Measure the cells that are not recorded yet."""
+        (self.run_shared if plan.shared else self.run_each)(plan.cells, plan.measure)
+
     def run_each(
         self,
         cells: Sequence[Cell],
@@ -100,7 +117,7 @@ class Session:
         for engine, pending, progress in self._models(cells):
             for cell in pending:
                 note = _note(cell)
-                engine.set_config(cell.subject.config)
+                engine.set_config(cell.target.config)
                 with _named_memory_error(cell):
                     found = measure(engine, cell, partial(progress.update, note))
                 self.records.append({**cell.record, **found})
@@ -116,7 +133,7 @@ class Session:
         for engine, pending, progress in self._models(cells):
 
             def one(cell: Cell, engine: Any = engine) -> Mapping[str, Any]:
-                engine.set_config(cell.subject.config)
+                engine.set_config(cell.target.config)
                 with _named_memory_error(cell):
                     return measure(engine, cell)
 
@@ -134,7 +151,7 @@ class Session:
             if done := sum(c.num_forwards for c, f in zip(cells, found, strict=True) if f):
                 progress.update("already measured", done, resumed=True)
             asked = False
-            for model, group in groupby(pending, key=lambda cell: cell.subject.model):
+            for model, group in groupby(pending, key=lambda cell: cell.target.model):
                 part, engine = list(group), self.load(model)
                 if not asked:
                     self._present_bill(engine, part, pending)
@@ -191,7 +208,7 @@ def _speed(engine: Any, cells: Sequence[Cell]) -> tuple[int, float]:
     step = 2 * engine.cp_group.size()
     length = max(step, min(max(longest.forwards), _TRIAL_TOKENS) // step * step)
     tokens = torch.zeros(1, length, dtype=torch.int64)
-    engine.set_config(longest.subject.config)
+    engine.set_config(longest.target.config)
     for _ in range(2):  # the first pass builds tables and chooses kernels
         started = time.perf_counter()
         engine.nll(tokens)

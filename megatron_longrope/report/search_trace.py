@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.files import read_json
-from megatron_longrope.frequencies import named_factors
+from megatron_longrope.methods import named_factors
 from megatron_longrope.report.reading import files_below
 from megatron_longrope.search.journal import (
     Evaluation,

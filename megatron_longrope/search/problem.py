@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.frequencies import named_factors
+from megatron_longrope.methods import named_factors
 from megatron_longrope.search.critical import CriticalSpace, critical_choices, critical_seeds
 from megatron_longrope.search.space import START_TOKENS, Candidate, GivenFactors, SearchSpace
 

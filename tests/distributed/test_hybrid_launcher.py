@@ -11,7 +11,7 @@ import torch
 from launching import pretrain_command, train
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.methods import yarn_factors
 
 pytest.importorskip("megatron.training")
 pytestmark = pytest.mark.slow

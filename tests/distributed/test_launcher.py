@@ -13,7 +13,7 @@ import pytest
 from launching import LONGROPE, Command, pretrain_command, train, two_agent_commands
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.methods import yarn_factors
 
 pytest.importorskip("megatron.training")
 pytestmark = pytest.mark.slow

@@ -17,8 +17,8 @@ from launching import pretrain_command, train
 pytest.importorskip("megatron.training")
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.frequencies import yarn_factors
 from megatron_longrope.integration import compat, seams
+from megatron_longrope.methods import yarn_factors
 
 PATCHES = Path(__file__).parents[2] / "patches"
 # What a release cannot use: 0.17 has no function for it that could be replaced.

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.methods import yarn_factors
 
 HEAD_DIM = 16
 STEPS, SAVED_AT = 50, 25

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.methods import yarn_factors
 
 # Pre-trained on 64 tokens; now it sees 128.
 MODEL = shlex.split(

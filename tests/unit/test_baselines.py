@@ -2,7 +2,8 @@ import pytest
 
 from megatron_longrope.baselines import baseline_config, extended_config
 from megatron_longrope.config import FactorSet, identity_config
-from megatron_longrope.frequencies import METHODS, attention_factor, ntk_factors, yarn_factors
+from megatron_longrope.frequencies import attention_factor
+from megatron_longrope.methods import METHODS, ntk_factors, yarn_factors
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,10 +15,12 @@ from megatron_longrope.frequencies import (
     angles,
     angles_fp32,
     attention_factor,
-    base_change_factors,
-    dynamic_ntk_factors,
     inv_freq,
     inv_freq_fp32,
+)
+from megatron_longrope.methods import (
+    base_change_factors,
+    dynamic_ntk_factors,
     linear_factors,
     named_factors,
     ntk_factors,

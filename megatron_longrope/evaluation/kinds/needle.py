@@ -3,16 +3,165 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_longrope.evaluation import trials
-from megatron_longrope.evaluation.kind import SHARE, TEXT, Kind, Section
+from megatron_longrope.evaluation.kind import SHARE, TEXT, Kind, Row, Section
+from megatron_longrope.evaluation.options import (
+    EvaluationOptions,
+    bos_flag,
+    check_trials,
+    depths_flag,
+    flag,
+    parse_choices,
+    seed_flag,
+    tokenizer_flag,
+    trials_flag,
+)
 from megatron_longrope.evaluation.series import Rows, joined, split_repeats
 from megatron_longrope.evaluation.statistics import Tally, perplexity_of
 from megatron_longrope.evaluation.table import Value, format_score
 
+if TYPE_CHECKING:
+    from megatron_longrope.evaluation.session import Plan
+    from megatron_longrope.evaluation.targets import Model
+
 TASKS = ("single", "multi_key", "multi_query")
 """What can be asked: one needle, one among others, several at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleOptions(EvaluationOptions):
+    """What `longrope eval needle` is told."""
+
+    GROUP: ClassVar[str] = "needles"
+
+    data: str = flag(metavar="TEXT")
+    """a .txt, .jsonl or .jsonl.gz file, or a directory of them"""
+
+    tokenizer: str | None = tokenizer_flag()
+    bos: int | None = bos_flag()
+
+    tasks: Sequence[str] = flag(TASKS, type=parse_choices(*TASKS), metavar="LIST")
+    """single,multi_key,multi_query (default: all)"""
+
+    num_documents: int = flag(10, type=int, metavar="K")
+    """the first K documents that fill the longest length, in turn (default: 10)"""
+
+    num_needles: int = flag(4, type=int, metavar="K")
+    """in multi_key and multi_query (default: 4)"""
+
+    num_queries: int = flag(2, type=int, metavar="Q")
+    """asked for in multi_query (default: 2)"""
+
+    depths: Sequence[float] = depths_flag("5")
+    trials: int = trials_flag("task, length and depth")
+    seed: int = seed_flag()
+
+
+def _plan(options: NeedleOptions, models: Sequence[Model]) -> Plan:
+    from megatron_longrope.data.sentences import train_splitter
+    from megatron_longrope.data.tokenizer import bos_name
+    from megatron_longrope.evaluation import needle_sample
+    from megatron_longrope.evaluation.scored_documents import read_texts, tokenizer_for
+    from megatron_longrope.evaluation.session import Cell, Plan
+    from megatron_longrope.evaluation.targets import (
+        check_tokenizer_fits,
+        prompt_tokenizer,
+        targets_at,
+    )
+
+    check_trials(options.trials, options.seed)
+    if None in options.depths:
+        raise ValueError("--depths random is for passkey; give a number of depths or a list")
+    targets = targets_at(models, options.longrope_config, options.lengths)
+    path = prompt_tokenizer(options.tokenizer, models)
+    tokenizer = tokenizer_for(path, options.data, options.bos)
+    check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
+    texts = list(read_texts(options.data))
+    documents = needle_sample.prepare_documents(
+        texts,
+        train_splitter([document.text for document in texts]),
+        tokenizer,
+        options.lengths,
+        tasks=options.tasks,
+        num_needles=options.num_needles,
+        num_queries=options.num_queries,
+        limit=options.num_documents,
+    )
+
+    def measure(engine, cell) -> Row:
+        started, fields = time.perf_counter(), cell.fields
+        sample = needle_sample.make_sample(
+            fields["task"],
+            documents[fields["trial"] % len(documents)],
+            tokenizer,
+            fields["length"],
+            bos_id=tokenizer.bos_id,
+            depth=fields["requested_depth"],
+            seed=options.seed,
+            trial=fields["trial"],
+            num_needles=options.num_needles,
+            num_queries=options.num_queries,
+        )
+        answer = engine.answer(sample.tokens, sample.num_answer_tokens)
+        score = needle_sample.score(sample, answer.predicted, answer.nll)
+        return {
+            "depth": sample.depths[0],
+            "depths": list(sample.depths),
+            "recall": score.recall,
+            "nll": score.nll,
+            "num_tokens": sample.tokens.shape[1],
+            "seconds": time.perf_counter() - started,
+        }
+
+    same = {
+        "seed": options.seed,
+        "tokenizer_sha256": tokenizer.sha256,
+        "bos": bos_name(tokenizer.bos_id),
+        "requested_bos": options.bos,
+    }
+    cells = [
+        Cell(
+            target,
+            {
+                "task": task,
+                "length": length,
+                "requested_depth": depth,
+                "trial": trial,
+                "num_needles": 1 if task == "single" else options.num_needles,
+                "num_queries": options.num_queries if task == "multi_query" else 1,
+                "document": documents[trial % len(documents)].name,
+                "document_sha256": documents[trial % len(documents)].sha256(length),
+                **same,
+            },
+            {length: 1},
+        )
+        for target in targets
+        for length in options.lengths
+        for task in options.tasks
+        for depth in options.depths
+        for trial in range(options.trials)
+    ]
+    return Plan(cells, measure, shared=True)
+
+
+def _summary(rows: Sequence[Row]) -> list[Row]:
+    found = trials.summary(rows, ("task", "num_needles", "num_queries"), "recall")
+    return [
+        {
+            **names,
+            "trials": tally.trials,
+            "recall": tally.share,
+            "nll": tally.nll,
+            "needle_ppl": _perplexity(tally).rank,
+        }
+        for names, tally in found
+    ]
 
 
 def _sections(rows: Rows, window: int | None) -> list[Section]:
@@ -72,6 +221,14 @@ def _perplexity(tally: Tally) -> Value:
 
 NEEDLE = Kind(
     "needle",
+    help="numbers hidden between the sentences of real documents",
+    description="Retrieval in real text, in the manner of RULER: one needle, one among others, "
+    "several asked for at once; with the perplexity of the answers alone (LongRoPE2). Sentence "
+    "ends are learnt from the documents themselves; nothing is downloaded.",
+    options=NeedleOptions,
+    plan=_plan,
+    unit="trials",
+    summary=_summary,
     key=(
         "task", "length", "requested_depth", "seed", "trial", "num_needles", "num_queries",
         "document_sha256", "tokenizer_sha256", "requested_bos",

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.evaluation.figure import Lines
 from megatron_longrope.evaluation.kind import COUNT, TEXT, Kind, Row, Section, is_number
+from megatron_longrope.evaluation.options import (
+    EvaluationOptions,
+    bos_flag,
+    flag,
+    parse_choices,
+    tokenizer_flag,
+)
 from megatron_longrope.evaluation.series import (
     Rows,
     Series,
@@ -20,7 +28,15 @@ from megatron_longrope.evaluation.series import (
 )
 from megatron_longrope.evaluation.statistics import is_finite
 from megatron_longrope.evaluation.table import Table, Value, format_score, length_column
-from megatron_longrope.lengths import format_length
+from megatron_longrope.lengths import format_length, parse_length
+from megatron_longrope.methods import METHODS
+from megatron_longrope.ranks import rank
+
+if TYPE_CHECKING:
+    from megatron_longrope.config import LongRopeConfig
+    from megatron_longrope.evaluation.scored_documents import ScoredDocuments
+    from megatron_longrope.evaluation.session import Cell, Plan
+    from megatron_longrope.evaluation.targets import Model, Target
 
 _PROTOCOLS = {
     "truncated": "one window at the start of each document",
@@ -39,6 +55,155 @@ _SETTINGS = (
 )  # fmt: skip
 
 ByLength = dict[Series, dict[int, Row]]
+
+
+def _parse_stride(text: str) -> int | str:
+    return text if text == "disjoint" else parse_length(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOptions(EvaluationOptions):
+    """What `longrope eval ppl` is told."""
+
+    GROUP: ClassVar[str] = "perplexity"
+
+    data: str = flag(metavar="PREFIX|TEXT")
+    """held-out documents: a prepared set, or a .txt, .jsonl or .jsonl.gz file or directory"""
+
+    tokenizer: str | None = tokenizer_flag()
+    bos: int | None = bos_flag()
+
+    num_documents: int = flag(10, type=int, metavar="K")
+    """the first K documents that fill the longest window (default: 10)"""
+
+    stride: int | str | None = flag(None, type=_parse_stride, metavar="S")
+    """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by
+    side, so that every length scores the same tokens (default: one window per document,
+    `truncated`)"""
+
+    baselines: Sequence[str] = flag((), type=parse_choices(*METHODS), metavar="LIST")
+    """published methods to measure: none,pi,ntk,yarn,dynamic-ntk,base-ntk; on a model with factors
+    they multiply those of its longest window"""
+
+    attention_factor_policy: Sequence[str] | None = flag(
+        None, type=parse_choices("su", "yarn", "none"), metavar="LIST"
+    )
+    """attention-factor policies of the baselines: su,yarn,none (default: each method's own, yarn
+    for YaRN and none for the others, on top of what the model has)"""
+
+    original_length: int | None = flag(None, type=parse_length, metavar="N")
+    """pre-trained window of the baselines in tokens (default: from the checkpoint)"""
+
+    def stride_at(self, length: int) -> int | None:
+        """Return the tokens between the starts of two windows of this length."""
+        return length - 1 if self.stride == "disjoint" else self.stride
+
+
+def _plan(options: PerplexityOptions, models: Sequence[Model]) -> Plan:
+    from megatron_longrope.evaluation.perplexity import perplexity
+    from megatron_longrope.evaluation.scored_documents import is_prepared, read_scored_documents
+    from megatron_longrope.evaluation.session import Plan
+    from megatron_longrope.evaluation.targets import check_tokenizer_fits, own_tokenizer
+
+    targets = [item for model in models for item in _targets(options, model)]
+    # A prepared set knows its tokenizer; a model's folder may hold the same one in another form.
+    tokenizer = options.tokenizer
+    if not is_prepared(options.data):
+        tokenizer = own_tokenizer(tokenizer, models)
+    documents = read_scored_documents(
+        options.data, tokenizer, max(options.lengths), options.num_documents, options.bos
+    )
+    check_tokenizer_fits(documents.vocab_size, f"the tokenizer of {options.data}", models)
+    if rank() == 0:
+        print(f"lengths: {', '.join(map(str, options.lengths))} tokens", flush=True)
+
+    def measure(engine, cell, on_window) -> Row:
+        length = cell.fields["length"]
+        result = perplexity(
+            engine.nll,
+            documents.tokens,
+            documents.bos_id,
+            length,
+            stride=options.stride_at(length),
+            on_window=on_window,
+        )
+        return result.to_dict()
+
+    cells = [_cell(options, length, target, documents) for length, target in targets]
+    return Plan(cells, measure, shared=False)
+
+
+def _targets(options: PerplexityOptions, model: Model) -> Iterator[tuple[int, Target]]:
+    """Yield (length, target) of one model; lengths that its factors do not cover are refused."""
+    from megatron_longrope.baselines import extended_config
+    from megatron_longrope.evaluation.targets import Target, targets_at
+
+    if options.longrope_config or not options.baselines:
+        for target in targets_at([model], options.longrope_config, options.lengths):
+            for length in options.lengths:
+                yield length, target
+    if not options.baselines:
+        return
+    base = _base(options, model)
+    plain = base.max_length == base.original_max_position_embeddings
+    if not plain and rank() == 0:
+        print(f"{model.label}: baselines multiply its factors for {base.max_length} tokens")
+    first = True
+    for method in options.baselines:
+        for policy in options.attention_factor_policy or [None]:
+            name = policy or (METHODS[method].policy if plain else None)
+            for length in options.lengths:
+                # Within the base's window every method is the model as it was trained.
+                if length > base.max_length or first:
+                    config = extended_config(method, base, length, name)
+                    yield length, Target(model, method, config, policy=name)
+            first = False
+
+
+def _base(options: PerplexityOptions, model: Model) -> LongRopeConfig:
+    """Return what the baselines extend: the model's factors, or its pre-trained window.
+
+    Raises:
+        ValueError: --original-length contradicts the model's factors.
+    """
+    from megatron_longrope.config import identity_config
+
+    base, shape = model.config(), model.checkpoint.shape
+    original = options.original_length or base.original_max_position_embeddings
+    if model.checkpoint.longrope is None:
+        return identity_config(shape.rotary_base, shape.rotary_dim, original)
+    if original != base.original_max_position_embeddings:
+        raise ValueError(
+            f"--original-length {original} contradicts the factors of {model.path}, which were "
+            f"made for {base.original_max_position_embeddings}; leave it out"
+        )
+    return base
+
+
+def _cell(
+    options: PerplexityOptions, length: int, target: Target, documents: ScoredDocuments
+) -> Cell:
+    from megatron_longrope.data.tokenizer import bos_name, bos_prefix
+    from megatron_longrope.evaluation.perplexity import planned_windows, protocol_of
+    from megatron_longrope.evaluation.session import Cell
+
+    stride = options.stride_at(length)
+    front = len(bos_prefix(documents.bos_id))
+    lengths = [len(tokens) for tokens in documents.tokens]
+    spans = planned_windows(lengths, length, stride, bos=bool(front))
+    return Cell(
+        target,
+        {
+            "length": length,
+            "protocol": protocol_of(length, stride),
+            "requested_stride": options.stride,
+            "sources": f"{documents.source}:{len(documents.tokens)}",
+            "documents_sha256": documents.sha256,
+            "bos": bos_name(documents.bos_id),
+            "requested_bos": options.bos,
+        },
+        Counter(span.end - span.start + front for _, span in spans),
+    )
 
 
 def _sections(rows: Rows, window: int | None) -> list[Section]:
@@ -239,8 +404,21 @@ def _are_buckets(value: Any) -> bool:
 
 _PERPLEXITY = (lambda value: is_number(value) and not value <= 0, "a number above 0")
 
+_COLUMNS = (
+    "model", "label", "policy", "length", "protocol", "stride", "ppl_window_mean",
+    "ppl_token_weighted", "num_windows", "num_tokens", "sha256", "seconds",
+)  # fmt: skip
+
 PPL = Kind(
     "ppl",
+    help="perplexity at several lengths, for baselines and factor files",
+    description="Perplexity by the paper's definition: BOS (where the tokenizer has one) before "
+    "every window, unweighted mean over windows; the token-weighted mean is given beside it. One "
+    "window per document (`truncated`) unless --stride is given.",
+    options=PerplexityOptions,
+    plan=_plan,
+    unit="windows",
+    summary=lambda rows: [{name: row.get(name) for name in _COLUMNS} for row in rows],
     key=("length", "requested_stride", "documents_sha256", "requested_bos"),
     required={
         "length": COUNT,

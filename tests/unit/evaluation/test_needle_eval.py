@@ -13,13 +13,13 @@ from megatron_longrope.data.sentences import sentence_ends, train_splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
-from megatron_longrope.evaluation.lockers import INSTRUCTION, needle_text
-from megatron_longrope.evaluation.needle import (
+from megatron_longrope.evaluation.needle_sample import (
     TASKS,
     make_sample,
     prepare_documents,
     score,
 )
+from megatron_longrope.evaluation.needle_text import INSTRUCTION, needle_text
 
 BOS = 1
 # How GPT-2 and Llama 3 cut text before they merge; the second keeps ".\n\n" together.

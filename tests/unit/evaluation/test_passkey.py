@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny_corpus import make_text
 
 from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_longrope.evaluation.passkey import (
+from megatron_longrope.evaluation.passkey_prompt import (
     MAX_NEW_TOKENS,
     check_tokenizer,
     is_retrieved,

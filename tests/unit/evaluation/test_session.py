@@ -10,7 +10,7 @@ from megatron_longrope.evaluation import session as session_module
 from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.session import Cell, Limit, Session
-from megatron_longrope.evaluation.subjects import Model, Subject
+from megatron_longrope.evaluation.targets import Model, Target
 
 SHAPE = SimpleNamespace(
     num_attention_heads=4, head_dim=8, num_query_groups=2, hidden_size=32, ffn_hidden_size=64,
@@ -43,7 +43,7 @@ def model(label):
 def cells(*labels, lengths=(64, 128), forwards=1):
     config = baseline_config("pi", 10000.0, 8, 64, 128)
     return [
-        Cell(Subject(model, "pi", config), {"length": length}, {length: forwards})
+        Cell(Target(model, "pi", config), {"length": length}, {length: forwards})
         for model in map(model, labels)
         for length in lengths
     ]
@@ -117,7 +117,7 @@ def test_other_factors_under_the_same_label_are_measured_anew(make):
     session.run_each(cells("a"), measure_each)
     others = [
         Cell(
-            Subject(cell.subject.model, "pi", baseline_config("ntk", 10000.0, 8, 64, 128)),
+            Target(cell.target.model, "pi", baseline_config("ntk", 10000.0, 8, 64, 128)),
             cell.fields,
             cell.forwards,
         )

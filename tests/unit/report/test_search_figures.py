@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.frequencies import named_factors
+from megatron_longrope.methods import named_factors
 from megatron_longrope.report.search_figures import (
     draw_search,
     draw_search_figures,

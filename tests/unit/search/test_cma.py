@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope.frequencies import named_factors
+from megatron_longrope.methods import named_factors
 from megatron_longrope.search.cma import CmaParameters, CmaSearch
 from megatron_longrope.search.coordinates import Coordinates, moved_candidate
 from megatron_longrope.search.critical import CriticalSpace, critical_seeds

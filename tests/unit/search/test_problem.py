@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_longrope.config import FactorSet, identity_config
-from megatron_longrope.frequencies import yarn_factors
+from megatron_longrope.methods import yarn_factors
 from megatron_longrope.search.critical import CriticalSpace
 from megatron_longrope.search.operators import random_candidate
 from megatron_longrope.search.problem import make_problem

@@ -23,10 +23,10 @@ from megatron_longrope.data.sentences import Splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
-from megatron_longrope.evaluation.lockers import (
+from megatron_longrope.evaluation.needle_text import (
     INSTRUCTION,
     NUM_KEYS,
-    draw_lockers,
+    draw_keys,
     needle_text,
     question_and_answer,
 )
@@ -200,12 +200,12 @@ def make_sample(
     asked = num_queries if task == "multi_query" else 1
     # One integer for each depth; a list that ends in 0 would seed like one without it.
     rng = np.random.default_rng([seed, trial, length, TASKS.index(task), 1 + round(depth * 2**31)])
-    keys, values = draw_lockers(count, rng)
+    keys, values = draw_keys(count, rng)
 
     front = bos_prefix(bos_id)
     begin = [*front, *tokenizer.encode(INSTRUCTION)]
     question, answer, spans = question_and_answer(tokenizer, keys[:asked], values[:asked])
-    needles = [needle_text(*locker) for locker in zip(keys, values, strict=True)]
+    needles = [needle_text(*pair) for pair in zip(keys, values, strict=True)]
     ways = [
         {form: encode_within(tokenizer, form.format(needle)) for form in set(document.forms)}
         for needle in needles

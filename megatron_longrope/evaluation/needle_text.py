@@ -38,7 +38,7 @@ NUM_KEYS = len(_ADJECTIVES) * len(_NOUNS)
 _SMALLEST, _LARGEST = 1_000_000, 9_999_999  # seven digits, as in both papers
 
 
-def draw_lockers(count: int, rng: np.random.Generator) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def draw_keys(count: int, rng: np.random.Generator) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """`count` objects and the numbers of their lockers, no two alike.
 
     An object is an adjective and a noun, a number has seven digits.

@@ -12,11 +12,11 @@ from tiny_corpus import make_text
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion import convert_to_hf
 from megatron_longrope.evaluation.scored_documents import read_scored_documents
-from megatron_longrope.evaluation.subjects import (
+from megatron_longrope.evaluation.targets import (
     check_tokenizer_fits,
     config_sha256,
     open_models,
-    subjects_of,
+    targets_of,
 )
 
 
@@ -30,8 +30,8 @@ def test_models_are_called_by_their_label_or_their_directory(untied_gqa, tmp_pat
     convert_to_hf(untied_gqa.path, tmp_path / "exported", longrope_config=config)
     models = open_models([f"mine={untied_gqa.path}"], [str(tmp_path / "exported")])
     assert [model.label for model in models] == ["mine", "exported"]
-    (subject,) = subjects_of(models[1], [])
-    assert subject.label == "checkpoint" and subject.config.max_length == maker.TARGET
+    (target,) = targets_of(models[1], [])
+    assert target.label == "checkpoint" and target.config.max_length == maker.TARGET
     with pytest.raises(ValueError, match="'mine' stands for two models"):
         open_models([f"mine={untied_gqa.path}"], [f"mine={tmp_path / 'exported'}"])
 
@@ -52,16 +52,16 @@ def test_factors_of_another_model_are_refused_naming_both(untied_gqa, tmp_path):
     config = replace(maker.longrope_config(), rotary_base=10000.0)
     config.save(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"other.json with .*rotary_base 10000"):
-        subjects_of(model, [str(tmp_path / "other.json")])
+        targets_of(model, [str(tmp_path / "other.json")])
 
 
 def test_a_length_beyond_the_factor_sets_is_refused_naming_the_file(untied_gqa, tmp_path):
     (model,) = open_models([str(untied_gqa.path)], [])
     maker.longrope_config().save(tmp_path / "f.json")
-    (subject,) = subjects_of(model, [str(tmp_path / "f.json")])
-    subject.check_lengths([64, 256])
+    (target,) = targets_of(model, [str(tmp_path / "f.json")])
+    target.check_lengths([64, 256])
     with pytest.raises(ValueError, match=r"f.json: sequence length 257 exceeds 256"):
-        subject.check_lengths([64, 257])
+        target.check_lengths([64, 257])
 
 
 def test_the_hash_of_factors_ignores_where_they_come_from():

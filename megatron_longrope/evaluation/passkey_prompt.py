@@ -58,7 +58,7 @@ _TAIL = 4  # tokens before the answer that must not depend on what is far ahead 
 
 
 @dataclass(frozen=True)
-class Trial:
+class PasskeyTrial:
     """One prompt with its answer."""
 
     tokens: list[int]
@@ -146,7 +146,7 @@ def make_trial(
     seed: int,
     trial: int,
     spare: int = 0,
-) -> Trial:
+) -> PasskeyTrial:
     """A prompt with its answer of exactly `length` tokens, the same wherever it is made.
 
     Args:
@@ -191,7 +191,7 @@ def make_trial(
             "short one; use a tokenizer whose tokens depend on the text around them alone"
         )
     total = before + after
-    return Trial(
+    return PasskeyTrial(
         tokens=special + ids,
         num_answer_tokens=len(tail) - _TAIL,
         key=key,
@@ -220,13 +220,13 @@ def check_tokenizer(tokenizer: Tokenizer) -> TokenizerReport:
     return TokenizerReport(min(sizes), max(sizes), spaces, rate)
 
 
-def is_retrieved(predicted: Sequence[int], trial: Trial, tokenizer: Tokenizer) -> bool:
+def is_retrieved(predicted: Sequence[int], trial: PasskeyTrial, tokenizer: Tokenizer) -> bool:
     """True when the greedy choice is right at every answer token and adds no digit behind them.
 
     Args:
         predicted (Sequence[int]): `num_answer_tokens + 1` ids: the greedy choice at each answer
             token, given those before it, and the greedy successor of the last one.
-        trial (Trial): What was asked.
+        trial (PasskeyTrial): What was asked.
         tokenizer (Tokenizer): The one that made the trial.
 
     Raises:

@@ -29,6 +29,9 @@ class Model:
     checkpoint: Checkpoint
     """Megatron checkpoint or Hugging Face folder."""
 
+    hugging_face: bool = False
+    """Whether it is a Hugging Face folder, which has its tokenizer beside it."""
+
     def config(self) -> LongRopeConfig:
         """The checkpoint's own factors, or stock RoPE up to its window."""
         from megatron_longrope.engine.loading import default_config
@@ -37,7 +40,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Target:
     """A model under given factors."""
 
     model: Model
@@ -56,7 +59,7 @@ class Subject:
     """Attention-factor policy of a published method."""
 
     def fields(self) -> dict[str, Any]:
-        """What every record says of its subject."""
+        """What every record says of its target."""
         return {
             "model": self.model.label,
             "checkpoint": self.model.path,
@@ -116,14 +119,14 @@ def open_models(
         for label, path in labelled(megatron)
     ]
     models += [
-        Model(label, path, open_checkpoint(None, path, sliding_window=sliding_window))
+        Model(label, path, open_checkpoint(None, path, sliding_window=sliding_window), True)
         for label, path in labelled(hugging_face)
     ]
     _check_distinct([model.label for model in models], "models")
     return models
 
 
-def subjects_of(model: Model, factor_files: Sequence[str]) -> list[Subject]:
+def targets_of(model: Model, factor_files: Sequence[str]) -> list[Target]:
     """The model under each factor file; under its own factors where there is none.
 
     Args:
@@ -134,16 +137,57 @@ def subjects_of(model: Model, factor_files: Sequence[str]) -> list[Subject]:
     """
     from megatron_longrope.conversion.rope_export import check_fits
 
-    subjects = []
+    targets = []
     for label, path in labelled(factor_files):
         config = LongRopeConfig.load(path)
         try:
             check_fits(config, model.checkpoint.shape, model.checkpoint.longrope)
         except ValueError as error:
             raise ValueError(f"{path} with {model.path}: {error}") from None
-        subjects.append(Subject(model, label, config, path))
-    _check_distinct([subject.label for subject in subjects], "factor files")
-    return subjects or [Subject(model, OWN, model.config())]
+        targets.append(Target(model, label, config, path))
+    _check_distinct([target.label for target in targets], "factor files")
+    return targets or [Target(model, OWN, model.config())]
+
+
+def targets_at(
+    models: Sequence[Model], factor_files: Sequence[str], lengths: Sequence[int] = ()
+) -> list[Target]:
+    """Return every model under every factor file, or its own factors; no weight is loaded.
+
+    Args:
+        models (Sequence[Model]): From :func:`open_models`.
+        factor_files (Sequence[str]): As in :func:`targets_of`.
+        lengths (Sequence[int]): To be measured, in tokens.
+
+    Raises:
+        ValueError: As :func:`targets_of`; or the factors do not cover a length.
+    """
+    targets = [target for model in models for target in targets_of(model, factor_files)]
+    for target in targets:
+        if lengths:
+            target.check_lengths(lengths)
+    return targets
+
+
+def own_tokenizer(given: str | None, models: Sequence[Model]) -> str | None:
+    """Return the tokenizer given, else that of the only model when it is a Hugging Face folder."""
+    if given is None and len(models) == 1 and models[0].hugging_face:
+        return models[0].path
+    return given
+
+
+def prompt_tokenizer(given: str | None, models: Sequence[Model]) -> str:
+    """Return what :func:`own_tokenizer` does.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if (path := own_tokenizer(given, models)) is None:
+        raise ValueError(
+            "prompts need a tokenizer: give the models' own with --tokenizer (a sentencepiece "
+            ".model file or a Hugging Face folder); models with different ones need a command each"
+        )
+    return path
 
 
 def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[Model]) -> None:

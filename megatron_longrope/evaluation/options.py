@@ -1,0 +1,139 @@
+"""Options of the evaluations: dataclasses that the command line and its help are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar
+
+from megatron_longrope.lengths import parse_lengths
+
+
+def flag(default: Any = MISSING, **how: Any) -> Any:
+    """Return the field of a flag; the docstring below it is the flag's help.
+
+    Args:
+        default (Any): Its value where the flag is not given; without one the flag is required.
+        how: Further keywords of `argparse.ArgumentParser.add_argument`. A `type` says what is wrong
+            by a ValueError; `hidden=True` keeps a field off the command line.
+    """
+    return field(default=default, metadata=how)
+
+
+def parse_hours(text: str) -> float:
+    """Parse a number of hours above 0."""
+    hours = float(text)
+    if not hours > 0:
+        raise ValueError(f"{text} hours must be above 0")
+    return hours
+
+
+def parse_choices(*allowed: str) -> Callable[[str], list[str]]:
+    """Return the parser of a comma-separated choice among `allowed`."""
+
+    def parse(text: str) -> list[str]:
+        values = [part.strip() for part in text.split(",") if part.strip()]
+        if wrong := [value for value in values if value not in allowed]:
+            raise ValueError(f"{wrong[0]!r} is unknown; choose among {', '.join(allowed)}")
+        return values
+
+    return parse
+
+
+def parse_depths(text: str) -> list[float | None]:
+    """Parse depths: `random` is [None], `3` is [0, 0.5, 1], `0,0.25` is itself."""
+    if text == "random":
+        return [None]
+    try:
+        if text.isascii() and text.isdigit() and int(text) > 1:
+            return [index / (int(text) - 1) for index in range(int(text))]
+        depths = [float(part) for part in text.split(",")]
+    except ValueError:
+        depths = [-1.0]
+    if not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
+        raise ValueError(
+            f"depths {text!r}: give how many, at least 2, or a list of different numbers from 0 to "
+            "1 such as 0,0.5,1, or random"
+        )
+    return depths
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What every kind of evaluation is told beside its models."""
+
+    GROUP: ClassVar[str] = "what is measured"
+
+    longrope_config: Sequence[str] = flag((), action="append", metavar="[LABEL=]F.json")
+    """factor file, for every model; may be given several times (default: each model's own
+    factors)"""
+
+    lengths: Sequence[int] = flag(type=parse_lengths, metavar="LIST")
+    """4k,8k,... tokens (1k = 1024)"""
+
+    output: str = flag(metavar="DIR")
+    """directory for the results"""
+
+    max_hours: float = flag(12.0, type=parse_hours, metavar="H")
+    """ask, or refuse where nobody can answer, when more hours are expected (default: 12)"""
+
+    yes: bool = flag(False)
+    """go on whatever it is expected to take"""
+
+
+def tokenizer_flag() -> Any:
+    """Return the field of --tokenizer."""
+    return flag(
+        None,
+        metavar="T",
+        help="the models' tokenizer, a sentencepiece .model file or a Hugging Face folder "
+        "(default: of --hf)",
+    )
+
+
+def bos_flag() -> Any:
+    """Return the field of --bos."""
+    return flag(
+        None,
+        type=int,
+        metavar="ID",
+        help="token id before every window or segment (default: the tokenizer's BOS; nothing where "
+        "it has none, as Qwen's)",
+    )
+
+
+def depths_flag(default: str) -> Any:
+    """Return the field of --depths.
+
+    Args:
+        default (str): As on the command line.
+    """
+    return flag(
+        tuple(parse_depths(default)),
+        type=parse_depths,
+        metavar="D",
+        help="where the number is hidden: how many depths, evenly from 0 to 1; or a list such as "
+        f"0,0.5,1; or, for passkey, `random` as in the paper's code (default: {default})",
+    )
+
+
+def trials_flag(of_each: str) -> Any:
+    """Return the field of --trials."""
+    return flag(10, type=int, metavar="K", help=f"trials of each {of_each} (default: 10)")
+
+
+def seed_flag() -> Any:
+    """Return the field of the --seed of trials."""
+    return flag(42, type=int, help="of keys and places (default: 42)")
+
+
+def check_trials(trials: int, seed: int) -> None:
+    """Refuse no trial and a negative seed.
+
+    Raises:
+        ValueError: Either was given.
+    """
+    if trials < 1:
+        raise ValueError(f"--trials {trials} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"--seed {seed} must be at least 0")

@@ -1,0 +1,62 @@
+"""A further kind of evaluation is one file: command, resuming, CSV, tables and page follow."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+from copying import COPYING
+from test_session import SHAPE, FakeEngine
+
+from megatron_longrope.baselines import baseline_config
+from megatron_longrope.cli import main, options
+from megatron_longrope.evaluation import targets
+from megatron_longrope.evaluation.kinds import KINDS
+
+
+class Engine(FakeEngine):
+    def copies(self, length, trial):
+        return length < 128 or trial == 0
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """The kind is registered, and a model without weights is found under any path."""
+    config = baseline_config("pi", 10000.0, 8, 64, 128)
+    checkpoint = SimpleNamespace(iteration=3, shape=SHAPE, longrope=config)
+    monkeypatch.setitem(KINDS, "copying", COPYING)
+    monkeypatch.setattr(
+        targets, "open_models", lambda *given: [targets.Model("m", "x", checkpoint)]
+    )
+    loaded = []
+    monkeypatch.setattr(
+        options, "load_engine_from", lambda *given, **more: loaded.append(given) or Engine()
+    )
+    return loaded
+
+
+def test_a_kind_is_one_file_and_one_line(added, tmp_path, capsys):
+    command = ["eval", "copying", "--load", "x", "--lengths", "64,128", "--trials", "2"]
+    command += ["--output", str(tmp_path)]
+    assert main(command) == 0
+    assert "m  100 %   50 %" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "copying.jsonl").read_text().splitlines()]
+    assert [(row["length"], row["found"]) for row in rows] == [
+        (64, True), (64, True), (128, True), (128, False),
+    ]  # fmt: skip
+    assert main(command) == 0 and len(added) == 1  # the second command finds everything measured
+    assert len([*csv.DictReader((tmp_path / "copying.csv").open())]) == 4
+    assert main(["report", str(tmp_path)]) == 0
+    assert "At 128 tokens" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "copying.png",
+        "copying.csv",
+    }
+    assert "m,128,0.5," in (tmp_path / "tables" / "copying.csv").read_text()
+
+
+def test_its_flags_are_the_fields_of_its_options(added, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "copying", "--help"])
+    assert "--distance D" in (shown := capsys.readouterr().out)
+    assert "tokens between the two (default: 4)" in shown and "copying:" in shown
