@@ -6,12 +6,15 @@
 
 Claim: our searches reach the held-out perplexity that the released operators end with, with at most
 a quarter of their sample-forwards (one window through the model, which is what a search costs).
+`ratio_from_yarn` asks the same against the released operators started from YaRN, which is harder.
 
 The quickstart's base model (256 tokens) is extended 8 times, without training. An arm is a search;
-all arms score the same windows of search text, with the same attention factor. Every seed of every
-arm is a run. Scores are kept in `--output` as they come: an interrupted run goes on, and a long
-benchmark may be split over processes (`--arms released --seeds 0`); the last call, without those
-two flags, puts everything together.
+all arms score the same windows of search text, with the same attention factor, but for those that
+rotate over a pool, whose first windows these are. Arms with `full` in their name get the budget of
+the released search, so that equal costs are compared too. Every seed of every arm is a run. Scores
+are kept in `--output` as they come: an interrupted run goes on, and a long benchmark may be split
+over processes (`--arms released --seeds 0`); the last call, without those two flags, puts
+everything together.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,16 +38,15 @@ import measure
 import torch
 from released_operators import ReleasedSearch, released_seed, released_space
 from search_curves import Trace, draw_curves, print_summary, summarise
+from search_texts import Pool, Scores, Windows, perplexity, pool_price
 
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
-from megatron_longrope.data.documents import read_documents_with_bos, read_manifest
-from megatron_longrope.engine import Engine, load_engine
+from megatron_longrope.engine import load_engine
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.progress import Progress
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.search.generations import GenerationalSearch, Trial
-from megatron_longrope.search.journal import Evaluation, Journal
 from megatron_longrope.search.problem import SearchProblem, make_problem
 from megatron_longrope.search.racing import Race
 
@@ -67,6 +69,9 @@ class Sizes:
     held_out: int
     """Windows of held-out text, one per document."""
 
+    pool: int
+    """Windows of search text for the arms that rotate."""
+
     @property
     def budget(self) -> int:
         """Sample-forwards of the released search from begin to end."""
@@ -74,84 +79,15 @@ class Sizes:
 
 
 # Three samples, as in the paper from 512k on; its five for shorter targets would take hours more.
-FULL = Sizes(EvolutionParameters(), samples=3, held_out=8)
+FULL = Sizes(EvolutionParameters(), samples=3, held_out=8, pool=24)
 QUICK = Sizes(
     EvolutionParameters(
         population_size=16, num_mutations=4, num_crossovers=4, max_iterations=5, num_parents=8
     ),
     samples=2,
     held_out=2,
+    pool=4,
 )
-
-
-class Windows:
-    """The first window of each document, BOS in front.
-
-    Args:
-        engine (Engine): Resident model.
-        prefix (Path): Prepared documents.
-        length (int): Tokens of a window.
-        count (int): Number of windows.
-    """
-
-    def __init__(self, engine: Engine, prefix: Path, length: int, count: int) -> None:
-        documents, bos_id = read_documents_with_bos(str(prefix), length - 1, count)
-        rows = [torch.from_numpy(document[: length - 1]) for document in documents]
-        self._tokens = torch.nn.functional.pad(torch.stack(rows), (1, 0), value=bos_id)
-        self._engine = engine
-        self.sha256 = read_manifest(prefix)["token_sha256"]
-        self.count = count
-
-    def nlls(self, config: LongRopeConfig, first: int, last: int) -> tuple[float, ...]:
-        """Mean loss per token of the windows `first` to `last` - 1.
-
-        One window at a time: on a CPU a batch is no faster, and a loss must not depend on what it
-        was computed with.
-        """
-        self._engine.set_config(config)
-        rows = self._tokens[first:last].split(1)
-        return tuple(self._engine.nll(row).double().mean().item() for row in rows)
-
-
-class Scores:
-    """Losses of configurations on windows, computed once and kept in a file.
-
-    Args:
-        path (Path): A journal; what it holds is not computed again.
-        settings (dict): What the losses depend on.
-        windows (Windows): The text.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], windows: Windows) -> None:
-        self._journal = Journal(path, {**settings, "text": windows.sha256}, resume=True)
-        # A later record of the same factors has more windows.
-        self._known = {
-            record.rescale_factors: record.sample_nlls for record in self._journal.records
-        }
-        self._windows = windows
-        self.num_resumed = sum(map(len, self._known.values()))
-        """Losses that the file held."""
-
-    def nlls(self, config: LongRopeConfig, count: int) -> tuple[tuple[float, ...], int]:
-        """Losses on the first `count` windows, and how many of them were computed now."""
-        target = config.factor_sets[-1]
-        known = self._known.get(target.rescale_factors, ())
-        fresh = self._windows.nlls(config, len(known), count) if len(known) < count else ()
-        if fresh:
-            known += fresh
-            record = Evaluation(target.rescale_factors, 0, perplexity(known), known)
-            self._journal.append(record)
-            self._known[target.rescale_factors] = known
-        return known[:count], len(fresh)
-
-    def close(self) -> None:
-        """Release the file."""
-        self._journal.close()
-
-
-def perplexity(nlls: Sequence[float]) -> float:
-    """Of windows of equal length."""
-    return math.exp(sum(nlls) / len(nlls))
 
 
 @dataclass(frozen=True)
@@ -163,6 +99,8 @@ class Bench:
     held_out: Windows
     settings: dict[str, Any]
     sizes: Sizes
+    open_windows: Callable[[int, int], Windows]
+    """(first document, number) -> windows of the search text."""
 
     @classmethod
     def load(cls, model: Path, sizes: Sizes) -> Bench:
@@ -186,6 +124,7 @@ class Bench:
             Windows(engine, model / "data/heldout", length, sizes.held_out),
             settings,
             sizes,
+            lambda first, count: Windows(engine, model / "data/search", length, count, first),
         )
 
     def orientation(self) -> dict[str, dict[str, float]]:
@@ -213,7 +152,7 @@ def released_problem(problem: SearchProblem) -> SearchProblem:
     base = problem.base
     space = released_space(problem.space.num_factors, problem.space.scale)
     seed = released_seed(space, base.rotary_base, base.original_max_position_embeddings)
-    return replace(problem, space=space, seeds={"released": seed})
+    return replace(problem, space=space, seeds={"released": seed}, exact={})
 
 
 def _released(bench: Bench, seed: int, evaluations: int) -> ReleasedSearch:
@@ -238,14 +177,20 @@ def _evolution(bench: Bench, seed: int, evaluations: int) -> EvolutionSearch:
     )
 
 
-def _cma(bench: Bench, seed: int, evaluations: int) -> GenerationalSearch:
+def _cma(bench: Bench, seed: int, evaluations: int, blocks: int = 1) -> GenerationalSearch:
     from megatron_longrope.search.cma import CmaParameters, CmaSearch
 
     problem = bench.problem
     seeds = list(problem.seeds.values())
     # The search plans with its budget.
     parameters = CmaParameters(max_evaluations=evaluations, num_samples=bench.sizes.samples)
-    return CmaSearch(problem.space, parameters, seeds, seed)
+    return CmaSearch(problem.space, parameters, seeds, seed, blocks=blocks)
+
+
+def _cma_pool(bench: Bench, seed: int, evaluations: int) -> GenerationalSearch:
+    """On rotating samples; the anchor and the final are paid out of the same budget."""
+    blocks, anchor, final = pool_price(bench.sizes.pool, bench.sizes.samples)
+    return _cma(bench, seed, max(evaluations - anchor - final, 1), blocks)
 
 
 ARMS: dict[str, Maker] = {
@@ -254,24 +199,30 @@ ARMS: dict[str, Maker] = {
     "evolution": _evolution,
     "cma": _cma,
     "cma_paired": _cma,
+    "cma_pool": _cma_pool,
+    "cma_full": _cma,
+    "cma_pool_full": _cma_pool,
 }
 """A search may ask for some of the samples only (`Trial.samples`): its arm then pays for those."""
 
 RACES = {"cma_paired": Race("paired")}
 """Arms that stop scoring a candidate early; the others score every sample."""
 
+ROTATING = ("cma_pool", "cma_pool_full")
+"""Arms whose generations take turns on a pool."""
+
 BASELINES = ("released", "released_yarn")
-"""They get the whole budget. The first is what was released and sets the target of the claim; the
-second, which starts where ours do, tells what is the operators' share."""
+"""The first is what was released and sets the target of the claim; the second, which starts where
+ours do, tells what is the operators' share."""
 
-RUNS = {"released": 1, "released_yarn": 1}
-"""How many of the seeds an arm runs, where not all: a baseline takes as long as four of ours."""
+WHOLE = (*BASELINES, "cma_full", "cma_pool_full")
+"""Arms that get the whole budget."""
 
-STANDARD = ("released", "released_yarn", "evolution", "cma")
+STANDARD = (*BASELINES, "evolution", "cma", "cma_pool", "cma_full", "cma_pool_full")
 """The arms of a full run."""
 
 SHARE = 0.25
-"""Part of the budget that our arms get: what the claim is about, and CMA-ES' default."""
+"""Part of the budget that the other arms get: what the claim is about, and CMA-ES' default."""
 
 
 def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) -> Trace:
@@ -288,11 +239,24 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
         stack.callback(scores.close)
         held_out = Scores(path.with_suffix(".heldout.jsonl"), bench.settings, bench.held_out)
         stack.callback(held_out.close)
+        pool = None
+        if name in ROTATING:
+
+            def open_scores(part: str, first: int, count: int) -> Scores:
+                where = path.with_suffix(f".{part}.jsonl")
+                opened = Scores(where, bench.settings, bench.open_windows(first, count))
+                stack.callback(opened.close)
+                return opened
+
+            pool = Pool(open_scores, problem, bench.sizes.pool, samples)
+            # On the first block YaRN is a starting point like the others.
+            trace.forwards = samples * (len(pool.blocks) - 1)
         left = max(budget - scores.num_resumed, 1)
         bar = stack.enter_context(Progress(left, f"{name} seed {seed}", "forwards"))
 
-        def look_at_held_out() -> None:
-            nlls, _ = held_out.nlls(problem.config(search.best[0]), bench.sizes.held_out)
+        def look_at_held_out(winner: Any = None) -> None:
+            config = problem.config(winner or search.best[0])
+            nlls, _ = held_out.nlls(config, bench.sizes.held_out)
             trace.held_out.append((trace.forwards, perplexity(nlls)))
 
         def measure_trial(trial: Trial) -> tuple[int, float, int]:
@@ -307,8 +271,10 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
                     fresh += computed
                     if verdict := race.lost(nlls, rival):
                         return seen, math.exp(verdict[1]), fresh
-            nlls, computed = scores.nlls(config, count)
-            return count, perplexity(nlls), fresh + computed
+            source = scores if pool is None else pool.blocks[trial.block]
+            nlls, computed = source.nlls(config, count)
+            value = perplexity(nlls) if pool is None else pool.value(trial, nlls)
+            return count, value, fresh + computed
 
         def score(trial: Trial) -> None:
             count, value, fresh = measure_trial(trial)
@@ -330,7 +296,11 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
             for trial in trials:
                 if trace.forwards < budget:
                     score(trial)
-        if trace.held_out[-1][0] < trace.forwards:
+        if pool is not None:
+            winner = pool.winner()
+            trace.forwards += pool.forwards
+            look_at_held_out(winner)
+        elif trace.held_out[-1][0] < trace.forwards:
             look_at_held_out()
     trace.notes = {"capped": search.num_capped} if isinstance(search, ReleasedSearch) else {}
     return trace
@@ -390,7 +360,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--budget-fraction",
         type=float,
-        help="of the budget, for our arms (default: 0.25)",
+        help="of the budget, for our arms without `full` in their name (default: 0.25)",
     )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -420,7 +390,7 @@ def main() -> int:
     full_run = (
         not (options.quick or options.samples or options.held_out_samples or options.budget)
         and set(STANDARD) <= set(options.arms)
-        and len(seeds) >= 2
+        and len(seeds) >= 3
     )
     torch.set_num_threads(options.threads)
     measure.print_environment()
@@ -432,8 +402,8 @@ def main() -> int:
     budget = options.budget or sizes.budget
     traces = []
     for arm in options.arms:
-        for seed in seeds[: RUNS.get(arm)]:
-            share = 1.0 if arm in BASELINES else options.budget_fraction or SHARE
+        for seed in seeds:
+            share = 1.0 if arm in WHOLE else options.budget_fraction or SHARE
             trace = run_arm(bench, arm, seed, int(share * budget), options.output / "runs")
             traces.append(trace)
             print(
@@ -466,6 +436,7 @@ def main() -> int:
         extension_ratio=EXTENSION,
         attention_factor_policy=POLICY,
         samples=sizes.samples,
+        pool=sizes.pool,
         held_out_samples=sizes.held_out,
         seeds=seeds,
         evolution_parameters=asdict(sizes.parameters),

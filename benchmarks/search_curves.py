@@ -12,13 +12,13 @@ from typing import Any
 import measure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from megatron_longrope.evaluation.table import format_score
 from megatron_longrope.report.style import (
     MUTED,
     Drawing,
     Style,
     blank_figure,
     finish,
-    format_score,
     label_ends,
     plot_line,
     score_axis,
@@ -34,6 +34,9 @@ STYLES = {
     "released_yarn": Style("Released, from YaRN", "#E69F00", "v", (0, (5, 2))),
     "evolution": Style("Evolution", "#0072B2", "o", "-"),
     "cma": Style("CMA-ES", "#009E73", "D", (0, (3, 1.5))),
+    "cma_pool": Style("CMA-ES, rotating", "#56B4E9", "P", "-"),
+    "cma_full": Style("CMA-ES, whole budget", "#009E73", "X", (0, (1, 1.2))),
+    "cma_pool_full": Style("CMA-ES, rotating, whole budget", "#56B4E9", "*", (0, (1, 1.2))),
     "cma_paired": Style("CMA-ES, paired races", "#CC79A7", "^", (0, (1, 1.2))),
 }
 
