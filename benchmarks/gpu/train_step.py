@@ -2,33 +2,29 @@
 
 bf16 weights and gradients, fused AdamW, full activation recompute, loss in chunks of the sequence
 (no [sequence, vocabulary] logits). Both arms run SdpaCoreAttention or FlashCoreAttention on the
-same shapes; only the rotary module and the softmax scale differ. Model FLOPs leave recomputation
-out. `ratio` is the plugin's seconds over stock's at the longest length that fits.
+same shapes and take turns, step by step; only the rotary module and the softmax scale differ. An
+arm's peak leaves out what the other one holds. Model FLOPs leave recomputation out. `ratio` is the
+plugin's seconds over stock's at the longest length that fits.
 
     python benchmarks/gpu/train_step.py [--quick] [--attention sdpa|flash] [--lengths 32k,64k,...]
 
-`--quick` runs a toy model, on the CPU if need be: it checks the script, not the claim.
+256k takes minutes: `--lengths 256k --steps 1 --warm-up 0`. `--quick` runs a toy model, on the CPU
+if need be: it checks the script, not the claim.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+import device as gpu
 import measure
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.integration import cpu_host
 from megatron_longrope.lengths import parse_lengths
 from megatron_longrope.methods import yarn_factors
 
@@ -148,96 +144,107 @@ def training_step(model, optimizer, tokens: torch.Tensor):
     return loss.item()
 
 
-def measure_arm(shape: Shape, length: int, attention: str, plugin: bool, steps: int) -> dict:
-    """Seconds of a step and peak memory of one arm, alone on the device."""
-    device = "cuda" if torch.cuda.is_available() and not _on_cpu() else "cpu"
-    model = build(shape, length, attention, plugin=plugin, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
+class Arm:
+    """A model and its optimizer.
+
+    Args:
+        shape (Shape): Of the model.
+        length (int): Tokens of a sequence.
+        attention (str): `sdpa` or `flash`.
+        plugin (bool): Whether LongRoPE is in.
+        device (torch.device): Where.
+    """
+
+    def __init__(
+        self, shape: Shape, length: int, attention: str, plugin: bool, device: torch.device
+    ) -> None:
+        self.model = build(shape, length, attention, plugin=plugin, device=device.type)
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
+        self.device = device
+        self.losses: list[float] = []
+        self.peaks: list[int] = []
+
+    def own_bytes(self) -> int:
+        """Parameters and the optimizer's state, which lie there between steps."""
+        state = [x for item in self.optimizer.state.values() for x in item.values()]
+        tensors = [*self.model.parameters(), *(x for x in state if torch.is_tensor(x))]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def step(self, tokens: torch.Tensor) -> None:
+        """One step, whose peak leaves out what lay there before and is not ours."""
+        others = max(0, gpu.allocated(self.device) - self.own_bytes())  # 0 on a CPU
+        gpu.reset_peak(self.device)
+        self.losses.append(training_step(self.model, self.optimizer, tokens))
+        gpu.synchronize(self.device)
+        self.peaks.append(gpu.peak(self.device) - others)
+
+
+def measure_length(
+    shape: Shape, length: int, attention: str, steps: int, warm_up: int, device: torch.device
+) -> dict[str, dict]:
+    """Seconds of a step and peak memory of both arms, which take turns."""
+    arms = {
+        name: Arm(shape, length, attention, plugin, device)
+        for name, plugin in (("stock", False), ("longrope", True))
+    }
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, shape.vocabulary, (1, length + 1), generator=generator).to(device)
-    losses: list[float] = []
-    synchronize = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-
-    def step() -> None:
-        losses.append(training_step(model, optimizer, tokens))
-        synchronize()
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    samples = measure.sample_interleaved({"step": step}, steps)["step"]
-    seconds = statistics.median(samples)
-    return {
-        "seconds": seconds,
-        "tokens_per_second": length / seconds,
-        "model_tflops": shape.flops(length) / seconds / 1e12,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-    }
-
-
-def _on_cpu() -> bool:
-    return issubclass(torch.cuda.Stream, cpu_host._Stream)
+    samples = measure.sample_interleaved(
+        {name: lambda arm=arm: arm.step(tokens) for name, arm in arms.items()},
+        steps,
+        warmup=warm_up,
+    )
+    found = {}
+    for name, arm in arms.items():
+        seconds = statistics.median(samples[name])
+        found[name] = {
+            "seconds": seconds,
+            "tokens_per_second": length / seconds,
+            "model_tflops": shape.flops(length) / seconds / 1e12,
+            "peak_gib": max(arm.peaks) / 2**30,
+            "first_loss": arm.losses[0],
+            "last_loss": arm.losses[-1],
+        }
+    return found
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a toy model, on the CPU if need be")
+    parser = gpu.options(__doc__.splitlines()[0])
     parser.add_argument("--attention", choices=("sdpa", "flash"), default="sdpa")
-    parser.add_argument("--lengths", default=None, help="default 32k,64k,128k,256k")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--lengths", default=None, help="default 32k,64k,128k")
+    parser.add_argument("--steps", type=int, default=2, help="that count, of each arm")
+    parser.add_argument("--warm-up", type=int, default=1, help="that do not")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        if not options.quick:
-            parser.error("there is no GPU; --quick checks the script with a toy model")
-        cpu_host.prepare_environment()
-        cpu_host.enable()
+    device = gpu.start(options.quick)
     shape = TOY if options.quick else Shape()
-    default = "256,512" if options.quick else "32k,64k,128k,256k"
-    lengths = parse_lengths(options.lengths or default)
-
-    from megatron.core import parallel_state, tensor_parallel
-
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.HashStore(),
-        rank=0,
-        world_size=1,
-    )
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(0)
-    measure.print_environment()
+    default = "256,512" if options.quick else "32k,64k,128k"
     results: dict[int, dict] = {}
-    for length in lengths:
-        arms = {}
+    for length in parse_lengths(options.lengths or default):
+        label = {"part": "train_step", "attention": options.attention, "tokens": length}
         try:
-            for name, plugin in (("stock", False), ("longrope", True)):
-                arms[name] = measure_arm(shape, length, options.attention, plugin, options.steps)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{length}: out of memory")
+            arms = measure_length(
+                shape, length, options.attention, options.steps, options.warm_up, device
+            )
+        except torch.OutOfMemoryError:
+            gpu.record(options.output, **label, skipped="out of memory")
             break
         results[length] = arms
-        ours = arms["longrope"]
-        memory = "" if ours["peak_gib"] is None else f", peak {ours['peak_gib']:.1f} GiB"
-        print(
-            f"{length}: {ours['tokens_per_second']:.0f} tokens/s, "
-            f"{ours['model_tflops']:.1f} model TFLOP/s{memory}, "
-            f"x{ours['seconds'] / arms['stock']['seconds']:.3f} of stock",
-            flush=True,
-        )
+        ratio = arms["longrope"]["seconds"] / arms["stock"]["seconds"]
+        gpu.record(options.output, **label, ratio=ratio, **arms)
     if not results:
         raise SystemExit("no length fitted into memory; give shorter --lengths")
+    gpu.record(options.output, part="train_step", environment=gpu.environment(device))
     longest = results[max(results)]
     measure.finish(
         f"gpu_train_step_{options.attention}",
         longest["longrope"]["seconds"] / longest["stock"]["seconds"],
-        full_run=not options.quick and torch.cuda.is_available(),
+        full_run=device.type == "cuda" and not options.quick,
         ratio_of="seconds per step with LongRoPE over stock RoPE at the longest length",
-        device=torch.cuda.get_device_name() if not _on_cpu() else "cpu",
+        gpu=gpu.environment(device)["gpu"],
         lengths=results,
     )
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ def reference(query, key, value, scale=SCALE, causal=True):
     scores = torch.einsum("s...hd,t...hd->...hst", query.double(), key) * scale
     if causal:
         rows, columns = scores.shape[-2:]
-        place = torch.arange(rows)[:, None] + columns - rows
-        scores = scores.masked_fill(torch.arange(columns) > place, -torch.inf)
+        place = torch.arange(rows, device=scores.device)[:, None] + columns - rows
+        future = torch.arange(columns, device=scores.device) > place
+        scores = scores.masked_fill(future, -torch.inf)
     weights = torch.softmax(scores, dim=-1)
     return torch.einsum("...hst,t...hd->s...hd", weights, value).flatten(-2)
 
@@ -115,7 +116,8 @@ def stock_attention(query, key, value, scale=SCALE, causal=True):
     """The same by torch's own attention, in the inputs' type and on their device."""
     # [s, ..., h, d] -> [..., h, s, d], with a batch
     query, key, value = (x.movedim(0, -2) for x in (query, key, value))
-    if query.dim() == 3:
+    is_pack = query.dim() == 3
+    if is_pack:
         query, key, value = (x[None] for x in (query, key, value))
     rows, columns = query.shape[-2], key.shape[-2]
     mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
@@ -123,7 +125,7 @@ def stock_attention(query, key, value, scale=SCALE, causal=True):
         query, key, value, attn_mask=mask if causal else None, scale=scale, enable_gqa=True
     )
     output = output.movedim(-2, 0).flatten(-2)
-    return output if key.shape[0] > 1 else output[:, 0]
+    return output[:, 0] if is_pack else output
 
 
 def relative_errors(values, exact):
@@ -135,13 +137,13 @@ def relative_errors(values, exact):
 
 
 def packed_reference(
-    query, key, value, pack: Pack, *, scale_of=None, causal=True, attention=reference
+    query, key, value, pack: Pack, *, scale_of=None, causal=True, attention=reference, plain=SCALE
 ):
     """Every document alone, zeros in padding rows: `[t, h, d] -> [t, h * d_v]`."""
     pieces = []
     for start, length, rows in zip(pack.starts, pack.lengths, pack.rows, strict=True):
         part = slice(start, start + length)
-        scale = SCALE * (1.0 if scale_of is None else scale_of(rows))
+        scale = plain * (1.0 if scale_of is None else scale_of(rows))
         output = attention(query[part], key[part], value[part], scale, causal)
         pieces += [output, output.new_zeros(rows - length, output.shape[-1])]
     pieces.append(query.new_zeros(pack.tail, query.shape[-2] * value.shape[-1]))

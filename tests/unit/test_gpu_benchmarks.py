@@ -1,0 +1,57 @@
+"""The GPU script runs on a CPU at toy sizes, and keeps what it has when a part fails or hangs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
+sys.path.insert(0, str(GPU))
+import run as gpu_run  # noqa: E402
+
+
+# The script is what runs unseen on a GPU, so its processes are real ones here.
+@pytest.mark.slow
+def test_the_whole_script_ends_with_a_result_of_every_part(tmp_path):
+    pytest.importorskip("megatron.training")
+    done = subprocess.run(
+        [str(GPU / "run.sh"), str(tmp_path), "--quick"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    logs = "".join(path.read_text()[-1500:] for path in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [part["part"] for part in summary] == list(gpu_run.PARTS)
+    assert all(part["ended"] == "done" and part["results"] > 1 for part in summary)
+    rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert [row["passes"] for row in rows if row.get("kernel") == "sdpa"] == [True, True]
+
+
+def test_a_part_that_fails_or_hangs_leaves_its_results_and_the_others(tmp_path, monkeypatch):
+    parts = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": ""}
+    scripts = {}
+    for name, ending in parts.items():
+        script = tmp_path / f"{name}.py"
+        script.write_text(
+            f"import sys\nopen(sys.argv[sys.argv.index('--output') + 1], 'a').write('{{}}\\n')\n"
+            f"{ending}\n"
+        )
+        scripts[name] = ((str(script),), 5)
+    monkeypatch.setattr(gpu_run, "PARTS", scripts)
+    ended = {name: gpu_run.run_part(name, tmp_path, False) for name in parts}
+    assert {name: part["ended"] for name, part in ended.items()} == {
+        "fails": "exit status 3",
+        "hangs": "stopped after its 5 s",
+        "works": "done",
+    }
+    assert all(part["results"] == 1 for part in ended.values())
+
+
+def test_all_parts_together_end_within_eight_minutes():
+    assert sum(limit for _, limit in gpu_run.PARTS.values()) <= 480
