@@ -15,12 +15,12 @@ import torch
 
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.conversion.limits import (
+    OTHER_TYPES,
     check_arguments,
     check_config,
     check_routing,
     check_shape,
     check_sliding_window,
-    checked_keys,
 )
 from megatron_longrope.conversion.rules import (
     FUSED_MLP,
@@ -123,6 +123,19 @@ FAMILIES = {
             },
         ),
         Family(
+            "seed_oss",
+            "SeedOssForCausalLM",
+            rules=decoder(QKV, MLP, QKV_BIAS),
+            qkv_bias=True,
+            config={
+                "attention_bias": True,
+                "attention_out_bias": False,
+                "mlp_bias": False,
+                "residual_dropout": 0.0,
+            },
+            absent={"attention_bias": True, "num_key_value_heads": 8, "head_dim": 128},
+        ),
+        Family(
             "phi3",
             "Phi3ForCausalLM",
             rules=decoder(FUSED_QKV, FUSED_MLP),
@@ -198,16 +211,6 @@ _CONFIG_KEYS = {
     "rms_norm_eps": "norm_epsilon",
     "rope_theta": "rotary_base",
 }
-
-# Keys that change no logit of ours or of transformers, or that other functions read.
-_KNOWN_KEYS = {
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "embd_pdrop",
-    "eos_token_id", "id2label", "initializer_range", "label2id", "layer_types", "max_window_layers",
-    "model_type", "original_max_position_embeddings", "output_attentions", "output_hidden_states",
-    "output_router_logits", "pad_token_id", "partial_rotary_factor", "pretraining_tp",
-    "resid_pdrop", "return_dict", "rope_parameters", "rope_scaling", "router_jitter_noise",
-    "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -314,20 +317,6 @@ def to_hf_config(
     return {**config, **(plain if rope is None else rope)}
 
 
-def unread_keys(config: Mapping[str, Any]) -> list[str]:
-    """Keys of a config.json that conversion does not read, sorted.
-
-    Raises:
-        ValueError: As :func:`.read_hf_rope`.
-    """
-    family = FAMILIES[config["model_type"]]
-    read = {*_KNOWN_KEYS, *family.config_keys(), *family.absent, *family.config, *checked_keys()}
-    rope = read_hf_rope(config)
-    inside = [f"{rope.holder}.{key}" for key in rope.ignored]
-    top = [key for key in config if key not in read and not key.startswith("_")]
-    return sorted([*top, *inside])
-
-
 def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     """Inverse of :func:`to_hf_config`, for `config.json` files of any origin.
 
@@ -337,12 +326,13 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
+        kind = config.get("model_type")
+        reason = f": {OTHER_TYPES[kind]}" if kind in OTHER_TYPES else ""
         raise ValueError(
-            f"model_type {config.get('model_type')!r} is not supported; "
-            f"families: {', '.join(FAMILIES)}"
+            f"model_type {kind!r} is not supported{reason}; families: {', '.join(FAMILIES)}"
         )
     rope = read_hf_rope(config)
-    check_config(config)
+    check_config({**family.absent, **config}, family.config)
     partial = rope.partial_rotary_factor
     if partial != 1 and not (family.partial_rotary and partial < 1):
         raise ValueError(

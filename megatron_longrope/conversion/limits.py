@@ -13,6 +13,7 @@ from megatron_longrope.checkpoint.model_args import ModelShape
 _CONFIG: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hidden_act", ("silu", "swish"), "activations other than SiLU"),
     ("attention_bias", (False,), "biases on the attention projections"),
+    ("attention_out_bias", (False,), "biases on the output projection"),
     ("mlp_bias", (False,), "biases in the MLP"),
     ("quantization_config", (None,), "quantized weights"),
     ("is_encoder_decoder", (False, None), "encoders"),
@@ -20,6 +21,22 @@ _CONFIG: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("mlp_only_layers", ([], None), "dense layers among those with experts"),
     ("shared_expert_intermediate_size", (0, None), "shared experts"),
 )
+
+# Model types that people ask for, and what keeps each from being a row of the table of families.
+OTHER_TYPES = {
+    "deepseek_v2": "its multi-latent attention rotates a part of a projection of its own",
+    "deepseek_v3": "its multi-latent attention rotates a part of a projection of its own",
+    "gemma3": "its layers have two RoPEs, GeGLU, and norms of 1 + weight around each block",
+    "gemma3_text": "its layers have two RoPEs, GeGLU, and norms of 1 + weight around each block",
+    "glm": "it rotates interleaved pairs of a part of each head",
+    "glm4": "it rotates interleaved pairs of a part of each head, and norms after each block",
+    "gpt_oss": "it has attention sinks, biases, clamped experts and sliding layers",
+    "minicpm": "it scales embeddings, residuals and logits in code of its own",
+    "olmo2": "it norms after each block, and q and k over all heads at once",
+    "olmo3": "it norms after each block, q and k over all heads at once, and has sliding layers",
+    "phimoe": "it has LayerNorm, biases and sparse-mixer routing",
+    "smollm3": "every fourth of its layers has no RoPE",
+}
 
 # (argument, values that are fine, what the Hugging Face families lack); an absent argument is fine.
 _ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -107,16 +124,19 @@ def check_routing(shape: ModelShape) -> None:
         )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any], of_family: Mapping[str, Any]) -> None:
     """Refuse values in config.json that conversion lacks.
 
     Args:
-        config (Mapping): config.json.
+        config (Mapping): config.json with transformers' defaults for missing keys.
+        of_family (Mapping): Values that every model of the family has.
 
     Raises:
         ValueError: The message names the key and the value that is supported.
     """
     for key, fine, lacking in _CONFIG:
+        if of_family.get(key):
+            fine, lacking = (of_family[key],), "models of this type without it"
         if config.get(key, fine[0]) not in fine:
             raise ValueError(
                 f"config.json has {key} = {config[key]!r}; conversion does not support {lacking}, "

@@ -21,6 +21,7 @@ FAMILIES = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "seed_oss": ("SeedOssConfig", {"head_dim": 8}),
     "phi3": ("Phi3Config", {}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "head_dim": 8}),
     "qwen3_moe": (

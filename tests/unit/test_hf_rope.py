@@ -1,12 +1,14 @@
 """The rotary geometry of a config.json: what is read, and what is refused by the names of keys."""
 
 import copy
+import re
 
 import pytest
 import torch
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.families import shape_from_hf_config
+from megatron_longrope.conversion.limits import OTHER_TYPES
 from megatron_longrope.frequencies import inv_freq_fp32
 from megatron_longrope.hf_rope import read_hf_rope
 
@@ -227,3 +229,12 @@ def test_a_window_that_no_layer_has_is_full_attention(full):
         some = {"layer_types": ["full_attention", "sliding_attention"]}
     with pytest.raises(ValueError, match="sliding_window = 16"):
         shape_from_hf_config({**config, **some})
+
+
+def test_other_model_types_are_refused_with_what_they_have():
+    for kind, reason in OTHER_TYPES.items():
+        sentence = re.escape(f"'{kind}' is not supported: {reason}; families")
+        with pytest.raises(ValueError, match=sentence):
+            shape_from_hf_config({**BASE, "model_type": kind})
+    with pytest.raises(ValueError, match=r"attention_bias = False; .* without it, only .* = True"):
+        shape_from_hf_config({**BASE, "model_type": "seed_oss", "attention_bias": False})

@@ -1,11 +1,13 @@
-"""Exports of every family with either kind of attention factor, read by both transformers.
+"""Exports of every family, scaling and published list, read by both transformers; docs/models.md.
 
-`make readers` installs the older one beside the other.
+`make readers` installs the older transformers beside the other. With LONGROPE_WRITE_DOCS=1 the last
+test writes the tables of docs/models.md, which it otherwise compares.
 """
 
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +15,20 @@ import pytest
 import read_hf_folders
 import tiny_hf
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers.utils import logging as hf_logging
 
-from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope import published
+from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.conversion import convert_to_hf
 from megatron_longrope.conversion.families import FAMILIES
 from megatron_longrope.conversion.from_hf import convert_from_hf
-from megatron_longrope.conversion.verify import random_tokens, verify
+from megatron_longrope.conversion.limits import OTHER_TYPES
+from megatron_longrope.conversion.verify import fp32_engine, random_tokens, verify
 from megatron_longrope.frequencies import attention_factor
+from megatron_longrope.lengths import format_length
 
 pytestmark = pytest.mark.slow  # 37 conversions, and a child that imports the older transformers
 
@@ -79,6 +87,34 @@ def exports(tmp_path_factory):
     return made
 
 
+def tensors(folder):
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_comes_back_to_the_bit_and_greedy_generation_is_the_engines(exports, name):
+    source, output, longrope, _ = exports[name, "su"]
+    before, after = tensors(output.parent / name), tensors(output)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
+    engine = fp32_engine(MegatronCheckpoint.open(source), longrope)
+    prompt = random_tokens(250, 20, 1)
+    theirs = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    ours = prompt
+    for _ in range(8):
+        following = engine.logits(ours)[0, -1, :250].argmax()
+        ours = torch.cat([ours, following.view(1, 1)], dim=1)
+    assert torch.equal(theirs, ours)
+
+
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_installed_transformers_reads_an_export_without_a_word(exports, case, capfd):
     source, output, longrope, _ = exports[case]
@@ -133,3 +169,91 @@ def test_transformers_4_57_gives_the_same_logits_or_the_report_says_that_it_cann
     assert not any("cannot load" in remark for remark in report.remarks)
     for first, second in zip(read_hf_folders.read(output), theirs, strict=True):
         assert (first - second).abs().max() < 1e-5
+
+
+# Published factors
+
+PUBLISHED = {
+    name: ("phi3", {"partial_rotary_factor": 0.75} if name == "phi-4-mini" else {})
+    if name.startswith("phi")
+    else ("mistral" if name.startswith("mistral") else "llama", {})
+    for name in published.names()
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.filterwarnings("ignore:.*no search would propose")
+def test_published_factors_give_the_same_logits_within_and_past_the_original_window(tmp_path, name):
+    """With one attention factor for both windows, as transformers holds it."""
+    family, changes = PUBLISHED[name]
+    longrope = LongRopeConfig.load(f"published:{name}")
+    longrope = replace(
+        longrope, attention_factor=longrope.attention_factor_for(longrope.max_length)
+    )
+    head_dim = int(longrope.rotary_dim / changes.get("partial_rotary_factor", 1.0))
+    tiny_hf.make_hf_folder(
+        tmp_path / "hf", family,
+        hidden_size=2 * head_dim, num_attention_heads=2, num_key_value_heads=1,
+        num_hidden_layers=1, rope_theta=longrope.rotary_base,
+        max_position_embeddings=longrope.original_max_position_embeddings, **changes,
+    )  # fmt: skip
+    convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=longrope)
+    report = verify(tmp_path / "megatron", tmp_path / "back", longrope_config=longrope)
+    original = longrope.original_max_position_embeddings
+    assert [item.num_tokens for item in report.windows] == [512, original + 64]
+
+
+# docs/models.md
+
+DOCS = Path(__file__).parents[3] / "docs" / "models.md"
+BEGIN, END = "<!-- tables of tests/unit/conversion/test_readers.py -->\n\n", "\n<!-- end -->"
+
+
+def model_table():
+    """What the tests above verify, a row for each model."""
+    rows = [
+        "| model | `model_type` | rotation in config.json | logits, both windows | generation | "
+        "tensors there and back | transformers 4.57.6 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (family, changes) in MODELS.items():
+        scaling = changes.get("rope_scaling", {}).get("rope_type", "plain")
+        partial = changes.get("partial_rotary_factor")
+        rotation = f"{scaling}, {partial:g} of each head" if partial else scaling
+        old = "equal with `su`, does not load others" if FAMILIES[family].bare_longrope else "equal"
+        cells = (name, f"`{family}`", rotation, "equal", "equal", "to the bit", old)
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def published_table():
+    rows = [
+        "| `published:` | tried on | windows | verified at |",
+        "|---|---|---|---|",
+    ]
+    for name, (family, _) in PUBLISHED.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = LongRopeConfig.load(f"published:{name}")
+        windows = ", ".join(format_length(item.max_length) for item in config.factor_sets)
+        original = config.original_max_position_embeddings
+        rows.append(f"| {name} | `{family}` | {windows} | 512 and {original + 64} tokens |")
+    return rows
+
+
+def refused_table():
+    rows = ["| `model_type` | why it is no row of the table |", "|---|---|"]
+    return [*rows, *(f"| `{kind}` | {reason} |" for kind, reason in OTHER_TYPES.items())]
+
+
+def test_docs_models_md_says_what_is_verified_here():
+    text = DOCS.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    parts = (model_table(), published_table(), refused_table())
+    tables = "\n\n".join("\n".join(rows) for rows in parts)
+    expected = f"{before}{BEGIN}{tables}\n{END}{after}"
+    if os.environ.get("LONGROPE_WRITE_DOCS"):
+        DOCS.write_text(expected)
+    assert DOCS.read_text() == expected
