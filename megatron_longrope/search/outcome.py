@@ -66,7 +66,7 @@ def export_notes(problem: SearchProblem, outcome: SearchOutcome, objective: Obje
     if not math.isclose(short, long):
         notes.append(
             f"attention factor {short:.6g} up to {original} tokens and {long:.6g} beyond cannot be "
-            f"exported to Hugging Face, which holds one; --attention-factor {long:.6g} searches "
+            f"exported to Hugging Face, which holds one; --attention-factor {long!r} searches "
             "with it"
         )
     return notes

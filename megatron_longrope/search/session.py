@@ -181,6 +181,11 @@ class SearchPlan:
             gpu=parse_gpu(gpu),
             utilisation=mfu,
         ).lines()
+        rows = len(self.problem.references) + 1
+        closing = 0 if self.held_out is None else rows * len(self.held_out)
+        if not isinstance(self.needles, str):
+            closing += rows * len(self.needles.tokens)
+        lines.append(f"and {closing} samples at the end, for held-out text and needle answers")
         if args.patience:
             lines.append(
                 f"at most: it ends when {args.patience} evaluations in a row have lowered the best "

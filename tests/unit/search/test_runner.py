@@ -7,6 +7,7 @@ import pytest
 import torch
 from synthetic_search import Synthetic, drop_seconds, small_problem
 
+from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.search.cma import CmaParameters, CmaSearch
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
@@ -41,6 +42,18 @@ SEARCHES = {"evolution": evolution, "cma": covariance}
 @pytest.fixture(params=SEARCHES)
 def new_search(request):
     return SEARCHES[request.param]
+
+
+def test_a_second_search_never_ends_above_the_best_composed_baseline(new_search, tmp_path):
+    plain = identity_config(10000.0, 32, 256)
+    tuned = plain.with_factor_set(FactorSet(2048, tuple(1.0 + 7.003 * i / 15 for i in range(16))))
+    problem = make_problem(tuned, 8192, space="floored")
+    yarn = extension("yarn", tuned, 8192).rescale_factors
+    # Lowest for the exact vector, and a little higher already for its nearest grid point.
+    objective = OnlyOneIsGood(yarn, at=8192)
+    outcome = run_search(new_search(problem), problem, objective, SearchRun(tmp_path / "j.jsonl"))
+    assert outcome.score == outcome.seed_scores["yarn"] == pytest.approx(math.exp(2.0))
+    assert problem.factor_set(outcome.candidate).rescale_factors == yarn
 
 
 def drop_time(record):
@@ -179,14 +192,12 @@ def test_what_the_references_scored_is_not_scored_again(problem, new_search, tmp
 class OnlyOneIsGood(Synthetic):
     """Losses that are lowest for one vector, wherever it lies, and rise steeply around it."""
 
-    def __init__(self, factors):
+    def __init__(self, factors, at=256):
         super().__init__()
-        self._factors = np.asarray(factors)
+        self._factors, self._length = np.asarray(factors), at
 
     def _loss(self, config, index):
-        factors = np.asarray(
-            config.factor_set_for(config.factor_sets[0].max_length).rescale_factors
-        )
+        factors = np.asarray(config.factor_set_for(self._length).rescale_factors)
         return 2.0 + float(np.abs(factors - self._factors).sum() > 1e-9)
 
 

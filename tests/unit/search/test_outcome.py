@@ -1,0 +1,32 @@
+"""What a finished search says about its result."""
+
+import math
+
+from synthetic_search import Synthetic, small_problem
+
+from megatron_longrope.search.outcome import export_notes
+from megatron_longrope.search.runner import SearchOutcome
+from megatron_longrope.search.space import GivenFactors
+
+
+def outcome_of(given):
+    return SearchOutcome(given, 12.5, {}, 1, 5, 0, 0)
+
+
+def test_start_tokens_and_two_attention_factors_are_said_with_what_they_cost_at_export():
+    problem = small_problem()
+    factors = problem.references["yarn"].rescale_factors
+    objective = Synthetic()
+    tokens, attention = export_notes(problem, outcome_of(GivenFactors(factors, 4)), objective)
+    without = problem.config(GivenFactors(factors))
+    losses = [objective.losses(without, sample)[0] for sample in range(5)]
+    assert "4 start tokens cannot be exported" in tokens and "--drop-start-tokens" in tokens
+    assert f"at {math.exp(sum(losses) / 5):.4f} instead of 12.5000" in tokens
+    assert "attention factor 1 up to 256 tokens and 1.1726 beyond" in attention
+    assert "--attention-factor 1.17260393995" in attention
+
+
+def test_the_default_result_of_a_first_search_needs_no_note():
+    problem = small_problem((0,)).with_attention(1.17264, "su")
+    objective = Synthetic(fail_after=0)  # nothing is scored for it
+    assert export_notes(problem, outcome_of(problem.references["pi"]), objective) == []
