@@ -23,6 +23,7 @@ class FlashCoreAttention(SdpaCoreAttention):
     """
 
     kernel: ClassVar[str] = "flash"
+    windows: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

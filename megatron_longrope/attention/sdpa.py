@@ -33,6 +33,8 @@ from megatron_longrope.attention.tiles import attend_tile
 
 # Elements of a mask on the CPU, whose kernel turns it into floats: 64 MiB.
 _MASK = 2**24
+# Queries of a sliding window that share a call: each call sees a window of keys more than these.
+_BAND = 1024
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -59,8 +61,12 @@ class SdpaCoreAttention(MegatronModule):
         cp_comm_type (str, optional): Accepted for interface compatibility.
         pg_collection (ProcessGroupCollection, optional): Supplies the context-parallel group.
 
+    A sliding window (`window_size` (W - 1, 0): a query sees W keys, its own included) acts in every
+    layer. It costs bands of keys instead of a mask over the sequence, and does not go with context
+    parallelism.
+
     Raises:
-        ValueError: A feature that would silently change the result: sliding windows, sinks.
+        ValueError: A feature that would silently change the result, such as attention sinks.
     """
 
     kernel: ClassVar[str] = "sdpa"
@@ -73,6 +79,9 @@ class SdpaCoreAttention(MegatronModule):
 
     ring: ClassVar[bool] = True
     """Whether work without gradients passes keys around instead of gathering them."""
+
+    windows: ClassVar[bool] = True
+    """Whether sliding windows are supported."""
 
     def __init__(
         self,
@@ -87,8 +96,14 @@ class SdpaCoreAttention(MegatronModule):
         **_: object,
     ) -> None:
         super().__init__(config=config)
-        if config.window_size is not None:
-            raise self._unsupported(f"window_size {config.window_size}")
+        left, right = config.window_size or (-1, 0)
+        skipped = getattr(config, "window_attn_skip_freq", None)
+        if right != 0 or (left >= 0 and (not self.windows or skipped is not None)):
+            raise self._unsupported(
+                f"window_size {config.window_size}"
+                f"{'' if skipped is None else f' with window_attn_skip_freq {skipped}'}"
+            )
+        self.window = None if left < 0 else left + 1
         if getattr(config, "softmax_type", "vanilla") != "vanilla":
             raise self._unsupported(f"softmax_type {config.softmax_type!r}")
         self.attn_mask_type = attn_mask_type
@@ -102,6 +117,8 @@ class SdpaCoreAttention(MegatronModule):
         self.cp_group = getattr(pg_collection, "cp", None)
         if self.cp_group is None:
             self.cp_group = parallel_state.get_context_parallel_group(check_initialized=False)
+        if self.window is not None and self._cp_size() > 1:
+            raise self._unsupported(f"window_size {config.window_size} with context parallelism")
 
     def forward(
         self,
@@ -270,7 +287,8 @@ class SdpaCoreAttention(MegatronModule):
         causal: bool,
     ) -> Tensor:
         """As :meth:`_attend`, for documents with one softmax scale."""
-        if len(query_lengths) > 1 and varlen.fits(query, key, value, self._dropout()):
+        by_varlen = self.window is None and len(query_lengths) > 1
+        if by_varlen and varlen.fits(query, key, value, self._dropout()):
             return varlen.attend(query, key, value, query_lengths, key_lengths, scale, causal)
         outputs = [
             self._attend_document(*document, scale, causal)
@@ -289,6 +307,8 @@ class SdpaCoreAttention(MegatronModule):
         rows, columns = query.shape[1], key.shape[1]
         if rows == 0:
             return query.new_zeros(*query.shape[:3], value.shape[-1])
+        if self.window is not None and columns > self.window:
+            return self._attend_band(query, key, value, scale)
         causal = causal and rows > 1  # a single query is the last one and sees every key
         mask = None
         if causal and rows != columns:
@@ -303,6 +323,35 @@ class SdpaCoreAttention(MegatronModule):
                 parts = (first, (query[:, half:], key, value))
                 outputs = [self._attend_document(*part, scale, causal) for part in parts]
                 return torch.cat(outputs, dim=1)
+        return self._kernel(query, key, value, scale, mask, causal and rows == columns)
+
+    def _attend_band(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Causal attention within the sliding window; the last query stands at the last key."""
+        assert self.window is not None
+        outputs, before = [], key.shape[1] - query.shape[1]
+        for start in range(0, query.shape[1], _BAND):
+            rows = query[:, start : start + _BAND]
+            # Positions, counted in keys: queries first to last, keys lowest to last.
+            first = before + start
+            last = first + rows.shape[1] - 1
+            lowest = max(0, first - self.window + 1)
+            at = torch.arange(first, last + 1, device=query.device)[:, None]
+            keys = torch.arange(lowest, last + 1, device=query.device)
+            band = (keys <= at) & (keys > at - self.window)  # [rows, keys]
+            seen = slice(lowest, last + 1)
+            outputs.append(self._kernel(rows, key[:, seen], value[:, seen], scale, band, False))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _kernel(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """One call of torch's attention: `[b, s, h, d] -> [b, s, h, d_v]`."""
         dropout = self._dropout()
         with dropout_rng(dropout):
             output = F.scaled_dot_product_attention(
@@ -311,7 +360,7 @@ class SdpaCoreAttention(MegatronModule):
                 value.transpose(1, 2),
                 attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=causal and rows == columns,
+                is_causal=is_causal,
                 scale=scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )

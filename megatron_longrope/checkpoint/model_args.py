@@ -82,6 +82,10 @@ class ModelShape:
     """Custom scale of the attention logits; None is 1 / sqrt(head_dim). LongRoPE's attention
     factor, which a run carries there, is not part of it: it belongs to the factors."""
 
+    sliding_window: int | None = None
+    """Keys, its own included, that a query sees in every layer (Megatron's `--window-size` less the
+    counting: (sliding_window - 1, 0)); None for all before it."""
+
     has_layers_without_rope: bool = False
     """True when some layers do not rotate (`--no-rope-freq`)."""
 
@@ -151,6 +155,7 @@ class ModelShape:
             seq_length=seq_length,
             params_dtype=_dtype(args),
             softmax_scale=custom_softmax_scale(args),
+            sliding_window=_sliding_window(args),
             has_layers_without_rope=bool(getattr(args, "no_rope_freq", None)),
             hybrid_layer_pattern=pattern,
             **(_moe(args) if _optional(args, "num_experts") else {}),
@@ -226,6 +231,19 @@ def _hybrid_layer_pattern(args: argparse.Namespace) -> str | None:
 
 def _attention_layers(pattern: str) -> int:
     return pattern.partition("/")[0].count("*")  # what follows is multi-token prediction
+
+
+def _sliding_window(args: argparse.Namespace) -> int | None:
+    size = _optional(args, "window_size")
+    if size is None or size[0] < 0:
+        return None
+    if size[1] != 0 or _optional(args, "window_attn_skip_freq") is not None:
+        raise ValueError(
+            f"the checkpoint has window_size {tuple(size)} and window_attn_skip_freq "
+            f"{_optional(args, 'window_attn_skip_freq')}; only a causal window in every layer is "
+            "supported"
+        )
+    return int(size[0]) + 1
 
 
 def _optional(args: argparse.Namespace, name: str, default: Any = None) -> Any:

@@ -30,10 +30,11 @@ def add_sliding_window(parser) -> None:
     """The flag of a Hugging Face folder's sliding window."""
     parser.add_argument(
         "--sliding-window",
-        choices=("refuse", "drop"),
+        choices=("refuse", "drop", "keep"),
         default="refuse",
-        help="of a Hugging Face model with one that its sequences exceed: refuse it, or drop the "
-        "window and attend in full, as LongRoPE's authors do with Mistral v0.1 (default: refuse)",
+        help="of a Hugging Face model with one that its sequences exceed: refuse it; drop the "
+        "window and attend in full, as LongRoPE's authors do with Mistral v0.1; or keep it, as "
+        "Megatron's --window-size (default: refuse)",
     )
 
 

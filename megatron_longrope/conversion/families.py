@@ -251,13 +251,16 @@ def select_family(
         fixed = all(getattr(shape, key) == value for key, value in family.fixed.items())
         if is_partial and not family.partial_rotary:
             continue
+        if shape.sliding_window is not None and "sliding_window" not in family.config:
+            continue
         if (family.qkv_bias, family.qk_layernorm, family.experts) == wanted and fixed:
             return family
     experts = f", num_experts = {shape.num_experts}, moe_router_pre_softmax = "
     raise ValueError(
         f"no supported family has add_qkv_bias = {wanted[0]} and qk_layernorm = {wanted[1]}"
         f"{f'{experts}{not shape.moe_normalized_gates}' if wanted[2] else ''}"
-        f"{f', rotary_percent = {shape.rotary_percent:g}' if is_partial else ''} "
+        f"{f', rotary_percent = {shape.rotary_percent:g}' if is_partial else ''}"
+        f"{'' if shape.sliding_window is None else f', a window of {shape.sliding_window} tokens'} "
         f"(families: {', '.join(FAMILIES if name is None else (name,))})"
     )
 
@@ -311,6 +314,8 @@ def to_hf_config(
     }
     config.update((key, getattr(shape, name)) for key, name in family.config_keys().items())
     # 4.x reads rope_theta at the top, 5.x in rope_parameters.
+    if shape.sliding_window is not None:
+        config["sliding_window"] = shape.sliding_window
     if shape.rotary_percent != 1:
         config["partial_rotary_factor"] = shape.rotary_percent
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rotary_base}}

@@ -36,7 +36,7 @@ from megatron_longrope.conversion.tensors import join, part_rows
 from megatron_longrope.conversion.work import file_identity, work_folder
 from megatron_longrope.hf_rope import read_hf_rope
 
-SLIDING_WINDOW = ("refuse", "drop")
+SLIDING_WINDOW = ("refuse", "drop", "keep")
 """What to do about a sliding window that a model declares."""
 
 _LONGROPE_FILE = "longrope.json"
@@ -215,10 +215,12 @@ def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
         hf_dir (str | Path): The folder.
         sliding_window (str): `refuse` leaves a window in use to be refused. `drop` reads the model
             as if it had none: every token attends to all before it, which it was not trained for.
-            LongRoPE's authors use Mistral v0.1 so.
+            LongRoPE's authors use Mistral v0.1 so. `keep` gives every layer Megatron's
+            `--window-size`.
 
     Raises:
-        ValueError: The folder is damaged, or `sliding_window` unknown.
+        ValueError: The folder is damaged, `sliding_window` unknown, or only some of the layers have
+            the window that is to be kept.
     """
     if sliding_window not in SLIDING_WINDOW:
         raise ValueError(
@@ -227,11 +229,20 @@ def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
     folder = HfFolder(hf_dir)
     family = FAMILIES.get(folder.config.get("model_type"))
     wanted = {"num_hidden_layers", "max_position_embeddings"}
-    if sliding_window == "drop" and family is not None and wanted <= folder.config.keys():
+    if sliding_window != "refuse" and family is not None and wanted <= folder.config.keys():
         stated = {**family.absent, **folder.config}
-        dropped, folder.dropped_window = without_sliding_window(stated)
-        if folder.dropped_window is not None:
-            folder.config = dropped
+        without, window = without_sliding_window(stated)
+        if window is not None:
+            folder.config = without
+        if sliding_window == "drop":
+            folder.dropped_window = window
+        elif window is not None and "use_sliding_window" in stated:
+            raise ValueError(
+                f"{hf_dir}: a window of {window} tokens in some of the layers is not supported; "
+                "drop it with --sliding-window drop"
+            )
+        else:
+            folder.kept_window = window
     return folder
 
 
@@ -239,7 +250,7 @@ def read_model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | N
     """What config.json describes."""
     config = folder.config
     try:
-        shape = shape_from_hf_config(config)
+        shape = replace(shape_from_hf_config(config), sliding_window=folder.kept_window)
         family = FAMILIES[config["model_type"]]
         if (classes := config.get("architectures")) and family.architecture not in classes:
             raise ValueError(

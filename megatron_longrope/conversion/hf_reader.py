@@ -51,6 +51,8 @@ class HfFolder:
         self.config: dict[str, Any] = config
         self.dropped_window: int | None = None
         """Sliding window, in tokens, that :func:`.from_hf.open_folder` took out of `config`."""
+        self.kept_window: int | None = None
+        """The same, for a model that is to keep it."""
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[str, int]] = {}  # file, and the offset there
         for file, names in self._listed().items():

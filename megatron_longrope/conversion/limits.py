@@ -53,7 +53,6 @@ _ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("rotary_interleaved", (False, None), "interleaved rotary pairs"),
     ("rotary_seq_len_interpolation_factor", (None, 1), "linearly interpolated positions"),
     ("no_rope_freq", (None,), "layers without RoPE"),
-    ("window_size", (None,), "sliding-window attention"),
     ("softmax_type", ("vanilla", None), "attention sinks"),
     ("attention_output_gate", (False, None), "gated attention output"),
     ("qk_l2_norm", (False, None), "L2-normalized q and k"),
@@ -166,8 +165,8 @@ def check_sliding_window(config: Mapping[str, Any], num_layers: int, max_length:
         return
     raise ValueError(
         f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
-        "conversion does not support sliding-window attention: drop the window with "
-        "--sliding-window drop, as LongRoPE's authors do, or set max_position_embeddings to "
+        "read it with --sliding-window keep, drop the window with --sliding-window drop, as "
+        "LongRoPE's authors do, or set max_position_embeddings to "
         f"{window}, which the model attends to in full"
     )
 

@@ -24,6 +24,7 @@ _VALUES = (
     (("--seq-length", "seq_length"), ("--max-position-embeddings", "max_position_embeddings")),
     (("--position-embedding-type", "position_embedding_type"), ("--rotary-base", "rotary_base")),
     (("--rotary-percent", "rotary_percent"),),
+    (("--window-size", "window_size"),),
     (("--normalization", "normalization"), ("--norm-epsilon", "norm_epsilon")),
     (("--attention-dropout", "attention_dropout"), ("--hidden-dropout", "hidden_dropout")),
     (
@@ -54,6 +55,7 @@ _SWITCHES = (
 # What `--use-checkpoint-args` of Megatron 0.17 to 0.19 does not restore.
 _NOT_RESTORED = (
     "--norm-epsilon",
+    "--window-size",
     "--make-vocab-size-divisible-by",
     "--qk-layernorm",
     "--moe-router-load-balancing-type",
@@ -134,6 +136,7 @@ def stored_arguments(
         "norm_epsilon": shape.norm_epsilon,
         "layernorm_epsilon": shape.norm_epsilon,
         "apply_layernorm_1p": False,
+        "window_size": None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
         "swiglu": True,
         "squared_relu": False,
         "add_bias_linear": False,

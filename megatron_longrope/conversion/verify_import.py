@@ -43,6 +43,7 @@ def verify_import(
     checkpoint = MegatronCheckpoint.open(checkpoint_path)
     config = checkpoint.longrope
     folder = open_folder(hf_dir, sliding_window)
+    window = folder.dropped_window or folder.kept_window
     if config is not None:
         config = exported_config(config)
     return compare_models(
@@ -50,9 +51,7 @@ def verify_import(
         Path(hf_dir),
         windows_to_compare(
             config,
-            {**folder.config, "sliding_window": folder.dropped_window}
-            if folder.dropped_window
-            else folder.config,
+            {**folder.config, "sliding_window": window} if window else folder.config,
         ),
         checkpoint.shape.vocab_size,
         tolerance=tolerance,

@@ -72,7 +72,9 @@ def load_engine(
         context_parallel=context_parallel,
         mode=mode,
         hf_parity=hf_parity,
-        core_attention=core_attention(attention, device, dtype),
+        core_attention=core_attention(
+            "sdpa" if attention == "auto" and shape.sliding_window else attention, device, dtype
+        ),
         device=device,
         dtype=dtype,
     )

@@ -70,6 +70,7 @@ def build_model(
         context_parallel_size=context_parallel,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        window_size=None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
         use_cpu_initialization=True,
         perform_initialization=False,
         # Fused kernels need Apex or Transformer Engine; scoring is bound by matrix products anyway.

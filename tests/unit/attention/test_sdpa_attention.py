@@ -142,17 +142,55 @@ def test_the_modules_state_is_empty_so_that_checkpoints_stay_compatible():
     assert not core_attention().state_dict()
 
 
+# Sliding windows
+
+
+def windowed(query, key, value, window):
+    """A softmax over the last `window` keys of each query, the last query at the last key."""
+    rows, columns, group = query.shape[0], key.shape[0], query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(group, 2) for x in (key, value))
+    scores = torch.einsum("sbhd,tbhd->bhst", query, key) * SCALE
+    at = torch.arange(columns - rows, columns)[:, None]
+    keys = torch.arange(columns)
+    hidden = (keys > at) | (keys <= at - window)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("bhst,tbhd->sbhd", weights, value).flatten(2)
+
+
+@pytest.mark.parametrize("queries", [21, 6, 1])
+@pytest.mark.parametrize("window", [1, 5, 20, 40])
+def test_a_sliding_window_sees_its_last_keys_in_bands_of_queries(monkeypatch, queries, window):
+    monkeypatch.setattr(sdpa_module, "_BAND", 4)
+    batch = random_batch(queries, keys=21, groups=2, batch=2)
+    module = core_attention(config_options={"window_size": (window - 1, 0)})
+    theirs = output_and_gradients(lambda *qkv: windowed(*qkv, window), *batch)
+    assert_same(output_and_gradients(module, *batch), theirs)
+    if queries == 1:  # static inference drops the mask of a single new token
+        ours = module(*batch[:3], attn_mask_type=AttnMaskType.no_mask)
+        assert_same([ours], [windowed(*batch[:3], window)])
+
+
+def test_a_sliding_window_does_not_go_with_context_parallelism():
+    two = SimpleNamespace(cp=SimpleNamespace(size=lambda: 2, rank=lambda: 0))
+    with pytest.raises(ValueError, match=r"window_size \(8, 0\) with context parallelism"):
+        core_attention(config_options={"window_size": (8, 0)}, pg_collection=two)
+
+
 # Refusals
 
 
 @pytest.mark.parametrize(
     "options, what",
     [
-        ({"window_size": (128, 0)}, "window_size (128, 0)"),
+        ({"window_size": (128, 4)}, "window_size (128, 4)"),
+        (
+            {"window_size": (8, 0), "window_attn_skip_freq": 2},
+            "window_size (8, 0) with window_attn_skip_freq 2",
+        ),
         ({"softmax_type": "learnable"}, "softmax_type 'learnable'"),
     ],
 )
-def test_sliding_windows_and_attention_sinks_are_refused(options, what):
+def test_other_windows_and_attention_sinks_are_refused(options, what):
     with pytest.raises(ValueError) as error:
         core_attention(config_options=options)
     assert str(error.value) == (

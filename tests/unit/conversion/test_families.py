@@ -42,7 +42,6 @@ def test_llama_is_the_default_and_mistral_can_be_asked_for():
         ({"layernorm_zero_centered_gamma": True}, "zero-centred"),
         ({"position_embedding_type": "yarn"}, "position_embedding_type = 'yarn'"),
         ({"rotary_interleaved": True}, "interleaved"),
-        ({"window_size": (128, 0)}, "sliding-window"),
     ],
 )
 def test_what_no_family_has_is_refused_with_the_argument(change, reason):
@@ -68,6 +67,14 @@ def test_partly_rotated_heads_are_phi3s():
     with pytest.raises(ValueError, match=r"rotary_percent = 0.75 \(families: llama\)"):
         select_family(partial, ARGS, "llama")
     assert to_hf_config(partial, FAMILIES["phi3"], torch.float32)["partial_rotary_factor"] == 0.75
+
+
+def test_a_sliding_window_is_mistrals():
+    windowed = replace(SHAPE, sliding_window=128)
+    assert select_family(windowed, ARGS).name == "mistral"
+    with pytest.raises(ValueError, match=r"a window of 128 tokens \(families: qwen2\)"):
+        select_family(replace(windowed, add_qkv_bias=True), ARGS, "qwen2")
+    assert to_hf_config(windowed, FAMILIES["mistral"], torch.float32)["sliding_window"] == 128
 
 
 def test_a_converted_checkpoint_goes_back_to_its_family():

@@ -676,3 +676,32 @@ def test_a_dropped_window_gives_transformers_logits_without_one_past_it(folders,
 def test_a_window_that_is_not_in_use_is_not_said_to_be_dropped(folders, tmp_path):
     report = convert_from_hf(folders("qwen3"), tmp_path / "megatron", sliding_window="drop")
     assert report.dropped_window is None
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3"])
+def test_a_kept_window_gives_transformers_logits_past_it_and_comes_back(folders, tmp_path, family):
+    folder = shutil.copytree(folders(family), tmp_path / "hf")
+    edit_config(folder, sliding_window=16)
+    report = convert_from_hf(
+        folder,
+        tmp_path / "megatron",
+        sliding_window="keep",
+        check=lambda path: verify_import(path, folder, sliding_window="keep"),
+    )
+    windows = report.verification.windows
+    assert any(item.num_tokens > 16 for item in windows)
+    assert all(item.max_abs_diff < 1e-5 for item in windows)
+    assert "--window-size '(15, 0)'" in report.flags
+    checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
+    assert checkpoint.shape.sliding_window == 16
+    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["sliding_window"] == 16
+
+
+def test_a_window_in_some_of_the_layers_cannot_be_kept(folders, tmp_path):
+    folder = shutil.copytree(folders("qwen3"), tmp_path / "hf")
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    edit_config(folder, sliding_window=16, use_sliding_window=True, layer_types=kinds)
+    with pytest.raises(ValueError, match="a window of 16 tokens in some of the layers"):
+        convert_from_hf(folder, tmp_path / "megatron", sliding_window="keep")
