@@ -19,19 +19,69 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "helpers"))
 NAMES = ("output", "dq", "dk", "dv")
 
 
-def main() -> None:
-    """Run the part."""
-    parser = gpu.options(__doc__.splitlines()[0])
-    options = parser.parse_args()
-    device = gpu.start(options.quick)
-    import attention_cases as cases
+def measure_form(cases, form: str, sizes: tuple[int, ...], device: torch.device, output) -> None:
+    """Record every kernel's errors on one `sequence` or on a `pack`.
+
+    Args:
+        cases (module): tests/helpers/attention_cases.py.
+        form (str): `sequence` or `pack`.
+        sizes (tuple[int, ...]): Query heads, key heads, width of a head, tokens.
+        device (torch.device): Where.
+        output (Path, optional): See :func:`.device.record`.
+    """
+    heads, groups, width, length = sizes
+    plain, quarter = width**-0.5, length // 4
+    pack = cases.Pack((length // 2, quarter - 3, quarter), (length // 2, quarter, quarter))
+
+    def scale_of(rows: int) -> float:
+        return 1.5 if rows > quarter else 1.0
+
+    def plainly(attend):
+        """Attention of the form, with `attend` for each document."""
+        if form == "pack":
+            options = {"scale_of": scale_of, "attention": attend, "plain": plain}
+            return lambda q, k, v: cases.packed_reference(q, k, v, pack, **options)
+        scale = plain * scale_of(length)
+        return lambda q, k, v: attend(*(x[:, None] for x in (q, k, v)), scale)[:, 0]
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, width), (groups, width), (groups, width), (heads * width,))
+    batch = [
+        torch.randn(length, *shape, generator=generator).to(device, torch.bfloat16)
+        for shape in shapes
+    ]
+    exact = cases.output_and_gradients(plainly(cases.reference), *(x.double() for x in batch))
+    exact = [x.cpu() for x in exact]
+    stock = cases.output_and_gradients(plainly(cases.stock_attention), *batch)
+    limits = cases.relative_errors(stock, exact)
+    for kernel in ("sdpa", "flash"):
+        result = {"part": "kernels", "kernel": kernel, "form": form}
+        try:
+            module = build(kernel, heads, groups, width, scale_of)
+            ours = cases.output_and_gradients(own(module, form, pack, device), *batch)
+        except (ValueError, RuntimeError) as error:
+            gpu.record(output, **result, skipped=str(error).partition("\n")[0])
+            continue
+        errors = cases.relative_errors(ours, exact)
+        if kernel == "flash":
+            result["package"] = module.kernels.name
+        gpu.record(
+            output,
+            **result,
+            errors=dict(zip(NAMES, errors, strict=True)),
+            stock=dict(zip(NAMES, limits, strict=True)),
+            passes=all(a <= 2 * b + 1e-3 for a, b in zip(errors, limits, strict=True)),
+        )
+
+
+def build(kernel: str, heads: int, groups: int, width: int, scale_of):
+    """The plugin's core attention with a softmax scale for each document."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 
-    heads, groups, width, length = (4, 2, 8, 64) if options.quick else (16, 4, 128, 4096)
-    classes = {"sdpa": SdpaCoreAttention, "flash": FlashCoreAttention}
+    cls = FlashCoreAttention if kernel == "flash" else SdpaCoreAttention
     config = TransformerConfig(
         num_layers=1,
         hidden_size=heads * width,
@@ -41,71 +91,30 @@ def main() -> None:
         attention_dropout=0.0,
         use_cpu_initialization=True,
     )
-    plain = width**-0.5
-    half, quarter = length // 2, length // 4
+    scaled = type("Scaled", (cls,), {"document_scale": staticmethod(scale_of)})
+    return scaled(config, 1, AttnMaskType.causal, "self")
 
-    def scale_of(rows: int) -> float:
-        return 1.5 if rows > quarter else 1.0
 
-    pack = cases.Pack((half, quarter - 3, quarter), (half, quarter, quarter))
+def own(module, form: str, pack, device: torch.device):
+    """A function of query, key and value that calls the plugin's attention."""
+    if form == "sequence":
+        return lambda *qkv: module(*(x[:, None] for x in qkv))[:, 0]
     description = pack.params()
-    for name in vars(description):
-        value = getattr(description, name)
+    for name, value in list(vars(description).items()):
         if isinstance(value, torch.Tensor):
             setattr(description, name, value.to(device))
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((heads, width), (groups, width), (groups, width), (heads * width,))
-    batch = [torch.randn(length, *size, generator=generator).to(device) for size in sizes]
-    half_batch = [x.bfloat16() for x in batch]
-    forms = {
-        "sequence": (
-            {},
-            lambda attend: (
-                lambda q, k, v: attend(
-                    q[:, None], k[:, None], v[:, None], plain * scale_of(length)
-                )[:, 0]
-            ),
-        ),
-        "pack": (
-            {"packed_seq_params": description},
-            lambda attend: (
-                lambda q, k, v: cases.packed_reference(
-                    q, k, v, pack, scale_of=scale_of, attention=attend, plain=plain
-                )
-            ),
-        ),
-    }
-    for form, (arguments, of) in forms.items():
-        exact = cases.output_and_gradients(of(cases.reference), *(x.double() for x in half_batch))
-        exact = [x.cpu() for x in exact]
-        stock = cases.output_and_gradients(of(cases.stock_attention), *half_batch)
-        limits = cases.relative_errors(stock, exact)
-        for kernel, cls in classes.items():
-            result = {"part": "kernels", "kernel": kernel, "form": form}
-            scaled = type("Scaled", (cls,), {"document_scale": staticmethod(scale_of)})
-            try:
-                module = scaled(config, 1, AttnMaskType.causal, "self")
-                ours = cases.output_and_gradients(
-                    lambda q, k, v, module=module, arguments=arguments: (
-                        module(q, k, v, **arguments)
-                        if arguments
-                        else module(q[:, None], k[:, None], v[:, None])[:, 0]
-                    ),
-                    *half_batch,
-                )
-            except (ValueError, RuntimeError) as error:
-                gpu.record(options.output, **result, skipped=str(error).partition("\n")[0])
-                continue
-            errors = cases.relative_errors(ours, exact)
-            if kernel == "flash":
-                result["package"] = module.kernels.name
-            gpu.record(
-                options.output,
-                **result,
-                errors=dict(zip(NAMES, errors, strict=True)),
-                stock=dict(zip(NAMES, limits, strict=True)),
-                passes=all(a <= 2 * b + 1e-3 for a, b in zip(errors, limits, strict=True)),
-            )
+    return lambda *qkv: module(*qkv, packed_seq_params=description)
+
+
+def main() -> None:
+    """Run the part."""
+    options = gpu.options(__doc__.splitlines()[0]).parse_args()
+    device = gpu.start(options.quick)
+    import attention_cases as cases
+
+    for form in ("sequence", "pack"):
+        sizes = (4, 2, 8, 64) if options.quick else (16, 4, 128, 4096)
+        measure_form(cases, form, sizes, device, options.output)
     gpu.record(options.output, part="kernels", environment=gpu.environment(device))
 
 

@@ -52,7 +52,38 @@ def build_model(
         ValueError: The architecture is not a decoder with SwiGLU and RMSNorm, dense or of experts.
     """
     _check_architecture(shape)
-    settings = dict(
+    settings = _transformer_settings(shape, tensor_parallel, context_parallel)
+    options = dict(
+        vocab_size=shape.padded_vocab_size,
+        max_sequence_length=config.max_length,
+        position_embedding_type="rope",
+        rotary_percent=shape.rotary_percent,
+        rotary_base=shape.rotary_base,
+        share_embeddings_and_output_weights=not shape.untie_embeddings,
+        parallel_output=True,
+    )
+    with torch.device("meta"):
+        model = _language_model(shape, settings, options, core_attention)
+    # A buffer would come out of to_empty without its values.
+    assert not [name for name, _ in model.named_buffers()]
+    model.to(dtype).to_empty(device=device)
+    slice_mlps(model)
+    # HybridModel takes no such argument; its rotary module is replaced here anyway.
+    model.rotary_pos_emb.rotary_interleaved = shape.rotary_interleaved
+    model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(
+        model.rotary_pos_emb, config, mode=mode, hf_parity=hf_parity
+    )
+    # The model then returns hidden states (after the final norm, which is the decoder's): the
+    # engine applies the output layer chunk by chunk; [sequence, vocabulary] logits never exist.
+    model.post_process = False
+    return model.eval()
+
+
+def _transformer_settings(
+    shape: ModelShape, tensor_parallel: int, context_parallel: int
+) -> dict[str, Any]:
+    """Of the TransformerConfig, without the number of layers."""
+    return dict(
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -81,30 +112,6 @@ def build_model(
         apply_rope_fusion=False,
         **(_expert_settings(shape) if shape.num_experts else {}),
     )
-    options = dict(
-        vocab_size=shape.padded_vocab_size,
-        max_sequence_length=config.max_length,
-        position_embedding_type="rope",
-        rotary_percent=shape.rotary_percent,
-        rotary_base=shape.rotary_base,
-        share_embeddings_and_output_weights=not shape.untie_embeddings,
-        parallel_output=True,
-    )
-    with torch.device("meta"):
-        model = _language_model(shape, settings, options, core_attention)
-    # A buffer would come out of to_empty without its values.
-    assert not [name for name, _ in model.named_buffers()]
-    model.to(dtype).to_empty(device=device)
-    slice_mlps(model)
-    # HybridModel takes no such argument; its rotary module is replaced here anyway.
-    model.rotary_pos_emb.rotary_interleaved = shape.rotary_interleaved
-    model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(
-        model.rotary_pos_emb, config, mode=mode, hf_parity=hf_parity
-    )
-    # The model then returns hidden states (after the final norm, which is the decoder's): the
-    # engine applies the output layer chunk by chunk; [sequence, vocabulary] logits never exist.
-    model.post_process = False
-    return model.eval()
 
 
 def _expert_settings(shape: ModelShape) -> dict[str, Any]:
