@@ -104,7 +104,7 @@ def open_models(
         megatron (Sequence[str]): `[LABEL=]DIR` of Megatron checkpoints.
         hugging_face (Sequence[str]): `[LABEL=]DIR` of Hugging Face folders.
         iteration (int, optional): Of the Megatron checkpoints. Defaults to the latest.
-        sliding_window (str): Of the folders: `refuse` or `drop`.
+        sliding_window (str): Of the folders: `refuse`, `drop` or `keep`.
 
     Raises:
         ValueError: None or an unreadable one was given, or a label stands for two.

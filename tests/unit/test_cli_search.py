@@ -236,3 +236,13 @@ def test_a_rotating_search_resumes_and_is_judged_on_windows_that_no_generation_s
     assert json.loads((tmp_path / "factors.json").read_text()) == config
     assert main([*options, *flags, "--max-evaluations", "12", "--dry-run"]) == 1
     assert "--pool 5 leaves nothing of 12 evaluations" in capsys.readouterr().err
+
+
+def test_data_without_bos_can_be_searched(options, no_weights, tmp_path, capsys):
+    data = make_search_data(tmp_path, bos=False)
+    options[options.index("--data") + 1] = data["search"]
+    needle = ["--objective", "needle", "--tokenizer", data["tokenizer"]]
+    for flags in ([], ["--bos", "1"], [*needle, "--target-length", "1k"]):
+        assert main([*options, *flags, "--dry-run"]) == 0, capsys.readouterr().err
+    assert main([*options, "--bos", "5000", "--dry-run"]) == 1
+    assert "--bos 5000 is no token id" in capsys.readouterr().err
