@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.series import Rows
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.table import Table
-    from megatron_longrope.evaluation.targets import Model
+    from megatron_longrope.evaluation.targets import NamedModel
 
 Row = dict[str, Any]
 """A record."""
@@ -66,7 +66,7 @@ class Kind:
     options: type[EvaluationOptions]
     """What it can be told; the flags and their help are made from it."""
 
-    plan: Callable[[Any, Sequence[Model]], Plan]
+    plan: Callable[[Any, Sequence[NamedModel]], Plan]
     """Makes cells of options and models, and what measures them. Refuses bad input with one
     sentence before a weight is loaded."""
 

@@ -39,7 +39,7 @@ _SMALLEST, _LARGEST = 1_000_000, 9_999_999  # seven digits, as in both papers
 
 
 def draw_keys(count: int, rng: np.random.Generator) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """`count` objects and the numbers of their lockers, no two alike.
+    """Draw `count` objects and the numbers of their lockers, no two alike.
 
     An object is an adjective and a noun, a number has seven digits.
     """
@@ -50,14 +50,14 @@ def draw_keys(count: int, rng: np.random.Generator) -> tuple[tuple[str, ...], tu
 
 
 def needle_text(key: str, value: int) -> str:
-    """The sentence that says where an object is."""
+    """Return the sentence that says where an object is."""
     return _NEEDLE.format(key=key, value=value)
 
 
 def question_and_answer(
     tokenizer: Tokenizer, keys: Sequence[str], values: Sequence[int]
 ) -> tuple[list[int], list[int], tuple[slice, ...]]:
-    """Tokens of a question for `keys`, of its answer, and of each number within the answer.
+    """Return the tokens of a question for `keys`, of its answer, and of each number in it.
 
     Raises:
         ValueError: The tokenizer merges the question with the answer, or a number with what follows

@@ -84,17 +84,17 @@ class PasskeyTrial:
 
     @property
     def answer(self) -> list[int]:
-        """The answer's tokens."""
+        """Return the answer's tokens."""
         return self.tokens[-self.num_answer_tokens :]
 
     @property
     def prompt_tokens(self) -> list[int]:
-        """What generation starts from: everything before the answer."""
+        """Return what generation starts from: everything before the answer."""
         return self.tokens[: -self.num_answer_tokens]
 
     @property
     def text(self) -> str:
-        """Prompt and answer, written anew at each call."""
+        """Return prompt and answer, written anew at each call."""
         return f"{prompt(self.key, self.num_characters, self.num_before)} {self.key}"
 
 
@@ -115,7 +115,7 @@ class TokenizerReport:
     """Of filler."""
 
     def describe(self) -> str:
-        """One line for whoever reads the results."""
+        """Return one line for whoever reads the results."""
         return (
             f"answers of {self.min_answer_tokens} to {self.max_answer_tokens} tokens, the space "
             f"before the number {self.separate_space} a token of its own; "
@@ -125,7 +125,7 @@ class TokenizerReport:
 
 
 def prompt(key: int, num_characters: int, num_before: int) -> str:
-    """The prompt of the paper's code, up to the question.
+    """Return the prompt of the paper's code, up to the question.
 
     Args:
         key (int): The hidden number.
@@ -147,7 +147,7 @@ def make_trial(
     trial: int,
     spare: int = 0,
 ) -> PasskeyTrial:
-    """A prompt with its answer of exactly `length` tokens, the same wherever it is made.
+    """Make a prompt with its answer of exactly `length` tokens, the same wherever it is made.
 
     Args:
         tokenizer (Tokenizer): The model's.
@@ -221,7 +221,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> TokenizerReport:
 
 
 def is_retrieved(predicted: Sequence[int], trial: PasskeyTrial, tokenizer: Tokenizer) -> bool:
-    """True when the greedy choice is right at every answer token and adds no digit behind them.
+    """Return whether the greedy choice is right at every answer token and adds no digit.
 
     Args:
         predicted (Sequence[int]): `num_answer_tokens + 1` ids: the greedy choice at each answer
@@ -247,7 +247,7 @@ def is_retrieved(predicted: Sequence[int], trial: PasskeyTrial, tokenizer: Token
 
 
 def parse_answer(text: str) -> int | None:
-    """The first number in a generated text, None without one; the paper's code reads it so."""
+    """Return the first number in a text, None without one; the paper's code reads it so."""
     found = re.search(r"\d+", text)
     return int(found.group()) if found else None
 
@@ -273,7 +273,7 @@ class _Prompts:
         self.minimum = self._count(0, 0)
 
     def fit(self, target: int, share: float) -> tuple[int, int, list[int]]:
-        """Characters before and behind the key that make `target` tokens without BOS, and these."""
+        """Find how many characters before and behind the key make `target` tokens."""
         aim = target
         for _ in range(_ROUNDS):
             place = self._search(aim, share)
@@ -289,7 +289,7 @@ class _Prompts:
         )
 
     def _search(self, aim: int, share: float) -> tuple[int, int] | None:
-        """The nearest split whose expected number of tokens is `aim`."""
+        """Find the nearest split whose expected number of tokens is `aim`."""
         rate = self.tokens_per_period / _PERIOD
         total = 0
         for _ in range(_ROUNDS):
@@ -306,7 +306,7 @@ class _Prompts:
         return None
 
     def _count(self, before: int, after: int) -> int:
-        """Expected tokens of prompt and answer."""
+        """Count the expected tokens of prompt and answer."""
         kept = _shortened(before), _shortened(after)
         if kept not in self._counts:
             self._counts[kept] = len(self._encode(*kept))
@@ -319,7 +319,7 @@ class _Prompts:
 
 
 def _answer_with_tail(tokenizer: Tokenizer, text: str, key: int) -> list[int]:
-    """The prompt's last tokens and all of the answer's, checked."""
+    """Return the prompt's last tokens and all of the answer's, checked."""
     ids, whole = tokenizer.encode(text), tokenizer.encode(f"{text} {key}")
     if whole[: len(ids)] != ids:
         raise ValueError(
@@ -345,6 +345,6 @@ def _filler(num_characters: int) -> str:
 
 
 def _shortened(num_characters: int) -> int:
-    """Characters of filler that end alike, after at most :data:`_KEPT_PERIODS` whole periods."""
+    """Count filler that ends alike, after at most :data:`_KEPT_PERIODS` whole periods."""
     periods, rest = divmod(num_characters, _PERIOD)
     return min(periods, _KEPT_PERIODS) * _PERIOD + rest

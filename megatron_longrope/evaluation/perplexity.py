@@ -30,7 +30,7 @@ _BUCKETS = 8  # parts of the window by which losses are reported
 
 
 @dataclass(frozen=True)
-class Window:
+class ScoredSpan:
     """A span of a document that is scored in one forward pass."""
 
     start: int
@@ -45,7 +45,7 @@ class Window:
 
 def windows(
     num_tokens: int, window: int, stride: int | None, *, bos: bool = True
-) -> Iterator[Window]:
+) -> Iterator[ScoredSpan]:
     """Tile a document as the authors' code does.
 
     Args:
@@ -69,14 +69,14 @@ def windows(
         end = min(start + content, num_tokens)
         # Without BOS nothing predicts the first token of a window.
         if num_scored := end - max(start + (not bos), scored):
-            yield Window(start, end, num_scored)
+            yield ScoredSpan(start, end, num_scored)
         scored = end
         if end == num_tokens:
             return
 
 
 def protocol_of(window: int, stride: int | None) -> str:
-    """Name of the way in which a document is tiled.
+    """Name the way in which a document is tiled.
 
     `truncated`: its first window alone (YaRN's and the authors' `--truncate`); `sliding`: every
     token once, behind as many as fit; `sampled`: a window every S tokens, nothing between them.
@@ -158,7 +158,7 @@ def perplexity(
     for index, span in spans:
         digest.update(_content(documents[index], span).tobytes())
 
-    def score(place: tuple[int, Window]) -> tuple[float, np.ndarray]:
+    def score(place: tuple[int, ScoredSpan]) -> tuple[float, np.ndarray]:
         index, span = place
         content = _content(documents[index], span)
         tokens = torch.from_numpy(np.concatenate((np.asarray(front, np.int64), content)))[None]
@@ -195,8 +195,8 @@ def perplexity(
 
 def planned_windows(
     num_tokens: Sequence[int], length: int, stride: int | None, *, bos: bool = True
-) -> list[tuple[int, Window]]:
-    """Every forward pass as (index of the document, window), for documents of these lengths.
+) -> list[tuple[int, ScoredSpan]]:
+    """List every forward pass as (index of the document, window), for documents of these lengths.
 
     Raises:
         ValueError: A document is shorter than the window.
@@ -215,12 +215,12 @@ def planned_windows(
     ]
 
 
-def _content(document: np.ndarray, span: Window) -> np.ndarray:
+def _content(document: np.ndarray, span: ScoredSpan) -> np.ndarray:
     return np.asarray(document[span.start : span.end], dtype=np.int64)
 
 
-def _buckets(values: np.ndarray, span: Window, length: int) -> np.ndarray:
-    """Sum and number of the scored losses by eighths of the window."""
+def _buckets(values: np.ndarray, span: ScoredSpan, length: int) -> np.ndarray:
+    """Sum and count the scored losses by eighths of the window."""
     result = np.zeros((_BUCKETS, 2))
     first = len(values) - span.num_scored
     places = np.arange(first, len(values)) * _BUCKETS // (length - 1)

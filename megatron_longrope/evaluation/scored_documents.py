@@ -41,7 +41,7 @@ class ScoredDocuments:
 
 
 def is_prepared(data: str) -> bool:
-    """Whether `data` is the prefix of a set that `longrope data prepare` wrote."""
+    """Return whether `data` is the prefix of a set that `longrope data prepare` wrote."""
     return output_paths(data)[1].exists()
 
 
@@ -93,7 +93,7 @@ def tokenizer_for(path: str | None, data: str, bos: int | None = None) -> Tokeni
 
 
 def read_texts(data: str) -> Iterator[Document]:
-    """Documents of a text file, JSON lines or a directory of them.
+    """Read the documents of a text file, JSON lines or a directory of them.
 
     Raises:
         ValueError: A path does not exist, or a document cannot be read; evaluations skip nothing.

@@ -1,4 +1,4 @@
-"""Measure what is not measured yet: cell by cell, model by model, with the bill first."""
+"""Measure what is not measured yet: cell by cell, model by model, with the cost first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.sharing import share
-from megatron_longrope.evaluation.targets import Model, Target
+from megatron_longrope.evaluation.targets import NamedModel, Target
 from megatron_longrope.flops import forward_flops
 from megatron_longrope.out_of_memory import is_out_of_memory
 from megatron_longrope.progress import Progress, format_duration
@@ -29,30 +29,30 @@ _TRIAL_TOKENS = 4096  # enough for a GPU to show its speed, little enough to cos
 
 @dataclass(frozen=True)
 class Cell:
-    """One record to be."""
+    """One record to be measured."""
 
     target: Target
     """Model and factors."""
 
     fields: Mapping[str, Any]
-    """What tells it from the target's other cells."""
+    """Fields that tell it from the target's other cells."""
 
     forwards: Mapping[int, int] = field(default_factory=dict)
     """Number of forward passes of each length in tokens; empty where it is not known before."""
 
     @property
     def record(self) -> dict[str, Any]:
-        """The record's fields that are known before measuring."""
+        """Return the record's fields that are known before measuring."""
         return {**self.target.fields(), **self.fields}
 
     @property
     def num_forwards(self) -> int:
-        """Forward passes in all; 1 where it is not known."""
+        """Count the forward passes; 1 where it is not known."""
         return sum(self.forwards.values()) or 1
 
     @property
     def flops(self) -> float:
-        """Operations of all forward passes."""
+        """Count the operations of all forward passes."""
         shape = self.target.model.checkpoint.shape
         return float(sum(n * sum(forward_flops(shape, k)) for k, n in self.forwards.items()))
 
@@ -88,7 +88,7 @@ class Session:
     records: Records
     """Where they go."""
 
-    load: Callable[[Model], Any]
+    load: Callable[[NamedModel], Any]
     """Gives the engine of a model."""
 
     limit: Limit
@@ -142,7 +142,7 @@ class Session:
                 progress.update(_note(cell))
 
     def _models(self, cells: Sequence[Cell]) -> Iterator[tuple[Any, list[Cell], Progress]]:
-        """Each model with something left to do, loaded; they are never loaded side by side."""
+        """Load each model with something left to do, one after the other, never side by side."""
         from megatron_longrope.engine.process_groups import from_first_rank
 
         found = from_first_rank([self.records.find(cell.record) is not None for cell in cells])
@@ -154,7 +154,7 @@ class Session:
             for model, group in groupby(pending, key=lambda cell: cell.target.model):
                 part, engine = list(group), self.load(model)
                 if not asked:
-                    self._present_bill(engine, part, pending)
+                    self._present_cost(engine, part, pending)
                     asked = True
                 yield engine, part, progress
                 del engine
@@ -164,8 +164,8 @@ class Session:
             if done and not pending and rank() == 0:
                 print(f"{self.label}: everything was already measured", flush=True)
 
-    def _present_bill(self, engine: Any, first: Sequence[Cell], pending: Sequence[Cell]) -> None:
-        """Say what is to come; above the limit ask, or refuse where nobody can answer.
+    def _present_cost(self, engine: Any, first: Sequence[Cell], pending: Sequence[Cell]) -> None:
+        """Print the expected cost; above the limit ask, or refuse where nobody can answer.
 
         Args:
             first (Sequence[Cell]): Those of the engine's model.
@@ -182,13 +182,13 @@ class Session:
         flops, count = sum(cell.flops for cell in pending), sum(lengths.values())
         tokens, rate = from_first_rank(_speed(engine, first))
         seconds = flops / (rate * engine.replica[1])
-        bill = (
+        cost = (
             f"{self.label}: {count:,} forward {'pass' if count == 1 else 'passes'} of up to "
             f"{max(lengths):,} tokens, {flops:.1e} FLOP: about {format_duration(seconds)}, at the "
             f"{rate:.1e} FLOP/s of a trial pass of {tokens:,} tokens"
         )
         if rank() == 0:
-            print(bill, flush=True)
+            print(cost, flush=True)
         if seconds <= 3600 * self.limit.hours or self.limit.confirmed:
             return
         if "RANK" not in os.environ and sys.stdin.isatty():
@@ -197,13 +197,13 @@ class Session:
                 return
             raise ValueError("not confirmed; nothing was measured")
         raise ValueError(
-            f"{bill}, which is above --max-hours {self.limit.hours:g}; give --yes to go on, or "
+            f"{cost}, which is above --max-hours {self.limit.hours:g}; give --yes to go on, or "
             "fewer lengths, documents or trials, or a longer stride"
         )
 
 
 def _speed(engine: Any, cells: Sequence[Cell]) -> tuple[int, float]:
-    """Length of a trial forward pass and the FLOP/s of this copy of the model there."""
+    """Measure a trial forward pass: its length, and the FLOP/s of this copy of the model."""
     longest = max(cells, key=lambda cell: max(cell.forwards, default=0))
     step = 2 * engine.cp_group.size()
     length = max(step, min(max(longest.forwards), _TRIAL_TOKENS) // step * step)
@@ -217,7 +217,7 @@ def _speed(engine: Any, cells: Sequence[Cell]) -> tuple[int, float]:
 
 
 def _note(cell: Cell) -> str:
-    """What is being measured, in a few words."""
+    """Return what is being measured, in a few words."""
     record = cell.record
     names = (record["model"], record["label"], record["policy"], record.get("task"))
     words = [str(name) for name in names if name]

@@ -17,7 +17,7 @@ OWN = "checkpoint"
 
 
 @dataclass(frozen=True)
-class Model:
+class NamedModel:
     """A checkpoint whose headers have been read; its weights have not."""
 
     label: str
@@ -33,7 +33,7 @@ class Model:
     """Whether it is a Hugging Face folder, which has its tokenizer beside it."""
 
     def config(self) -> LongRopeConfig:
-        """The checkpoint's own factors, or stock RoPE up to its window."""
+        """Return the checkpoint's own factors, or stock RoPE up to its window."""
         from megatron_longrope.engine.loading import default_config
 
         return self.checkpoint.longrope or default_config(self.checkpoint.shape)
@@ -43,7 +43,7 @@ class Model:
 class Target:
     """A model under given factors."""
 
-    model: Model
+    model: NamedModel
     """The model."""
 
     label: str
@@ -59,7 +59,7 @@ class Target:
     """Attention-factor policy of a published method."""
 
     def fields(self) -> dict[str, Any]:
-        """What every record says of its target."""
+        """Return the fields that every record has of its target."""
         return {
             "model": self.model.label,
             "checkpoint": self.model.path,
@@ -85,7 +85,7 @@ class Target:
 
 
 def config_sha256(config: LongRopeConfig) -> str:
-    """Hash of everything that changes a result: not of where the factors come from."""
+    """Hash everything that changes a result: not where the factors come from."""
     value = config.to_dict()
     for item in value["factor_sets"]:
         del item["origin"]
@@ -97,7 +97,7 @@ def open_models(
     hugging_face: Sequence[str],
     iteration: int | None = None,
     sliding_window: str = "refuse",
-) -> list[Model]:
+) -> list[NamedModel]:
     """Read the headers of checkpoints.
 
     Args:
@@ -115,19 +115,19 @@ def open_models(
         raise ValueError("no model was given; name a Megatron checkpoint with --load or a Hugging "
                          "Face folder with --hf")  # fmt: skip
     models = [
-        Model(label, path, open_checkpoint(path, None, iteration))
+        NamedModel(label, path, open_checkpoint(path, None, iteration))
         for label, path in labelled(megatron)
     ]
     models += [
-        Model(label, path, open_checkpoint(None, path, sliding_window=sliding_window), True)
+        NamedModel(label, path, open_checkpoint(None, path, sliding_window=sliding_window), True)
         for label, path in labelled(hugging_face)
     ]
     _check_distinct([model.label for model in models], "models")
     return models
 
 
-def targets_of(model: Model, factor_files: Sequence[str]) -> list[Target]:
-    """The model under each factor file; under its own factors where there is none.
+def targets_of(model: NamedModel, factor_files: Sequence[str]) -> list[Target]:
+    """Return the model under each factor file, or under its own factors without one.
 
     Args:
         factor_files (Sequence[str]): `[LABEL=]PATH` of LongRoPE JSON files.
@@ -150,12 +150,12 @@ def targets_of(model: Model, factor_files: Sequence[str]) -> list[Target]:
 
 
 def targets_at(
-    models: Sequence[Model], factor_files: Sequence[str], lengths: Sequence[int] = ()
+    models: Sequence[NamedModel], factor_files: Sequence[str], lengths: Sequence[int] = ()
 ) -> list[Target]:
     """Return every model under every factor file, or its own factors; no weight is loaded.
 
     Args:
-        models (Sequence[Model]): From :func:`open_models`.
+        models (Sequence[NamedModel]): From :func:`open_models`.
         factor_files (Sequence[str]): As in :func:`targets_of`.
         lengths (Sequence[int]): To be measured, in tokens.
 
@@ -169,14 +169,14 @@ def targets_at(
     return targets
 
 
-def own_tokenizer(given: str | None, models: Sequence[Model]) -> str | None:
+def own_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str | None:
     """Return the tokenizer given, else that of the only model when it is a Hugging Face folder."""
     if given is None and len(models) == 1 and models[0].hugging_face:
         return models[0].path
     return given
 
 
-def prompt_tokenizer(given: str | None, models: Sequence[Model]) -> str:
+def prompt_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str:
     """Return what :func:`own_tokenizer` does.
 
     Raises:
@@ -190,7 +190,7 @@ def prompt_tokenizer(given: str | None, models: Sequence[Model]) -> str:
     return path
 
 
-def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[Model]) -> None:
+def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[NamedModel]) -> None:
     """Refuse token ids that a model does not have.
 
     Args:
@@ -209,7 +209,7 @@ def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[Model]) ->
 
 
 def labelled(items: Sequence[str]) -> list[tuple[str, str]]:
-    """`LABEL=PATH` apart; without a label, the name of the file or directory."""
+    """Split `LABEL=PATH`; without a label, the name of the file or directory."""
     pairs = []
     for item in items:
         label, separator, path = item.partition("=")

@@ -15,7 +15,7 @@ from megatron_longrope.report.style import MUTED
 
 
 def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None = None) -> None:
-    """Logarithmic x axis with these lengths as ticks, less those that would collide.
+    """Make the x axis logarithmic with these lengths as ticks, less those that would collide.
 
     The original window is within the frame and marked by a line.
     """
@@ -39,7 +39,7 @@ def length_axis(axes: Axes, lengths: Sequence[int], original_length: int | None 
 
 
 def start_token_axis(axes: Axes, counts: Sequence[int], *, narrow: bool = False) -> None:
-    """x axis for n_hat, logarithmic in 1 + n so that 0 has a place.
+    """Make the x axis for n_hat, logarithmic in 1 + n so that 0 has a place.
 
     Labels that would collide are left out.
 
@@ -62,7 +62,7 @@ def start_token_axis(axes: Axes, counts: Sequence[int], *, narrow: bool = False)
 
 
 def note_above(axes: Axes, x: float, text: str) -> None:
-    """A small note on top of the frame."""
+    """Write a small note on top of the frame."""
     axes.annotate(
         text, (x, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
         ha="center", color=MUTED, fontsize=8,
@@ -70,7 +70,7 @@ def note_above(axes: Axes, x: float, text: str) -> None:
 
 
 def panel_title(axes: Axes, name: str, detail: str) -> None:
-    """A bold line with a quiet second one."""
+    """Write a bold line with a quiet second one."""
     axes.set_title(shorten(name, 42), loc="left", fontsize=9, fontweight="bold", pad=19)
     axes.annotate(detail, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points",
                   fontsize=8.5, color=MUTED)  # fmt: skip

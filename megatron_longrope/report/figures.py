@@ -137,7 +137,7 @@ def _draw_bars(figure: Bars) -> Drawing:
 
 
 def _series_cells(series: Series) -> tuple[Any, ...]:
-    """The first columns of a series' rows in a data file."""
+    """Return the first columns of a series' rows in a data file."""
     one = series.identity
     cells = (one.model, one.label, one.policy, one.iteration)
     return (series.name, *map(_blank, cells))
@@ -151,7 +151,7 @@ def _blank(value: Any) -> Any:
 def _lines_figure(
     title: str, height: float, styles: Sequence[Style]
 ) -> Iterator[tuple[Canvas, Axes, bool]]:
-    """A figure with one axes for lines, and whether their names fit beside their ends.
+    """Make a figure with one axes for lines, and whether their names fit beside their ends.
 
     Where they do not, a legend below the axes has them.
     """
@@ -190,7 +190,7 @@ def _panels(
 
 
 def _room(columns: int, lengths: Sequence[int]) -> float:
-    """Points from one length to the next in a panel."""
+    """Return the points from one length to the next in a panel."""
     return (_INCHES / columns - 0.75) / len(lengths) * 72
 
 
@@ -254,7 +254,7 @@ def _fill_bars(axes: Axes, row: Mapping[int, Tally], lengths: Sequence[int], roo
 
 
 def _length_ticks(axes: Axes, lengths: Sequence[int], room: float) -> None:
-    """Every length as a tick, and as many labels as fit, the last one among them.
+    """Show every length as a tick, and as many labels as fit, the last one among them.
 
     Args:
         axes (Axes): The lengths are at 0, 1, ...

@@ -91,7 +91,7 @@ def files_below(directory: Path, suffix: str) -> list[tuple[Path, str]]:
     """
     found = []
     for folder, subfolders, files in directory.walk():
-        subfolders[:] = [item for item in subfolders if item[0] != "." and item != "stale"]
+        subfolders[:] = [item for item in subfolders if item[0] != "."]
         found += [folder / item for item in files if item.endswith(suffix)]
     return sorted(
         (path, path.relative_to(directory).as_posix()) for path in found if path.is_file()

@@ -86,7 +86,7 @@ def draw_search_figures(
 
 
 def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawing:
-    """Rescale factors of each set against PI, NTK and YaRN at the same extension ratio."""
+    """Draw rescale factors of each set against PI, NTK and YaRN at the same extension ratio."""
     rows: list[tuple[Any, ...]] = []
     used: dict[str, Style] = {}
     title = "Rescale factors by dimension"
@@ -128,7 +128,7 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
 
 
 def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
-    """Best score after each evaluation of each search, with the scores of its known seeds."""
+    """Draw the best score after each evaluation of each search, with its known seeds."""
     rows: list[tuple[Any, ...]] = []
     used: dict[str, Line2D] = {}
     with panels("Search progress", len(traces), "Evaluation", "Perplexity") as (figure, grid):
@@ -177,7 +177,7 @@ def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
 
 
 def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
-    """Perplexity against the number of start tokens, the factors held fixed."""
+    """Draw perplexity against the number of start tokens, the factors held fixed."""
     style = LONGROPE
     xlabel, ylabel = "Start tokens that keep their positions", "Perplexity"
     rows: list[tuple[Any, ...]] = []
@@ -206,7 +206,7 @@ def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
 
 
 def _draw_candidates(axes: Axes, records: Sequence[Evaluation]) -> dict[str, Line2D]:
-    """A light mark for each candidate; returns one artist of each kind by its legend label."""
+    """Draw a light mark for each candidate; returns one artist of each kind by its legend label."""
     top = axes.get_ylim()[1]
     size, alpha = (3.4, 0.5) if len(records) <= 300 else (2.2, 0.38)
     kinds: dict[str, list[tuple[int, float]]] = {label: [] for label in _MARKS[1:]}
@@ -231,7 +231,7 @@ def _draw_candidates(axes: Axes, records: Sequence[Evaluation]) -> dict[str, Lin
 
 
 def _draw_best(axes: Axes, best: Sequence[float]) -> Line2D:
-    """The running minimum as steps, with a dot at each improvement."""
+    """Draw the running minimum as steps, with a dot at each improvement."""
     values = [value if math.isfinite(value) else math.nan for value in best]
     better = [
         index
@@ -247,7 +247,7 @@ def _draw_best(axes: Axes, best: Sequence[float]) -> Line2D:
 
 
 def _shown(seeds: Mapping[str, float]) -> dict[str, float]:
-    """The starting points with a style, and the best of the others, which can be dozens."""
+    """Return the starting points with a style, and the best of the others, which can be dozens."""
     known = {name: score for name, score in seeds.items() if has_style(name)}
     others = {name: score for name, score in seeds.items() if name not in known}
     best = min(others, key=others.__getitem__, default=None)

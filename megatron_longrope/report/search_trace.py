@@ -54,7 +54,7 @@ class SearchTrace:
 
     @property
     def best_scores(self) -> list[float]:
-        """Best perplexity of a completely scored candidate after each record."""
+        """Return the best perplexity of a completely scored candidate after each record."""
         best = math.inf
         return [
             best := min(best, record.score) if is_complete(record) else best
@@ -63,13 +63,13 @@ class SearchTrace:
 
     @property
     def sample_forwards(self) -> list[int]:
-        """Forward passes over one sample after each record."""
+        """Count the forward passes over one sample after each record."""
         counted: dict[Any, int] = {}
         total = 0
         return [total := total + fresh_samples(record, counted) for record in self.records]
 
     def _named_scores(self) -> dict[str, float]:
-        """Of each name its completely scored record with the fewest start tokens."""
+        """Return of each name its completely scored record with the fewest start tokens."""
         found: dict[str, Evaluation] = {}
         for record in filter(is_complete, self.records):
             name = self.names.get(tuple(record.rescale_factors))
@@ -102,7 +102,7 @@ class StartTokenCurve:
 
 
 def start_token_curve(trace: SearchTrace) -> StartTokenCurve | None:
-    """The factors that were scored with the most different n_hat; None if none had two.
+    """Find the factors that were scored with the most different n_hat; None if none had two.
 
     On a tie the larger number of common samples decides, then the lower perplexity.
     """
@@ -188,7 +188,7 @@ def find_search_traces(
 def _recognise(
     records: Sequence[Evaluation], configs: Sequence[LongRopeConfig]
 ) -> dict[tuple[float, ...], str]:
-    """Factors of the records that are PI's, NTK's or YaRN's up to the search grid."""
+    """Find factors of the records that are PI's, NTK's or YaRN's up to the search grid."""
     known = dict.fromkeys(
         (name, tuple(factors))
         for config in configs
@@ -208,7 +208,7 @@ def _recognise(
 
 
 def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[float]]:
-    """Factors of PI, NTK and YaRN for the geometry; none where the ratio extends nothing."""
+    """Return factors of PI, NTK and YaRN for the geometry; none where the ratio extends nothing."""
     if ratio <= 1 or config.rotary_dim < 4:
         return {}
     geometry = (config.rotary_base, config.original_max_position_embeddings)

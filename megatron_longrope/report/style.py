@@ -37,7 +37,7 @@ _DPI = 200
 
 
 class Style(NamedTuple):
-    """How a method looks in every figure and what it is called."""
+    """The look of a line and what it is called."""
 
     label: str
     color: str
@@ -177,7 +177,7 @@ def spread_labels(places: Sequence[float], gap: float, top: float = 1.0) -> list
 
 @contextmanager
 def blank_figure(title: str, height: float) -> Iterator[Figure]:
-    """A blank figure in the house style, whatever the user's matplotlibrc says."""
+    """Make a blank figure in the house style, whatever the user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({
@@ -199,7 +199,7 @@ def blank_figure(title: str, height: float) -> Iterator[Figure]:
 
 @contextmanager
 def panels(title: str, count: int, xlabel: str, ylabel: str) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A blank figure with `count` axes in two columns, named along the outer edges."""
+    """Make a blank figure with `count` axes in two columns, named along the outer edges."""
     columns = min(2, count)
     lines = math.ceil(count / columns)
     with blank_figure(title, 0.9 + 2.9 * lines) as figure:
@@ -230,7 +230,7 @@ def finish(
 
 
 def _inline_svg(text: str, name: str) -> str:
-    """The bare element, with ids of its own and a flexible size."""
+    """Return the bare element, with ids of its own and a flexible size."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
@@ -241,14 +241,14 @@ def _inline_svg(text: str, name: str) -> str:
 
 
 def plot_line(axes: Axes, xs: Any, ys: Any, style: Style, **options: Any) -> None:
-    """Draw a line in the method's style; `options` override it."""
+    """Draw a line in a style; `options` override it."""
     _, color, marker, dashes = style
     edge = {} if marker == "x" else {"markeredgecolor": PAPER, "markeredgewidth": 0.7}
     axes.plot(xs, ys, color=color, marker=marker, linestyle=dashes, **(edge | options))
 
 
 def swatch(style: Style) -> Line2D:
-    """Legend entry of a method."""
+    """Return a legend entry."""
     edge = {} if style.marker == "x" else {"markeredgecolor": PAPER, "markeredgewidth": 0.7}
     return Line2D(
         [], [], color=style.color, marker=style.marker, linestyle=style.dashes, markersize=5, **edge
@@ -261,7 +261,7 @@ def score_axis(
     around: Sequence[float] | None = None,
     bottom: float = 0.0,
 ) -> None:
-    """Limits with some air, logarithmic where the values span more than a factor of ten.
+    """Set limits with some air, logarithmic where the values span more than a factor of ten.
 
     Args:
         values (Sequence[float]): All of them are within the frame.

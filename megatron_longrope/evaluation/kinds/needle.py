@@ -28,7 +28,7 @@ from megatron_longrope.evaluation.table import Value, format_score
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
-    from megatron_longrope.evaluation.targets import Model
+    from megatron_longrope.evaluation.targets import NamedModel
 
 TASKS = ("single", "multi_key", "multi_query")
 """What can be asked: one needle, one among others, several at once."""
@@ -63,7 +63,7 @@ class NeedleOptions(EvaluationOptions):
     seed: int = seed_flag()
 
 
-def _plan(options: NeedleOptions, models: Sequence[Model]) -> Plan:
+def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.data.sentences import train_splitter
     from megatron_longrope.data.tokenizer import bos_name
     from megatron_longrope.evaluation import needle_sample

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_longrope.data.tokenizer import Tokenizer
     from megatron_longrope.evaluation.passkey_prompt import PasskeyTrial
     from megatron_longrope.evaluation.session import Plan
-    from megatron_longrope.evaluation.targets import Model
+    from megatron_longrope.evaluation.targets import NamedModel
 
 _SCORINGS = {
     "teacher-forced": "the greedy choice at every token of the answer, in one forward pass",
@@ -55,7 +55,7 @@ class PasskeyOptions(EvaluationOptions):
     which the first number counts, as in the paper's code"""
 
 
-def _plan(options: PasskeyOptions, models: Sequence[Model]) -> Plan:
+def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.data.tokenizer import bos_name, load_tokenizer
     from megatron_longrope.evaluation import passkey_prompt
     from megatron_longrope.evaluation.session import Cell, Plan

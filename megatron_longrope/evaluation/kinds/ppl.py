@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.evaluation.scored_documents import ScoredDocuments
     from megatron_longrope.evaluation.session import Cell, Plan
-    from megatron_longrope.evaluation.targets import Model, Target
+    from megatron_longrope.evaluation.targets import NamedModel, Target
 
 _PROTOCOLS = {
     "truncated": "one window at the start of each document",
@@ -99,7 +99,7 @@ class PerplexityOptions(EvaluationOptions):
         return length - 1 if self.stride == "disjoint" else self.stride
 
 
-def _plan(options: PerplexityOptions, models: Sequence[Model]) -> Plan:
+def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.evaluation.perplexity import perplexity
     from megatron_longrope.evaluation.scored_documents import is_prepared, read_scored_documents
     from megatron_longrope.evaluation.session import Plan
@@ -133,7 +133,7 @@ def _plan(options: PerplexityOptions, models: Sequence[Model]) -> Plan:
     return Plan(cells, measure, shared=False)
 
 
-def _targets(options: PerplexityOptions, model: Model) -> Iterator[tuple[int, Target]]:
+def _targets(options: PerplexityOptions, model: NamedModel) -> Iterator[tuple[int, Target]]:
     """Yield (length, target) of one model; lengths that its factors do not cover are refused."""
     from megatron_longrope.baselines import extended_config
     from megatron_longrope.evaluation.targets import Target, targets_at
@@ -160,7 +160,7 @@ def _targets(options: PerplexityOptions, model: Model) -> Iterator[tuple[int, Ta
             first = False
 
 
-def _base(options: PerplexityOptions, model: Model) -> LongRopeConfig:
+def _base(options: PerplexityOptions, model: NamedModel) -> LongRopeConfig:
     """Return what the baselines extend: the model's factors, or its pre-trained window.
 
     Raises:

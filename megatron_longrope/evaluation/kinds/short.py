@@ -16,7 +16,7 @@ from megatron_longrope.lengths import parse_length
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
-    from megatron_longrope.evaluation.targets import Model
+    from megatron_longrope.evaluation.targets import NamedModel
 
 _LOW_IS_GOOD = ("ppl", "perplexity", "loss", "bits", "byte", "brier", "nll")
 _NOTE = (
@@ -60,7 +60,7 @@ class BenchmarkOptions(EvaluationOptions):
     """let data sets be fetched from the Hub"""
 
 
-def _plan(options: BenchmarkOptions, models: Sequence[Model]) -> Plan:
+def _plan(options: BenchmarkOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.data.tokenizer import load_tokenizer
     from megatron_longrope.evaluation.harness import (
         check_original_factors,

@@ -26,7 +26,7 @@ def added(monkeypatch):
     checkpoint = SimpleNamespace(iteration=3, shape=SHAPE, longrope=config)
     monkeypatch.setitem(KINDS, "copying", COPYING)
     monkeypatch.setattr(
-        targets, "open_models", lambda *given: [targets.Model("m", "x", checkpoint)]
+        targets, "open_models", lambda *given: [targets.NamedModel("m", "x", checkpoint)]
     )
     loaded = []
     monkeypatch.setattr(

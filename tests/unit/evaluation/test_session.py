@@ -10,7 +10,7 @@ from megatron_longrope.evaluation import session as session_module
 from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.session import Cell, Limit, Session
-from megatron_longrope.evaluation.targets import Model, Target
+from megatron_longrope.evaluation.targets import NamedModel, Target
 
 SHAPE = SimpleNamespace(
     num_attention_heads=4, head_dim=8, num_query_groups=2, hidden_size=32, ffn_hidden_size=64,
@@ -37,7 +37,7 @@ class FakeEngine:
 
 def model(label):
     checkpoint = SimpleNamespace(iteration=3, shape=SHAPE)
-    return Model(label, f"/runs/{label}", checkpoint)
+    return NamedModel(label, f"/runs/{label}", checkpoint)
 
 
 def cells(*labels, lengths=(64, 128), forwards=1):
