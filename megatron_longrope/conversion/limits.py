@@ -134,7 +134,7 @@ def check_config(config: Mapping[str, Any], of_family: Mapping[str, Any]) -> Non
         ValueError: The message names the key and the value that is supported.
     """
     for key, fine, lacking in _CONFIG:
-        if of_family.get(key):
+        if key in of_family and of_family[key] not in fine:
             fine, lacking = (of_family[key],), "models of this type without it"
         if config.get(key, fine[0]) not in fine:
             raise ValueError(

@@ -275,7 +275,12 @@ def test_a_softmax_scale_of_another_origin_is_refused(path):
             {"multi_latent_attention": True},
             "--multi-latent-attention: its attention builds a rotary embedding of its own",
         ),
-        ({"use_rope_scaling": True}, "--use-rope-scaling: it would scale the frequencies twice"),
+        (
+            {"use_rope_scaling": True},
+            "--use-rope-scaling: base_frequencies in the file of --longrope-config replaces it "
+            "(longrope convert from-hf writes them), and both would scale the frequencies twice; "
+            "remove the flag",
+        ),
         (
             {"rotary_seq_len_interpolation_factor": 4},
             "--rotary-seq-len-interpolation-factor: it would interpolate the positions twice",
