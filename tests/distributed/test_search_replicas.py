@@ -40,7 +40,7 @@ def test_the_journal_does_not_depend_on_the_number_and_speed_of_replicas(
 ):
     options = ("--lookahead", lookahead, "--seconds", 0.002)
     single = search(1, algorithm, tmp_path / "1.jsonl", *options)
-    arguments = (algorithm, tmp_path / "3.jsonl", *options)
+    arguments = (algorithm, tmp_path / "3.jsonl", *options, "--together")
     if agents == 1:
         shared = search(3, *arguments)
     else:
@@ -57,18 +57,18 @@ def test_the_journal_does_not_depend_on_the_number_and_speed_of_replicas(
 @pytest.mark.real_process
 @pytest.mark.parametrize("algorithm", ["evolution", pytest.param("cma", marks=pytest.mark.release)])
 def test_a_search_killed_at_random_points_ends_with_the_same_factors(tmp_path, algorithm):
-    options = (algorithm, tmp_path / "killed.jsonl", "--seconds", 0.004)
+    options = (algorithm, tmp_path / "killed.jsonl", "--seconds", 0.02)
     whole = search(1, algorithm, tmp_path / "whole.jsonl")
     rng = random.Random(algorithm)
     kills = 0
     for _ in range(2):
         process = start(1, *options)
-        wait_for_lines(tmp_path / "killed.jsonl", rng.randrange(2, 40), process)
+        wait_for_lines(tmp_path / "killed.jsonl", rng.randrange(2, 20), process)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             kills += 1
         process.communicate()
-    resumed = search(1, *options)
+    resumed = search(1, algorithm, tmp_path / "killed.jsonl")
     assert kills >= 1
     assert resumed["factors"] == whole["factors"] and resumed["score"] == whole["score"]
     assert drop_seconds(tmp_path / "killed.jsonl") == drop_seconds(tmp_path / "whole.jsonl")

@@ -142,6 +142,10 @@ def answer_for_cuda():
     from megatron.core import tensor_parallel
     from megatron.core.utils import GlobalMemoryBuffer
 
+    from megatron_longrope.integration import cpu_host
+
+    cpu_host._fork_the_results_server()  # a spawned one would import Megatron again
+
     class Tracker:
         def fork(self, name=None):
             return contextlib.nullcontext()

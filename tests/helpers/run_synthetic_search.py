@@ -1,6 +1,7 @@
 """One rank of a search without a model, for tests under torchrun.
 
 run_synthetic_search.py ALGORITHM JOURNAL [--lookahead G] [--seconds S] [--die REPLICA:SAMPLES]
+    [--together]
 """
 
 from __future__ import annotations
@@ -28,13 +29,24 @@ SMALL = EvolutionParameters(
 
 
 class Uneven(Synthetic):
-    """A replica that is slower than the first one, and may die."""
+    """A replica that is slower than the first one, and may die.
 
-    def __init__(self, replica: int, seconds: float, die_after: int | None, **options) -> None:
-        super().__init__(seconds=seconds * (1 + 2 * replica), **options)
-        self._die_after = die_after
+    With `together` the first one begins when another has: on a busy machine it might else have
+    done everything before.
+    """
+
+    def __init__(
+        self, team: Team, seconds: float, die_after: int | None, together: bool, **options
+    ) -> None:
+        super().__init__(seconds=seconds * (1 + 2 * team.index), **options)
+        self._team, self._die_after, self._together = team, die_after, together
 
     def losses(self, config, first):
+        if self._together and self.calls == 0:
+            if self._team.index == 0:
+                self._team.store.wait(["another has begun"])
+            else:
+                self._team.store.set("another has begun", "")
         if self._die_after is not None and self.calls >= self._die_after:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().losses(config, first)
@@ -48,6 +60,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--racing", default="paired")
     parser.add_argument("--die", default="")
+    parser.add_argument("--together", action="store_true")
     args = parser.parse_args()
     team = Team()
     if "RANK" in os.environ:
@@ -63,7 +76,7 @@ def main() -> int:
     else:
         search = EvolutionSearch(problem.space, SMALL, seeds, 1, lookahead=args.lookahead)
     run = SearchRun(args.journal, {"seed": 1}, Race(args.racing), resume=True, team=team)
-    objective = Uneven(team.index, args.seconds, die_after, noise=0.1)
+    objective = Uneven(team, args.seconds, die_after, args.together, noise=0.1)
     outcome = run_search(search, problem, objective, run)
     if team.index == 0:
         print(

@@ -28,6 +28,7 @@ def results_stay_as_they_are():
 
 
 @pytest.mark.slow
+@pytest.mark.release  # it starts a process for every peak of memory
 def test_the_rope_table_benchmark_ends_with_its_result():
     result = result_of("rope_table.py", "--lengths", "65536", "--repeats", "1")
     assert {"time_ratio_cp1", "time_ratio_cp8", "memory_ratio_cp1"} <= result.keys()
@@ -48,6 +49,7 @@ def test_the_step_overhead_benchmark_ends_with_its_result():
 
 
 @pytest.mark.slow
+@pytest.mark.release  # it starts a process for every peak of memory
 def test_the_eval_overhead_benchmark_ends_with_its_result():
     tiny = ("--tokens", "64", "--repeats", "2", "--memory-lengths", "1024", "2048")
     result = result_of("eval_overhead.py", *tiny)

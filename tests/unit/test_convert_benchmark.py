@@ -53,6 +53,7 @@ def test_what_cannot_be_measured_is_refused(options, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.release  # it starts a process for every peak of memory
 def test_every_arm_runs_and_the_benchmark_ends_with_its_result(tmp_path):
     stored = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
     options = ("--gib", "0.1", "--repeats", "1", "--directory", tmp_path)

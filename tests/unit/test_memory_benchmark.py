@@ -71,6 +71,7 @@ def test_what_cannot_be_measured_is_refused(options, sentence, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.release  # it starts a process for every peak of memory
 def test_both_arms_do_the_same_work_and_the_benchmark_ends_with_its_result():
     stored = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
     tiny = ("--lengths", "1024", "2048", "--hidden-size", "64", "--vocab-size", "4096")

@@ -253,6 +253,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_depend_on_the_vocabulary(dt
 
 
 @pytest.mark.slow
+@pytest.mark.release  # it starts a process for every peak of memory
 def test_the_benchmark_ends_with_its_result():
     pytest.importorskip("megatron.training")
     script = Path(__file__).parents[2] / "benchmarks" / "training_loss.py"
