@@ -37,6 +37,9 @@ def check_models(chunks: list, attention: str, *, has_factors: bool) -> None:
 
     built: set[str] = set()
     for chunk in unwrap_model(chunks):
+        # Megatron-FSDP wraps a model twice, of which unwrap_model takes off the outer one.
+        if type(chunk).__name__ == "MegatronFSDP":
+            chunk = chunk.module
         if has_factors:
             _check_rotary(chunk)
         built |= _other_attention(chunk) if attention in OURS else set()
