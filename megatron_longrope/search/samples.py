@@ -75,6 +75,8 @@ def retrieval_samples(args: argparse.Namespace, prefix: str) -> NeedleSamples:
         ValueError: No tokenizer is at hand, it does not fit, or the window is too short.
     """
     path = args.tokenizer or read_manifest(prefix)["tokenizer"]
+    if not path:
+        raise ValueError(f"the manifest of {prefix} names no tokenizer")
     tokenizer = _tokenizer(path, prefix)
     trials = args.retrieval_trials
     documents, bos_id = read_window_documents(
@@ -86,7 +88,7 @@ def retrieval_samples(args: argparse.Namespace, prefix: str) -> NeedleSamples:
     )  # fmt: skip
 
 
-def needles_or_reason(args: argparse.Namespace) -> NeedleSamples | str:
+def needles_or_reason(args: argparse.Namespace, vocab_size: int) -> NeedleSamples | str:
     """Hide needles in the held-out documents (else the search's), or say why there are none.
 
     Raises:
@@ -95,7 +97,12 @@ def needles_or_reason(args: argparse.Namespace) -> NeedleSamples | str:
     if not args.retrieval_trials:
         return "--retrieval-trials is 0"
     try:
-        return retrieval_samples(args, args.held_out or args.data)
+        needles = retrieval_samples(args, args.held_out or args.data)
+        if (largest := int(needles.tokens.max())) >= vocab_size:  # else the search's end would fail
+            raise ValueError(
+                f"the tokenizer writes token {largest}, the model's vocabulary has {vocab_size}"
+            )
+        return needles
     except ValueError as error:
         if args.tokenizer is not None and "tokenizer" in str(error):
             raise

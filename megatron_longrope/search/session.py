@@ -131,7 +131,7 @@ class SearchPlan:
             held_out = read_samples(args, args.held_out, "ppl", args.num_samples)
         plan = cls(
             args, parameters, checkpoint, problem, race, samples, held_out, rotating,
-            needles_or_reason(args),
+            needles_or_reason(args, checkpoint.shape.vocab_size),
         )  # fmt: skip
         _algorithm(plan, problem)  # seeds that do not fit its sizes
         return plan

@@ -11,6 +11,7 @@ from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.search import parameters
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import loading as loading_module
+from megatron_longrope.search.samples import needles_or_reason
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +247,15 @@ def test_data_without_bos_can_be_searched(options, no_weights, tmp_path, capsys)
         assert main([*options, *flags, "--dry-run"]) == 0, capsys.readouterr().err
     assert main([*options, "--bos", "5000", "--dry-run"]) == 1
     assert "--bos 5000 is no token id" in capsys.readouterr().err
+
+
+def test_needles_that_could_not_be_asked_are_a_reason_before_the_search_and_no_failure_after_it(
+    options, data, untied_gqa
+):
+    args = build_parser().parse_args([*options, "--target-length", "640"])
+    needles = needles_or_reason(args, maker.VOCAB)
+    assert needles.tokens.shape == (3, 640)
+    reason = needles_or_reason(args, 10)
+    assert "the tokenizer writes token" in reason and "vocabulary has 10" in reason
+    args.retrieval_trials = 0
+    assert needles_or_reason(args, maker.VOCAB) == "--retrieval-trials is 0"
