@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_longrope.base_frequencies import check_same_base
 from megatron_longrope.checkpoint import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.families import Family
@@ -120,18 +121,7 @@ def check_fits(
     Raises:
         ValueError: rotary_dim or rotary_base differ, or the scaling that the factors multiply.
     """
-    if stored is None or all(item.is_identity for item in stored.factor_sets):
-        own = None if stored is None else stored.base_frequencies
-        if own != longrope_config.base_frequencies:
-            theirs, ours = (
-                "plain RoPE" if item is None else f"RoPE scaled by {item['rope_type']}"
-                for item in (own, longrope_config.base_frequencies)
-            )
-            raise ValueError(
-                f"the longrope configuration multiplies {ours}, the model has {theirs}; the "
-                "factors were made for another model, so search again or correct their "
-                "base_frequencies"
-            )
+    check_same_base(longrope_config, stored)
     for name in ("rotary_dim", "rotary_base"):
         ours, theirs = getattr(longrope_config, name), getattr(shape, name)
         if ours != theirs:

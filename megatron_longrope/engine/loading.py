@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_longrope.base_frequencies import check_same_base
 from megatron_longrope.checkpoint.loader import Checkpoint, load_into
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
@@ -61,6 +62,7 @@ def load_engine(
         checkpoint = MegatronCheckpoint.open(source, iteration)
     shape = checkpoint.shape
     config = longrope_config or checkpoint.longrope or default_config(shape)
+    check_same_base(config, checkpoint.longrope)
     process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)
     device = torch.device(device) if device is not None else default_device()
     if dtype is None:

@@ -20,6 +20,7 @@ from megatron_longrope.conversion.from_hf import convert_from_hf
 from megatron_longrope.conversion.hf_checkpoint import HfCheckpoint
 from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
 from megatron_longrope.conversion.verify_import import verify_import
+from megatron_longrope.engine import load_engine
 
 LAYERS, HIDDEN, HEADS, GROUPS, VOCAB, WINDOW = 3, 32, 4, 2, 250, 64
 GEOMETRY = {
@@ -614,6 +615,9 @@ def test_a_scaled_base_is_verified_past_its_original_window_and_kept_by_an_expor
     plain = identity_config(10000.0, 8, 1024)
     with pytest.raises(ValueError, match="multiplies plain RoPE, the model has RoPE scaled by ll"):
         convert_to_hf(tmp_path / "megatron", tmp_path / "plain", longrope_config=plain)
+    for source in (tmp_path / "megatron", HfCheckpoint(tmp_path / "hf")):
+        with pytest.raises(ValueError, match="multiplies plain RoPE, the model has RoPE scaled"):
+            load_engine(source, longrope_config=plain)
 
 
 # The command
