@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.baselines import extended_config
 from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.methods import method
+from megatron_longrope.ranks import rank
 
 OWN = "checkpoint"
 """Label of a checkpoint's own factors."""
@@ -167,6 +170,49 @@ def targets_at(
         if lengths:
             target.check_lengths(lengths)
     return targets
+
+
+def baselines_of(
+    model: NamedModel,
+    names: Sequence[str],
+    policies: Sequence[str | None],
+    lengths: Sequence[int],
+    window: int | None = None,
+) -> Iterator[tuple[int, Target]]:
+    """Yield (length, target) of a model under published methods.
+
+    Args:
+        model (NamedModel): Its factors, if it has any, are extended.
+        names (Sequence[str]): Of :data:`megatron_longrope.methods.METHODS`.
+        policies (Sequence[str | None]): Attention-factor policies; None for each method's own.
+        lengths (Sequence[int]): In tokens; within the model's window every method is the model as
+            it was trained, which is yielded once.
+        window (int, optional): Pre-trained window in tokens. Defaults to the checkpoint's.
+
+    Raises:
+        ValueError: `window` contradicts the model's factors.
+    """
+    base, shape = model.config(), model.checkpoint.shape
+    original = window or base.original_max_position_embeddings
+    if model.checkpoint.longrope is None:
+        base = identity_config(shape.rotary_base, shape.rotary_dim, original)
+    elif original != base.original_max_position_embeddings:
+        raise ValueError(
+            f"--original-length {original} contradicts the factors of {model.path}, which were "
+            f"made for {base.original_max_position_embeddings}; leave it out"
+        )
+    plain = base.max_length == base.original_max_position_embeddings
+    if not plain and rank() == 0:
+        print(f"{model.label}: baselines multiply its factors for {base.max_length} tokens")
+    first = True
+    for name in names:
+        for policy in policies:
+            chosen = policy or (method(name).policy if plain else None)
+            for length in lengths:
+                if length > base.max_length or first:
+                    config = extended_config(name, base, length, chosen)
+                    yield length, Target(model, name, config, policy=chosen)
+            first = False
 
 
 def own_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str | None:

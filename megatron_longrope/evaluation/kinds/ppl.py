@@ -33,7 +33,6 @@ from megatron_longrope.methods import METHODS
 from megatron_longrope.ranks import rank
 
 if TYPE_CHECKING:
-    from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.evaluation.scored_documents import ScoredDocuments
     from megatron_longrope.evaluation.session import Cell, Plan
     from megatron_longrope.evaluation.targets import NamedModel, Target
@@ -135,49 +134,17 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
 
 def _targets(options: PerplexityOptions, model: NamedModel) -> Iterator[tuple[int, Target]]:
     """Yield (length, target) of one model; lengths that its factors do not cover are refused."""
-    from megatron_longrope.baselines import extended_config
-    from megatron_longrope.evaluation.targets import Target, targets_at
+    from megatron_longrope.evaluation.targets import baselines_of, targets_at
 
     if options.longrope_config or not options.baselines:
         for target in targets_at([model], options.longrope_config, options.lengths):
             for length in options.lengths:
                 yield length, target
-    if not options.baselines:
-        return
-    base = _base(options, model)
-    plain = base.max_length == base.original_max_position_embeddings
-    if not plain and rank() == 0:
-        print(f"{model.label}: baselines multiply its factors for {base.max_length} tokens")
-    first = True
-    for method in options.baselines:
-        for policy in options.attention_factor_policy or [None]:
-            name = policy or (METHODS[method].policy if plain else None)
-            for length in options.lengths:
-                # Within the base's window every method is the model as it was trained.
-                if length > base.max_length or first:
-                    config = extended_config(method, base, length, name)
-                    yield length, Target(model, method, config, policy=name)
-            first = False
-
-
-def _base(options: PerplexityOptions, model: NamedModel) -> LongRopeConfig:
-    """Return what the baselines extend: the model's factors, or its pre-trained window.
-
-    Raises:
-        ValueError: --original-length contradicts the model's factors.
-    """
-    from megatron_longrope.config import identity_config
-
-    base, shape = model.config(), model.checkpoint.shape
-    original = options.original_length or base.original_max_position_embeddings
-    if model.checkpoint.longrope is None:
-        return identity_config(shape.rotary_base, shape.rotary_dim, original)
-    if original != base.original_max_position_embeddings:
-        raise ValueError(
-            f"--original-length {original} contradicts the factors of {model.path}, which were "
-            f"made for {base.original_max_position_embeddings}; leave it out"
+    if options.baselines:
+        policies = options.attention_factor_policy or [None]
+        yield from baselines_of(
+            model, options.baselines, policies, options.lengths, options.original_length
         )
-    return base
 
 
 def _cell(
