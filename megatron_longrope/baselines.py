@@ -31,7 +31,7 @@ def extension(method: str, base: LongRopeConfig, target_length: int) -> FactorSe
         target_length / longest.max_length,
         base.rotary_base,
         longest.max_length,
-        longest.rescale_factors,
+        base.plain_factors(longest),  # rotations are those of the frequencies that were trained
     )
     factors = tuple(a * b for a, b in zip(longest.rescale_factors, further, strict=True))
     return FactorSet(target_length, factors, longest.num_start_tokens, {"method": method})

@@ -348,7 +348,7 @@ def _further(base: LongRopeConfig, target_length: int) -> tuple[str, float, tupl
 def _first_incomplete(base: LongRopeConfig) -> int | None:
     """First dimension that completes no period in the base's window, at its slowed frequency."""
     longest = base.factor_sets[-1]
-    for index, factor in enumerate(longest.rescale_factors):
+    for index, factor in enumerate(base.plain_factors(longest)):
         period = 2 * math.pi * factor * base.rotary_base ** (2 * index / base.rotary_dim)
         if period > longest.max_length:
             return index

@@ -1,9 +1,10 @@
 import pytest
 
-from megatron_longrope.baselines import baseline_config, extended_config
+from megatron_longrope.baselines import baseline_config, extended_config, extension
 from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.methods import METHODS, ntk_factors, yarn_factors
+from megatron_longrope.search.problem import make_problem
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -71,3 +72,12 @@ def test_yarn_has_its_own_temperature_and_the_others_have_none(tuned):
     expected = value * attention_factor("yarn", 4.0, 256)
     assert extended_config("yarn", tuned, 8192).attention_factor_for(8192) == expected
     assert extended_config("yarn", tuned, 8192, "none").attention_factor_for(8192) == 1.0
+
+
+def test_on_a_base_that_scales_rope_itself_rotations_are_those_of_its_own_frequencies():
+    own = {"rope_type": "linear", "factor": 4.0}
+    base = identity_config(10000.0, 32, 1024, own)
+    # Slowed by 4 in 4 x 256 tokens, every dimension rotates as in 256 tokens of plain RoPE.
+    expected = yarn_factors(32, 8.0, 10000.0, 256)
+    assert extension("yarn", base, 8192).rescale_factors == pytest.approx(expected, rel=1e-12)
+    assert make_problem(base, 8192, space="floored").space.floor_dimension == 7
