@@ -78,7 +78,7 @@ done_at() {
 # input of the same content as unchanged.
 stamp() { date +%FT%T.%N >"$1"; }
 
-# on_gpus N longrope COMMAND ...: on N GPUs of this machine, or of all nodes of this Slurm job; without
+# on_gpus N longrope COMMAND ...: on N GPUs of this machine, or of each node of this Slurm job; without
 # GPUs one process.
 on_gpus() {
   local gpus=$1 nodes=1 step=() job limit=''
@@ -96,7 +96,7 @@ on_gpus() {
     step=(srun --overlap --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --wait 600)
     export RDZV_ENDPOINT RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   fi
-  NNODES=$nodes NPROC_PER_NODE=$((gpus / nodes)) OMP_NUM_THREADS=1 PYTHON=$LONGROPE_BIN/python \
+  NNODES=$nodes NPROC_PER_NODE=$gpus OMP_NUM_THREADS=1 PYTHON=$LONGROPE_BIN/python \
     "${BOUND[@]}" "${step[@]}" "$WORKFLOW/../cluster/torchrun/agent.sh" -m megatron_longrope "$@" &
   local work=$!
   if [[ $limit ]]; then # before it is over: save a checkpoint and end, and be submitted again

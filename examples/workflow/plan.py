@@ -46,7 +46,7 @@ class Command:
     """`longrope`, the subcommand, its flags."""
 
 
-def commands_of(listing: str) -> Iterator[Command]:
+def commands_of(listing: str, nodes: int) -> Iterator[Command]:
     """Read the `longrope` commands that `snakemake --dry-run --printshellcmds` lists.
 
     Lines are `[TRAINED ||] [on_gpus N] longrope COMMAND FLAGS`.
@@ -58,7 +58,8 @@ def commands_of(listing: str) -> Iterator[Command]:
         elif found := re.match(r"    wildcards: (.*)$", line):
             rule += " " + ", ".join(re.findall(r"=([^,]+)", found[1]))
         elif found := re.match(r" +(?:.* \|\| +)?(?:on_gpus (\d+) )?(longrope .*)$", line):
-            yield Command(rule, max(int(found[1] or 1), 1), tuple(shlex.split(found[2])))
+            gpus = int(found[1] or 0) * nodes
+            yield Command(rule, max(gpus, 1), tuple(shlex.split(found[2])))
 
 
 def list_commands(snakefile: str, config: dict[str, Any]) -> list[Command]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 # Snakemake's job step drops SLURM_CONF from the environment: the default place is the only one.
 CONFIG = Path("/etc/slurm/slurm.conf")
+GPUS = CONFIG.with_name("gres.conf")
 NODES = ("one", "two")
 
 
@@ -32,7 +33,8 @@ def why_not() -> str | None:
 def _configuration(folder: Path) -> str:
     host = socket.gethostname().partition(".")[0]
     lines = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={26901 + number} CPUs=4"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={26901 + number} CPUs=4 "
+        "Gres=gpu:1 RealMemory=4000"
         for number, name in enumerate(NODES)
     ]
     return f"""ClusterName=loopback
@@ -58,6 +60,7 @@ SelectTypeParameters=CR_CPU
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 SwitchType=switch/none
+GresTypes=gpu
 MinJobAge=600
 KillWait=5
 {chr(10).join(lines)}
@@ -76,12 +79,12 @@ def slurm(folder: Path) -> Iterator[None]:
     key.chmod(0o400)
     CONFIG.parent.mkdir(exist_ok=True)
     CONFIG.write_text(_configuration(folder))
+    GPUS.write_text("Name=gpu File=/dev/null\n")  # none is there, but jobs ask for them
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}{os.pathsep}/usr/sbin"}
-    named = {name: f"{folder}/munge.{name}" for name in ("socket", "seed")}
     munge = [
-        "munged", "--force", f"--key-file={key}", f"--socket={named['socket']}",
+        "munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
         f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
-        f"--seed-file={named['seed']}",
+        f"--seed-file={folder}/munge.seed",
     ]  # fmt: skip
     try:
         for command in (munge, ["slurmctld", "-i"], *(["slurmd", "-N", name] for name in NODES)):
@@ -97,6 +100,7 @@ def slurm(folder: Path) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError, ValueError):
                 os.kill(int(path.read_text()), signal.SIGTERM)
         CONFIG.unlink()
+        GPUS.unlink(missing_ok=True)
 
 
 def _idle() -> int:

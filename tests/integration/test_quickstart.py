@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from killing import kill
 
 from megatron_longrope.config import LongRopeConfig
 
@@ -95,6 +98,35 @@ def test_a_second_run_repeats_nothing(output):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Nothing to be done" in done.stdout + done.stderr
     assert (output / "report.html").stat().st_mtime_ns == before
+
+
+@pytest.mark.release
+@pytest.mark.timeout(7200)
+def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk(output, tmp_path):
+    chance = random.Random(0)
+    command = ["examples/run.sh", "quickstart-smoke", str(tmp_path / "out")]
+    for _ in range(10):
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env={**os.environ, "PYTHON": sys.executable},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(chance.uniform(5, 45))
+        kill(process, chance)
+    done = walk(tmp_path / "out")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("search_2x", "search_8x", "second", "final"):
+        undisturbed, killed = (
+            LongRopeConfig.load(folder / f"factors/{name}.json").factor_sets
+            for folder in (output, tmp_path / "out")
+        )
+        assert [item.rescale_factors for item in killed] == [
+            item.rescale_factors for item in undisturbed
+        ]
+    # No evaluation was repeated, nothing half done was thrown away.
+    for journal in (output / "factors").glob("*.jsonl"):
+        theirs = tmp_path / "out/factors" / journal.name
+        assert theirs.read_text().count("\n") == journal.read_text().count("\n")
+    assert not (tmp_path / "out/stale").exists()
 
 
 # What a user may do next with the walk's files

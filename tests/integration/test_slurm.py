@@ -26,25 +26,25 @@ rule all:
 
 rule met:
     output: "met.done"
-    resources: nodes=2, gpu=2
+    resources: nodes=2, tasks=2, gpus_per_node=1, slurm_extra="--gpus-per-node=1"
     log: "logs/met.log"
     shell:
         '''
         log_to {{log}}
-        on_gpus {{resources.gpu}} longrope pretrain {{config[script]}} met
+        on_gpus {{resources.gpus_per_node}} longrope pretrain {{config[script]}} met
         stamp {{output}}
         '''
 
 rule long:
     output: "long.done"
     params: "--exit-signal-handler --exit-signal SIGUSR1"
-    resources: nodes=1, gpu=1, runtime=6
+    resources: nodes=1, tasks=1, gpus_per_node=1, slurm_extra="--gpus-per-node=1", runtime=6
     log: "logs/long.log"
     shell:
         '''
         log_to {{log}}
         begin long
-        on_gpus {{resources.gpu}} longrope pretrain {{config[script]}} long {{params}}
+        on_gpus {{resources.gpus_per_node}} longrope pretrain {{config[script]}} long {{params}}
         stamp {{output}}
         '''
 """
@@ -77,7 +77,7 @@ def test_rules_run_as_jobs_on_several_nodes_and_go_on_after_their_time_limit(tmp
     with loopback_slurm.slurm(tmp_path / "slurm"):
         done = subprocess.run(
             [sys.executable, "-m", "snakemake", "--profile", str(ROOT / "examples/profiles/slurm"),
-             "--default-resources", "runtime=10", "--latency-wait", "10",
+             "--latency-wait", "10",
              "--slurm-init-seconds-before-status-checks", "5",
              "--config", "output=out", f"script={tmp_path}/script.py"],
             cwd=tmp_path, env={**os.environ, "LONGROPE_DEVICE": "cpu"},
