@@ -9,7 +9,8 @@ from snakemake.exceptions import WorkflowError
 from megatron_longrope.lengths import parse_length
 
 EXAMPLES = Path(workflow.current_basedir).parent
-STARTED_IN = Path.cwd()
+# Jobs read this file again, from the working directory: they have the first one's word.
+STARTED_IN = Path(os.environ.setdefault("LONGROPE_STARTED_IN", os.getcwd()))
 # Results of rules are checked by Snakemake; that their processes end with it is up to this shell.
 shell.executable(str(EXAMPLES / "workflow/shell"))
 os.environ["LONGROPE_BIN"] = str(Path(sys.executable).parent)
@@ -32,7 +33,7 @@ wildcard_constraints:
 
 
 # All that is written lies in this folder, Snakemake's own state included.
-workdir: config["output"]
+workdir: STARTED_IN / config["output"]
 
 
 # `snakemake plan`: what the trainings and searches would take.

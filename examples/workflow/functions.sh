@@ -81,7 +81,7 @@ stamp() { date +%FT%T.%N >"$1"; }
 # on_gpus N longrope COMMAND ...: on N GPUs of this machine, or of each node of this Slurm job; without
 # GPUs one process.
 on_gpus() {
-  local gpus=$1 nodes=1 step=() job limit=''
+  local gpus=$1 nodes=1 step=() own job hosts limit=''
   shift 2
   if ((gpus == 0)); then
     longrope "$@"
@@ -91,9 +91,13 @@ on_gpus() {
     job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
     nodes=$(sed -n 's/.* NumNodes=\([0-9]*\).*/\1/p' <<<"$job")
     limit=$(sed -n 's/.* EndTime=\([0-9T:-]*\).*/\1/p' <<<"$job")
-    RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))
-    # A step inside Snakemake's own. When one agent has gone for good, the others wait no longer than so.
-    step=(srun --overlap --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --wait 600)
+    hosts=$(sed -n 's/.* NodeList=\([^ ]*\).*/\1/p' <<<"$job")
+    : "${RDZV_ENDPOINT:=$(scontrol show hostnames "$hosts" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))}"
+    # A step beside Snakemake's own, whose variables would confine it to the first node. When one agent
+    # has gone for good, the others wait no longer than so.
+    mapfile -t own < <(compgen -e | grep '^SLURM_' | grep -v '^SLURM_CONF$')
+    step=(env "${own[@]/#/--unset=}" srun --jobid "$SLURM_JOB_ID" --overlap
+      --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --wait 600)
     export RDZV_ENDPOINT RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   fi
   NNODES=$nodes NPROC_PER_NODE=$gpus OMP_NUM_THREADS=1 PYTHON=$LONGROPE_BIN/python \

@@ -80,7 +80,9 @@ def test_rules_run_as_jobs_on_several_nodes_and_go_on_after_their_time_limit(tmp
              "--latency-wait", "10",
              "--slurm-init-seconds-before-status-checks", "5",
              "--config", "output=out", f"script={tmp_path}/script.py"],
-            cwd=tmp_path, env={**os.environ, "LONGROPE_DEVICE": "cpu"},
+            cwd=tmp_path,
+            # The nodes' names are none of the network's.
+            env={**os.environ, "LONGROPE_DEVICE": "cpu", "RDZV_ENDPOINT": "localhost:20480"},
             capture_output=True, text=True, timeout=900,
         )  # fmt: skip
     logs = {name: (tmp_path / f"out/logs/{name}.log").read_text() for name in ("met", "long")}
