@@ -79,6 +79,15 @@ _STARTED = time.time()
 
 
 @pytest.fixture(scope="module", autouse=True)
+def environment_stays_as_it_was():
+    """What Megatron's CPU host and others set for a process would reach the modules that follow."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def no_process_group_left_behind():
     """Modules find the process as they expect it: Megatron's groups outlive what made them."""
     yield
