@@ -103,8 +103,11 @@ on_gpus() {
   NNODES=$nodes NPROC_PER_NODE=$gpus OMP_NUM_THREADS=1 PYTHON=$LONGROPE_BIN/python \
     "${BOUND[@]}" "${step[@]}" "$WORKFLOW/../cluster/torchrun/agent.sh" -m megatron_longrope "$@" &
   local work=$!
-  if [[ $limit ]]; then # before it is over: save a checkpoint and end, and be submitted again
-    sleep $(($(date -d "$limit" +%s) - $(date +%s) - ${STOP_SECONDS:-300})) && kill -USR1 "$work" &
+  if [[ $limit ]]; then # shortly before: save a checkpoint and end, to be submitted again
+    limit=$(($(date -d "$limit" +%s) - ${STOP_SECONDS:-300}))
+    while sleep 10 && kill -0 "$work" 2>/dev/null; do
+      (($(date +%s) < limit)) || { kill -USR1 "$work"; break; }
+    done &
   fi
   wait "$work"
 }
