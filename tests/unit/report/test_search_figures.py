@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 
@@ -34,16 +33,7 @@ FACTORS = (1.0, 1.1, 1.5, 2.5, 4.5, 8.0, 8.0, 9.0)
 
 def record(index, score, factors=OTHER, start_tokens=0, nlls=None, stopped=None):
     nlls = ((math.log(score),) * 5 if math.isfinite(score) else ()) if nlls is None else nlls
-    return SimpleNamespace(
-        index=index,
-        rescale_factors=factors,
-        num_start_tokens=start_tokens,
-        score=score,
-        sample_nlls=tuple(nlls),
-        seconds=1.0,
-        stopped=stopped,
-        error=None,
-    )
+    return Evaluation(factors, start_tokens, score, tuple(nlls), 1.0, index=index, stopped=stopped)
 
 
 def draw(records, directory, **options):
