@@ -106,16 +106,17 @@ def start_token_curve(trace: SearchTrace) -> StartTokenCurve | None:
 
     On a tie the larger number of common samples decides, then the lower perplexity.
     """
-    groups: dict[tuple[float, ...], dict[int, tuple[float, ...]]] = {}
+    # A search that rotates its samples scores each block of them on other text.
+    groups: dict[tuple[tuple[float, ...], int], dict[int, tuple[float, ...]]] = {}
     for record in trace.records:
         nlls = tuple(record.sample_nlls)
         if not nlls or not all(map(math.isfinite, nlls)):
             continue
-        group = groups.setdefault(tuple(record.rescale_factors), {})
+        group = groups.setdefault((tuple(record.rescale_factors), record.block), {})
         known = group.get(record.num_start_tokens, ())
         group[record.num_start_tokens] = max(known, nlls, key=len)
     curves = []
-    for factors, group in groups.items():
+    for (factors, _), group in groups.items():
         if len(group) > 1:
             samples = min(map(len, group.values()))
             points = {n: _perplexity(group[n][:samples]) for n in sorted(group)}
