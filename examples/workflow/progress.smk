@@ -26,12 +26,13 @@ class TimeLeft(logging.Handler):
             name, seconds = self.jobs[record.job_id]
             took = time.monotonic() - self.began.pop(record.job_id)
             self.spent, self.expected = self.spent + took, self.expected + seconds
-            print(f"{name} took {format_duration(took)}; {self.left()}", flush=True)
+            print(f"{name} took {format_duration(took)}; {self.left(record.job_id)}", flush=True)
 
-    def left(self):
-        """In words."""
+    def left(self, ended):
+        """Say what waits besides the job that has just ended."""
         dag = workflow.dag
         waiting = [job for job in dag.needrun_jobs() if not dag.finished(job)]
+        waiting = [job for job in waiting if job.output and dag.jobid(job) != ended]
         seconds = sum(dict(job.resources.items()).get("seconds", 0) for job in waiting)
         pace = (self.spent + 60) / (self.expected + 60)  # short rules say little about the machine
         return f"{len(waiting)} rules and about {format_duration(seconds * pace)} left"
