@@ -43,6 +43,7 @@ setup(
         "flash": ["flash-attn"],
         "eval": ["lm-eval>=0.4.13"],
         "data": ["zstandard", "pyarrow", "datasets"],
+        "gguf": ["gguf"],
         "tensorboard": ["tensorboard"],
         "recipes": RECIPES,
         "dev": [

@@ -1,4 +1,7 @@
-"""The Slurm profile on a real Slurm of two nodes, where one is installed."""
+"""The Slurm profile on a real Slurm of two nodes, for `LONGROPE_TEST_SLURM=1`.
+
+It writes Slurm's configuration under /etc and starts daemons as root, so it is never run unasked.
+"""
 
 import os
 import subprocess
@@ -10,11 +13,16 @@ import pytest
 
 pytest.importorskip("snakemake_executor_plugin_slurm")
 ROOT = Path(__file__).parents[2]
+WHY_NOT = (
+    loopback_slurm.why_not()
+    if os.environ.get("LONGROPE_TEST_SLURM") == "1"
+    else "writes /etc/slurm and starts daemons: only with LONGROPE_TEST_SLURM=1"
+)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.release,
     pytest.mark.one_release,
-    pytest.mark.skipif(loopback_slurm.why_not() is not None, reason=str(loopback_slurm.why_not())),
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]
 # `met` shows that agents on both nodes met; `long` is stopped 5 minutes before its time limit.
 SNAKEFILE = f"""
