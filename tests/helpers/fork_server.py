@@ -265,6 +265,10 @@ def main() -> None:
     preload(hosted="hosted" in sys.argv[2:])
     control.send(_READY)
     run = serve(control)
+    # An agent of torchrun handles SIGINT itself, so its workers never inherit that it is ignored,
+    # as it is in a job that a shell started in the background.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        interrupt = signal.default_int_handler
     signal.signal(signal.SIGINT, interrupt)
     end_with(run)
 

@@ -132,9 +132,9 @@ def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk
 # What a user may do next with the walk's files
 
 
-def longrope(*arguments):
+def longrope(*arguments, folder=None):
     command = [sys.executable, "-m", "megatron_longrope", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
 
 
 def test_prepared_sets_pass_their_inspection(output):
@@ -153,11 +153,12 @@ def test_a_search_does_not_overwrite_its_journal_unless_told(output):
 
 def test_a_measured_cell_is_not_measured_again(output):
     before = (output / "searched/ppl.jsonl").read_bytes()
+    # A cell is known by its checkpoint as it was given: in the folder that the workflow runs in.
     done = longrope(
-        "eval", "ppl", "--load", output / "checkpoints/base", "--data", output / "data/heldout",
+        "eval", "ppl", "--load", "checkpoints/base", "--data", "data/heldout",
         "--num-documents", 2, "--stride", "disjoint", "--lengths", "2048",
-        "--longrope-config", f"longrope_search={output / 'factors/search_8x.json'}",
-        "--output", output / "searched",
+        "--longrope-config", "longrope_search=factors/search_8x.json", "--output", "searched",
+        folder=output,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "already measured" in done.stdout
