@@ -215,6 +215,10 @@ def become(request: Mapping, stdout: int, stderr: int) -> None:
     multiprocessing.process.ORIGINAL_DIR = request["directory"]
     os.environ.clear()
     os.environ.update(request["environment"])
+    # An agent of torchrun handles SIGINT itself, so its workers never inherit that it is ignored,
+    # as it is in a job that a shell started in the background.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "numpy" in sys.modules:  # Python's own generator takes a new seed by itself
         sys.modules["numpy"].random.seed()
     name, *rest = request["arguments"]
@@ -265,10 +269,6 @@ def main() -> None:
     preload(hosted="hosted" in sys.argv[2:])
     control.send(_READY)
     run = serve(control)
-    # An agent of torchrun handles SIGINT itself, so its workers never inherit that it is ignored,
-    # as it is in a job that a shell started in the background.
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        interrupt = signal.default_int_handler
     signal.signal(signal.SIGINT, interrupt)
     end_with(run)
 
