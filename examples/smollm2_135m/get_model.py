@@ -98,8 +98,10 @@ def write_folder(gguf: Path, output: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    from megatron_longrope.local_folder import LOCAL_ONLY
+
     expanded = LlamaForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **LOCAL_ONLY
     )
     # transformers refuses to save a model that it read from GGUF, although its weights are plain
     # float32 by then; a model that never was quantized takes them over.
@@ -109,7 +111,7 @@ def write_folder(gguf: Path, output: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict(expanded.state_dict())
     model.generation_config = expanded.generation_config
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **LOCAL_ONLY)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         staging = Path(folder) / output.name
