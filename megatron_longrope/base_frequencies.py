@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megatron_longrope.config_rules import check_int, check_keys, check_positive
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import inv_freq
 from megatron_longrope.methods import linear_factors, yarn_factors
 
@@ -42,13 +43,13 @@ def validate_base_frequencies(value: Any) -> None:
     """Refuse a description that is not complete, or not one of the known types.
 
     Raises:
-        ValueError: The message names the key, its value and the rule.
+        LongRopeError: The message names the key, its value and the rule.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"base_frequencies is {value!r}; it must be an object or absent")
+        raise LongRopeError(f"base_frequencies is {value!r}; it must be an object or absent")
     kind = value.get("rope_type")
     if kind not in BASE_KEYS:
-        raise ValueError(
+        raise LongRopeError(
             f"base_frequencies.rope_type is {kind!r}; it must be one of {', '.join(BASE_KEYS)}"
         )
     needed, optional = BASE_KEYS[kind]
@@ -57,13 +58,13 @@ def validate_base_frequencies(value: Any) -> None:
         name = f"base_frequencies.{key}"
         if key == "truncate":
             if not isinstance(item, bool):
-                raise ValueError(f"{name} is {item!r}; it must be true or false")
+                raise LongRopeError(f"{name} is {item!r}; it must be true or false")
         elif key == _WINDOW:
             check_int(name, item, 2)
         elif key != "rope_type":
             check_positive(name, item)
     if kind == "llama3" and value["high_freq_factor"] <= value["low_freq_factor"]:
-        raise ValueError(
+        raise LongRopeError(
             f"base_frequencies.high_freq_factor is {value['high_freq_factor']!r}; it must be above "
             f"low_freq_factor {value['low_freq_factor']!r}"
         )
@@ -154,7 +155,7 @@ def check_same_base(config: LongRopeConfig, stored: LongRopeConfig | None) -> No
             RoPE, whatever its model was made from.
 
     Raises:
-        ValueError: Their base_frequencies differ.
+        LongRopeError: Their base_frequencies differ.
     """
     if stored is not None and not all(item.is_identity for item in stored.factor_sets):
         return
@@ -165,7 +166,7 @@ def check_same_base(config: LongRopeConfig, stored: LongRopeConfig | None) -> No
         "plain RoPE" if item is None else f"RoPE scaled by {item['rope_type']}"
         for item in (own, config.base_frequencies)
     )
-    raise ValueError(
+    raise LongRopeError(
         f"the longrope configuration multiplies {ours}, the model has {theirs}; the factors were "
         "made for another model, so search again or correct their base_frequencies"
     )

@@ -22,7 +22,7 @@ def extension(method: str, base: LongRopeConfig, target_length: int) -> FactorSe
         target_length (int): Window, in tokens, beyond the base's.
 
     Raises:
-        ValueError: The method is unknown, or the base's window is as long as the target.
+        LongRopeError: The method is unknown, or the base's window is as long as the target.
     """
     longest = base.factor_sets[-1]
     further = named_factors(

@@ -25,6 +25,7 @@ from megatron_longrope.config_rules import (
     validate_factors,
     validate_geometry,
 )
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.hf_rope import HfRope, model_window, read_hf_rope, rotated_dimensions
@@ -71,7 +72,7 @@ class LongRopeConfig:
     """A model's rotary geometry and its factor sets, validated on construction.
 
     Raises:
-        ValueError: Any field breaks its rule; the message names field, index, value and rule.
+        LongRopeError: Any field breaks its rule; the message names field, index, value and rule.
     """
 
     rotary_base: float
@@ -113,12 +114,12 @@ class LongRopeConfig:
         """Smallest set whose max_length covers `length` tokens.
 
         Raises:
-            ValueError: No set reaches that far.
+            LongRopeError: No set reaches that far.
         """
         for factor_set in self.factor_sets:
             if length <= factor_set.max_length:
                 return factor_set
-        raise ValueError(
+        raise LongRopeError(
             f"sequence length {length} exceeds {self.max_length}, the max_length of the largest "
             "factor set; search factors for the longer window or shorten the sequence"
         )
@@ -188,31 +189,31 @@ class LongRopeConfig:
         """Build from a JSON object of schema 1 or 2.
 
         Raises:
-            ValueError: Unknown schema, unknown or missing key, or an invalid field.
+            LongRopeError: Unknown schema, unknown or missing key, or an invalid field.
         """
         if not isinstance(value, dict):
-            raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+            raise LongRopeError(f"expected a JSON object, got {type(value).__name__}")
         schema = value.get("schema")
         if schema not in (1, SCHEMA_VERSION) or isinstance(schema, bool):
-            raise ValueError(
+            raise LongRopeError(
                 f"schema {schema!r} is not supported; this release reads schema 1 and 2"
             )
         known = _CONFIG_KEYS - ({"base_frequencies"} if schema == 1 else set())
         check_keys("the configuration", value, known, _OPTIONAL_CONFIG_KEYS)
         if value["rope_type"] != "longrope":
-            raise ValueError(f'rope_type {value["rope_type"]!r} must be "longrope"')
+            raise LongRopeError(f'rope_type {value["rope_type"]!r} must be "longrope"')
         if not isinstance(value["factor_sets"], list):
-            raise ValueError("factor_sets must be a list of objects")
+            raise LongRopeError("factor_sets must be a list of objects")
         sets = []
         for index, item in enumerate(value["factor_sets"]):
             where = f"factor_sets[{index}]"
             if not isinstance(item, dict):
-                raise ValueError(f"{where} must be an object, got {type(item).__name__}")
+                raise LongRopeError(f"{where} must be an object, got {type(item).__name__}")
             check_keys(where, item, _SET_KEYS, {"num_start_tokens", "origin"})
             if not isinstance(item["rescale_factors"], list):
-                raise ValueError(f"{where}.rescale_factors must be a list of numbers")
+                raise LongRopeError(f"{where}.rescale_factors must be a list of numbers")
             if not isinstance(item.get("origin", {}), dict):
-                raise ValueError(f"{where}.origin must be an object")
+                raise LongRopeError(f"{where}.origin must be an object")
             sets.append(FactorSet(**item))
         names = (_CONFIG_KEYS & value.keys()) - {"schema", "rope_type"}
         fields = {key: value[key] for key in names}
@@ -230,13 +231,13 @@ class LongRopeConfig:
             path (str | Path): A file, or `published:NAME` (:mod:`megatron_longrope.published`).
 
         Raises:
-            ValueError: The file or its content is not valid; the message starts with the path.
+            LongRopeError: The file or its content is not valid; the message starts with the path.
         """
         value = read_json(published.resolve(path))
         try:
             config = cls.from_dict(value)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise LongRopeError(f"{path}: {error}") from None
         names = [f"factor_sets[{i}].rescale_factors" for i in range(len(config.factor_sets))]
         _warn_of_unusual_factors(f"{path}: ", names, config)
         return config
@@ -257,27 +258,27 @@ class LongRopeConfig:
                 max_position_embeddings. Defaults to the largest.
 
         Raises:
-            ValueError: Start tokens or differing attention factors, which transformers cannot hold,
-                or a long_length below the original window.
+            LongRopeError: Start tokens or differing attention factors, which transformers cannot
+                hold, or a long_length below the original window.
         """
         short_length = short_length or self.original_max_position_embeddings
         long_length = long_length or self.max_length
         if long_length < self.original_max_position_embeddings:
-            raise ValueError(
+            raise LongRopeError(
                 f"long_length {long_length} is below the original window "
                 f"{self.original_max_position_embeddings}; transformers' longrope only extends it"
             )
         short, long = self.factor_set_for(short_length), self.factor_set_for(long_length)
         for name, item in (("short", short), ("long", long)):
             if item.num_start_tokens > 0:
-                raise ValueError(
+                raise LongRopeError(
                     f"the {name} factor set (max_length {item.max_length}) has num_start_tokens "
                     f"{item.num_start_tokens}; transformers' longrope cannot express start tokens, "
                     "search again with --start-tokens 0"
                 )
         short_value, long_value = map(self.attention_factor_for, (short_length, long_length))
         if not math.isclose(short_value, long_value, rel_tol=1e-12):
-            raise ValueError(
+            raise LongRopeError(
                 f"attention factor {short_value:.6g} at {short_length} tokens differs from "
                 f"{long_value:.6g} at {long_length}; transformers applies one value to both "
                 "windows, so search the short window again with --attention-factor "
@@ -312,21 +313,21 @@ class LongRopeConfig:
                 lists are made for.
 
         Raises:
-            ValueError: The configuration is plain RoPE, lacks a field, or a value breaks its
+            LongRopeError: The configuration is plain RoPE, lacks a field, or a value breaks its
                 rule; the message names the key of config.json.
         """
         rope = read_hf_rope(hf_config)
         if rope.rope_type in BASE_KEYS:
             return _scaled_base(rope, hf_config, rotary_dim)
         if rope.rope_type != "longrope":
-            raise ValueError(f"rope_type {rope.rope_type!r} in config.json is not longrope")
+            raise LongRopeError(f"rope_type {rope.rope_type!r} in config.json is not longrope")
         lists = {}
         for key in ("short_factor", "long_factor"):
             if key not in rope.parameters:
-                raise ValueError(f"config.json has rope_type longrope but no {key}")
+                raise LongRopeError(f"config.json has rope_type longrope but no {key}")
             lists[key] = rope.parameters[key]
             if not isinstance(lists[key], list | tuple):
-                raise ValueError(f"{key} in config.json must be a list of numbers")
+                raise LongRopeError(f"{key} in config.json must be a list of numbers")
         max_length = model_window(hf_config)
         original = rope.original_max_position_embeddings
         value = rope.parameters.get("attention_factor")
@@ -366,7 +367,7 @@ def _scaled_base(
     try:
         return identity_config(rope.rope_theta, rotary_dim, model_window(hf_config), base)
     except ValueError as error:  # the rules name the fields of our own file
-        raise ValueError(
+        raise LongRopeError(
             str(error).replace("base_frequencies", f"config.json's {rope.holder}")
         ) from None
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import ATTENTION_FACTOR_POLICIES
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ _LEAST_BOUND = 128.0
 def check_keys(where: str, value: Mapping[str, Any], known: set[str], optional: set[str]) -> None:
     """Refuse unknown and missing keys of a JSON object."""
     if unknown := sorted(value.keys() - known):
-        raise ValueError(f"{where} has unknown key {unknown[0]!r}; known keys: {sorted(known)}")
+        raise LongRopeError(f"{where} has unknown key {unknown[0]!r}; known keys: {sorted(known)}")
     if missing := sorted(known - optional - value.keys()):
-        raise ValueError(f"{where} lacks the key {missing[0]!r}")
+        raise LongRopeError(f"{where} lacks the key {missing[0]!r}")
 
 
 def is_number(value: Any) -> bool:
@@ -34,32 +35,32 @@ def is_number(value: Any) -> bool:
 def check_int(name: str, value: Any, minimum: int) -> None:
     """Refuse what is no integer of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
+        raise LongRopeError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
     if value > _MAX_INT:
-        raise ValueError(f"{name} is {value}; it must be at most 2^53")
+        raise LongRopeError(f"{name} is {value}; it must be at most 2^53")
 
 
 def check_positive(name: str, value: Any) -> None:
     """Refuse what is no finite number above 0."""
     if not is_number(value) or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+        raise LongRopeError(f"{name} is {value!r}; it must be a finite number above 0")
 
 
 def validate_geometry(config: LongRopeConfig) -> None:
     """Check everything but the factor sets."""
     check_positive("rotary_base", config.rotary_base)
     if config.rotary_base <= 1:
-        raise ValueError(f"rotary_base is {config.rotary_base!r}; it must be above 1")
+        raise LongRopeError(f"rotary_base is {config.rotary_base!r}; it must be above 1")
     check_int("rotary_dim", config.rotary_dim, 2)
     if config.rotary_dim % 2:
-        raise ValueError(
+        raise LongRopeError(
             f"rotary_dim is {config.rotary_dim}, which is odd; dimensions rotate in pairs"
         )
     check_int("original_max_position_embeddings", config.original_max_position_embeddings, 2)
     if config.attention_factor is not None:
         check_positive("attention_factor", config.attention_factor)
     if config.attention_factor_policy not in ATTENTION_FACTOR_POLICIES:
-        raise ValueError(
+        raise LongRopeError(
             f"attention_factor_policy is {config.attention_factor_policy!r}; "
             f"it must be one of {', '.join(ATTENTION_FACTOR_POLICIES)}"
         )
@@ -68,7 +69,7 @@ def validate_geometry(config: LongRopeConfig) -> None:
 def validate_factor_sets(config: LongRopeConfig) -> None:
     """Check order, lengths and factors of all sets."""
     if not config.factor_sets:
-        raise ValueError("factor_sets is empty; at least one set is needed")
+        raise LongRopeError("factor_sets is empty; at least one set is needed")
     for index, item in enumerate(config.factor_sets):
         check_int(f"factor_sets[{index}].max_length", item.max_length, 1)
     extension = extension_ratio(config)
@@ -76,11 +77,11 @@ def validate_factor_sets(config: LongRopeConfig) -> None:
     for index, item in enumerate(config.factor_sets):
         where = f"factor_sets[{index}]"
         if item.max_length == previous:
-            raise ValueError(
+            raise LongRopeError(
                 f"{where}.max_length {item.max_length} is a duplicate; each length may stand once"
             )
         if item.max_length < previous:
-            raise ValueError(
+            raise LongRopeError(
                 f"{where}.max_length {item.max_length} follows {previous}; sets must be sorted"
             )
         previous = item.max_length
@@ -91,7 +92,7 @@ def validate_factor_sets(config: LongRopeConfig) -> None:
         try:
             json.dumps(dict(item.origin), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}.origin must be plain JSON: {error}") from None
+            raise LongRopeError(f"{where}.origin must be plain JSON: {error}") from None
 
 
 def extension_ratio(config: LongRopeConfig) -> float:
@@ -116,11 +117,11 @@ def validate_factors(
         extension (float): s of the file that holds the vector.
 
     Raises:
-        ValueError: Wrong count, no number, not finite, not above 0, or over 8 x s.
+        LongRopeError: Wrong count, no number, not finite, not above 0, or over 8 x s.
     """
     expected = rotary_dim // 2
     if len(factors) != expected:
-        raise ValueError(
+        raise LongRopeError(
             f"{where} has {len(factors)} values; rotary_dim {rotary_dim} needs {expected}"
         )
     # The authors' factors for 4k tokens of a model tuned at 256k reach 62, and may stand alone.
@@ -128,15 +129,15 @@ def validate_factors(
     for index, value in enumerate(factors):
         here = f"{where}[{index}]"
         if not is_number(value):
-            raise ValueError(f"{here} is {value!r}; it must be a number")
+            raise LongRopeError(f"{here} is {value!r}; it must be a number")
         if value != value:  # not math.isnan, which overflows on an integer of 400 digits
-            raise ValueError(f"{here} is NaN; factors must be finite")
+            raise LongRopeError(f"{here} is NaN; factors must be finite")
         if abs(value) == math.inf:
-            raise ValueError(f"{here} is infinite; factors must be finite")
+            raise LongRopeError(f"{here} is infinite; factors must be finite")
         if value < _LEAST_FACTOR:
-            raise ValueError(f"{here} is {value!r}; a factor must be above 0, in float32 too")
+            raise LongRopeError(f"{here} is {value!r}; a factor must be above 0, in float32 too")
         if value > bound:
-            raise ValueError(
+            raise LongRopeError(
                 f"{here} is {value!r}, over the bound {bound:g} = 8 x largest max_length / "
                 f"original_max_position_embeddings (at least {_LEAST_BOUND:g}); check both lengths"
             )

@@ -13,16 +13,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from megatron_longrope.errors import LongRopeError
+
 
 def check_divisible(length: int, cp_size: int) -> None:
     """Refuse a length that does not split into zigzag chunks.
 
     Raises:
-        ValueError: `length` is no multiple of 2 * cp_size.
+        LongRopeError: `length` is no multiple of 2 * cp_size.
     """
     if cp_size > 1 and length % (2 * cp_size):
         rounded = -(-length // (2 * cp_size)) * 2 * cp_size
-        raise ValueError(
+        raise LongRopeError(
             f"sequence length {length} is not divisible by 2 x context parallel size "
             f"{cp_size} = {2 * cp_size}; use {rounded} or another context parallel size"
         )
@@ -87,14 +89,14 @@ def shard_documents(
         dim (int): Dimension of the tokens.
 
     Raises:
-        ValueError: A document is no multiple of 2 * cp_size.
+        LongRopeError: A document is no multiple of 2 * cp_size.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     for index, length in enumerate(lengths):
         try:
             check_divisible(length, cp_size)
         except ValueError as error:
-            raise ValueError(f"packed document {index}: {error}") from None
+            raise LongRopeError(f"packed document {index}: {error}") from None
     return torch.cat(
         [shard(part, cp_rank, cp_size, dim) for part in tensor.split(lengths, dim=dim)], dim=dim
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 
 # `4k_la2_256k.csv`, `ft_mis_128k.csv`: the window is the first number; `ft` is the tuned window.
@@ -48,24 +49,24 @@ def import_factors(
         geometry (Geometry, optional): Of the model; a config.json states it.
 
     Raises:
-        ValueError: A file holds no vector, or something is not known.
+        LongRopeError: A file holds no vector, or something is not known.
     """
     geometry = geometry or Geometry()
     configs = {str(path): _config_of(Path(path)) for path, _ in sources}
     if found := [name for name, config in configs.items() if config is not None]:
         if len(sources) > 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"{found[0]} describes a model by itself; import it alone and join files with "
                 "`longrope factors merge`"
             )
         if sources[0][1] is not None or geometry != Geometry():
-            raise ValueError(
+            raise LongRopeError(
                 f"{found[0]} states windows, rotary base and attention factor; leave the window "
                 "and the flags of the geometry out"
             )
         return configs[found[0]]  # type: ignore[return-value]
     if geometry.rotary_base is None or geometry.original_max_position_embeddings is None:
-        raise ValueError(
+        raise LongRopeError(
             f"{sources[0][0]} holds factors alone; give the model's --rotary-base and "
             "--original-length"
         )
@@ -95,14 +96,14 @@ def export_factors(
         layers (int): Rows of a CSV; the authors' code reads one for each layer.
 
     Raises:
-        ValueError: The format cannot hold the factors, or there is no such window.
+        LongRopeError: The format cannot hold the factors, or there is no such window.
     """
     window = window or config.max_length
     if kind == "hf":
         return json.dumps(config.to_hf(long_length=window), indent=2) + "\n"
     item = config.factor_set_for(window)
     if item.num_start_tokens:
-        raise ValueError(
+        raise LongRopeError(
             f"the set for {item.max_length} tokens has {item.num_start_tokens} start tokens, which "
             f"{kind} cannot hold; search again with --start-tokens 0"
         )
@@ -175,7 +176,7 @@ def _config_of(path: Path) -> LongRopeConfig | None:
     try:
         return LongRopeConfig.from_hf(value)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise LongRopeError(f"{path}: {error}") from None
 
 
 def _sets_of(path: Path, window: int | None, original: int) -> list[FactorSet]:
@@ -184,14 +185,14 @@ def _sets_of(path: Path, window: int | None, original: int) -> list[FactorSet]:
     value = _numbers(path)
     if isinstance(value, Mapping):
         if window is None:
-            raise ValueError(f"{path} does not say which window it is for; write WINDOW={path}")
+            raise LongRopeError(f"{path} does not say which window it is for; write WINDOW={path}")
         vectors = {original: _vector(path, value.get("short_factor", ()))}
         vectors[window] = _vector(path, value["long_factor"])
         return [FactorSet(n, factors, origin=origin) for n, factors in vectors.items() if factors]
     if window is None:
         known = _AUTHORS_NAME.match(path.stem)
         if known is None:
-            raise ValueError(f"{path} does not say which window it is for; write WINDOW={path}")
+            raise LongRopeError(f"{path} does not say which window it is for; write WINDOW={path}")
         window = 1024 * int(known[1] or known[2])
     return [FactorSet(window, _vector(path, value), origin=origin)]
 
@@ -201,7 +202,7 @@ def _numbers(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text: {error}") from None
+        raise LongRopeError(f"{path}: cannot be read as text: {error}") from None
     if text.lstrip()[:1] in ("[", "{"):
         value = read_json(path)
         if not isinstance(value, dict):
@@ -210,14 +211,14 @@ def _numbers(path: Path) -> Any:
             return value
         if "rescale_factors" in value:
             return value["rescale_factors"]
-        raise ValueError(
+        raise LongRopeError(
             f"{path}: no factors here; expected rope_scaling, long_factor or rescale_factors"
         )
     rows = [line.replace(",", " ").split() for line in text.splitlines() if line.strip()]
     try:
         numbers = [[float(word) for word in row] for row in rows]
     except ValueError as error:
-        raise ValueError(f"{path}: holds no numbers alone: {error}") from None
+        raise LongRopeError(f"{path}: holds no numbers alone: {error}") from None
     # One number on a line is a vector in a column.
     return [row[0] for row in numbers] if all(len(row) == 1 for row in numbers) else numbers
 
@@ -226,12 +227,12 @@ def _vector(path: Path, value: Any) -> tuple[float, ...]:
     """One vector; of several rows, one for each layer, all must be alike."""
     if isinstance(value, list | tuple) and value and all(isinstance(row, list) for row in value):
         if any(row != value[0] for row in value):
-            raise ValueError(
+            raise LongRopeError(
                 f"{path}: layers have different factors; one vector for all of them is supported"
             )
         value = value[0]
     if not isinstance(value, list | tuple) or not all(
         isinstance(item, int | float) and not isinstance(item, bool) for item in value
     ):
-        raise ValueError(f"{path}: expected a list of numbers, one for each frequency")
+        raise LongRopeError(f"{path}: expected a list of numbers, one for each frequency")
     return tuple(map(float, value))

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
+
 
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write `text` to `path` in UTF-8, as :func:`write_bytes_atomic`."""
@@ -18,10 +20,16 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old content or the new, never a part.
 
     The content goes to a temporary file in the same directory, is flushed to disk and then renamed.
+
+    Raises:
+        LongRopeError: The directory does not let anybody write there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise LongRopeError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(content)
@@ -43,20 +51,20 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; every failure is one ValueError that names the file and the reason.
+    """Read a JSON file; every failure is one sentence that names the file and the reason.
 
     Raises:
-        ValueError: The file is missing, unreadable, empty, not UTF-8 or not JSON.
+        LongRopeError: The file is missing, unreadable, empty, not UTF-8 or not JSON.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; check the path") from None
+        raise LongRopeError(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise LongRopeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     if not text.strip():
-        raise ValueError(f"{path}: the file is empty; expected a JSON object")
+        raise LongRopeError(f"{path}: the file is empty; expected a JSON object")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -64,12 +72,12 @@ def read_json(path: str | Path) -> Any:
         # A cut within a string, number or word stops the parser at the start of that token.
         open_ended = content[0] in "{[" and content[-1] not in "}]" and error.msg != "Extra data"
         if open_ended or error.pos >= len(text.rstrip()):
-            raise ValueError(
+            raise LongRopeError(
                 f"{path}: the JSON ends in the middle (line {error.lineno}); "
                 "the file is truncated, write or copy it again"
             ) from None
-        raise ValueError(
+        raise LongRopeError(
             f"{path}: not valid JSON at line {error.lineno} column {error.colno}: {error.msg}"
         ) from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+        raise LongRopeError(f"{path}: cannot be read as JSON: {error}") from None

@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_longrope.errors import LongRopeError
+
 ATTENTION_FACTOR_POLICIES = ("su", "yarn", "none")
 
 # Rows computed at once: bounds the fp64 scratch at 32 MiB for d = 128.
@@ -61,10 +63,10 @@ def attention_factor(policy: str, factor: float, original_max_position_embedding
     `none` 1. Every policy gives 1.0 for s <= 1. The attention logits get the square of it.
 
     Raises:
-        ValueError: Unknown policy.
+        LongRopeError: Unknown policy.
     """
     if policy not in ATTENTION_FACTOR_POLICIES:
-        raise ValueError(
+        raise LongRopeError(
             f"attention factor policy {policy!r} is unknown; "
             f"choose one of {', '.join(ATTENTION_FACTOR_POLICIES)}"
         )

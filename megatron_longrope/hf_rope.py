@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_longrope.base_frequencies import BASE_KEYS
 from megatron_longrope.config_rules import check_int, check_positive
+from megatron_longrope.errors import LongRopeError
 
 # What transformers takes where no rope_theta is stated; 10000 for the model types that are absent.
 _DEFAULT_ROPE_THETA = {"mixtral": 1e6}
@@ -69,14 +70,14 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
         config (Mapping): The whole file; `model_type` decides about defaults.
 
     Raises:
-        ValueError: A value is stated twice and differs, is of a wrong type, is missing, or the type
-            of RoPE is not supported; the message names the keys.
+        LongRopeError: A value is stated twice and differs, is of a wrong type, is missing, or the
+            type of RoPE is not supported; the message names the keys.
     """
     model_type = str(config.get("model_type"))
     holder, values = _holder(config)
     kind = _rope_type(holder, values, model_type)
     if kind not in ROPE_KEYS:
-        raise ValueError(
+        raise LongRopeError(
             f"config.json has {holder}.rope_type {kind!r}, whose frequencies are no constants that "
             f"factors could multiply; supported types are {', '.join(ROPE_KEYS)}"
         )
@@ -108,10 +109,10 @@ def _holder(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     holder = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     values = config.get(holder) or {}
     if not isinstance(values, Mapping):
-        raise ValueError(f"config.json has {holder} = {values!r}; it must be an object")
+        raise LongRopeError(f"config.json has {holder} = {values!r}; it must be an object")
     for key, value in values.items():
         if isinstance(value, Mapping):
-            raise ValueError(
+            raise LongRopeError(
                 f"config.json has {holder}.{key}, a RoPE for some of the layers; one for all "
                 "layers is supported"
             )
@@ -123,7 +124,7 @@ def _rope_type(holder: str, values: Mapping[str, Any], model_type: str) -> str:
     names = _OLD_NAMES | _OLD_NAMES_OF.get(model_type, {})
     kinds = [names.get(item, item) for item in (new, old) if item is not None]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
-        raise ValueError(
+        raise LongRopeError(
             f"config.json has {holder}.rope_type {new!r} and {holder}.type {old!r}, of which "
             "transformers' releases read one or the other; make them agree"
         )
@@ -139,7 +140,7 @@ def _stated_once(
     stated = [(name, value) for name, value in places.items() if value is not None]
     for name, value in stated[1:]:
         if value != stated[0][1]:
-            raise ValueError(
+            raise LongRopeError(
                 f"config.json has {stated[0][0]} {stated[0][1]!r} and {name} {value!r}, of which "
                 "transformers' releases read one or the other; keep the one that the model was "
                 "trained with"
@@ -159,7 +160,7 @@ def _rope_theta(
     default = _DEFAULT_ROPE_THETA.get(model_type, 10000.0)
     read = values.get("rope_theta") is not None or config.get("rope_theta") is not None
     if theta is not None and theta != default and not read:
-        raise ValueError(
+        raise LongRopeError(
             f"config.json has rope_parameters.rope_theta {theta!r} beside rope_scaling, for which "
             f"transformers ignores all of rope_parameters and takes {default:g}; write rope_theta "
             "at the top"
@@ -177,12 +178,12 @@ def _original_window(
     if original is None and kind == "yarn":
         original = config.get("max_position_embeddings")
     if original is None:
-        raise ValueError(
+        raise LongRopeError(
             f"config.json has rope_type {kind} but no {key}; add the window, in tokens, that the "
             "model was pre-trained with"
         )
     if default is not None and config.get(key) is None and original != default:
-        raise ValueError(
+        raise LongRopeError(
             f"config.json has {holder}.{key} {original!r}, which transformers overwrites with "
             f"{default}, its default for {model_type}; write the key at the top"
         )
@@ -193,7 +194,7 @@ def _original_window(
 def model_window(config: Mapping[str, Any]) -> int:
     """The window, in tokens, that a `config.json` states."""
     if "max_position_embeddings" not in config:
-        raise ValueError("config.json has no max_position_embeddings")
+        raise LongRopeError("config.json has no max_position_embeddings")
     check_int("max_position_embeddings", config["max_position_embeddings"], 2)
     return config["max_position_embeddings"]
 
@@ -203,5 +204,5 @@ def rotated_dimensions(config: Mapping[str, Any], rope: HfRope) -> int:
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     head_dim = config.get("head_dim") or (heads and width and width // heads)
     if not head_dim:
-        raise ValueError("config.json has no head_dim, nor hidden_size and num_attention_heads")
+        raise LongRopeError("config.json has no head_dim, nor hidden_size and num_attention_heads")
     return int(head_dim * rope.partial_rotary_factor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 
 _SAME = ("rotary_base", "rotary_dim", "original_max_position_embeddings", "base_frequencies")
 
@@ -22,22 +23,22 @@ def merge_configs(configs: Mapping[str, LongRopeConfig]) -> LongRopeConfig:
         LongRopeConfig: The sets of all, sorted by window.
 
     Raises:
-        ValueError: There is none, they describe different models or attention factors, or two have
-            different factors for the same window.
+        LongRopeError: There is none, they describe different models or attention factors, or two
+            have different factors for the same window.
     """
     if not configs:
-        raise ValueError("there is no configuration to merge; name at least one")
+        raise LongRopeError("there is no configuration to merge; name at least one")
     (first_name, first), *others = configs.items()
     merged, owners = first, {item.max_length: first_name for item in first.factor_sets}
     for name, config in others:
         for key in _SAME:
             if getattr(config, key) != getattr(first, key):
-                raise ValueError(
+                raise LongRopeError(
                     f"{name} has {key} {getattr(config, key)} and {first_name} has "
                     f"{getattr(first, key)}; only factors of one model can be merged"
                 )
         if _attention(config) != _attention(first):
-            raise ValueError(
+            raise LongRopeError(
                 f"{name} has {_attention(config)} and {first_name} has {_attention(first)}; "
                 "search all windows with --attention-factor longest"
             )
@@ -46,7 +47,7 @@ def merge_configs(configs: Mapping[str, LongRopeConfig]) -> LongRopeConfig:
             if owner == name:
                 merged = merged.with_factor_set(item)
             elif _values(item) != _values(merged.factor_set_for(item.max_length)):
-                raise ValueError(
+                raise LongRopeError(
                     f"{name} and {owner} have different factors for {item.max_length} tokens; "
                     "keep one of the files"
                 )

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from megatron_longrope.errors import LongRopeError
+
 
 @dataclass(frozen=True)
 class Method:
@@ -42,7 +44,7 @@ def ntk_factors(rotary_dim: int, factor: float) -> list[float]:
     the rotary base to base * s^(d / (d - 2)).
     """
     if rotary_dim < 4:
-        raise ValueError(
+        raise LongRopeError(
             f"rotary_dim {rotary_dim} is below 4, where NTK interpolation is undefined"
         )
     return [float(factor) ** (2 * i / (rotary_dim - 2)) for i in range(rotary_dim // 2)]
@@ -76,11 +78,11 @@ def base_change_factors(
         rescale_factors (Sequence[float], optional): See :func:`yarn_factors`.
 
     Raises:
-        ValueError: No dimension completes a period in the window.
+        LongRopeError: No dimension completes a period in the window.
     """
     critical = _dimension_with(1.0, rotary_dim, rotary_base, window, rescale_factors)
     if critical <= 0:
-        raise ValueError(
+        raise LongRopeError(
             f"no dimension completes a period in a window of {window} tokens, so that a base "
             "change is undefined; use a longer window"
         )
@@ -180,10 +182,10 @@ def method(name: str) -> Method:
     """Return a method by name.
 
     Raises:
-        ValueError: There is none of this name.
+        LongRopeError: There is none of this name.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose {', '.join(METHODS)}")
+        raise LongRopeError(f"unknown method {name!r}; choose {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -207,10 +209,10 @@ def named_factors(
             trained with; the result multiplies them. Defaults to ones.
 
     Raises:
-        ValueError: The name is unknown or the extension ratio is below 1 or not finite.
+        LongRopeError: The name is unknown or the extension ratio is below 1 or not finite.
     """
     if not 1 <= factor < math.inf:
-        raise ValueError(
+        raise LongRopeError(
             f"extension ratio {factor} must be a finite number of at least 1; "
             "the target must not be shorter than the original window"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, zigzag_chunks
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.rotary_table import build_table
 from megatron_longrope.selection import FactorSelection
 
@@ -58,7 +59,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             because nothing else does there. Defaults to False.
 
     Raises:
-        ValueError: The config does not fit the model, or another scaling method is active.
+        LongRopeError: The config does not fit the model, or another scaling method is active.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         factor_in_cos_sin: bool = False,
     ) -> None:
         if seq_len_interpolation_factor is not None or rope_scaling:
-            raise ValueError(
+            raise LongRopeError(
                 "LongRoPE cannot be combined with --rotary-seq-len-interpolation-factor or "
                 "--use-rope-scaling, which would scale positions twice; remove that flag"
             )
@@ -118,7 +119,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         """Build the replacement of a model's existing rotary module.
 
         Raises:
-            ValueError: The config does not fit the module, or the module scales positions itself.
+            LongRopeError: The config does not fit the module, or the module scales positions
+                itself.
         """
         replacement = cls(
             config,
@@ -131,7 +133,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         # The module does not remember its base or scaling: its frequencies must tell.
         theirs = rotary.inv_freq.to(device="cpu", dtype=torch.float32)
         if not torch.allclose(theirs, replacement.inv_freq.cpu(), rtol=1e-4, atol=0.0):
-            raise ValueError(
+            raise LongRopeError(
                 "the model's rotary frequencies are not those of rotary_base "
                 f"{config.rotary_base}: it has another base or --use-rope-scaling; use factors "
                 "that were searched for it"
@@ -143,15 +145,15 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         """Swap the factors; the next forward uses them.
 
         Raises:
-            ValueError: The config's geometry differs from the model's.
+            LongRopeError: The config's geometry differs from the model's.
         """
         if config.rotary_dim != self.rotary_dim:
-            raise ValueError(
+            raise LongRopeError(
                 f"rotary_dim {config.rotary_dim} of the LongRoPE config differs from the model's "
                 f"{self.rotary_dim} (head dimension x rotary percent); use factors of this model"
             )
         if float(config.rotary_base) != float(self.rotary_base):
-            raise ValueError(
+            raise LongRopeError(
                 f"rotary_base {config.rotary_base} of the LongRoPE config differs from the model's "
                 f"{self.rotary_base}; use factors that were searched for this base"
             )
@@ -183,7 +185,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         if self._document_scale is not None and self._document_scale.capacity is not None:
             carried = None  # attention follows the same length
         if carried is not None and not math.isclose(needed, carried, rel_tol=1e-9):
-            raise ValueError(
+            raise LongRopeError(
                 f"a sequence of {length} tokens needs attention factor {needed:.6g}, but this run "
                 f"carries {carried:.6g}, that of {self.selection.run_length} tokens; set "
                 "--seq-length to the longest sequence of the run"
@@ -282,7 +284,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         """megatron-core's; models call it right before `forward`, with what is in the batch."""
         self._document_offsets = self._longest_request = None
         if self.mode == "mixed" and packed_seq_params is None and inference_context is None:
-            raise ValueError(
+            raise LongRopeError(
                 "--longrope-mode mixed got a batch that is not packed: the script does not pass "
                 "packed_seq_params to the model; use one that does, such as Megatron-LM's "
                 "pretrain_gpt.py, or another mode"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import angles, inv_freq_fp32, product_fp32
 
 # An exact angle is the sum of that of a multiple of this many positions and that of an offset below
@@ -64,11 +65,13 @@ def build_table(
         Tensor: `[sum of the chunks' lengths, 1, 1, rotary_dim]`, fp32.
 
     Raises:
-        ValueError: A chunk is not contiguous.
+        LongRopeError: A chunk is not contiguous.
     """
     for chunk in chunks:
         if chunk.step != 1:
-            raise ValueError(f"{chunk} has step {chunk.step}; a chunk's positions are contiguous")
+            raise LongRopeError(
+                f"{chunk} has step {chunk.step}; a chunk's positions are contiguous"
+            )
     length = sum(len(chunk) for chunk in chunks)
     table = torch.empty(length, 1, 1, rotary_dim, dtype=torch.float32, device=device)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 
 MODES = ("auto", "long", "short", "mixed")
 
@@ -14,7 +15,7 @@ class FactorSelection:
     """Factor sets, the mode that chooses among them, and the length that a run is fixed to.
 
     Raises:
-        ValueError: The mode is unknown.
+        LongRopeError: The mode is unknown.
     """
 
     config: LongRopeConfig
@@ -31,13 +32,13 @@ class FactorSelection:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+            raise LongRopeError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
 
     def factor_set(self, length: int) -> FactorSet:
         """The set that a sequence, or in mixed mode a document, of `length` tokens uses.
 
         Raises:
-            ValueError: No set reaches that far.
+            LongRopeError: No set reaches that far.
         """
         original = self.config.original_max_position_embeddings
         if self.mode == "short":

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_longrope.errors import LongRopeError
+
 DEFAULT_CHUNK = 1024
 """Tokens at a time: 512 MiB of fp32 logits for 128k vocabulary rows on a rank."""
 
@@ -64,15 +66,15 @@ def chunked_linear_cross_entropy(
         Tensor: [s, b] in fp32 (fp64 for fp64 inputs), the same on every rank of `tp_group`.
 
     Raises:
-        ValueError: Shapes do not fit, or `chunk_tokens` is below 1.
+        LongRopeError: Shapes do not fit, or `chunk_tokens` is below 1.
     """
     if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens {chunk_tokens} is below 1; give the tokens of a chunk")
+        raise LongRopeError(f"chunk_tokens {chunk_tokens} is below 1; give the tokens of a chunk")
     ranks = 1 if tp_group is None else tp_group.size()
     parts = ranks if sequence_parallel else 1
     tokens = hidden.numel() // hidden.shape[-1] * parts
     if labels.numel() != tokens or weight.shape[-1] != hidden.shape[-1]:
-        raise ValueError(
+        raise LongRopeError(
             f"labels {tuple(labels.shape)} and weight {tuple(weight.shape)} do not fit hidden "
             f"states {tuple(hidden.shape)} on each of {parts} rank(s); give a label per token"
         )

@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_longrope.context_parallel import check_divisible, zigzag_chunks
+from megatron_longrope.errors import LongRopeError
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def documents_of(
         cp_size (int): Context-parallel size.
 
     Raises:
-        ValueError: Lengths that contradict each other or do not split over the ranks.
+        LongRopeError: Lengths that contradict each other or do not split over the ranks.
     """
     held = (query_rows * cp_size, key_rows * cp_size)
     if packed is None:
@@ -86,13 +87,13 @@ def documents_of(
     else:
         queries, keys = _packed_documents(packed, cp_size)
     if cp_size > 1 and queries != keys:
-        raise ValueError(
+        raise LongRopeError(
             f"queries of lengths {queries.lengths} and keys of lengths {keys.lengths} cannot "
             f"share context parallel size {cp_size}; decode without context parallelism"
         )
     for documents, rows in ((queries, held[0]), (keys, held[1])):
         if sum(documents.rows) > rows:
-            raise ValueError(
+            raise LongRopeError(
                 f"the documents of the pack have {sum(documents.rows)} tokens but the batch "
                 f"{rows}; let cu_seqlens count the tokens of all context-parallel ranks"
             )
@@ -116,11 +117,11 @@ def check_queries_see_keys(queries: Documents, keys: Documents) -> None:
     """Refuse queries without a key: the last query stands at the last key.
 
     Raises:
-        ValueError: A document has more queries than keys.
+        LongRopeError: A document has more queries than keys.
     """
     for index, (rows, columns) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
         if rows > columns:
-            raise ValueError(
+            raise LongRopeError(
                 f"document {index} has {rows} queries but {columns} keys, so that its first "
                 "queries see nothing; give every query its own key"
             )
@@ -189,7 +190,7 @@ def _read_documents(packed: PackedSeqParams, cp_size: int) -> tuple[Documents, D
     ):
         keys = _from_cu_seqlens(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded, "cu_seqlens_kv")
     if len(queries.rows) != len(keys.rows):
-        raise ValueError(
+        raise LongRopeError(
             f"cu_seqlens_q has {len(queries.rows)} documents and cu_seqlens_kv {len(keys.rows)}; "
             "give queries and keys the same documents"
         )
@@ -201,17 +202,17 @@ def _read_documents(packed: PackedSeqParams, cp_size: int) -> tuple[Documents, D
 
 def _from_cu_seqlens(cu_seqlens: Tensor | None, padded: Tensor | None, name: str) -> Documents:
     if cu_seqlens is None:
-        raise ValueError(f"packed sequences came without {name}; set it in PackedSeqParams")
+        raise LongRopeError(f"packed sequences came without {name}; set it in PackedSeqParams")
     lengths = _differences(cu_seqlens, name)
     rows = lengths if padded is None else _differences(padded, f"{name}_padded")
     if len(lengths) != len(rows):
-        raise ValueError(
+        raise LongRopeError(
             f"{name} has {len(lengths)} documents and {name}_padded {len(rows)}; "
             "describe the same documents in both"
         )
     for index, (length, room) in enumerate(zip(lengths, rows, strict=True)):
         if length > room:
-            raise ValueError(
+            raise LongRopeError(
                 f"document {index} has {length} tokens in {name} but {room} rows in "
                 f"{name}_padded; a document needs a row for each token"
             )
@@ -224,7 +225,7 @@ def _differences(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
         lengths = tuple(after - before for before, after in pairwise(offsets))
         if min(lengths, default=0) >= 0:
             return lengths
-    raise ValueError(f"{name} is {offsets}; give one row that starts at 0 and never decreases")
+    raise LongRopeError(f"{name} is {offsets}; give one row that starts at 0 and never decreases")
 
 
 def _check_shards(documents: Documents, cp_size: int) -> None:
@@ -232,7 +233,7 @@ def _check_shards(documents: Documents, cp_size: int) -> None:
         try:
             check_divisible(rows, cp_size)
         except ValueError as error:
-            raise ValueError(f"document {index} of the pack: {error}") from None
+            raise LongRopeError(f"document {index} of the pack: {error}") from None
 
 
 def _select(documents: Documents, indices: list[int]) -> Documents:

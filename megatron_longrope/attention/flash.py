@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_longrope.attention import flash_kernels
 from megatron_longrope.attention.documents import offsets_on
 from megatron_longrope.attention.sdpa import SdpaCoreAttention, dropout_rng
+from megatron_longrope.errors import LongRopeError
 
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -19,7 +20,7 @@ class FlashCoreAttention(SdpaCoreAttention):
     """:class:`SdpaCoreAttention` on flash-attn: CUDA, half precision, one call for a whole pack.
 
     Raises:
-        ValueError: No package of :mod:`.flash_kernels` can run here.
+        LongRopeError: No package of :mod:`.flash_kernels` can run here.
     """
 
     kernel: ClassVar[str] = "flash"
@@ -30,7 +31,7 @@ class FlashCoreAttention(SdpaCoreAttention):
         try:
             self.kernels = flash_kernels.find(flash_kernels.capability())
         except ValueError as error:
-            raise ValueError(
+            raise LongRopeError(
                 f"flash attention needs a flash-attention package that runs here, but {error}; "
                 "install one (pip install megatron-longrope[flash]) or use --longrope-attention "
                 "sdpa"
@@ -40,15 +41,15 @@ class FlashCoreAttention(SdpaCoreAttention):
         """Attend; see :meth:`SdpaCoreAttention.forward`.
 
         Raises:
-            ValueError: Not half precision, or values of another width than keys.
+            LongRopeError: Not half precision, or values of another width than keys.
         """
         if query.dtype not in _DTYPES:
-            raise ValueError(
+            raise LongRopeError(
                 f"flash attention computes in float16 or bfloat16, got {query.dtype}; "
                 "train with --bf16 or use --longrope-attention sdpa"
             )
         if key.shape[-1] != value.shape[-1]:
-            raise ValueError(
+            raise LongRopeError(
                 f"flash attention needs keys and values of one width, got {key.shape[-1]} and "
                 f"{value.shape[-1]}; use --longrope-attention sdpa"
             )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_longrope.errors import LongRopeError
+
 _MODULES = {
     2: ("flash_attn",),
     3: ("flash_attn_interface", "flash_attn_3.flash_attn_interface"),
@@ -50,7 +52,7 @@ class FlashKernels:
             **options (Any): `softmax_scale`, `causal`, `dropout_p`, `deterministic`.
 
         Raises:
-            ValueError: Dropout, which flash-attn 3 and 4 do not have.
+            LongRopeError: Dropout, which flash-attn 3 and 4 do not have.
         """
         return _output(self.dense(query, key, value, **self._accepted(self.dense, options)))
 
@@ -84,7 +86,7 @@ class FlashKernels:
     def _accepted(self, function: Callable, options: dict[str, Any]) -> dict[str, Any]:
         """`options` without those that are off, and without lengths that it finds by itself."""
         if options.get("dropout_p") and "dropout_p" not in inspect.signature(function).parameters:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.name} has no dropout, and attention dropout is {options['dropout_p']}; "
                 "give --attention-dropout 0, install flash-attn 2 or use sdpa attention"
             )
@@ -104,10 +106,10 @@ def find(capability: tuple[int, int] | None) -> FlashKernels:
         capability (tuple[int, int], optional): Compute capability; None where there is no GPU.
 
     Raises:
-        ValueError: None of them can run; the message says why for each.
+        LongRopeError: None of them can run; the message says why for each.
     """
     if capability is not None and capability < _AMPERE:
-        raise ValueError(
+        raise LongRopeError(
             f"the device has compute capability {'.'.join(map(str, capability))}, below 8.0"
         )
     # Without a GPU in sight the question is only what is installed.
@@ -118,7 +120,7 @@ def find(capability: tuple[int, int] | None) -> FlashKernels:
             return _load(release)
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
             reasons.append(f"flash-attn {release} cannot be used ({_first_line(error)})")
-    raise ValueError("; ".join(reasons))
+    raise LongRopeError("; ".join(reasons))
 
 
 def capability() -> tuple[int, int] | None:

@@ -30,6 +30,7 @@ from megatron_longrope.attention.documents import (
 from megatron_longrope.attention.gathered import attend_gathered
 from megatron_longrope.attention.ring import attend_ring
 from megatron_longrope.attention.tiles import attend_tile
+from megatron_longrope.errors import LongRopeError
 
 # Elements of a mask on the CPU, whose kernel turns it into floats: 64 MiB.
 _MASK = 2**24
@@ -66,7 +67,7 @@ class SdpaCoreAttention(MegatronModule):
     parallelism.
 
     Raises:
-        ValueError: A feature that would silently change the result, such as attention sinks.
+        LongRopeError: A feature that would silently change the result, such as attention sinks.
     """
 
     kernel: ClassVar[str] = "sdpa"
@@ -146,7 +147,7 @@ class SdpaCoreAttention(MegatronModule):
             Tensor: `[s / cp, b, h * d_v]`, or `[t / cp, h * d_v]` with zeros in padding rows.
 
         Raises:
-            ValueError: Something that would silently change the result.
+            LongRopeError: Something that would silently change the result.
         """
         if attention_bias is not None:
             raise self._unsupported("attention_bias")
@@ -158,13 +159,13 @@ class SdpaCoreAttention(MegatronModule):
         drops_mask = self.attention_type == "self" and not causal and not packed
         if drops_mask and 1 < query.shape[0] < key.shape[0]:
             # Static inference drops the mask after the prompt, which is right for one token only.
-            raise ValueError(
+            raise LongRopeError(
                 f"{query.shape[0]} new tokens came after {key.shape[0] - query.shape[0]} cached "
                 "ones without a mask, so that they would see each other's future; decode one token "
                 "at a time"
             )
         if packed and query.dim() != 3:
-            raise ValueError(
+            raise LongRopeError(
                 f"packed sequences came with a micro batch of {query.shape[1]}; packing puts all "
                 "documents into one row: use --micro-batch-size 1"
             )
@@ -375,8 +376,8 @@ class SdpaCoreAttention(MegatronModule):
     def _dropout(self) -> float:
         return self.attention_dropout if self.training else 0.0
 
-    def _unsupported(self, what: str) -> ValueError:
-        return ValueError(
+    def _unsupported(self, what: str) -> LongRopeError:
+        return LongRopeError(
             f"{what} is not supported by {self.kernel} attention; use --longrope-attention te"
         )
 

@@ -21,6 +21,7 @@ from megatron_longrope.checkpoint.layered import Joined, LayeredCheckpoint, Piec
 from megatron_longrope.checkpoint.pickles import load_object
 from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.checkpoint.shards import Shards
+from megatron_longrope.errors import LongRopeError
 
 _MODEL, _WRAPPER = "model.", "module."
 _CHUNK = re.compile(r"model\d+\.")
@@ -37,19 +38,19 @@ class FsdpCheckpoint(LayeredCheckpoint):
         """Read the metadata.
 
         Raises:
-            ValueError: It is damaged, a file is missing or too short, or the metadata is not that
-                of this format.
+            LongRopeError: It is damaged, a file is missing or too short, or the metadata is not
+                that of this format.
         """
         super().__init__(directory)
         self._shards = Shards(directory)
         names = self._shards.tensors
         if any(map(_CHUNK.match, names)):
-            raise ValueError(
+            raise LongRopeError(
                 f"{directory}: holds several chunks of a pipelined model in one fsdp_dtensor "
                 "checkpoint, which is not supported; save it without pipeline parallelism"
             )
         if not any(name.startswith(_MODEL) for name in names):
-            raise ValueError(
+            raise LongRopeError(
                 f"{directory}: has .metadata without metadata.json and holds no tensors named "
                 f"{_MODEL}*, so it is neither torch_dist nor fsdp_dtensor; if it is torch_dist, "
                 "copy metadata.json, too"
@@ -80,7 +81,7 @@ class FsdpCheckpoint(LayeredCheckpoint):
                 pieces[name] = piece
         for name, found in halves.items():
             if set(found) != {"w", "v"}:
-                raise ValueError(f"holds only one half of {name}; the save was incomplete")
+                raise LongRopeError(f"holds only one half of {name}; the save was incomplete")
             pieces[name] = Joined(name, (found["w"], found["v"]), dim=0)  # gate, then up
         return pieces
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_longrope.checkpoint.layout import disk_name
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
+from megatron_longrope.errors import LongRopeError
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # A layer's experts are numbered by one of two classes of megatron-core; torch_dist stacks them.
@@ -51,7 +52,7 @@ class Joined:
             name (str): Of the whole, for messages.
 
         Raises:
-            ValueError: They differ in dtype or along another dimension.
+            LongRopeError: They differ in dtype or along another dimension.
         """
         self._parts, self._dim = parts, dim
         first = parts[0].info
@@ -59,7 +60,7 @@ class Joined:
             (*item.info.shape[:dim], *item.info.shape[dim + 1 :], item.info.dtype) for item in parts
         ]
         if any(other != others[0] for other in others) or len(first.shape) <= dim:
-            raise ValueError(
+            raise LongRopeError(
                 f"the parts of {name} do not fit together along dimension {dim}: "
                 f"{_told(item.info for item in parts)}"
             )
@@ -86,13 +87,13 @@ class Stacked:
             what (str): What one of them is: a layer or an expert.
 
         Raises:
-            ValueError: They differ in shape or dtype.
+            LongRopeError: They differ in shape or dtype.
         """
         self.parts = parts
         first = parts[0].info
         for index, item in enumerate(parts):
             if item.info != first:
-                raise ValueError(
+                raise LongRopeError(
                     f"{name} of {what} {index} is {_told([item.info])}, of {what} 0 "
                     f"{_told([first])}; the file is damaged or of another model"
                 )
@@ -127,14 +128,14 @@ class LayeredCheckpoint(MegatronCheckpoint):
         except ValueError as error:
             message = str(error)
             known = message.startswith(str(self.directory))
-            raise ValueError(message if known else f"{self.directory}: {message}") from None
+            raise LongRopeError(message if known else f"{self.directory}: {message}") from None
 
     def _check_layers(self, names: Iterable[str]) -> None:
         numbers = {int(match[1]) for match in map(_LAYER.fullmatch, names) if match}
         pattern = self.shape.hybrid_layer_pattern
         wanted = self.shape.num_layers if pattern is None else len(pattern.partition("/")[0])
         if numbers != set(range(wanted)):
-            raise ValueError(
+            raise LongRopeError(
                 f"holds {len(numbers)} layers, its arguments say {wanted}; files are missing or of "
                 "another checkpoint"
             )
@@ -162,7 +163,7 @@ def stack_experts(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     """Put the experts of each layer into one tensor `[experts, ...]`.
 
     Raises:
-        ValueError: Experts are missing or differ.
+        LongRopeError: Experts are missing or differ.
     """
     result: dict[str, Piece] = {}
     experts: defaultdict[str, dict[int, Piece]] = defaultdict(dict)
@@ -202,7 +203,7 @@ def stack_layers(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     """Put the layers of each tensor into one tensor `[layers, ...]`.
 
     Raises:
-        ValueError: A layer lacks a tensor that others have, or differs in shape.
+        LongRopeError: A layer lacks a tensor that others have, or differs in shape.
     """
     result: dict[str, Piece] = {}
     layers: defaultdict[str, dict[int, Piece]] = defaultdict(dict)
@@ -223,7 +224,7 @@ def _in_order(
 ) -> list[Piece]:
     count = 1 + max(found) if count is None else count
     if missing := [index for index in range(count) if index not in found]:
-        raise ValueError(
+        raise LongRopeError(
             f"{what} {missing[0]} lacks {name}, which others have; files are missing or of another "
             "checkpoint"
         )

@@ -19,6 +19,7 @@ from megatron_longrope.checkpoint.folders import TORCH
 from megatron_longrope.checkpoint.layered import LayeredCheckpoint, Piece
 from megatron_longrope.checkpoint.rank_file import Mappings, RankFile, StoredPart
 from megatron_longrope.checkpoint.tensor_parallel import join_ranks
+from megatron_longrope.errors import LongRopeError
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE = "model_optim_rng.pt"
@@ -46,7 +47,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
         """Look for the ranks' files.
 
         Raises:
-            ValueError: One is missing, truncated, or too many for the run that wrote the others.
+            LongRopeError: One is missing, truncated, or too many for the run that wrote the others.
         """
         super().__init__(directory)
         folders = {
@@ -55,7 +56,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
             if (match := _FOLDER.fullmatch(path.name))
         }
         if not folders:
-            raise ValueError(f"{directory}: has no folder named as mp_rank_00 or mp_rank_00_000")
+            raise LongRopeError(f"{directory}: has no folder named as mp_rank_00 or mp_rank_00_000")
         mappings = Mappings()
         self._files = {name: RankFile(directory / name / _FILE, mappings) for name in folders}
         self._sizes = _Sizes.of_args(self.args)
@@ -63,13 +64,13 @@ class LegacyCheckpoint(LayeredCheckpoint):
         for name, match in folders.items():
             coordinates = self._sizes.coordinates([int(part) for part in match.groups() if part])
             if coordinates is None:
-                raise ValueError(
+                raise LongRopeError(
                     f"{directory / name}: the run was {self._sizes}, which has no such rank; the "
                     "folder mixes several checkpoints"
                 )
             self._ranks[coordinates] = self._files[name]
         if missing := self._sizes.missing(set(self._ranks)):
-            raise ValueError(
+            raise LongRopeError(
                 f"{directory}: the file of {missing} is missing; the run was {self._sizes} and "
                 f"there are {', '.join(folders)}"
             )
@@ -79,7 +80,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
         """The non-tensor state of the first rank: `args`, `iteration`, ..."""
         common = next(iter(self._files.values())).common
         if float(common.get("checkpoint_version", 0)) < _OLDEST_VERSION:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.directory}: checkpoint_version {common.get('checkpoint_version', 0)}; "
                 f"versions before {_OLDEST_VERSION} order the rows of qkv otherwise and are not "
                 "supported, load and save it once with Megatron"
@@ -109,13 +110,13 @@ class LegacyCheckpoint(LayeredCheckpoint):
         first, *others = self._files.values()
         for file in others:
             if (theirs := file.common.get("iteration")) != (ours := first.common.get("iteration")):
-                raise ValueError(
+                raise LongRopeError(
                     f"{file.path}: is of iteration {theirs}, {first.path.parent.name} of {ours}; "
                     "the folder mixes several checkpoints"
                 )
             sizes = _Sizes.of_args(file.common.get("args"))
             if sizes != self._sizes or set(file.chunks) != set(first.chunks):
-                raise ValueError(
+                raise LongRopeError(
                     f"{file.path}: is of a run that was {sizes} with {len(file.chunks)} chunks, "
                     f"{first.path.parent.name} of one that was {self._sizes} with "
                     f"{len(first.chunks)}; the folder mixes several checkpoints"
@@ -193,7 +194,7 @@ class _Sizes:
     def missing(self, present: set[Coordinates]) -> str | None:
         """A rank whose file is needed and not there, in words."""
         if self.expert_tensor not in (1, self.tensor):
-            raise ValueError(
+            raise LongRopeError(
                 f"the run split experts over {self.expert_tensor} of {self.tensor} tensor-parallel "
                 "ranks, which is not supported; save it with --ckpt-format torch_dist"
             )
@@ -234,7 +235,7 @@ def _shared_names(files: Sequence[RankFile], chunk: str) -> list[str]:
     names = list(first.chunks[chunk])
     for file in others:
         if different := set(names) ^ set(file.chunks[chunk]):
-            raise ValueError(
+            raise LongRopeError(
                 f"{file.path}: {sorted(different)[0]} is in only one of this file and that of "
                 f"{first.path.parent.name}; they are of several checkpoints"
             )

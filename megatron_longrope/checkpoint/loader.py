@@ -17,6 +17,7 @@ from megatron_longrope.checkpoint.layout import Layout
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 
 _VOCAB = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -60,25 +61,30 @@ def load_into(
         int: Number of parameters (tensors) filled.
 
     Raises:
-        ValueError: The model or the checkpoint has a tensor that the other lacks, or shapes differ.
+        LongRopeError: The model or the checkpoint has a tensor that the other lacks, or shapes
+            differ.
     """
     parameters = dict(model.named_parameters())
     ours, theirs = Layout.of_model(parameters), Layout.of_checkpoint(checkpoint.keys())
     if ours.pattern != theirs.pattern:
-        raise ValueError(f"{checkpoint.directory}: {_other_layers(theirs.pattern, ours.pattern)}")
+        raise LongRopeError(
+            f"{checkpoint.directory}: {_other_layers(theirs.pattern, ours.pattern)}"
+        )
     if missing := [
         f"{name} (on disk: {address[0]})"
         for address, (name, _) in ours.places.items()
         if address not in theirs.places
     ]:
-        raise ValueError(f"{checkpoint.directory}: lacks {_listed(missing)}, which the model has")
+        raise LongRopeError(
+            f"{checkpoint.directory}: lacks {_listed(missing)}, which the model has"
+        )
     if unused := {place[0] for key, place in theirs.places.items() if key not in ours.places}:
-        raise ValueError(
+        raise LongRopeError(
             f"{checkpoint.directory}: holds {_listed(sorted(unused))}, which the model lacks"
         )
     vocab_size = checkpoint.shape.vocab_size
     if tp_size > 1 and checkpoint.shape.num_query_groups % tp_size:
-        raise ValueError(
+        raise LongRopeError(
             f"tensor parallel size {tp_size} does not divide the "
             f"{checkpoint.shape.num_query_groups} query groups; use a divisor"
         )
@@ -94,7 +100,7 @@ def load_into(
             elif tp_size > 1:
                 part = _tensor_parallel_slice(part, disk, tp_rank, tp_size)
             if part.shape != target.shape:
-                raise ValueError(
+                raise LongRopeError(
                     f"{disk} has shape {tuple(part.shape)} for tensor-parallel rank {tp_rank} of "
                     f"{tp_size}, the model expects {tuple(target.shape)}"
                 )
@@ -111,7 +117,7 @@ def _parts(
     prefix, suffix = name.split("{expert}")
     count = sum(key.startswith(prefix) and key.endswith(suffix) for key in parameters)
     if len(value) != count:
-        raise ValueError(f"{disk} has {len(value)} experts, the model {count}")
+        raise LongRopeError(f"{disk} has {len(value)} experts, the model {count}")
     return [(parameters[name.format(expert=i)], value[i]) for i in range(count)]
 
 
@@ -135,7 +141,7 @@ def _vocab_rows(
 ) -> Tensor:
     """Rows of this rank; only true ones, since padding depends on the layout of each run."""
     if rows * tp_size < vocab_size:
-        raise ValueError(
+        raise LongRopeError(
             f"{name}: the model has {rows * tp_size} rows, fewer than the vocabulary's {vocab_size}"
         )
     return value[:vocab_size][tp_rank * rows : (tp_rank + 1) * rows]

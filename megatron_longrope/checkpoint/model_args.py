@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from megatron_longrope.errors import LongRopeError
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -122,7 +124,7 @@ class ModelShape:
         """Read Megatron's arguments, filling what Megatron derives.
 
         Raises:
-            ValueError: An argument is missing or not of its type.
+            LongRopeError: An argument is missing or not of its type.
         """
         heads = _int(args, "num_attention_heads")
         hidden_size = _int(args, "hidden_size")
@@ -238,7 +240,7 @@ def _sliding_window(args: argparse.Namespace) -> int | None:
     if size is None or size[0] < 0:
         return None
     if size[1] != 0 or _optional(args, "window_attn_skip_freq") is not None:
-        raise ValueError(
+        raise LongRopeError(
             f"the checkpoint has window_size {tuple(size)} and window_attn_skip_freq "
             f"{_optional(args, 'window_attn_skip_freq')}; only a causal window in every layer is "
             "supported"
@@ -254,7 +256,7 @@ def _optional(args: argparse.Namespace, name: str, default: Any = None) -> Any:
 def _int(args: argparse.Namespace, name: str, default: int | None = None) -> int:
     value = _optional(args, name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
+        raise LongRopeError(
             f"the checkpoint's argument {name} is {value!r}; a positive integer is needed"
         )
     return value

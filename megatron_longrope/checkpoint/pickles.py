@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_longrope.errors import LongRopeError
+
 _METADATA_CLASSES = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath"},
@@ -83,15 +85,15 @@ def load_metadata(path: Path) -> Metadata:
     """Read a distributed checkpoint's `.metadata`.
 
     Raises:
-        ValueError: The file is damaged or names a class that metadata has no use for.
+        LongRopeError: The file is damaged or names a class that metadata has no use for.
     """
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except Exception as error:  # a damaged pickle raises almost anything
-        raise ValueError(f"{path}: not readable as checkpoint metadata: {error}") from None
+        raise LongRopeError(f"{path}: not readable as checkpoint metadata: {error}") from None
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"{path}: holds a {type(metadata).__name__}, expected Metadata")
+        raise LongRopeError(f"{path}: holds a {type(metadata).__name__}, expected Metadata")
     return metadata
 
 
@@ -104,13 +106,13 @@ def load_common(data: bytes | Path, where: str) -> dict[str, Any]:
         where (str): What the archive is, for error messages.
 
     Raises:
-        ValueError: The archive is damaged or holds an object of a class that is not allowed.
+        LongRopeError: The archive is damaged or holds an object of a class that is not allowed.
     """
     value = load_object(data, where)
     if isinstance(value, list) and len(value) == 1:  # 0.19 wraps the state as a sharded object
         value = value[0]
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: holds a {type(value).__name__}, expected a dictionary")
+        raise LongRopeError(f"{where}: holds a {type(value).__name__}, expected a dictionary")
     return value
 
 
@@ -123,7 +125,7 @@ def load_object(data: bytes | Path, where: str) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source())
     except Exception as error:
-        raise ValueError(f"{where}: not readable as a torch archive: {_line(error)}") from None
+        raise LongRopeError(f"{where}: not readable as a torch archive: {_line(error)}") from None
     allowed = []
     for name in names:
         if name in _ARGUMENT_CLASSES:
@@ -131,7 +133,7 @@ def load_object(data: bytes | Path, where: str) -> Any:
         elif name in _OPAQUE_CLASSES or name.startswith(_OPAQUE_PREFIXES):
             allowed.append((type("Opaque", (Opaque,), {}), name))
         else:
-            raise ValueError(
+            raise LongRopeError(
                 f"{where}: holds an object of class {name}, which is not one that Megatron stores; "
                 "it is not read, since unpickling it could run code"
             )
@@ -141,7 +143,7 @@ def load_object(data: bytes | Path, where: str) -> Any:
                 source(), map_location="cpu", weights_only=True, mmap=isinstance(data, Path)
             )
     except Exception as error:
-        raise ValueError(f"{where}: not readable: {_line(error)}") from None
+        raise LongRopeError(f"{where}: not readable: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_longrope.checkpoint.layered import num_bytes
 from megatron_longrope.checkpoint.pickles import load_common
 from megatron_longrope.checkpoint.reader import TensorInfo
+from megatron_longrope.errors import LongRopeError
 
 # Pages that were read stay in a mapping, so it is dropped now and then: memory stays bounded.
 _MAPPED_BYTES = 256 << 20
@@ -47,16 +48,16 @@ class RankFile:
             mappings (Mappings): What the files of the checkpoint share.
 
         Raises:
-            ValueError: It is not a whole archive.
+            LongRopeError: It is not a whole archive.
         """
         self.path = path
         if not path.is_file():
-            raise ValueError(f"{path}: missing; the copy is incomplete")
+            raise LongRopeError(f"{path}: missing; the copy is incomplete")
         if not zipfile.is_zipfile(path):
             with path.open("rb") as file:
                 is_cut = file.read(4) in (b"PK\x03\x04", b"")
             size = path.stat().st_size
-            raise ValueError(
+            raise LongRopeError(
                 f"{path}: truncated: {size} bytes, without the table that ends it; copy it again"
                 if is_cut
                 else f"{path}: not an archive of torch.save (of torch 1.6 or newer)"
@@ -74,12 +75,12 @@ class RankFile:
         """`model`, or `model0`, `model1`, ... of virtual pipeline stages: the tensors in them.
 
         Raises:
-            ValueError: There is no model in the file, or something in it is not a tensor.
+            LongRopeError: There is no model in the file, or something in it is not a tensor.
         """
         models = self._header[1]
         names = {"model"} if len(models) == 1 else {f"model{i}" for i in range(len(models))}
         if not models or set(models) != names:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.path}: holds the models {', '.join(sorted(models)) or 'none'}; expected "
                 "model, or model0, model1, ... of virtual pipeline stages"
             )
@@ -110,7 +111,7 @@ class RankFile:
 
     def _infos(self, chunk: str, model: Any) -> Iterator[tuple[str, TensorInfo]]:
         if not isinstance(model, dict) or "language_model" in model:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.path}: holds a model from before megatron-core's classes; convert it with "
                 "the release of Megatron-LM that wrote it (tools/checkpoint, --saver core)"
             )
@@ -118,7 +119,7 @@ class RankFile:
             if "_extra_state" in name:
                 continue
             if not isinstance(value, Tensor) or value.layout != torch.strided:
-                raise ValueError(
+                raise LongRopeError(
                     f"{self.path}: {chunk} holds {name}, which is no plain tensor; quantized "
                     "weights are not supported, save them in bf16 or fp32"
                 )

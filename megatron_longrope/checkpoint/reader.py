@@ -18,6 +18,7 @@ from megatron_longrope.checkpoint.folders import checkpoint_format, iteration_di
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.run_config import RUN_CONFIG, args_from_run_config
 from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.errors import LongRopeError
 
 # What must be known to read a model; a script that saves stores all of its arguments.
 _MODEL_FLAGS = (
@@ -61,7 +62,7 @@ class MegatronCheckpoint(ABC):
                 in its tracker file, or to the only one.
 
         Raises:
-            ValueError: There is no checkpoint, its format is not supported, or a file is missing
+            LongRopeError: There is no checkpoint, its format is not supported, or a file is missing
                 or too short.
         """
         # The formats' modules build on this one.
@@ -93,7 +94,7 @@ class MegatronCheckpoint(ABC):
                 layer dimension. Defaults to the whole tensor.
 
         Raises:
-            ValueError: No such tensor or layer, or its data is damaged.
+            LongRopeError: No such tensor or layer, or its data is damaged.
         """
 
     @cached_property
@@ -106,7 +107,7 @@ class MegatronCheckpoint(ABC):
         if described.is_file():
             embedding = self.keys().get("embedding.word_embeddings.weight")
             return args_from_run_config(described, embedding.shape[0] if embedding else None)
-        raise ValueError(
+        raise LongRopeError(
             f"{self.directory}: the checkpoint stores no arguments; load it once with a Megatron "
             f"script that is given {_MODEL_FLAGS} and save it again, or put Megatron-Bridge's "
             f"{RUN_CONFIG} into this folder"
@@ -128,7 +129,7 @@ class MegatronCheckpoint(ABC):
         """The configuration that the run trained with, or None for plain RoPE without this plugin.
 
         Raises:
-            ValueError: The stored configuration does not validate.
+            LongRopeError: The stored configuration does not validate.
         """
         value = getattr(self.args, "longrope_config_value", None)
         if value is None:
@@ -141,7 +142,9 @@ class MegatronCheckpoint(ABC):
         try:
             return LongRopeConfig.from_dict(value)
         except ValueError as error:
-            raise ValueError(f"{self.directory}: stored longrope configuration: {error}") from None
+            raise LongRopeError(
+                f"{self.directory}: stored longrope configuration: {error}"
+            ) from None
 
     @cached_property
     def lineage(self) -> list[dict[str, Any]]:
@@ -155,11 +158,11 @@ class MegatronCheckpoint(ABC):
         """Load several tensors to the CPU."""
         return {name: self.tensor(name) for name in names}
 
-    def _no_tensor(self, name: str) -> ValueError:
-        return ValueError(f"{self.directory}: has no tensor {name!r}")
+    def _no_tensor(self, name: str) -> LongRopeError:
+        return LongRopeError(f"{self.directory}: has no tensor {name!r}")
 
     def _check_layer(self, name: str, shape: tuple[int, ...], layer: int) -> None:
         if not shape or not 0 <= layer < shape[0]:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.directory}: tensor {name!r} of shape {shape} has no layer {layer}"
             )

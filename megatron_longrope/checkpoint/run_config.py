@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_longrope.errors import LongRopeError
+
 RUN_CONFIG = "run_config.yaml"
 
 # Fields of Bridge's model provider under another name than Megatron-LM's argument.
@@ -23,16 +25,16 @@ def args_from_run_config(path: Path, padded_vocab_size: int | None) -> argparse.
         padded_vocab_size (int, optional): Rows of the stored embedding, which the file leaves out.
 
     Raises:
-        ValueError: The file is no YAML or has no model section.
+        LongRopeError: The file is no YAML or has no model section.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read as YAML: {reason}") from None
+        raise LongRopeError(f"{path}: cannot be read as YAML: {reason}") from None
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
-        raise ValueError(f"{path}: has no section `model`, which Megatron-Bridge writes")
+        raise LongRopeError(f"{path}: has no section `model`, which Megatron-Bridge writes")
     args = argparse.Namespace(
         **{_RENAMED.get(name, name): _plain(value) for name, value in model.items()}
     )

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_longrope.checkpoint.pickles import load_metadata
+from megatron_longrope.errors import LongRopeError
 
 
 class Shards:
@@ -30,7 +31,7 @@ class Shards:
         """Read what there is.
 
         Raises:
-            ValueError: The metadata is damaged, or a file is missing or too short.
+            LongRopeError: The metadata is damaged, or a file is missing or too short.
         """
         self.directory = directory
         metadata = load_metadata(directory / ".metadata")
@@ -55,7 +56,7 @@ class Shards:
         """The bytes of what is not a tensor: a `torch.save` archive.
 
         Raises:
-            ValueError: Its data is damaged.
+            LongRopeError: Its data is damaged.
         """
         sink = _Sink()
         index, zero = MetadataIndex(name), torch.Size((0,))
@@ -70,7 +71,7 @@ class Shards:
         Where one chunk on the disk is just that, it is not copied: memory is the tensor's own.
 
         Raises:
-            ValueError: Its data is damaged or incomplete.
+            LongRopeError: Its data is damaged or incomplete.
         """
         items = self._items_of(name, torch.Size(shape), offsets)
         if len(items) == 1:
@@ -88,7 +89,7 @@ class Shards:
             target (Tensor): On the CPU, with as many dimensions as the tensor.
 
         Raises:
-            ValueError: Its data is damaged or incomplete.
+            LongRopeError: Its data is damaged or incomplete.
         """
         items = self._items_of(name, target.shape, (0,) * target.dim())
         self._read(name, items, _Sink(target))
@@ -98,14 +99,14 @@ class Shards:
         chunk = ChunkStorageMetadata(torch.Size(offsets), shape)
         items = create_read_items_for_chunk_list(name, self._items[name], [chunk])
         if sum(math.prod(part.lengths) for part in items) < shape.numel():
-            raise ValueError(f"{self.directory}: the shards do not cover tensor {name!r}")
+            raise LongRopeError(f"{self.directory}: the shards do not cover tensor {name!r}")
         return items
 
     def _read(self, name: str, items: list[ReadItem], sink: _Sink) -> None:
         try:
             self._reader.read_data(LoadPlan(items), sink).wait()
         except Exception as error:  # torch reports damage as RuntimeError, KeyError, EOFError, ...
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.directory}: the data of {name!r} is damaged, copy the checkpoint again: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from None
@@ -160,10 +161,10 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
     for name, end in sorted(ends.items()):
         path = directory / name
         if Path(name).name != name:
-            raise ValueError(
+            raise LongRopeError(
                 f"{directory}: .metadata names {name!r}, a file outside the checkpoint"
             )
         if not path.is_file():
-            raise ValueError(f"{path}: missing; the copy is incomplete")
+            raise LongRopeError(f"{path}: missing; the copy is incomplete")
         if (size := path.stat().st_size) < end:
-            raise ValueError(f"{path}: truncated: {size} bytes, the metadata needs {end}")
+            raise LongRopeError(f"{path}: truncated: {size} bytes, the metadata needs {end}")

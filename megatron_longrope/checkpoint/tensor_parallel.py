@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_longrope.checkpoint.layered import Joined, Piece
+from megatron_longrope.errors import LongRopeError
 
 # Column-parallel layers have their part of the output rows; the rows of qkv lie group by group.
 _ROWS = re.compile(
@@ -40,12 +41,12 @@ def join_ranks(name: str, parts: Sequence[RankPart], is_gated: bool) -> Piece:
         is_gated (bool): Whether linear_fc1 holds the gate and the up projection.
 
     Raises:
-        ValueError: The parts differ in shape, or it is not known how such parts fit together.
+        LongRopeError: The parts differ in shape, or it is not known how such parts fit together.
     """
     if len(parts) == 1:
         return parts[0]
     if others := [rank for rank, part in enumerate(parts) if part.info != parts[0].info]:
-        raise ValueError(
+        raise LongRopeError(
             f"{name} is {parts[0].info.shape} on tensor-parallel rank 0 and "
             f"{parts[others[0]].info.shape} on rank {others[0]}; the files are damaged or of "
             "several checkpoints"
@@ -61,7 +62,7 @@ def join_ranks(name: str, parts: Sequence[RankPart], is_gated: bool) -> Piece:
         return Joined(name, parts, dim=1)
     if _WHOLE.fullmatch(name):
         return parts[0]
-    raise ValueError(
+    raise LongRopeError(
         f"holds {name} in {len(parts)} tensor-parallel parts, and how those fit together is not "
         "known here; save the checkpoint with --ckpt-format torch_dist"
     )

@@ -12,6 +12,7 @@ from megatron_longrope.checkpoint.folders import TORCH_DIST
 from megatron_longrope.checkpoint.pickles import load_common
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
 from megatron_longrope.checkpoint.shards import Shards
+from megatron_longrope.errors import LongRopeError
 
 # megatron-core <= 0.18 keeps the common state in its own file, 0.19 as an object in the shards.
 _COMMON_FILE = "common.pt"
@@ -28,7 +29,7 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         """Read the metadata.
 
         Raises:
-            ValueError: It is damaged, or a file is missing or too short.
+            LongRopeError: It is damaged, or a file is missing or too short.
         """
         super().__init__(directory)
         self._shards = Shards(directory)
@@ -40,7 +41,7 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         if path.is_file():
             return load_common(path.read_bytes(), str(path))
         if _COMMON_OBJECT not in self._shards:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.directory}: holds neither {_COMMON_FILE} (megatron-core <= 0.18) nor "
                 f"{_COMMON_OBJECT} (0.19); the checkpoint is incomplete, copy it again"
             )

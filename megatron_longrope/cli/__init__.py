@@ -12,6 +12,7 @@ import sys
 import warnings
 
 from megatron_longrope import __version__
+from megatron_longrope.errors import LongRopeError
 
 # Modules are imported on start but keep torch and megatron imports inside `run`, so that --help and
 # usage errors are instant.
@@ -42,7 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Exit codes: 0 done, 1 failed, 2 bad usage."""
+    """Run one command.
+
+    Returns:
+        int: 0 done; 1 done, and the answer is no (it does not fit, it differs); 2 refused, with one
+            sentence; 130 interrupted. Python itself exits with 1 and a traceback for all else.
+    """
     args = build_parser().parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_agent()
@@ -56,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("longrope: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except LongRopeError as error:
         if args.debug:
             raise
         print(f"longrope {args.command}: error: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def _end_with_agent() -> None:

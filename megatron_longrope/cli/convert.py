@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_longrope.cli.byte_progress import ByteProgress, interruptible
 from megatron_longrope.cli.options import add_sliding_window
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
 
 
@@ -156,7 +157,7 @@ def _run_to_hf(args: argparse.Namespace) -> int:
     from megatron_longrope.conversion.verify import verify
 
     if args.data and not args.drop_start_tokens:
-        raise ValueError("--data measures what --drop-start-tokens does; give both or neither")
+        raise LongRopeError("--data measures what --drop-start-tokens does; give both or neither")
     shared = _shared_options(args)
     lengths = {name: shared[name] for name in ("short_length", "target_length")}
     exported = shared["longrope_config"]
@@ -319,7 +320,7 @@ def _shared_options(args: argparse.Namespace, quiet: bool = False) -> dict[str, 
         if config is not None:
             source = f"stored {where}, up to {config.max_length} tokens"
     if config is None and args.drop_start_tokens:
-        raise ValueError(
+        raise LongRopeError(
             "--drop-start-tokens has no factors to drop them from: none are stored; give a file "
             "with --longrope-config or leave the flag out"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.cli import options
+from megatron_longrope.errors import LongRopeError
 
 _FILE = "F.json, or published:NAME"
 
@@ -147,7 +148,7 @@ def _run_import(args: argparse.Namespace) -> None:
         try:
             sources.append((path, options.length(window) if separator else None))
         except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{source}: {error}; write WINDOW=FILE") from None
+            raise LongRopeError(f"{source}: {error}; write WINDOW=FILE") from None
     geometry = Geometry(
         args.rotary_base, args.original_length, args.attention_factor, args.attention_factor_policy
     )

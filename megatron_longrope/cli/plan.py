@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_longrope.cli import options
+from megatron_longrope.errors import LongRopeError
 
 _SIZES = {
     "tensor": "tensor-model-parallel-size",
@@ -101,7 +102,7 @@ def _check_positive(args: argparse.Namespace) -> None:
     for name, flag in flags.items():
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"{flag} is {value}; give 1 or more")
+            raise LongRopeError(f"{flag} is {value}; give 1 or more")
 
 
 def _model(args: argparse.Namespace):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_longrope.cli import options
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
 
 _HALVED_FROM = 512 * 1024  # tokens; section 4.1 of the paper
@@ -340,7 +341,7 @@ def parameters(args: argparse.Namespace):
     """Sizes of the algorithm: the flags given, else the paper's, halved from 512k on.
 
     Raises:
-        ValueError: A flag belongs to the other algorithm, or its value breaks a rule.
+        LongRopeError: A flag belongs to the other algorithm, or its value breaks a rule.
     """
     from megatron_longrope.search.cma import CmaParameters
     from megatron_longrope.search.evolution import EvolutionParameters
@@ -348,7 +349,7 @@ def parameters(args: argparse.Namespace):
     ours, theirs = (_CMA, _EVOLUTION) if args.algorithm == "cma" else (_EVOLUTION, _CMA)
     for name in theirs.keys() - ours.keys():
         if getattr(args, name) is not None:
-            raise ValueError(
+            raise LongRopeError(
                 f"{theirs[name]} has no meaning with --algorithm {args.algorithm}; leave it out or "
                 "choose the other algorithm"
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.start_tokens import DroppedStartTokens, PerplexityEffect
+from megatron_longrope.errors import LongRopeError
 
 
 def measured(
@@ -38,7 +39,7 @@ def measured(
             the sets are exported for.
 
     Raises:
-        ValueError: The documents are missing, too short, or of another tokenizer.
+        LongRopeError: The documents are missing, too short, or of another tokenizer.
     """
     from megatron_longrope.checkpoint import MegatronCheckpoint
     from megatron_longrope.engine import load_engine
@@ -57,7 +58,7 @@ def measured(
         length = min(windows[item.window], data_length or windows[item.window])
         documents = read_scored_documents(data, tokenizer, length, num_documents)
         if documents.vocab_size > checkpoint.shape.vocab_size:
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer of {data} has {documents.vocab_size} tokens, the model's "
                 f"vocabulary {checkpoint.shape.vocab_size}; give the model's own --tokenizer"
             )

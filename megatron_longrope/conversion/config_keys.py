@@ -24,7 +24,7 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """Keys of a config.json that conversion does not read, sorted.
 
     Raises:
-        ValueError: As :func:`.read_hf_rope`.
+        LongRopeError: As :func:`.read_hf_rope`.
     """
     family = FAMILIES[config["model_type"]]
     read = {*_KNOWN_KEYS, *family.config_keys(), *family.absent, *family.config, *checked_keys()}

@@ -35,6 +35,7 @@ from megatron_longrope.conversion.rules import (
     TensorRule,
     decoder,
 )
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.hf_rope import read_hf_rope
 
 
@@ -230,7 +231,7 @@ def select_family(
             from, else the first that fits.
 
     Raises:
-        ValueError: No family has what this model has; the message names the argument.
+        LongRopeError: No family has what this model has; the message names the argument.
     """
     if args is not None:
         check_arguments(args, FAMILIES)
@@ -239,9 +240,9 @@ def select_family(
     origin = getattr(args, "longrope_hf_family", None)
     name = origin if name is None and origin in FAMILIES else name
     if name is not None and name not in FAMILIES:
-        raise ValueError(f"family {name!r} is unknown; choose one of {', '.join(FAMILIES)}")
+        raise LongRopeError(f"family {name!r} is unknown; choose one of {', '.join(FAMILIES)}")
     if shape.hidden_size % shape.num_attention_heads:
-        raise ValueError(
+        raise LongRopeError(
             f"hidden_size {shape.hidden_size} is not a multiple of {shape.num_attention_heads} "
             "heads, which transformers requires"
         )
@@ -256,7 +257,7 @@ def select_family(
         if (family.qkv_bias, family.qk_layernorm, family.experts) == wanted and fixed:
             return family
     experts = f", num_experts = {shape.num_experts}, moe_router_pre_softmax = "
-    raise ValueError(
+    raise LongRopeError(
         f"no supported family has add_qkv_bias = {wanted[0]} and qk_layernorm = {wanted[1]}"
         f"{f'{experts}{not shape.moe_normalized_gates}' if wanted[2] else ''}"
         f"{f', rotary_percent = {shape.rotary_percent:g}' if is_partial else ''}"
@@ -269,10 +270,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     """`float32`, `bfloat16` or `float16`.
 
     Raises:
-        ValueError: Another dtype.
+        LongRopeError: Another dtype.
     """
     if dtype not in _DTYPE_NAMES:
-        raise ValueError(
+        raise LongRopeError(
             f"dtype {dtype} is not supported; choose {', '.join(_DTYPE_NAMES.values())}"
         )
     return _DTYPE_NAMES[dtype]
@@ -282,12 +283,14 @@ def dtype_named(name: str) -> torch.dtype:
     """Inverse of :func:`dtype_name`.
 
     Raises:
-        ValueError: Another name.
+        LongRopeError: Another name.
     """
     for dtype, known in _DTYPE_NAMES.items():
         if name == known:
             return dtype
-    raise ValueError(f"dtype {name!r} is not supported; choose {', '.join(_DTYPE_NAMES.values())}")
+    raise LongRopeError(
+        f"dtype {name!r} is not supported; choose {', '.join(_DTYPE_NAMES.values())}"
+    )
 
 
 def to_hf_config(
@@ -326,21 +329,21 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     """Inverse of :func:`to_hf_config`, for `config.json` files of any origin.
 
     Raises:
-        ValueError: The model type is not one of the families, a key is missing, or a value is one
-            that conversion does not support.
+        LongRopeError: The model type is not one of the families, a key is missing, or a value is
+            one that conversion does not support.
     """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         kind = config.get("model_type")
         reason = f": {OTHER_TYPES[kind]}" if kind in OTHER_TYPES else ""
-        raise ValueError(
+        raise LongRopeError(
             f"model_type {kind!r} is not supported{reason}; families: {', '.join(FAMILIES)}"
         )
     rope = read_hf_rope(config)
     check_config({**family.absent, **config}, family.config)
     partial = rope.partial_rotary_factor
     if partial != 1 and not (family.partial_rotary and partial < 1):
-        raise ValueError(
+        raise LongRopeError(
             f"config.json has partial_rotary_factor = {partial!r}; conversion supports partially "
             f"rotated heads of {', '.join(_PARTIAL)} only"
         )
@@ -360,9 +363,9 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
             other_names = [other for other in keys if keys[other] == name and other != key]
             if any(config.get(other) is not None for other in other_names):
                 continue
-            raise ValueError(f"config.json lacks {key}")
+            raise LongRopeError(f"config.json lacks {key}")
         if fields.setdefault(name, value) != value:
-            raise ValueError(
+            raise LongRopeError(
                 f"config.json has {key} = {value!r} and {fields[name]!r} under another name of "
                 "it; make them agree"
             )

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_longrope.errors import LongRopeError
+
 
 def check_finite(name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
     """Refuse a tensor that holds NaN or infinity, before or after a conversion.
@@ -17,7 +19,7 @@ def check_finite(name: str, value: Tensor, dtype: torch.dtype | None = None) -> 
         dtype (torch.dtype, optional): What it will be converted to. Defaults to its own.
 
     Raises:
-        ValueError: The message says what it holds and what helps.
+        LongRopeError: The message says what it holds and what helps.
     """
     if value.numel() == 0:
         return
@@ -25,14 +27,14 @@ def check_finite(name: str, value: Tensor, dtype: torch.dtype | None = None) -> 
     low, high = (item.item() for item in torch.aminmax(value))
     largest = max(-low, high)
     if math.isnan(largest) or math.isinf(largest):
-        raise ValueError(
+        raise LongRopeError(
             f"{name} holds {'NaN' if math.isnan(largest) else 'infinity'}; the source is damaged "
             "or its training diverged, so take another copy or an earlier checkpoint"
         )
     if dtype is None or not math.isinf(torch.tensor(largest, dtype=torch.float64).to(dtype)):
         return
     limit, wider = torch.finfo(dtype).max, "bfloat16" if dtype == torch.float16 else "float32"
-    raise ValueError(
+    raise LongRopeError(
         f"{name} holds values up to {largest:.4g}, over {limit:.4g}, the largest of "
         f"{str(dtype).removeprefix('torch.')}; convert with --dtype {wider}"
     )

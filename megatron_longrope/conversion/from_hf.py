@@ -34,6 +34,7 @@ from megatron_longrope.conversion.megatron_writer import (
 from megatron_longrope.conversion.rules import EMBEDDING, OUTPUT_LAYER, TensorRule, dimensions
 from megatron_longrope.conversion.tensors import join, part_rows
 from megatron_longrope.conversion.work import file_identity, work_folder
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.hf_rope import read_hf_rope
 
 SLIDING_WINDOW = ("refuse", "drop", "keep")
@@ -116,11 +117,12 @@ def convert_from_hf(
             that an interrupted call wrote.
 
     Raises:
-        ValueError: The folder is damaged, or holds a model that is not supported; the disk is full.
+        LongRopeError: The folder is damaged, or holds a model that is not supported; the disk is
+            full.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir} exists already; give another --output")
+        raise LongRopeError(f"{output_dir} exists already; give another --output")
     folder = open_folder(hf_dir, sliding_window)
     family, shape, longrope_config = read_model(folder)
     rows = padded_vocab_size(
@@ -219,11 +221,11 @@ def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
             `--window-size`.
 
     Raises:
-        ValueError: The folder is damaged, `sliding_window` unknown, or only some of the layers have
-            the window that is to be kept.
+        LongRopeError: The folder is damaged, `sliding_window` unknown, or only some of the layers
+            have the window that is to be kept.
     """
     if sliding_window not in SLIDING_WINDOW:
-        raise ValueError(
+        raise LongRopeError(
             f"sliding_window is {sliding_window!r}; it must be one of {', '.join(SLIDING_WINDOW)}"
         )
     folder = HfFolder(hf_dir)
@@ -237,7 +239,7 @@ def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
         if sliding_window == "drop":
             folder.dropped_window = window
         elif window is not None and "use_sliding_window" in stated:
-            raise ValueError(
+            raise LongRopeError(
                 f"{hf_dir}: a window of {window} tokens in some of the layers is not supported; "
                 "drop it with --sliding-window drop"
             )
@@ -253,7 +255,7 @@ def read_model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | N
         shape = replace(shape_from_hf_config(config), sliding_window=folder.kept_window)
         family = FAMILIES[config["model_type"]]
         if (classes := config.get("architectures")) and family.architecture not in classes:
-            raise ValueError(
+            raise LongRopeError(
                 f"config.json has architectures = {classes!r}; conversion supports "
                 f"{family.architecture} of model_type {family.name}"
             )
@@ -261,7 +263,7 @@ def read_model(folder: HfFolder) -> tuple[Family, ModelShape, LongRopeConfig | N
             return family, shape, None
         longrope_config = LongRopeConfig.from_hf(config, shape.rotary_dim)
     except ValueError as error:
-        raise ValueError(f"{folder.directory}: {error}") from None
+        raise LongRopeError(f"{folder.directory}: {error}") from None
     return family, shape, longrope_config
 
 
@@ -275,8 +277,8 @@ class HfSource:
         dtype (torch.dtype, optional): Dtype to convert to. Defaults to each tensor's own.
 
     Raises:
-        ValueError: The folder lacks a tensor, holds one too many, or one whose shape or dtype does
-            not fit.
+        LongRopeError: The folder lacks a tensor, holds one too many, or one whose shape or dtype
+            does not fit.
     """
 
     def __init__(
@@ -323,18 +325,18 @@ class HfSource:
         derived = {name for name in found - wanted if _FREQUENCIES.fullmatch(name)}
         if head in found - wanted and embedding in found:
             if not torch.equal(self._folder.tensor(head), self._folder.tensor(embedding)):
-                raise ValueError(
+                raise LongRopeError(
                     f"{self._folder.directory}: {head} differs from {embedding}, though "
                     "config.json ties them; set tie_word_embeddings to false there"
                 )
             derived.add(head)
         if missing := sorted(wanted - found):
-            raise ValueError(
+            raise LongRopeError(
                 f"{self._folder.directory}: lacks tensor {missing[0]}{_others(missing)}, which a "
                 f"{self._family.name} model as in config.json has"
             )
         if unexpected := sorted(found - wanted - derived):
-            raise ValueError(
+            raise LongRopeError(
                 f"{self._folder.directory}: holds tensor {unexpected[0]}{_others(unexpected)}, "
                 f"which a {self._family.name} model as in config.json does not have; conversion "
                 "leaves nothing out"
@@ -354,12 +356,12 @@ class HfSource:
                 name = name.format(layer=layer)
                 info = self._folder.tensors[name]
                 if info.shape != (rows, *columns):
-                    raise ValueError(
+                    raise LongRopeError(
                         f"{self._folder.directory}: tensor {name} has shape {info.shape}, "
                         f"config.json says {(rows, *columns)}"
                     )
                 if self._dtype is None and info.dtype != dtype:
-                    raise ValueError(
+                    raise LongRopeError(
                         f"{self._folder.directory}: tensor {name} is {info.dtype} and {first} "
                         f"{dtype}, which are one tensor in a checkpoint; choose one with --dtype"
                     )

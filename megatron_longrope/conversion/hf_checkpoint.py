@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
 from megatron_longrope.conversion.from_hf import HfSource, open_folder, read_model
+from megatron_longrope.errors import LongRopeError
 
 
 class HfCheckpoint:
@@ -22,7 +23,7 @@ class HfCheckpoint:
         sliding_window (str): See :func:`.from_hf.open_folder`.
 
     Raises:
-        ValueError: The folder is damaged, or holds a model that is not supported.
+        LongRopeError: The folder is damaged, or holds a model that is not supported.
     """
 
     iteration = 0
@@ -64,10 +65,11 @@ def open_checkpoint(
         sliding_window (str): Of the folder; see :func:`.from_hf.open_folder`.
 
     Raises:
-        ValueError: It is damaged or of an unsupported kind, or a folder was asked for an iteration.
+        LongRopeError: It is damaged or of an unsupported kind, or a folder was asked for an
+            iteration.
     """
     if hf is None:
         return MegatronCheckpoint.open(load, iteration)
     if iteration is not None:
-        raise ValueError(f"{hf} is a Hugging Face folder, which has no iterations; leave it out")
+        raise LongRopeError(f"{hf} is a Hugging Face folder, which has no iterations; leave it out")
     return HfCheckpoint(hf, sliding_window)

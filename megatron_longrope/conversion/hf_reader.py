@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_longrope.checkpoint.reader import TensorInfo
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,25 +30,25 @@ class HfFolder:
         directory (str | Path): The folder.
 
     Raises:
-        ValueError: There is no such folder, it holds no safetensors or two sets of them, or a file
-            is missing, truncated or not what the index says.
+        LongRopeError: There is no such folder, it holds no safetensors or two sets of them, or a
+            file is missing, truncated or not what the index says.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise ValueError(f"{directory}: no such folder; give a local Hugging Face folder")
+            raise LongRopeError(f"{directory}: no such folder; give a local Hugging Face folder")
         if (
             not (self.directory / "config.json").is_file()
             and (self.directory / "adapter_config.json").is_file()
         ):
-            raise ValueError(
+            raise LongRopeError(
                 f"{directory}: is an adapter (LoRA), not a model; merge it into its base model "
                 "first (peft: merge_and_unload) and give the folder that this saves"
             )
         config = read_json(self.directory / "config.json")
         if not isinstance(config, dict):
-            raise ValueError(f"{self.directory / 'config.json'}: expected a JSON object")
+            raise LongRopeError(f"{self.directory / 'config.json'}: expected a JSON object")
         self.config: dict[str, Any] = config
         self.dropped_window: int | None = None
         """Sliding window, in tokens, that :func:`.from_hf.open_folder` took out of `config`."""
@@ -67,7 +68,7 @@ class HfFolder:
         """Load one tensor to the CPU.
 
         Raises:
-            ValueError: Its data cannot be read.
+            LongRopeError: Its data cannot be read.
         """
         shape = self.tensors[name].shape
         return self._read(name, 0, shape)
@@ -80,7 +81,7 @@ class HfFolder:
             stop (int): One past the last row.
 
         Raises:
-            ValueError: Its data cannot be read.
+            LongRopeError: Its data cannot be read.
         """
         _, *rest = self.tensors[name].shape
         return self._read(name, start * math.prod(rest), (stop - start, *rest))
@@ -99,7 +100,7 @@ class HfFolder:
                         raise OSError("the file ends early")
                     target = target[count:]
         except OSError as error:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.directory / file}: tensor {name} cannot be read, copy the file again: "
                 f"{error}"
             ) from None
@@ -111,19 +112,19 @@ class HfFolder:
         if not index.is_file():
             if (self.directory / _SINGLE).is_file():
                 return {_SINGLE: None}
-            raise ValueError(self._nothing())
+            raise LongRopeError(self._nothing())
         content = read_json(index)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: has no weight_map; download the folder again")
+            raise LongRopeError(f"{index}: has no weight_map; download the folder again")
         files: dict[str, set[str] | None] = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{index}: names {file!r}, a file outside of the folder")
+                raise LongRopeError(f"{index}: names {file!r}, a file outside of the folder")
             names = files.setdefault(file, set())
             names.add(name)
         if (self.directory / _SINGLE).is_file() and _SINGLE not in files:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.directory}: holds two sets of weights, {_SINGLE}, which transformers "
                 f"loads, and {_INDEX} with {len(files)} files; move away the one that is not meant"
             )
@@ -142,20 +143,22 @@ class HfFolder:
     def _open(self, file: str, names: set[str] | None) -> None:
         path = self.directory / file
         if not path.is_file():
-            raise ValueError(f"{path}: missing, though {_INDEX} names it; download it again")
+            raise LongRopeError(f"{path}: missing, though {_INDEX} names it; download it again")
         try:
             with safe_open(path, "pt") as opened:
                 found = set(opened.keys())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: truncated or damaged, download it again: {error}") from None
+            raise LongRopeError(
+                f"{path}: truncated or damaged, download it again: {error}"
+            ) from None
         if lacking := (names or found) - found:
-            raise ValueError(
+            raise LongRopeError(
                 f"{path}: lacks tensor {sorted(lacking)[0]}, which is not what {_INDEX} says; "
                 "download both again"
             )
         # transformers reads whole files: what the index does not list counts as well.
         for name in sorted(found & self.tensors.keys()):
-            raise ValueError(
+            raise LongRopeError(
                 f"{path}: holds tensor {name}, and so does {self._places[name][0]}; download both "
                 "again"
             )
@@ -165,7 +168,7 @@ class HfFolder:
         for name in sorted(found):
             item = header[name]
             if item["dtype"] not in _DTYPES:
-                raise ValueError(
+                raise LongRopeError(
                     f"{path}: tensor {name} is of dtype {item['dtype']}; conversion supports "
                     f"{', '.join(_DTYPES)}, so start from the unquantized model"
                 )

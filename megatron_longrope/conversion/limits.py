@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.errors import LongRopeError
 
 # (config.json key, values that are fine, what conversion lacks); an absent key is fine. What only
 # acts in training, such as dropout, is free.
@@ -70,12 +71,12 @@ def check_arguments(args: argparse.Namespace, families: Iterable[str]) -> None:
         families (Iterable[str]): Their names, for the message.
 
     Raises:
-        ValueError: The message names the argument.
+        LongRopeError: The message names the argument.
     """
     for argument, fine, lacking in _ARGUMENTS:
         value = getattr(args, argument, fine[0])
         if value not in fine:
-            raise ValueError(
+            raise LongRopeError(
                 f"the model has {argument} = {value!r}; conversion does not support {lacking} "
                 f"(families: {', '.join(families)})"
             )
@@ -88,10 +89,10 @@ def check_shape(shape: ModelShape, families: Iterable[str]) -> None:
         families (Iterable[str]): Their names, for the message.
 
     Raises:
-        ValueError: The message names what is not supported.
+        LongRopeError: The message names what is not supported.
     """
     if others := set(shape.hybrid_layer_pattern or "") - set("*-"):
-        raise ValueError(
+        raise LongRopeError(
             f"the hybrid layer pattern {shape.hybrid_layer_pattern} has {sorted(others)[0]!r}; "
             "conversion supports '*' (attention) and '-' (dense MLP) layers"
         )
@@ -103,7 +104,7 @@ def check_shape(shape: ModelShape, families: Iterable[str]) -> None:
         ),
     ):
         if problem is not None:
-            raise ValueError(
+            raise LongRopeError(
                 f"the model has {problem}; conversion does not support {lacking} "
                 f"(families: {', '.join(families)})"
             )
@@ -113,10 +114,10 @@ def check_routing(shape: ModelShape) -> None:
     """Refuse a routing of a Hugging Face model that Megatron does not have.
 
     Raises:
-        ValueError: One expert for each token, whose weight is normalized to 1.
+        LongRopeError: One expert for each token, whose weight is normalized to 1.
     """
     if shape.moe_router_topk == 1 and shape.moe_normalized_gates:
-        raise ValueError(
+        raise LongRopeError(
             "config.json has num_experts_per_tok = 1 and weights each token's experts so that they "
             "add up to 1; Megatron refuses that routing (where top-k is 1 it wants "
             "--moe-router-pre-softmax), so conversion does not support it"
@@ -131,13 +132,13 @@ def check_config(config: Mapping[str, Any], of_family: Mapping[str, Any]) -> Non
         of_family (Mapping): Values that every model of the family has.
 
     Raises:
-        ValueError: The message names the key and the value that is supported.
+        LongRopeError: The message names the key and the value that is supported.
     """
     for key, fine, lacking in _CONFIG:
         if key in of_family and of_family[key] not in fine:
             fine, lacking = (of_family[key],), "models of this type without it"
         if config.get(key, fine[0]) not in fine:
-            raise ValueError(
+            raise LongRopeError(
                 f"config.json has {key} = {config[key]!r}; conversion does not support {lacking}, "
                 f"only {key} = {fine[0]!r}"
             )
@@ -158,12 +159,12 @@ def check_sliding_window(config: Mapping[str, Any], num_layers: int, max_length:
         max_length (int): Longest sequence, in tokens.
 
     Raises:
-        ValueError: Some positions would see less than all before them.
+        LongRopeError: Some positions would see less than all before them.
     """
     window = _window_in_use(config, num_layers, max_length)
     if window is None:
         return
-    raise ValueError(
+    raise LongRopeError(
         f"config.json has sliding_window = {window} and max_position_embeddings = {max_length}; "
         "read it with --sliding-window keep, drop the window with --sliding-window drop, as "
         "LongRoPE's authors do, or set max_position_embeddings to "

@@ -13,6 +13,7 @@ import torch
 
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -69,14 +70,14 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel: int) 
     """Rows of the embedding by Megatron's rule.
 
     Raises:
-        ValueError: A size is not positive.
+        LongRopeError: A size is not positive.
     """
     for name, value in (
         ("make-vocab-size-divisible-by", divisible_by),
         ("tensor-model-parallel-size", tensor_parallel),
     ):
         if value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+            raise LongRopeError(f"--{name} {value} must be at least 1")
     multiple = divisible_by * tensor_parallel
     return math.ceil(vocab_size / multiple) * multiple
 
@@ -109,10 +110,10 @@ def stored_arguments(
         longrope_path (Path, optional): The file that holds `longrope_config`.
 
     Raises:
-        ValueError: The rotary base is not an integer, which is all that Megatron takes.
+        LongRopeError: The rotary base is not an integer, which is all that Megatron takes.
     """
     if not float(shape.rotary_base).is_integer():
-        raise ValueError(
+        raise LongRopeError(
             f"config.json has rope_theta = {shape.rotary_base}; Megatron's --rotary-base takes "
             "integers only"
         )

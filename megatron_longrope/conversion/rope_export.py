@@ -11,6 +11,7 @@ from megatron_longrope.checkpoint import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.families import Family
 from megatron_longrope.conversion.start_tokens import drop_start_tokens
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import attention_factor
 
 _MSCALES = ("short_mscale", "long_mscale")
@@ -47,11 +48,11 @@ def export_rope(
         target_length (int, optional): Window whose set becomes long_factor.
 
     Raises:
-        ValueError: A set has start tokens, or transformers cannot hold the factors for another
+        LongRopeError: A set has start tokens, or transformers cannot hold the factors for another
             reason; see :meth:`.LongRopeConfig.to_hf`.
     """
     for item in drop_start_tokens(config, short_length, target_length)[1]:
-        raise ValueError(
+        raise LongRopeError(
             f"the {item.window} factor set (max_length {item.factor_set.max_length}) has "
             f"num_start_tokens {item.factor_set.num_start_tokens}, which transformers' longrope "
             "cannot express; search again with --start-tokens 0, or export without them with "
@@ -119,13 +120,13 @@ def check_fits(
         stored (LongRopeConfig, optional): What the model rotates by itself. Defaults to plain RoPE.
 
     Raises:
-        ValueError: rotary_dim or rotary_base differ, or the scaling that the factors multiply.
+        LongRopeError: rotary_dim or rotary_base differ, or the scaling that the factors multiply.
     """
     check_same_base(longrope_config, stored)
     for name in ("rotary_dim", "rotary_base"):
         ours, theirs = getattr(longrope_config, name), getattr(shape, name)
         if ours != theirs:
-            raise ValueError(
+            raise LongRopeError(
                 f"the longrope configuration has {name} {ours:g}, the model has {theirs:g}; "
                 "the factors were made for another model"
             )

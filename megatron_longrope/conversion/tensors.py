@@ -14,6 +14,7 @@ from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.conversion.families import Family
 from megatron_longrope.conversion.finite import check_finite
 from megatron_longrope.conversion.rules import TensorRule, dimensions
+from megatron_longrope.errors import LongRopeError
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TensorSource:
         dtype (torch.dtype, optional): Dtype to convert to. Defaults to each tensor's own.
 
     Raises:
-        ValueError: The checkpoint lacks a tensor, holds one too many, or a shape is not as the
+        LongRopeError: The checkpoint lacks a tensor, holds one too many, or a shape is not as the
             arguments say.
     """
 
@@ -71,7 +72,7 @@ class TensorSource:
         self._last: tuple[tuple[str, int | None], Tensor] | None = None
         rules = family.tensor_rules(shape)
         if self._layout.pattern != "*-" * shape.num_layers:
-            raise ValueError(
+            raise LongRopeError(
                 f"{checkpoint.directory}: its layers are {self._layout.pattern} (* attention, "
                 "- MLP); a Hugging Face decoder has one MLP after each attention, "
                 f"{shape.num_layers} times"
@@ -98,7 +99,7 @@ class TensorSource:
             ("also holds", stored - wanted),
         ):
             if names:
-                raise ValueError(
+                raise LongRopeError(
                     f"{self._checkpoint.directory}: {lacks} {', '.join(sorted(names)[:4])}; "
                     "the arguments describe a different model"
                 )
@@ -112,17 +113,17 @@ class TensorSource:
         rows = part_rows(rule, shape)
         if rule.split == "experts":
             if stored[0] != shape.num_experts:
-                raise ValueError(
+                raise LongRopeError(
                     f"{rule.disk} has {stored[0]} experts, the arguments say {shape.num_experts}"
                 )
             stored = (stored[0] * stored[1], *stored[2:])
         if rule.split == "vocab" and stored[0] < shape.vocab_size:
-            raise ValueError(
+            raise LongRopeError(
                 f"{rule.disk} has {stored[0]} rows, fewer than the vocabulary's "
                 f"{shape.vocab_size}; the tokenizer is not the one the model was trained with"
             )
         if rule.split != "vocab" and stored[0] != sum(rows):
-            raise ValueError(f"{rule.disk} has {stored[0]} rows, the arguments say {sum(rows)}")
+            raise LongRopeError(f"{rule.disk} has {stored[0]} rows, the arguments say {sum(rows)}")
         return [
             PlannedTensor(
                 name=name.format(layer=layer),

@@ -35,6 +35,7 @@ from megatron_longrope.conversion.start_tokens import (
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, copy_tokenizer, write_tokenizer
 from megatron_longrope.conversion.work import file_identity, work_folder
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import write_json_atomic, write_text_atomic
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -129,12 +130,12 @@ def convert_to_hf(
             that an interrupted call wrote.
 
     Raises:
-        ValueError: The checkpoint, the configuration or the tokenizer does not fit; the disk is
+        LongRopeError: The checkpoint, the configuration or the tokenizer does not fit; the disk is
             full.
     """
     output_dir = Path(output_dir)
     if not overwrite and output_dir.exists() and not _is_empty_directory(output_dir):
-        raise ValueError(f"{output_dir} exists already; give another --output or --overwrite")
+        raise LongRopeError(f"{output_dir} exists already; give another --output or --overwrite")
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
     shape = checkpoint.shape
     chosen = select_family(shape, checkpoint.args, family)
@@ -152,7 +153,7 @@ def convert_to_hf(
             dropped = tuple(measure(given, dropped)) if measure and dropped else dropped
         rope = export_rope(longrope_config, chosen, short_length, target_length)
     elif short_length or target_length or without_start_tokens:
-        raise ValueError(
+        raise LongRopeError(
             "short_length, target_length and without_start_tokens need a longrope configuration"
         )
     longest = target_length or (
@@ -244,12 +245,12 @@ def _with_true_vocabulary(
     if info.vocab_size is None:
         return shape
     if stored is not None and info.vocab_size > stored:
-        raise ValueError(
+        raise LongRopeError(
             f"the tokenizer has {info.vocab_size} tokens, the model's vocabulary {stored}; "
             "it is not the one the model was trained with"
         )
     if info.vocab_size > shape.padded_vocab_size:
-        raise ValueError(
+        raise LongRopeError(
             f"the tokenizer has ids up to {info.vocab_size - 1}, the model's embedding "
             f"{shape.padded_vocab_size} rows; it is not the one the model was trained with"
         )

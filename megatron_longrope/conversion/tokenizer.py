@@ -18,6 +18,7 @@ from megatron_longrope.data.tokenizer import (
     SentencePieceTokenizer,
     load_sentencepiece,
 )
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
 
@@ -49,7 +50,7 @@ def write_tokenizer(
         max_length (int): Window of the model, in tokens.
 
     Raises:
-        ValueError: The path holds no tokenizer, or the converted one gives different tokens.
+        LongRopeError: The path holds no tokenizer, or the converted one gives different tokens.
     """
     if tokenizer is None:
         return TokenizerInfo()
@@ -58,7 +59,7 @@ def write_tokenizer(
         return _copy_hf(path, directory, max_length)
     if path.is_file():
         return _convert_sentencepiece(path, directory, max_length)
-    raise ValueError(
+    raise LongRopeError(
         f"{path}: no such tokenizer; give a SentencePiece .model file or a Hugging Face folder"
     )
 
@@ -77,13 +78,13 @@ def copy_tokenizer(folder: Path, directory: Path, max_length: int) -> bool:
 def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
     if not copy_tokenizer(path, directory, max_length):
         looked_for = ", ".join(TOKENIZER_FILES)
-        raise ValueError(f"{path}: holds no tokenizer files (looked for {looked_for})")
+        raise LongRopeError(f"{path}: holds no tokenizer files (looked for {looked_for})")
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(directory), **LOCAL_ONLY)
     except Exception as error:  # transformers raises many kinds
-        raise ValueError(f"{path}: transformers cannot load this tokenizer: {error}") from None
+        raise LongRopeError(f"{path}: transformers cannot load this tokenizer: {error}") from None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         _check_sentencepiece_ids(path, loaded)
     largest = max(loaded.get_vocab().values())
@@ -94,14 +95,14 @@ def _check_sentencepiece_ids(path: Path, loaded: Any) -> None:
     """Refuse a tokenizer.model that transformers, without a tokenizer.json, reads in its own way.
 
     Raises:
-        ValueError: A probe text has other ids than sentencepiece's.
+        LongRopeError: A probe text has other ids than sentencepiece's.
     """
     file = path / "tokenizer.model"
     theirs = SentencePieceTokenizer(file)
     for text in PROBES:
         ids, expected = loaded.encode(text, add_special_tokens=False), theirs.encode(text)
         if ids != expected:
-            raise ValueError(
+            raise LongRopeError(
                 f"{path}: transformers reads tokenizer.model with other ids than sentencepiece "
                 f"({ids[:4]} instead of {expected[:4]} for {text!r}); give --tokenizer {file}, "
                 "which writes a tokenizer.json with sentencepiece's ids"
@@ -125,7 +126,7 @@ def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> Toke
     for text in PROBES:
         ours, theirs = fast.encode(text, add_special_tokens=False).ids, model.encode(text)
         if ours != theirs:
-            raise ValueError(
+            raise LongRopeError(
                 f"{path}: the tokenizer.json made from it tokenizes {text!r} differently "
                 f"({ours[:8]}... instead of {theirs[:8]}...); give --tokenizer a Hugging Face "
                 "folder of this tokenizer, or leave it out and add the files by hand"
@@ -189,7 +190,7 @@ def _fast_tokenizer(path: Path) -> Any:
     elif trainer.model_type == trainer.UNIGRAM:
         core = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     else:
-        raise ValueError(f"{path}: only BPE and unigram SentencePiece models can be converted")
+        raise LongRopeError(f"{path}: only BPE and unigram SentencePiece models can be converted")
     result = Tokenizer(core)
     steps = []
     if spec.precompiled_charsmap:

@@ -19,6 +19,7 @@ from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.config_keys import unread_keys
 from megatron_longrope.conversion.families import dtype_named
 from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 from megatron_longrope.hf_rope import read_hf_rope
 from megatron_longrope.local_folder import LOCAL_ONLY
@@ -94,7 +95,7 @@ def verify(
             checkpoint, that dtype's rounding is added.
 
     Raises:
-        ValueError: A window is over the tolerance, or its logits are not finite.
+        LongRopeError: A window is over the tolerance, or its logits are not finite.
     """
     hf_dir = Path(hf_dir)
     source = hf_dir if checkpoint_path is None else None
@@ -138,7 +139,7 @@ def compare_models(
         full_attention (bool): Let transformers ignore the sliding window that config.json declares.
 
     Raises:
-        ValueError: transformers cannot load the folder, a window is over the tolerance, or its
+        LongRopeError: transformers cannot load the folder, a window is over the tolerance, or its
             logits are not finite.
     """
     model = _load_transformers_model(hf_dir, full_attention)
@@ -152,7 +153,7 @@ def compare_models(
         differences.append(difference)
         allowed = tolerance + rounding * ours.abs().max().item()
         if not difference.max_abs_diff <= allowed:  # also catches NaN
-            raise ValueError(
+            raise LongRopeError(
                 f"verification failed on {length} tokens ({_describe(window)}): "
                 f"{_how_they_differ(difference, ours, theirs, allowed)}; {remedy}"
                 f"{_unread(hf_dir)}"
@@ -182,7 +183,7 @@ def _load_transformers_model(hf_dir: Path, full_attention: bool = False) -> Any:
         remedy = "correct config.json, or leave the verification out with --no-verify"
         if rope.rope_type != rope.stated_type:
             remedy = f"write {rope.rope_type!r} in place of {rope.stated_type!r} in {rope.holder}"
-        raise ValueError(
+        raise LongRopeError(
             f"{hf_dir}: transformers {transformers.__version__} cannot load this folder "
             f"({type(cause).__name__}: {reason}); {remedy}"
         ) from None

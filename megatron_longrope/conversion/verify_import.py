@@ -38,7 +38,7 @@ def verify_import(
             full.
 
     Raises:
-        ValueError: A window is over the tolerance, or its logits are not finite.
+        LongRopeError: A window is over the tolerance, or its logits are not finite.
     """
     checkpoint = MegatronCheckpoint.open(checkpoint_path)
     config = checkpoint.longrope

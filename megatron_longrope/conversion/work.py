@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json, write_json_atomic
 
 _FINGERPRINT, _LOCK = "fingerprint.json", "lock"
@@ -74,12 +75,12 @@ class WorkFolder:
             num_bytes (int): Bytes of tensors in all, those already written included.
 
         Raises:
-            ValueError: Less is free than is still to be written.
+            LongRopeError: Less is free than is still to be written.
         """
         files = (path for pattern in _DATA_FILES for path in self.result.rglob(pattern))
         needed = num_bytes - sum(path.stat().st_size for path in files)
         if (free := shutil.disk_usage(self.path).free) < needed:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.output_dir.parent}: has {free} bytes free and needs {needed}; make room or "
                 "give an --output on another disk"
             )
@@ -111,7 +112,7 @@ class WorkFolder:
         """Make the folder and keep others out; the kernel lets them in when a process is killed.
 
         Raises:
-            ValueError: Another process is converting to the same output.
+            LongRopeError: Another process is converting to the same output.
         """
         path = self.path / _LOCK
         while True:
@@ -121,7 +122,7 @@ class WorkFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self._lock.close()
-                raise ValueError(
+                raise LongRopeError(
                     f"{self.output_dir}: another process is converting to it; wait for that one "
                     "or give another --output"
                 ) from None
@@ -145,7 +146,7 @@ def work_folder(output_dir: Path, identity: Mapping[str, Any]) -> Iterator[tuple
     the exception carries a note that says so.
 
     Raises:
-        ValueError: The disk is full, or another process is converting to the same output.
+        LongRopeError: The disk is full, or another process is converting to the same output.
     """
     work = WorkFolder(output_dir)
     work.lock()
@@ -165,7 +166,7 @@ def work_folder(output_dir: Path, identity: Mapping[str, Any]) -> Iterator[tuple
         work.remove()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ValueError(
+        raise LongRopeError(
             f"{output_dir.parent}: the disk is full; nothing was left behind, so make room or give "
             "an --output on another disk"
         ) from None

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
+
 # Rows decoded at once: 64 books are some 30 MB.
 _ROWS = 64
 
@@ -40,13 +42,13 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[int, str, str | No
             rows. For a row without text: the reason instead of None.
 
     Raises:
-        ValueError: pyarrow is not installed.
+        LongRopeError: pyarrow is not installed.
     """
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise ValueError(
+        raise LongRopeError(
             f"{path} needs pyarrow, which is not installed; run `pip install pyarrow`"
         ) from None
 
@@ -77,12 +79,12 @@ def read_dataset_folder(path: Path, text_key: str) -> Iterator[tuple[int, str, s
         tuple: As :func:`read_parquet`.
 
     Raises:
-        ValueError: datasets is not installed, or the folder cannot be opened.
+        LongRopeError: datasets is not installed, or the folder cannot be opened.
     """
     try:
         from datasets import load_from_disk
     except ModuleNotFoundError:
-        raise ValueError(
+        raise LongRopeError(
             f"{path} needs datasets, which is not installed; run `pip install datasets`"
         ) from None
 
@@ -90,7 +92,7 @@ def read_dataset_folder(path: Path, text_key: str) -> Iterator[tuple[int, str, s
         data: Any = load_from_disk(str(path))
     except Exception as error:  # datasets raises many types for a broken folder
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be opened as a saved dataset: {reason}") from None
+        raise LongRopeError(f"{path} cannot be opened as a saved dataset: {reason}") from None
     size = source_size(path)
     if text_key not in data.column_names:
         yield 1, "", _no_column(text_key, data.column_names), size

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_longrope.data.prepare import MANIFEST_SCHEMA
 from megatron_longrope.data.tokenizer import bos_prefix, check_bos
 from megatron_longrope.data.writer import output_paths, update_digest
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 
 _MANIFEST_KEYS = (
@@ -35,27 +36,27 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
     """Read `prefix`.json, the manifest that :func:`prepare` wrote.
 
     Raises:
-        ValueError: The manifest is missing or is not a manifest of this release.
+        LongRopeError: The manifest is missing or is not a manifest of this release.
     """
     path = output_paths(prefix)[2]
     if not path.exists():
-        raise ValueError(
+        raise LongRopeError(
             f"{path}: no such manifest; either the prefix is wrong or the set was not written by "
             "`longrope data prepare`, which writes it last"
         )
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("schema") != MANIFEST_SCHEMA:
-        raise ValueError(
+        raise LongRopeError(
             f"{path} is not a manifest of schema {MANIFEST_SCHEMA}; "
             "prepare the set again with this release"
         )
     if manifest.get("mode") not in _MODE_KEYS:
-        raise ValueError(
+        raise LongRopeError(
             f"{path}: mode {manifest.get('mode')!r} must be one of {', '.join(_MODE_KEYS)}"
         )
     for key in (*_MANIFEST_KEYS, *_MODE_KEYS[manifest["mode"]]):
         if key not in manifest:
-            raise ValueError(f"{path} lacks the key {key!r}; prepare the set again")
+            raise LongRopeError(f"{path} lacks the key {key!r}; prepare the set again")
     return manifest
 
 
@@ -76,7 +77,7 @@ def read_window_documents(
         None for a tokenizer without one.
 
     Raises:
-        ValueError: Too few documents are that long, or `bos` is no token.
+        LongRopeError: Too few documents are that long, or `bos` is no token.
     """
     manifest = read_manifest(prefix)
     bos_id = manifest["bos_id"] if bos is None else bos
@@ -100,11 +101,11 @@ def read_documents(
         list[np.ndarray]: Token ids, int64 [n], in the order of the file.
 
     Raises:
-        ValueError: The set is missing, damaged or empty, or holds too few documents.
+        LongRopeError: The set is missing, damaged or empty, or holds too few documents.
     """
     for name, value in (("min_length", min_length), ("limit", limit)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise LongRopeError(f"{name} is {value}; it must be at least 1")
     dataset = _open(prefix)
     # A document of a foreign set may have several entries; ours have one.
     starts, ends = dataset.document_indices[:-1], dataset.document_indices[1:]
@@ -113,7 +114,7 @@ def read_documents(
     wanted = np.flatnonzero(lengths >= (min_length or 1))
     kind = f"documents of at least {min_length} tokens" if min_length else "documents"
     if not len(wanted) or (limit is not None and len(wanted) < limit):
-        raise ValueError(
+        raise LongRopeError(
             f"{prefix} holds {len(wanted)} {kind}, {limit or 1} needed (the longest has "
             f"{lengths.max()} tokens); ask for fewer or shorter ones, or prepare a larger set "
             "with `longrope data prepare --whole-documents --min-length N`"
@@ -136,7 +137,7 @@ def check_set(prefix: str | Path) -> list[str]:
         list[str]: One sentence for each problem, shortened to the first few; empty when sound.
 
     Raises:
-        ValueError: The set or its manifest is missing or damaged.
+        LongRopeError: The set or its manifest is missing or damaged.
     """
     manifest = read_manifest(prefix)
     dataset = _open(prefix)
@@ -198,17 +199,19 @@ def _open(prefix: str | Path) -> Any:
     bin_path, idx_path, _ = output_paths(prefix)
     for path in (bin_path, idx_path):
         if not path.exists():
-            raise ValueError(f"{path}: no such file; check the path, which is given without suffix")
+            raise LongRopeError(
+                f"{path}: no such file; check the path, which is given without suffix"
+            )
     _check_index(idx_path)
     if not bin_path.stat().st_size:
-        raise ValueError(f"{bin_path} is empty; prepare the set again")
+        raise LongRopeError(f"{bin_path} is empty; prepare the set again")
 
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
     expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
     if bin_path.stat().st_size != expected:
-        raise ValueError(
+        raise LongRopeError(
             f"{bin_path} has {bin_path.stat().st_size} bytes, its index describes {expected}; "
             "copy or prepare the set again"
         )
@@ -226,8 +229,8 @@ def _check_index(path: Path) -> None:
         if (magic, version) == (b"MMIDIDX\x00\x00", 1) and 1 <= dtype_code <= 8:
             if path.stat().st_size == size:
                 return
-            raise ValueError(
+            raise LongRopeError(
                 f"{path} has {path.stat().st_size} bytes, its header describes {size}; "
                 "copy or prepare the set again"
             )
-    raise ValueError(f"{path} is not a Megatron index; copy or prepare the set again")
+    raise LongRopeError(f"{path} is not a Megatron index; copy or prepare the set again")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.data.outputs import staged_outputs
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length
 
 
@@ -45,10 +46,10 @@ def draw_histogram(manifest: dict[str, Any], path: Path, overwrite: bool = False
         overwrite (bool): Replace an existing figure.
 
     Raises:
-        ValueError: The path exists or has no .png suffix.
+        LongRopeError: The path exists or has no .png suffix.
     """
     if path.suffix != ".png":
-        raise ValueError(f"figure {path} must end in .png; give it that suffix")
+        raise LongRopeError(f"figure {path} must end in .png; give it that suffix")
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     histograms = source_histograms(manifest)

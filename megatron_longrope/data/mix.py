@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 from megatron_longrope.lengths import parse_length
 
@@ -26,7 +27,7 @@ class Source:
     """One part of a mix.
 
     Raises:
-        ValueError: A field breaks its rule.
+        LongRopeError: A field breaks its rule.
     """
 
     name: str
@@ -49,12 +50,12 @@ class Source:
             value = getattr(self, field)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value <= 1000:
-                raise ValueError(
+                raise LongRopeError(
                     f"source {self.name!r}: {field} is {value!r}; it must be a number above 0 and "
                     "at most 1000; leave a source out to give it none"
                 )
         if self.long_above is not None and self.long_above < 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"source {self.name!r}: long documents begin above {self.long_above} tokens; "
                 "it must be at least 1"
             )
@@ -94,18 +95,18 @@ def as_sources(inputs: Iterable[str | Path | Source]) -> list[Source]:
         inputs (Iterable): Paths, or sources; not both.
 
     Raises:
-        ValueError: Both kinds are given, or two sources have one name.
+        LongRopeError: Both kinds are given, or two sources have one name.
     """
     given = list(inputs)
     sources = [item for item in given if isinstance(item, Source)]
     if not sources:
         return [Source("input", tuple(map(str, given)))]
     if len(sources) < len(given):
-        raise ValueError("paths and named sources are mixed; name every one of them")
+        raise LongRopeError("paths and named sources are mixed; name every one of them")
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"source {name!r} stands twice in the mix; give each its own name")
+            raise LongRopeError(f"source {name!r} stands twice in the mix; give each its own name")
     return sources
 
 
@@ -119,11 +120,11 @@ def load_mix(path: str | Path) -> list[Source]:
         path (Path): A JSON file.
 
     Raises:
-        ValueError: The file breaks a rule; names source and key.
+        LongRopeError: The file breaks a rule; names source and key.
     """
     content = read_json(path)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} is not a mix; give an object with one key for each source")
+        raise LongRopeError(f"{path} is not a mix; give an object with one key for each source")
     return [_source(Path(path), name, entry) for name, entry in content.items()]
 
 
@@ -132,23 +133,25 @@ def _source(path: Path, name: str, entry: Any) -> Source:
     _check_keys(entry, _KEYS, where)
     paths = entry.get("paths")
     if not isinstance(paths, Sequence) or isinstance(paths, str) or not paths:
-        raise ValueError(f"{where}: paths is {paths!r}; give a list of files or directories")
+        raise LongRopeError(f"{where}: paths is {paths!r}; give a list of files or directories")
     above, factor = None, 1.0
     if (upsample := entry.get("upsample_long")) is not None:
         _check_keys(upsample, _LONG_KEYS, f"{where}, upsample_long")
         if upsample.keys() != _LONG_KEYS:
-            raise ValueError(f"{where}: upsample_long needs both above (tokens) and factor")
+            raise LongRopeError(f"{where}: upsample_long needs both above (tokens) and factor")
         above, factor = parse_length(str(upsample["above"])), upsample["factor"]
     resolved = tuple(str(path.parent / item) for item in map(str, paths))
     try:
         return Source(name, resolved, entry.get("weight", 1.0), above, factor)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise LongRopeError(f"{path}: {error}") from None
 
 
 def _check_keys(entry: Any, known: set[str], where: str) -> None:
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {entry!r}; give an object with {', '.join(sorted(known))}")
+        raise LongRopeError(f"{where} is {entry!r}; give an object with {', '.join(sorted(known))}")
     for key in entry:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+            raise LongRopeError(
+                f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}"
+            )

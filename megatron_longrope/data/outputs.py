@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_longrope.errors import LongRopeError
+
 
 @contextmanager
 def staged_outputs(paths: Sequence[Path], overwrite: bool = False) -> Iterator[list[Path]]:
@@ -24,7 +26,7 @@ def staged_outputs(paths: Sequence[Path], overwrite: bool = False) -> Iterator[l
         overwrite (bool): Replace existing files instead of refusing them.
 
     Raises:
-        ValueError: A path exists and `overwrite` is False.
+        LongRopeError: A path exists and `overwrite` is False.
     """
     refuse_existing(paths, overwrite)
     directory = paths[0].parent
@@ -45,10 +47,10 @@ def staged_outputs(paths: Sequence[Path], overwrite: bool = False) -> Iterator[l
 
 
 def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """Raise ValueError when one of `paths` exists, unless `overwrite` is set."""
+    """Refuse when one of `paths` exists, unless `overwrite` is set."""
     for path in paths:
         if path.exists() and not overwrite:
-            raise ValueError(
+            raise LongRopeError(
                 f"{path} exists; outputs are not replaced silently, "
                 "pass --overwrite or choose another name"
             )

@@ -24,6 +24,7 @@ import numpy as np
 from megatron_longrope.data.segments import TokenizedDocument
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.errors import LongRopeError
 
 if TYPE_CHECKING:
     from megatron_longrope.data.sentences import Splitter
@@ -53,7 +54,7 @@ class Encoder:
             tuple[Path, bool]: The part, and whether it was found.
 
         Raises:
-            ValueError: A token id is not below the vocabulary size.
+            LongRopeError: A token id is not below the vocabulary size.
         """
         name = hashlib.sha256(f"{self.tokenizer.sha256}:{self.splitter_sha256}:".encode())
         digests = []
@@ -91,13 +92,13 @@ class Encoder:
             path (Path): From :meth:`store`.
 
         Raises:
-            ValueError: The file is damaged.
+            LongRopeError: The file is damaged.
         """
         try:
             with np.load(path) as stored:  # a zip: every member is checked against its checksum
                 arrays = dict(stored)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(
+            raise LongRopeError(
                 f"{path} is damaged ({error}); remove the file and run the command again"
             ) from None
         tokens = np.split(arrays["tokens"].astype(np.int64), np.cumsum(arrays["lengths"])[:-1])
@@ -123,7 +124,7 @@ class Encoder:
             ends = ends[(ends > 0) & (ends < len(tokens))]
         # A larger id would wrap around silently in a uint16 file.
         if len(tokens) and tokens.max() >= self.tokenizer.vocab_size:
-            raise ValueError(
+            raise LongRopeError(
                 f"{document.id}: token id {tokens.max()} is not below the vocabulary size "
                 f"{self.tokenizer.vocab_size}; the tokenizer's files do not belong together"
             )
@@ -140,7 +141,7 @@ def parts_directory(output: Path) -> Iterator[Path]:
         output (Path): Prefix of the set.
 
     Raises:
-        ValueError: Another run is writing the same set.
+        LongRopeError: Another run is writing the same set.
     """
     directory = output.parent / f".{output.name}.parts"
     directory.mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,7 @@ def parts_directory(output: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise LongRopeError(
                 f"{output} is being written by another run; wait for it or choose another name"
             ) from None
         for leftover in directory.glob("*.tmp"):

@@ -21,6 +21,7 @@ from megatron_longrope.data.sources import find_source_files
 from megatron_longrope.data.stream import DocumentStream, Split, make_encoder
 from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_longrope.data.writer import SetWriter, output_paths
+from megatron_longrope.errors import LongRopeError
 
 MANIFEST_SCHEMA = 1
 
@@ -62,12 +63,12 @@ def prepare(
         progress (bool): Show a progress bar over the source bytes on stderr.
 
     Raises:
-        ValueError: An input, the tokenizer or the output is unfit, or nothing is left to write.
+        LongRopeError: An input, the tokenizer or the output is unfit, or nothing is left to write.
     """
     if on_error not in ON_ERROR:
-        raise ValueError(f"on_error is {on_error!r}; it must be one of {', '.join(ON_ERROR)}")
+        raise LongRopeError(f"on_error is {on_error!r}; it must be one of {', '.join(ON_ERROR)}")
     if workers < 1:
-        raise ValueError(f"workers is {workers}; tokenizing needs at least 1")
+        raise LongRopeError(f"workers is {workers}; tokenizing needs at least 1")
     split = split or Split()
     recipes = _recipes(recipe, split)
     paths = {suffix: output_paths(f"{output}{suffix}") for suffix in recipes}
@@ -79,7 +80,7 @@ def prepare(
     _refuse_shared(sources, files)
     loaded = load_tokenizer(tokenizer, bos)
     if loaded.eos_id is None and any(each.needs_special_tokens for each in recipes.values()):
-        raise ValueError(
+        raise LongRopeError(
             f"tokenizer {tokenizer} has no EOS token, which ends every segment; name one in its "
             "tokenizer_config.json (eos_token)"
         )
@@ -116,7 +117,7 @@ def prepare(
         manifests = {}
         for suffix, writer in writers.items():
             if not writer.entries:
-                raise ValueError(_nothing_left(recipes[suffix], suffix, stream.counts))
+                raise LongRopeError(_nothing_left(recipes[suffix], suffix, stream.counts))
             manifests[suffix] = {
                 "schema": MANIFEST_SCHEMA,
                 **recipes[suffix].describe(),
@@ -135,7 +136,7 @@ def _recipes(recipe: Recipe, split: Split) -> dict[str, Recipe]:
         recipes["_heldout"] = WholeDocuments()
     if split.short is not None:
         if not isinstance(recipe, FixedSegments):
-            raise ValueError(
+            raise LongRopeError(
                 "a short window divides training data; it goes with segments, not whole documents"
             )
         recipes["_short"] = split.short
@@ -166,7 +167,7 @@ def _refuse_shared(sources: Sequence[Source], files: Sequence[Sequence[Path]]) -
         for path in group:
             first = owner.setdefault(path.resolve(), source.name)
             if first != source.name:
-                raise ValueError(
+                raise LongRopeError(
                     f"{path} belongs to the sources {first!r} and {source.name!r}; put it in one "
                     "of them and repeat it by weight"
                 )

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_longrope.data.tokenizer import bos_prefix
+from megatron_longrope.errors import LongRopeError
 
 TAILS = ("drop", "pad", "pack")
 CUTS = ("tokens", "sentences")
@@ -48,7 +49,7 @@ class FixedSegments:
     Without BOS, pieces have S - 1 tokens and are stored as piece [EOS].
 
     Raises:
-        ValueError: A field breaks its rule.
+        LongRopeError: A field breaks its rule.
     """
 
     segment_length: int
@@ -83,15 +84,15 @@ class FixedSegments:
 
     def __post_init__(self) -> None:
         if self.segment_length < 3:
-            raise ValueError(
+            raise LongRopeError(
                 f"segment_length is {self.segment_length}; BOS, EOS and a token need at least 3"
             )
         if self.tail not in TAILS:
-            raise ValueError(f"tail is {self.tail!r}; it must be one of {', '.join(TAILS)}")
+            raise LongRopeError(f"tail is {self.tail!r}; it must be one of {', '.join(TAILS)}")
         if self.cut not in CUTS:
-            raise ValueError(f"cut is {self.cut!r}; it must be one of {', '.join(CUTS)}")
+            raise LongRopeError(f"cut is {self.cut!r}; it must be one of {', '.join(CUTS)}")
         if self.joined < 1:
-            raise ValueError(f"joined is {self.joined}; an entry needs at least 1 segment")
+            raise LongRopeError(f"joined is {self.joined}; an entry needs at least 1 segment")
 
     @property
     def needs_sentences(self) -> bool:
@@ -152,7 +153,7 @@ class WholeDocuments:
     """Keep whole documents without special tokens: the held-out sets of search and evaluation.
 
     Raises:
-        ValueError: A field breaks its rule.
+        LongRopeError: A field breaks its rule.
     """
 
     min_length: int = 1
@@ -172,9 +173,9 @@ class WholeDocuments:
         for name in ("min_length", "max_length", "max_documents"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise LongRopeError(f"{name} is {value}; it must be at least 1")
         if self.max_length is not None and self.max_length < self.min_length:
-            raise ValueError(
+            raise LongRopeError(
                 f"max_length {self.max_length} is below min_length {self.min_length}; documents "
                 "would be truncated below the length they were chosen for, so raise max_length"
             )
@@ -209,7 +210,7 @@ class ShortDocuments:
     in another one as a document of its own.
 
     Raises:
-        ValueError: A field breaks its rule.
+        LongRopeError: A field breaks its rule.
     """
 
     window: int
@@ -227,7 +228,7 @@ class ShortDocuments:
 
     def __post_init__(self) -> None:
         if self.multiple < 1 or self.window < 3 or self.window % self.multiple:
-            raise ValueError(
+            raise LongRopeError(
                 f"window {self.window} must be at least 3 and a multiple of {self.multiple}, to "
                 "which documents are filled up; choose another window or multiple"
             )

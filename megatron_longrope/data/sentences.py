@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from megatron_longrope.errors import LongRopeError
+
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 # nltk allows one scan of a text 5 s of wall clock, in which a whole book may not be done. A piece
@@ -35,12 +37,12 @@ def train_splitter(texts: Sequence[str], max_characters: int = 1_000_000) -> Spl
         max_characters (int): Bounds time and memory.
 
     Raises:
-        ValueError: There is no text, or `max_characters` is not positive.
+        LongRopeError: There is no text, or `max_characters` is not positive.
     """
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTrainer
 
     if max_characters < 1:
-        raise ValueError(f"max_characters is {max_characters!r}; it must be at least 1")
+        raise LongRopeError(f"max_characters is {max_characters!r}; it must be at least 1")
     trainer = PunktTrainer()
     left, used = max_characters, 0
     for index, text in enumerate(texts):
@@ -51,7 +53,7 @@ def train_splitter(texts: Sequence[str], max_characters: int = 1_000_000) -> Spl
                 trainer.train(text[start:stop], finalize=False)
                 used += stop - start
     if not used:
-        raise ValueError(
+        raise LongRopeError(
             f"{len(texts)} texts hold no word to learn sentence ends from; give documents with text"
         )
     return PunktSentenceTokenizer(trainer.get_params())
@@ -64,11 +66,11 @@ def sentence_ends(text: str, splitter: Splitter) -> list[int]:
     white space, and further text follows: neither end of the text is among them.
 
     Raises:
-        ValueError: The text has no such place.
+        LongRopeError: The text has no such place.
     """
     ends = list(iterate_sentence_ends(text, splitter))
     if not ends:
-        raise ValueError(
+        raise LongRopeError(
             f"a text of {len(text)} characters has no place between two sentences (no sentence end "
             f"and no blank line; it begins {text[:40]!r}); give prose, or code with blank lines"
         )

@@ -18,6 +18,7 @@ from megatron_longrope.data.columns import (
     read_parquet,
     source_size,
 )
+from megatron_longrope.errors import LongRopeError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
@@ -76,7 +77,7 @@ def find_source_files(
         on_hidden (Callable, optional): Receives every path that was passed over.
 
     Raises:
-        ValueError: A path does not exist, has another suffix, stands twice, or a directory holds
+        LongRopeError: A path does not exist, has another suffix, stands twice, or a directory holds
             no source file.
     """
     files: list[Path] = []
@@ -86,26 +87,26 @@ def find_source_files(
             if not is_dataset_folder(path):
                 found = sorted(filter(_is_source, _walk(path, on_hidden)))
             if not found:
-                raise ValueError(
+                raise LongRopeError(
                     f"directory {path} holds no {', '.join(SUFFIXES)} file and no saved dataset; "
                     "give one that does"
                 )
             files.extend(found)
         elif not path.exists():
-            raise ValueError(f"input {path} does not exist; check the path")
+            raise LongRopeError(f"input {path} does not exist; check the path")
         elif not path.name.endswith(_NAMED_SUFFIXES):
-            raise ValueError(
+            raise LongRopeError(
                 f"input {path} is of an unknown kind; sources are {', '.join(_NAMED_SUFFIXES)} "
                 "files, folders saved by datasets, or directories of them"
             )
         else:
             files.append(path)
     if not files:
-        raise ValueError("no input was given; name at least one file or directory")
+        raise LongRopeError("no input was given; name at least one file or directory")
     seen: set[Path] = set()
     for path in files:
         if path.resolve() in seen:
-            raise ValueError(f"input {path} is given twice; name each file or directory once")
+            raise LongRopeError(f"input {path} is given twice; name each file or directory once")
         seen.add(path.resolve())
     return files
 
@@ -126,7 +127,7 @@ def iterate_documents(
         on_bytes (Callable, optional): Receives the bytes read from disk since the last call.
 
     Raises:
-        ValueError: A document cannot be read and `on_skip` is None; names file and line.
+        LongRopeError: A document cannot be read and `on_skip` is None; names file and line.
     """
 
     for path in map(Path, files):
@@ -140,7 +141,7 @@ def iterate_documents(
                 continue
             skipped = SkippedDocument(str(path), line, reason)
             if on_skip is None:
-                raise ValueError(
+                raise LongRopeError(
                     f"{skipped}; name the text with --text-key"
                     if skipped.lacks_text
                     else f"{skipped}; repair it or pass --on-error skip"
@@ -231,7 +232,7 @@ def _zstandard(path: Path) -> Any:
     try:
         import zstandard
     except ModuleNotFoundError:
-        raise ValueError(
+        raise LongRopeError(
             f"{path} needs zstandard, which is not installed; run `pip install zstandard`, "
             "or decompress the file"
         ) from None
@@ -242,20 +243,20 @@ def _parse_line(line: bytes, text_key: str) -> str:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte 0x{line[error.start]:02x} is not valid UTF-8") from None
+        raise LongRopeError(f"byte 0x{line[error.start]:02x} is not valid UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON at column {error.colno}: {error.msg}") from None
+        raise LongRopeError(f"not valid JSON at column {error.colno}: {error.msg}") from None
     except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
+        raise LongRopeError("the JSON is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object on each line, got {type(value).__name__}")
+        raise LongRopeError(f"expected a JSON object on each line, got {type(value).__name__}")
     if text_key not in value:
-        raise ValueError(f"{NO_TEXT} key {text_key!r} (keys: {sorted(value)[:8]})")
+        raise LongRopeError(f"{NO_TEXT} key {text_key!r} (keys: {sorted(value)[:8]})")
     text = value[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} holds {type(text).__name__}, not a string")
+        raise LongRopeError(f"{text_key!r} holds {type(text).__name__}, not a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, no tokenizer can read it
-        raise ValueError(f"{text_key!r} holds an unpaired surrogate") from None
+        raise LongRopeError(f"{text_key!r} holds an unpaired surrogate") from None
     return text

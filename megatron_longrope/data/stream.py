@@ -18,6 +18,7 @@ from megatron_longrope.data.sources import iterate_documents
 from megatron_longrope.data.tokenization import read_batches, store_batches
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.data.writer import SetWriter
+from megatron_longrope.errors import LongRopeError
 
 # Sentence ends are learned from this many characters at the beginning of each source.
 _PUNKT_CHARACTERS = 1_000_000
@@ -38,7 +39,7 @@ class Split:
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"held_out is {self.held_out}; it must be a share of at least 0 and below 1"
             )
 
@@ -95,7 +96,7 @@ class DocumentStream:
             workers (int): Processes that tokenize.
 
         Raises:
-            ValueError: A document cannot be read or tokenized.
+            LongRopeError: A document cannot be read or tokenized.
         """
         tokenizer = self._encoder.tokenizer
         for turn in count():
@@ -174,7 +175,7 @@ def make_encoder(
         on_error (str): `fail` or `skip`.
 
     Raises:
-        ValueError: A document at the beginning cannot be read, or there is no text.
+        LongRopeError: A document at the beginning cannot be read, or there is no text.
     """
     if not recipe.needs_sentences:
         return Encoder(tokenizer)

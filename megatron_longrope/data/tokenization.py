@@ -19,6 +19,7 @@ from pathlib import Path
 from megatron_longrope.data.parts import Encoder
 from megatron_longrope.data.sources import Document, SkippedDocument, iterate_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
+from megatron_longrope.errors import LongRopeError
 
 # A part is closed at this many characters or documents: seconds of work for a worker.
 _CHARACTERS = 1_000_000
@@ -130,7 +131,7 @@ def store_batches(
         workers (int): Processes that tokenize; 1 does it in this one.
 
     Raises:
-        ValueError: A document cannot be tokenized or a worker died.
+        LongRopeError: A document cannot be tokenized or a worker died.
     """
     if workers == 1:
         for batch in batches:
@@ -159,7 +160,7 @@ def store_batches(
         while waiting:
             yield _finished(*waiting.popleft())
     except BrokenProcessPool:
-        raise ValueError(
+        raise LongRopeError(
             "a worker process ended unexpectedly, perhaps for lack of memory; run the command "
             "again, finished parts are kept, with fewer --workers"
         ) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longrope.data.outputs import refuse_existing, staged_outputs
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 # Files that define a Hugging Face tokenizer, in the order in which transformers prefers them.
@@ -95,7 +96,7 @@ class SentencePieceTokenizer:
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """The same token ids, and the character at which each begins."""
         if not hasattr(self._processor, "EncodeAsOffsetMapping"):
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.path}: this sentencepiece does not say where tokens begin, which cutting "
                 "at sentence ends needs; upgrade it to 0.2.3 or give a Hugging Face tokenizer"
             )
@@ -114,13 +115,13 @@ def load_sentencepiece(path: str | Path) -> Any:
         sentencepiece.SentencePieceProcessor: The model.
 
     Raises:
-        ValueError: The file is none; one of tiktoken's is called so.
+        LongRopeError: The file is none; one of tiktoken's is called so.
     """
     import sentencepiece
 
     data = Path(path).read_bytes()
     if _TIKTOKEN.match(data):
-        raise ValueError(
+        raise LongRopeError(
             f"{path} is a tiktoken vocabulary, not a sentencepiece model; give the folder of the "
             "Hugging Face model, with its tokenizer.json"
         )
@@ -128,7 +129,7 @@ def load_sentencepiece(path: str | Path) -> Any:
     try:
         processor.LoadFromSerializedProto(data)
     except RuntimeError:
-        raise ValueError(
+        raise LongRopeError(
             f"{path} is not a sentencepiece model; give a .model file, "
             "or the folder of a Hugging Face tokenizer"
         ) from None
@@ -174,7 +175,7 @@ class HuggingFaceTokenizer:
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """The same token ids, and the character at which each begins."""
         if not self._tokenizer.is_fast:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.path} is a slow tokenizer, which does not say where tokens begin; cutting "
                 "at sentence ends needs one with a tokenizer.json"
             )
@@ -202,7 +203,7 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
         bos (int, optional): Token id to use as BOS. Defaults to the tokenizer's own, or none.
 
     Raises:
-        ValueError: The path does not exist or holds neither, or `bos` is none of its tokens.
+        LongRopeError: The path does not exist or holds neither, or `bos` is none of its tokens.
     """
     if Path(path).is_dir():
         file = _defining_files(Path(path))[0]
@@ -214,7 +215,7 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
     elif Path(path).is_file():
         loaded = SentencePieceTokenizer(path)
     else:
-        raise ValueError(
+        raise LongRopeError(
             f"tokenizer {path} does not exist; give a sentencepiece .model file "
             "or the folder of a Hugging Face tokenizer"
         )
@@ -230,7 +231,7 @@ def _defining_files(folder: Path) -> list[Path]:
         if (folder / names[0]).is_file():
             return [folder / name for name in names if (folder / name).is_file()]
     wanted = ", ".join(names[0] for names in _HF_FILES)
-    raise ValueError(
+    raise LongRopeError(
         f"{folder} holds no tokenizer ({wanted}); "
         "give the folder of a Hugging Face model or a sentencepiece .model file"
     )
@@ -244,7 +245,7 @@ def _load_auto(path: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path), **LOCAL_ONLY)
     except Exception as error:  # transformers raises many types for a broken folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
+        raise LongRopeError(
             f"{path} cannot be loaded as a Hugging Face tokenizer: {reason}; check its files"
         ) from None
 
@@ -256,7 +257,7 @@ def _sentencepiece_folder(path: str | Path, file: Path) -> SentencePieceTokenize
     space otherwise than sentencepiece does.
 
     Raises:
-        ValueError: The folder gives the pieces other ids, or adds tokens that are found in text.
+        LongRopeError: The folder gives the pieces other ids, or adds tokens that are found in text.
     """
     loaded, theirs = SentencePieceTokenizer(file), _load_auto(path)
     vocabulary = theirs.get_vocab()
@@ -269,7 +270,7 @@ def _sentencepiece_folder(path: str | Path, file: Path) -> SentencePieceTokenize
     ]
     if moved or added:
         what = f"adds {added[0]!r} to" if added else f"moves {processor.IdToPiece(moved[0])!r} in"
-        raise ValueError(
+        raise LongRopeError(
             f"{path} {what} the vocabulary of {file.name}, so that sentencepiece alone does not "
             "give its ids; save the tokenizer with transformers once, which writes tokenizer.json"
         )
@@ -283,10 +284,10 @@ def check_bos(bos: int, vocab_size: int) -> None:
     """Refuse a BOS that is no token.
 
     Raises:
-        ValueError: It is not an id from 0 to `vocab_size` - 1.
+        LongRopeError: It is not an id from 0 to `vocab_size` - 1.
     """
     if not 0 <= bos < vocab_size:
-        raise ValueError(f"--bos {bos} is no token id; the tokenizer has 0 to {vocab_size - 1}")
+        raise LongRopeError(f"--bos {bos} is no token id; the tokenizer has 0 to {vocab_size - 1}")
 
 
 def bos_name(bos_id: int | None) -> int | str:
@@ -325,7 +326,7 @@ def train_sentencepiece(
         overwrite (bool): Replace an existing file.
 
     Raises:
-        ValueError: There is no text, or it does not support `vocab_size` tokens.
+        LongRopeError: There is no text, or it does not support `vocab_size` tokens.
     """
     import sentencepiece
 
@@ -333,7 +334,7 @@ def train_sentencepiece(
     refuse_existing([output], overwrite)
     lines = _sample(_training_lines(texts), max_sentences, seed)
     if not lines:
-        raise ValueError("the input holds no text; a tokenizer needs some to learn from")
+        raise LongRopeError("the input holds no text; a tokenizer needs some to learn from")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -358,7 +359,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
+        raise LongRopeError(
             f"vocab size {vocab_size} does not suit this text (sentencepiece: {reason}); "
             "it must cover 260 fixed tokens and the alphabet, and needs enough text to fill the "
             "rest: choose another size or give more text"

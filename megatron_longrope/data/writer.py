@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_longrope.errors import LongRopeError
+
 
 class SetWriter:
     """Writes each entry as one Megatron document; use it as a context manager.
@@ -59,10 +61,10 @@ def output_paths(prefix: str | Path) -> list[Path]:
     """`PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`; dots in the prefix stay.
 
     Raises:
-        ValueError: The prefix ends like one of the files or names a directory.
+        LongRopeError: The prefix ends like one of the files or names a directory.
     """
     if Path(prefix).suffix in (".bin", ".idx", ".json") or str(prefix).endswith("/"):
-        raise ValueError(
+        raise LongRopeError(
             f"{prefix} is not a prefix; give the path of the data set without .bin, .idx or .json"
         )
     return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]

@@ -18,6 +18,7 @@ from megatron_longrope.engine.model import (
     set_attention_factor,
     vocab_range,
 )
+from megatron_longrope.errors import LongRopeError
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Engine:
         """Swap the factors; costs nothing but the next rotary table.
 
         Raises:
-            ValueError: The config is for another rotary geometry.
+            LongRopeError: The config is for another rotary geometry.
         """
         self.model.rotary_pos_emb.set_config(config)
 
@@ -81,7 +82,7 @@ class Engine:
             Tensor: `[b, n - 1 - start]`, fp32, in nats, on every rank, on the CPU.
 
         Raises:
-            ValueError: Tokens outside the vocabulary, a length that no factor set covers, or
+            LongRopeError: Tokens outside the vocabulary, a length that no factor set covers, or
                 nothing behind `start`; under context parallelism also a length that ends a factor
                 set and does not split over the ranks (others are padded).
         """
@@ -114,10 +115,10 @@ class Engine:
             num_answer_tokens (int): How many of them are the answer.
 
         Raises:
-            ValueError: More than one sequence, or no prompt; else as :meth:`nll`.
+            LongRopeError: More than one sequence, or no prompt; else as :meth:`nll`.
         """
         if tokens.shape[0] != 1 or not 1 <= num_answer_tokens < tokens.shape[1]:
-            raise ValueError(
+            raise LongRopeError(
                 f"an answer of {num_answer_tokens} tokens in tokens of shape {tuple(tokens.shape)}:"
                 " give [1, n] with at least one token before the answer"
             )
@@ -144,7 +145,7 @@ class Engine:
             `[b]`, on every rank, on the CPU.
 
         Raises:
-            ValueError: Tokens or candidates outside the vocabulary; else as :meth:`nll`.
+            LongRopeError: Tokens or candidates outside the vocabulary; else as :meth:`nll`.
         """
         self._check_tokens(tokens)
         self._check_ids(candidates)
@@ -221,7 +222,7 @@ class Engine:
         self._check_tokens(tokens)
         batch, length = tokens.shape
         if not 0 <= start < stop:
-            raise ValueError(
+            raise LongRopeError(
                 f"start {start} leaves no token to score; with {length} tokens it must be from 0 to"
                 f" {stop - 1}"
             )
@@ -248,7 +249,7 @@ class Engine:
         """`tokens` with as many behind them as context parallelism needs; no token sees those.
 
         Raises:
-            ValueError: The longer sequence would take another factor set.
+            LongRopeError: The longer sequence would take another factor set.
         """
         length, size = tokens.shape[1], self.cp_group.size()
         missing = -length % (2 * size) if size > 1 else 0
@@ -294,7 +295,7 @@ class Engine:
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.shape[1] < 2:
-            raise ValueError(
+            raise LongRopeError(
                 f"tokens have shape {tuple(tokens.shape)}; expected [b, n] with n >= 2"
             )
         self._check_ids(tokens)
@@ -302,7 +303,7 @@ class Engine:
     def _check_ids(self, tokens: Tensor) -> None:
         low, high = (int(value) for value in torch.aminmax(tokens))
         if low < 0 or high >= self.shape.vocab_size:
-            raise ValueError(
+            raise LongRopeError(
                 f"token id {low if low < 0 else high} is outside the vocabulary of "
                 f"{self.shape.vocab_size}; the data was made with another tokenizer"
             )
@@ -310,4 +311,4 @@ class Engine:
     def _check_single_process(self, what: str) -> None:
         sizes = self.cp_group.size(), self.model.pg_collection.tp.size()
         if max(sizes) > 1:
-            raise ValueError(f"{what} run on one process; got context x tensor parallel {sizes}")
+            raise LongRopeError(f"{what} run on one process; got context x tensor parallel {sizes}")

@@ -24,6 +24,7 @@ from megatron_longrope.config_rules import check_int
 from megatron_longrope.engine import loss
 from megatron_longrope.engine.engine import Engine
 from megatron_longrope.engine.model import set_attention_factor, vocab_range
+from megatron_longrope.errors import LongRopeError
 
 
 @torch.no_grad()
@@ -70,8 +71,8 @@ def generate(
         list[list[int]]: New tokens of each row, up to and including the one that ended it.
 
     Raises:
-        ValueError: An argument outside its range, tokens outside the vocabulary, a length that no
-            factor set covers, or a model under context parallelism.
+        LongRopeError: An argument outside its range, tokens outside the vocabulary, a length that
+            no factor set covers, or a model under context parallelism.
     """
     _check_layout(engine)
     engine._check_tokens(tokens)
@@ -229,13 +230,13 @@ def _check_layout(engine: Engine) -> None:
         if isinstance(module, Attention) and not isinstance(
             module.core_attention, SdpaCoreAttention
         ):
-            raise ValueError(
+            raise LongRopeError(
                 "generation needs attention that aligns its causal mask with the last key, which "
                 f"{type(module.core_attention).__name__} does not; use attention 'sdpa' or 'flash'"
             )
     size = engine.cp_group.size()
     if size > 1:
-        raise ValueError(
+        raise LongRopeError(
             f"generation does not run under context parallelism, which is {size} here; run it with "
             "--context-parallel-size 1, or score the answer teacher-forced"
         )
@@ -245,7 +246,7 @@ def _pinned_length(total: int, factor_length: int | None) -> int:
     if factor_length is None:
         return total
     if factor_length < total:
-        raise ValueError(
+        raise LongRopeError(
             f"factor_length {factor_length} is below the {total} tokens that prompt and new tokens "
             "may come to; raise it or lower max_new_tokens"
         )
@@ -254,10 +255,10 @@ def _pinned_length(total: int, factor_length: int | None) -> int:
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not 0 <= temperature < math.inf:
-        raise ValueError(
+        raise LongRopeError(
             f"temperature is {temperature}; give a finite number from 0, which is greedy, upwards"
         )
     if top_k is not None:
         check_int("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; give a probability above 0 and up to 1")
+        raise LongRopeError(f"top_p is {top_p}; give a probability above 0 and up to 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention, flash_kernels
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import compat
 
 ATTENTIONS = ("auto", "sdpa", "flash", "te")
@@ -23,10 +24,10 @@ def core_attention(attention: str, device: torch.device, dtype: torch.dtype) -> 
         dtype (torch.dtype): What it will compute in.
 
     Raises:
-        ValueError: Another name, or `flash` or `te` where it cannot run.
+        LongRopeError: Another name, or `flash` or `te` where it cannot run.
     """
     if attention not in ATTENTIONS:
-        raise ValueError(
+        raise LongRopeError(
             f"attention {attention!r} is unknown to the engine; choose among "
             f"{', '.join(ATTENTIONS)}"
         )
@@ -57,8 +58,8 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     return f"sdpa ({_no_half_on_cuda(device, dtype) or _flash_obstacle(device)})"
 
 
-def _refusal(attention: str, package: str, obstacle: str) -> ValueError:
-    return ValueError(
+def _refusal(attention: str, package: str, obstacle: str) -> LongRopeError:
+    return LongRopeError(
         f"attention {attention!r} needs {package} and a half-precision model on a CUDA device, but "
         f"{obstacle}; use attention 'sdpa'"
     )

@@ -54,7 +54,7 @@ def load_engine(
             of the model; :attr:`Engine.replica` tells which. Defaults to False.
 
     Raises:
-        ValueError: The checkpoint is damaged, of another format, or does not fit the config; the
+        LongRopeError: The checkpoint is damaged, of another format, or does not fit the config; the
             number of processes does not fit; or flash-attn cannot run and was insisted on.
     """
     checkpoint = source

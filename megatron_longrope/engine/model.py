@@ -15,6 +15,7 @@ from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine.mlp import slice_mlps
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import compat
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
@@ -49,7 +50,8 @@ def build_model(
         dtype (torch.dtype): Of all parameters. Defaults to fp32.
 
     Raises:
-        ValueError: The architecture is not a decoder with SwiGLU and RMSNorm, dense or of experts.
+        LongRopeError: The architecture is not a decoder with SwiGLU and RMSNorm, dense or of
+            experts.
     """
     _check_architecture(shape)
     settings = _transformer_settings(shape, tensor_parallel, context_parallel)
@@ -127,32 +129,32 @@ def _expert_settings(shape: ModelShape) -> dict[str, Any]:
 
 def _check_architecture(shape: ModelShape) -> None:
     if not shape.swiglu or shape.normalization != "RMSNorm" or shape.add_bias_linear:
-        raise ValueError(
+        raise LongRopeError(
             f"this checkpoint has swiglu={shape.swiglu}, normalization={shape.normalization}, "
             f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
             "(SwiGLU, RMSNorm, no linear biases)"
         )
     if shape.other_moe is not None:
-        raise ValueError(
+        raise LongRopeError(
             f"this checkpoint has {shape.other_moe}; the engine runs mixtures of experts with "
             "softmax routing in every layer and nothing beside"
         )
     if shape.num_experts and shape.hybrid_layer_pattern:
-        raise ValueError(
+        raise LongRopeError(
             f"this checkpoint is a HybridModel with {shape.num_experts} experts; the engine runs "
             "mixtures of experts as GPTModel only"
         )
     if shape.has_layers_without_rope:
-        raise ValueError(
+        raise LongRopeError(
             "this checkpoint was trained with --no-rope-freq; the engine rotates every layer"
         )
     if shape.softmax_scale is not None:
-        raise ValueError(
+        raise LongRopeError(
             f"this checkpoint has softmax_scale {shape.softmax_scale}, which is not LongRoPE's "
             "attention factor; the engine does not support a custom softmax scale"
         )
     if shape.hybrid_layer_pattern and shape.rotary_interleaved:
-        raise ValueError(
+        raise LongRopeError(
             "this checkpoint is a HybridModel with --rotary-interleaved, which Megatron applies to "
             "angles in the order of two halves; the engine does not reproduce that"
         )
@@ -191,7 +193,7 @@ def _language_model(
             spec.submodules.self_attention.submodules.core_attention = core_attention
             return GPTModel(transformer, spec, **options)
     if shape.num_experts:
-        raise ValueError(
+        raise LongRopeError(
             "this megatron-core has no GPTModel, which the engine runs mixtures of experts with; "
             "install megatron-core 0.19"
         )

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_longrope.errors import LongRopeError
+
 
 def initialize(
     tensor_parallel: int = 1, context_parallel: int = 1, *, replicas: bool = False
@@ -22,7 +24,7 @@ def initialize(
             ranks holds a whole model; see :func:`replica`. Defaults to False.
 
     Raises:
-        ValueError: The number of processes does not fit, or groups exist with another layout.
+        LongRopeError: The number of processes does not fit, or groups exist with another layout.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -43,7 +45,7 @@ def initialize(
         parallel_state.get_context_parallel_world_size(),
     )
     if sizes != (tensor_parallel, context_parallel):
-        raise ValueError(
+        raise LongRopeError(
             f"this process already runs tensor x context parallel {sizes[0]} x {sizes[1]}; "
             f"it cannot also run {tensor_parallel} x {context_parallel}"
         )
@@ -94,11 +96,11 @@ def _check_world(world: int, tensor_parallel: int, context_parallel: int, replic
     model = tensor_parallel * context_parallel
     layout = f"tensor parallel {tensor_parallel} x context parallel {context_parallel} = {model}"
     if replicas and world % model:
-        raise ValueError(
+        raise LongRopeError(
             f"{world} processes do not fit copies of {layout}; start torchrun with a number of "
             f"processes that is a multiple of {model}"
         )
     if not replicas and world != model:
-        raise ValueError(
+        raise LongRopeError(
             f"{world} processes do not fit {layout}; start torchrun with --nproc-per-node {model}"
         )

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.harness_tasks import (
     PAPER_TASKS,
     LoadedTask,
@@ -53,7 +54,7 @@ def harness_lm(engine: Any, tokenizer: Any, **options: Any) -> Any:
         EngineLM: Give it to :func:`run_tasks`, or to lm-eval's own functions on every rank.
 
     Raises:
-        ValueError: lm-eval is missing, or the factors are not those of the original window.
+        LongRopeError: lm-eval is missing, or the factors are not those of the original window.
     """
     require_lm_eval()
     from megatron_longrope.evaluation.harness_model import EngineLM
@@ -69,17 +70,18 @@ def check_original_factors(config: LongRopeConfig, max_length: int | None = None
         max_length (int, optional): Longest model input wanted, in tokens.
 
     Raises:
-        ValueError: The original window has no factor set of its own, or `max_length` is beyond it.
+        LongRopeError: The original window has no factor set of its own, or `max_length` is beyond
+            it.
     """
     original = config.original_max_position_embeddings
     if (reach := config.factor_set_for(original).max_length) > original:
-        raise ValueError(
+        raise LongRopeError(
             f"the smallest factor set that covers the original window of {original} tokens "
             f"reaches to {reach}, so that short benchmarks would measure long factors; use "
             f"factors with a set of their own for {original} tokens"
         )
     if max_length is not None and not 2 <= max_length <= original:
-        raise ValueError(
+        raise LongRopeError(
             f"max_length {max_length} must be from 2 to the original window of {original} "
             "tokens, whose factors short benchmarks are for; leave it out to use the window"
         )
@@ -111,10 +113,10 @@ def run_tasks(
         Iterator[dict]: A record per task, the same on every rank.
 
     Raises:
-        ValueError: As :func:`check_tasks`, at once; or a limit that leaves nothing.
+        LongRopeError: As :func:`check_tasks`, at once; or a limit that leaves nothing.
     """
     if limit is not None and not limit > 0:
-        raise ValueError(f"limit {limit} leaves no question; give a number above 0")
+        raise LongRopeError(f"limit {limit} leaves no question; give a number above 0")
     specs = [task for task in tasks if isinstance(task, TaskSpec)]
     fresh = iter(
         check_tasks(specs, include_path=include_path, allow_download=allow_download)
@@ -183,7 +185,7 @@ def _main_key(metrics: dict[str, Any], spec: TaskSpec) -> tuple[str, str]:
         name, _, filters = key.partition(",")
         if name == spec.metric:
             return key, filters
-    raise ValueError(
+    raise LongRopeError(
         f"task {spec.name} returned no {spec.metric}; it has {', '.join(metrics) or 'no metric'}"
     )
 

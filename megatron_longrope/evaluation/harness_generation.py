@@ -16,6 +16,7 @@ from lm_eval.models.utils import (
 
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.engine import Engine
+from megatron_longrope.errors import LongRopeError
 
 _ARGUMENTS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
 
@@ -48,11 +49,11 @@ class Decoding:
             max_new_tokens (int): Where they name no limit.
 
         Raises:
-            ValueError: An argument that this model does not know.
+            LongRopeError: An argument that this model does not know.
         """
         values = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
         if unknown := sorted(values.keys() - _ARGUMENTS):
-            raise ValueError(
+            raise LongRopeError(
                 f"the task wants the generation argument {unknown[0]}, which the Megatron engine "
                 f"does not have (it has {', '.join(sorted(_ARGUMENTS))}); convert the "
                 "checkpoint to Hugging Face format and use lm-eval's hf model for this task"

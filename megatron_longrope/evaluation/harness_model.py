@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.engine import Engine
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.harness import check_original_factors
 from megatron_longrope.evaluation.harness_generation import (
     Decoding,
@@ -83,7 +84,7 @@ class EngineLM(TemplateLM):
         seed (int): Of tasks that sample. Defaults to 0.
 
     Raises:
-        ValueError: The factors of the original window cannot be used, `max_length` is beyond it,
+        LongRopeError: The factors of the original window cannot be used, `max_length` is beyond it,
             or the tokenizer has neither BOS nor EOS.
     """
 
@@ -100,9 +101,9 @@ class EngineLM(TemplateLM):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch size {batch_size} must be at least 1")
+            raise LongRopeError(f"batch size {batch_size} must be at least 1")
         if tokenizer.bos_id is None and tokenizer.eos_id is None:
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer {tokenizer.path} has neither BOS nor EOS, so that nothing "
                 "can stand before the first token; use the tokenizer of the model"
             )
@@ -111,7 +112,9 @@ class EngineLM(TemplateLM):
         self._max_length, self.batch_size = max_length, batch_size
         self._add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
         if self._add_bos and tokenizer.bos_id is None:
-            raise ValueError(f"the tokenizer {tokenizer.path} has no BOS to add; leave add_bos off")
+            raise LongRopeError(
+                f"the tokenizer {tokenizer.path} has no BOS to add; leave add_bos off"
+            )
         self.max_gen_toks, self._seed = max_gen_toks, seed
         self.num_truncated = 0
         """Requests so far that lost their beginning."""
@@ -209,7 +212,7 @@ class EngineLM(TemplateLM):
 
     def _scored(self, context: list[int], continuation: list[int]) -> Scored:
         if not 1 <= len(continuation) <= self.max_length:
-            raise ValueError(
+            raise LongRopeError(
                 f"a continuation has {len(continuation)} tokens; it must have from 1 to the "
                 f"{self.max_length} that fit into the window: choose another task or a longer "
                 "maximum length"
@@ -252,7 +255,7 @@ class EngineLM(TemplateLM):
         decoding = Decoding.from_arguments(arguments, self.max_gen_toks)
         room = self.max_length - decoding.max_new_tokens
         if room < 1 or decoding.max_new_tokens < 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"{decoding.max_new_tokens} new tokens must be at least 1 and leave room for a "
                 f"prompt in the window of {self.max_length}; set the task's max_gen_toks"
             )
@@ -272,7 +275,7 @@ class EngineLM(TemplateLM):
     def _check_factors(self) -> None:
         """Refuse factors that do not belong to the original window."""
         if self.engine.model.rotary_pos_emb.mode == "long":
-            raise ValueError(
+            raise LongRopeError(
                 "the engine uses the largest factor set for every length (mode long), but short "
                 "benchmarks are for the factors of the original window; load it with mode auto"
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
 
 
@@ -54,7 +55,7 @@ def parse_tasks(text: str) -> tuple[TaskSpec, ...]:
     A task of the paper without numbers gets the paper's.
 
     Raises:
-        ValueError: An item is malformed or a task is named twice.
+        LongRopeError: An item is malformed or a task is named twice.
     """
     paper = {spec.name: spec for spec in PAPER_TASKS}
     found: list[TaskSpec] = []
@@ -66,7 +67,7 @@ def parse_tasks(text: str) -> tuple[TaskSpec, ...]:
         known = paper.get(name, TaskSpec(name))
         number = rest[0] if rest else ""
         if not name or len(rest) > 2 or (number and not number.isdecimal()):
-            raise ValueError(
+            raise LongRopeError(
                 f"task {item!r} is not NAME, NAME:FEWSHOT or NAME:FEWSHOT:METRIC, such as "
                 "arc_challenge:25:acc_norm"
             )
@@ -74,9 +75,9 @@ def parse_tasks(text: str) -> tuple[TaskSpec, ...]:
         found.append(TaskSpec(name, int(number) if number else known.num_fewshot, metric))
     names = [spec.name for spec in found]
     if not names:
-        raise ValueError("no task is named; give `paper` or names such as arc_challenge:25")
+        raise LongRopeError("no task is named; give `paper` or names such as arc_challenge:25")
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"task {twice[0]} is named twice; name it once")
+        raise LongRopeError(f"task {twice[0]} is named twice; name it once")
     return tuple(found)
 
 
@@ -84,12 +85,12 @@ def require_lm_eval() -> None:
     """Refuse to go on without lm-eval.
 
     Raises:
-        ValueError: It, or something that it needs, is not installed.
+        LongRopeError: It, or something that it needs, is not installed.
     """
     try:
         import lm_eval.api.model  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise LongRopeError(
             f"short benchmarks need lm-evaluation-harness ({error}); install it with "
             'pip install "megatron-longrope[eval]"'
         ) from None
@@ -111,12 +112,12 @@ def check_tasks(
             Hugging Face cache are used, and the network is not asked.
 
     Raises:
-        ValueError: lm-eval, a task, its data or its metric is missing, or the task insists on
+        LongRopeError: lm-eval, a task, its data or its metric is missing, or the task insists on
             another number of few-shot examples.
     """
     require_lm_eval()
     if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"{include_path} is no folder; give one that holds task YAML files")
+        raise LongRopeError(f"{include_path} is no folder; give one that holds task YAML files")
     with downloads(allow_download), quiet_other_ranks():
         manager = _task_manager([spec.name for spec in tasks], include_path)
         return [_load(manager, spec, allow_download) for spec in tasks]
@@ -147,13 +148,13 @@ def _load(manager: Any, spec: TaskSpec, allow_download: bool) -> LoadedTask:
     entry = manager.task_index.get(spec.name)
     if entry is None:
         similar = difflib.get_close_matches(spec.name, manager.all_tasks, 3)
-        raise ValueError(
+        raise LongRopeError(
             f"lm-eval knows no task {spec.name}"
             + (f" (similar: {', '.join(similar)})" if similar else "")
             + "; see `lm_eval ls tasks`, or give the folder of its YAML file as include path"
         )
     if entry.kind.name == "TAG":
-        raise ValueError(
+        raise LongRopeError(
             f"{spec.name} is no task but a tag of several, which have no common score; name them: "
             + ", ".join(sorted(entry.tags))
         )
@@ -167,7 +168,7 @@ def _load(manager: Any, spec: TaskSpec, allow_download: bool) -> LoadedTask:
             else "put its data into the Hugging Face cache, allow downloads, or give a local YAML "
             "file with data files as include path"
         )
-        raise ValueError(f"task {spec.name} cannot be loaded: {reason}; {remedy}") from error
+        raise LongRopeError(f"task {spec.name} cannot be loaded: {reason}; {remedy}") from error
     return LoadedTask(_completed(spec, content), content)
 
 
@@ -177,7 +178,7 @@ def _completed(spec: TaskSpec, content: Any) -> TaskSpec:
     for task in tasks:
         own = task.get_config("num_fewshot")
         if own == 0 and spec.num_fewshot:
-            raise ValueError(
+            raise LongRopeError(
                 f"task {task.task_name} allows no few-shot examples besides those in its prompt, "
                 f"but {spec.num_fewshot} are wanted; ask for {spec.name}:0"
             )
@@ -190,14 +191,14 @@ def _completed(spec: TaskSpec, content: Any) -> TaskSpec:
         else list(next(iter(tasks)).aggregation())
     )
     if not metrics:
-        raise ValueError(
+        raise LongRopeError(
             f"group {spec.name} has no score of its own; name its tasks: "
             + ", ".join(group.child_names)
         )
     usual = [name for name in ("acc_norm", "acc") if name in metrics]
     metric = spec.metric or (*usual, *metrics)[0]
     if metric not in metrics:
-        raise ValueError(
+        raise LongRopeError(
             f"task {spec.name} has no metric {metric}; choose one of {', '.join(metrics)}"
         )
     return replace(spec, metric=metric, num_fewshot=counts.pop() if len(counts) == 1 else None)

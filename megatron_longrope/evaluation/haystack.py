@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_longrope.data.sentences import Splitter, iterate_sentence_ends
 from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.errors import LongRopeError
 
 # The white space that a needle brings along: behind a sentence on its line, behind one that ends
 # its line, and at the beginning of a line. The text around it goes on as it did.
@@ -54,11 +55,11 @@ class NeedleDocument:
         White space around the text is left out. Its beginning is a place, its end is none.
 
         Raises:
-            ValueError: The text is empty, or the tokenizer fails :func:`encode_within`.
+            LongRopeError: The text is empty, or the tokenizer fails :func:`encode_within`.
         """
         text = text.strip()
         if not text:
-            raise ValueError(f"document {name} is empty; give one that holds text")
+            raise LongRopeError(f"document {name} is empty; give one that holds text")
         ids: list[int] = []
         places, forms, seams, done = [0], [_LINE_START], {}, 0
         for end in chain(iterate_sentence_ends(text, splitter), [len(text)]):
@@ -93,7 +94,7 @@ def encode_within(tokenizer: Tokenizer, text: str) -> list[int]:
     belongs to the beginning of a sequence; here it would be a space too many.
 
     Raises:
-        ValueError: `text` is merged with whatever is put before it.
+        LongRopeError: `text` is merged with whatever is put before it.
     """
     # A letter or a full stop before white space, the end of a line before all else: what most
     # tokenizers keep apart.
@@ -102,7 +103,7 @@ def encode_within(tokenizer: Tokenizer, text: str) -> list[int]:
         before, both = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
         if both[: len(before)] == before:
             return both[len(before) :]
-    raise ValueError(
+    raise LongRopeError(
         f"the tokenizer {tokenizer.path} merges {text[:40]!r} with whatever stands before it, so "
         "that samples cannot be put together from tokens; use a tokenizer with stable prefixes"
     )

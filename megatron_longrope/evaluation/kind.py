@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_longrope.errors import LongRopeError
+
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.figure import Figure
     from megatron_longrope.evaluation.options import EvaluationOptions
@@ -111,22 +113,24 @@ class Kind:
             where (str): Which line, for the error.
 
         Raises:
-            ValueError: It is no record of this kind.
+            LongRopeError: It is no record of this kind.
         """
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: a record must be a JSON object, got {type(row).__name__}")
+            raise LongRopeError(
+                f"{where}: a record must be a JSON object, got {type(row).__name__}"
+            )
         self.restore(row)
         for name, (good, rule) in self.required.items():
             if name not in row:
-                raise ValueError(
+                raise LongRopeError(
                     f"{where}: the record lacks {name!r}; measure again with `longrope eval "
                     f"{self.name}`"
                 )
             if not good(row[name]):
-                raise ValueError(f"{where}: {name} is {row[name]!r}; it must be {rule}")
+                raise LongRopeError(f"{where}: {name} is {row[name]!r}; it must be {rule}")
         for name, (good, rule) in {**self.optional, **_OF_EVERY_KIND}.items():
             if row.get(name) is not None and not good(row[name]):
-                raise ValueError(f"{where}: {name} is {row[name]!r}; it must be {rule} or null")
+                raise LongRopeError(f"{where}: {name} is {row[name]!r}; it must be {rule} or null")
         return row
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_longrope.data.sentences import Splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
 from megatron_longrope.evaluation.needle_text import (
     INSTRUCTION,
@@ -118,14 +119,16 @@ def prepare_documents(
         limit (int): Most documents to use; each is encoded up to the largest length.
 
     Raises:
-        ValueError: There is no document, none is long enough, or none of the long ones makes every
-            sample; the last refusal is raised.
+        LongRopeError: There is no document, none is long enough, or none of the long ones makes
+            every sample; the last refusal is raised.
     """
     for name, given in (("lengths", lengths), ("tasks", tasks), ("documents", documents)):
         if not len(given):
-            raise ValueError(f"needle samples need {name}, but there are none; give at least one")
+            raise LongRopeError(
+                f"needle samples need {name}, but there are none; give at least one"
+            )
     if limit < 1:
-        raise ValueError(f"limit is {limit!r}; at least 1 document is needed")
+        raise LongRopeError(f"limit is {limit!r}; at least 1 document is needed")
     need, longest, refusal = max(lengths), 0, None
     usable: list[NeedleDocument] = []
     for document in documents:
@@ -154,7 +157,7 @@ def prepare_documents(
         raise refusal
     if not usable:
         found = f"the longest has {longest}" if longest else "all have fewer bytes"
-        raise ValueError(
+        raise LongRopeError(
             f"none of {len(documents)} documents has the {need} tokens that the largest length "
             f"needs ({found}); give longer documents or shorter lengths"
         )
@@ -192,7 +195,7 @@ def make_sample(
         num_queries (int): Numbers that `multi_query` asks for, 2 to `num_needles`.
 
     Raises:
-        ValueError: An argument is out of its range; the document has too few tokens or places
+        LongRopeError: An argument is out of its range; the document has too few tokens or places
             between sentences; the tokenizer merges question and answer or loses digits.
     """
     _check(task, length, depth, seed, trial, num_needles, num_queries)
@@ -235,7 +238,7 @@ def make_sample(
             ids[max(at - _BESIDE, len(front)) : at + len(own) + _BESIDE].tolist()
         )
         if needle not in read:
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer {tokenizer.path} reads {read!r} where {needle!r} was written; use "
                 "one that keeps text as it is"
             )
@@ -264,11 +267,11 @@ def score(sample: NeedleSample, predicted: Sequence[int], nll: Sequence[float]) 
         nll (Sequence[float]): Nats of each answer token.
 
     Raises:
-        ValueError: There are not as many predictions or losses as answer tokens.
+        LongRopeError: There are not as many predictions or losses as answer tokens.
     """
     count = sample.num_answer_tokens
     if len(predicted) not in (count, count + 1) or len(nll) != count:
-        raise ValueError(
+        raise LongRopeError(
             f"{len(predicted)} predictions and {len(nll)} losses for an answer of {count} tokens; "
             "give one of each for every answer token"
         )
@@ -293,18 +296,18 @@ def _choose(
 ) -> list[int]:
     """Indices of `count` places within the first `room` tokens, the one nearest to depth first."""
     if room < 1:
-        raise ValueError(
+        raise LongRopeError(
             f"length {length} is too short for a needle sample, which needs {length - room} tokens "
             f"besides the document; give at least {length - room + 1}"
         )
     if len(document.tokens) < most:
-        raise ValueError(
+        raise LongRopeError(
             f"document {document.name} has {len(document.tokens)} tokens; a needle sample of "
             f"{length} tokens needs {most} of a document: give longer documents or a shorter length"
         )
     places = document.places[document.places <= room]
     if len(places) < count:
-        raise ValueError(
+        raise LongRopeError(
             f"document {document.name} has {len(places)} places between sentences in its first "
             f"{room} tokens, too few for {count} needles; give prose, or code with blank lines, a "
             "greater length or fewer needles"
@@ -318,13 +321,13 @@ def _check(
     task: str, length: int, depth: float, seed: int, trial: int, needles: int, queries: int
 ) -> None:
     if task not in TASKS:
-        raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+        raise LongRopeError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     if not 0 <= depth <= 1:
-        raise ValueError(f"depth is {depth!r}; it must be between 0 and 1")
+        raise LongRopeError(f"depth is {depth!r}; it must be between 0 and 1")
     for name, value, least in (("length", length, 1), ("seed", seed, 0), ("trial", trial, 0)):
         if value < least:
-            raise ValueError(f"{name} is {value!r}; it must be at least {least}")
+            raise LongRopeError(f"{name} is {value!r}; it must be at least {least}")
     if task != "single" and not 2 <= needles <= NUM_KEYS:
-        raise ValueError(f"num_needles is {needles!r}; {task} takes 2 to {NUM_KEYS}")
+        raise LongRopeError(f"num_needles is {needles!r}; {task} takes 2 to {NUM_KEYS}")
     if task == "multi_query" and not 2 <= queries <= needles:
-        raise ValueError(f"num_queries is {queries!r}; it must be 2 to num_needles ({needles})")
+        raise LongRopeError(f"num_queries is {queries!r}; it must be 2 to num_needles ({needles})")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.haystack import encode_within
 
 INSTRUCTION = (
@@ -60,8 +61,8 @@ def question_and_answer(
     """Return the tokens of a question for `keys`, of its answer, and of each number in it.
 
     Raises:
-        ValueError: The tokenizer merges the question with the answer, or a number with what follows
-            it, so that scoring would not equal generation; or it does not keep the digits.
+        LongRopeError: The tokenizer merges the question with the answer, or a number with what
+            follows it, so that scoring would not equal generation; or it does not keep the digits.
     """
     *others, last = keys
     text = _QUESTION.format(keys=last)
@@ -74,7 +75,7 @@ def question_and_answer(
         text = f"{lead} {value}"
         before, whole = encode_within(tokenizer, lead), encode_within(tokenizer, text)
         if before[: len(ids)] != ids or whole[: len(before)] != before:
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer {tokenizer.path} merges the end of {lead[-40:]!r} with what "
                 "follows, so that scoring would not equal generation; use a tokenizer with stable "
                 "prefixes"
@@ -85,7 +86,7 @@ def question_and_answer(
             first += 1
         read = tokenizer.decode(whole[first:]).strip()
         if read != str(value):
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer {tokenizer.path} reads {read!r} where the answer {value} was "
                 "written; use a tokenizer that keeps digits"
             )

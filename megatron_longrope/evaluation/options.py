@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, ClassVar
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_lengths
 
 
@@ -24,7 +25,7 @@ def parse_hours(text: str) -> float:
     """Parse a number of hours above 0."""
     hours = float(text)
     if not hours > 0:
-        raise ValueError(f"{text} hours must be above 0")
+        raise LongRopeError(f"{text} hours must be above 0")
     return hours
 
 
@@ -34,7 +35,7 @@ def parse_choices(*allowed: str) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         values = [part.strip() for part in text.split(",") if part.strip()]
         if wrong := [value for value in values if value not in allowed]:
-            raise ValueError(f"{wrong[0]!r} is unknown; choose among {', '.join(allowed)}")
+            raise LongRopeError(f"{wrong[0]!r} is unknown; choose among {', '.join(allowed)}")
         return values
 
     return parse
@@ -51,7 +52,7 @@ def parse_depths(text: str) -> list[float | None]:
     except ValueError:
         depths = [-1.0]
     if not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
-        raise ValueError(
+        raise LongRopeError(
             f"depths {text!r}: give how many, at least 2, or a list of different numbers from 0 to "
             "1 such as 0,0.5,1, or random"
         )
@@ -131,9 +132,9 @@ def check_trials(trials: int, seed: int) -> None:
     """Refuse no trial and a negative seed.
 
     Raises:
-        ValueError: Either was given.
+        LongRopeError: Either was given.
     """
     if trials < 1:
-        raise ValueError(f"--trials {trials} must be at least 1")
+        raise LongRopeError(f"--trials {trials} must be at least 1")
     if seed < 0:
-        raise ValueError(f"--seed {seed} must be at least 0")
+        raise LongRopeError(f"--seed {seed} must be at least 0")

@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_longrope.config_rules import check_int
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
+from megatron_longrope.errors import LongRopeError
 
 MAX_NEW_TOKENS = 10
 """Tokens that the paper's code generates."""
@@ -161,12 +162,12 @@ def make_trial(
             key and random depth stay those of the full length. Defaults to 0.
 
     Raises:
-        ValueError: An argument is out of its range, `length` is shorter than the prompt without
+        LongRopeError: An argument is out of its range, `length` is shorter than the prompt without
             filler or cannot be hit exactly, or the tokenizer fails :func:`check_tokenizer` for
             this key.
     """
     if depth is not None and not 0 <= depth <= 1:
-        raise ValueError(f"depth {depth!r} must be between 0 and 1; None draws a random one")
+        raise LongRopeError(f"depth {depth!r} must be between 0 and 1; None draws a random one")
     for name, value in (("length", length), ("seed", seed), ("trial", trial), ("spare", spare)):
         check_int(name, value, 0)
     # One integer for each depth; a list that ends in 0 would seed like one without it.
@@ -178,7 +179,7 @@ def make_trial(
     prompts = _Prompts(tokenizer, key)
     reserved = len(special) + spare
     if length < prompts.minimum + reserved:
-        raise ValueError(
+        raise LongRopeError(
             f"length {length} is too short for the passkey prompt; with this tokenizer give at "
             f"least {prompts.minimum + reserved} tokens"
         )
@@ -186,7 +187,7 @@ def make_trial(
     shortened = prompt(key, _shortened(before) + _shortened(after), _shortened(before))
     tail = _answer_with_tail(tokenizer, shortened, key)
     if ids[-len(tail) :] != tail:
-        raise ValueError(
+        raise LongRopeError(
             f"the tokenizer reads the end of a prompt of {length} tokens otherwise than that of a "
             "short one; use a tokenizer whose tokens depend on the text around them alone"
         )
@@ -206,7 +207,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> TokenizerReport:
     """Make sure that teacher forcing would equal generation, before any model is loaded.
 
     Raises:
-        ValueError: For an answer of 1 to 5 digits, the tokens of prompt and answer do not start
+        LongRopeError: For an answer of 1 to 5 digits, the tokens of prompt and answer do not start
             with those of the prompt, the answer's tokens do not decode to the number, or they leave
             no room for another within what is generated.
     """
@@ -230,11 +231,11 @@ def is_retrieved(predicted: Sequence[int], trial: PasskeyTrial, tokenizer: Token
         tokenizer (Tokenizer): The one that made the trial.
 
     Raises:
-        ValueError: There are not `num_answer_tokens + 1` predictions.
+        LongRopeError: There are not `num_answer_tokens + 1` predictions.
     """
     *answer, following = map(int, predicted)
     if len(answer) != trial.num_answer_tokens:
-        raise ValueError(
+        raise LongRopeError(
             f"got {len(predicted)} predictions for an answer of {trial.num_answer_tokens} tokens; "
             "give one for each token and one for what follows"
         )
@@ -267,7 +268,7 @@ class _Prompts:
         shorter, longer = (len(self._encode(periods * _PERIOD, 0)) for periods in (2, 6))
         self.tokens_per_period = (longer - shorter) / 4
         if longer <= shorter:
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer reads English of any length as {longer} tokens; use another"
             )
         self.minimum = self._count(0, 0)
@@ -283,7 +284,7 @@ class _Prompts:
             if len(ids) == target:
                 return *place, ids
             aim += target - len(ids)  # tokens that the short prompts did not foresee
-        raise ValueError(
+        raise LongRopeError(
             f"found no passkey prompt of exactly {target} tokens besides BOS at depth {share:.3f}; "
             "this tokenizer skips that number: take another length or depth"
         )
@@ -322,18 +323,18 @@ def _answer_with_tail(tokenizer: Tokenizer, text: str, key: int) -> list[int]:
     """Return the prompt's last tokens and all of the answer's, checked."""
     ids, whole = tokenizer.encode(text), tokenizer.encode(f"{text} {key}")
     if whole[: len(ids)] != ids:
-        raise ValueError(
+        raise LongRopeError(
             f"the tokenizer merges the end of the prompt with the answer {key}, so that teacher "
             "forcing would not equal generation; use a tokenizer with stable prefixes"
         )
     answer = whole[len(ids) :]
     if tokenizer.decode(answer).strip() != str(key):
-        raise ValueError(
+        raise LongRopeError(
             f"the tokenizer reads {tokenizer.decode(answer)!r} where the answer {key} was written, "
             "so that no output could be right; use a tokenizer that keeps digits"
         )
     if len(answer) >= MAX_NEW_TOKENS:
-        raise ValueError(
+        raise LongRopeError(
             f"the tokenizer writes the answer {key} in {len(answer)} tokens, of which generation "
             f"allows {MAX_NEW_TOKENS - 1} and one behind them; use a tokenizer with digits"
         )

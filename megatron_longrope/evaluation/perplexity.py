@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from megatron_longrope.data.tokenizer import bos_prefix
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.evaluation.statistics import perplexity_of
 
@@ -57,13 +58,13 @@ def windows(
         bos (bool): Whether BOS stands before every window. Defaults to True.
 
     Raises:
-        ValueError: A size below its minimum.
+        LongRopeError: A size below its minimum.
     """
     content = window - bos
     if window < 2 or num_tokens < 1:
-        raise ValueError(f"window {window} and document of {num_tokens} tokens must be positive")
+        raise LongRopeError(f"window {window} and document of {num_tokens} tokens must be positive")
     if stride is not None and stride < 1:
-        raise ValueError(f"stride {stride} must be at least 1")
+        raise LongRopeError(f"stride {stride} must be at least 1")
     scored = 0
     for start in range(0, num_tokens, stride or num_tokens):
         end = min(start + content, num_tokens)
@@ -148,7 +149,7 @@ def perplexity(
         on_window (Callable, optional): Called after each forward, for progress.
 
     Raises:
-        ValueError: A document is shorter than the window.
+        LongRopeError: A document is shorter than the window.
     """
     started = time.perf_counter()
     front = bos_prefix(bos_id)
@@ -199,12 +200,12 @@ def planned_windows(
     """List every forward pass as (index of the document, window), for documents of these lengths.
 
     Raises:
-        ValueError: A document is shorter than the window.
+        LongRopeError: A document is shorter than the window.
     """
     for index, count in enumerate(num_tokens):
         if count < length - bos:
             beside = " beside BOS" if bos else ""
-            raise ValueError(
+            raise LongRopeError(
                 f"document {index} has {count} tokens, fewer than the {length - bos} that a window "
                 f"of {length} needs{beside}; use longer documents or shorter lengths"
             )

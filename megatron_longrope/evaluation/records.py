@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import cell_key
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.ranks import rank
@@ -29,7 +30,7 @@ class Records:
         key (Sequence[str]): Fields that identify a cell.
 
     Raises:
-        ValueError: A line before the last is not JSON.
+        LongRopeError: A line before the last is not JSON.
     """
 
     def __init__(self, path: Path, key: Sequence[str]) -> None:
@@ -50,9 +51,9 @@ class Records:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
+                    raise LongRopeError("no JSON object")
             except ValueError as error:
-                raise ValueError(
+                raise LongRopeError(
                     f"{self.path}, line {number}: not a record ({error}); move the file away"
                 ) from None
             self._found[self._key_of(row)] = row

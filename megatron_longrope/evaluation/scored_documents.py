@@ -18,6 +18,7 @@ from megatron_longrope.data.sources import (
     iterate_documents,
 )
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix, load_tokenizer
+from megatron_longrope.errors import LongRopeError
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ def read_scored_documents(
         bos (int, optional): Token id before every window. Defaults to the tokenizer's BOS, or none.
 
     Raises:
-        ValueError: The data is missing, empty, no UTF-8 or of too few long documents; or the
+        LongRopeError: The data is missing, empty, no UTF-8 or of too few long documents; or the
             tokenizer is missing or is not that of the set.
     """
     if count < 1:
-        raise ValueError(f"--num-documents {count} must be at least 1")
+        raise LongRopeError(f"--num-documents {count} must be at least 1")
     if is_prepared(data):
         manifest = read_manifest(data)
         _check_tokenizer(data, manifest["tokenizer_sha256"], tokenizer)
@@ -80,15 +81,15 @@ def tokenizer_for(path: str | None, data: str, bos: int | None = None) -> Tokeni
     """Load the tokenizer of a text, with `bos` as its BOS if given.
 
     Raises:
-        ValueError: None was given, or it cannot be read.
+        LongRopeError: None was given, or it cannot be read.
     """
     if path is None:
         if not Path(data).exists():
-            raise ValueError(
+            raise LongRopeError(
                 f"{data}: neither a prepared set (no {output_paths(data)[1].name}) nor a text "
                 "file; check the path"
             )
-        raise ValueError(f"{data} is text; give the model's tokenizer with --tokenizer")
+        raise LongRopeError(f"{data} is text; give the model's tokenizer with --tokenizer")
     return load_tokenizer(path, bos)
 
 
@@ -96,14 +97,15 @@ def read_texts(data: str) -> Iterator[Document]:
     """Read the documents of a text file, JSON lines or a directory of them.
 
     Raises:
-        ValueError: A path does not exist, or a document cannot be read; evaluations skip nothing.
+        LongRopeError: A path does not exist, or a document cannot be read; evaluations skip
+            nothing.
     """
 
     def refuse(skipped: SkippedDocument) -> None:
         remedy = "repair the file or take it out"
         if skipped.lacks_text:
             remedy = "prepare the set with `longrope data prepare --whole-documents --text-key KEY`"
-        raise ValueError(f"{skipped}; {remedy}")
+        raise LongRopeError(f"{skipped}; {remedy}")
 
     return iterate_documents(find_source_files([data]), on_skip=refuse)
 
@@ -118,8 +120,8 @@ def _tokenize(data: str, tokenizer: Tokenizer, min_tokens: int, count: int) -> l
         if len(found) == count:
             return found
     if not seen:
-        raise ValueError(f"{data} holds no document; give a file with text in it")
-    raise ValueError(
+        raise LongRopeError(f"{data} holds no document; give a file with text in it")
+    raise LongRopeError(
         f"{data} holds {len(found)} documents of at least {min_tokens} tokens, {count} needed "
         f"(it has {seen} documents, the longest of {longest} tokens); ask for fewer or shorter ones"
     )
@@ -127,7 +129,7 @@ def _tokenize(data: str, tokenizer: Tokenizer, min_tokens: int, count: int) -> l
 
 def _check_tokenizer(data: str, sha256: str, tokenizer: str | None) -> None:
     if tokenizer is not None and load_tokenizer(tokenizer).sha256 != sha256:
-        raise ValueError(
+        raise LongRopeError(
             f"{data} was made with another tokenizer than {tokenizer}; leave --tokenizer out or "
             "give the one that made it"
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.evaluation.targets import NamedModel, Target
@@ -172,7 +173,7 @@ class Session:
             pending (Sequence[Cell]): Those of all models.
 
         Raises:
-            ValueError: Above the limit, and not confirmed.
+            LongRopeError: Above the limit, and not confirmed.
         """
         from megatron_longrope.engine.process_groups import from_first_rank
 
@@ -195,8 +196,8 @@ class Session:
             question = f"This is above --max-hours {self.limit.hours:g}. Go on? [y/N] "
             if input(question).strip().lower() in ("y", "yes"):
                 return
-            raise ValueError("not confirmed; nothing was measured")
-        raise ValueError(
+            raise LongRopeError("not confirmed; nothing was measured")
+        raise LongRopeError(
             f"{cost}, which is above --max-hours {self.limit.hours:g}; give --yes to go on, or "
             "fewer lengths, documents or trials, or a longer stride"
         )

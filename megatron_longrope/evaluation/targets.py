@@ -12,6 +12,7 @@ from typing import Any
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.methods import method
 from megatron_longrope.ranks import rank
 
@@ -78,13 +79,13 @@ class Target:
         """Refuse a length that the factors do not cover.
 
         Raises:
-            ValueError: No factor set reaches so far.
+            LongRopeError: No factor set reaches so far.
         """
         try:
             self.config.factor_set_for(max(lengths))
         except ValueError as error:
             where = self.path or self.model.path
-            raise ValueError(f"{where}: {error}") from None
+            raise LongRopeError(f"{where}: {error}") from None
 
 
 def config_sha256(config: LongRopeConfig) -> str:
@@ -110,13 +111,15 @@ def open_models(
         sliding_window (str): Of the folders: `refuse`, `drop` or `keep`.
 
     Raises:
-        ValueError: None or an unreadable one was given, or a label stands for two.
+        LongRopeError: None or an unreadable one was given, or a label stands for two.
     """
     from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 
     if not megatron and not hugging_face:
-        raise ValueError("no model was given; name a Megatron checkpoint with --load or a Hugging "
-                         "Face folder with --hf")  # fmt: skip
+        raise LongRopeError(
+            "no model was given; name a Megatron checkpoint with --load or a Hugging "
+            "Face folder with --hf"
+        )
     models = [
         NamedModel(label, path, open_checkpoint(path, None, iteration))
         for label, path in labelled(megatron)
@@ -136,7 +139,7 @@ def targets_of(model: NamedModel, factor_files: Sequence[str]) -> list[Target]:
         factor_files (Sequence[str]): `[LABEL=]PATH` of LongRoPE JSON files.
 
     Raises:
-        ValueError: A file is damaged or for another model, or a label stands for two.
+        LongRopeError: A file is damaged or for another model, or a label stands for two.
     """
     from megatron_longrope.conversion.rope_export import check_fits
 
@@ -146,7 +149,7 @@ def targets_of(model: NamedModel, factor_files: Sequence[str]) -> list[Target]:
         try:
             check_fits(config, model.checkpoint.shape, model.checkpoint.longrope)
         except ValueError as error:
-            raise ValueError(f"{path} with {model.path}: {error}") from None
+            raise LongRopeError(f"{path} with {model.path}: {error}") from None
         targets.append(Target(model, label, config, path))
     _check_distinct([target.label for target in targets], "factor files")
     return targets or [Target(model, OWN, model.config())]
@@ -163,7 +166,7 @@ def targets_at(
         lengths (Sequence[int]): To be measured, in tokens.
 
     Raises:
-        ValueError: As :func:`targets_of`; or the factors do not cover a length.
+        LongRopeError: As :func:`targets_of`; or the factors do not cover a length.
     """
     targets = [target for model in models for target in targets_of(model, factor_files)]
     for target in targets:
@@ -190,14 +193,14 @@ def baselines_of(
         window (int, optional): Pre-trained window in tokens. Defaults to the checkpoint's.
 
     Raises:
-        ValueError: `window` contradicts the model's factors.
+        LongRopeError: `window` contradicts the model's factors.
     """
     base, shape = model.config(), model.checkpoint.shape
     original = window or base.original_max_position_embeddings
     if model.checkpoint.longrope is None:
         base = identity_config(shape.rotary_base, shape.rotary_dim, original)
     elif original != base.original_max_position_embeddings:
-        raise ValueError(
+        raise LongRopeError(
             f"--original-length {original} contradicts the factors of {model.path}, which were "
             f"made for {base.original_max_position_embeddings}; leave it out"
         )
@@ -226,10 +229,10 @@ def prompt_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str:
     """Return what :func:`own_tokenizer` does.
 
     Raises:
-        ValueError: There is none.
+        LongRopeError: There is none.
     """
     if (path := own_tokenizer(given, models)) is None:
-        raise ValueError(
+        raise LongRopeError(
             "prompts need a tokenizer: give the models' own with --tokenizer (a sentencepiece "
             ".model file or a Hugging Face folder); models with different ones need a command each"
         )
@@ -244,11 +247,11 @@ def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[NamedModel
         what (str): Where the tokens come from.
 
     Raises:
-        ValueError: A model's vocabulary is smaller.
+        LongRopeError: A model's vocabulary is smaller.
     """
     for model in models:
         if vocab_size > model.checkpoint.shape.vocab_size:
-            raise ValueError(
+            raise LongRopeError(
                 f"{what} has {vocab_size} tokens, the vocabulary of {model.path} "
                 f"{model.checkpoint.shape.vocab_size}; it is not the model's tokenizer"
             )
@@ -263,7 +266,7 @@ def labelled(items: Sequence[str]) -> list[tuple[str, str]]:
             path = item
             label = Path(path).stem if Path(path).suffix == ".json" else Path(path).resolve().name
         if not label or not path:
-            raise ValueError(f"{item!r} lacks its label or its path; write LABEL=PATH")
+            raise LongRopeError(f"{item!r} lacks its label or its path; write LABEL=PATH")
         pairs.append((label, path))
     return pairs
 
@@ -271,6 +274,6 @@ def labelled(items: Sequence[str]) -> list[tuple[str, str]]:
 def _check_distinct(labels: Sequence[str], what: str) -> None:
     for label in labels:
         if labels.count(label) > 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"label {label!r} stands for two {what}; give each its own, as LABEL=PATH"
             )

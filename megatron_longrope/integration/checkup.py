@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from megatron_longrope import __version__
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import compat, hooks, seams
 from megatron_longrope.integration.settings import attention_from_args
 
@@ -251,7 +252,7 @@ def _state(role: str, symbol: compat.Symbol) -> SymbolState:
     try:
         misfit = symbol.misfit()
         holder, attribute = symbol.owner()
-    except RuntimeError:
+    except LongRopeError:
         return SymbolState(str(symbol), role, "MISSING")
     if role == "hook" and seams.is_bound(vars(holder).get(attribute)):
         role = "patched"

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import agreement
 from megatron_longrope.training_loss import chunked_linear_cross_entropy
 
@@ -43,21 +44,21 @@ def chunk_tokens_from_args(args: argparse.Namespace) -> int | None:
     """Tokens of a chunk that `--longrope-chunked-loss` asks for, None without the flag.
 
     Raises:
-        ValueError: The number is below 1, or another flag needs the logits.
+        LongRopeError: The number is below 1, or another flag needs the logits.
     """
     tokens = getattr(args, "longrope_chunked_loss", None)
     if tokens is None:
         return None
     if tokens < 1:
-        raise ValueError(f"{FLAG} {tokens} is below 1; give the number of tokens of a chunk")
+        raise LongRopeError(f"{FLAG} {tokens} is below 1; give the number of tokens of a chunk")
     for name, reason in _REFUSED.items():
         if getattr(args, name, None):
             flag = _FLAG_OF.get(name, f"--{name.replace('_', '-')}")
-            raise ValueError(
+            raise LongRopeError(
                 f"{FLAG} cannot be combined with {flag}: {reason}; remove one of the two"
             )
     if (getattr(args, "gtp_weight_remat_size", None) or 1) > 1:
-        raise ValueError(
+        raise LongRopeError(
             f"{FLAG} cannot be combined with --tensor-parallel-num-weight-shards: the output "
             "weights are sharded between uses; remove one of the two"
         )
@@ -108,7 +109,7 @@ def defer(model: Any, chunk_tokens: int) -> None:
         chunk_tokens (int): Tokens whose logits exist at the same time.
 
     Raises:
-        ValueError: The output layer does something else than multiply.
+        LongRopeError: The output layer does something else than multiply.
     """
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
@@ -120,7 +121,7 @@ def defer(model: Any, chunk_tokens: int) -> None:
         and getattr(layer, "output_dtype", None) is None  # since 0.20: logits in another type
     )
     if not only_multiplies:
-        raise ValueError(
+        raise LongRopeError(
             f"{FLAG} needs an output layer of type ColumnParallelLinear without bias, with parallel"
             f" output in the parameters' type, and {type(model).__name__} has {_describe(layer)}; "
             "remove the flag"
@@ -174,7 +175,7 @@ def _deferring_forward(
 
 def _deferred_loss(model: Any, labels: Tensor, logits: Any) -> Tensor:
     if not isinstance(logits, DeferredLogits):
-        raise ValueError(
+        raise LongRopeError(
             f"{FLAG} computes the loss from hidden states, and {type(model).__name__} has gathered "
             "its logits; remove the flag or runtime_gather_output"
         )

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
+
 TESTED_RELEASES = ("0.17", "0.18", "0.19")
 
 
@@ -45,7 +47,7 @@ class Symbol:
         """The object that holds the attribute, and the attribute's name.
 
         Raises:
-            RuntimeError: This Megatron has no such symbol.
+            LongRopeError: This Megatron has no such symbol.
         """
         try:
             holder: object = importlib.import_module(self.module)
@@ -54,7 +56,7 @@ class Symbol:
                 holder = getattr(holder, part)
             getattr(holder, attribute)
         except (ImportError, AttributeError) as error:
-            raise RuntimeError(
+            raise LongRopeError(
                 f"{self} is missing from megatron-core {megatron_version()}; the plugin is tested "
                 f"with {', '.join(TESTED_RELEASES)}: install one of these or report the release"
             ) from error
@@ -64,7 +66,7 @@ class Symbol:
         """What no longer fits about the parameters, or None.
 
         Raises:
-            RuntimeError: This Megatron has no such symbol.
+            LongRopeError: This Megatron has no such symbol.
         """
         theirs = self._theirs()
         missing = [name for name in self._ours if name not in theirs]
@@ -84,7 +86,7 @@ class Symbol:
         """Optional parameters that the plugin does not know, or None; harmless unless they are set.
 
         Raises:
-            RuntimeError: This Megatron has no such symbol.
+            LongRopeError: This Megatron has no such symbol.
         """
         unknown = self._unknown()
         return f"also takes {_quoted(unknown)}" if unknown and not self.misfit() else None

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import compat, seams
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def apply() -> None:
     """Hook Megatron; call before the pretrain script is imported. Idempotent.
 
     Raises:
-        RuntimeError: This Megatron lacks a symbol that the plugin needs; nothing stays replaced.
+        LongRopeError: This Megatron lacks a symbol that the plugin needs; nothing stays replaced.
     """
     compat.warn_if_untested()
     pairs = [*argument_seams(), *model_seams()]
@@ -66,7 +67,7 @@ def enable(args: argparse.Namespace) -> None:
 
     Raises:
         SystemExit: A flag is wrong; the message is one sentence.
-        RuntimeError: This Megatron lacks a symbol that the plugin needs.
+        LongRopeError: This Megatron lacks a symbol that the plugin needs.
     """
     _install(model_seams())
     seams.configure(args)
@@ -103,6 +104,6 @@ def _install(pairs: list[tuple[compat.Symbol, Seam]]) -> None:
             setattr(holder, attribute, seam(original))
             _replaced.append((symbol, original))
             logger.info("replaced %s", symbol)
-    except RuntimeError:
+    except LongRopeError:
         remove()
         raise

@@ -26,6 +26,8 @@ from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_longrope.errors import LongRopeError
+
 try:
     from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -62,7 +64,7 @@ class LocalHybridStack(HybridStack):
         **options (object): Further arguments of megatron-core's HybridStack.
 
     Raises:
-        ValueError: The pattern has another kind of layer; see :func:`check_layers`.
+        LongRopeError: The pattern has another kind of layer; see :func:`check_layers`.
     """
 
     def __init__(
@@ -149,12 +151,12 @@ def check_layers(pattern: Iterable[str]) -> None:
         pattern (Iterable[str]): Letters of `--hybrid-layer-pattern`.
 
     Raises:
-        ValueError: A letter stands for another kind.
+        LongRopeError: A letter stands for another kind.
     """
     for letter in pattern:
         if letter not in "*-":
             reason = _REFUSED.get(letter, "an unknown kind of layer")
-            raise ValueError(
+            raise LongRopeError(
                 f"the hybrid layer pattern has {letter!r}: {reason}; without Transformer Engine "
                 "only '*' (attention) and '-' (dense MLP) layers run"
             )

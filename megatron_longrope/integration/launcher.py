@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
 
 _LOCK = ".longrope.lock"
@@ -30,13 +31,13 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         cpu (bool): Host Megatron on the CPU; see :mod:`megatron_longrope.integration.cpu_host`.
 
     Raises:
-        ValueError: The script does not exist, another training writes to the `--save` folder, or
+        LongRopeError: The script does not exist, another training writes to the `--save` folder, or
             Megatron could not compile its dataset helpers.
-        RuntimeError: This Megatron lacks a symbol that the plugin needs.
+        LongRopeError: This Megatron lacks a symbol that the plugin needs.
     """
     path = Path(script)
     if not path.is_file():
-        raise ValueError(f"script {script} does not exist; give the path of a pretrain script")
+        raise LongRopeError(f"script {script} does not exist; give the path of a pretrain script")
     arguments = list(arguments)
     if rank() == 0 and "--save" in arguments[:-1]:
         hold_folder(Path(arguments[arguments.index("--save") + 1]))
@@ -56,7 +57,7 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
 
     if not compat.helpers_are_compiled() and (obstacle := compat.helpers_obstacle()):
         # Megatron would fail on rank 0 in `make`, and on the others in a collective.
-        raise ValueError(
+        raise LongRopeError(
             f"Megatron's dataset helpers are not compiled for this Python, and {obstacle}"
         )
     hooks.apply()
@@ -80,7 +81,7 @@ def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:
         wait (float): Seconds to wait for the process that holds it.
 
     Raises:
-        ValueError: It is still held after that time.
+        LongRopeError: It is still held after that time.
     """
     folder = folder.resolve()
     if folder in _held:
@@ -97,7 +98,7 @@ def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:
                 time.sleep(min(0.5, wait))
                 continue
             lock.seek(0)
-            raise ValueError(
+            raise LongRopeError(
                 f"--save {folder} is being written by {lock.read().strip() or 'another process'}; "
                 "wait for it, end it, or save elsewhere"
             ) from None

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_longrope.base_frequencies import megatron_base_frequencies
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration.rotation import Rotary, difference
 from megatron_longrope.integration.settings import LongRopeSettings, is_packed
 
@@ -63,13 +64,13 @@ def check(
         iteration (int): The checkpoint's. Defaults to 0.
 
     Raises:
-        ValueError: The run would silently train or evaluate another model.
+        LongRopeError: The run would silently train or evaluate another model.
     """
     theirs = Rotary.of_checkpoint(saved)
     if settings is None:
         if theirs is None or theirs.is_stock:
             return Verdict(saved_lineage(saved) if theirs else [])
-        raise ValueError(
+        raise LongRopeError(
             f"the checkpoint was trained with LongRoPE, {theirs.describe()}, and this run has "
             "stock RoPE; give the checkpoint's factors with --longrope-config, or "
             "--use-checkpoint-args, which restores them"
@@ -94,7 +95,7 @@ def check(
         remark = f"same factors at another length: {step}"
     if refusal is not None:
         if not getattr(args, "longrope_replace_factors", False):
-            raise ValueError(
+            raise LongRopeError(
                 f"{refusal}, or add --longrope-replace-factors to go on with this run's"
             )
         remark = f"factors replaced (--longrope-replace-factors): {step}"
@@ -110,7 +111,7 @@ def _mode_change(
     iteration: int,
 ) -> Verdict:
     if is_packed(args) and not is_chosen and not getattr(args, "longrope_replace_factors", False):
-        raise ValueError(
+        raise LongRopeError(
             f"the checkpoint was trained in mode {theirs.mode} and this run would rotate short "
             f"packed documents in mode {ours.mode}; give --longrope-mode {theirs.mode} to go on as "
             f"it was, or --longrope-mode {ours.mode} to change the mode"

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass, replace
 
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration.settings import LongRopeSettings
 from megatron_longrope.selection import FactorSelection
 
@@ -74,7 +75,7 @@ class Rotary:
         """From a checkpoint's arguments; None when it was trained without LongRoPE.
 
         Raises:
-            ValueError: What it stores is not valid.
+            LongRopeError: What it stores is not valid.
         """
         value = getattr(saved, "longrope_config_value", None)
         if value is None:
@@ -84,7 +85,7 @@ class Rotary:
             config = LongRopeConfig.from_dict(value)
             FactorSelection(config, mode, saved.seq_length).factor_set(saved.seq_length)
         except ValueError as error:
-            raise ValueError(f"the LongRoPE factors in the checkpoint: {error}") from None
+            raise LongRopeError(f"the LongRoPE factors in the checkpoint: {error}") from None
         return cls(
             config,
             mode,

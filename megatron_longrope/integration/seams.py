@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, shard_documents
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import (
     agreement,
     chunked_loss,
@@ -317,7 +318,7 @@ def with_softmax_scale(attention_init: Callable) -> Callable:
 
 
 def _refuse_dynamic_inference(*_: Any, **__: Any) -> None:
-    raise ValueError(
+    raise LongRopeError(
         f"megatron-core {compat.megatron_version()} drops the attention factor when it decodes in "
         "dynamic batches; use megatron-core 0.19 or a static inference context"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.fused_rope import fused_rope_overflow
 from megatron_longrope.integration.compat import transformer_engine_version
 from megatron_longrope.selection import FactorSelection
@@ -76,7 +77,8 @@ def attention_from_args(args: argparse.Namespace) -> str:
     """Resolve `--longrope-attention` to `te`, `flash`, `sdpa` or `local`.
 
     Raises:
-        ValueError: The choice does not fit the transformer implementation or the parallel layout.
+        LongRopeError: The choice does not fit the transformer implementation or the parallel
+            layout.
     """
     choice = getattr(args, "longrope_attention", "auto")
     is_local = args.transformer_impl == "local"
@@ -85,27 +87,27 @@ def attention_from_args(args: argparse.Namespace) -> str:
             return "te"
         choice = "flash" if _flash_attention_fits(args) else "sdpa"
     if choice == "te" and transformer_engine_version() is None:
-        raise ValueError(
+        raise LongRopeError(
             "--longrope-attention te needs Transformer Engine, which is not installed; "
             "use --transformer-impl local with --longrope-attention sdpa"
         )
     if choice != "te" and not is_local:
-        raise ValueError(
+        raise LongRopeError(
             f"--longrope-attention {choice} needs --transformer-impl local, "
             f"got {args.transformer_impl}"
         )
     if choice == "flash" and (obstacle := flash_obstacle()):
-        raise ValueError(
+        raise LongRopeError(
             f"--longrope-attention flash needs a flash-attention package that runs here, but "
             f"{obstacle}; install one (pip install megatron-longrope[flash]) or use sdpa"
         )
     if choice == "local" and args.context_parallel_size > 1:
-        raise ValueError(
+        raise LongRopeError(
             "--longrope-attention local cannot run context parallel size "
             f"{args.context_parallel_size}; use sdpa"
         )
     if choice in OURS and getattr(args, "reset_attention_mask", False):
-        raise ValueError(
+        raise LongRopeError(
             f"--reset-attention-mask is not supported by {choice} attention, which is causal over "
             "the whole sample and would ignore document borders; remove the flag, pack documents "
             "with --dataloader-inter-document-masking, or use --longrope-attention local"
@@ -135,7 +137,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """Check what is wrong whatever the factor file holds, and so wrong on every rank.
 
     Raises:
-        ValueError: A flag does not go with `--longrope-config`.
+        LongRopeError: A flag does not go with `--longrope-config`.
     """
     _refuse_other_scaling(args)
     check_divisible(args.seq_length, args.context_parallel_size)
@@ -146,7 +148,7 @@ def check_spec(args: argparse.Namespace) -> None:
     """Check the layers of a HybridModel that the plugin's own spec would build.
 
     Raises:
-        ValueError: A kind of layer that the spec does not have.
+        LongRopeError: A kind of layer that the spec does not have.
     """
     spec = getattr(args, "spec", None) or [""]
     if spec[0] != f"{__package__}.hybrid_spec":
@@ -160,7 +162,7 @@ def config_from_args(args: argparse.Namespace) -> LongRopeConfig | None:
     """The run's factor sets: the file's, else what `--use-checkpoint-args` restored, else None.
 
     Raises:
-        ValueError: The file is missing or invalid.
+        LongRopeError: The file is missing or invalid.
     """
     if getattr(args, "longrope_config", None):
         return LongRopeConfig.load(args.longrope_config)
@@ -182,7 +184,7 @@ def settings_from_args(
         attention (str): From :func:`attention_from_args`.
 
     Raises:
-        ValueError: A combination that would train a different model than asked for.
+        LongRopeError: A combination that would train a different model than asked for.
     """
     check_flags(args)
     rotary_dim = int(args.kv_channels * args.rotary_percent)
@@ -205,7 +207,7 @@ def settings_from_args(
     if settings.carrier == "softmax" and factor != 1.0:
         scale = factor**2 / math.sqrt(args.kv_channels)
         if getattr(args, "softmax_scale", None) not in (None, scale):
-            raise ValueError(
+            raise LongRopeError(
                 f"softmax_scale {args.softmax_scale} is already set, so the attention factor has "
                 "no room there; use --longrope-attention-factor-carrier rope"
             )
@@ -229,7 +231,7 @@ def _carrier(args: argparse.Namespace, factor: float, *, whole_head: bool) -> st
     if choice == "auto":
         return "softmax" if obstacle is None else "rope"
     if choice == "softmax" and factor != 1.0 and obstacle is not None:
-        raise ValueError(f"{obstacle}; use --longrope-attention-factor-carrier rope")
+        raise LongRopeError(f"{obstacle}; use --longrope-attention-factor-carrier rope")
     return choice
 
 
@@ -254,12 +256,12 @@ def _check_kernels(args: argparse.Namespace, settings: LongRopeSettings) -> None
     if settings.carrier != "rope" or settings.attention_factor == 1.0:
         return
     if is_packed(args) and getattr(args, "apply_rope_fusion", False):
-        raise ValueError(
+        raise LongRopeError(
             f"attention factor {settings.attention_factor:.6g} on cos and sin is ignored by the "
             "fused RoPE kernel for packed sequences; add --no-rope-fusion"
         )
     if getattr(args, "fused_single_qkv_rope", False):
-        raise ValueError(
+        raise LongRopeError(
             f"attention factor {settings.attention_factor:.6g} on cos and sin is ignored by "
             "--fused-single-qkv-rope; remove that flag"
         )
@@ -279,7 +281,7 @@ def _check_fused_rope(args: argparse.Namespace) -> None:
         args.tensor_model_parallel_size,
     )
     if overflow is not None:
-        raise ValueError(overflow)
+        raise LongRopeError(overflow)
 
 
 def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention: str) -> None:
@@ -288,29 +290,29 @@ def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention
     if getattr(args, "sft", False):
         # SFTDataset ends its last conversation at the end of the pack (`cu_seqlens[-1]`), padding
         # included: a short conversation would count, and rotate, as a long one.
-        raise ValueError(
+        raise LongRopeError(
             f"{mode} cannot follow --sft, whose data set counts the padding of a pack to its last "
             "conversation; pack with --dataloader-inter-document-masking (megatron-core 0.19), or "
             "give --longrope-mode auto"
         )
     if not is_packed(args):
-        raise ValueError(
+        raise LongRopeError(
             f"{mode} chooses factors by packed document, and this run packs none; add "
             "--dataloader-inter-document-masking (megatron-core 0.19), or give --longrope-mode auto"
         )
     if getattr(args, "apply_rope_fusion", False):
-        raise ValueError(
+        raise LongRopeError(
             f"{mode} needs a table row per token, and the fused RoPE kernel has one table for all "
             "documents; add --no-rope-fusion"
         )
     if settings.follows_documents and attention not in OURS:
-        raise ValueError(
+        raise LongRopeError(
             f"{mode} needs another softmax scale for short documents, which {attention} attention "
             "cannot give; use --transformer-impl local with --longrope-attention flash or sdpa, or "
             "factors with one attention factor"
         )
     if settings.follows_documents and settings.carrier != "softmax":
-        raise ValueError(
+        raise LongRopeError(
             f"{mode} carries the attention factor of a document on the softmax scale; remove "
             "--longrope-attention-factor-carrier rope, or use factors with one attention factor"
         )
@@ -318,7 +320,7 @@ def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention
 
 def _check_data(args: argparse.Namespace) -> None:
     if args.seq_length >= DENSE_MASK_LIMIT and args.create_attention_mask_in_dataloader:
-        raise ValueError(
+        raise LongRopeError(
             f"sequence length {args.seq_length} with a dense attention mask from the data loader "
             f"would build a {args.seq_length} x {args.seq_length} mask per sample; add "
             "--no-create-attention-mask-in-dataloader (attention is causal without it)"
@@ -328,12 +330,12 @@ def _check_data(args: argparse.Namespace) -> None:
 def _check_geometry(args: argparse.Namespace, config: LongRopeConfig, rotary_dim: int) -> None:
     source = args.longrope_config or "the checkpoint's factors"
     if config.rotary_dim != rotary_dim:
-        raise ValueError(
+        raise LongRopeError(
             f"{source}: rotary_dim {config.rotary_dim} differs from this model's "
             f"{rotary_dim} (kv_channels {args.kv_channels} x rotary_percent {args.rotary_percent})"
         )
     if float(config.rotary_base) != float(args.rotary_base):
-        raise ValueError(
+        raise LongRopeError(
             f"{source}: rotary_base {config.rotary_base:g} differs from "
             f"--rotary-base {args.rotary_base}; give the base that the model was trained with"
         )
@@ -341,7 +343,7 @@ def _check_geometry(args: argparse.Namespace, config: LongRopeConfig, rotary_dim
 
 def _refuse_other_scaling(args: argparse.Namespace) -> None:
     def refuse(flag: str, reason: str) -> None:
-        raise ValueError(f"--longrope-config cannot be combined with {flag}: {reason}")
+        raise LongRopeError(f"--longrope-config cannot be combined with {flag}: {reason}")
 
     def get(name: str) -> Any:
         return getattr(args, name, None)

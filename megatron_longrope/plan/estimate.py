@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length
 from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, parse, render
 from megatron_longrope.plan.hardware import GIB, GPUS, USABLE, Gpu, parse_gpu
@@ -213,14 +214,14 @@ def rank(
         fixed (Mapping[str, object], optional): Fields of :class:`Layout` that are not chosen.
 
     Raises:
-        ValueError: No layout keeps Megatron's rules.
+        LongRopeError: No layout keeps Megatron's rules.
     """
     found = [
         Estimate(model, training, layout, cluster.gpu, cluster.mfu)
         for layout in layouts(model, training, cluster.gpus, cluster.gpus_per_node, fixed or {})
     ]
     if not found:
-        raise ValueError(
+        raise LongRopeError(
             f"no layout of {cluster.gpus} GPUs keeps Megatron's rules "
             f"({_broken(model, training, cluster, fixed or {})}); change the number of GPUs, the "
             "batch or the sizes that are fixed"
@@ -303,15 +304,15 @@ def plan_command(
         memory (float, optional): GiB of a GPU. Defaults to the GPU's.
 
     Raises:
-        ValueError: The command lacks a flag that matters, Megatron would refuse its layout, or its
-            fused RoPE cannot index so many tokens.
+        LongRopeError: The command lacks a flag that matters, Megatron would refuse its layout, or
+            its fused RoPE cannot index so many tokens.
     """
     model, training, layout = parse(words, gpus)
     if broken := problem(model, training, layout):
-        raise ValueError(f"Megatron would refuse the command: {broken}; change the size")
+        raise LongRopeError(f"Megatron would refuse the command: {broken}; change the size")
     is_fused = not {"--no-rope-fusion", "local"} & set(words)
     if is_fused and (overflow := rope_overflow(model, training, layout)):
-        raise ValueError(overflow)
+        raise LongRopeError(overflow)
     return Estimate(model, training, layout, with_memory(parse_gpu(gpu), memory))
 
 
@@ -319,10 +320,10 @@ def with_memory(gpu: Gpu, gib: float | None) -> Gpu:
     """A GPU with other memory; None leaves it.
 
     Raises:
-        ValueError: `gib` is not positive.
+        LongRopeError: `gib` is not positive.
     """
     if gib is None:
         return gpu
     if not 0 < gib < float("inf"):
-        raise ValueError(f"--memory {gib} is no size; give the GiB of a GPU, such as 80")
+        raise LongRopeError(f"--memory {gib} is no size; give the GiB of a GPU, such as 80")
     return replace(gpu, gib=gib)

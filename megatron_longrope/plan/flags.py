@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.plan.layouts import FULL, Layout, Training, rope_overflow
 from megatron_longrope.plan.model import MODELS, Model
 
@@ -102,7 +103,7 @@ def _flag(name: str, value: object, reason: str) -> Flag:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise ValueError(f"the Megatron command does not parse ({message}); correct its flags")
+        raise LongRopeError(f"the Megatron command does not parse ({message}); correct its flags")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,7 +151,7 @@ def parse(words: Sequence[str], gpus: int) -> tuple[Model, Training, Layout]:
         gpus (int): GPUs that it runs on, which gives the data-parallel size.
 
     Raises:
-        ValueError: A flag that is needed is missing, or a value is no number.
+        LongRopeError: A flag that is needed is missing, or a value is no number.
     """
     args, _ = _parser().parse_known_args(list(words))
     model = _model(args)
@@ -175,7 +176,7 @@ def parse(words: Sequence[str], gpus: int) -> tuple[Model, Training, Layout]:
 def _needed(args: argparse.Namespace, name: str) -> Any:
     value = getattr(args, name)
     if value is None:
-        raise ValueError(
+        raise LongRopeError(
             f"the Megatron command has no --{name.replace('_', '-')}, which memory and hours "
             "depend on; add it"
         )
@@ -189,7 +190,7 @@ def _layout(args: argparse.Namespace, model: Model, gpus: int) -> Layout:
         * args.pipeline_model_parallel_size
     )
     if ranks < 1 or gpus < ranks or gpus % ranks:
-        raise ValueError(
+        raise LongRopeError(
             f"{gpus} GPUs are no multiple of the command's tensor x context x pipeline parallel "
             f"size {ranks}; give a multiple"
         )
@@ -227,7 +228,7 @@ def _model(args: argparse.Namespace) -> Model:
     layers, hidden = _needed(args, "num_layers"), _needed(args, "hidden_size")
     heads = _needed(args, "num_attention_heads")
     if not args.swiglu:
-        raise ValueError(
+        raise LongRopeError(
             "the Megatron command has no --swiglu, and the plan's formulas are those of gated "
             "MLPs; plan a model with them"
         )
@@ -276,7 +277,7 @@ def _checkpoint(args: argparse.Namespace) -> Model:
     paths = [path for path in (args.load, args.pretrained_checkpoint) if path]
     there = next((path for path in paths if Path(path).exists()), None)
     if there is None:
-        raise ValueError(
+        raise LongRopeError(
             f"the Megatron command takes the model from {' or '.join(paths) or 'no checkpoint'}, "
             "which is not there; give the model's flags, such as --num-layers, as well"
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_longrope.errors import LongRopeError
+
 GIB = 2**30
 
 USABLE = 0.9
@@ -43,7 +45,7 @@ def parse_gpu(text: str) -> Gpu:
     """`h100`, or the numbers of another GPU as TFLOP/s:GiB, such as `312:80`.
 
     Raises:
-        ValueError: Neither a known name nor two positive numbers.
+        LongRopeError: Neither a known name nor two positive numbers.
     """
     known = GPUS.get(text.strip().lower())
     if known is not None:
@@ -53,7 +55,7 @@ def parse_gpu(text: str) -> Gpu:
     except ValueError:
         tflops = gib = math.nan
     if not (0 < tflops < math.inf and 0 < gib < math.inf):
-        raise ValueError(
+        raise LongRopeError(
             f"GPU {text!r} is unknown; name one of {', '.join(GPUS)}, or give its dense bf16 "
             "TFLOP/s and GiB, such as 312:80"
         )

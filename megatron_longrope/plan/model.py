@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import layer_weights
 
 if TYPE_CHECKING:
@@ -70,16 +71,16 @@ class Model:
         """The model of a checkpoint.
 
         Raises:
-            ValueError: The formulas do not cover it.
+            LongRopeError: The formulas do not cover it.
         """
         if shape.hybrid_layer_pattern is not None or not shape.swiglu:
             what = "a HybridModel" if shape.swiglu else "a model without gated MLPs (swiglu)"
-            raise ValueError(
+            raise LongRopeError(
                 f"the checkpoint holds {what}, which the plan's formulas do not cover; plan a "
                 "GPTModel of the same shape with gated MLPs"
             )
         if shape.other_moe is not None:
-            raise ValueError(
+            raise LongRopeError(
                 f"the checkpoint has {shape.other_moe}, which the plan's formulas do not cover; "
                 "plan a model with experts of equal width in every layer"
             )
@@ -165,11 +166,11 @@ def find_model(name: str) -> Model:
     """A model of :data:`MODELS`.
 
     Raises:
-        ValueError: The name is unknown.
+        LongRopeError: The name is unknown.
     """
     model = MODELS.get(name.strip().lower())
     if model is None:
-        raise ValueError(
+        raise LongRopeError(
             f"model {name!r} is unknown; name one of {', '.join(MODELS)}, or give the model itself "
             "with --hf or --load"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import Gpu
 from megatron_longrope.plan.layouts import FULL, Layout, Training
@@ -31,12 +32,12 @@ def rates(gpu: Gpu, mfu: float | None = None) -> Rates:
     """The anchors of a GPU, those of Hopper for one without; `mfu` takes the place of both.
 
     Raises:
-        ValueError: `mfu` is not in (0, 1].
+        LongRopeError: `mfu` is not in (0, 1].
     """
     if mfu is None:
         return _RATES.get(gpu.name, _HOPPER)
     if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu {mfu} is not in (0, 1]; give a part of the peak such as 0.4")
+        raise LongRopeError(f"--mfu {mfu} is not in (0, 1]; give a part of the peak such as 0.4")
     return Rates(mfu, mfu)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_longrope.errors import LongRopeError
+
 PREFIX = "published:"
 _FOLDER = Path(__file__).parent
 
@@ -22,11 +24,11 @@ def resolve(path: str | Path) -> Path:
     """Replace `published:NAME` by the path of that file; leave any other path alone.
 
     Raises:
-        ValueError: No published factors have this name.
+        LongRopeError: No published factors have this name.
     """
     if not str(path).startswith(PREFIX):
         return Path(path)
     name = str(path).removeprefix(PREFIX)
     if name not in names():
-        raise ValueError(f"{path}: no such factors; published are {', '.join(names())}")
+        raise LongRopeError(f"{path}: no such factors; published are {', '.join(names())}")
     return _FOLDER / f"{name}.json"

@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from megatron_longrope import __version__
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import Section
 from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.table import ABSENT, Column, Table, Value, format_ratio
@@ -72,14 +73,15 @@ def write_report(
         Path: The page.
 
     Raises:
-        ValueError: A directory is missing or has nothing to report, or a file in it is malformed.
+        LongRopeError: A directory is missing or has nothing to report, or a file in it is
+            malformed.
     """
     folders = _listed(directories)
     page = Path(output) if output is not None else (
         folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     )  # fmt: skip
     if page.is_dir():
-        raise ValueError(f"{page} is a directory; give the name of the HTML file to write")
+        raise LongRopeError(f"{page} is a directory; give the name of the HTML file to write")
     measurements = measurements or read_measurements(folders)
     sets, notes = _factor_sets(folders)
     sections = sections_of(measurements)
@@ -114,7 +116,7 @@ def report_tables(
     """Return the report's tables as plain text.
 
     Raises:
-        ValueError: As :func:`write_report`.
+        LongRopeError: As :func:`write_report`.
     """
     measurements = measurements or read_measurements(_listed(directories))
     return "\n\n".join(
@@ -245,7 +247,7 @@ def _listed(directories: str | Path | Sequence[str | Path]) -> list[Path]:
     one = isinstance(directories, str | Path)
     folders = [Path(directories)] if one else [Path(item) for item in directories]
     if not folders:
-        raise ValueError("no directory to report on; give at least one")
+        raise LongRopeError("no directory to report on; give at least one")
     return list({folder.resolve(): folder for folder in folders}.values())
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import Kind, Row, cell_key
 from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.series import Identity, Rows, Series, identify, name_series
@@ -51,7 +52,7 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
         directories (Sequence[str | Path]): Searched at any depth; hidden folders are passed over.
 
     Raises:
-        ValueError: A directory is missing or holds nothing to report, or a record is damaged or
+        LongRopeError: A directory is missing or holds nothing to report, or a record is damaged or
             lacks a field.
     """
     names = {f"{name}.jsonl": kind for name, kind in KINDS.items()}
@@ -59,7 +60,7 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
     facts: dict[str, Mapping[str, Any]] = {}
     for directory in map(Path, directories):
         if not directory.is_dir():
-            raise ValueError(
+            raise LongRopeError(
                 f"{directory} is no directory; give one that holds, at any depth, "
                 f"{', '.join(names)}"
             )
@@ -74,7 +75,7 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
                 ]
             some += found[path.resolve()]
         if not some:
-            raise ValueError(
+            raise LongRopeError(
                 f"{directory} has no record in {', '.join(names)} at any depth; give the directory "
                 "of an evaluation"
             )
@@ -110,7 +111,7 @@ def _read(path: Path, kind: Kind) -> Iterator[Row]:
         except ValueError:
             if number == len(lines):
                 return
-            raise ValueError(
+            raise LongRopeError(
                 f"{where}: not JSON; the file is damaged, repair the line or move the file away"
             ) from None
         yield kind.check(row, where)
@@ -119,7 +120,7 @@ def _read(path: Path, kind: Kind) -> Iterator[Row]:
 def _facts(directory: Path) -> Mapping[str, Mapping[str, Any]]:
     facts = read_json(directory / FACTS)
     if not isinstance(facts, dict) or not all(isinstance(part, dict) for part in facts.values()):
-        raise ValueError(f"{directory / FACTS}: must hold objects of names and values by title")
+        raise LongRopeError(f"{directory / FACTS}: must hold objects of names and values by title")
     return facts
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
 from megatron_longrope.search.space import START_TOKENS
 
@@ -14,13 +15,13 @@ def base_of(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
     """What the search extends: given factors, the model's own, or plain RoPE.
 
     Raises:
-        ValueError: An option contradicts them.
+        LongRopeError: An option contradicts them.
     """
     if args.attention_factor not in (None, "longest"):
         try:
             float(args.attention_factor)
         except ValueError:
-            raise ValueError(
+            raise LongRopeError(
                 f"--attention-factor {args.attention_factor!r} must be a number or `longest`"
             ) from None
     shape, stored = checkpoint.shape, checkpoint.longrope
@@ -45,12 +46,12 @@ def base_of(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
         whose = "plain RoPE" if own is None else f"RoPE scaled by {own['rope_type']}"
     original = base.original_max_position_embeddings
     if args.original_length not in (None, original):
-        raise ValueError(
+        raise LongRopeError(
             f"--original-length {args.original_length} contradicts {whose}, made for {original}; "
             "leave it out"
         )
     if args.attention_factor == "longest" and base.max_length == original:
-        raise ValueError(
+        raise LongRopeError(
             "--attention-factor longest takes the value that the model was tuned with, and plain "
             "RoPE has none: leave it out, or give the tuned model's --base-config"
         )
@@ -61,7 +62,7 @@ def start_token_choices(text: str | None) -> tuple[int, ...] | None:
     """Read --start-tokens; None leaves the choice to the problem.
 
     Raises:
-        ValueError: No list of integers.
+        LongRopeError: No list of integers.
     """
     if text is None:
         return None
@@ -70,6 +71,6 @@ def start_token_choices(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
-        raise ValueError(
+        raise LongRopeError(
             f"--start-tokens {text!r} must be integers, for example 0,2,4, or `paper`"
         ) from None

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import cma
 import numpy as np
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.coordinates import Coordinates, moved_candidate
 from megatron_longrope.search.evolution import checked_seeds
 from megatron_longrope.search.generations import Generation, GenerationalSearch
@@ -47,7 +48,7 @@ class CmaParameters:
     """Sizes of the search.
 
     Raises:
-        ValueError: A field breaks its rule; the message names field, value and rule.
+        LongRopeError: A field breaks its rule; the message names field, value and rule.
     """
 
     max_evaluations: int = 336
@@ -78,9 +79,9 @@ class CmaParameters:
         for name in ("initial_deviation", "polish_step"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+                raise LongRopeError(f"{name} is {value!r}; it must be a finite number above 0")
         if not 0 <= self.polish_share < 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"polish_share is {self.polish_share!r}; it must be at least 0 and below 1"
             )
 
@@ -98,7 +99,7 @@ class CmaSearch(GenerationalSearch):
         blocks (int): See :class:`GenerationalSearch`.
 
     Raises:
-        ValueError: No seed, or one outside the space.
+        LongRopeError: No seed, or one outside the space.
     """
 
     def __init__(

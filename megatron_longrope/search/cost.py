@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
 
@@ -196,7 +197,7 @@ def estimate(
         utilisation (float): Share of the peak that the model reaches. Defaults to 0.4.
 
     Raises:
-        ValueError: A count below 1, a dtype or utilisation out of range, or sizes that do not
+        LongRopeError: A count below 1, a dtype or utilisation out of range, or sizes that do not
             divide what they split.
     """
     for name, value in (
@@ -209,18 +210,18 @@ def estimate(
         ("batch", batch),
     ):
         if value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more")
+            raise LongRopeError(f"{name} is {value}; give 1 or more")
     if not 0 < utilisation <= 1:
-        raise ValueError(f"utilisation {utilisation} is not in (0, 1]; give a share such as 0.4")
+        raise LongRopeError(f"utilisation {utilisation} is not in (0, 1]; give a share such as 0.4")
     if dtype not in _BYTES:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose among {', '.join(_BYTES)}")
+        raise LongRopeError(f"dtype {dtype!r} is unknown; choose among {', '.join(_BYTES)}")
     if shape.num_query_groups % tensor_parallel:
-        raise ValueError(
+        raise LongRopeError(
             f"tensor parallel size {tensor_parallel} does not divide the "
             f"{shape.num_query_groups} query groups; use a divisor"
         )
     if context_parallel > 1 and target_length % (2 * context_parallel):
-        raise ValueError(
+        raise LongRopeError(
             f"target length {target_length} does not split into {2 * context_parallel} chunks for "
             f"context parallel {context_parallel}; use a multiple of {2 * context_parallel}"
         )

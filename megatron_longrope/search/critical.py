@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations_with_replacement
 from typing import ClassVar
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.space import Candidate, SearchSpace, check_int
 
 _MIN_SEEDS = 8  # starting points of the released code for its single critical dimension
@@ -39,12 +40,12 @@ def critical_dimension(
         int: At least 0.
 
     Raises:
-        ValueError: Every dimension completes that many periods.
+        LongRopeError: Every dimension completes that many periods.
     """
     ratio = math.log(original_length / (2 * math.pi * periods)) / math.log(rotary_base)
     dimension = max(math.ceil(rotary_dim / 2 * ratio), 0)
     if dimension >= rotary_dim // 2:
-        raise ValueError(
+        raise LongRopeError(
             f"all {rotary_dim // 2} dimensions complete {periods:g} periods in the original window "
             f"of {original_length} tokens, so that none is critical; search the full space"
         )
@@ -55,7 +56,7 @@ def critical_choices(rotary_dim: int, rotary_base: float, original_length: int) 
     """Critical dimensions of algorithm 1: from ten periods in the window to one.
 
     Raises:
-        ValueError: No dimension is critical.
+        LongRopeError: No dimension is critical.
     """
     highest = critical_dimension(rotary_dim, rotary_base, original_length)
     lowest = critical_dimension(rotary_dim, rotary_base, original_length, periods=10.0)
@@ -71,7 +72,7 @@ class CriticalSpace(SearchSpace):
     candidates never decode to the same factors, and no evaluation is repeated.
 
     Raises:
-        ValueError: A field breaks its rule; the message names field, value and rule.
+        LongRopeError: A field breaks its rule; the message names field, value and rule.
     """
 
     start_tokens: tuple[int, ...] = (0,)
@@ -85,27 +86,27 @@ class CriticalSpace(SearchSpace):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start_tokens != (0,):
-            raise ValueError(
+            raise LongRopeError(
                 f"start_tokens is {self.start_tokens!r}; LongRoPE2's space has none: "
                 "give (0,), or search the full space"
             )
         if self.max_step < self.min_step:
-            raise ValueError(
+            raise LongRopeError(
                 f"upper is {self.upper!r}, below {super()._factor(self.min_step)}, the smallest "
                 "factor of this space (the extension ratio, on the grid); raise upper"
             )
         object.__setattr__(self, "critical_dimensions", tuple(self.critical_dimensions))
         if not self.critical_dimensions:
-            raise ValueError("critical_dimensions is empty; give at least one dimension")
+            raise LongRopeError("critical_dimensions is empty; give at least one dimension")
         for index, value in enumerate(self.critical_dimensions):
             check_int(f"critical_dimensions[{index}]", value, 0)
             if value >= self.num_factors:
-                raise ValueError(
+                raise LongRopeError(
                     f"critical_dimensions[{index}] is {value}; it must be below rotary_dim / 2 = "
                     f"{self.num_factors}"
                 )
             if index and value <= self.critical_dimensions[index - 1]:
-                raise ValueError(
+                raise LongRopeError(
                     f"critical_dimensions[{index}] is {value}, not above its predecessor "
                     f"{self.critical_dimensions[index - 1]}; the choices must ascend"
                 )
@@ -163,7 +164,7 @@ class CriticalSpace(SearchSpace):
             critical_dimension (int, optional): Only candidates of this choice. Defaults to all.
 
         Raises:
-            ValueError: Wrong number of factors, one that is not finite, or an unknown choice.
+            LongRopeError: Wrong number of factors, one that is not finite, or an unknown choice.
         """
         check_int("num_start_tokens", num_start_tokens, 0)
         nearest = self._nearest_steps(rescale_factors)
@@ -172,7 +173,7 @@ class CriticalSpace(SearchSpace):
         elif critical_dimension in self.critical_dimensions:
             indices = [self.critical_dimensions.index(critical_dimension)]
         else:
-            raise ValueError(
+            raise LongRopeError(
                 f"critical_dimension {critical_dimension!r} is not one of this space's choices "
                 f"{self.critical_dimensions}"
             )
@@ -197,12 +198,12 @@ class CriticalSpace(SearchSpace):
         """Refuse a candidate from outside this space, or one that is not canonical.
 
         Raises:
-            ValueError: Wrong number of genes, out of bounds, decreasing, or not canonical.
+            LongRopeError: Wrong number of genes, out of bounds, decreasing, or not canonical.
         """
         super().check(candidate)
         canonical = self.canonical(candidate)
         if candidate != canonical:
-            raise ValueError(
+            raise LongRopeError(
                 f"the candidate {candidate} stands for the same factors as {canonical}; "
                 "give the latter, which `canonical` returns"
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.generations import Generation, GenerationalSearch
 from megatron_longrope.search.operators import MUTATION_PROB, crossover, mutate, unique
 from megatron_longrope.search.space import Candidate, SearchSpace, check_int
@@ -18,7 +19,7 @@ class EvolutionParameters:
     """Sizes of algorithm 1; the defaults are the paper's for targets up to 256k (section 4.1).
 
     Raises:
-        ValueError: A field breaks its rule; the message names field, value and rule.
+        LongRopeError: A field breaks its rule; the message names field, value and rule.
     """
 
     population_size: int = 64
@@ -46,11 +47,11 @@ class EvolutionParameters:
         check_int("max_iterations", self.max_iterations, 0)
         check_int("num_parents", self.num_parents, 1)
         if not isinstance(self.mutation_prob, (int, float)) or not 0 < self.mutation_prob <= 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"mutation_prob is {self.mutation_prob!r}; it must be above 0 and at most 1"
             )
         if self.max_iterations and not self.num_mutations + self.num_crossovers:
-            raise ValueError(
+            raise LongRopeError(
                 f"num_mutations and num_crossovers are both 0, so {self.max_iterations} iterations "
                 "would have no children; raise one of them or set max_iterations to 0"
             )
@@ -90,7 +91,7 @@ class EvolutionSearch(GenerationalSearch):
         blocks (int): See :class:`GenerationalSearch`.
 
     Raises:
-        ValueError: No seed, more seeds than the population holds, or a seed outside the space.
+        LongRopeError: No seed, more seeds than the population holds, or a seed outside the space.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class EvolutionSearch(GenerationalSearch):
         check_int("rng_seed", rng_seed, 0)
         self._seeds = checked_seeds(space, seeds)
         if len(self._seeds) > parameters.population_size:
-            raise ValueError(
+            raise LongRopeError(
                 f"population_size is {parameters.population_size}, below the {len(self._seeds)} "
                 "different seeds; raise it or give fewer seeds"
             )
@@ -192,11 +193,11 @@ def checked_seeds(space: SearchSpace, seeds: Sequence[Candidate]) -> list[Candid
     """The different seeds, in order.
 
     Raises:
-        ValueError: There is none, or one lies outside the space.
+        LongRopeError: There is none, or one lies outside the space.
     """
     seeds = list(dict.fromkeys(seeds))
     if not seeds:
-        raise ValueError("seeds is empty; give at least one starting candidate")
+        raise LongRopeError("seeds is empty; give at least one starting candidate")
     for seed in seeds:
         space.check(seed)
     return seeds

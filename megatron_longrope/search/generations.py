@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.space import Candidate, SearchSpace, check_int
 
 WORTHWHILE = 0.001
@@ -200,11 +201,11 @@ class GenerationalSearch(ABC):
         scoring was stopped is told with a score that its rival beats.
 
         Raises:
-            ValueError: Lengths differ, or a candidate is not among those now asked for. Nothing is
-                recorded then.
+            LongRopeError: Lengths differ, or a candidate is not among those now asked for. Nothing
+                is recorded then.
         """
         if len(candidates) != len(scores):
-            raise ValueError(f"{len(candidates)} candidates came with {len(scores)} scores")
+            raise LongRopeError(f"{len(candidates)} candidates came with {len(scores)} scores")
         waiting = {
             candidate: generation
             for generation in self._open()
@@ -215,7 +216,7 @@ class GenerationalSearch(ABC):
         for candidate in candidates:
             if candidate not in waiting:
                 known = candidate in self._asked
-                raise ValueError(
+                raise LongRopeError(
                     f"candidate {self.space.decode(candidate)} "
                     + ("was told before" if known else "was not asked for")
                     + "; tell each candidate of ask() once (a journal must come from the same "

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from megatron_longrope.errors import LongRopeError
+
 JOURNAL_VERSION = 2
 _MARK = b'{"journal": '  # how every journal starts; nothing else is ever truncated
 
@@ -87,11 +89,12 @@ class Evaluation:
         """Read what `to_dict` wrote.
 
         Raises:
-            ValueError: Not an object with exactly this class' fields, or a field of the wrong type.
+            LongRopeError: Not an object with exactly this class' fields, or a field of the wrong
+                type.
         """
         names = {item.name for item in fields(cls)}
         if not isinstance(value, dict) or value.keys() | {"block"} != names:
-            raise ValueError(f"expected an object with the keys {sorted(names)}")
+            raise LongRopeError(f"expected an object with the keys {sorted(names)}")
         nlls = value["sample_nlls"]
         score = value["score"]
         try:
@@ -103,7 +106,7 @@ class Evaluation:
                 }
             )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"a field has the wrong type ({error})") from None
+            raise LongRopeError(f"a field has the wrong type ({error})") from None
 
 
 class Journal:
@@ -117,7 +120,7 @@ class Journal:
         overwrite (bool): Discard what the file holds.
 
     Raises:
-        ValueError: The file is in use, exists without `resume` or `overwrite`, was written with
+        LongRopeError: The file is in use, exists without `resume` or `overwrite`, was written with
             other settings, or is corrupt before its last line.
     """
 
@@ -130,12 +133,12 @@ class Journal:
         overwrite: bool = False,
     ) -> None:
         if resume and overwrite:
-            raise ValueError("resume and overwrite exclude each other; give one of them")
+            raise LongRopeError("resume and overwrite exclude each other; give one of them")
         self.path = Path(path)
         try:
             self.settings = json.loads(json.dumps(dict(settings), allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the settings of a journal must be plain JSON: {error}") from None
+            raise LongRopeError(f"the settings of a journal must be plain JSON: {error}") from None
         self.records: list[Evaluation] = []
         """Replayed evaluations, then those appended, in file order."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +147,7 @@ class Journal:
         try:
             content = b"" if overwrite or not self.path.exists() else self.path.read_bytes()
             if content and not resume:
-                raise ValueError(
+                raise LongRopeError(
                     f"{self.path} already holds a search; continue it with --resume or discard it "
                     "with --overwrite"
                 )
@@ -198,7 +201,7 @@ class Journal:
         except BlockingIOError:
             owner = os.read(fd, 64).decode(errors="replace").strip() or "unknown"
             os.close(fd)
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.path} is being written by another process ({owner}); wait for it to end or "
                 "choose another output"
             ) from None
@@ -216,14 +219,14 @@ class Journal:
     def _replay(self, content: bytes) -> int:
         """Read the records of `content`; return how many of its bytes are whole lines."""
         if content and not (content.startswith(_MARK) or _MARK.startswith(content)):
-            raise ValueError(f"{self.path} is not a search journal; choose another path")
+            raise LongRopeError(f"{self.path} is not a search journal; choose another path")
         size = 0
         lines = io.BytesIO(content).readlines()
         for number, line in enumerate(lines, start=1):
             try:
                 value = json.loads(line)
                 if not line.endswith(b"\n"):
-                    raise ValueError("the line has no end")
+                    raise LongRopeError("the line has no end")
             except ValueError as error:  # includes JSON and UTF-8 errors
                 if number == len(lines):
                     break  # torn by a crash in the middle of a write
@@ -240,7 +243,7 @@ class Journal:
 
     def _check_header(self, header: dict[str, Any]) -> None:
         if header["journal"] != JOURNAL_VERSION:
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.path} is a journal of version {header['journal']!r}; "
                 f"this release reads version {JOURNAL_VERSION}"
             )
@@ -248,20 +251,20 @@ class Journal:
         if not isinstance(old, dict) or header.get("settings_sha256") != _sha256(old):
             raise self._corrupt(1, "settings and settings_sha256 do not agree")
         if changes := _differences(old, self.settings):
-            raise ValueError(
+            raise LongRopeError(
                 f"{self.path} was written with other settings: {'; '.join(changes)}; "
                 "resume with the old settings or discard the journal with --overwrite"
             )
 
-    def _corrupt(self, number: int, reason: str) -> ValueError:
-        return ValueError(
+    def _corrupt(self, number: int, reason: str) -> LongRopeError:
+        return LongRopeError(
             f"{self.path} line {number} is corrupt: {reason}; restore the file from a copy, or "
             "discard the journal with --overwrite"
         )
 
     def _write(self, value: dict[str, Any]) -> None:
         if self._fd is None:
-            raise ValueError(f"{self.path} is closed")
+            raise LongRopeError(f"{self.path} is closed")
         data = (json.dumps(value, allow_nan=False) + "\n").encode()
         try:
             written = 0

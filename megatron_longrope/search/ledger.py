@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.board import Board, LocalBoard, SharedBoard
 from megatron_longrope.search.generations import Trial
 from megatron_longrope.search.journal import Evaluation, Journal, is_complete
@@ -56,14 +57,14 @@ class Ledger:
         """The trial's evaluation, if there is one.
 
         Raises:
-            ValueError: The trial of that index was another candidate.
+            LongRopeError: The trial of that index was another candidate.
         """
         record = self._by_index.get(trial.index)
         if record is None:
             return None
         key = record.rescale_factors, record.num_start_tokens, record.block
         if key != self._key(trial.candidate, trial.block):
-            raise ValueError(
+            raise LongRopeError(
                 f"evaluation {trial.index} of the journal is not the candidate that this search "
                 "asks for; it comes from another release of this package or of numpy and scipy: "
                 "go on with that one, or discard the journal with --overwrite"
@@ -110,7 +111,7 @@ def opened(
     """The journal of a search on replica 0, and what it holds on every replica.
 
     Raises:
-        ValueError: The journal exists and is not to be resumed, or belongs to other settings; on
+        LongRopeError: The journal exists and is not to be resumed, or belongs to other settings; on
             every replica.
     """
     if team.store is None or team.count == 1:
@@ -135,7 +136,7 @@ def opened(
             time.sleep(0.05)
         found = json.loads(store.get("journal"))
         if "error" in found:
-            raise ValueError(found["error"])
+            raise LongRopeError(found["error"])
         ledger = Ledger(problem, [Evaluation.from_dict(item) for item in found["records"]])
         board = SharedBoard(store, team.index, team.count, write)
         try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.space import check_int
 
 _INSTRUCTION = (
@@ -97,20 +98,20 @@ def needle_samples(
         seed (int): Of the numbers.
 
     Raises:
-        ValueError: Documents or length too short, depths outside [0, 1], or a tokenizer that is not
-            the documents' or that does not keep question and answer apart.
+        LongRopeError: Documents or length too short, depths outside [0, 1], or a tokenizer that is
+            not the documents' or that does not keep question and answer apart.
     """
     check_int("length", length, 1)
     check_int("seed", seed, 0)
     if not len(documents):
-        raise ValueError("documents is empty; give at least one")
+        raise LongRopeError("documents is empty; give at least one")
     if depths is None:
         depths = [index / max(len(documents) - 1, 1) for index in range(len(documents))]
     if not len(depths):
-        raise ValueError("depths is empty; give at least one, such as (0,)")
+        raise LongRopeError("depths is empty; give at least one, such as (0,)")
     for index, depth in enumerate(depths):
         if not 0 <= depth <= 1:
-            raise ValueError(f"depths[{index}] is {depth!r}; it must be between 0 and 1")
+            raise LongRopeError(f"depths[{index}] is {depth!r}; it must be between 0 and 1")
     count = max(len(documents), len(depths))
     rng = np.random.default_rng(seed)
     numbers = rng.choice(_LARGEST + 1 - _SMALLEST, count, replace=False) + _SMALLEST
@@ -147,7 +148,7 @@ class _Parts:
     def of(cls, tokenizer: Tokenizer, bos_id: int | None, number: int) -> _Parts:
         question, after = tokenizer.encode(_QUESTION), tokenizer.encode(f"{_QUESTION} {number}")
         if after[: len(question)] != question:
-            raise ValueError(
+            raise LongRopeError(
                 "the tokenizer merges the end of the question with the answer, so that scoring "
                 "would not equal generation; use a tokenizer with stable prefixes"
             )
@@ -156,7 +157,7 @@ class _Parts:
         while answer and not tokenizer.decode(answer[:1]).strip():
             answer = answer[1:]
         if tokenizer.decode(answer).strip() != str(number):
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer reads {tokenizer.decode(answer)!r} where the answer {number} was "
                 "written; use a tokenizer that keeps digits"
             )
@@ -174,18 +175,18 @@ def _trimmed(
     """As much of the document as fits beside the other parts."""
     fixed = len(parts.before) + len(parts.needle) + len(parts.after)
     if length <= fixed:
-        raise ValueError(
+        raise LongRopeError(
             f"length {length} is too short for a needle sample, which needs {fixed} tokens besides "
             f"the document; give at least {fixed + 1}"
         )
     if len(document) < length - fixed:
-        raise ValueError(
+        raise LongRopeError(
             f"document {index} has {len(document)} tokens; a needle sample of {length} tokens "
             f"needs {length - fixed} of a document: give longer documents or a shorter length"
         )
     text = document[: length - fixed].tolist()
     if max(text) >= tokenizer.vocab_size:
-        raise ValueError(
+        raise LongRopeError(
             f"document {index} holds token {max(text)}, the tokenizer has {tokenizer.vocab_size}; "
             "give the tokenizer that the documents were made with"
         )

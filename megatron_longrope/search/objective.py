@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.data.tokenizer import bos_prefix
+from megatron_longrope.errors import LongRopeError
 
 # Short samples go through the model together, up to this many tokens.
 TOKENS_PER_FORWARD = 8192
@@ -52,7 +53,7 @@ class PerplexityObjective:
             at its runners after each pass. Defaults to 8192.
 
     Raises:
-        ValueError: There is no sample, or one in which nothing counts.
+        LongRopeError: There is no sample, or one in which nothing counts.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class PerplexityObjective:
         tokens_per_forward: int = TOKENS_PER_FORWARD,
     ) -> None:
         if not len(samples):
-            raise ValueError("there is no sample to score; give at least one document")
+            raise LongRopeError("there is no sample to score; give at least one document")
         if weights is not None and not bool((weights > 0).any(dim=1).all()):
-            raise ValueError("a sample has no token that counts; weigh at least one target of each")
+            raise LongRopeError(
+                "a sample has no token that counts; weigh at least one target of each"
+            )
         self._engine = engine
         self._samples, self._weights = samples, weights
         self._config: LongRopeConfig | None = None
@@ -143,13 +146,13 @@ def window_samples(
         Tensor: `[documents * windows_per_document, length]`, int64.
 
     Raises:
-        ValueError: A document is too short.
+        LongRopeError: A document is too short.
     """
     front = np.asarray(bos_prefix(bos_id), np.int64)
     content = length - len(front)
     for index, document in enumerate(documents):
         if len(document) < windows_per_document * content:
-            raise ValueError(
+            raise LongRopeError(
                 f"document {index} has {len(document)} tokens; {windows_per_document} windows "
                 f"of {length} need {windows_per_document * content}"
                 f"{' (BOS is added)' if len(front) else ''}"

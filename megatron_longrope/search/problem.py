@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.methods import named_factors
 from megatron_longrope.search.critical import CriticalSpace, critical_choices, critical_seeds
 from megatron_longrope.search.space import START_TOKENS, Candidate, GivenFactors, SearchSpace
@@ -123,18 +124,18 @@ def make_problem(
             the target length; where all are longer, the shortest is taken as it is.
 
     Raises:
-        ValueError: Nothing to search, or a setting outside its range.
+        LongRopeError: Nothing to search, or a setting outside its range.
     """
     if space not in SPACES:
-        raise ValueError(f"space {space!r} is unknown; choose one of {', '.join(SPACES)}")
+        raise LongRopeError(f"space {space!r} is unknown; choose one of {', '.join(SPACES)}")
     if critical_dimension is not None and space == "full":
-        raise ValueError(
+        raise LongRopeError(
             f"critical_dimension {critical_dimension} has no meaning in the full space; "
             "leave it out or search the floored or the critical space"
         )
     original = base.original_max_position_embeddings
     if target_length < original:
-        raise ValueError(
+        raise LongRopeError(
             f"target length {target_length} is below the original window {original}; "
             "search for the original window or a longer one"
         )
@@ -152,17 +153,17 @@ def make_problem(
             dimension = _first_incomplete(base)
         return _extension(base, target_length, upper, start_tokens, named, dimension)
     if warm_start is not None:
-        raise ValueError(
+        raise LongRopeError(
             "a warm start belongs to a search beyond the base's window; a recovery starts from the "
             "base's own factors"
         )
     if base.max_length <= original:
-        raise ValueError(
+        raise LongRopeError(
             f"target length {target_length} is the original window and the model is not extended; "
             "nothing to search: give a longer --target-length, or a --base-config to recover"
         )
     if space == "critical":
-        raise ValueError(
+        raise LongRopeError(
             f"target length {target_length} lies within the base's window, which is a recovery, "
             "and LongRoPE2's critical space only extends (its short factors are 1); "
             "search the full space"
@@ -202,14 +203,14 @@ def _critical_extension(
 ) -> SearchProblem:
     """First or second search in LongRoPE2's space."""
     if tuple(start_tokens) not in (START_TOKENS, (0,)):
-        raise ValueError(
+        raise LongRopeError(
             f"start_tokens {tuple(start_tokens)} cannot be searched in the critical space, which "
             "has none; leave them out or search the full space"
         )
     stage, scale, multiplier = _further(base, target_length)
     limit = _limit(base, target_length, multiplier)
     if upper is None and limit < scale + SearchSpace.step:
-        raise ValueError(
+        raise LongRopeError(
             f"the base's largest factor {max(multiplier):g} leaves candidates up to {limit:.4g}, "
             f"not above the extension ratio {scale:g} that starts the critical space; "
             "search the full space"
@@ -299,18 +300,18 @@ def _warm(warm_start: LongRopeConfig, base: LongRopeConfig, target_length: int) 
     """The starting point that factors for another window give.
 
     Raises:
-        ValueError: They are another model's, or none is for a window beyond the base's.
+        LongRopeError: They are another model's, or none is for a window beyond the base's.
     """
     for name in ("rotary_base", "rotary_dim", "original_max_position_embeddings"):
         theirs, ours = getattr(warm_start, name), getattr(base, name)
         if theirs != ours:
-            raise ValueError(
+            raise LongRopeError(
                 f"the warm start has {name} {theirs:g}, the base {ours:g}; give factors of the "
                 "same model"
             )
     further = [item for item in warm_start.factor_sets if item.max_length > base.max_length]
     if not further:
-        raise ValueError(
+        raise LongRopeError(
             f"the warm start has no factors beyond the base's {base.max_length} tokens, hence "
             "nothing that this search does not know; give the result of a search for another window"
         )
@@ -376,7 +377,7 @@ def _bounded(upper: float | None, default: float, limit: float) -> float:
     if upper is None:
         return min(default, limit)
     if isinstance(upper, (int, float)) and upper > limit:
-        raise ValueError(
+        raise LongRopeError(
             f"upper {upper:g} admits factors over 2 x the extension ratio, the bound of a search;"
             f" give at most {limit:.6g}"
         )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
+from megatron_longrope.errors import LongRopeError
+
 RULES = ("exact", "paired", "off")
 
 
@@ -21,7 +23,7 @@ class Race:
     """A rule for stopping early.
 
     Raises:
-        ValueError: The rule is unknown or the significance is not between 0 and 0.5.
+        LongRopeError: The rule is unknown or the significance is not between 0 and 0.5.
     """
 
     rule: str = "exact"
@@ -35,9 +37,9 @@ class Race:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(f"racing rule {self.rule!r} is unknown; choose {', '.join(RULES)}")
+            raise LongRopeError(f"racing rule {self.rule!r} is unknown; choose {', '.join(RULES)}")
         if not 0 < self.significance < 0.5:
-            raise ValueError(
+            raise LongRopeError(
                 f"significance is {self.significance!r}; it must lie between 0 and 0.5"
             )
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.generations import Trial
 from megatron_longrope.search.journal import Evaluation, is_complete
 from megatron_longrope.search.objective import PerplexityObjective
@@ -29,11 +30,11 @@ def split_pool(num_documents: int, per_generation: int) -> tuple[int, int]:
     """How many blocks rotate, and how many are kept for validation: a quarter, at least one.
 
     Raises:
-        ValueError: The pool is smaller than two blocks.
+        LongRopeError: The pool is smaller than two blocks.
     """
     blocks = num_documents // per_generation
     if blocks < 2:
-        raise ValueError(
+        raise LongRopeError(
             f"a pool of {num_documents} documents is less than two generations' "
             f"{per_generation}: one part rotates, another one is kept for the end; give more"
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.progress import Progress
 from megatron_longrope.search.board import Board
 from megatron_longrope.search.generations import Generation, GenerationalSearch, Trial
@@ -104,8 +105,8 @@ def run_search(
         anchor (Anchor, optional): What scores on different blocks are relative to.
 
     Raises:
-        ValueError: The journal exists and is not to be resumed, or belongs to other settings.
-        RuntimeError: No candidate could be scored, or a replica died.
+        LongRopeError: The journal exists and is not to be resumed, or belongs to other settings.
+        LongRopeError: No candidate could be scored, or a replica died.
     """
     num_samples = objective.num_samples
     status = SearchStatus(num_samples)
@@ -146,7 +147,7 @@ def run_search(
         if seed_scores.get(name, math.inf) < score:
             candidate, score = given, seed_scores[name]
     if not math.isfinite(score):
-        raise RuntimeError(
+        raise LongRopeError(
             f"no candidate could be scored; see the error fields in {run.journal} for the reason"
         )
     return SearchOutcome(
@@ -265,7 +266,7 @@ def score_anchor(
         record.block: record.sample_nlls for record in outcome.records if is_complete(record)
     }
     if len(losses) < len(blocks):
-        raise RuntimeError(
+        raise LongRopeError(
             f"the anchor could not be scored on every block; see the error fields in {path}"
         )
     return Anchor(given, tuple(losses[block] for block in range(len(blocks))))

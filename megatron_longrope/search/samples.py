@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_longrope.data.documents import read_manifest, read_window_documents
 from megatron_longrope.data.tokenizer import Tokenizer, bos_name, load_tokenizer
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.needle import NeedleSamples, needle_samples
 from megatron_longrope.search.objective import mean_over, window_samples
 
@@ -46,7 +47,7 @@ def read_samples(
     every candidate alike.
 
     Raises:
-        ValueError: Too few documents are long enough, or the tokenizer does not fit.
+        LongRopeError: Too few documents are long enough, or the tokenizer does not fit.
     """
     windows, length = args.windows_per_document, args.target_length
     documents, bos_id = read_window_documents(
@@ -55,7 +56,7 @@ def read_samples(
     if objective == "ppl":
         return Samples(window_samples(documents, bos_id, length, windows), bos_name(bos_id))
     if args.tokenizer is None:
-        raise ValueError(
+        raise LongRopeError(
             f"--objective {objective} writes text into documents: give their --tokenizer"
         )
     samples = needle_samples(
@@ -72,11 +73,11 @@ def retrieval_samples(args: argparse.Namespace, prefix: str) -> NeedleSamples:
     """Needles for the closing table, at depths spread evenly from 0 to 1.
 
     Raises:
-        ValueError: No tokenizer is at hand, it does not fit, or the window is too short.
+        LongRopeError: No tokenizer is at hand, it does not fit, or the window is too short.
     """
     path = args.tokenizer or read_manifest(prefix)["tokenizer"]
     if not path:
-        raise ValueError(f"the manifest of {prefix} names no tokenizer")
+        raise LongRopeError(f"the manifest of {prefix} names no tokenizer")
     tokenizer = _tokenizer(path, prefix)
     trials = args.retrieval_trials
     documents, bos_id = read_window_documents(
@@ -92,14 +93,14 @@ def needles_or_reason(args: argparse.Namespace, vocab_size: int) -> NeedleSample
     """Hide needles in the held-out documents (else the search's), or say why there are none.
 
     Raises:
-        ValueError: A tokenizer was given, and it does not fit.
+        LongRopeError: A tokenizer was given, and it does not fit.
     """
     if not args.retrieval_trials:
         return "--retrieval-trials is 0"
     try:
         needles = retrieval_samples(args, args.held_out or args.data)
         if (largest := int(needles.tokens.max())) >= vocab_size:  # else the search's end would fail
-            raise ValueError(
+            raise LongRopeError(
                 f"the tokenizer writes token {largest}, the model's vocabulary has {vocab_size}"
             )
         return needles
@@ -118,7 +119,7 @@ def _even(count: int) -> list[float]:
 def _tokenizer(path: str, prefix: str) -> Tokenizer:
     tokenizer, manifest = load_tokenizer(path), read_manifest(prefix)
     if tokenizer.sha256 != manifest["tokenizer_sha256"]:
-        raise ValueError(
+        raise LongRopeError(
             f"{path} is not the tokenizer that {prefix} was made with "
             f"({manifest['tokenizer']}); give that one"
         )
@@ -131,4 +132,6 @@ def _depths(text: str | None) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--needle-depths {text!r} must be numbers, for example 0,0.5,1") from None
+        raise LongRopeError(
+            f"--needle-depths {text!r} must be numbers, for example 0,0.5,1"
+        ) from None

@@ -16,6 +16,7 @@ from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
 from megatron_longrope.search import outcome as outcome_files
 from megatron_longrope.search.base import base_of, start_token_choices
@@ -83,24 +84,24 @@ class SearchPlan:
         """Check everything that can be checked without the model.
 
         Raises:
-            ValueError: Something does not fit; one sentence says what.
+            LongRopeError: Something does not fit; one sentence says what.
         """
         if min(args.num_samples, args.windows_per_document) < 1:
-            raise ValueError("--num-samples and --windows-per-document must be at least 1")
+            raise LongRopeError("--num-samples and --windows-per-document must be at least 1")
         if args.objective != "ppl" and args.windows_per_document > 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"--windows-per-document has no meaning with --objective {args.objective}"
             )
         if not 0 < args.needle_weight < math.inf:
-            raise ValueError(f"--needle-weight {args.needle_weight} must be above 0")
+            raise LongRopeError(f"--needle-weight {args.needle_weight} must be above 0")
         if args.retrieval_trials < 0:
-            raise ValueError(f"--retrieval-trials {args.retrieval_trials} must be at least 0")
+            raise LongRopeError(f"--retrieval-trials {args.retrieval_trials} must be at least 0")
         if args.tensorboard_dir and Path(args.tensorboard_dir).is_file():
-            raise ValueError(
+            raise LongRopeError(
                 f"--tensorboard-dir {args.tensorboard_dir} is a file; name a directory"
             )
         if Path(args.output).is_dir():
-            raise ValueError(f"--output {args.output} is a directory; name a JSON file")
+            raise LongRopeError(f"--output {args.output} is a directory; name a JSON file")
         checkpoint = open_checkpoint(args.load, args.hf, args.iteration, args.sliding_window)
         problem = make_problem(
             base_of(args, checkpoint),
@@ -118,7 +119,7 @@ class SearchPlan:
             # The same forwards with a pool: the anchor on every block, and the finalists.
             budget = parameters.max_evaluations - (rotating - 1 + kept * (FINALISTS + 1))
             if budget < 1:
-                raise ValueError(
+                raise LongRopeError(
                     f"--pool {args.pool} leaves nothing of {parameters.max_evaluations} evaluations"
                     " for the search; give a smaller pool or a larger --max-evaluations"
                 )
@@ -168,7 +169,7 @@ class SearchPlan:
             forwards += (len(self.samples) - self.rotating * count) * (FINALISTS + 1)
         gpus = num_gpus or model_ranks
         if gpus % model_ranks:
-            raise ValueError(
+            raise LongRopeError(
                 f"--num-gpus {gpus} is not a multiple of tensor parallel x context parallel = "
                 f"{model_ranks}"
             )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, combinations_with_replacement
 from typing import Any, ClassVar
 
+from megatron_longrope.errors import LongRopeError
+
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 """Choices for n_hat in table 4 of the paper."""
 
@@ -50,7 +52,7 @@ class SearchSpace:
     and `enumerate`, and treat both alike.
 
     Raises:
-        ValueError: A field breaks its rule; the message names field, value and rule.
+        LongRopeError: A field breaks its rule; the message names field, value and rule.
     """
 
     num_factors: int
@@ -82,36 +84,36 @@ class SearchSpace:
         _check_number("step", self.step, _MIN_STEP)
         if self.upper is None:
             if self.scale == 1:
-                raise ValueError(
+                raise LongRopeError(
                     "scale is 1, which leaves no factor above 1 to search; give an extension ratio "
                     "above 1, or an explicit upper for a recovery search"
                 )
             object.__setattr__(self, "upper", self.upper_ratio * self.scale)
         _check_number("upper", self.upper, 1.0)
         if self.max_step < 1:
-            raise ValueError(
+            raise LongRopeError(
                 f"upper is {self.upper!r}; it must be at least 1 + step = {1 + self.step!r}"
             )
         if self.floor_dimension is not None:
             check_int("floor_dimension", self.floor_dimension, 0)
             if self.floor_dimension >= self.num_factors:
-                raise ValueError(
+                raise LongRopeError(
                     f"floor_dimension is {self.floor_dimension}; it must be below rotary_dim / 2 = "
                     f"{self.num_factors}"
                 )
             if self.lowest(self.floor_dimension) > self.max_step:
-                raise ValueError(
+                raise LongRopeError(
                     f"upper is {self.upper!r}, below the extension ratio {self.scale!r} (on the "
                     f"grid) that factors from dimension {self.floor_dimension} on must reach; "
                     "raise upper"
                 )
         object.__setattr__(self, "start_tokens", tuple(self.start_tokens))
         if not self.start_tokens:
-            raise ValueError("start_tokens is empty; give at least one choice, such as (0,)")
+            raise LongRopeError("start_tokens is empty; give at least one choice, such as (0,)")
         for index, value in enumerate(self.start_tokens):
             check_int(f"start_tokens[{index}]", value, 0)
             if index and value <= self.start_tokens[index - 1]:
-                raise ValueError(
+                raise LongRopeError(
                     f"start_tokens[{index}] is {value}, not above its predecessor "
                     f"{self.start_tokens[index - 1]}; the choices must ascend"
                 )
@@ -165,7 +167,7 @@ class SearchSpace:
         `start_tokens`, the choice closest to `num_start_tokens` is taken, the smaller one on a tie.
 
         Raises:
-            ValueError: Wrong number of factors, or one that is not finite.
+            LongRopeError: Wrong number of factors, or one that is not finite.
         """
         check_int("num_start_tokens", num_start_tokens, 0)
         steps = self._nearest_steps(rescale_factors)
@@ -181,24 +183,24 @@ class SearchSpace:
         """Refuse a candidate from outside this space.
 
         Raises:
-            ValueError: Wrong number of genes, out of bounds, or decreasing.
+            LongRopeError: Wrong number of genes, out of bounds, or decreasing.
         """
         steps = candidate.steps
         if len(steps) != self.num_factors:
-            raise ValueError(
+            raise LongRopeError(
                 f"the candidate has {len(steps)} factors; this search space has {self.num_factors}"
             )
         previous = self.min_step
         for index, value in enumerate(steps):
             previous = max(previous, self.lowest(index))
             if not previous <= value <= self.max_step:
-                raise ValueError(
+                raise LongRopeError(
                     f"steps[{index}] of the candidate is {value}; it must lie between its "
                     f"predecessor or the floor, {previous}, and {self.max_step}"
                 )
             previous = value
         if not 0 <= candidate.start_index < self.num_choices:
-            raise ValueError(
+            raise LongRopeError(
                 f"start_index {candidate.start_index} of the candidate is not an index into this "
                 f"space's {self.num_choices} choices"
             )
@@ -217,14 +219,14 @@ class SearchSpace:
     def _nearest_steps(self, rescale_factors: Sequence[float]) -> list[int]:
         """Every factor rounded to the grid and clipped."""
         if len(rescale_factors) != self.num_factors:
-            raise ValueError(
+            raise LongRopeError(
                 f"rescale_factors has {len(rescale_factors)} values; "
                 f"this search space has {self.num_factors}"
             )
         steps = []
         for index, value in enumerate(rescale_factors):
             if not math.isfinite(value):
-                raise ValueError(f"rescale_factors[{index}] is {value!r}; it must be finite")
+                raise LongRopeError(f"rescale_factors[{index}] is {value!r}; it must be finite")
             nearest = round((float(value) - 1.0) / self.step)
             steps.append(min(max(nearest, self.lowest(index)), self.max_step))
         return steps
@@ -249,10 +251,12 @@ class SearchSpace:
 def check_int(name: str, value: Any, minimum: int) -> None:
     """Refuse anything but an integer of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
+        raise LongRopeError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
 
 
 def _check_number(name: str, value: Any, minimum: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < minimum:
-        raise ValueError(f"{name} is {value!r}; it must be a finite number of at least {minimum:g}")
+        raise LongRopeError(
+            f"{name} is {value!r}; it must be a finite number of at least {minimum:g}"
+        )

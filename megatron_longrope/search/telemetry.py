@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Self
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
 from megatron_longrope.search.journal import fresh_samples, is_complete, is_failed
 
@@ -23,7 +24,7 @@ class SearchStatus:
 
     def __init__(self, num_samples: int) -> None:
         if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+            raise LongRopeError(f"num_samples is {num_samples}; it must be at least 1")
         self.num_samples = num_samples
         self.evaluations = 0
         """Records counted, those replayed from a journal included."""
@@ -83,13 +84,13 @@ class Telemetry:
         directory (str | Path, optional): Where the event file goes. None writes nothing.
 
     Raises:
-        ValueError: A directory is given and TensorBoard is not installed.
+        LongRopeError: A directory is given and TensorBoard is not installed.
     """
 
     def __init__(self, directory: str | Path | None) -> None:
         # Every rank looks, so that all of them stop and none waits for rank 0.
         if directory is not None and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError(
+            raise LongRopeError(
                 "TensorBoard scalars need the tensorboard package, which is not installed; "
                 "pip install 'megatron-longrope[tensorboard]', or leave the directory out"
             )

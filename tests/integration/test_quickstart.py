@@ -147,7 +147,7 @@ def test_a_search_does_not_overwrite_its_journal_unless_told(output):
         "search", "--load", output / "checkpoints/base", "--data", output / "data/search",
         "--target-length", "1k", "--num-samples", 2, "--output", output / "factors/search_4x.json",
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--resume" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -171,7 +171,7 @@ def test_a_length_beyond_the_factors_is_refused_before_anything_is_measured(outp
         "--num-documents", 2, "--lengths", "256,4096",
         "--longrope-config", output / "factors/search_8x.json", "--output", output / "refused",
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "exceeds 2048" in done.stderr and not (output / "refused").exists()
 
 
@@ -181,7 +181,7 @@ def test_documents_shorter_than_the_window_are_refused(output):
         "--num-documents", 2, "--lengths", "16k", "--baselines", "pi",
         "--output", output / "refused",
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "0 documents of at least 16383 tokens" in done.stderr
 
 
@@ -190,7 +190,7 @@ def test_an_existing_export_is_not_overwritten_unless_told(output):
         "convert", "to-hf", "--load", output / "checkpoints/finetuned",
         "--longrope-config", output / "factors/final.json", "--output", output / "hf",
     )  # fmt: skip
-    assert done.returncode == 1 and "--overwrite" in done.stderr
+    assert done.returncode == 2 and "--overwrite" in done.stderr
 
 
 def test_factors_whose_windows_need_two_attention_factors_cannot_be_exported(output, tmp_path):
@@ -202,7 +202,7 @@ def test_factors_whose_windows_need_two_attention_factors_cannot_be_exported(out
         "convert", "to-hf", "--load", output / "checkpoints/finetuned",
         "--longrope-config", tmp_path / "su.json", "--output", tmp_path / "hf",
     )  # fmt: skip
-    assert done.returncode == 1 and "--attention-factor" in done.stderr
+    assert done.returncode == 2 and "--attention-factor" in done.stderr
     assert not (tmp_path / "hf").exists()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longrope.cli import build_parser, main
+from megatron_longrope.cli import build_parser, doctor, main
+from megatron_longrope.errors import LongRopeError
 
 
 def test_help_is_instant_because_it_imports_neither_torch_nor_megatron():
@@ -49,16 +50,28 @@ def test_bad_usage_exits_with_two(arguments, capsys):
         ("convert inspect absent", "absent"),
     ],
 )
-def test_a_failure_is_one_sentence_and_exit_code_one(arguments, sentence, capsys):
-    assert main(arguments.split()) == 1
+def test_a_refusal_is_one_sentence_and_exit_code_two(arguments, sentence, capsys):
+    assert main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"longrope {arguments.split()[0]}: error: ")
     assert sentence in error and error.count("\n") == 1
 
 
 def test_debug_shows_the_traceback():
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(LongRopeError, match="does not exist"):
         main(["--debug", "pretrain", "absent.py"])
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), RuntimeError("CUDA out of memory"), OSError])
+def test_what_nobody_refused_keeps_its_traceback(bug, monkeypatch):
+    """An out-of-memory error or a failed collective is only found by its traceback."""
+
+    def fail(args):
+        raise bug
+
+    monkeypatch.setattr(doctor, "run", fail)
+    with pytest.raises(type(bug) if isinstance(bug, Exception) else bug):
+        main(["doctor"])
 
 
 # Processes of its own, because one of them is to be killed; neither imports torch.

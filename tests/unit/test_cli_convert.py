@@ -54,7 +54,7 @@ def to_hf(checkpoint, output, *more):
 def refused(capsys, *arguments):
     """The sentence a command fails with."""
     capsys.readouterr()
-    assert convert(*arguments) == 1
+    assert convert(*arguments) == 2
     error = capsys.readouterr().err.rpartition("\r")[2]  # behind transformers' progress bar
     *others, sentence = error.splitlines()
     assert sentence.startswith("longrope convert: error: ")

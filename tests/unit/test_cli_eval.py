@@ -73,7 +73,7 @@ def evaluate(kind, output, *arguments):
 
 
 def refused(capsys, kind, *arguments):
-    assert main(["eval", kind, *map(str, arguments)]) == 1
+    assert main(["eval", kind, *map(str, arguments)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error

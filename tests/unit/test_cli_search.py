@@ -92,7 +92,7 @@ def test_flags_override_single_numbers_of_the_algorithm():
     ],
 )
 def test_bad_input_is_one_sentence(options, no_weights, capsys, flags, message):
-    assert main([*options, *flags.split()]) == 1
+    assert main([*options, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
 
@@ -103,7 +103,7 @@ def test_a_needle_search_refuses_another_tokenizer(options, no_weights, capsys, 
     changed = json.loads(path.read_text())
     changed["model"]["vocab"]["~~"] = 200
     path.write_text(json.dumps(changed))
-    assert main([*options, "--objective", "needle", "--tokenizer", other]) == 1
+    assert main([*options, "--objective", "needle", "--tokenizer", other]) == 2
     assert "is not the tokenizer that" in capsys.readouterr().err
 
 
@@ -154,7 +154,7 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert {"factors_search_progress.png", "factors_rescale_factors.csv"} <= figures
     assert list((tmp_path / "tb").iterdir())
     # The same again: not without being told, and then nothing is scored twice.
-    assert main([*options, *more, *flags.split()]) == 1
+    assert main([*options, *more, *flags.split()]) == 2
     assert "--resume" in capsys.readouterr().err
     before = (tmp_path / "factors.journal.jsonl").read_bytes()
     assert main([*options, *more, *flags.split(), "--resume"]) == 0
@@ -214,7 +214,7 @@ def test_the_factors_that_a_model_carries_are_the_base(options, data, tmp_path, 
     )
     # Within its window it is a recovery; another pre-trained window is a contradiction.
     assert main([*own, "--target-length", "64", "--dry-run"]) == 0
-    assert main([*own, "--original-length", "128", "--dry-run"]) == 1
+    assert main([*own, "--original-length", "128", "--dry-run"]) == 2
     assert "--original-length 128 contradicts" in capsys.readouterr().err
 
 
@@ -235,7 +235,7 @@ def test_a_rotating_search_resumes_and_is_judged_on_windows_that_no_generation_s
     assert main([*options, *flags, "--resume"]) == 0
     assert (tmp_path / "factors.journal.jsonl").read_bytes() == journal
     assert json.loads((tmp_path / "factors.json").read_text()) == config
-    assert main([*options, *flags, "--max-evaluations", "12", "--dry-run"]) == 1
+    assert main([*options, *flags, "--max-evaluations", "12", "--dry-run"]) == 2
     assert "--pool 5 leaves nothing of 12 evaluations" in capsys.readouterr().err
 
 
@@ -245,7 +245,7 @@ def test_data_without_bos_can_be_searched(options, no_weights, tmp_path, capsys)
     needle = ["--objective", "needle", "--tokenizer", data["tokenizer"]]
     for flags in ([], ["--bos", "1"], [*needle, "--target-length", "1k"]):
         assert main([*options, *flags, "--dry-run"]) == 0, capsys.readouterr().err
-    assert main([*options, "--bos", "5000", "--dry-run"]) == 1
+    assert main([*options, "--bos", "5000", "--dry-run"]) == 2
     assert "--bos 5000 is no token id" in capsys.readouterr().err
 
 

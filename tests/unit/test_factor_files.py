@@ -99,7 +99,7 @@ def test_a_published_vector_goes_out_and_comes_back_to_the_last_digit(tmp_path, 
 def test_a_file_that_holds_no_vector_is_refused(tmp_path, capsys, text, sources, message):
     path = tmp_path / "a.txt"
     path.write_text(text)
-    assert run("import", sources.format(path), *MODEL, "--output", tmp_path / "o.json") == 1
+    assert run("import", sources.format(path), *MODEL, "--output", tmp_path / "o.json") == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1
     assert not (tmp_path / "o.json").exists()

@@ -67,5 +67,5 @@ def test_the_command_merges_and_shows(tmp_path, capsys):
 
 
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path, capsys):
-    assert main(["factors", "show", str(tmp_path / "absent.json")]) == 1
+    assert main(["factors", "show", str(tmp_path / "absent.json")]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation import trials
 from megatron_longrope.evaluation.kind import SHARE, TEXT, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
@@ -77,7 +78,7 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
 
     check_trials(options.trials, options.seed)
     if None in options.depths:
-        raise ValueError("--depths random is for passkey; give a number of depths or a list")
+        raise LongRopeError("--depths random is for passkey; give a number of depths or a list")
     targets = targets_at(models, options.longrope_config, options.lengths)
     path = prompt_tokenizer(options.tokenizer, models)
     tokenizer = tokenizer_for(path, options.data, options.bos)

@@ -16,6 +16,7 @@ pytest.importorskip("megatron.training")
 
 import megatron_longrope
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import compat, hooks, seams
 from megatron_longrope.integration.seams import Run
 from megatron_longrope.integration.settings import LongRopeSettings
@@ -280,7 +281,7 @@ def test_a_missing_symbol_fails_with_its_dotted_name_and_leaves_nothing_replaced
 ):
     before = {str(item): stored(item) for item in every_symbol()}
     monkeypatch.setattr(compat, "batch_split_symbols", lambda: [symbol])
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(LongRopeError) as error:
         hooks.apply()
     assert str(error.value).startswith(f"{symbol} is missing from megatron-core ")
     assert hooks.replaced_symbols() == []
@@ -293,7 +294,7 @@ def test_a_model_symbol_that_is_missing_leaves_models_stock(monkeypatch):
 
     stock_attention = stored(compat.local_attention_symbol())
     monkeypatch.delattr(gpt_model, "RotaryEmbedding")
-    with pytest.raises(RuntimeError, match=GPT_ROTARY.replace(".", r"\.")):
+    with pytest.raises(LongRopeError, match=GPT_ROTARY.replace(".", r"\.")):
         hooks.apply()
     assert hooks.replaced_symbols() == []
     assert stored(compat.local_attention_symbol()) is stock_attention

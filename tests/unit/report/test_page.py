@@ -242,7 +242,7 @@ def test_the_command_prints_the_tables_and_names_the_page(tmp_path, capsys, monk
         "-----------------", "base (one)  100 %", "wrote report.html, figures and tables",
     ]  # fmt: skip
     assert (tmp_path / "report.html").is_file()
-    assert main(["report", "one", "absent"]) == 1
+    assert main(["report", "one", "absent"]) == 2
     assert capsys.readouterr().err.startswith("longrope report: error: absent is no directory")
 
 

@@ -9,6 +9,7 @@ from synthetic_search import Synthetic, drop_seconds, small_problem
 
 from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.search.cma import CmaParameters, CmaSearch
 from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.search.journal import Journal
@@ -169,7 +170,7 @@ def test_an_unknown_failure_ends_the_search_with_the_journal_intact(problem, tmp
 
 def test_a_search_in_which_every_evaluation_fails_says_so(problem, new_search, tmp_path):
     broken = Synthetic(failures=dict.fromkeys(range(1000), math.nan))
-    with pytest.raises(RuntimeError, match="no candidate could be scored"):
+    with pytest.raises(LongRopeError, match="no candidate could be scored"):
         run_search(new_search(problem), problem, broken, SearchRun(tmp_path / "j.jsonl"))
 
 
