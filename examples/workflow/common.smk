@@ -13,7 +13,8 @@ EXAMPLES = Path(workflow.current_basedir).parent
 STARTED_IN = Path(os.environ.setdefault("LONGROPE_STARTED_IN", os.getcwd()))
 # Results of rules are checked by Snakemake; that their processes end with it is up to this shell.
 shell.executable(str(EXAMPLES / "workflow/shell"))
-os.environ["LONGROPE_BIN"] = str(Path(sys.executable).parent)
+# Where they find `longrope`, `python` and `torchrun`: beside this Python, unless told otherwise.
+os.environ.setdefault("LONGROPE_BIN", str(Path(sys.executable).parent))
 
 
 def given(path):

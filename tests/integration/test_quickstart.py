@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_commands import forked_commands
 from killing import kill
+from launching import LONGROPE, python
 
 from megatron_longrope.config import LongRopeConfig
 
@@ -18,11 +20,16 @@ REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
-def walk(output):
+def command(output):
+    """One rule at a time: another test process has the other core."""
+    return ["examples/run.sh", "quickstart-smoke", str(output), "--cores", "1"]
+
+
+def walk(output, **variables):
     return subprocess.run(
-        ["examples/run.sh", "quickstart-smoke", str(output)],
+        command(output),
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, **variables},
         capture_output=True,
         text=True,
         timeout=1800,
@@ -33,7 +40,8 @@ def walk(output):
 def output(tmp_path_factory):
     # A space in the path, because people have them.
     directory = tmp_path_factory.mktemp("quick start")
-    done = walk(directory)
+    with forked_commands() as folder:
+        done = walk(directory, LONGROPE_BIN=str(folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return directory
 
@@ -103,11 +111,11 @@ def test_a_second_run_repeats_nothing(output):
 @pytest.mark.release
 @pytest.mark.timeout(7200)
 def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk(output, tmp_path):
+    # In processes of its own, unlike the undisturbed one.
     chance = random.Random(0)
-    command = ["examples/run.sh", "quickstart-smoke", str(tmp_path / "out")]
     for _ in range(10):
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env={**os.environ, "PYTHON": sys.executable},
+            command(tmp_path / "out"), cwd=REPOSITORY, env={**os.environ, "PYTHON": sys.executable},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         time.sleep(chance.uniform(5, 45))
@@ -132,9 +140,8 @@ def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk
 # What a user may do next with the walk's files
 
 
-def longrope(*arguments, folder=None):
-    command = [sys.executable, "-m", "megatron_longrope", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+def longrope(*arguments, **options):
+    return python(*LONGROPE, *arguments, **options)
 
 
 def test_prepared_sets_pass_their_inspection(output):
@@ -158,7 +165,7 @@ def test_a_measured_cell_is_not_measured_again(output):
         "eval", "ppl", "--load", "checkpoints/base", "--data", "data/heldout",
         "--num-documents", 2, "--stride", "disjoint", "--lengths", "2048",
         "--longrope-config", "longrope_search=factors/search_8x.json", "--output", "searched",
-        folder=output,
+        directory=output,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "already measured" in done.stdout
@@ -213,16 +220,8 @@ def test_evaluation_on_two_ranks_equals_one_process(output, tmp_path, flag):
         output / "data/heldout", "--num-documents", "1", "--lengths", "2048",
         "--longrope-config", output / "factors/final.json",
     ]  # fmt: skip
-    torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "megatron_longrope",
-    ]  # fmt: skip
     one = longrope(*arguments, "--output", tmp_path / "one")
-    two = subprocess.run(
-        [*torchrun, *map(str, arguments), flag, "2",
-         "--output", str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    two = longrope(*arguments, flag, 2, "--output", tmp_path / "two", processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     ours, theirs = (
         json.loads((tmp_path / name / "ppl.jsonl").read_text())["ppl_window_mean"]
