@@ -1,13 +1,10 @@
 """One sentence, and every rank ends: the words here, the processes below."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import TIMEOUT_S, Command, Ranks
 
-import megatron_longrope
 from megatron_longrope.integration import agreement
 from megatron_longrope.integration.agreement import Finding, disagreement
 
@@ -113,7 +110,8 @@ import torch.distributed as dist
 from megatron_longrope.integration import agreement
 from megatron_longrope.integration.agreement import Finding
 
-rank, cases = int(os.environ["RANK"]), {
+os.environ.update(RANK=sys.argv[3], WORLD_SIZE="2")
+rank, cases = int(sys.argv[3]), {
     "agreement": [Finding(fingerprint="a"), Finding(fingerprint="a")],
     "one error": [Finding(fingerprint="a"), Finding(error="no file")],
     "all errors": [Finding(error="no file"), Finding(error="no file")],
@@ -148,24 +146,20 @@ dist.destroy_process_group()
     ],
 )
 def test_two_processes_go_on_together_or_stop_together(tmp_path, case, sentence):
-    root = str(Path(megatron_longrope.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, case, str(tmp_path / "store")],
-            env={**os.environ, "PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    (tmp_path / "rank.py").write_text(PROCESS)
+    # Each by itself, without an agent that would end the other one.
+    ranks, printed = [], []
+    for rank in range(2):
+        words = (str(tmp_path / "rank.py"), case, str(tmp_path / "store"), str(rank))
+        printed += [(tmp_path / f"{rank}.out").open("w+"), (tmp_path / f"{rank}.err").open("w+")]
+        ranks.append(Ranks(Command(words), tmp_path, *printed[-2:]))
     try:
-        (out, errors), (_, silence) = [process.communicate(timeout=120) for process in processes]
+        statuses = [item.wait(TIMEOUT_S) for item in ranks]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0 if sentence is None else 1] * 2
+        for item in ranks:
+            item.end()
+    out, errors, _, silence = (Path(file.name).read_text() for file in printed)
+    assert statuses == [0 if sentence is None else 1] * 2
     assert ("went on" in out) is (sentence is None)
     told = [line for line in errors.splitlines() if line.startswith("longrope: error: ")]
     assert [line.startswith(f"longrope: error: {sentence}") for line in told] == [True] * len(told)
