@@ -1,5 +1,6 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens; make quickstart-full: README's figures
-# make plan RECIPE=llama2_7b      memory, operations, hours of every training and search of a recipe
+# make plan RECIPE=llama2_7b      memory, FLOPs, hours of every training, search and evaluation of a recipe
+# make preflight RECIPE=llama2_7b what would stop it late: data, tokenizer, tasks, disk, memory, kernels
 # make rehearse RECIPE=llama2_7b  the recipe's rules with a toy model on a CPU (or mistral_7b, llama3_8b)
 # make test         CPU only;  make test-fast: the fast ones;  make test-all: the long repetitions too
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
@@ -33,7 +34,7 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
-.PHONY: quickstart quickstart-full plan rehearse test test-all test-fast test-matrix readers style format constraints clean
+.PHONY: quickstart quickstart-full plan preflight rehearse test test-all test-fast test-matrix readers style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
@@ -48,7 +49,10 @@ quickstart-full: $(STAMP)
 plan: $(STAMP)
 	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) --quiet all -- plan
 
-# With the `dev` extra, for lm-evaluation-harness.
+# These two with the `dev` extra, for lm-evaluation-harness.
+preflight: $(DEV)
+	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) --quiet all -- preflight
+
 rehearse: $(DEV)
 	$(RUN) rehearse-$(RECIPE) build/rehearsal/$(RECIPE)
 

@@ -4,6 +4,7 @@
 #   examples/run.sh quickstart OUTPUT [FLAGS OF SNAKEMAKE]   # quickstart, quickstart-full, quickstart-smoke
 #   examples/run.sh rehearse-RECIPE OUTPUT [...]             # llama2_7b, mistral_7b or llama3_8b with a toy model
 #   examples/run.sh plan-RECIPE OUTPUT -- plan               # what its trainings and searches would take
+#   examples/run.sh plan-RECIPE OUTPUT -- preflight          # what would stop it late
 #
 # It is what `make quickstart`, `make rehearse` and `make plan` start. Snakemake locks its folder and keeps it locked
 # when it is killed; here a lock that the kernel drops with the last process says whether it is in use.

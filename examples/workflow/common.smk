@@ -29,6 +29,23 @@ def words(*blocks):
     return " ".join(" ".join([block] if isinstance(block, str) else block) for block in blocks)
 
 
+# What training computes again in its backward pass instead of keeping it.
+RECOMPUTE = {
+    "none": "",
+    # MLPs: the most memory for the fewest FLOPs.
+    "mlp": "--recompute-granularity selective --recompute-modules mlp",
+    # Whole layers, of which only the inputs are kept: a third more FLOPs.
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+}
+
+
+def recompute(choice):
+    """Flags of a choice in the settings."""
+    if choice not in RECOMPUTE:
+        raise WorkflowError(f"recompute is {choice!r}; choose among {', '.join(RECOMPUTE)}")
+    return RECOMPUTE[choice]
+
+
 wildcard_constraints:
     window=r"\d+[kKmM]?",
 
@@ -45,3 +62,13 @@ rule plan:
         config=json.dumps(config),
     shell:
         "cd {STARTED_IN:q} && python {EXAMPLES:q}/workflow/plan.py {params.snakefile:q} {params.config:q}"
+
+
+# `snakemake preflight`: what would stop the recipe late.
+rule preflight:
+    localrule: True
+    params:
+        snakefile=workflow.main_snakefile,
+        config=json.dumps(config),
+    shell:
+        "cd {STARTED_IN:q} && python {EXAMPLES:q}/workflow/preflight.py {params.snakefile:q} {params.config:q}"

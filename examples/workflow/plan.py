@@ -1,11 +1,11 @@
-"""Print what the trainings and searches of a recipe would take: memory, operations, hours.
+"""Print what the trainings, searches and evaluations of a recipe would take: memory, FLOPs, hours.
 
     make plan RECIPE=llama2_7b
     snakemake -s examples/llama3_8b/Snakefile --cores 1 plan
 
-Asks Snakemake for the commands of all rules and puts the flags of each `longrope pretrain` and
-`longrope search` through the arithmetic of `longrope plan` and `longrope search --dry-run`. Nothing
-runs, and the inputs need not exist.
+Asks Snakemake for the commands of all rules and puts the flags of each `longrope pretrain`,
+`longrope search` and `longrope eval` through the arithmetic of `longrope plan` and `longrope search
+--dry-run`. Nothing runs, and the inputs need not exist.
 """
 
 import json
@@ -27,7 +27,10 @@ from megatron_longrope.plan import plan_command
 from megatron_longrope.plan.flags import parse
 from megatron_longrope.plan.hardware import GIB, parse_gpu
 from megatron_longrope.progress import format_duration
-from megatron_longrope.search.cost import estimate_command
+from megatron_longrope.search.cost import estimate, estimate_command
+
+MISSING = "missing"
+"""Stands in commands for an input that does not exist yet."""
 
 HEADER = ("rule", "GPU memory", "fits", "FLOP", "time", "")
 
@@ -84,12 +87,12 @@ def list_commands(snakefile: str, config: dict[str, Any]) -> list[Command]:
     if done.returncode:
         raise ValueError(f"Snakemake refuses {snakefile}:\n{done.stdout}{done.stderr}")
     # The Snakefile itself stands in for inputs that are not there, see common.smk.
-    listing = (done.stdout + done.stderr).replace(snakefile, "missing")
+    listing = (done.stdout + done.stderr).replace(snakefile, MISSING)
     return sorted(set(commands_of(listing, config["nodes"])), key=lambda command: command.rule)
 
 
 def plan_table(commands: Sequence[Command], gpu: str) -> str:
-    """Estimate every training and search.
+    """Estimate every training, search and evaluation, and their sum.
 
     Args:
         commands (Sequence[Command]): Of all rules.
@@ -99,14 +102,18 @@ def plan_table(commands: Sequence[Command], gpu: str) -> str:
         ValueError: The GPU is unknown.
     """
     parse_gpu(gpu)
-    estimates = {"pretrain": _training, "search": _search}
-    rows = [HEADER]
+    rows, hours, flops = [HEADER], 0.0, 0.0
     for command in commands:
-        if estimate := estimates.get(command.words[1]):
+        if estimate := ESTIMATES.get(command.words[1]):
             try:
-                rows.append((command.rule, *estimate(command, gpu, commands)))
+                cost = estimate(command, gpu, commands)
             except ValueError as error:
                 rows.append((command.rule, "", "", "", "", f"not estimated: {error}"))
+                continue
+            rows.append((command.rule, *cost.cells()))
+            hours, flops = hours + cost.hours, flops + cost.flops
+    # The rules take all GPUs, so one after the other.
+    rows.append(("all of these", "", "", f"{flops:.1e}", format_duration(3600 * hours), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -114,20 +121,44 @@ def plan_table(commands: Sequence[Command], gpu: str) -> str:
     )
 
 
-def _training(command: Command, gpu: str, commands: Sequence[Command]) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Cost:
+    """What a command takes."""
+
+    peak_bytes: int
+    """Per GPU at the worst moment."""
+
+    fits: bool
+    """Whether a GPU has them."""
+
+    flops: float
+    """Of the command."""
+
+    hours: float
+    """Of the command."""
+
+    note: str
+    """What it was computed with."""
+
+    def cells(self) -> tuple[str, ...]:
+        """Texts of a row of the table."""
+        time = format_duration(3600 * self.hours)
+        fits = "yes" if self.fits else "NO"
+        return f"{self.peak_bytes / GIB:.1f} GiB", fits, f"{self.flops:.1e}", time, self.note
+
+
+def _training(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
     found = plan_command(command.words, gpu, command.gpus, None)
-    return _cells(found.memory.total, found.fits, found.flops, found.hours, found.short())
+    return Cost(found.memory.total, found.fits, found.flops, found.hours, found.short())
 
 
-def _search(command: Command, gpu: str, commands: Sequence[Command]) -> tuple[str, ...]:
+def _search(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
     args = build_parser().parse_args(command.words[1:])
     sizes = parameters(args)
     evaluations = sizes.max_evaluations if args.algorithm == "cma" else sizes.total_evaluations
     if args.max_evaluations is not None:
         evaluations = min(evaluations, args.max_evaluations)
-    ranks = args.tensor_model_parallel_size * args.context_parallel_size
-    if command.gpus % ranks:
-        raise ValueError(f"{command.gpus} GPUs are no multiple of its TP x CP = {ranks}")
+    _ranks(command, args)
     found = estimate_command(
         args,
         _shape(commands),
@@ -137,12 +168,54 @@ def _search(command: Command, gpu: str, commands: Sequence[Command]) -> tuple[st
         gpu=parse_gpu(gpu),
     )
     note = f"{evaluations} evaluations, replicas: {found.replicas}"
-    return _cells(found.peak_bytes, found.fits, found.search_flops, found.hours, note)
+    return Cost(found.peak_bytes, found.fits, found.search_flops, found.hours, note)
 
 
-def _cells(size: int, fits: bool, flops: float, hours: float, note: str) -> tuple[str, ...]:
-    time = format_duration(3600 * hours)
-    return f"{size / GIB:.1f} GiB", "yes" if fits else "NO", f"{flops:.1e}", time, note
+def _evaluation(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
+    """One forward pass for each document or prompt of each length."""
+    args = build_parser().parse_args(command.words[1:])
+    kind = command.words[2]
+    if kind == "ppl" and args.stride is None:
+        forwards = args.num_documents
+    elif kind == "passkey" and args.scoring == "teacher-forced":
+        forwards = args.trials * len(args.depths)
+    elif kind == "needle":
+        forwards = args.trials * len(args.depths) * len(args.tasks)
+    else:
+        raise ValueError(f"what `eval {kind}` takes follows from its data")
+    found = [
+        estimate(
+            _shape(commands),
+            target_length=length,
+            samples=1,
+            evaluations=forwards,
+            gpu=parse_gpu(gpu),
+            tensor_parallel=args.tensor_model_parallel_size,
+            context_parallel=args.context_parallel_size,
+            replicas=command.gpus // _ranks(command, args),
+            dtype=args.dtype or "bfloat16",
+        )
+        for length in args.lengths
+    ]
+    return Cost(
+        max(cost.peak_bytes for cost in found),
+        all(cost.fits for cost in found),
+        sum(cost.search_flops for cost in found),
+        sum(cost.hours for cost in found),
+        f"{forwards * len(found)} forward passes, replicas: {found[0].replicas}",
+    )
+
+
+ESTIMATES = {"pretrain": _training, "search": _search, "eval": _evaluation}
+"""Of a subcommand: (command, GPU, all commands) -> cost. Raises ValueError where it cannot tell."""
+
+
+def _ranks(command: Command, sizes: Any) -> int:
+    """GPUs of one copy of the model."""
+    ranks = sizes.tensor_model_parallel_size * sizes.context_parallel_size
+    if command.gpus % ranks:
+        raise ValueError(f"{command.gpus} GPUs are no multiple of its TP x CP = {ranks}")
+    return ranks
 
 
 def _shape(commands: Sequence[Command]) -> SimpleNamespace:

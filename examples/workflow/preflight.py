@@ -1,0 +1,269 @@
+"""Name in a minute what would stop a recipe after days: data, tasks, disk, memory, kernels.
+
+    make preflight RECIPE=llama2_7b
+    snakemake -s examples/llama3_8b/Snakefile --cores 1 preflight
+
+Reads the commands of all rules, as plan.py does, and looks at what they will need. Run it where the
+recipe will run: files, free space, kernels and GPUs are those of this machine.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plan
+
+from megatron_longrope.cli import build_parser
+from megatron_longrope.lengths import format_length, parse_length
+from megatron_longrope.plan.flags import parse
+from megatron_longrope.plan.hardware import GIB
+
+SECONDS_PER_SET = 10  # of reading text, until enough long documents were seen
+SAMPLE = 20  # documents whose tokens are counted, to know the characters of a token
+BYTES_PER_PARAMETER = 14  # of a checkpoint: the weights in bf16, in fp32, and Adam's two moments
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the result."""
+
+    verdict: str
+    """`ok`, `look` (it may work) or `FAIL`."""
+
+    subject: str
+    """The rule or the file."""
+
+    text: str
+    """What was found, and what helps."""
+
+
+def examine(commands: Sequence[plan.Command], config: dict[str, Any]) -> Iterator[Finding]:
+    """Look at everything that the commands of a recipe need.
+
+    Args:
+        commands (Sequence[plan.Command]): Of all rules.
+        config (dict): The recipe's whole configuration.
+    """
+    for command in commands:
+        words = command.words
+        if words[1:3] == ("convert", "from-hf"):
+            yield from _model(Path(words[words.index("--hf") + 1]))
+        elif words[1:3] == ("data", "prepare"):
+            yield _texts(command, build_parser().parse_args(words[1:]), commands)
+        elif words[1:3] == ("eval", "short"):
+            yield _tasks(command, build_parser().parse_args(words[1:]))
+        elif words[1] == "pretrain":
+            found = Path(words[2]).is_file()
+            yield Finding(
+                "ok" if found else "FAIL",
+                command.rule,
+                f"script {words[2]}"
+                if found
+                else "`script` of the settings does not exist; it is "
+                "pretrain_gpt.py of a Megatron-LM checkout",
+            )
+    yield from _memory(commands, config.get("gpu", "h100"))
+    yield _disk(commands, Path(config["output"]))
+    yield from _kernels(config)
+
+
+def _model(folder: Path) -> Iterator[Finding]:
+    if not (folder / "config.json").is_file():
+        where = "it does not exist" if str(folder) == plan.MISSING else f"{folder} is none"
+        yield Finding("FAIL", "hf", f"`hf` of the settings is the base model's folder; {where}")
+        return
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    size = sum(path.stat().st_size for path in weights) / GIB
+    if weights:
+        yield Finding("ok", "hf", f"{folder}: {len(weights)} files of weights, {size:.1f} GiB")
+    else:
+        yield Finding("FAIL", "hf", f"{folder} has no weights; download the whole repository")
+    from megatron_longrope.data.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(folder)
+    except ValueError as error:
+        yield Finding("FAIL", "hf", f"tokenizer: {error}")
+    else:
+        yield Finding("ok", "hf", f"tokenizer of {tokenizer.vocab_size} tokens")
+
+
+def _texts(command: plan.Command, args: Namespace, commands: Sequence[plan.Command]) -> Finding:
+    """Whether the sources have enough documents of the length, or enough tokens."""
+    from megatron_longrope.data.mix import load_mix
+    from megatron_longrope.data.sources import find_source_files, iterate_documents
+    from megatron_longrope.data.tokenizer import load_tokenizer
+
+    try:
+        inputs = (
+            [path for source in load_mix(args.mix) for path in source.paths]
+            if args.mix
+            else args.input
+        )
+        files = find_source_files(inputs)
+        tokenizer = load_tokenizer(args.tokenizer)
+    except (ValueError, OSError) as error:
+        return Finding("FAIL", command.rule, str(error))
+    documents = tokens = 0
+    ends, per_token, sampled = time.monotonic() + SECONDS_PER_SET, 4.0, [0, 0]
+    wanted_documents = _documents_of(args.output, commands) if args.whole_documents else 0
+    wanted_tokens = 0 if args.whole_documents else _tokens_of(args.output, commands)
+    needed = args.min_length or 0
+    complete = True
+    for read, document in enumerate(
+        iterate_documents(files, args.text_key, on_skip=lambda _: None)
+    ):
+        if read < SAMPLE:
+            head = document.text[:20_000]  # counting all of a book takes longer and says no more
+            sampled = [sampled[0] + len(head), sampled[1] + len(tokenizer.encode(head))]
+            per_token = sampled[0] / max(sampled[1], 1)
+        length = len(document.text) / per_token
+        tokens += length
+        documents += length >= needed
+        if time.monotonic() > ends:
+            complete = False
+            break
+        if wanted_documents <= documents and wanted_tokens <= tokens:
+            break
+    if args.whole_documents:
+        seen = f"{documents} documents of about {format_length(needed)} tokens or more"
+        want, enough = f"{wanted_documents} are needed", documents >= wanted_documents
+    else:
+        seen, want = f"about {tokens:.3g} tokens", f"training reads {wanted_tokens:.3g}"
+        enough = tokens >= wanted_tokens
+    if enough:
+        return Finding("ok", command.rule, f"{seen} seen, {want}")
+    if not complete:
+        return Finding(
+            "look", command.rule, f"{seen} in the first {SECONDS_PER_SET} s of reading; {want}"
+        )
+    if args.whole_documents:
+        return Finding("FAIL", command.rule, f"{seen}, {want}; add longer ones (docs/datasets.md)")
+    return Finding("look", command.rule, f"{seen}, {want}: it will see them several times")
+
+
+def _documents_of(prefix: str, commands: Sequence[plan.Command]) -> int:
+    """The most documents that a search or an evaluation takes from a set."""
+    counts = [0]
+    for command in commands:
+        if command.words[1] in ("search", "eval") and command.words[2] != "short":
+            args = build_parser().parse_args(command.words[1:])
+            if getattr(args, "data", None) == prefix or getattr(args, "held_out", None) == prefix:
+                count = args.num_samples if command.words[1] == "search" else args.num_documents
+                counts.append(max(count, getattr(args, "pool", None) or 0))
+    return max(counts)
+
+
+def _tokens_of(prefix: str, commands: Sequence[plan.Command]) -> float:
+    """Tokens that the trainings on a set read."""
+    total = 0.0
+    for command in commands:
+        words = command.words
+        if command.words[1] == "pretrain" and prefix in words:
+            steps, batch, length = (
+                parse_length(words[len(words) - 1 - words[::-1].index(flag) + 1])
+                for flag in ("--train-iters", "--global-batch-size", "--seq-length")
+            )
+            before = words[words.index(prefix) - 1]  # a blend gives each set a share
+            share = float(before) if before.replace(".", "", 1).isdigit() else 1.0
+            total += share * steps * batch * length
+    return total
+
+
+def _tasks(command: plan.Command, args: Namespace) -> Finding:
+    from megatron_longrope.evaluation.harness_tasks import check_tasks, parse_tasks
+
+    try:
+        specs = parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
+        loaded = check_tasks(specs, include_path=args.include_path)
+    except ValueError as error:
+        return Finding("FAIL", command.rule, str(error))
+    names = ", ".join(task.spec.name for task in loaded)
+    return Finding("ok", command.rule, f"{names}: found, with their data")
+
+
+def _memory(commands: Sequence[plan.Command], gpu: str) -> Iterator[Finding]:
+    for command in commands:
+        if estimate := plan.ESTIMATES.get(command.words[1]):
+            try:
+                cost = estimate(command, gpu, commands)
+            except ValueError as error:
+                if command.words[1] != "eval":
+                    yield Finding("FAIL", command.rule, str(error))
+                continue
+            if not cost.fits:
+                yield Finding(
+                    "FAIL",
+                    command.rule,
+                    f"{cost.peak_bytes / GIB:.1f} GiB a {gpu} ({cost.note}) do not fit; "
+                    "`longrope plan` says what would",
+                )
+
+
+def _disk(commands: Sequence[plan.Command], output: Path) -> Finding:
+    """Checkpoints are nearly all that a recipe writes."""
+    size = largest = 0
+    for command in commands:
+        words = command.words
+        if words[1] != "pretrain":
+            continue
+        model, _, _ = parse(words, command.gpus)
+        steps = int(words[words.index("--train-iters") + 1])
+        flag = "--save-retain-interval" if "--save-retain-interval" in words else "--save-interval"
+        kept = steps // int(words[words.index(flag) + 1]) + 2  # the last, and one being written
+        size += kept * BYTES_PER_PARAMETER * model.parameters
+        largest = 6 * model.parameters  # the base as a checkpoint, and the export
+    size += largest
+    folder = output
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    text = (
+        f"checkpoints of about {size / 1e12:.2g} TB; {free / 1e12:.2g} TB are free below {folder}"
+    )
+    if size <= free:
+        return Finding("ok", "disk", text)
+    return Finding("FAIL", "disk", f"{text}; raise --save-retain-interval or move `output`")
+
+
+def _kernels(config: dict[str, Any]) -> Iterator[Finding]:
+    from megatron_longrope.integration.checkup import examine as examine_machine
+
+    found = examine_machine()
+    for problem in found.problems:
+        yield Finding("FAIL", "doctor", problem)
+    if config.get("device") == "--cpu":
+        return
+    if not found.gpu:
+        yield Finding("look", "doctor", "no GPU here; run this on a node that has the GPUs")
+    else:
+        choices = ", ".join(f"{where}: {choice}" for where, choice in found.attention.items())
+        yield Finding("ok", "doctor", f"{found.gpu}; attention {choices}")
+
+
+def main() -> int:
+    """Print what was found; 1 if the recipe would fail."""
+    snakefile, config = sys.argv[1], json.loads(sys.argv[2])
+    commands = plan.list_commands(snakefile, config)
+    verdicts = []
+    for finding in examine(commands, config):
+        print(f"{finding.verdict:<5} {finding.subject:<20} {finding.text}", flush=True)
+        verdicts.append(finding.verdict)
+    failed = verdicts.count("FAIL")
+    print(f"\n{failed} would stop the recipe" if failed else "\nnothing would stop the recipe")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("SNAKEMAKE_PROFILE", None)  # the one of the outer Snakemake must not count
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"preflight: error: {error}")
