@@ -6,7 +6,7 @@
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
 # make test-gpu    tests/gpu, on a machine with a CUDA device
 # make readers      the older transformers that tests read exports with
-# make style        ruff (lint and format)
+# make style        ruff (lint and format), mypy (the modules that pyproject.toml names)
 # Each installs what it needs into $(VENV) first.
 
 VENV ?= .venv
@@ -93,6 +93,7 @@ $(READER): | $(DEV)
 style: $(DEV)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 format: $(DEV)
 	$(PYTHON) -m ruff check --fix .
@@ -108,7 +109,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		     "(for example: apt install python3.12-venv, pyenv install 3.12) or uv, then run" \
 		     "make again" >&2; exit 1; \
 	fi
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes]"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,training]"
 	@touch $@
 
 $(DEV): $(STAMP)

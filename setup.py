@@ -11,6 +11,10 @@ VERSION = re.search(
 ).group(1)
 # What runs the recipes of examples/, here and on a cluster.
 RECIPES = ["snakemake>=9", "snakemake-executor-plugin-slurm>=2"]
+# What Megatron's own training loop imports. A checkout of Megatron-LM brings it, in the versions
+# that it wants: megatron-core 0.17's extra takes no transformers above 5.3, and as a requirement of
+# ours would replace a newer one.
+TRAINING = ["megatron-core[training]>=0.17"]
 
 setup(
     name="megatron-longrope",
@@ -19,12 +23,21 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.12",
+    python_requires=">=3.12",  # that of megatron-core from 0.17 on
+    classifiers=[
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["megatron_longrope", "megatron_longrope.*"]),
-    package_data={"megatron_longrope.published": ["*.json"], "megatron_longrope.report": ["*.j2"]},
+    package_data={
+        "megatron_longrope": ["py.typed"],
+        "megatron_longrope.published": ["*.json"],
+        "megatron_longrope.report": ["*.j2"],
+    },
     install_requires=[
         "torch>=2.6",
-        "megatron-core[training]>=0.17",
+        "megatron-core>=0.17",
         "transformers>=4.57",
         "safetensors",
         "numpy",
@@ -38,7 +51,9 @@ setup(
         "pyyaml",
         "pybind11",  # a checkout of Megatron-LM compiles its dataset helpers with it
     ],
+    # docs/install.md says what each unlocks.
     extras_require={
+        "training": TRAINING,
         "te": ["transformer-engine[pytorch]"],
         "flash": ["flash-attn"],
         "eval": ["lm-eval>=0.4.13"],
@@ -48,6 +63,7 @@ setup(
         "recipes": RECIPES,
         "dev": [
             *RECIPES,
+            *TRAINING,
             "tensorboard",
             "lm-eval>=0.4.13",
             "accelerate",
@@ -60,6 +76,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "mpmath",
+            "mypy",
             "ruff",
         ],
     },

@@ -127,7 +127,7 @@ def _llama3_factor(value: Mapping[str, Any], frequency: float) -> float:
     if rotations < low:
         return float(factor)
     smooth = (rotations - low) / (high - low)
-    return 1.0 / ((1.0 - smooth) / factor + smooth)
+    return float(1.0 / ((1.0 - smooth) / factor + smooth))
 
 
 def base_attention_factor(value: Mapping[str, Any]) -> float:

@@ -330,6 +330,7 @@ class LongRopeConfig:
                 raise LongRopeError(f"{key} in config.json must be a list of numbers")
         max_length = model_window(hf_config)
         original = rope.original_max_position_embeddings
+        assert original is not None  # read_hf_rope refuses this type without it
         value = rope.parameters.get("attention_factor")
         if value is None:
             ratio = rope.parameters.get("factor") or max_length / original

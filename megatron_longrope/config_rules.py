@@ -32,12 +32,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_int(name: str, value: Any, minimum: int) -> None:
-    """Refuse what is no integer of at least `minimum`."""
+def check_int(name: str, value: Any, minimum: int) -> int:
+    """Return the value; refuse what is no integer of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise LongRopeError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
     if value > _MAX_INT:
         raise LongRopeError(f"{name} is {value}; it must be at most 2^53")
+    return value
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -69,11 +69,10 @@ def unshard(parts: Sequence[Tensor], dim: int) -> Tensor:
     cp_size = len(parts)
     if cp_size == 1:
         return parts[0]
-    chunks: list[Tensor | None] = [None] * (2 * cp_size)
+    chunks: dict[int, Tensor] = {}
     for cp_rank, part in enumerate(parts):
-        first, second = zigzag_chunks(cp_rank, cp_size)
-        chunks[first], chunks[second] = part.chunk(2, dim=dim)
-    return torch.cat(chunks, dim=dim)
+        chunks |= zip(zigzag_chunks(cp_rank, cp_size), part.chunk(2, dim=dim), strict=True)
+    return torch.cat([chunks[index] for index in sorted(chunks)], dim=dim)
 
 
 def shard_documents(

@@ -187,16 +187,14 @@ def _original_window(
             f"config.json has {holder}.{key} {original!r}, which transformers overwrites with "
             f"{default}, its default for {model_type}; write the key at the top"
         )
-    check_int(key, original, 2)
-    return original
+    return check_int(key, original, 2)
 
 
 def model_window(config: Mapping[str, Any]) -> int:
     """The window, in tokens, that a `config.json` states."""
     if "max_position_embeddings" not in config:
         raise LongRopeError("config.json has no max_position_embeddings")
-    check_int("max_position_embeddings", config["max_position_embeddings"], 2)
-    return config["max_position_embeddings"]
+    return check_int("max_position_embeddings", config["max_position_embeddings"], 2)
 
 
 def rotated_dimensions(config: Mapping[str, Any], rope: HfRope) -> int:
