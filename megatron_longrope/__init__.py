@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from megatron_longrope.integration.arguments import add_longrope_args
     from megatron_longrope.integration.hooks import apply, enable, remove
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FactorSet",
     "LongRopeConfig",

@@ -87,6 +87,8 @@ def test_rules_run_as_jobs_on_several_nodes_and_go_on_after_their_time_limit(tmp
             [sys.executable, "-m", "snakemake", "--profile", str(ROOT / "examples/profiles/slurm"),
              "--latency-wait", "10",
              "--slurm-init-seconds-before-status-checks", "5",
+             # By default it asks sacct wherever that program is, with accounting or without.
+             "--slurm-status-command", "squeue",
              "--config", "output=out", f"script={tmp_path}/script.py"],
             cwd=tmp_path,
             # The nodes' names are none of the network's.

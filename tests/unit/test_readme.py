@@ -7,7 +7,10 @@ import pytest
 from megatron_longrope.cli import build_parser
 
 REPOSITORY = Path(__file__).parents[2]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES = [
+    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+]
 
 
 def commands(page):
@@ -26,12 +29,29 @@ def test_the_readme_shows_the_main_commands():
     assert {"data", "search", "eval", "convert"} <= shown
 
 
+def anchors(page):
+    """Names that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_linked_file_exists(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
-    for link in links:
+def test_every_linked_file_and_heading_exists(page):
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
         if not link.startswith("https://"):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name} links to {link}"
+            if heading and target.suffix == ".md":
+                assert heading in anchors(target), f"{page.name} links to {link}"
+
+
+def test_every_page_is_in_the_index():
+    index = (REPOSITORY / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (REPOSITORY / "docs").rglob("*.md"):
+        if page.name != "README.md":
+            assert f"({page.relative_to(REPOSITORY / 'docs')}" in index, page.name
 
 
 def test_the_public_names_in_the_readme_exist():
