@@ -5,6 +5,7 @@
 # make test         CPU only;  make test-fast: the fast ones;  make test-all: the long repetitions too
 # make test-matrix  the tests of the Megatron seams on older releases (7 minutes each on 2 busy cores)
 # make test-gpu    tests/gpu, on a machine with a CUDA device
+# make test-te      what Megatron builds from Transformer Engine's specs; compiles it first
 # make readers      the older transformers that tests read exports with
 # make style        ruff (lint and format), mypy (the modules that pyproject.toml names)
 # Each installs what it needs into $(VENV) first.
@@ -68,6 +69,18 @@ test-fast: $(DEV)
 # On a machine with a GPU; elsewhere all of them are skipped.
 test-gpu: $(DEV)
 	$(PYTHON) -m pytest tests/gpu
+
+# Transformer Engine compiled without a GPU, beside the packages of $(VENV): CUDA's libraries are torch's own.
+TE := 2.20.2
+SITE = $(shell $(PYTHON) -c "import nvidia; print(nvidia.__path__[0])")
+test-te: build/te/$(TE)/.installed
+	PYTHONPATH=$(CURDIR)/build/te/$(TE)/site CUDNN_HOME=$(SITE)/cudnn NVRTC_HOME=$(SITE)/cu13 \
+		CURAND_HOME=$(CURDIR)/build/te/$(TE)/site/nvidia $(PYTHON) -m pytest tests/te
+
+build/te/$(TE)/.installed: tests/te/build.sh | $(DEV)
+	rm -rf $(@D)
+	tests/te/build.sh $(PYTHON) $(@D) $(TE)
+	@touch $@
 
 test-matrix: $(MATRIX:%=test-matrix-%)
 
