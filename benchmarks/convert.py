@@ -7,7 +7,7 @@
 Claim: both directions cost little more than copying the checkpoint's bytes, and their memory does
 not grow with the model: a process holds at most 1.5 GiB beside the largest tensor.
 
-`to_hf` and `from_hf` are `convert_to_hf` and `convert_from_hf` without verification. `copy` is
+`to_hf` and `from_hf` are `write_hf_folder` and `write_checkpoint` without verification. `copy` is
 `shutil.copyfile` and fsync for every file of the checkpoint. `load_all` converts the checkpoint as
 scripts usually do: all tensors in a dict, then `safetensors.torch.save_file` and fsync. Each run is
 a process of its own with one thread, and the arms take turns. Seconds begin after the imports and
@@ -53,7 +53,7 @@ def make_inputs(directory: Path, layers: int) -> int:
     """A random Llama as `directory/hf` and `directory/megatron`; gives the bytes of its tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_longrope.conversion import convert_from_hf
+    from megatron_longrope.conversion import write_checkpoint
 
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -66,7 +66,7 @@ def make_inputs(directory: Path, layers: int) -> int:
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory / "hf", max_shard_size=SHARD_BYTES)
-    report = convert_from_hf(directory / "hf", directory / "megatron", max_shard_bytes=SHARD_BYTES)
+    report = write_checkpoint(directory / "hf", directory / "megatron", max_shard_bytes=SHARD_BYTES)
     return report.num_bytes
 
 
@@ -84,7 +84,7 @@ def load_all(source: Path, target: Path) -> None:
     from safetensors.torch import save_file
 
     from megatron_longrope.checkpoint import MegatronCheckpoint
-    from megatron_longrope.conversion.families import select_family
+    from megatron_longrope.checkpoint.hf.families import select_family
     from megatron_longrope.conversion.tensors import TensorSource
 
     checkpoint = MegatronCheckpoint.open(source)
@@ -104,14 +104,14 @@ def sync(path: Path) -> None:
 
 def arm(name: str, directory: Path, target: Path) -> Callable[[], Any]:
     """What is measured, imports done."""
-    from megatron_longrope.conversion import convert_from_hf, convert_to_hf
+    from megatron_longrope.conversion import write_checkpoint, write_hf_folder
 
     sizes = {"max_shard_bytes": SHARD_BYTES}
     return {
-        "to_hf": lambda: convert_to_hf(
+        "to_hf": lambda: write_hf_folder(
             directory / "megatron", target, longrope_config=None, **sizes
         ),
-        "from_hf": lambda: convert_from_hf(directory / "hf", target, **sizes),
+        "from_hf": lambda: write_checkpoint(directory / "hf", target, **sizes),
         "copy": lambda: copy(directory / "megatron", target),
         "load_all": lambda: load_all(directory / "megatron", target),
     }[name]

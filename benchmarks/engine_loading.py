@@ -52,9 +52,9 @@ def load(arm: str, directory: Path) -> Any:
     import torch
 
     from megatron_longrope.checkpoint import load_into
-    from megatron_longrope.conversion.hf_checkpoint import HfCheckpoint
+    from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
+    from megatron_longrope.checkpoint.opening import default_config
     from megatron_longrope.engine import load_engine, process_groups
-    from megatron_longrope.engine.loading import default_config
     from megatron_longrope.engine.model import build_model
 
     checkpoint = HfCheckpoint(directory)

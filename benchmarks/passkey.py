@@ -38,8 +38,8 @@ import measure
 import torch
 from torch import Tensor, nn
 
+from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.conversion.hf_checkpoint import HfCheckpoint
 from megatron_longrope.data.tokenizer import Tokenizer, train_sentencepiece
 from megatron_longrope.engine import Engine, load_engine
 from megatron_longrope.evaluation.passkey_prompt import (

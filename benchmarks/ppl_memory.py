@@ -52,7 +52,7 @@ import numpy as np
 import torch
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.conversion import convert_from_hf
+from megatron_longrope.conversion import write_checkpoint
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity
 from megatron_longrope.local_folder import LOCAL_ONLY
@@ -105,7 +105,7 @@ def make_checkpoints(directory: Path, geometry: Geometry, longest: int) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(directory / "theirs")
-    convert_from_hf(directory / "theirs", directory / "ours")
+    write_checkpoint(directory / "theirs", directory / "ours")
 
 
 def scorer(arm: str, directory: Path) -> tuple[torch.nn.Module, Callable[[np.ndarray], float]]:

@@ -24,11 +24,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from megatron_longrope.factor_search.evolution import EvolutionParameters, checked_seeds
+from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
+from megatron_longrope.factor_search.operators import unique
+from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
 from megatron_longrope.methods import yarn_factors
-from megatron_longrope.search.evolution import EvolutionParameters, checked_seeds
-from megatron_longrope.search.generations import Generation, GenerationalSearch
-from megatron_longrope.search.operators import unique
-from megatron_longrope.search.space import Candidate, SearchSpace, check_int
 
 MAX_SWEEPS = 2000
 """Sweeps of one mutation before it is ended; the released loop has no bound."""

@@ -43,12 +43,12 @@ from search_texts import Pool, Scores, Windows, perplexity, pool_price
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.engine import load_engine
+from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.generations import GenerationalSearch, Trial
+from megatron_longrope.factor_search.problem import SearchProblem, make_problem
+from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.progress import Progress
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.generations import GenerationalSearch, Trial
-from megatron_longrope.search.problem import SearchProblem, make_problem
-from megatron_longrope.search.racing import Race
 
 ROOT = Path(__file__).parents[1]
 EXTENSION = 8
@@ -178,7 +178,7 @@ def _evolution(bench: Bench, seed: int, evaluations: int) -> EvolutionSearch:
 
 
 def _cma(bench: Bench, seed: int, evaluations: int, blocks: int = 1) -> GenerationalSearch:
-    from megatron_longrope.search.cma import CmaParameters, CmaSearch
+    from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 
     problem = bench.problem
     seeds = list(problem.seeds.values())

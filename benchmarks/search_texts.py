@@ -13,11 +13,11 @@ from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.data.documents import read_manifest, read_window_documents
 from megatron_longrope.data.tokenizer import bos_prefix
 from megatron_longrope.engine import Engine
-from megatron_longrope.search.generations import Trial
-from megatron_longrope.search.journal import Evaluation, Journal
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.rotation import FINALISTS, Anchor, split_pool, validate
-from megatron_longrope.search.space import GivenFactors
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.journal import Evaluation, Journal
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.rotation import FINALISTS, Anchor, split_pool, validate
+from megatron_longrope.factor_search.space import GivenFactors
 
 
 class Windows:

@@ -9,31 +9,68 @@ from typing import TYPE_CHECKING
 from megatron_longrope.lazy import importer
 
 if TYPE_CHECKING:
+    from megatron_longrope.api import convert_from_hf, convert_to_hf, evaluate, prepare_data, search
     from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+    from megatron_longrope.conversion.options import FromHfOptions, ToHfOptions
+    from megatron_longrope.data.options import PrepareOptions
+    from megatron_longrope.errors import LongRopeError
+    from megatron_longrope.evaluation.kinds.needle import NeedleOptions
+    from megatron_longrope.evaluation.kinds.passkey import PasskeyOptions
+    from megatron_longrope.evaluation.kinds.ppl import PerplexityOptions
+    from megatron_longrope.evaluation.kinds.short import BenchmarkOptions
+    from megatron_longrope.factor_search.options import SearchOptions
     from megatron_longrope.integration.arguments import add_longrope_args
     from megatron_longrope.integration.hooks import apply, enable, remove
 
 __version__ = "0.2.0"
 __all__ = [
+    "BenchmarkOptions",
     "FactorSet",
+    "FromHfOptions",
     "LongRopeConfig",
+    "LongRopeError",
+    "NeedleOptions",
+    "PasskeyOptions",
+    "PerplexityOptions",
+    "PrepareOptions",
+    "SearchOptions",
+    "ToHfOptions",
     "__version__",
     "add_longrope_args",
     "apply",
+    "convert_from_hf",
+    "convert_to_hf",
     "enable",
+    "evaluate",
     "identity_config",
+    "prepare_data",
     "remove",
+    "search",
 ]
 
 __getattr__ = importer(
     __name__,
     {
+        "BenchmarkOptions": "evaluation.kinds.short",
         "FactorSet": "config",
+        "FromHfOptions": "conversion.options",
         "LongRopeConfig": "config",
-        "identity_config": "config",
+        "LongRopeError": "errors",
+        "NeedleOptions": "evaluation.kinds.needle",
+        "PasskeyOptions": "evaluation.kinds.passkey",
+        "PerplexityOptions": "evaluation.kinds.ppl",
+        "PrepareOptions": "data.options",
+        "SearchOptions": "factor_search.options",
+        "ToHfOptions": "conversion.options",
         "add_longrope_args": "integration.arguments",
         "apply": "integration.hooks",
+        "convert_from_hf": "api",
+        "convert_to_hf": "api",
         "enable": "integration.hooks",
+        "evaluate": "api",
+        "identity_config": "config",
+        "prepare_data": "api",
         "remove": "integration.hooks",
+        "search": "api",
     },
 )

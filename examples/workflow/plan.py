@@ -22,12 +22,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_longrope.cli import build_parser
-from megatron_longrope.cli.search import parameters
+from megatron_longrope.cli.flags import read_flags
+from megatron_longrope.factor_search.cost import estimate, estimate_command
+from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.plan import plan_command
 from megatron_longrope.plan.flags import parse
 from megatron_longrope.plan.hardware import GIB, parse_gpu
 from megatron_longrope.progress import format_duration
-from megatron_longrope.search.cost import estimate, estimate_command
 
 MISSING = "missing"
 """Stands in commands for an input that does not exist yet."""
@@ -153,8 +154,8 @@ def _training(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
 
 
 def _search(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
-    args = build_parser().parse_args(command.words[1:])
-    sizes = parameters(args)
+    args = read_flags(SearchOptions, build_parser().parse_args(command.words[1:]))
+    sizes = args.parameters()
     evaluations = sizes.max_evaluations if args.algorithm == "cma" else sizes.total_evaluations
     if args.max_evaluations is not None:
         evaluations = min(evaluations, args.max_evaluations)

@@ -234,7 +234,7 @@ def _disk(commands: Sequence[plan.Command], output: Path) -> Finding:
 
 
 def _kernels(config: dict[str, Any]) -> Iterator[Finding]:
-    from megatron_longrope.integration.checkup import examine as examine_machine
+    from megatron_longrope.checkup import examine as examine_machine
 
     found = examine_machine()
     for problem in found.problems:

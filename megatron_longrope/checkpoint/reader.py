@@ -49,6 +49,14 @@ class MegatronCheckpoint(ABC):
     format: ClassVar[str]
     """Megatron's `--ckpt-format`: `torch_dist`, `torch` or `fsdp_dtensor`."""
 
+    _formats: ClassVar[dict[str, type[MegatronCheckpoint]]] = {}
+    """The formats that can be read; the package imports their modules, which stand above this."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "format" in vars(cls):
+            MegatronCheckpoint._formats[cls.format] = cls
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
@@ -65,16 +73,8 @@ class MegatronCheckpoint(ABC):
             LongRopeError: There is no checkpoint, its format is not supported, or a file is missing
                 or too short.
         """
-        # The formats' modules build on this one.
-        from megatron_longrope.checkpoint.fsdp import FsdpCheckpoint
-        from megatron_longrope.checkpoint.legacy import LegacyCheckpoint
-        from megatron_longrope.checkpoint.torch_dist import TorchDistCheckpoint
-
         directory = iteration_directory(Path(path), iteration)
-        kinds = {
-            kind.format: kind for kind in (TorchDistCheckpoint, LegacyCheckpoint, FsdpCheckpoint)
-        }
-        return kinds[checkpoint_format(directory)](directory)
+        return cls._formats[checkpoint_format(directory)](directory)
 
     @property
     @abstractmethod

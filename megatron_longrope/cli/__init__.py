@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib
 import logging
@@ -12,6 +11,7 @@ import sys
 import warnings
 
 from megatron_longrope import __version__
+from megatron_longrope.cli.flags import Parser
 from megatron_longrope.errors import LongRopeError
 
 # Modules are imported on start but keep torch and megatron imports inside `run`, so that --help and
@@ -29,9 +29,9 @@ _COMMANDS = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="longrope", description="Extend the context window of Megatron models with LongRoPE."
     )
     parser.add_argument("--version", action="version", version=f"longrope {__version__}")

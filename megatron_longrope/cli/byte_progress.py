@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from megatron_longrope.progress import Progress
 
@@ -47,12 +47,12 @@ class ByteProgress:
             self._shown.update(count=megabytes, resumed=True)
 
 
-def interruptible(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+def interruptible(run: Callable[[Any], int]) -> Callable[[Any], int]:
     """Say what an interrupted conversion leaves behind."""
 
-    def wrapped(args: argparse.Namespace) -> int:
+    def wrapped(options: Any) -> int:
         try:
-            return run(args)
+            return run(options)
         except KeyboardInterrupt as error:
             for note in getattr(error, "__notes__", ()):
                 print(f"longrope convert: {note}", file=sys.stderr)

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_longrope.cli.flags import add_command
+from megatron_longrope.options import Options, flag
 
 if TYPE_CHECKING:
-    from megatron_longrope.integration.checkup import Checkup
+    from megatron_longrope.checkup import Checkup
 
 
-def add_parser(commands) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions(Options):
+    """What `longrope doctor` is told."""
+
+    json: bool = flag(False)
+    """print one JSON object instead"""
+
+
+def add_parser(commands: Any) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser(
+    add_command(
+        commands,
         "doctor",
+        DoctorOptions,
+        run,
         help="versions, kernels, and whether the hooks fit this Megatron",
         description="Versions, attention and RoPE kernels, and whether every Megatron symbol that "
         "the plugin replaces is there with the parameters that it relies on. Exits with 1 when "
         "the plugin would not work.",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: DoctorOptions) -> int:
     """Run the command."""
-    import dataclasses
     import json
 
-    from megatron_longrope.integration.checkup import examine
+    from megatron_longrope.checkup import examine
 
     checkup = examine()
-    if args.json:
-        print(json.dumps({"works": checkup.works, **dataclasses.asdict(checkup)}, indent=2))
+    if options.json:
+        print(json.dumps({"works": checkup.works, **asdict(checkup)}, indent=2))
     else:
         print("\n".join(_lines(checkup)))
     return 0 if checkup.works else 1

@@ -2,15 +2,107 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.cli import options
+from megatron_longrope.cli.flags import add_command
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.lengths import parse_length
+from megatron_longrope.options import Options, flag
 
-_FILE = "F.json, or published:NAME"
+
+def _file(**how: Any) -> Any:
+    return flag(positional=True, metavar="FILE", help="F.json, or published:NAME", **how)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(Options):
+    """What `longrope factors show` is told."""
+
+    files: tuple[str, ...] = _file(nargs="+")
+
+    all: bool = flag(False)
+    """every factor (default: three of each)"""
+
+    json: bool = flag(False)
+    """as JSON, a list of files"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output(Options):
+    output: str = flag(metavar="F.json")
+    """file to write"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sources(Options):
+    sources: tuple[str, ...] = flag(positional=True, nargs="+", metavar="[WINDOW=]FILE")
+    """file, for windows of WINDOW tokens"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions(_Output, _Sources):
+    """What `longrope factors import` is told."""
+
+    rotary_base: float | None = flag(None, type=float, metavar="B")
+    """base of RoPE of the model"""
+
+    original_length: int | None = flag(None, type=parse_length, metavar="N")
+    """pre-trained window in tokens"""
+
+    attention_factor: float | None = flag(None, type=float, metavar="X")
+    """one value for every window (default: by the policy)"""
+
+    attention_factor_policy: str = flag("su", choices=("su", "yarn", "none"))
+    """of files other than config.json (default: su, the authors')"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """What `longrope factors export` is told."""
+
+    file: str = _file()
+
+    output: str = flag(metavar="PATH")
+    """file to write"""
+
+    format: str = flag("hf", choices=("hf", "csv", "list"))
+    """hf: fields for config.json; csv: as the authors' code reads; list: JSON (default: hf)"""
+
+    window: int | None = flag(None, type=parse_length, metavar="N")
+    """whose factors, hf: the long ones (default: the longest)"""
+
+    layers: int = flag(32, type=int, metavar="N")
+    """rows of a CSV (default: 32)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions(Options):
+    """What `longrope factors diff` is told."""
+
+    files: tuple[str, ...] = _file(nargs=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortOptions(Options):
+    """What `longrope factors sort` is told."""
+
+    file: str = _file()
+
+    output: str = flag(metavar="F.json")
+    """file to write"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files(Options):
+    files: tuple[str, ...] = flag(positional=True, nargs="+", metavar="F.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(_Output, _Files):
+    """What `longrope factors merge` is told."""
 
 
 def add_parser(commands: Any) -> None:
@@ -22,29 +114,60 @@ def add_parser(commands: Any) -> None:
         "published:NAME is a file that comes with this package; `factors list` names them.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _add_show(actions)
-    _add_list(actions)
-    _add_import(actions)
-    _add_export(actions)
-    _add_diff(actions)
-    _add_sort(actions)
-    _add_merge(actions)
+    for name, options, run, help, more in (
+        ("show", ShowOptions, _run_show, "windows, factors and where they come from", None),
+        ("list", Options, _run_list, "names, models and licences of published factors", None),
+        (
+            "import",
+            ImportOptions,
+            _run_import,
+            "from the authors' CSV, a config.json, or a list of numbers",
+            "Make a factor file from the CSV files of the LongRoPE authors, the config.json of a "
+            "Hugging Face model, LongRoPE2's short and long lists, or a bare list of numbers. "
+            "config.json states everything; the others need the geometry of their model, and a "
+            "window each unless they are called like the authors' (4k_la2_256k.csv, "
+            "ft_la2_256k.csv).",
+        ),
+        (
+            "export",
+            ExportOptions,
+            _run_export,
+            "for other tools: config.json fields, CSV or list",
+            None,
+        ),
+        (
+            "diff",
+            DiffOptions,
+            _run_diff,
+            "how two files rotate differently",
+            "Say how two files rotate differently; origins do not count. Exit 1 when they do.",
+        ),
+        (
+            "sort",
+            SortOptions,
+            _run_sort,
+            "put the factors of every set in ascending order",
+            "Put the factors of every set in ascending order, as a search keeps them; published "
+            "ones decrease here and there. This changes the model a little.",
+        ),
+        (
+            "merge",
+            MergeOptions,
+            _run_merge,
+            "one file with the factor sets of several",
+            "One file with the factor sets of several of one model, such as those of second "
+            "searches to different windows. A sequence takes the smallest set that covers it.",
+        ),
+    ):
+        add_command(actions, name, options, run, help=help, description=more)
 
 
-def _add_show(actions: Any) -> None:
-    show = actions.add_parser("show", help="windows, factors and where they come from")
-    show.add_argument("files", nargs="+", metavar="FILE", help=_FILE)
-    show.add_argument("--all", action="store_true", help="every factor (default: three of each)")
-    show.add_argument("--json", action="store_true", help="as JSON, a list of files")
-    show.set_defaults(run=_run_show)
-
-
-def _run_show(args: argparse.Namespace) -> None:
+def _run_show(options: ShowOptions) -> None:
     from megatron_longrope.config import LongRopeConfig
 
-    configs = {path: LongRopeConfig.load(path) for path in args.files}
-    if args.json:
-        print(json.dumps([_as_json(*item, args.all) for item in configs.items()], indent=2))
+    configs = {path: LongRopeConfig.load(path) for path in options.files}
+    if options.json:
+        print(json.dumps([_as_json(*item, options.all) for item in configs.items()], indent=2))
         return
     for path, config in configs.items():
         print(
@@ -58,9 +181,9 @@ def _run_show(args: argparse.Namespace) -> None:
                 f"{item.max_length:9} {config.attention_factor_for(item.max_length):10.6g} "
                 f"{item.num_start_tokens:6} {shown}  {_origin(item.origin)}"
             )
-            if args.all:
+            if options.all:
                 print(f"  {' '.join(map(repr, item.rescale_factors))}")
-    if not args.all:
+    if not options.all:
         print("factors: of the fastest, the middle and the slowest dimension")
 
 
@@ -89,12 +212,7 @@ def _origin(origin: dict[str, Any]) -> str:
     return f"{found} ({origin['method']})" if "method" in origin else found
 
 
-def _add_list(actions: Any) -> None:
-    parser = actions.add_parser("list", help="names, models and licences of published factors")
-    parser.set_defaults(run=_run_list)
-
-
-def _run_list(args: argparse.Namespace) -> None:
+def _run_list(options: Options) -> None:
     import warnings
 
     from megatron_longrope import published
@@ -110,139 +228,63 @@ def _run_list(args: argparse.Namespace) -> None:
               f"tokens ({origin['source']}; {origin['license']})")  # fmt: skip
 
 
-def _add_import(actions: Any) -> None:
-    parser = actions.add_parser(
-        "import",
-        help="from the authors' CSV, a config.json, or a list of numbers",
-        description="Make a factor file from the CSV files of the LongRoPE authors, the "
-        "config.json of a Hugging Face model, LongRoPE2's short and long lists, or a bare list of "
-        "numbers. "
-        "config.json states everything; the others need the geometry of their model, and a window "
-        "each unless they are called like the authors' (4k_la2_256k.csv, ft_la2_256k.csv).",
-    )
-    parser.add_argument(
-        "sources", nargs="+", metavar="[WINDOW=]FILE", help="file, for windows of WINDOW tokens"
-    )
-    parser.add_argument("--output", required=True, metavar="F.json", help="file to write")
-    parser.add_argument("--rotary-base", type=float, metavar="B", help="base of RoPE of the model")
-    parser.add_argument(
-        "--original-length", type=options.length, metavar="N", help="pre-trained window in tokens"
-    )
-    parser.add_argument(
-        "--attention-factor", type=float, metavar="X",
-        help="one value for every window (default: by the policy)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--attention-factor-policy", choices=("su", "yarn", "none"), default="su",
-        help="of files other than config.json (default: su, the authors')",
-    )  # fmt: skip
-    parser.set_defaults(run=_run_import)
-
-
-def _run_import(args: argparse.Namespace) -> None:
+def _run_import(options: ImportOptions) -> None:
     from megatron_longrope.factor_files import Geometry, import_factors
 
     sources: list[tuple[str, int | None]] = []
-    for source in args.sources:
+    for source in options.sources:
         window, separator, path = source.rpartition("=")
         try:
-            sources.append((path, options.length(window) if separator else None))
-        except argparse.ArgumentTypeError as error:
+            sources.append((path, parse_length(window) if separator else None))
+        except ValueError as error:
             raise LongRopeError(f"{source}: {error}; write WINDOW=FILE") from None
     geometry = Geometry(
-        args.rotary_base, args.original_length, args.attention_factor, args.attention_factor_policy
+        options.rotary_base,
+        options.original_length,
+        options.attention_factor,
+        options.attention_factor_policy,
     )
-    _write(import_factors(sources, geometry), args.output)
+    _write(import_factors(sources, geometry), options.output)
 
 
-def _add_export(actions: Any) -> None:
-    parser = actions.add_parser("export", help="for other tools: config.json fields, CSV or list")
-    parser.add_argument("file", metavar="FILE", help=_FILE)
-    parser.add_argument("--output", required=True, metavar="PATH", help="file to write")
-    parser.add_argument(
-        "--format", choices=("hf", "csv", "list"), default="hf",
-        help="hf: fields for config.json; csv: as the authors' code reads; list: JSON "
-        "(default: hf)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--window", type=options.length, metavar="N",
-        help="whose factors, hf: the long ones (default: the longest)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=int, default=32, metavar="N", help="rows of a CSV (default: 32)"
-    )
-    parser.set_defaults(run=_run_export)
-
-
-def _run_export(args: argparse.Namespace) -> None:
+def _run_export(options: ExportOptions) -> None:
     from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.factor_files import export_factors
     from megatron_longrope.files import write_text_atomic
 
-    config = LongRopeConfig.load(args.file)
-    write_text_atomic(args.output, export_factors(config, args.format, args.window, args.layers))
-    print(f"wrote {args.output}")
-
-
-def _add_diff(actions: Any) -> None:
-    parser = actions.add_parser(
-        "diff",
-        help="how two files rotate differently",
-        description="Say how two files rotate differently; origins do not count. Exit 1 when they "
-        "do.",
+    config = LongRopeConfig.load(options.file)
+    write_text_atomic(
+        options.output, export_factors(config, options.format, options.window, options.layers)
     )
-    parser.add_argument("files", nargs=2, metavar="FILE", help=_FILE)
-    parser.set_defaults(run=_run_diff)
+    print(f"wrote {options.output}")
 
 
-def _run_diff(args: argparse.Namespace) -> int:
+def _run_diff(options: DiffOptions) -> int:
     from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.factor_files import differences
 
-    first, second = map(LongRopeConfig.load, args.files)
+    first, second = map(LongRopeConfig.load, options.files)
     found = differences(first, second)
     print("\n".join(found) if found else "the files rotate alike")
     return 1 if found else 0
 
 
-def _add_sort(actions: Any) -> None:
-    parser = actions.add_parser(
-        "sort",
-        help="put the factors of every set in ascending order",
-        description="Put the factors of every set in ascending order, as a search keeps them; "
-        "published ones decrease here and there. This changes the model a little.",
-    )
-    parser.add_argument("file", metavar="FILE", help=_FILE)
-    parser.add_argument("--output", required=True, metavar="F.json", help="file to write")
-    parser.set_defaults(run=_run_sort)
-
-
-def _run_sort(args: argparse.Namespace) -> None:
+def _run_sort(options: SortOptions) -> None:
     from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.factor_files import sorted_factors
 
-    config, changed = sorted_factors(LongRopeConfig.load(args.file))
-    _write(config, args.output)
+    config, changed = sorted_factors(LongRopeConfig.load(options.file))
+    _write(config, options.output)
     print(f"changed: {', '.join(map(str, changed)) or 'none'}")
 
 
-def _add_merge(actions: Any) -> None:
-    merge = actions.add_parser(
-        "merge",
-        help="one file with the factor sets of several",
-        description="One file with the factor sets of several of one model, such as those of "
-        "second searches to different windows. A sequence takes the smallest set that covers it.",
-    )
-    merge.add_argument("files", nargs="+", metavar="F.json")
-    merge.add_argument("--output", required=True, metavar="F.json", help="file to write")
-    merge.set_defaults(run=_run_merge)
-
-
-def _run_merge(args: argparse.Namespace) -> None:
+def _run_merge(options: MergeOptions) -> None:
     from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.merging import merge_configs
 
-    _write(merge_configs({path: LongRopeConfig.load(path) for path in args.files}), args.output)
+    _write(
+        merge_configs({path: LongRopeConfig.load(path) for path in options.files}), options.output
+    )
 
 
 def _write(config: Any, output: str | Path) -> None:

@@ -3,65 +3,115 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
-from megatron_longrope.cli import options
+from megatron_longrope.cli.flags import add_command
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.lengths import parse_length
+from megatron_longrope.options import Options, flag
 
-_SIZES = {
-    "tensor": "tensor-model-parallel-size",
-    "context": "context-parallel-size",
-    "pipeline": "pipeline-model-parallel-size",
-    "expert": "expert-model-parallel-size",
-}
+_SIZES = ("tensor", "context", "pipeline", "expert")
 
 
-def add_parser(commands) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Run(Options):
+    model: str | None = flag(None, metavar="NAME", exclusive="model", required=True)
+    """llama2-7b, llama3-8b, mistral-7b, ..."""
+
+    load: str | None = flag(None, metavar="CKPT", exclusive="model", required=True)
+    """Megatron checkpoint: its --save directory"""
+
+    hf: str | None = flag(None, metavar="DIR", exclusive="model", required=True)
+    """local Hugging Face folder"""
+
+    length: int = flag(type=parse_length, metavar="N")
+    """tokens of a sequence"""
+
+    global_batch_size: int = flag(32, type=int, metavar="B")
+    """default 32"""
+
+    steps: int = flag(600, type=int, metavar="K")
+    """default: 600"""
+
+    chunked_loss: bool = flag(True, action=argparse.BooleanOptionalAction)
+    """with --longrope-chunked-loss (default), or with the logits of all tokens at once"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cluster(Options):
+    GROUP: ClassVar = "cluster"
+
+    gpus: int = flag(type=int, metavar="G")
+    """GPUs of the run"""
+
+    gpu: str = flag("h100", metavar="NAME")
+    """a100-80, h100, ... or TFLOPS:GIB"""
+
+    memory: float | None = flag(None, type=float, metavar="GIB")
+    """of a GPU (default: its own)"""
+
+    gpus_per_node: int = flag(8, type=int, metavar="G")
+    """default: 8"""
+
+    mfu: float | None = flag(None, type=float, metavar="U")
+    """part of the peak that all operations run at (default: measured by others, by GPU)"""
+
+
+def _size(name: str) -> Any:
+    return flag(None, name=f"--{name}-model-parallel-size", type=int, metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout(Options):
+    GROUP: ClassVar = ("layout", "what is given is not chosen")
+
+    tensor: int | None = _size("tensor")
+    context: int | None = flag(None, name="--context-parallel-size", type=int, metavar="N")
+    pipeline: int | None = _size("pipeline")
+    expert: int | None = _size("expert")
+
+    recompute: str | None = flag(None, choices=("none", "mlp", "full"))
+    """mlp: experts, too"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(_Layout, _Cluster, _Run):
+    """What `longrope plan` is told."""
+
+    GROUP: ClassVar = None
+
+    json: bool = flag(False)
+    """print one JSON object instead"""
+
+    all: bool = flag(False)
+    """list every layout that fits, too"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item in fields(self):
+            name, value = item.name, getattr(self, item.name)
+            if name in (*_SIZES, "gpus", "gpus_per_node", "global_batch_size", "steps"):
+                flag = item.metadata.get("name", f"--{name.replace('_', '-')}")
+                if value is not None and value < 1:
+                    raise LongRopeError(f"{flag} is {value}; give 1 or more")
+
+
+def add_parser(commands: Any) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser(
+    add_command(
+        commands,
         "plan",
+        PlanOptions,
+        run,
         help="memory, hours and Megatron flags of a fine-tuning run",
         description="Memory per GPU, operations and hours of fine-tuning at a length, and the "
         "parallel sizes and recomputation to run it with, as flags to paste. Exits with 1 when it "
         "does not fit, and says what would.",
     )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", metavar="NAME", help="llama2-7b, llama3-8b, mistral-7b, ...")
-    model.add_argument("--load", metavar="CKPT", help="Megatron checkpoint: its --save directory")
-    model.add_argument("--hf", metavar="DIR", help="local Hugging Face folder")
-    parser.add_argument(
-        "--length", required=True, type=options.length, metavar="N", help="tokens of a sequence"
-    )
-    parser.add_argument("--global-batch-size", type=int, default=32, metavar="B", help="default 32")
-    parser.add_argument("--steps", type=int, default=600, metavar="K", help="default: 600")
-    parser.add_argument(
-        "--chunked-loss",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="with --longrope-chunked-loss (default), or with the logits of all tokens at once",
-    )
-    cluster = parser.add_argument_group("cluster")
-    cluster.add_argument("--gpus", required=True, type=int, metavar="G", help="GPUs of the run")
-    cluster.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="a100-80, h100, ... or TFLOPS:GIB"
-    )
-    cluster.add_argument("--memory", type=float, metavar="GIB", help="of a GPU (default: its own)")
-    cluster.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
-    cluster.add_argument(
-        "--mfu",
-        type=float,
-        metavar="U",
-        help="part of the peak that all operations run at (default: measured by others, by GPU)",
-    )
-    layout = parser.add_argument_group("layout", "what is given is not chosen")
-    for name, flag in _SIZES.items():
-        layout.add_argument(f"--{flag}", dest=name, type=int, metavar="N")
-    layout.add_argument("--recompute", choices=("none", "mlp", "full"), help="mlp: experts, too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument("--all", action="store_true", help="list every layout that fits, too")
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: PlanOptions) -> int:
     """Run the command."""
     import json
 
@@ -71,23 +121,22 @@ def run(args: argparse.Namespace) -> int:
     from megatron_longrope.plan.hardware import parse_gpu
     from megatron_longrope.plan.layouts import FULL
 
-    _check_positive(args)
-    model = _model(args)
-    chunk = DEFAULT_CHUNK if args.chunked_loss else None
-    training = Training(args.length, args.global_batch_size, args.steps, chunk)
-    gpu = with_memory(parse_gpu(args.gpu), args.memory)
-    cluster = Cluster(gpu, args.gpus, args.gpus_per_node, args.mfu)
-    fixed = {name: getattr(args, name) for name in _SIZES if getattr(args, name) is not None}
-    if args.recompute is not None:
+    model = _model(options)
+    chunk = DEFAULT_CHUNK if options.chunked_loss else None
+    training = Training(options.length, options.global_batch_size, options.steps, chunk)
+    gpu = with_memory(parse_gpu(options.gpu), options.memory)
+    cluster = Cluster(gpu, options.gpus, options.gpus_per_node, options.mfu)
+    fixed = {name: size for name in _SIZES if (size := getattr(options, name)) is not None}
+    if options.recompute is not None:
         kinds = {"none": (), "mlp": (model.mlp_module,), "full": FULL}
-        fixed["recompute"] = kinds[args.recompute]
+        fixed["recompute"] = kinds[options.recompute]
     estimates = rank(model, training, cluster, fixed)
     best = estimates[0]
-    others = [estimate for estimate in estimates if estimate.fits] if args.all else []
+    others = [estimate for estimate in estimates if estimate.fits] if options.all else []
     advice = [] if best.fits else remedies(best, cluster, fixed)
-    if args.json:
+    if options.json:
         answer = {**best.as_dict(), "would_fit": advice}
-        if args.all:
+        if options.all:
             answer["all"] = [estimate.as_dict() for estimate in others]
         print(json.dumps(answer, indent=2))
     else:
@@ -95,24 +144,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if best.fits else 1
 
 
-def _check_positive(args: argparse.Namespace) -> None:
-    names = ["gpus", "gpus_per_node", "global_batch_size", "steps"]
-    flags = {name: "--" + name.replace("_", "-") for name in names}
-    flags |= {name: f"--{flag}" for name, flag in _SIZES.items()}
-    for name, flag in flags.items():
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise LongRopeError(f"{flag} is {value}; give 1 or more")
-
-
-def _model(args: argparse.Namespace):
+def _model(options: PlanOptions):
     from megatron_longrope.plan.model import Model, find_model
 
-    if args.model is not None:
-        return find_model(args.model)
-    from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
+    if options.model is not None:
+        return find_model(options.model)
+    from megatron_longrope.checkpoint.opening import open_checkpoint
 
-    return Model.from_shape(open_checkpoint(args.load, args.hf, sliding_window="drop").shape)
+    return Model.from_shape(open_checkpoint(options.load, options.hf, sliding_window="drop").shape)
 
 
 def _lines(best, others, advice: list[str]) -> list[str]:

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_longrope.cli.flags import add_command
+from megatron_longrope.options import Options, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Options):
+    """What `longrope report` is told."""
+
+    directory: tuple[Path, ...] = flag(positional=True, type=Path, nargs="+", metavar="DIR")
+    """holds, at any depth, what `longrope eval` wrote (ppl.jsonl, passkey.jsonl, needle.jsonl,
+    short.jsonl); also LongRoPE JSON files, *.journal.jsonl and, at its top, facts.json"""
+
+    output: str | None = flag(None, metavar="FILE")
+    """the page to write (default: DIR/report.html, and with several DIR ./report.html)"""
 
 
 def add_parser(commands: Any) -> None:
     """Add `report`."""
-    parser = commands.add_parser(
+    add_command(
+        commands,
         "report",
+        ReportOptions,
+        run,
         help="one self-contained HTML page, PNG figures and CSV data from evaluations",
         description="Write a self-contained HTML page about one evaluated run, or one that "
         "compares several models, and beside it figures/ with PNG images and the CSV data behind "
         "them.",
     )
-    parser.add_argument(
-        "directory", type=Path, nargs="+", metavar="DIR",
-        help="holds, at any depth, what `longrope eval` wrote (ppl.jsonl, passkey.jsonl, "
-        "needle.jsonl, short.jsonl); also LongRoPE JSON files, *.journal.jsonl and, at its top, "
-        "facts.json",
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE",
-        help="the page to write (default: DIR/report.html, and with several DIR ./report.html)",
-    )  # fmt: skip
-    parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(options: ReportOptions) -> None:
     """Run the command."""
     from megatron_longrope.report.page import report_tables, write_report
     from megatron_longrope.report.reading import read_measurements
 
-    measurements = read_measurements(args.directory)
-    page = write_report(args.directory, args.output, measurements=measurements)
-    print(report_tables(args.directory, measurements=measurements))
+    measurements = read_measurements(options.directory)
+    output = None if options.output is None else Path(options.output)
+    page = write_report(options.directory, output, measurements=measurements)
+    print(report_tables(options.directory, measurements=measurements))
     print(f"wrote {page}, {page.parent / 'figures'} and {page.parent / 'tables'}")

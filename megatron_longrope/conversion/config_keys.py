@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_longrope.conversion.families import FAMILIES
-from megatron_longrope.conversion.limits import checked_keys
+from megatron_longrope.checkpoint.hf.families import FAMILIES
+from megatron_longrope.checkpoint.hf.limits import checked_keys
 from megatron_longrope.hf_rope import read_hf_rope
 
 # Keys that change no logit of ours or of transformers, or that other functions read.

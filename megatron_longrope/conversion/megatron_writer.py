@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megatron_longrope.checkpoint.hf.source import StoredTensor
 from megatron_longrope.conversion.work import complete_file
 from megatron_longrope.files import read_json, write_json_atomic, write_text_atomic
 
@@ -56,31 +57,6 @@ _STATEFUL = (
     "mlp.linear_fc2",
 )
 _STATEFUL_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor to write."""
-
-    name: str
-    """Its key."""
-
-    shape: tuple[int, ...]
-    """Shape, of one layer if `num_layers` is given."""
-
-    dtype: torch.dtype
-    """Its dtype."""
-
-    num_layers: int | None = None
-    """Layers that are stacked on dimension 0, or None."""
-
-    in_blocks: bool = False
-    """Whether `load` gives some of the rows at a time."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size on disk."""
-        return (self.num_layers or 1) * math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_longrope.base_frequencies import check_same_base
-from megatron_longrope.checkpoint import ModelShape
+from megatron_longrope.checkpoint.hf.families import Family
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion.families import Family
 from megatron_longrope.conversion.start_tokens import drop_start_tokens
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import attention_factor
@@ -109,24 +107,3 @@ def _bare_base(config: LongRopeConfig) -> ExportedRope:
         "rope_parameters": {**scaling, "rope_theta": config.rotary_base},
     }
     return ExportedRope(keys, config.attention_factor_for(config.max_length))
-
-
-def check_fits(
-    longrope_config: LongRopeConfig, shape: ModelShape, stored: LongRopeConfig | None = None
-) -> None:
-    """Refuse factors that belong to another model.
-
-    Args:
-        stored (LongRopeConfig, optional): What the model rotates by itself. Defaults to plain RoPE.
-
-    Raises:
-        LongRopeError: rotary_dim or rotary_base differ, or the scaling that the factors multiply.
-    """
-    check_same_base(longrope_config, stored)
-    for name in ("rotary_dim", "rotary_base"):
-        ours, theirs = getattr(longrope_config, name), getattr(shape, name)
-        if ours != theirs:
-            raise LongRopeError(
-                f"the longrope configuration has {name} {ours:g}, the model has {theirs:g}; "
-                "the factors were made for another model"
-            )

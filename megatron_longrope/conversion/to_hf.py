@@ -11,6 +11,8 @@ import torch
 
 from megatron_longrope import __version__
 from megatron_longrope.checkpoint import MegatronCheckpoint, ModelShape
+from megatron_longrope.checkpoint.hf.families import dtype_name, select_family, to_hf_config
+from megatron_longrope.checkpoint.opening import check_fits
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.card import model_card
 from megatron_longrope.conversion.companions import (
@@ -19,10 +21,8 @@ from megatron_longrope.conversion.companions import (
     copy_companions,
     special_token_ids,
 )
-from megatron_longrope.conversion.families import dtype_name, select_family, to_hf_config
 from megatron_longrope.conversion.rope_export import (
     ExportedRope,
-    check_fits,
     export_rope,
     is_bare_base,
 )
@@ -82,7 +82,7 @@ class ConversionReport:
     """Whether an interrupted conversion was continued."""
 
 
-def convert_to_hf(
+def write_hf_folder(
     checkpoint_path: str | Path,
     output_dir: str | Path,
     *,

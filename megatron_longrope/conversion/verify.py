@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_longrope.checkpoint.hf.families import dtype_named
 from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.config_keys import unread_keys
-from megatron_longrope.conversion.families import dtype_named
-from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 from megatron_longrope.hf_rope import read_hf_rope

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion.from_hf import open_folder
-from megatron_longrope.conversion.hf_reader import HfFolder
+from megatron_longrope.checkpoint.hf.folder import HfFolder
+from megatron_longrope.checkpoint.hf.source import open_folder
 from megatron_longrope.conversion.verify import (
     TOLERANCE,
     VerificationReport,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_longrope.base_frequencies import check_same_base
 from megatron_longrope.checkpoint.loader import Checkpoint, load_into
-from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.checkpoint.opening import default_config
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
-from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import process_groups
 from megatron_longrope.engine.engine import Engine
 from megatron_longrope.engine.kernels import core_attention
 from megatron_longrope.engine.model import build_model, default_device
+from megatron_longrope.options import Loading
 
 
 def load_engine(
@@ -38,7 +40,7 @@ def load_engine(
     Args:
         source (str | Path | Checkpoint): The `--save` directory of a Megatron run, or one of its
             iteration directories; or an opened checkpoint, such as a
-            :class:`megatron_longrope.conversion.hf_checkpoint.HfCheckpoint`.
+            :class:`megatron_longrope.checkpoint.hf.checkpoint.HfCheckpoint`.
         longrope_config (LongRopeConfig, optional): Defaults to the checkpoint's own, else stock
             RoPE up to its max_position_embeddings.
         iteration (int, optional): Defaults to the latest.
@@ -86,6 +88,18 @@ def load_engine(
     return Engine(model, shape)
 
 
-def default_config(shape: ModelShape) -> LongRopeConfig:
-    """Stock RoPE for a checkpoint that stores no LongRoPE config."""
-    return identity_config(shape.rotary_base, shape.rotary_dim, shape.max_position_embeddings)
+def load_engine_for(
+    options: Loading,
+    checkpoint: Checkpoint,
+    config: LongRopeConfig | None = None,
+    **more: Any,
+) -> Engine:
+    """Load an opened checkpoint as a command's options say; see :func:`load_engine`."""
+    return load_engine(
+        checkpoint,
+        longrope_config=config,
+        tensor_parallel=options.tensor_model_parallel_size,
+        context_parallel=options.context_parallel_size,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        **more,
+    )

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.harness_tasks import (
     PAPER_TASKS,
     LoadedTask,
     TaskSpec,
+    check_original_factors,
     check_tasks,
     downloads,
     parse_tasks,
@@ -60,31 +60,6 @@ def harness_lm(engine: Any, tokenizer: Any, **options: Any) -> Any:
     from megatron_longrope.evaluation.harness_model import EngineLM
 
     return EngineLM(engine, tokenizer, **options)
-
-
-def check_original_factors(config: LongRopeConfig, max_length: int | None = None) -> None:
-    """Refuse factors under which short benchmarks would not measure the original window.
-
-    Args:
-        config (LongRopeConfig): Factors to measure.
-        max_length (int, optional): Longest model input wanted, in tokens.
-
-    Raises:
-        LongRopeError: The original window has no factor set of its own, or `max_length` is beyond
-            it.
-    """
-    original = config.original_max_position_embeddings
-    if (reach := config.factor_set_for(original).max_length) > original:
-        raise LongRopeError(
-            f"the smallest factor set that covers the original window of {original} tokens "
-            f"reaches to {reach}, so that short benchmarks would measure long factors; use "
-            f"factors with a set of their own for {original} tokens"
-        )
-    if max_length is not None and not 2 <= max_length <= original:
-        raise LongRopeError(
-            f"max_length {max_length} must be from 2 to the original window of {original} "
-            "tokens, whose factors short benchmarks are for; leave it out to use the window"
-        )
 
 
 def run_tasks(

@@ -22,7 +22,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.harness import check_original_factors
 from megatron_longrope.evaluation.harness_generation import (
     Decoding,
     Prompt,
@@ -30,6 +29,7 @@ from megatron_longrope.evaluation.harness_generation import (
     continuations,
     generation_batches,
 )
+from megatron_longrope.evaluation.harness_tasks import check_original_factors
 from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.local_folder import LOCAL_ONLY
 from megatron_longrope.progress import Progress

@@ -9,10 +9,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
+
+if TYPE_CHECKING:
+    from megatron_longrope.config import LongRopeConfig
 
 
 @dataclass(frozen=True)
@@ -241,3 +244,28 @@ def quiet_other_ranks() -> contextlib.AbstractContextManager:
     if rank() == 0:
         return contextlib.nullcontext()
     return contextlib.redirect_stderr(io.StringIO())
+
+
+def check_original_factors(config: LongRopeConfig, max_length: int | None = None) -> None:
+    """Refuse factors under which short benchmarks would not measure the original window.
+
+    Args:
+        config (LongRopeConfig): Factors to measure.
+        max_length (int, optional): Longest model input wanted, in tokens.
+
+    Raises:
+        LongRopeError: The original window has no factor set of its own, or `max_length` is beyond
+            it.
+    """
+    original = config.original_max_position_embeddings
+    if (reach := config.factor_set_for(original).max_length) > original:
+        raise LongRopeError(
+            f"the smallest factor set that covers the original window of {original} tokens "
+            f"reaches to {reach}, so that short benchmarks would measure long factors; use "
+            f"factors with a set of their own for {original} tokens"
+        )
+    if max_length is not None and not 2 <= max_length <= original:
+        raise LongRopeError(
+            f"max_length {max_length} must be from 2 to the original window of {original} "
+            "tokens, whose factors short benchmarks are for; leave it out to use the window"
+        )

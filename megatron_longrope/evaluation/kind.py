@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.series import Row, Rows, identify, name_series
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.figure import Figure
     from megatron_longrope.evaluation.options import EvaluationOptions
-    from megatron_longrope.evaluation.series import Rows
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.table import Table
     from megatron_longrope.evaluation.targets import NamedModel
-
-Row = dict[str, Any]
-"""A record."""
 
 Check = tuple[Callable[[Any], bool], str]
 """A rule for a field of a record, in code and in words."""
@@ -94,8 +91,6 @@ class Kind:
 
     def sections_of(self, records: Sequence[Row]) -> list[Section]:
         """Return tables and figures of records that lie in one file."""
-        from megatron_longrope.evaluation.series import identify, name_series
-
         rows = [self.check(dict(row), self.name) for row in records]
         keys = [cell_key(row, self.cell_fields) for row in rows]
         series = name_series(

@@ -1,24 +1,28 @@
-"""Options of the evaluations: dataclasses that the command line and its help are made from."""
+"""Options that several kinds of evaluation share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_lengths
+from megatron_longrope.options import Loading, SeveralModels, bos_flag, flag
 
-
-def flag(default: Any = MISSING, **how: Any) -> Any:
-    """Return the field of a flag; the docstring below it is the flag's help.
-
-    Args:
-        default (Any): Its value where the flag is not given; without one the flag is required.
-        how: Further keywords of `argparse.ArgumentParser.add_argument`. A `type` says what is wrong
-            by a ValueError; `hidden=True` keeps a field off the command line.
-    """
-    return field(default=default, metadata=how)
+__all__ = [
+    "EvaluationOptions",
+    "bos_flag",
+    "check_trials",
+    "depths_flag",
+    "flag",
+    "parse_choices",
+    "parse_depths",
+    "parse_hours",
+    "seed_flag",
+    "tokenizer_flag",
+    "trials_flag",
+]
 
 
 def parse_hours(text: str) -> float:
@@ -60,8 +64,8 @@ def parse_depths(text: str) -> list[float | None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """What every kind of evaluation is told beside its models."""
+class EvaluationOptions(Loading, SeveralModels):
+    """What every kind of evaluation is told."""
 
     GROUP: ClassVar[str] = "what is measured"
 
@@ -89,17 +93,6 @@ def tokenizer_flag() -> Any:
         metavar="T",
         help="the models' tokenizer, a sentencepiece .model file or a Hugging Face folder "
         "(default: of --hf)",
-    )
-
-
-def bos_flag() -> Any:
-    """Return the field of --bos."""
-    return flag(
-        None,
-        type=int,
-        metavar="ID",
-        help="token id before every window or segment (default: the tokenizer's BOS; nothing where "
-        "it has none, as Qwen's)",
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.evaluation.kind import Row
 from megatron_longrope.methods import METHODS
 
 _OWN = "own factors"
@@ -67,6 +66,9 @@ class Series:
 Entry = tuple[Identity, Path, Hashable, Mapping[str, Any]]
 """Of a record: identity, folder, cell, fields."""
 
+
+Row = dict[str, Any]
+"""A record."""
 
 Rows = Sequence[tuple[Series, Row]]
 """Records of one kind, each with its series; no two of one cell."""

@@ -38,7 +38,7 @@ class NamedModel:
 
     def config(self) -> LongRopeConfig:
         """Return the checkpoint's own factors, or stock RoPE up to its window."""
-        from megatron_longrope.engine.loading import default_config
+        from megatron_longrope.checkpoint.opening import default_config
 
         return self.checkpoint.longrope or default_config(self.checkpoint.shape)
 
@@ -113,7 +113,7 @@ def open_models(
     Raises:
         LongRopeError: None or an unreadable one was given, or a label stands for two.
     """
-    from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
+    from megatron_longrope.checkpoint.opening import open_checkpoint
 
     if not megatron and not hugging_face:
         raise LongRopeError(
@@ -141,7 +141,7 @@ def targets_of(model: NamedModel, factor_files: Sequence[str]) -> list[Target]:
     Raises:
         LongRopeError: A file is damaged or for another model, or a label stands for two.
     """
-    from megatron_longrope.conversion.rope_export import check_fits
+    from megatron_longrope.checkpoint.opening import check_fits
 
     targets = []
     for label, path in labelled(factor_files):

@@ -13,6 +13,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.evaluation.table import format_ratio, format_score
+from megatron_longrope.factor_search.journal import Evaluation, is_complete, is_failed
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.space import Candidate
 from megatron_longrope.lengths import format_length
 from megatron_longrope.report.axes import panel_title, start_token_axis
 from megatron_longrope.report.search_trace import (
@@ -35,9 +38,6 @@ from megatron_longrope.report.style import (
     style_of,
     swatch,
 )
-from megatron_longrope.search.journal import Evaluation, is_complete, is_failed
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.space import Candidate
 
 _MARKS = ("Best so far", "Fully scored", "Scored in part", "Beyond the frame or failed")
 """Legend of the search progress, in order."""

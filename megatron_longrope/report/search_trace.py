@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.files import read_json
-from megatron_longrope.methods import named_factors
-from megatron_longrope.report.reading import files_below
-from megatron_longrope.search.journal import (
+from megatron_longrope.factor_search.journal import (
     Evaluation,
     fresh_samples,
     is_complete,
     read_records,
 )
-from megatron_longrope.search.problem import SEED_METHODS
+from megatron_longrope.factor_search.problem import SEED_METHODS
+from megatron_longrope.files import read_json
+from megatron_longrope.methods import named_factors
+from megatron_longrope.report.reading import files_below
 
 _LARGEST_JSON = 16 * 2**20
 """Bytes above which a JSON file is no LongRoPE file; tokenizers and weight indices can be huge."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from launching import SCRIPT, pretrain_command, train
 from transformers import AutoModelForCausalLM, Phi3Config, Qwen3Config
 
-from megatron_longrope.conversion.from_hf import convert_from_hf
+from megatron_longrope.conversion.from_hf import write_checkpoint
 
 pytest.importorskip("megatron.training")
 pytestmark = pytest.mark.slow
@@ -101,7 +101,7 @@ def first_loss(arguments, directory, processes=1):
 def test_the_printed_flags_load_it_on_one_process_with_another_padding(tmp_path):
     config = Qwen3Config(**GEOMETRY, head_dim=32)
     folder = hf_folder(tmp_path / "hf", config)
-    report = convert_from_hf(folder, tmp_path / "megatron")
+    report = write_checkpoint(folder, tmp_path / "megatron")
     assert report.shape.padded_vocab_size == 384
     flags = shlex.split(" ".join(report.flags))
     flags[flags.index("--make-vocab-size-divisible-by") + 1] = "16"
@@ -118,7 +118,7 @@ def test_checkpoint_args_load_it_with_its_factors_at_tensor_parallel_2(tmp_path)
     )
     folder = hf_folder(tmp_path / "hf", config)
     padding = {"make_vocab_size_divisible_by": 50, "tensor_model_parallel_size": 2}  # none at all
-    report = convert_from_hf(folder, tmp_path / "megatron", **padding)
+    report = write_checkpoint(folder, tmp_path / "megatron", **padding)
     rest = shlex.split(" ".join(report.flags_beside_checkpoint_args))
     arguments = ["--load", str(tmp_path / "megatron"), "--use-checkpoint-args", "--finetune", *rest]
     layout = ["--tensor-model-parallel-size", "2"]

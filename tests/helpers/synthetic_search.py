@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longrope.config import identity_config
-from megatron_longrope.search.problem import SearchProblem, make_problem
+from megatron_longrope.factor_search.problem import SearchProblem, make_problem
 
 TARGET = 2048
 

@@ -110,16 +110,17 @@ def test_the_second_fine_tuning_goes_on_from_the_first_and_replaces_its_factors(
 
 
 def test_searches_have_the_published_sizes():
-    from megatron_longrope.cli.search import parameters
+    from megatron_longrope.cli.flags import read_flags
+    from megatron_longrope.factor_search.options import SearchOptions
 
     searches = {
-        command.rule: build_parser().parse_args(command.words[1:])
+        command.rule: read_flags(SearchOptions, build_parser().parse_args(command.words[1:]))
         for command in of_kind("llama2_7b", "search")
     }
     near, far = searches["search 256k"], searches["second_search 2048k"]
     assert (near.target_length, far.target_length) == (1 << 18, 1 << 21)
     assert (near.num_samples, far.num_samples) == (5, 3)
-    assert (parameters(near).population_size, parameters(far).population_size) == (64, 32)
+    assert (near.parameters().population_size, far.parameters().population_size) == (64, 32)
     # Figure 6 and appendix A.3: cut to 15 iterations of 16 candidates.
     assert far.max_evaluations == 32 + 15 * 16
     assert far.base_config == "factors/256k.json" and far.context_parallel_size == 8

@@ -8,9 +8,9 @@ import torch
 
 from megatron_longrope.base_frequencies import base_factors, megatron_base_frequencies
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.factor_search.problem import make_problem
 from megatron_longrope.frequencies import inv_freq
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
-from megatron_longrope.search.problem import make_problem
 
 DIM, THETA = 64, 500000.0
 LLAMA3 = {

@@ -2,9 +2,9 @@ import pytest
 
 from megatron_longrope.baselines import baseline_config, extended_config, extension
 from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.factor_search.problem import make_problem
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.methods import METHODS, ntk_factors, yarn_factors
-from megatron_longrope.search.problem import make_problem
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,7 +15,7 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.cli import main
 from megatron_longrope.cli.byte_progress import ByteProgress
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.engine import load_engine
 
 
@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 def hf(megatron_runs, tmp_path_factory):
     """The checkpoint as a folder in several files."""
     path = tmp_path_factory.mktemp("hf") / "hf"
-    convert_to_hf(
+    write_hf_folder(
         megatron_runs["untied_gqa"].path,
         path,
         longrope_config=maker.longrope_config(),

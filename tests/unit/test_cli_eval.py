@@ -14,7 +14,7 @@ from tiny_corpus import make_text
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
@@ -46,7 +46,7 @@ def factors(tmp_path_factory):
 def folder(tmp_path_factory, megatron_runs, data):
     """The checkpoint as a Hugging Face folder."""
     path = tmp_path_factory.mktemp("hf") / "folder"
-    convert_to_hf(
+    write_hf_folder(
         megatron_runs["untied_gqa"].path,
         path,
         longrope_config=longrope_config(),

@@ -1,6 +1,7 @@
 """`longrope search` says what is wrong with its input before it loads any weight."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import make_megatron_checkpoint as maker
@@ -8,10 +9,11 @@ import pytest
 from search_data import make_search_data
 
 from megatron_longrope.cli import build_parser, main
-from megatron_longrope.cli.search import parameters
+from megatron_longrope.cli.flags import read_flags
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import loading as loading_module
-from megatron_longrope.search.samples import needles_or_reason
+from megatron_longrope.factor_search.options import SearchOptions
+from megatron_longrope.factor_search.samples import needles_or_reason
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +40,29 @@ def no_weights(monkeypatch):
     monkeypatch.setattr(loading_module, "load_into", refuse)
 
 
-def parsed(text):
-    return build_parser().parse_args(
-        f"search --load x --data y --target-length 8k --output z.json {text}".split()
-    )
+def parsed(words):
+    return read_flags(SearchOptions, build_parser().parse_args(words))
+
+
+def parameters(flags):
+    command = "search --load x --data y --target-length 8k --output z.json"
+    return parsed(f"{command} {flags}".split()).parameters()
 
 
 def test_the_evolutions_defaults_are_the_papers_and_halve_from_512k_on():
-    short = parameters(parsed("--algorithm evolution"))
+    short = parameters("--algorithm evolution")
     assert short.total_evaluations == 1344 and short.num_parents == 32
-    long = parameters(parsed("--algorithm evolution --target-length 512k"))
+    long = parameters("--algorithm evolution --target-length 512k")
     assert (long.population_size, long.num_mutations, long.num_crossovers) == (32, 8, 8)
 
 
 def test_flags_override_single_numbers_of_the_algorithm():
-    ours = parameters(parsed("--algorithm evolution --population-size 12 --iterations 3"))
+    ours = parameters("--algorithm evolution --population-size 12 --iterations 3")
     assert (ours.population_size, ours.max_iterations, ours.num_mutations) == (12, 3, 16)
     assert ours.num_parents == 12
-    cma = parameters(parsed("--max-evaluations 50 --num-samples 4 --windows-per-document 2"))
+    cma = parameters("--max-evaluations 50 --num-samples 4 --windows-per-document 2")
     assert (cma.max_evaluations, cma.num_samples) == (50, 8)
-    assert parameters(parsed("--target-length 1024k")).max_evaluations == 168
+    assert parameters("--target-length 1024k").max_evaluations == 168
 
 
 @pytest.mark.parametrize(
@@ -252,10 +257,12 @@ def test_data_without_bos_can_be_searched(options, no_weights, tmp_path, capsys)
 def test_needles_that_could_not_be_asked_are_a_reason_before_the_search_and_no_failure_after_it(
     options, data, untied_gqa
 ):
-    args = build_parser().parse_args([*options, "--target-length", "640"])
+    args = parsed([*options, "--target-length", "640"])
     needles = needles_or_reason(args, maker.VOCAB)
     assert needles.tokens.shape == (3, 640)
     reason = needles_or_reason(args, 10)
     assert "the tokenizer writes token" in reason and "vocabulary has 10" in reason
-    args.retrieval_trials = 0
-    assert needles_or_reason(args, maker.VOCAB) == "--retrieval-trials is 0"
+    assert (
+        needles_or_reason(replace(args, retrieval_trials=0), maker.VOCAB)
+        == "--retrieval-trials is 0"
+    )

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_longrope import checkup
 from megatron_longrope.cli import main
-from megatron_longrope.integration import checkup, compat, launcher
+from megatron_longrope.integration import compat, launcher
 
 pytest.importorskip("megatron.training")
 

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
+from megatron_longrope.checkpoint.hf.families import shape_from_hf_config
+from megatron_longrope.checkpoint.hf.limits import OTHER_TYPES
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion.families import shape_from_hf_config
-from megatron_longrope.conversion.limits import OTHER_TYPES
 from megatron_longrope.frequencies import inv_freq_fp32
 from megatron_longrope.hf_rope import read_hf_rope
 

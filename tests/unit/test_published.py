@@ -86,7 +86,7 @@ def test_a_deployed_model_is_read_and_rotates_as_in_transformers(name, head):
 @pytest.mark.parametrize("name", ["phi-3-mini-128k", "phi-3.5-mini"])
 def test_a_folder_with_deployed_factors_is_converted_with_transformers_logits(name, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from megatron_longrope.conversion.from_hf import convert_from_hf
+    from megatron_longrope.conversion.from_hf import write_checkpoint
     from megatron_longrope.conversion.verify_import import verify_import
 
     # The factors and the 32 x extension are the model's; a window of 64 keeps the long input short.
@@ -101,7 +101,7 @@ def test_a_folder_with_deployed_factors_is_converted_with_transformers_logits(na
     torch.manual_seed(1)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
     with pytest.warns(UserWarning, match=r"config\.json: long_factor\[\d+\] is 64\.\d+, over 64"):
-        report = convert_from_hf(
+        report = write_checkpoint(
             tmp_path / "hf",
             tmp_path / "out",
             check=lambda path: verify_import(path, tmp_path / "hf"),

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_longrope.search.evolution import EvolutionParameters
-from megatron_longrope.search.space import Candidate, SearchSpace
+from megatron_longrope.factor_search.evolution import EvolutionParameters
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import released_operators

@@ -14,7 +14,7 @@ from launching import pretrain_command, run
 from tiny_training import MODEL, yarn_config
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion.to_hf import convert_to_hf
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.engine import load_engine
 
 pytest.importorskip("megatron.training")
@@ -91,7 +91,7 @@ def test_engine_and_conversion_make_the_same_of_both_formats(saved, tmp_path, na
     theirs, ours = (load_engine(path, dtype=torch.float32).logits(tokens) for path in saved[name])
     assert torch.equal(ours, theirs)
     for index, path in enumerate(saved[name]):
-        convert_to_hf(path, tmp_path / str(index), longrope_config=None)
+        write_hf_folder(path, tmp_path / str(index), longrope_config=None)
     first, second = (tmp_path / str(index) / "model.safetensors" for index in range(2))
     assert first.read_bytes() == second.read_bytes()
 

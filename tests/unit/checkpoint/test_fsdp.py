@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion.to_hf import convert_to_hf
+from megatron_longrope.conversion.to_hf import write_hf_folder
 
 HELPER = Path(__file__).parents[2] / "helpers" / "make_fsdp_checkpoint.py"
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
@@ -107,7 +107,7 @@ def test_it_converts_to_the_folder_that_torch_dist_converts_to(
 ):
     torch_dist = make_checkpoint(longrope_config_value=expected_longrope.to_dict())
     for name, load in (("fsdp", written / "fsdp_dtensor"), ("dist", torch_dist)):
-        convert_to_hf(load, tmp_path / name, longrope_config=expected_longrope)
+        write_hf_folder(load, tmp_path / name, longrope_config=expected_longrope)
     ours, theirs = (
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("fsdp", "dist")
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_longrope.checkpoint import ModelShape
-from megatron_longrope.conversion.families import (
+from megatron_longrope.checkpoint.hf.families import (
     FAMILIES,
     dtype_named,
     select_family,

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
 from megatron_longrope.cli import main
 from megatron_longrope.config import LongRopeConfig, identity_config
-from megatron_longrope.conversion import convert_to_hf
-from megatron_longrope.conversion.from_hf import convert_from_hf
-from megatron_longrope.conversion.hf_checkpoint import HfCheckpoint
+from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
 from megatron_longrope.conversion.verify_import import verify_import
 from megatron_longrope.engine import load_engine
@@ -104,7 +104,7 @@ def edit_config(folder, **changes):
 def assert_refused(folder, sentence):
     """One sentence, and nothing left of the attempt."""
     with pytest.raises(ValueError, match=sentence) as caught:
-        convert_from_hf(folder, folder.parent / "out")
+        write_checkpoint(folder, folder.parent / "out")
     assert "\n" not in str(caught.value)
     assert [item for item in folder.parent.iterdir() if "out" in item.name] == []
 
@@ -116,9 +116,9 @@ def assert_refused(folder, sentence):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back_every_tensor_is_the_same_to_the_bit(folders, tmp_path, family, dtype):
     folder = folders(family, dtype)
-    report = convert_from_hf(folder, tmp_path / "megatron")
+    report = write_checkpoint(folder, tmp_path / "megatron")
     checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
-    back = convert_to_hf(
+    back = write_hf_folder(
         tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope
     )
     before, after = tensors(folder), tensors(tmp_path / "back")
@@ -139,7 +139,7 @@ def test_there_and_back_every_tensor_is_the_same_to_the_bit(folders, tmp_path, f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_agree_with_transformers(folders, tmp_path, family):
     folder = folders(family)
-    report = convert_from_hf(
+    report = write_checkpoint(
         folder, tmp_path / "megatron", check=lambda path: verify_import(path, folder)
     )
     windows = {item.window: item for item in report.verification.windows}
@@ -149,7 +149,7 @@ def test_logits_agree_with_transformers(folders, tmp_path, family):
 
 def test_a_narrower_dtype_is_verified_within_its_rounding(folders, tmp_path):
     folder = folders("llama")
-    report = convert_from_hf(
+    report = write_checkpoint(
         folder,
         tmp_path / "megatron",
         dtype=torch.bfloat16,
@@ -165,7 +165,7 @@ def test_a_folder_in_several_files_gives_the_same_checkpoint(folders, tmp_path):
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
     checkpoints = []
     for name, folder in (("one", folders("qwen3")), ("many", tmp_path / "hf")):
-        convert_from_hf(folder, tmp_path / name)
+        write_checkpoint(folder, tmp_path / name)
         checkpoints.append(MegatronCheckpoint.open(tmp_path / name))
     one, many = checkpoints
     assert one.keys() == many.keys()
@@ -177,7 +177,7 @@ def test_a_folder_in_several_files_gives_the_same_checkpoint(folders, tmp_path):
 
 
 def test_factors_of_phi3_are_beside_the_checkpoint_and_in_its_arguments(folders, tmp_path):
-    report = convert_from_hf(folders("phi3"), tmp_path / "megatron")
+    report = write_checkpoint(folders("phi3"), tmp_path / "megatron")
     config = LongRopeConfig.load(tmp_path / "megatron" / "longrope.json")
     assert MegatronCheckpoint.open(tmp_path / "megatron").longrope == config
     assert report.longrope_config == config
@@ -191,7 +191,7 @@ def test_factors_of_phi3_are_beside_the_checkpoint_and_in_its_arguments(folders,
 
 
 def test_stored_arguments_describe_the_model(folders, tmp_path):
-    report = convert_from_hf(folders("qwen3"), tmp_path / "megatron", tensor_model_parallel_size=2)
+    report = write_checkpoint(folders("qwen3"), tmp_path / "megatron", tensor_model_parallel_size=2)
     checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
     assert checkpoint.shape == report.shape
     assert (checkpoint.shape.vocab_size, checkpoint.shape.padded_vocab_size) == (VOCAB, 256)
@@ -205,14 +205,14 @@ def test_stored_arguments_describe_the_model(folders, tmp_path):
 
 def test_a_tokenizer_beside_the_model_is_pointed_to(llama, tmp_path):
     (llama / "tokenizer.json").write_text("{}")
-    report = convert_from_hf(llama, tmp_path / "megatron")
+    report = write_checkpoint(llama, tmp_path / "megatron")
     args = MegatronCheckpoint.open(tmp_path / "megatron").args
     assert (args.tokenizer_type, args.tokenizer_model) == ("HuggingFaceTokenizer", str(llama))
     assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {llama}" in report.flags
 
 
 def test_old_and_new_releases_find_the_common_state_and_every_extra_state(folders, tmp_path):
-    convert_from_hf(folders("qwen3"), tmp_path / "megatron")
+    write_checkpoint(folders("qwen3"), tmp_path / "megatron")
     release = tmp_path / "megatron" / "release"
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
     in_file = MegatronCheckpoint.open(release.parent).common
@@ -226,7 +226,7 @@ def test_old_and_new_releases_find_the_common_state_and_every_extra_state(folder
 
 
 def test_flags_of_a_model(folders, tmp_path):
-    report = convert_from_hf(folders("qwen3", torch.bfloat16), tmp_path / "megatron")
+    report = write_checkpoint(folders("qwen3", torch.bfloat16), tmp_path / "megatron")
     assert shlex.split(" ".join(report.flags)) == shlex.split(
         "--num-layers 3 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
         "--kv-channels 16 --num-query-groups 2 --seq-length 64 --max-position-embeddings 64 "
@@ -257,8 +257,8 @@ def test_neither_megatron_nor_a_process_group_is_needed(folders, tmp_path):
     code = (
         "import sys, torch\n"
         "sys.modules['megatron'] = None\n"
-        "from megatron_longrope.conversion.from_hf import convert_from_hf\n"
-        "convert_from_hf(*sys.argv[1:])\n"
+        "from megatron_longrope.conversion.from_hf import write_checkpoint\n"
+        "write_checkpoint(*sys.argv[1:])\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert 'transformers' not in sys.modules\n"
     )
@@ -286,7 +286,7 @@ def test_stop_tokens_sampling_settings_and_templates_come_back(llama, tmp_path):
         (llama / name).parent.mkdir(exist_ok=True)
         (llama / name).write_text(text)
     edit_config(llama, bos_token_id=1, eos_token_id=[0, 2])
-    convert_from_hf(llama, tmp_path / "megatron")
+    write_checkpoint(llama, tmp_path / "megatron")
     for tokenizer in (None, llama):
         if tokenizer is not None:  # transformers must load what the user gives
             for name in ("tokenizer_config.json", "added_tokens.json"):
@@ -295,7 +295,7 @@ def test_stop_tokens_sampling_settings_and_templates_come_back(llama, tmp_path):
             core.save(str(llama / "tokenizer.json"))
             files = {name: files[name] for name in files if (llama / name).exists()}
         output = tmp_path / f"back-{tokenizer is None}"
-        convert_to_hf(tmp_path / "megatron", output, longrope_config=None, tokenizer=tokenizer)
+        write_hf_folder(tmp_path / "megatron", output, longrope_config=None, tokenizer=tokenizer)
         assert {name: (output / name).read_text() for name in files} == files
         config = json.loads((output / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, [0, 2])
@@ -306,8 +306,8 @@ def test_stop_tokens_sampling_settings_and_templates_come_back(llama, tmp_path):
 def test_a_generation_config_gives_the_ids_that_config_json_lacks(llama, tmp_path):
     (llama / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     edit_config(llama, eos_token_id=None)
-    convert_from_hf(llama, tmp_path / "megatron")
-    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
+    write_checkpoint(llama, tmp_path / "megatron")
+    write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [0, 2]
 
 
@@ -320,7 +320,7 @@ def test_tensors_that_others_determine_are_left_out_and_reported(folders, tmp_pa
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
     stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(stored, folder / "model.safetensors")
-    report = convert_from_hf(folder, tmp_path / "megatron")
+    report = write_checkpoint(folder, tmp_path / "megatron")
     assert report.left_out == (
         "lm_head.weight",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
@@ -336,7 +336,7 @@ def test_a_tied_model_that_stores_only_the_output_layer_loads(folders, tmp_path)
     stored = tensors(folder)
     stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    report = convert_from_hf(
+    report = write_checkpoint(
         folder, tmp_path / "megatron", check=lambda path: verify_import(path, folder)
     )
     assert report.left_out == ()
@@ -351,7 +351,7 @@ def test_a_tensor_that_the_index_lacks_is_read_as_transformers_reads_it(folders,
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     stored, embedding = load_file(first), tensors(folder)["model.embed_tokens.weight"]
     save_file({**stored, "lm_head.weight": embedding.clone()}, first, metadata={"format": "pt"})
-    report = convert_from_hf(
+    report = write_checkpoint(
         folder, tmp_path / "megatron", check=lambda path: verify_import(path, folder)
     )
     assert report.left_out == ("lm_head.weight",)
@@ -400,17 +400,17 @@ def test_a_model_that_is_not_supported_is_refused_by_name(llama, changes, senten
 def test_a_sliding_window_counts_when_it_is_in_use(folders, tmp_path):
     folder = shutil.copytree(folders("qwen3"), tmp_path / "hf")
     edit_config(folder, sliding_window=16)
-    convert_from_hf(folder, tmp_path / "unused")
+    write_checkpoint(folder, tmp_path / "unused")
     edit_config(folder, use_sliding_window=True, max_window_layers=2, layer_types=None)
     with pytest.raises(ValueError, match="sliding_window = 16"):
-        convert_from_hf(folder, tmp_path / "used")
+        write_checkpoint(folder, tmp_path / "used")
     mistral = shutil.copytree(folders("mistral"), tmp_path / "mistral")
     config = json.loads((mistral / "config.json").read_text())
     del config["sliding_window"]
     config["max_position_embeddings"] = 8192
     (mistral / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="sliding_window = 4096"):  # transformers' default
-        convert_from_hf(mistral, tmp_path / "absent")
+        write_checkpoint(mistral, tmp_path / "absent")
 
 
 # Broken folders
@@ -497,12 +497,12 @@ def test_weights_that_are_or_would_become_infinite_are_refused_in_both_direction
         damaged = shutil.copytree(llama, llama.parent / name)
         save_file(changed, damaged / "model.safetensors")
         with pytest.raises(ValueError, match=sentence.replace("norm.weight", name)):
-            convert_from_hf(damaged, tmp_path / "out", dtype=dtype)
+            write_checkpoint(damaged, tmp_path / "out", dtype=dtype)
     if abs(value) < float("inf"):
-        convert_from_hf(damaged, tmp_path / "megatron")
+        write_checkpoint(damaged, tmp_path / "megatron")
         disk = "embedding.word_embeddings.weight"
         with pytest.raises(ValueError, match=sentence.replace("norm.weight", f"{disk}.*")):
-            convert_to_hf(
+            write_hf_folder(
                 tmp_path / "megatron", tmp_path / "out", longrope_config=None, dtype=dtype
             )
     assert not (tmp_path / "out").exists()
@@ -514,7 +514,7 @@ def test_pickles_and_empty_folders_are_refused_with_the_remedy(llama, tmp_path):
     (llama / "pytorch_model.bin").unlink()
     assert_refused(llama, "nothing to convert")
     with pytest.raises(ValueError, match="no such folder; give a local Hugging Face folder"):
-        convert_from_hf(tmp_path / "absent", tmp_path / "out")
+        write_checkpoint(tmp_path / "absent", tmp_path / "out")
 
 
 # All or nothing
@@ -524,7 +524,7 @@ def test_what_exists_is_not_touched(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(ValueError, match="exists already; give another --output"):
-        convert_from_hf(folders("llama"), tmp_path / "out")
+        write_checkpoint(folders("llama"), tmp_path / "out")
     assert [item.name for item in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -533,11 +533,11 @@ def test_a_failure_on_the_way_leaves_nothing(folders, tmp_path, monkeypatch):
         raise ValueError("the disk is full")
 
     with pytest.raises(ValueError, match="the disk is full"):
-        convert_from_hf(folders("llama"), tmp_path / "out", check=fail)
+        write_checkpoint(folders("llama"), tmp_path / "out", check=fail)
     assert list(tmp_path.iterdir()) == []
     # Within the writing itself torch wraps what went wrong; the sentence must come through.
     with pytest.raises(ValueError, match=r"^the disk is full$"):
-        convert_from_hf(folders("llama"), tmp_path / "out", progress=fail)
+        write_checkpoint(folders("llama"), tmp_path / "out", progress=fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -551,7 +551,7 @@ def test_logits_that_differ_leave_no_checkpoint(folders, tmp_path):
         match=r"verification failed on 64 tokens .*, from position 0 on .*; nothing was written; "
         r"config.json has keys that conversion does not read: logit_scale, rope_scaling.beta_fast$",
     ):
-        convert_from_hf(other, tmp_path / "out", check=lambda path: verify_import(path, original))
+        write_checkpoint(other, tmp_path / "out", check=lambda path: verify_import(path, original))
     assert sorted(item.name for item in tmp_path.iterdir()) == ["llama", "other"]
 
 
@@ -560,13 +560,13 @@ def test_a_folder_that_transformers_cannot_load_is_one_sentence_with_the_remedy(
     lists = {key: LONGROPE[key] for key in ("short_factor", "long_factor")}
     edit_config(folder, rope_parameters=None, rope_scaling={"type": "su", **lists})
     with pytest.raises(ValueError) as caught:
-        convert_from_hf(folder, tmp_path / "out", check=lambda path: verify_import(path, folder))
+        write_checkpoint(folder, tmp_path / "out", check=lambda path: verify_import(path, folder))
     assert str(caught.value) == (
         f"{folder}: transformers {transformers.__version__} cannot load this folder (KeyError: "
         "\"Missing required keys in `rope_parameters` for 'rope_type'='longrope': "
         "{'original_max_position_embeddings'}\"); write 'longrope' in place of 'su' in rope_scaling"
     )
-    convert_from_hf(folder, tmp_path / "unverified")  # the engine knows the old name
+    write_checkpoint(folder, tmp_path / "unverified")  # the engine knows the old name
     edit_config(folder, rope_scaling={"type": "longrope", **lists})
     verify_import(tmp_path / "unverified", folder)
 
@@ -577,7 +577,7 @@ def test_a_folder_that_transformers_cannot_load_is_one_sentence_with_the_remedy(
 def test_partly_rotated_heads_become_megatrons_rotary_percent(tmp_path):
     """Phi-4-mini's, end to end; its exports are read in test_readers.py."""
     tiny_hf.make_hf_folder(tmp_path / "hf", "phi3", partial_rotary_factor=0.75, hidden_size=64)
-    report = convert_from_hf(
+    report = write_checkpoint(
         tmp_path / "hf",
         tmp_path / "megatron",
         check=lambda path: verify_import(path, tmp_path / "hf"),
@@ -597,7 +597,7 @@ def test_a_scaled_base_is_verified_past_its_original_window_and_kept_by_an_expor
     }
     changes = {"rope_scaling": dict(scaling), "max_position_embeddings": 1024}
     tiny_hf.make_hf_folder(tmp_path / "hf", "llama", **changes)
-    report = convert_from_hf(
+    report = write_checkpoint(
         tmp_path / "hf",
         tmp_path / "megatron",
         check=lambda path: verify_import(path, tmp_path / "hf"),
@@ -609,12 +609,12 @@ def test_a_scaled_base_is_verified_past_its_original_window_and_kept_by_an_expor
     ]
     assert all(item.max_abs_diff < 1e-4 for item in windows)
     # None, "no factors", is the scaling that the model has, not plain RoPE.
-    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
+    write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["rope_scaling"] == scaling
     plain = identity_config(10000.0, 8, 1024)
     with pytest.raises(ValueError, match="multiplies plain RoPE, the model has RoPE scaled by ll"):
-        convert_to_hf(tmp_path / "megatron", tmp_path / "plain", longrope_config=plain)
+        write_hf_folder(tmp_path / "megatron", tmp_path / "plain", longrope_config=plain)
     for source in (tmp_path / "megatron", HfCheckpoint(tmp_path / "hf")):
         with pytest.raises(ValueError, match="multiplies plain RoPE, the model has RoPE scaled"):
             load_engine(source, longrope_config=plain)
@@ -657,8 +657,8 @@ def test_a_dropped_window_gives_transformers_logits_without_one_past_it(folders,
         kinds = ["full_attention", "sliding_attention", "sliding_attention"]
         edit_config(folder, use_sliding_window=True, max_window_layers=1, layer_types=kinds)
     with pytest.raises(ValueError, match=r"sliding_window = 16 .*--sliding-window drop"):
-        convert_from_hf(folder, tmp_path / "refused")
-    report = convert_from_hf(
+        write_checkpoint(folder, tmp_path / "refused")
+    report = write_checkpoint(
         folder,
         tmp_path / "megatron",
         sliding_window="drop",
@@ -669,7 +669,7 @@ def test_a_dropped_window_gives_transformers_logits_without_one_past_it(folders,
     assert any(item.num_tokens > 16 for item in windows)
     assert all(item.max_abs_diff < 1e-5 for item in windows)
     checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
-    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope)
+    write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert not config.get("use_sliding_window") and config.get("sliding_window") is None
     assert "within a sliding window of 16 tokens" in (tmp_path / "back" / "README.md").read_text()
@@ -678,7 +678,7 @@ def test_a_dropped_window_gives_transformers_logits_without_one_past_it(folders,
 
 
 def test_a_window_that_is_not_in_use_is_not_said_to_be_dropped(folders, tmp_path):
-    report = convert_from_hf(folders("qwen3"), tmp_path / "megatron", sliding_window="drop")
+    report = write_checkpoint(folders("qwen3"), tmp_path / "megatron", sliding_window="drop")
     assert report.dropped_window is None
 
 
@@ -686,7 +686,7 @@ def test_a_window_that_is_not_in_use_is_not_said_to_be_dropped(folders, tmp_path
 def test_a_kept_window_gives_transformers_logits_past_it_and_comes_back(folders, tmp_path, family):
     folder = shutil.copytree(folders(family), tmp_path / "hf")
     edit_config(folder, sliding_window=16)
-    report = convert_from_hf(
+    report = write_checkpoint(
         folder,
         tmp_path / "megatron",
         sliding_window="keep",
@@ -698,7 +698,7 @@ def test_a_kept_window_gives_transformers_logits_past_it_and_comes_back(folders,
     assert "--window-size '(15, 0)'" in report.flags
     checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
     assert checkpoint.shape.sliding_window == 16
-    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope)
+    write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["sliding_window"] == 16
 
@@ -708,4 +708,4 @@ def test_a_window_in_some_of_the_layers_cannot_be_kept(folders, tmp_path):
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     edit_config(folder, sliding_window=16, use_sliding_window=True, layer_types=kinds)
     with pytest.raises(ValueError, match="a window of 16 tokens in some of the layers"):
-        convert_from_hf(folder, tmp_path / "megatron", sliding_window="keep")
+        write_checkpoint(folder, tmp_path / "megatron", sliding_window="keep")

@@ -7,7 +7,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, write_tokenizer
 
 WORDS = ["the", "context", "window", "of", "a", "language", "model", "is", "extended", "rotary"]
@@ -115,7 +115,7 @@ def test_a_path_without_a_tokenizer_is_refused(tmp_path):
 
 def test_the_folder_knows_the_tokenizer_and_its_special_tokens(untied_gqa, config, tmp_path):
     path = train(tmp_path, vocab_size=100, model_type="bpe")
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, tokenizer=path)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, tokenizer=path)
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (written["bos_token_id"], written["eos_token_id"]) == (1, 2)
     assert written["vocab_size"] == maker.VOCAB
@@ -127,7 +127,7 @@ def test_the_folder_knows_the_tokenizer_and_its_special_tokens(untied_gqa, confi
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(untied_gqa, tmp_path, monkeypatch):
     path = train(tmp_path, **VARIANTS["llama"])
     with pytest.raises(ValueError, match="tokens, the model's vocabulary 250"):
-        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer=path)
+        write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer=path)
     args = MegatronCheckpoint.args.func
 
     def without_vocabulary(self):
@@ -135,5 +135,5 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(untied_gqa, tmp_path,
 
     monkeypatch.setattr(MegatronCheckpoint, "args", property(without_vocabulary))
     with pytest.raises(ValueError, match=r"has ids up to \d+, the model's embedding \d+ rows"):
-        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer=path)
+        write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer=path)
     assert not (tmp_path / "hf").exists()

@@ -19,18 +19,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_longrope.checkpoint import MegatronCheckpoint, ModelShape
-from megatron_longrope.conversion import convert_from_hf, convert_to_hf
-from megatron_longrope.conversion.families import select_family, shape_from_hf_config
-from megatron_longrope.conversion.hf_checkpoint import HfCheckpoint
-from megatron_longrope.conversion.rules import MIXTRAL_EXPERTS, QWEN_EXPERTS
-from megatron_longrope.conversion.tensors import join, part_rows, split
+from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
+from megatron_longrope.checkpoint.hf.families import select_family, shape_from_hf_config
+from megatron_longrope.checkpoint.hf.rules import MIXTRAL_EXPERTS, QWEN_EXPERTS
+from megatron_longrope.checkpoint.hf.splits import join, part_rows, split
+from megatron_longrope.conversion import write_checkpoint, write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.conversion.verify_import import verify_import
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import mlp as mlp_module
+from megatron_longrope.factor_search.cost import estimate
 from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import parse_gpu
-from megatron_longrope.search.cost import estimate
 
 ROUTING = ("num_local_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef")
 WIDTHS = ("intermediate_size", "moe_intermediate_size")
@@ -74,14 +74,14 @@ def test_the_engine_computes_the_logits_of_transformers(folders, name):
 
 @pytest.mark.parametrize("name", moe_models.MODELS)
 def test_a_model_goes_to_megatron_and_back_bit_for_bit(folders, tmp_path, name):
-    verified = convert_from_hf(
+    verified = write_checkpoint(
         folders[name],
         tmp_path / "megatron",
         check=lambda path: verify_import(path, folders[name], tolerance=1e-4),
     )
     assert verified.shape.num_experts == moe_models.EXPERTS
     longrope = MegatronCheckpoint.open(tmp_path / "megatron").longrope
-    report = convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=longrope)
+    report = write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=longrope)
     assert report.family == config_of(folders[name])["model_type"]
     before = load_file(folders[name] / "model.safetensors")
     after = load_file(tmp_path / "back" / "model.safetensors")
@@ -93,8 +93,8 @@ def test_a_model_goes_to_megatron_and_back_bit_for_bit(folders, tmp_path, name):
 
 def test_half_precision_survives_the_way_to_megatron_and_back(tmp_path):
     folder = moe_models.save("mixtral", tmp_path / "hf", dtype=torch.bfloat16)
-    convert_from_hf(folder, tmp_path / "megatron")
-    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
+    write_checkpoint(folder, tmp_path / "megatron")
+    write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_megatron_computes_the_same_in_all_three_codes(
     tokens = random_tokens(maker.VOCAB, maker.SHORT_TOKENS, 0)
     ours = load_engine(path, device="cpu").logits(tokens)
     torch.testing.assert_close(ours, expected, atol=5e-5, rtol=0)
-    report = convert_to_hf(path, tmp_path / "hf", longrope_config=None)
+    report = write_hf_folder(path, tmp_path / "hf", longrope_config=None)
     assert report.family == {"stacked": "mixtral", "numbered": "qwen3_moe"}[name]
     theirs = transformers_logits(tmp_path / "hf", tokens)
     torch.testing.assert_close(theirs, expected, atol=5e-5, rtol=0)
@@ -117,8 +117,8 @@ def test_a_checkpoint_of_megatron_computes_the_same_in_all_three_codes(
 
 def test_what_is_written_has_the_names_and_shapes_that_megatron_writes(made_by_megatron, tmp_path):
     path, _ = made_by_megatron["stacked"]
-    convert_to_hf(path, tmp_path / "hf", longrope_config=None)
-    convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
+    write_hf_folder(path, tmp_path / "hf", longrope_config=None)
+    write_checkpoint(tmp_path / "hf", tmp_path / "megatron")
     theirs = MegatronCheckpoint.open(path).keys()
     ours = MegatronCheckpoint.open(tmp_path / "megatron").keys()
     # The norm before the router is stored once more, as models of Transformer Engine name it.
@@ -189,7 +189,7 @@ def test_tensor_parallel_ranks_share_every_expert(folders, tmp_path, name):
     ],
 )
 def test_the_printed_flags_ask_for_the_routing(folders, tmp_path, name, wanted, unwanted):
-    report = convert_from_hf(folders[name], tmp_path / "megatron")
+    report = write_checkpoint(folders[name], tmp_path / "megatron")
     flags = " ".join(report.flags)
     assert wanted in flags and unwanted not in flags
     beside = " ".join(report.flags_beside_checkpoint_args)
@@ -323,7 +323,7 @@ def test_unexpected_tensors_are_refused_by_name(tmp_path, edit, reason):
     edit(tensors)
     save_file(dict(tensors), folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=reason.format(block)):
-        convert_from_hf(folder, tmp_path / "megatron")
+        write_checkpoint(folder, tmp_path / "megatron")
     assert not (tmp_path / "megatron").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from launching import SCRIPT, pretrain_command, train
 
-from megatron_longrope.conversion.from_hf import convert_from_hf
+from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.engine import load_engine
 
 pytest.importorskip("megatron.training")
@@ -56,7 +56,7 @@ def engine_loss(checkpoint, directory):
 def test_the_first_loss_of_megatrons_loop_is_the_engines(tmp_path, name):
     folder = moe_models.save(name, tmp_path / "hf")
     # Without padding rows, whose logits of 0 Megatron counts and the engine does not.
-    report = convert_from_hf(folder, tmp_path / "megatron", make_vocab_size_divisible_by=2)
+    report = write_checkpoint(folder, tmp_path / "megatron", make_vocab_size_divisible_by=2)
     assert report.shape.padded_vocab_size == moe_models.VOCAB
     flags = shlex.split(" ".join(report.flags))
     script = tmp_path / "pretrain.py"

@@ -21,11 +21,11 @@ from transformers.utils import logging as hf_logging
 
 from megatron_longrope import published
 from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.checkpoint.hf.families import FAMILIES
+from megatron_longrope.checkpoint.hf.limits import OTHER_TYPES
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.conversion import convert_to_hf
-from megatron_longrope.conversion.families import FAMILIES
-from megatron_longrope.conversion.from_hf import convert_from_hf
-from megatron_longrope.conversion.limits import OTHER_TYPES
+from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.verify import fp32_engine, random_tokens, verify
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.lengths import format_length
@@ -73,7 +73,7 @@ def exports(tmp_path_factory):
     for name, (family, changes) in MODELS.items():
         tiny_hf.make_hf_folder(root / name, family, rope_theta=10000.0, **changes)
         source = root / f"{name}-megatron"
-        imported = convert_from_hf(root / name, source)
+        imported = write_checkpoint(root / name, source)
         for case, kind in CASES:
             if case != name:
                 continue
@@ -81,7 +81,7 @@ def exports(tmp_path_factory):
             longrope = stored
             if kind != "bare":
                 longrope = factors(stored, imported.shape.rotary_dim, FACTORS[kind])
-            report = convert_to_hf(source, output, longrope_config=longrope)
+            report = write_hf_folder(source, output, longrope_config=longrope)
             torch.save([random_tokens(250, length, 0) for length in LENGTHS], output / "inputs.pt")
             made[name, kind] = source, output, longrope, report
     return made
@@ -197,8 +197,8 @@ def test_published_factors_give_the_same_logits_within_and_past_the_original_win
         num_hidden_layers=1, rope_theta=longrope.rotary_base,
         max_position_embeddings=longrope.original_max_position_embeddings, **changes,
     )  # fmt: skip
-    convert_from_hf(tmp_path / "hf", tmp_path / "megatron")
-    convert_to_hf(tmp_path / "megatron", tmp_path / "back", longrope_config=longrope)
+    write_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=longrope)
     report = verify(tmp_path / "megatron", tmp_path / "back", longrope_config=longrope)
     original = longrope.original_max_position_embeddings
     assert [item.num_tokens for item in report.windows] == [512, original + 64]

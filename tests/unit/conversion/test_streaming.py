@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion import convert_from_hf, convert_to_hf, megatron_writer
+from megatron_longrope.conversion import megatron_writer, write_checkpoint, write_hf_folder
 from megatron_longrope.conversion import safetensors_writer as writer
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.work import WorkFolder, file_identity, work_folder
@@ -50,7 +50,7 @@ class Interrupt:
 def interrupted(untied_gqa, config, tmp_path):
     """Ctrl-C in the middle of an export to `tmp_path/hf`; gives its work folder."""
     with pytest.raises(KeyboardInterrupt) as caught:
-        convert_to_hf(
+        write_hf_folder(
             untied_gqa.path,
             tmp_path / "hf",
             longrope_config=config,
@@ -78,7 +78,7 @@ def test_what_was_complete_is_not_written_again(
     assert kept
     assert not list(interrupted.rglob("*.part"))
     names, calls = files_read(monkeypatch), []
-    report = convert_to_hf(
+    report = write_hf_folder(
         untied_gqa.path,
         tmp_path / "hf",
         longrope_config=config,
@@ -90,7 +90,7 @@ def test_what_was_complete_is_not_written_again(
     assert 0 < len(names) < report.num_tensors
     for name, before in kept.items():
         assert (tmp_path / "hf" / name).stat().st_mtime_ns == before.st_mtime_ns
-    convert_to_hf(untied_gqa.path, tmp_path / "whole", longrope_config=config, **SHARDS)
+    write_hf_folder(untied_gqa.path, tmp_path / "whole", longrope_config=config, **SHARDS)
     assert equal(tensors(tmp_path / "hf"), tensors(tmp_path / "whole"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "whole"]
 
@@ -101,14 +101,14 @@ def test_what_was_complete_is_not_written_again(
 def test_other_options_start_anew(untied_gqa, config, tmp_path, interrupted, changes, monkeypatch):
     names = files_read(monkeypatch)
     options = {"longrope_config": config, **SHARDS, **changes}
-    report = convert_to_hf(untied_gqa.path, tmp_path / "hf", **options)
+    report = write_hf_folder(untied_gqa.path, tmp_path / "hf", **options)
     assert not report.resumed
     assert len(names) == report.num_tensors
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_another_checkpoint_starts_anew(megatron_runs, config, tmp_path, interrupted):
-    report = convert_to_hf(
+    report = write_hf_folder(
         megatron_runs["tied_mha"].path, tmp_path / "hf", longrope_config=config, **SHARDS
     )
     assert not report.resumed
@@ -120,8 +120,8 @@ def test_a_file_that_was_damaged_meanwhile_is_written_again(
 ):
     first = sorted((interrupted / "result").glob("*.safetensors"))[0]
     first.write_bytes(first.read_bytes()[:-10])
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, **SHARDS)
-    convert_to_hf(untied_gqa.path, tmp_path / "whole", longrope_config=config, **SHARDS)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, **SHARDS)
+    write_hf_folder(untied_gqa.path, tmp_path / "whole", longrope_config=config, **SHARDS)
     assert equal(tensors(tmp_path / "hf"), tensors(tmp_path / "whole"))
 
 
@@ -132,7 +132,7 @@ def test_a_verification_that_fails_leaves_nothing_of_an_interrupted_export(
         raise ValueError("other logits")
 
     with pytest.raises(ValueError, match="other logits"):
-        convert_to_hf(
+        write_hf_folder(
             untied_gqa.path, tmp_path / "hf", longrope_config=config, check=fail, **SHARDS
         )
     assert list(tmp_path.iterdir()) == []
@@ -141,26 +141,28 @@ def test_a_verification_that_fails_leaves_nothing_of_an_interrupted_export(
 @pytest.fixture(scope="module")
 def exported(megatron_runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "hf"
-    convert_to_hf(megatron_runs["untied_gqa"].path, folder, longrope_config=maker.longrope_config())
+    write_hf_folder(
+        megatron_runs["untied_gqa"].path, folder, longrope_config=maker.longrope_config()
+    )
     return folder
 
 
 def test_an_interrupted_import_goes_on(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(megatron_writer, "_BLOCK_BYTES", 10_000)  # embeddings in several pieces
     with pytest.raises(KeyboardInterrupt):
-        convert_from_hf(exported, tmp_path / "ckpt", progress=Interrupt(0.6), **SHARDS)
+        write_checkpoint(exported, tmp_path / "ckpt", progress=Interrupt(0.6), **SHARDS)
     (work,) = tmp_path.iterdir()
     kept = {path.name: path.stat() for path in work.rglob("*.distcp")}
     assert len(kept) > 2
     calls = []
-    report = convert_from_hf(
+    report = write_checkpoint(
         exported, tmp_path / "ckpt", progress=lambda done, total: calls.append(done), **SHARDS
     )
     assert report.resumed
     assert 0 < calls[0] < calls[-1] == report.num_bytes
     for name, before in kept.items():
         assert (tmp_path / "ckpt" / "release" / name).stat().st_mtime_ns == before.st_mtime_ns
-    convert_from_hf(exported, tmp_path / "whole")
+    write_checkpoint(exported, tmp_path / "whole")
     ours, theirs = (MegatronCheckpoint.open(tmp_path / name) for name in ("ckpt", "whole"))
     names = list(theirs.keys())
     assert ours.keys() == theirs.keys()
@@ -173,28 +175,28 @@ def test_a_killed_process_leaves_what_the_same_command_continues(exported, tmp_p
     output = tmp_path / "ckpt"
     code = (
         "import sys, time\n"
-        "from megatron_longrope.conversion import convert_from_hf\n"
+        "from megatron_longrope.conversion import write_checkpoint\n"
         "def wait(done, total):\n"
         "    if done > 0.6 * total:\n"
         "        print('here', flush=True)\n"
         "        time.sleep(600)\n"
-        "convert_from_hf(*sys.argv[1:], max_shard_bytes=40_000, progress=wait)\n"
+        "write_checkpoint(*sys.argv[1:], max_shard_bytes=40_000, progress=wait)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(exported), str(output)], stdout=subprocess.PIPE
     )
     assert process.stdout.readline() == b"here\n"
     with pytest.raises(ValueError, match="another process is converting to it"):
-        convert_from_hf(exported, output, **SHARDS)
+        write_checkpoint(exported, output, **SHARDS)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert not output.exists()
-    report = convert_from_hf(exported, output, **SHARDS)
+    report = write_checkpoint(exported, output, **SHARDS)
     assert report.resumed
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
     back = tmp_path / "back"
-    convert_to_hf(output, back, longrope_config=report.longrope_config)
+    write_hf_folder(output, back, longrope_config=report.longrope_config)
     assert equal(tensors(back), tensors(exported))
 
 
@@ -208,11 +210,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     full = Interrupt(0.6, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(ValueError, match="the disk is full; nothing was left behind"):
         if direction == "to":
-            convert_to_hf(
+            write_hf_folder(
                 untied_gqa.path, tmp_path / "x", longrope_config=config, progress=full, **SHARDS
             )
         else:
-            convert_from_hf(exported, tmp_path / "x", progress=full, **SHARDS)
+            write_checkpoint(exported, tmp_path / "x", progress=full, **SHARDS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,7 +227,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(TensorSource, "load", None)
     with pytest.raises(ValueError, match="has 1000 bytes free and needs "):
-        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+        write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config)
     assert list(tmp_path.iterdir()) == []
 
 

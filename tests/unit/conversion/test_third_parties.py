@@ -20,7 +20,7 @@ import transformers
 from search_data import make_search_data
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.conversion.tokenizer import write_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(megatron_runs, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "hf"
-    convert_to_hf(
+    write_hf_folder(
         megatron_runs["untied_gqa"].path,
         path,
         longrope_config=maker.longrope_config(),
@@ -160,7 +160,7 @@ def vllm_attention_factor(config):
 def test_vllm_finds_factors_window_and_attention_factor(untied_gqa, config, tmp_path, value):
     formula = math.sqrt(1 + math.log(maker.TARGET / maker.ORIGINAL) / math.log(maker.ORIGINAL))
     config = replace(config, attention_factor=value or formula)
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config)
     loaded = transformers.AutoConfig.from_pretrained(str(tmp_path / "hf"))
     rope = loaded.rope_parameters
     half = maker.HEAD_DIM // 2
@@ -197,7 +197,7 @@ def test_llama_cpp_finds_what_its_phi3_converter_reads(untied_gqa, config, tmp_p
     """Its converters of other architectures take no factor tensors along, so phi3 it is."""
     formula = math.sqrt(1 + math.log(maker.TARGET / maker.ORIGINAL) / math.log(maker.ORIGINAL))
     config = replace(config, attention_factor=formula)
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, family="phi3")
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, family="phi3")
     values = transformers.AutoConfig.from_pretrained(str(tmp_path / "hf")).to_dict()
     rope = values["rope_parameters"]
     assert values["architectures"] == ["Phi3ForCausalLM"]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 
 SHORT = random_tokens(maker.VOCAB, maker.SHORT_TOKENS, 0)
@@ -24,7 +24,7 @@ def hf_logits(folder, tokens):
 
 
 def test_logits_agree_with_megatron_core_on_short_and_long_inputs(run, config, tmp_path):
-    convert_to_hf(run.path, tmp_path / "hf", longrope_config=config)
+    write_hf_folder(run.path, tmp_path / "hf", longrope_config=config)
     for name, tokens in (("short", SHORT), ("long", LONG)):
         ours = run.logits[name][..., : maker.VOCAB]
         theirs = hf_logits(tmp_path / "hf", tokens)
@@ -42,13 +42,13 @@ def test_short_and_long_factors_are_not_swapped(untied_gqa, config, tmp_path):
             for item, other in zip(config.factor_sets, reversed(config.factor_sets), strict=True)
         ),
     )
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=swapped)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=swapped)
     ours = untied_gqa.logits["long"][..., : maker.VOCAB]
     assert (ours - hf_logits(tmp_path / "hf", LONG)).abs().max() > 1e-2
 
 
 def test_without_a_configuration_the_folder_is_a_plain_llama(run, tmp_path):
-    convert_to_hf(run.path, tmp_path / "hf", longrope_config=None)
+    write_hf_folder(run.path, tmp_path / "hf", longrope_config=None)
     ours = run.logits["plain"][..., : maker.VOCAB]
     assert (ours - hf_logits(tmp_path / "hf", SHORT)).abs().max() < 1e-5
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -71,7 +71,7 @@ def test_a_hybrid_checkpoint_gives_the_tensors_of_its_gpt_twin(
     untied_gqa, hybrid_runs, config, tmp_path
 ):
     for name, path in (("gpt", untied_gqa.path), ("hybrid", hybrid_runs["same"][0])):
-        convert_to_hf(path, tmp_path / name, longrope_config=config)
+        write_hf_folder(path, tmp_path / name, longrope_config=config)
     ours, theirs = tensors(tmp_path / "hybrid"), tensors(tmp_path / "gpt")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -81,12 +81,12 @@ def test_a_hybrid_checkpoint_of_another_order_is_refused(hybrid_runs, config, tm
     with pytest.raises(
         ValueError, match=r"its layers are -\*\*--\* .* one MLP after each attention"
     ):
-        convert_to_hf(hybrid_runs["other"][0], tmp_path / "hf", longrope_config=config)
+        write_hf_folder(hybrid_runs["other"][0], tmp_path / "hf", longrope_config=config)
     assert not (tmp_path / "hf").exists()
 
 
 def test_the_mistral_family_gives_the_same_logits(untied_gqa, config, tmp_path):
-    report = convert_to_hf(
+    report = write_hf_folder(
         untied_gqa.path, tmp_path / "hf", longrope_config=config, family="mistral"
     )
     assert report.family == "mistral"
@@ -100,7 +100,7 @@ def test_loading_into_a_fresh_gpt_model_gives_the_same_logits(run):
 
 
 def test_config_json_holds_both_spellings_of_the_factors(untied_gqa, config, tmp_path):
-    report = convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    report = write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config)
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     for spelling in ("rope_scaling", "rope_parameters"):
         assert written[spelling]["rope_type"] == "longrope"
@@ -115,15 +115,15 @@ def test_config_json_holds_both_spellings_of_the_factors(untied_gqa, config, tmp
 
 
 def test_the_model_card_states_provenance_and_limits(untied_gqa, config, tmp_path):
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config)
     card = (tmp_path / "hf" / "README.md").read_text()
     for part in ("| by test |", "use_cache=False", "once per forward pass", "iteration 3"):
         assert part in card
 
 
 def test_many_shards_with_an_index_load_like_one_file(untied_gqa, tmp_path):
-    one = convert_to_hf(untied_gqa.path, tmp_path / "one", longrope_config=None)
-    many = convert_to_hf(
+    one = write_hf_folder(untied_gqa.path, tmp_path / "one", longrope_config=None)
+    many = write_hf_folder(
         untied_gqa.path, tmp_path / "many", longrope_config=None, max_shard_bytes=40_000
     )
     assert one.files == ("model.safetensors",)
@@ -140,7 +140,7 @@ def test_many_shards_with_an_index_load_like_one_file(untied_gqa, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_converted_to_the_wanted_dtype(untied_gqa, tmp_path, dtype):
-    report = convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=None, dtype=dtype)
+    report = write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=None, dtype=dtype)
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     disk = MegatronCheckpoint.open(untied_gqa.path).tensor("decoder.final_layernorm.weight")
@@ -155,17 +155,17 @@ def test_an_existing_folder_is_kept_unless_overwriting_succeeds(untied_gqa, conf
     output.mkdir(parents=True)
     (output / "precious").write_text("x")
     with pytest.raises(ValueError, match="exists already"):
-        convert_to_hf(untied_gqa.path, output, longrope_config=config)
+        write_hf_folder(untied_gqa.path, output, longrope_config=config)
 
     def fail(folder):
         assert (folder / "model.safetensors").exists()
         raise ValueError("not the same logits")
 
     with pytest.raises(ValueError, match="not the same logits"):
-        convert_to_hf(untied_gqa.path, output, longrope_config=config, overwrite=True, check=fail)
+        write_hf_folder(untied_gqa.path, output, longrope_config=config, overwrite=True, check=fail)
     assert (output / "precious").exists()
     assert [item.name for item in output.parent.iterdir()] == ["hf"]
-    convert_to_hf(untied_gqa.path, output, longrope_config=config, overwrite=True)
+    write_hf_folder(untied_gqa.path, output, longrope_config=config, overwrite=True)
     assert not (output / "precious").exists()
     assert [item.name for item in output.parent.iterdir()] == ["hf"]
 
@@ -175,25 +175,25 @@ def test_a_failed_conversion_leaves_nothing_behind(untied_gqa, config, tmp_path)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, progress=fail)
+        write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, progress=fail)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_factors_of_another_model_are_refused(untied_gqa, config, tmp_path):
     other = replace(config, rotary_base=10000.0)
     with pytest.raises(ValueError, match="rotary_base 10000, the model has 50000"):
-        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=other)
+        write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=other)
 
 
 def test_factors_that_transformers_cannot_hold_are_refused(untied_gqa, config, tmp_path):
     differing = replace(config, attention_factor=None)
     with pytest.raises(ValueError, match="attention factor 1 at 64 tokens differs"):
-        convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=differing)
+        write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=differing)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shorter_target_exports_the_set_that_covers_it(untied_gqa, config, tmp_path):
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, target_length=128)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, target_length=128)
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert written["max_position_embeddings"] == 128
     assert math.isclose(written["rope_parameters"]["factor"], 2.0)

@@ -8,7 +8,7 @@ import torch
 
 from megatron_longrope.cli import convert as command
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.conversion.verify import (
     compare,
     exported_config,
@@ -42,7 +42,7 @@ def lengths(monkeypatch):
 
 @pytest.fixture
 def folder(untied_gqa, config, tmp_path):
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config)
     return tmp_path / "hf"
 
 
@@ -91,7 +91,7 @@ def test_logits_that_are_not_finite_never_pass(untied_gqa, config, folder, lengt
 
 
 def test_a_narrower_dtype_is_allowed_its_rounding(untied_gqa, config, tmp_path, lengths):
-    convert_to_hf(untied_gqa.path, tmp_path / "hf", longrope_config=config, dtype=torch.bfloat16)
+    write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, dtype=torch.bfloat16)
     engine = RecordedEngine(untied_gqa.logits)
     report = verify(untied_gqa.path, tmp_path / "hf", longrope_config=config, engine_factory=engine)
     assert report.windows[0].max_abs_diff > 1e-3

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import Engine, generation, load_engine, process_groups
 from megatron_longrope.engine import loss as loss_module
@@ -197,7 +197,9 @@ def test_one_rotary_table_serves_every_token(engine, monkeypatch):
 @pytest.fixture(scope="module")
 def exported(megatron_runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
-    convert_to_hf(megatron_runs["untied_gqa"].path, folder, longrope_config=maker.longrope_config())
+    write_hf_folder(
+        megatron_runs["untied_gqa"].path, folder, longrope_config=maker.longrope_config()
+    )
     return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
 
 

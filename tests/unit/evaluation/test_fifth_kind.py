@@ -9,7 +9,8 @@ from copying import COPYING
 from test_session import SHAPE, FakeEngine
 
 from megatron_longrope.baselines import baseline_config
-from megatron_longrope.cli import main, options
+from megatron_longrope.cli import main
+from megatron_longrope.engine import loading
 from megatron_longrope.evaluation import targets
 from megatron_longrope.evaluation.kinds import KINDS
 
@@ -30,7 +31,7 @@ def added(monkeypatch):
     )
     loaded = []
     monkeypatch.setattr(
-        options, "load_engine_from", lambda *given, **more: loaded.append(given) or Engine()
+        loading, "load_engine_for", lambda *given, **more: loaded.append(given) or Engine()
     )
     return loaded
 

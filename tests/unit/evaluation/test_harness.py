@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from launching import spawn
 
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation import harness_tasks
@@ -117,7 +117,7 @@ def ours(engine, tokenizer_file):
 @pytest.fixture(scope="module")
 def exported(megatron_runs, tokenizer_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "hf"
-    convert_to_hf(
+    write_hf_folder(
         megatron_runs["untied_gqa"].path,
         folder,
         longrope_config=maker.longrope_config(),

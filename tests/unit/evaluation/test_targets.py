@@ -10,7 +10,7 @@ from search_data import make_search_data
 from tiny_corpus import make_text
 
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import convert_to_hf
+from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.evaluation.scored_documents import read_scored_documents
 from megatron_longrope.evaluation.targets import (
     check_tokenizer_fits,
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
 
 def test_models_are_called_by_their_label_or_their_directory(untied_gqa, tmp_path):
     config = maker.longrope_config()
-    convert_to_hf(untied_gqa.path, tmp_path / "exported", longrope_config=config)
+    write_hf_folder(untied_gqa.path, tmp_path / "exported", longrope_config=config)
     models = open_models([f"mine={untied_gqa.path}"], [str(tmp_path / "exported")])
     assert [model.label for model in models] == ["mine", "exported"]
     (target,) = targets_of(models[1], [])

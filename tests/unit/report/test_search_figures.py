@@ -7,6 +7,8 @@ import math
 import pytest
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.factor_search.journal import Evaluation, read_records
+from megatron_longrope.factor_search.problem import make_problem
 from megatron_longrope.methods import named_factors
 from megatron_longrope.report.search_figures import (
     draw_search,
@@ -21,8 +23,6 @@ from megatron_longrope.report.search_trace import (
     start_token_curve,
 )
 from megatron_longrope.report.style import style_of
-from megatron_longrope.search.journal import Evaluation, read_records
-from megatron_longrope.search.problem import make_problem
 
 PROBLEM = make_problem(identity_config(10000.0, 16, 256), 2048)
 PI, NTK, YARN = (PROBLEM.factor_set(item).rescale_factors for item in PROBLEM.seeds.values())

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
+from megatron_longrope.factor_search.coordinates import Coordinates, moved_candidate
+from megatron_longrope.factor_search.critical import CriticalSpace, critical_seeds
+from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.space import START_TOKENS, SearchSpace
 from megatron_longrope.methods import named_factors
-from megatron_longrope.search.cma import CmaParameters, CmaSearch
-from megatron_longrope.search.coordinates import Coordinates, moved_candidate
-from megatron_longrope.search.critical import CriticalSpace, critical_seeds
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.space import START_TOKENS, SearchSpace
 
 SMALL = CmaParameters(max_evaluations=60, num_samples=4)
 

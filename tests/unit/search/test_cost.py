@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_longrope.factor_search import cost
+from megatron_longrope.factor_search.cost import estimate
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
-from megatron_longrope.search import cost
-from megatron_longrope.search.cost import estimate
 
 LLAMA_2_7B = SimpleNamespace(
     num_experts=None,

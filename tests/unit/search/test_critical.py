@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope.search.critical import (
+from megatron_longrope.factor_search.critical import (
     CriticalSpace,
     critical_choices,
     critical_dimension,
     critical_seeds,
 )
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.operators import crossover, mutate, random_candidate, unique
-from megatron_longrope.search.space import Candidate
+from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate, unique
+from megatron_longrope.factor_search.space import Candidate
 
 QUICK = settings(max_examples=50, deadline=None)
 LLAMA3 = CriticalSpace(64, 16.0, critical_dimensions=tuple(range(24, 36)))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.journal import Evaluation, Journal
-from megatron_longrope.search.space import Candidate, SearchSpace
+from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.journal import Evaluation, Journal
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 SMALL = EvolutionParameters(
     population_size=12, num_mutations=5, num_crossovers=4, max_iterations=6, num_parents=6

@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from megatron_longrope.search import journal as journal_module
-from megatron_longrope.search.journal import Evaluation, Journal
+from megatron_longrope.factor_search import journal as journal_module
+from megatron_longrope.factor_search.journal import Evaluation, Journal
 
 SETTINGS = {"seed": 1, "space": {"scale": 8, "start_tokens": (0, 4)}}
 

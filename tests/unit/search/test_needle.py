@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_corpus import make_text
 
 from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
-from megatron_longrope.search.needle import needle_samples
+from megatron_longrope.factor_search.needle import needle_samples
 
 BOS = 1
 

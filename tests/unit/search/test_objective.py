@@ -14,9 +14,9 @@ from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
-from megatron_longrope.search.needle import needle_samples
-from megatron_longrope.search.objective import PerplexityObjective, mean_over, window_samples
-from megatron_longrope.search.samples import read_samples
+from megatron_longrope.factor_search.needle import needle_samples
+from megatron_longrope.factor_search.objective import PerplexityObjective, mean_over, window_samples
+from megatron_longrope.factor_search.samples import read_samples
 
 
 @pytest.fixture(scope="module")

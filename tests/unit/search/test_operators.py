@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope.search.operators import crossover, mutate, random_candidate, unique
-from megatron_longrope.search.space import Candidate, SearchSpace
+from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate, unique
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 QUICK = settings(max_examples=60, deadline=None)
 

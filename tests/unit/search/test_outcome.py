@@ -4,9 +4,9 @@ import math
 
 from synthetic_search import Synthetic, small_problem
 
-from megatron_longrope.search.outcome import export_notes
-from megatron_longrope.search.runner import SearchOutcome
-from megatron_longrope.search.space import GivenFactors
+from megatron_longrope.factor_search.outcome import export_notes
+from megatron_longrope.factor_search.runner import SearchOutcome
+from megatron_longrope.factor_search.space import GivenFactors
 
 
 def outcome_of(given):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.factor_search.critical import CriticalSpace
+from megatron_longrope.factor_search.operators import random_candidate
+from megatron_longrope.factor_search.problem import make_problem
 from megatron_longrope.methods import yarn_factors
-from megatron_longrope.search.critical import CriticalSpace
-from megatron_longrope.search.operators import random_candidate
-from megatron_longrope.search.problem import make_problem
 
 DIM, BASE, ORIGINAL = 32, 10000.0, 256
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_longrope.search.racing import Race
+from megatron_longrope.factor_search.racing import Race
 
 LOSSES = st.lists(st.floats(0.0, 20.0), min_size=2, max_size=8)
 

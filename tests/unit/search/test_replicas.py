@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_longrope.search.replicas import Replica
+from megatron_longrope.factor_search.replicas import Replica
 
 TOKENS = torch.zeros(1, 4, dtype=torch.int64)
 FAILURES = [

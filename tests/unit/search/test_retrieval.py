@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megatron_longrope.config import identity_config
-from megatron_longrope.search.journal import Evaluation
-from megatron_longrope.search.problem import make_problem
-from megatron_longrope.search.retrieval import (
+from megatron_longrope.factor_search.journal import Evaluation
+from megatron_longrope.factor_search.problem import make_problem
+from megatron_longrope.factor_search.retrieval import (
     Retrieval,
     choose_by_retrieval,
     measure_retrieval,
 )
-from megatron_longrope.search.runner import SearchOutcome
+from megatron_longrope.factor_search.runner import SearchOutcome
 
 PROBLEM = make_problem(identity_config(10000.0, 32, 256), 2048)
 SLOWEST = 15

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from synthetic_search import Synthetic, drop_seconds, small_problem
 
-from megatron_longrope.search.cma import CmaParameters, CmaSearch
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.racing import Race
-from megatron_longrope.search.rotation import Anchor, split_pool, validate
-from megatron_longrope.search.runner import (
+from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
+from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.racing import Race
+from megatron_longrope.factor_search.rotation import Anchor, split_pool, validate
+from megatron_longrope.factor_search.runner import (
     SearchRun,
     run_search,
     score_anchor,

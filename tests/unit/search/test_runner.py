@@ -10,12 +10,12 @@ from synthetic_search import Synthetic, drop_seconds, small_problem
 from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.cma import CmaParameters, CmaSearch
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.journal import Journal
-from megatron_longrope.search.problem import make_problem
-from megatron_longrope.search.racing import Race
-from megatron_longrope.search.runner import SearchRun, run_search, score_references
+from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
+from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.journal import Journal
+from megatron_longrope.factor_search.problem import make_problem
+from megatron_longrope.factor_search.racing import Race
+from megatron_longrope.factor_search.runner import SearchRun, run_search, score_references
 
 SMALL = EvolutionParameters(
     population_size=8, num_mutations=4, num_crossovers=4, max_iterations=3, num_parents=4

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope.search.coordinates import moved_candidate
-from megatron_longrope.search.operators import crossover, mutate, random_candidate
-from megatron_longrope.search.space import START_TOKENS, Candidate, SearchSpace
+from megatron_longrope.factor_search.coordinates import moved_candidate
+from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate
+from megatron_longrope.factor_search.space import START_TOKENS, Candidate, SearchSpace
 
 QUICK = settings(max_examples=60, deadline=None)
 scales = st.floats(1.01, 1024.0)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_longrope.search.surrogate import Surrogate
+from megatron_longrope.factor_search.surrogate import Surrogate
 
 
 def bowl(points):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_longrope.search.telemetry import SearchStatus, Telemetry
+from megatron_longrope.factor_search.telemetry import SearchStatus, Telemetry
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"

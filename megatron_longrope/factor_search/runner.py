@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.factor_search.board import Board
+from megatron_longrope.factor_search.generations import Generation, GenerationalSearch, Trial
+from megatron_longrope.factor_search.journal import Evaluation, is_complete
+from megatron_longrope.factor_search.ledger import Ledger, Team, opened
+from megatron_longrope.factor_search.objective import Objective
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.racing import Race
+from megatron_longrope.factor_search.rotation import Anchor
+from megatron_longrope.factor_search.scoring import score_trial
+from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
+from megatron_longrope.factor_search.telemetry import SearchStatus, Telemetry
 from megatron_longrope.progress import Progress
-from megatron_longrope.search.board import Board
-from megatron_longrope.search.generations import Generation, GenerationalSearch, Trial
-from megatron_longrope.search.journal import Evaluation, is_complete
-from megatron_longrope.search.ledger import Ledger, Team, opened
-from megatron_longrope.search.objective import Objective
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.racing import Race
-from megatron_longrope.search.rotation import Anchor
-from megatron_longrope.search.scoring import score_trial
-from megatron_longrope.search.space import Candidate, GivenFactors, SearchSpace
-from megatron_longrope.search.telemetry import SearchStatus, Telemetry
 
 
 @dataclass(frozen=True)

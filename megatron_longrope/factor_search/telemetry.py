@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.factor_search.journal import fresh_samples, is_complete, is_failed
 from megatron_longrope.ranks import rank
-from megatron_longrope.search.journal import fresh_samples, is_complete, is_failed
 
 RACING = ("exact", "paired")
 """Values of `stopped` that racing gives; a budget of halving is meant to be spent in part only."""

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.generations import Trial
-from megatron_longrope.search.journal import Evaluation, is_complete
-from megatron_longrope.search.objective import PerplexityObjective
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.racing import Race
-from megatron_longrope.search.scoring import score_trial
-from megatron_longrope.search.space import Candidate, GivenFactors
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.journal import Evaluation, is_complete
+from megatron_longrope.factor_search.objective import PerplexityObjective
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.racing import Race
+from megatron_longrope.factor_search.scoring import score_trial
+from megatron_longrope.factor_search.space import Candidate, GivenFactors
 
 FINALISTS = 4
 """Candidates that are compared on the validation windows, beside the anchor."""

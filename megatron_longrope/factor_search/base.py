@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.factor_search.options import SearchOptions
+from megatron_longrope.factor_search.space import START_TOKENS
 from megatron_longrope.ranks import rank
-from megatron_longrope.search.space import START_TOKENS
 
 
-def base_of(args: argparse.Namespace, checkpoint: Checkpoint) -> LongRopeConfig:
+def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
     """What the search extends: given factors, the model's own, or plain RoPE.
 
     Raises:

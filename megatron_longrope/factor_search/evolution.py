@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.generations import Generation, GenerationalSearch
-from megatron_longrope.search.operators import MUTATION_PROB, crossover, mutate, unique
-from megatron_longrope.search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
+from megatron_longrope.factor_search.operators import MUTATION_PROB, crossover, mutate, unique
+from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.board import Board, LocalBoard, SharedBoard
-from megatron_longrope.search.generations import Trial
-from megatron_longrope.search.journal import Evaluation, Journal, is_complete
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.space import Candidate
+from megatron_longrope.factor_search.board import Board, LocalBoard, SharedBoard
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.journal import Evaluation, Journal, is_complete
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.space import Candidate
 
 Key = tuple[tuple[float, ...], int, int]
 """Factors, start tokens and the block of a rotating pool."""

@@ -16,9 +16,8 @@ from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from megatron_longrope.checkpoint.model_args import ModelShape
+    from megatron_longrope.factor_search.options import SearchOptions
 
 # The engine's own sizes, repeated here because importing it takes seconds; a test compares them.
 TOKENS_PER_MLP_SLICE = 4096
@@ -135,7 +134,7 @@ class SearchCost:
 
 
 def estimate_command(
-    args: Namespace,
+    options: SearchOptions,
     shape: ModelShape,
     *,
     samples: int,
@@ -147,21 +146,21 @@ def estimate_command(
     """:func:`estimate` of a `longrope search` command.
 
     Args:
-        args (Namespace): Its options.
+        options (SearchOptions): Its options.
         gpus (int): GPUs of the job, a multiple of the command's TP x CP.
     """
-    tensor, context = args.tensor_model_parallel_size, args.context_parallel_size
+    tensor, context = options.tensor_model_parallel_size, options.context_parallel_size
     return estimate(
         shape,
-        target_length=args.target_length,
+        target_length=options.target_length,
         samples=samples,
         evaluations=evaluations,
         gpu=gpu,
         tensor_parallel=tensor,
         context_parallel=context,
         replicas=gpus // (tensor * context),
-        batch=min(samples, max(1, args.tokens_per_forward // args.target_length)),
-        dtype=args.dtype or "bfloat16",
+        batch=min(samples, max(1, options.tokens_per_forward // options.target_length)),
+        dtype=options.dtype or "bfloat16",
         utilisation=utilisation,
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.space import check_int
+from megatron_longrope.factor_search.space import check_int
 
 _INSTRUCTION = (
     "Somewhere in this text a lighthouse is given its registration number. Keep that number in "

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from megatron_longrope.search.journal import Evaluation
+from megatron_longrope.factor_search.journal import Evaluation
 
 _POLL_SECONDS = 0.02
 _POLL_LIMIT_SECONDS = 0.5

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.search.journal import is_complete
-from megatron_longrope.search.needle import NeedleSamples
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.runner import SearchOutcome
-from megatron_longrope.search.space import Candidate, GivenFactors
+from megatron_longrope.factor_search.journal import is_complete
+from megatron_longrope.factor_search.needle import NeedleSamples
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.runner import SearchOutcome
+from megatron_longrope.factor_search.space import Candidate, GivenFactors
 
 if TYPE_CHECKING:
     from megatron_longrope.engine import Answer

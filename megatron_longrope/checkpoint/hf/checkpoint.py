@@ -6,10 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
-from megatron_longrope.conversion.from_hf import HfSource, open_folder, read_model
-from megatron_longrope.errors import LongRopeError
+from megatron_longrope.checkpoint.hf.source import HfSource, open_folder, read_model
+from megatron_longrope.checkpoint.reader import TensorInfo
 
 
 class HfCheckpoint:
@@ -20,7 +18,7 @@ class HfCheckpoint:
 
     Args:
         directory (str | Path): Folder with config.json and safetensors.
-        sliding_window (str): See :func:`.from_hf.open_folder`.
+        sliding_window (str): See :func:`.source.open_folder`.
 
     Raises:
         LongRopeError: The folder is damaged, or holds a model that is not supported.
@@ -48,28 +46,3 @@ class HfCheckpoint:
     def tensor(self, name: str, layer: int | None = None) -> Tensor:
         """One tensor, or one layer of a tensor stacked over layers, on the CPU."""
         return self._source.load(name, layer)
-
-
-def open_checkpoint(
-    load: str | Path | None,
-    hf: str | Path | None,
-    iteration: int | None = None,
-    sliding_window: str = "refuse",
-) -> Checkpoint:
-    """Read the headers of a Megatron checkpoint or of a Hugging Face folder.
-
-    Args:
-        load (str | Path, optional): Megatron's `--save` directory.
-        hf (str | Path, optional): Hugging Face folder; exactly one of the two is given.
-        iteration (int, optional): Of the Megatron checkpoint. Defaults to the latest.
-        sliding_window (str): Of the folder; see :func:`.from_hf.open_folder`.
-
-    Raises:
-        LongRopeError: It is damaged or of an unsupported kind, or a folder was asked for an
-            iteration.
-    """
-    if hf is None:
-        return MegatronCheckpoint.open(load, iteration)
-    if iteration is not None:
-        raise LongRopeError(f"{hf} is a Hugging Face folder, which has no iterations; leave it out")
-    return HfCheckpoint(hf, sliding_window)

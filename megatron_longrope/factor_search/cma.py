@@ -29,11 +29,11 @@ import cma
 import numpy as np
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.coordinates import Coordinates, moved_candidate
-from megatron_longrope.search.evolution import checked_seeds
-from megatron_longrope.search.generations import Generation, GenerationalSearch
-from megatron_longrope.search.space import Candidate, SearchSpace, check_int
-from megatron_longrope.search.surrogate import Surrogate
+from megatron_longrope.factor_search.coordinates import Coordinates, moved_candidate
+from megatron_longrope.factor_search.evolution import checked_seeds
+from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
+from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.surrogate import Surrogate
 
 _STALE = 10  # generations of known candidates in a row: CMA-ES has converged on the grid
 _POLISH_STEPS = 5

@@ -18,7 +18,7 @@ from itertools import accumulate, combinations_with_replacement
 from typing import ClassVar
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
 
 _MIN_SEEDS = 8  # starting points of the released code for its single critical dimension
 _SEED_RATIOS = 8

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from megatron_longrope import __version__
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.objective import Objective
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.racing import Race
+from megatron_longrope.factor_search.retrieval import RetrievalVerdict
+from megatron_longrope.factor_search.runner import SearchOutcome
+from megatron_longrope.factor_search.scoring import score_trial
+from megatron_longrope.factor_search.space import Candidate, GivenFactors
 from megatron_longrope.integration.compat import megatron_version
-from megatron_longrope.search.generations import Trial
-from megatron_longrope.search.objective import Objective
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.racing import Race
-from megatron_longrope.search.retrieval import RetrievalVerdict
-from megatron_longrope.search.runner import SearchOutcome
-from megatron_longrope.search.scoring import score_trial
-from megatron_longrope.search.space import Candidate, GivenFactors
 
 
 def scores_on(

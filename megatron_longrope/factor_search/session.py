@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import math
@@ -12,46 +11,47 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion.hf_checkpoint import open_checkpoint
 from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.ranks import rank
-from megatron_longrope.search import outcome as outcome_files
-from megatron_longrope.search.base import base_of, start_token_choices
-from megatron_longrope.search.board import shared_store
-from megatron_longrope.search.cma import CmaParameters, CmaSearch
-from megatron_longrope.search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.search.generations import WORTHWHILE
-from megatron_longrope.search.ledger import Team
-from megatron_longrope.search.needle import NeedleSamples
-from megatron_longrope.search.objective import PerplexityObjective
-from megatron_longrope.search.problem import SearchProblem, make_problem
-from megatron_longrope.search.racing import Race
-from megatron_longrope.search.replicas import Replica
-from megatron_longrope.search.retrieval import (
+from megatron_longrope.factor_search import outcome as outcome_files
+from megatron_longrope.factor_search.base import base_of, start_token_choices
+from megatron_longrope.factor_search.board import shared_store
+from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
+from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.generations import WORTHWHILE
+from megatron_longrope.factor_search.ledger import Team
+from megatron_longrope.factor_search.needle import NeedleSamples
+from megatron_longrope.factor_search.objective import PerplexityObjective
+from megatron_longrope.factor_search.options import SearchOptions
+from megatron_longrope.factor_search.problem import SearchProblem, make_problem
+from megatron_longrope.factor_search.racing import Race
+from megatron_longrope.factor_search.replicas import Replica
+from megatron_longrope.factor_search.retrieval import (
     RetrievalVerdict,
     choose_by_retrieval,
     measure_retrieval,
 )
-from megatron_longrope.search.rotation import FINALISTS, split_pool, validate
-from megatron_longrope.search.runner import (
+from megatron_longrope.factor_search.rotation import FINALISTS, split_pool, validate
+from megatron_longrope.factor_search.runner import (
     SearchOutcome,
     SearchRun,
     run_search,
     score_anchor,
     score_references,
 )
-from megatron_longrope.search.samples import Samples, needles_or_reason, read_samples
+from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
+from megatron_longrope.ranks import rank
 
 
 @dataclass(frozen=True)
 class SearchPlan:
     """Settings that were checked before any weight is loaded."""
 
-    args: argparse.Namespace
-    """The command line's options."""
+    options: SearchOptions
+    """What it was told."""
 
     parameters: CmaParameters | EvolutionParameters
     """Sizes of the algorithm."""
@@ -78,14 +78,13 @@ class SearchPlan:
     """What references and winner are asked for at the end, or why they are not."""
 
     @classmethod
-    def from_options(
-        cls, args: argparse.Namespace, parameters: CmaParameters | EvolutionParameters
-    ) -> SearchPlan:
+    def from_options(cls, options: SearchOptions) -> SearchPlan:
         """Check everything that can be checked without the model.
 
         Raises:
             LongRopeError: Something does not fit; one sentence says what.
         """
+        args, parameters = options, options.parameters()
         if min(args.num_samples, args.windows_per_document) < 1:
             raise LongRopeError("--num-samples and --windows-per-document must be at least 1")
         if args.objective != "ppl" and args.windows_per_document > 1:
@@ -131,7 +130,7 @@ class SearchPlan:
         if args.held_out:
             held_out = read_samples(args, args.held_out, "ppl", args.num_samples)
         plan = cls(
-            args, parameters, checkpoint, problem, race, samples, held_out, rotating,
+            options, parameters, checkpoint, problem, race, samples, held_out, rotating,
             needles_or_reason(args, checkpoint.shape.vocab_size),
         )  # fmt: skip
         _algorithm(plan, problem)  # seeds that do not fit its sizes
@@ -140,34 +139,23 @@ class SearchPlan:
     @property
     def num_samples(self) -> int:
         """Samples behind one score; the others of a pool rotate or are kept for the end."""
-        if self.args.pool is None:
+        if self.options.pool is None:
             return len(self.samples)
-        return self.args.num_samples * self.args.windows_per_document
+        return self.options.num_samples * self.options.windows_per_document
 
-    @property
-    def journal(self) -> Path:
-        """Where evaluations are recorded."""
-        return Path(self.args.output).with_suffix(".journal.jsonl")
-
-    def num_journaled(self) -> int:
-        """Evaluations in the journal."""
-        with contextlib.suppress(OSError):
-            return max(0, self.journal.read_bytes().count(b"\n") - 1)
-        return 0
-
-    def estimate(self, gpu: str, num_gpus: int | None, mfu: float) -> Sequence[str]:
-        """FLOPs, memory and hours in words; see :mod:`.cost`."""
+    def estimate(self) -> Sequence[str]:
+        """Return FLOPs, memory and hours in words; see :mod:`.cost`."""
+        from megatron_longrope.factor_search.cost import estimate_command
         from megatron_longrope.plan.hardware import parse_gpu
-        from megatron_longrope.search.cost import estimate_command
 
-        args = self.args
+        args = self.options
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
         count = self.num_samples
         forwards = _algorithm(self, self.problem).total_samples(count)
         forwards += count * (self.rotating - 1)
         if args.pool is not None:
             forwards += (len(self.samples) - self.rotating * count) * (FINALISTS + 1)
-        gpus = num_gpus or model_ranks
+        gpus = args.num_gpus or model_ranks
         if gpus % model_ranks:
             raise LongRopeError(
                 f"--num-gpus {gpus} is not a multiple of tensor parallel x context parallel = "
@@ -179,8 +167,8 @@ class SearchPlan:
             samples=count,
             evaluations=-(-forwards // count),
             gpus=gpus,
-            gpu=parse_gpu(gpu),
-            utilisation=mfu,
+            gpu=parse_gpu(args.gpu),
+            utilisation=args.mfu,
         ).lines()
         rows = len(self.problem.references) + 1
         closing = 0 if self.held_out is None else rows * len(self.held_out)
@@ -204,7 +192,7 @@ class SearchPlan:
             tuple[SearchProblem, SearchOutcome]: What was searched, its attention factor settled,
                 and what was found; None on every rank but the first.
         """
-        args = self.args
+        args = self.options
         replica = Replica(engine, args.tensor_model_parallel_size * args.context_parallel_size)
         store = shared_store() if replica.count > 1 else None
         if not replica.is_leader:
@@ -216,11 +204,11 @@ class SearchPlan:
             replica.close()
 
     def _lead(self, model: Replica, team: Team) -> tuple[SearchProblem, SearchOutcome] | None:
-        args = self.args
+        args = self.options
         objective = self._objective(model, self.samples)
         settings = self._settings()
         run = SearchRun(
-            self.journal, settings, self.race, args.resume, args.overwrite, team,
+            self.options.journal, settings, self.race, args.resume, args.overwrite, team,
             Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
         count = self.num_samples
@@ -298,7 +286,7 @@ class SearchPlan:
             problem,
             outcome,
             lambda config: measure_retrieval(model, self.needles, config),
-            accept_worse=self.args.accept_worse_retrieval,
+            accept_worse=self.options.accept_worse_retrieval,
         )
 
     def _objective(self, model: Replica, samples: Samples) -> PerplexityObjective:
@@ -306,12 +294,12 @@ class SearchPlan:
             model,
             samples.tokens,
             weights=samples.weights,
-            tokens_per_forward=self.args.tokens_per_forward,
+            tokens_per_forward=self.options.tokens_per_forward,
         )
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed search must agree on, and what a result's provenance names."""
-        args, space = self.args, self.problem.space
+        args, space = self.options, self.problem.space
         return {
             "algorithm": args.algorithm,
             "stage": self.problem.stage,
@@ -352,7 +340,7 @@ class SearchPlan:
             tuple: The problem with its attention factor, the references' scores under it, and all
             scores by policy (empty when it was not left open).
         """
-        args, base = self.args, self.problem.base
+        args, base = self.options, self.problem.base
         if args.attention_factor == "longest":
             value = base.attention_factor_for(base.max_length)
             problem = self.problem.with_attention(value, base.attention_factor_policy)
@@ -388,7 +376,7 @@ class SearchPlan:
 
 
 def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | EvolutionSearch:
-    args, seeds = plan.args, list(problem.seeds.values())
+    args, seeds = plan.options, list(problem.seeds.values())
     if isinstance(plan.parameters, CmaParameters):
         return CmaSearch(
             problem.space, plan.parameters, seeds, args.seed,
@@ -399,3 +387,10 @@ def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | Evolutio
         max_evaluations=args.max_evaluations, lookahead=args.lookahead, patience=args.patience,
         blocks=plan.rotating,
     )  # fmt: skip
+
+
+def num_journaled(journal: Path) -> int:
+    """Count the evaluations in a journal."""
+    with contextlib.suppress(OSError):
+        return max(0, journal.read_bytes().count(b"\n") - 1)
+    return 0

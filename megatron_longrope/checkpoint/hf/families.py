@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_longrope.checkpoint.model_args import ModelShape
-from megatron_longrope.conversion.limits import (
+from megatron_longrope.checkpoint.hf.limits import (
     OTHER_TYPES,
     check_arguments,
     check_config,
@@ -22,7 +21,7 @@ from megatron_longrope.conversion.limits import (
     check_shape,
     check_sliding_window,
 )
-from megatron_longrope.conversion.rules import (
+from megatron_longrope.checkpoint.hf.rules import (
     FUSED_MLP,
     FUSED_QKV,
     MIXTRAL_EXPERTS,
@@ -35,6 +34,7 @@ from megatron_longrope.conversion.rules import (
     TensorRule,
     decoder,
 )
+from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.hf_rope import read_hf_rope
 

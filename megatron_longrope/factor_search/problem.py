@@ -5,7 +5,7 @@
 - recovery: factors for a short window of an extended model, with a reduced upper bound (3.3).
 
 The first two also run in LongRoPE2's space (arXiv 2502.20082), see
-:mod:`megatron_longrope.search.critical`.
+:mod:`megatron_longrope.factor_search.critical`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.factor_search.critical import CriticalSpace, critical_choices, critical_seeds
+from megatron_longrope.factor_search.space import START_TOKENS, Candidate, GivenFactors, SearchSpace
 from megatron_longrope.methods import named_factors
-from megatron_longrope.search.critical import CriticalSpace, critical_choices, critical_seeds
-from megatron_longrope.search.space import START_TOKENS, Candidate, GivenFactors, SearchSpace
 
 SEED_METHODS = ("pi", "ntk", "yarn")
 SPACES = ("floored", "full", "critical")

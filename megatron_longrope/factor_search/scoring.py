@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.journal import Evaluation
+from megatron_longrope.factor_search.objective import Objective
+from megatron_longrope.factor_search.problem import SearchProblem
+from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.out_of_memory import is_out_of_memory
-from megatron_longrope.search.generations import Trial
-from megatron_longrope.search.journal import Evaluation
-from megatron_longrope.search.objective import Objective
-from megatron_longrope.search.problem import SearchProblem
-from megatron_longrope.search.racing import Race
 
 if TYPE_CHECKING:
-    from megatron_longrope.search.rotation import Anchor
+    from megatron_longrope.factor_search.rotation import Anchor
 
 
 def score_trial(

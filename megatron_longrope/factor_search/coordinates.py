@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from megatron_longrope.search.space import Candidate, SearchSpace
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 _PRIOR_LENGTH = 0.1  # of the prior's correlation, in units of the number of factors
 _PRIOR_VARIANCE = 0.99  # share of the prior that the coordinates cover

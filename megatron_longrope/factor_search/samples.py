@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import Tensor
 from megatron_longrope.data.documents import read_manifest, read_window_documents
 from megatron_longrope.data.tokenizer import Tokenizer, bos_name, load_tokenizer
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.search.needle import NeedleSamples, needle_samples
-from megatron_longrope.search.objective import mean_over, window_samples
+from megatron_longrope.factor_search.needle import NeedleSamples, needle_samples
+from megatron_longrope.factor_search.objective import mean_over, window_samples
+from megatron_longrope.factor_search.options import SearchOptions
 
 OBJECTIVES = ("ppl", "needle", "joint")
 
@@ -37,9 +37,7 @@ class Samples:
         return len(self.tokens)
 
 
-def read_samples(
-    args: argparse.Namespace, prefix: str, objective: str, num_documents: int
-) -> Samples:
+def read_samples(args: SearchOptions, prefix: str, objective: str, num_documents: int) -> Samples:
     """Samples of a data set for one of :data:`OBJECTIVES`.
 
     `joint` is the loss of the document's tokens plus --needle-weight x the loss of the answer's, in
@@ -69,7 +67,7 @@ def read_samples(
     return Samples(samples.tokens, bos_name(bos_id), weights, samples.describe())
 
 
-def retrieval_samples(args: argparse.Namespace, prefix: str) -> NeedleSamples:
+def retrieval_samples(args: SearchOptions, prefix: str) -> NeedleSamples:
     """Needles for the closing table, at depths spread evenly from 0 to 1.
 
     Raises:
@@ -89,7 +87,7 @@ def retrieval_samples(args: argparse.Namespace, prefix: str) -> NeedleSamples:
     )  # fmt: skip
 
 
-def needles_or_reason(args: argparse.Namespace, vocab_size: int) -> NeedleSamples | str:
+def needles_or_reason(args: SearchOptions, vocab_size: int) -> NeedleSamples | str:
     """Hide needles in the held-out documents (else the search's), or say why there are none.
 
     Raises:

@@ -47,9 +47,9 @@ class GivenFactors:
 class SearchSpace:
     """Bounds, grid and start-token choices of a search.
 
-    :class:`megatron_longrope.search.critical.CriticalSpace` narrows it to LongRoPE2's. Operators
-    and algorithms know a space by `min_step`, `max_step`, `num_choices`, `first_gene`, `canonical`
-    and `enumerate`, and treat both alike.
+    :class:`.critical.CriticalSpace` narrows it to LongRoPE2's. Operators and algorithms know a
+    space by `min_step`, `max_step`, `num_choices`, `first_gene`, `canonical` and `enumerate`, and
+    treat both alike.
 
     Raises:
         LongRopeError: A field breaks its rule; the message names field, value and rule.

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from megatron_longrope.search.space import Candidate, SearchSpace
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 MUTATION_PROB = 0.3
 """p of section 4.1."""

@@ -1,0 +1,267 @@
+"""What the commands do, as functions of their options: the Python API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_longrope.errors import LongRopeError
+from megatron_longrope.ranks import rank
+
+if TYPE_CHECKING:
+    from megatron_longrope.config import LongRopeConfig
+    from megatron_longrope.conversion.from_hf import ImportReport
+    from megatron_longrope.conversion.options import ExportedFactors, FromHfOptions, ToHfOptions
+    from megatron_longrope.conversion.to_hf import ConversionReport
+    from megatron_longrope.data.options import PrepareOptions
+    from megatron_longrope.evaluation.kind import Kind, Row
+    from megatron_longrope.evaluation.options import EvaluationOptions
+    from megatron_longrope.factor_search.options import SearchOptions
+
+Progress = Callable[[int, int], None]
+"""Is called with bytes written and bytes in all."""
+
+
+def search(options: SearchOptions) -> LongRopeConfig | None:
+    """Search rescale factors; write them, the journal and the figures beside `options.output`.
+
+    Returns:
+        LongRopeConfig: What was written; None on every rank but the first, and of a dry run.
+
+    Raises:
+        LongRopeError: An option contradicts another, the model or the data.
+    """
+    from megatron_longrope.config import LongRopeConfig
+    from megatron_longrope.engine.loading import load_engine_for
+    from megatron_longrope.factor_search.session import SearchPlan
+
+    plan = SearchPlan.from_options(options)
+    if options.dry_run:
+        print("\n".join(plan.estimate()))
+        return None
+    found = plan.run(
+        load_engine_for(
+            options,
+            plan.checkpoint,
+            plan.problem.base,
+            attention=options.attention,
+            replicas=True,
+        )
+    )
+    if found is None:
+        return None
+    problem, outcome = found
+    if not options.no_figures:
+        from megatron_longrope.report.search_figures import draw_search_figures
+
+        path = Path(options.output)
+        draw_search_figures(
+            outcome.records,
+            problem,
+            outcome.candidate,
+            path.with_name(f"{path.stem}_figures"),
+            name=path.stem,
+            seeds=outcome.seed_scores,
+        )
+    return LongRopeConfig.load(options.output)
+
+
+def evaluate(options: EvaluationOptions) -> list[Row]:
+    """Measure what is not measured yet; write `<kind>.jsonl` and `<kind>.csv`.
+
+    Args:
+        options (EvaluationOptions): Of one of the kinds, such as :class:`PerplexityOptions`.
+
+    Returns:
+        list[Row]: A record for each cell; none on any rank but the first.
+
+    Raises:
+        LongRopeError: An option contradicts another, a model or the data.
+    """
+    from megatron_longrope.engine import process_groups
+    from megatron_longrope.engine.loading import load_engine_for
+    from megatron_longrope.evaluation.records import Records, write_csv
+    from megatron_longrope.evaluation.session import Limit, Session
+    from megatron_longrope.evaluation.targets import open_models
+
+    kind = kind_of(options)
+    models = open_models(options.load, options.hf, options.iteration, options.sliding_window)
+    plan = kind.plan(options, models)
+    if "RANK" in os.environ:
+        process_groups.initialize(
+            options.tensor_model_parallel_size, options.context_parallel_size, replicas=True
+        )
+    session = Session(
+        Records(Path(options.output) / f"{kind.name}.jsonl", kind.cell_fields),
+        lambda model: load_engine_for(options, model.checkpoint, replicas=True),
+        Limit(options.max_hours, options.yes),
+        kind.name,
+        kind.unit,
+    )
+    session.run(plan)
+    if rank() != 0:
+        return []
+    summary = kind.summary(session.records.rows)
+    write_csv(Path(options.output) / f"{kind.name}.csv", summary, list(summary[0]))
+    return [session.records.find(cell.record) or {} for cell in plan.cells]
+
+
+def kind_of(options: EvaluationOptions) -> Kind:
+    """Return the kind of evaluation that the options are of."""
+    from megatron_longrope.evaluation.kinds import KINDS
+
+    for kind in KINDS.values():
+        if type(options) is kind.options:
+            return kind
+    names = ", ".join(kind.options.__name__ for kind in KINDS.values())
+    raise LongRopeError(f"{type(options).__name__} are no options of an evaluation; give {names}")
+
+
+def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> ConversionReport:
+    """Convert a Megatron checkpoint to a Hugging Face folder, and compare their logits.
+
+    Raises:
+        LongRopeError: The checkpoint, the factors or the tokenizer does not fit, the logits differ,
+            or the disk is full; the output is as it was.
+    """
+    from megatron_longrope.checkpoint.hf.families import dtype_named
+    from megatron_longrope.conversion.start_tokens import drop_start_tokens
+    from megatron_longrope.conversion.to_hf import write_hf_folder
+    from megatron_longrope.conversion.verify import verify
+    from megatron_longrope.evaluation.start_token_effect import measured
+
+    config, _ = exported_factors(options)
+    lengths: dict[str, Any] = {
+        "short_length": options.short_length,
+        "target_length": options.target_length,
+    }
+
+    def check(folder: Path) -> Any:
+        exported = config
+        if options.drop_start_tokens and config is not None:
+            exported, _ = drop_start_tokens(config, **lengths)
+        return verify(
+            options.load,
+            folder,
+            longrope_config=exported,
+            iteration=options.iteration,
+            tolerance=options.tolerance,
+            **lengths,
+        )
+
+    def measure(searched: LongRopeConfig, dropped: Any) -> Any:
+        return measured(
+            options.load,
+            options.iteration,
+            searched,
+            dropped,
+            data=options.data,
+            tokenizer=options.tokenizer,
+            num_documents=options.num_documents,
+            data_length=options.data_length,
+            **lengths,
+        )
+
+    return write_hf_folder(
+        options.load,
+        options.output,
+        longrope_config=config,
+        iteration=options.iteration,
+        tokenizer=options.tokenizer,
+        without_start_tokens=options.drop_start_tokens,
+        measure=measure if options.data else None,
+        dtype=None if options.dtype == "keep" else dtype_named(options.dtype),
+        family=options.family,
+        overwrite=options.overwrite,
+        check=None if options.no_verify else check,
+        progress=progress,
+        **lengths,
+    )
+
+
+def exported_factors(
+    options: ExportedFactors, hf: str | None = None
+) -> tuple[LongRopeConfig | None, str]:
+    """Return the factors that a conversion exports, and where they come from, in words.
+
+    Args:
+        hf (str, optional): The Hugging Face folder, of a verification without a checkpoint.
+
+    Raises:
+        LongRopeError: There are none to drop start tokens from, or they cannot be read.
+    """
+    from megatron_longrope.checkpoint.opening import open_checkpoint
+    from megatron_longrope.config import LongRopeConfig
+
+    if options.longrope_config is not None:
+        return LongRopeConfig.load(options.longrope_config), options.longrope_config
+    folder = None if options.load else hf
+    config = open_checkpoint(options.load, folder, options.iteration).longrope
+    where = "in the folder" if folder else "in the checkpoint"
+    if config is not None:
+        return config, f"stored {where}, up to {config.max_length} tokens"
+    if options.drop_start_tokens:
+        raise LongRopeError(
+            "--drop-start-tokens has no factors to drop them from: none are stored; give a file "
+            "with --longrope-config or leave the flag out"
+        )
+    return None, f"none stored {where}, plain RoPE"
+
+
+def convert_from_hf(options: FromHfOptions, progress: Progress | None = None) -> ImportReport:
+    """Convert a Hugging Face folder to a Megatron checkpoint, and compare their logits.
+
+    Raises:
+        LongRopeError: The folder is damaged or of a model that is not supported, the logits differ,
+            or the disk is full; nothing is written then.
+    """
+    from megatron_longrope.checkpoint.hf.families import dtype_named
+    from megatron_longrope.conversion.from_hf import write_checkpoint
+    from megatron_longrope.conversion.verify_import import verify_import
+
+    def check(directory: Path) -> Any:
+        return verify_import(
+            directory,
+            options.hf,
+            tolerance=options.tolerance,
+            sliding_window=options.sliding_window,
+        )
+
+    return write_checkpoint(
+        options.hf,
+        options.output,
+        dtype=None if options.dtype == "keep" else dtype_named(options.dtype),
+        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        sliding_window=options.sliding_window,
+        check=None if options.no_verify else check,
+        progress=progress,
+    )
+
+
+def prepare_data(options: PrepareOptions, *, progress: bool = False) -> dict[str, Any]:
+    """Tokenize text into `output`.bin, `output`.idx and the manifest `output`.json.
+
+    Returns:
+        dict[str, Any]: The manifest.
+
+    Raises:
+        LongRopeError: An input, the tokenizer or the output is unfit, or nothing is left to write.
+    """
+    from megatron_longrope.data.prepare import prepare
+
+    return prepare(
+        options.sources(),
+        options.output,
+        options.tokenizer,
+        options.packing(),
+        split=options.split(),
+        bos=options.bos,
+        text_key=options.text_key,
+        on_error=options.on_error,
+        workers=options.workers,
+        overwrite=options.overwrite,
+        progress=progress,
+    )

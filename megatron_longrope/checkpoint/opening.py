@@ -1,0 +1,64 @@
+"""Open a model on disk, whichever kind it is, and say which factors it goes with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_longrope.base_frequencies import check_same_base
+from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
+from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.errors import LongRopeError
+
+
+def open_checkpoint(
+    load: str | Path | None,
+    hf: str | Path | None,
+    iteration: int | None = None,
+    sliding_window: str = "refuse",
+) -> Checkpoint:
+    """Read the headers of a Megatron checkpoint or of a Hugging Face folder.
+
+    Args:
+        load (str | Path, optional): Megatron's `--save` directory.
+        hf (str | Path, optional): Hugging Face folder; exactly one of the two is given.
+        iteration (int, optional): Of the Megatron checkpoint. Defaults to the latest.
+        sliding_window (str): Of the folder; see :func:`.hf.source.open_folder`.
+
+    Raises:
+        LongRopeError: It is damaged or of an unsupported kind, or a folder was asked for an
+            iteration.
+    """
+    if hf is None:
+        return MegatronCheckpoint.open(load, iteration)
+    if iteration is not None:
+        raise LongRopeError(f"{hf} is a Hugging Face folder, which has no iterations; leave it out")
+    return HfCheckpoint(hf, sliding_window)
+
+
+def default_config(shape: ModelShape) -> LongRopeConfig:
+    """Stock RoPE for a checkpoint that stores no LongRoPE config."""
+    return identity_config(shape.rotary_base, shape.rotary_dim, shape.max_position_embeddings)
+
+
+def check_fits(
+    longrope_config: LongRopeConfig, shape: ModelShape, stored: LongRopeConfig | None = None
+) -> None:
+    """Refuse factors that belong to another model.
+
+    Args:
+        stored (LongRopeConfig, optional): What the model rotates by itself. Defaults to plain RoPE.
+
+    Raises:
+        LongRopeError: rotary_dim or rotary_base differ, or the scaling that the factors multiply.
+    """
+    check_same_base(longrope_config, stored)
+    for name in ("rotary_dim", "rotary_base"):
+        ours, theirs = getattr(longrope_config, name), getattr(shape, name)
+        if ours != theirs:
+            raise LongRopeError(
+                f"the longrope configuration has {name} {ours:g}, the model has {theirs:g}; "
+                "the factors were made for another model"
+            )

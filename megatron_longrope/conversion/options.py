@@ -1,0 +1,152 @@
+"""Options of the conversions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_longrope.errors import LongRopeError
+from megatron_longrope.lengths import parse_length
+from megatron_longrope.options import DTYPES, Options, flag, sliding_window_flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkpoint(Options):
+    load: str = flag(metavar="CKPT")
+    """Megatron --save or iter_XXXXXXX directory"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MaybeCheckpoint(Options):
+    load: str | None = flag(None, metavar="CKPT")
+    """Megatron --save or iter_XXXXXXX directory"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFactors(Options):
+    """Which factors an export has."""
+
+    iteration: int | None = flag(None, type=int)
+    """iteration (default: the latest)"""
+
+    longrope_config: str | None = flag(None, metavar="F")
+    """factors to export (default: those stored in the checkpoint)"""
+
+    short_length: int | None = flag(None, type=parse_length, metavar="N")
+    """window, in tokens, whose set becomes short_factor (default: the original window)"""
+
+    target_length: int | None = flag(None, type=parse_length, metavar="N")
+    """window, in tokens, whose set becomes long_factor (default: the largest)"""
+
+    drop_start_tokens: bool = flag(False)
+    """take factor sets with start tokens, which transformers cannot express, without them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Folder(Options):
+    output: str = flag(metavar="DIR")
+    """folder to write"""
+
+    tokenizer: str | None = flag(None, metavar="T")
+    """SentencePiece .model file or Hugging Face folder to include"""
+
+    family: str | None = flag(None)
+    """model family (default: the one converted from, else the first that fits)"""
+
+    overwrite: bool = flag(False)
+    """replace an existing folder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Effect(Options):
+    GROUP: ClassVar = "what --drop-start-tokens does to the perplexity"
+
+    data: str | None = flag(None, metavar="PREFIX|TEXT")
+    """held-out documents to measure it on: a prepared set, or a .txt, .jsonl or .jsonl.gz file or
+    directory, for which --tokenizer is needed (default: it is not measured)"""
+
+    num_documents: int = flag(10, type=int, metavar="K")
+    """documents (default: 10)"""
+
+    data_length: int | None = flag(None, type=parse_length, metavar="N")
+    """longest window, in tokens, to measure (default: those exported for)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written(Options):
+    GROUP: ClassVar = None
+
+    dtype: str = flag("keep", choices=(*DTYPES, "keep"))
+    """dtype of the weights (default: as on disk)"""
+
+    no_verify: bool = flag(False)
+    """do not compare logits before finishing, which holds the model in memory twice, in fp32"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tolerance(Options):
+    GROUP: ClassVar = None
+
+    tolerance: float = flag(1e-4, type=float)
+    """largest difference of a logit (default: 0.0001)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToHfOptions(_Tolerance, _Written, _Effect, _Folder, ExportedFactors, _Checkpoint):
+    """What `longrope convert to-hf` is told."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data and not self.drop_start_tokens:
+            raise LongRopeError("--data measures what --drop-start-tokens does; give both or "
+                                "neither")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Import(Options):
+    hf: str = flag(metavar="DIR")
+    """Hugging Face folder to read"""
+
+    output: str = flag(metavar="CKPT")
+    """Megatron --load directory to write"""
+
+    make_vocab_size_divisible_by: int = flag(128, type=int, metavar="N")
+    """pad the vocabulary to a multiple of N rows per rank (default: 128)"""
+
+    tensor_model_parallel_size: int = flag(1, type=int, metavar="N")
+    """ranks to pad the vocabulary for; tensors are not split (default: 1)"""
+
+    sliding_window: str = sliding_window_flag()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromHfOptions(_Tolerance, _Written, _Import):
+    """What `longrope convert from-hf` is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared(Options):
+    hf: str = flag(metavar="DIR")
+    """Hugging Face folder"""
+
+    json: bool = flag(False)
+    """print one JSON object"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(_Tolerance, _Compared, ExportedFactors, _MaybeCheckpoint):
+    """What `longrope convert verify` is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(Options):
+    """What `longrope convert inspect` is told."""
+
+    checkpoint: str = flag(positional=True, metavar="CKPT")
+    """--save or iter_XXXXXXX directory"""
+
+    iteration: int | None = flag(None, type=int)
+    """iteration (default: the latest)"""
+
+    json: bool = flag(False)
+    """print one JSON object"""

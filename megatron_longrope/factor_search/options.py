@@ -1,0 +1,257 @@
+"""Options of a search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from megatron_longrope.errors import LongRopeError
+from megatron_longrope.lengths import parse_length
+from megatron_longrope.options import Loading, OneModel, Options, bos_flag, flag
+
+if TYPE_CHECKING:
+    from megatron_longrope.factor_search.cma import CmaParameters
+    from megatron_longrope.factor_search.evolution import EvolutionParameters
+
+_HALVED_FROM = 512 * 1024  # tokens; section 4.1 of the paper
+
+_EVOLUTION = {
+    "population_size": "--population-size",
+    "num_mutations": "--num-mutations",
+    "num_crossovers": "--num-crossovers",
+    "num_parents": "--num-parents",
+    "max_iterations": "--iterations",
+    "mutation_prob": "--mutation-prob",
+}
+_CMA = {"population_size": "--population-size", "initial_deviation": "--initial-deviation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InputsAndOutputs(Options):
+    attention: str = flag("auto", choices=("auto", "sdpa", "flash", "te"))
+    """kernels: a flash-attention package, torch SDPA or Transformer Engine (default: auto, flash
+    where one can run, else sdpa; `longrope doctor` says which)"""
+
+    data: str = flag(metavar="PREFIX")
+    """search documents (longrope data prepare)"""
+
+    bos: int | None = bos_flag()
+
+    target_length: int = flag(type=parse_length, metavar="N")
+    """window in tokens"""
+
+    output: str = flag(metavar="F.json")
+    """LongRoPE config to write"""
+
+    base_config: str | None = flag(None, metavar="F.json")
+    """factors of the fine-tuned model (default: those that the model carries; `none` searches from
+    plain RoPE all the same)"""
+
+    original_length: int | None = flag(None, type=parse_length, metavar="N")
+    """pre-trained window in tokens (default: the checkpoint's max_position_embeddings)"""
+
+    held_out: str | None = flag(None, metavar="PREFIX")
+    """other documents, to compare the winner on at the end"""
+
+    tensorboard_dir: str | None = flag(None, metavar="DIR")
+    """write scalars while the search runs"""
+
+    no_figures: bool = flag(False)
+    """write no PNG and CSV files"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Objective(Options):
+    GROUP: ClassVar = "objective"
+
+    objective: str = flag("ppl", choices=("ppl", "needle", "joint"))
+    """ppl: perplexity of all tokens. needle: of a hidden number's tokens when it is asked for at
+    the end (LongRoPE2). joint: the loss of the document's tokens plus --needle-weight x that of the
+    number's, from one pass. The latter two need --tokenizer (default: ppl)"""
+
+    needle_weight: float = flag(0.1, type=float, metavar="W")
+    """of the number's loss in the joint objective (default: 0.1)"""
+
+    num_samples: int = flag(5, type=int, metavar="K")
+    """documents per evaluation"""
+
+    pool: int | None = flag(None, type=int, metavar="N")
+    """documents that generations take in turn, K each, instead of the same K for all; a quarter is
+    kept to choose among the best at the end (default: no rotation)"""
+
+    windows_per_document: int = flag(1, type=int, metavar="W")
+    """consecutive windows per document; useful for short windows (default: 1)"""
+
+    tokenizer: str | None = flag(None, metavar="T")
+    """the data's tokenizer, to hide numbers in it (default, for the closing table only: where the
+    data's manifest says)"""
+
+    needle_depths: str | None = flag(None, metavar="LIST")
+    """where needles stand, from 0 (start; all of them in the LongRoPE2 paper) to 1, for example
+    0,0.5,1 (default: evenly spread over the documents)"""
+
+    tokens_per_forward: int = flag(8192, type=parse_length, metavar="N")
+    """shorter samples share a forward pass up to so many tokens (default: 8k)"""
+
+    retrieval_trials: int = flag(3, type=int, metavar="N")
+    """numbers that the references and the winner are asked for at the end; a winner that finds
+    fewer than the best reference gives way to the best that does not; 0 asks for none (default:
+    3)"""
+
+    accept_worse_retrieval: bool = flag(False)
+    """write the winner even so"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Space(Options):
+    GROUP: ClassVar = "space"
+
+    space: str = flag("floored", choices=("floored", "full", "critical"))
+    """full: every factor in [1, 1.25 s] (LongRoPE). floored: the same, but at least s from the
+    critical dimension on, the first that completes no period in the trained window; less is hardly
+    seen by perplexity and loses retrieval. critical: factors in [s, 2 s] from the critical
+    dimension up, NTK below (LongRoPE2) (default: floored)"""
+
+    critical_dimension: int | None = flag(None, type=int, metavar="I")
+    """fix it, as an index of frequencies (default: floored: by the trained window; critical:
+    searched)"""
+
+    start_tokens: str | None = flag(None, metavar="LIST")
+    """choices of n_hat, for example 0,1,2,4, or `paper` for its fourteen; export to Hugging Face
+    needs 0 (default: the base's, 0 for plain RoPE)"""
+
+    upper: float | None = flag(None, type=float)
+    """largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s) or the base's
+    largest)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Algorithm(Options):
+    GROUP: ClassVar = "algorithm"
+
+    algorithm: str = flag("cma", choices=("cma", "evolution"))
+    """cma: CMA-ES with start tokens by successive halving and a coordinate polish. evolution:
+    algorithm 1 of the paper with its numbers (default: cma)"""
+
+    max_evaluations: int | None = flag(None, type=int, metavar="K")
+    """stop after so many candidates (default: cma 336, evolution 1344; half at 512k and above)"""
+
+    patience: int | None = flag(None, type=int, metavar="K")
+    """stop when K evaluations in a row have not lowered the best score by more than 0.1 % (default:
+    use the whole budget)"""
+
+    warm_start: str | None = flag(None, metavar="F.json")
+    """factors for a near window of the same model, such as another second search's result: one more
+    starting point"""
+
+    population_size: int | None = flag(None, type=int, metavar="P")
+    """evolution: 64; cma: 4 + 3 ln n"""
+
+    num_mutations: int | None = flag(None, type=int, metavar="N1")
+    """evolution: 16"""
+
+    num_crossovers: int | None = flag(None, type=int, metavar="N2")
+    """evolution: 16"""
+
+    num_parents: int | None = flag(None, type=int, metavar="K")
+    """evolution: top 32 kept"""
+
+    max_iterations: int | None = flag(None, type=int, metavar="T", name="--iterations")
+    """evolution: 40"""
+
+    mutation_prob: float | None = flag(None, type=float, metavar="p")
+    """evolution: 0.3 per gene"""
+
+    initial_deviation: float | None = flag(None, type=float, metavar="D")
+    """cma: of log factors, relative to the largest seed factor's (default: 0.1)"""
+
+    racing: str = flag("exact", choices=("exact", "paired", "off"))
+    """when to stop scoring a candidate. exact: when it certainly cannot survive; the result stays
+    the same. paired: also when a paired t-test says so (default: exact)"""
+
+    racing_significance: float = flag(0.05, type=float, metavar="A")
+    """of the paired test"""
+
+    lookahead: int = flag(0, type=int, metavar="G")
+    """generations that may start before an earlier one is complete, so that replicas do not wait
+    for the slowest; 0 is the published algorithm (default: 0)"""
+
+    seed: int = flag(0, type=int)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Estimate(Options):
+    GROUP: ClassVar = "estimate"
+
+    dry_run: bool = flag(False)
+    """print FLOPs, memory and hours, and stop; loads no weights"""
+
+    gpu: str = flag("h100", metavar="NAME")
+    """a100-80, h100, ... or TFLOPS:GIB, for --dry-run"""
+
+    num_gpus: int | None = flag(None, type=int, metavar="G")
+    """GPUs of the job, for --dry-run (default: TP x CP, one replica)"""
+
+    mfu: float = flag(0.4, type=float, metavar="U")
+    """part of the GPU's peak, for --dry-run"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(
+    _Estimate, _Algorithm, _Space, _Objective, _InputsAndOutputs, Loading, OneModel
+):
+    """What `longrope search` is told."""
+
+    GROUP: ClassVar = None
+
+    attention_factor_policy: str | None = flag(
+        None, choices=("auto", "su", "yarn", "none"), exclusive="attention factor"
+    )
+    """auto scores the seeds under su and none and keeps the better one's value for every window;
+    su, yarn and none leave the original window at 1, which Hugging Face cannot hold (default: auto
+    for a first search, else the base's)"""
+
+    attention_factor: str | None = flag(None, metavar="F", exclusive="attention factor")
+    """one value for every window; `longest` takes the base config's value at its largest window,
+    which is what Hugging Face applies to both windows"""
+
+    resume: bool = flag(False, exclusive="journal")
+    """continue from the journal if any"""
+
+    overwrite: bool = flag(False, exclusive="journal")
+    """discard an existing journal"""
+
+    @property
+    def journal(self) -> Path:
+        """Return where evaluations are recorded."""
+        return Path(self.output).with_suffix(".journal.jsonl")
+
+    def parameters(self) -> CmaParameters | EvolutionParameters:
+        """Return the algorithm's sizes: the flags given, else the paper's, halved from 512k on.
+
+        Raises:
+            LongRopeError: A flag belongs to the other algorithm, or its value breaks a rule.
+        """
+        from megatron_longrope.factor_search.cma import CmaParameters
+        from megatron_longrope.factor_search.evolution import EvolutionParameters
+
+        ours, theirs = (_CMA, _EVOLUTION) if self.algorithm == "cma" else (_EVOLUTION, _CMA)
+        for name in theirs.keys() - ours.keys():
+            if getattr(self, name) is not None:
+                raise LongRopeError(
+                    f"{theirs[name]} has no meaning with --algorithm {self.algorithm}; leave it "
+                    "out or choose the other algorithm"
+                )
+        given = {name: value for name in ours if (value := getattr(self, name)) is not None}
+        halved = self.target_length >= _HALVED_FROM
+        if self.algorithm == "cma":
+            default = CmaParameters().max_evaluations // (2 if halved else 1)
+            samples = self.num_samples * self.windows_per_document
+            budget = default if self.max_evaluations is None else self.max_evaluations
+            return CmaParameters(max_evaluations=budget, num_samples=max(samples, 1), **given)
+        defaults = EvolutionParameters().halved() if halved else EvolutionParameters()
+        values = {name: getattr(defaults, name) for name in _EVOLUTION}
+        if "population_size" in given and "num_parents" not in given:
+            values["num_parents"] = min(values["num_parents"], given["population_size"])
+        return EvolutionParameters(**{**values, **given})

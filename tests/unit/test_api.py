@@ -1,0 +1,133 @@
+"""The Python API as a notebook uses it: options in, results out, no argv, no SystemExit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from search_data import make_search_data
+
+import megatron_longrope as longrope
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_search_data(tmp_path_factory.mktemp("data"))
+
+
+def test_search_returns_the_configuration_that_it_wrote(untied_gqa, data, tmp_path):
+    config = longrope.search(
+        longrope.SearchOptions(
+            load=str(untied_gqa.path),
+            base_config="none",
+            original_length=64,
+            data=data["search"],
+            target_length="256",
+            num_samples=2,
+            max_evaluations=12,
+            retrieval_trials=0,
+            no_figures=True,
+            output=str(tmp_path / "factors.json"),
+        )
+    )
+    assert config == longrope.LongRopeConfig.load(tmp_path / "factors.json")
+    assert [item.max_length for item in config.factor_sets] == [64, 256]
+    assert config.factor_sets[-1].origin["evaluations"] <= 12
+
+
+def test_evaluate_returns_a_record_for_each_cell_and_measures_none_twice(
+    untied_gqa, data, tmp_path
+):
+    options = longrope.PerplexityOptions(
+        load=f"base={untied_gqa.path}",
+        data=data["heldout"],
+        lengths="64,128",
+        num_documents=2,
+        output=str(tmp_path),
+    )
+    rows = longrope.evaluate(options)
+    assert [(row["model"], row["length"]) for row in rows] == [("base", 64), ("base", 128)]
+    assert rows == longrope.evaluate(options)
+    assert len((tmp_path / "ppl.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "ppl.csv").is_file()
+
+
+def test_a_conversion_there_and_back_says_what_was_written(untied_gqa, tmp_path):
+    exported = longrope.convert_to_hf(
+        longrope.ToHfOptions(load=str(untied_gqa.path), output=str(tmp_path / "hf"))
+    )
+    assert exported.verification.windows[0].max_abs_diff <= 1e-4
+    imported = longrope.convert_from_hf(
+        longrope.FromHfOptions(
+            hf=str(exported.output_dir), output=str(tmp_path / "back"), no_verify=True
+        )
+    )
+    assert imported.num_tensors == exported.num_tensors
+    assert imported.longrope_config.factor_set_for(256) is not None
+
+
+def test_prepare_data_returns_the_manifest(data, tmp_path):
+    source = tmp_path / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": "a window " * 20}) + "\n" for _ in range(3)))
+    manifest = longrope.prepare_data(
+        longrope.PrepareOptions(
+            input=str(source), tokenizer=data["tokenizer"], output=str(tmp_path / "set"),
+            segment_length="64",
+        )
+    )  # fmt: skip
+    assert manifest["segments"] == 6 and (tmp_path / "set.bin").is_file()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: longrope.SearchOptions(data="d", target_length="4k", output="o"), "none of load"),
+        (
+            lambda: longrope.SearchOptions(
+                load="a", hf="b", data="d", target_length="4k", output="o"
+            ),
+            "load and hf exclude each other",
+        ),
+        (
+            lambda: longrope.SearchOptions(
+                hf="b", data="d", target_length="4k", output="o", space="flored"
+            ),
+            "space is 'flored'; it must be one of floored, full, critical",
+        ),
+        (
+            lambda: longrope.SearchOptions(hf="b", data="d", target_length="4x", output="o"),
+            "target_length: length '4x'",
+        ),
+        (
+            lambda: longrope.PrepareOptions(
+                input="a", tokenizer="b", output="c", segment_length=64, min_length=3
+            ),
+            "applies only with --whole-documents",
+        ),
+        (
+            lambda: longrope.convert_to_hf(longrope.ToHfOptions(load="absent", output="o")),
+            "absent",
+        ),
+        (
+            lambda: longrope.evaluate(
+                longrope.PasskeyOptions(hf="absent", lengths="64", output="o")
+            ),
+            "absent: no such folder",
+        ),
+    ],
+)
+def test_what_is_refused_is_a_LongRopeError(make, sentence):
+    with pytest.raises(longrope.LongRopeError, match=sentence):
+        make()
+
+
+# A process of its own, in which nothing has been imported yet.
+def test_options_are_at_hand_without_torch():
+    code = (
+        "import sys\n"
+        "from megatron_longrope import PerplexityOptions, SearchOptions, ToHfOptions, search\n"
+        "import megatron_longrope\n"
+        "assert callable(search) and callable(megatron_longrope.evaluate)\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'scipy', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
