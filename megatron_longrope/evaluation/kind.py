@@ -22,7 +22,8 @@ Check = tuple[Callable[[Any], bool], str]
 """A rule for a field of a record, in code and in words."""
 
 TARGET_KEY = ("checkpoint", "iteration", "label", "policy", "config_sha256")
-"""Fields of a record that say what was measured: a checkpoint under a set of factors."""
+"""Fields of a record that say what was measured: a checkpoint under a set of factors. For the
+checkpoint stands the hash of its content, where the record has one; see :func:`cell_key`."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,14 @@ class Kind:
 
 
 def cell_key(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """Return the identity of a record: equal for two records of one cell."""
-    return json.dumps([row.get(name) for name in names], sort_keys=True)
+    """Return the identity of a record: equal for two records of one cell.
+
+    A checkpoint is known by its content; records of older versions know the path as it was typed.
+    """
+    values = [row.get(name) for name in names]
+    if "checkpoint" in names and row.get("checkpoint_sha256"):
+        values[names.index("checkpoint")] = row["checkpoint_sha256"]
+    return json.dumps(values, sort_keys=True)
 
 
 def is_number(value: Any) -> bool:

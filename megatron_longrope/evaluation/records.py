@@ -64,8 +64,12 @@ class Records:
         return cell_key(row, self._key)
 
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The finished record with the same key fields, or None."""
-        return self._found.get(self._key_of(cell))
+        """Return the finished record with the same key fields, or None.
+
+        That of an older version, which did not hash the checkpoint, is found by its path.
+        """
+        found = self._found.get(self._key_of(cell))
+        return found or self._found.get(self._key_of({**cell, "checkpoint_sha256": None}))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record and flush it to disk; only the first rank does."""

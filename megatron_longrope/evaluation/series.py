@@ -28,7 +28,12 @@ class Identity:
     policy: str | None = None
     """Attention-factor policy of a baseline."""
 
-    checkpoint: str | None = None
+    checkpoint: str | None = field(default=None, compare=False)
+    """The path as it was typed."""
+
+    content: str | None = None
+    """Hash of the checkpoint's content; of records that have none, the path."""
+
     iteration: str | None = None
     config: str | None = field(default=None, compare=False)
     """The factor file; its content counts, not how its path was written."""
@@ -83,8 +88,16 @@ def name_series(entries: Sequence[Entry]) -> list[Series]:
     Args:
         entries (Sequence[Entry]): In the order in which series shall be listed.
     """
+    hashes: dict[tuple, set[str | None]] = defaultdict(set)
+    for identity, *_ in entries:
+        if identity.content != identity.checkpoint:
+            hashes[identity.checkpoint, identity.iteration].add(identity.content)
     by_identity: dict[Identity, list[int]] = defaultdict(list)
     for index, (identity, *_) in enumerate(entries):
+        known = hashes[identity.checkpoint, identity.iteration]
+        if identity.content == identity.checkpoint and len(known) == 1:
+            # A file that an older version began: its records have no hash.
+            identity = replace(identity, content=next(iter(known)))
         by_identity[identity].append(index)
     groups = [
         (identity, part)
@@ -205,6 +218,7 @@ def identify(row: Row) -> Identity:
         label=row.get("label") or "checkpoint",
         policy=None if policy is None else str(policy),
         checkpoint=None if checkpoint is None else str(checkpoint),
+        content=row.get("checkpoint_sha256") or (None if checkpoint is None else str(checkpoint)),
         iteration=None if row.get("iteration") is None else str(row["iteration"]),
         config=None if config is None else str(config),
         config_sha256="" if computed else str(row.get("config_sha256") or ""),

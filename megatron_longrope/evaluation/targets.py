@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ class NamedModel:
 
     hugging_face: bool = False
     """Whether it is a Hugging Face folder, which has its tokenizer beside it."""
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Hash what the checkpoint's files hold, which identifies it wherever it lies."""
+        from megatron_longrope.checkpoint.fingerprint import content_sha256
+
+        return content_sha256(self.checkpoint.directory)
 
     def config(self) -> LongRopeConfig:
         """Return the checkpoint's own factors, or stock RoPE up to its window."""
@@ -67,6 +75,7 @@ class Target:
         return {
             "model": self.model.label,
             "checkpoint": self.model.path,
+            "checkpoint_sha256": self.model.content_sha256,
             "iteration": self.model.checkpoint.iteration,
             "label": self.label,
             "policy": self.policy,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,9 @@ class Engine(FakeEngine):
 def added(monkeypatch):
     """The kind is registered, and a model without weights is found under any path."""
     config = baseline_config("pi", 10000.0, 8, 64, 128)
-    checkpoint = SimpleNamespace(iteration=3, shape=SHAPE, longrope=config)
+    checkpoint = SimpleNamespace(
+        iteration=3, shape=SHAPE, longrope=config, directory=Path("absent")
+    )
     monkeypatch.setitem(KINDS, "copying", COPYING)
     monkeypatch.setattr(
         targets, "open_models", lambda *given: [targets.NamedModel("m", "x", checkpoint)]

@@ -1,8 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from megatron_longrope.evaluation.records import Records, write_csv
+from megatron_longrope.evaluation.series import identify, name_series
 
 
 def test_a_finished_cell_is_found_again_by_its_key(tmp_path):
@@ -52,3 +54,28 @@ def test_only_the_first_rank_writes(tmp_path, monkeypatch):
     records = Records(tmp_path / "cells.jsonl", ("name",))
     records.append({"name": "a"})
     assert records.find({"name": "a"}) and not records.path.exists()
+
+
+def test_a_checkpoint_is_known_by_its_content_from_any_folder_and_an_old_record_by_its_path(
+    tmp_path,
+):
+    key = ("checkpoint", "length")
+    records = Records(tmp_path / "a.jsonl", key)
+    records.append({"checkpoint": "runs/a", "checkpoint_sha256": "a1", "length": 64, "ppl": 3.0})
+    records.append({"checkpoint": "runs/b", "length": 64, "ppl": 5.0})  # of an older version
+    moved = {"checkpoint": "/copies/a", "checkpoint_sha256": "a1", "length": 64}
+    assert records.find(moved)["ppl"] == 3.0
+    assert records.find({**moved, "checkpoint": "runs/a", "checkpoint_sha256": "a2"}) is None
+    old = {"checkpoint": "runs/b", "checkpoint_sha256": "b1", "length": 64}
+    assert records.find(old)["ppl"] == 5.0
+    assert records.find({**old, "checkpoint": "/copies/b"}) is None
+
+
+def test_records_with_and_without_a_hash_of_one_checkpoint_are_one_series():
+    old = {"model": "m", "checkpoint": "runs/a", "iteration": 3, "length": 64}
+    new = {**old, "checkpoint_sha256": "a1", "length": 128}
+    moved = {**new, "checkpoint": "/copies/a", "length": 256}
+    other = {**new, "checkpoint_sha256": "a2", "checkpoint": "runs/c"}
+    rows = [old, new, moved, other]
+    found = name_series([(identify(row), Path(), row["length"], row) for row in rows])
+    assert found[0].name == found[1].name == found[2].name != found[3].name

@@ -37,7 +37,9 @@ class FakeEngine:
 
 def model(label):
     checkpoint = SimpleNamespace(iteration=3, shape=SHAPE)
-    return NamedModel(label, f"/runs/{label}", checkpoint)
+    named = NamedModel(label, f"/runs/{label}", checkpoint)
+    vars(named)["content_sha256"] = f"content of {label}"  # there are no files to hash
+    return named
 
 
 def cells(*labels, lengths=(64, 128), forwards=1):
