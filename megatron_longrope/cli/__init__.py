@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         int: 0 done; 1 done, and the answer is no (it does not fit, it differs); 2 refused, with one
-            sentence; 130 interrupted. Python itself exits with 1 and a traceback for all else.
+            sentence; 130 interrupted; 141 nobody reads the output any more. Python itself exits
+            with 1 and a traceback for all else.
     """
     args = build_parser().parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -58,7 +59,13 @@ def main(argv: list[str] | None = None) -> int:
             f"longrope {args.command}: warning: {message}\n"
         )
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `longrope plan ... | head`: the reader has all that it wanted
+        # Python flushes once more as it ends, which would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("longrope: interrupted", file=sys.stderr)
         return 130

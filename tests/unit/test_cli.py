@@ -76,6 +76,15 @@ def test_what_nobody_refused_keeps_its_traceback(bug, monkeypatch):
 
 # Processes of its own, because one of them is to be killed; neither imports torch.
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
+def test_a_reader_that_goes_early_gets_no_complaint():
+    # A process: a pipe that is closed at the other end, and what Python does as it ends.
+    command = [sys.executable, "-m", "megatron_longrope", "factors", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, b"")
+
+
 def test_a_worker_ends_when_its_torchrun_agent_is_killed():
     worker = (
         "import time; from megatron_longrope.cli import _end_with_agent\n"
