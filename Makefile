@@ -35,7 +35,7 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
-.PHONY: quickstart quickstart-full plan preflight rehearse test test-all test-fast test-matrix readers style format constraints clean
+.PHONY: quickstart quickstart-full plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b

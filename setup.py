@@ -11,9 +11,9 @@ VERSION = re.search(
 ).group(1)
 # What runs the recipes of examples/, here and on a cluster.
 RECIPES = ["snakemake>=9", "snakemake-executor-plugin-slurm>=2"]
-# What Megatron's own training loop imports. A checkout of Megatron-LM brings it, in the versions
-# that it wants: megatron-core 0.17's extra takes no transformers above 5.3, and as a requirement of
-# ours would replace a newer one.
+# What Megatron's own training loop imports on demand. A checkout of Megatron-LM brings it, in the
+# versions that it wants: megatron-core 0.17's extra takes no transformers above 5.3, and as a
+# requirement of ours would replace a newer one.
 TRAINING = ["megatron-core[training]>=0.17"]
 
 setup(

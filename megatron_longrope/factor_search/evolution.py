@@ -156,9 +156,9 @@ class EvolutionSearch(GenerationalSearch):
         """P_0: the seeds and mutations of each in turn."""
         population = dict.fromkeys(self._seeds)
         for index in range(self.parameters.population_size - len(self._seeds)):
-            child = self._mutated(self._seeds[index % len(self._seeds)])
+            mutated = self._mutated(self._seeds[index % len(self._seeds)])
             child = unique(
-                child, self.space, self._rng, population.keys(), self.parameters.mutation_prob
+                mutated, self.space, self._rng, population.keys(), self.parameters.mutation_prob
             )
             if child is None:
                 break
@@ -175,10 +175,10 @@ class EvolutionSearch(GenerationalSearch):
         for index in range(self.parameters.num_mutations + self.parameters.num_crossovers):
             first, second = self._rng.choice(len(parents), 2, replace=len(parents) < 2)
             if index < self.parameters.num_mutations:
-                child = self._mutated(parents[first])
+                bred = self._mutated(parents[first])
             else:
-                child = crossover(parents[first], parents[second], self.space, self._rng)
-            child = unique(child, self.space, self._rng, seen, self.parameters.mutation_prob)
+                bred = crossover(parents[first], parents[second], self.space, self._rng)
+            child = unique(bred, self.space, self._rng, seen, self.parameters.mutation_prob)
             if child is None:
                 break
             seen.add(child)

@@ -41,7 +41,7 @@ def mutate(
     draws = rng.random(space.num_factors)
     steps = list(parent)
     first = space.first_gene(candidate.start_index)
-    for i in np.flatnonzero(changes[first:]) + first:
+    for i in map(int, np.flatnonzero(changes[first:]) + first):
         low = max(steps[i - 1] if i else space.min_step, space.lowest(i))
         high = parent[i + 1] if i + 1 < len(parent) else space.max_step
         steps[i] = low + int(draws[i] * (high - low + 1))

@@ -25,16 +25,17 @@ _replaced: list[tuple[compat.Symbol, Any]] = []
 
 def argument_seams() -> list[tuple[compat.Symbol, Seam]]:
     """What lets an unmodified script read the plugin's flags."""
-    pairs = [(symbol, seams.with_arguments) for symbol in compat.argument_symbols()]
-    pairs += [(symbol, seams.with_validation) for symbol in compat.validate_symbols()]
-    return pairs
+    return [
+        *((symbol, seams.with_arguments) for symbol in compat.argument_symbols()),
+        *((symbol, seams.with_validation) for symbol in compat.validate_symbols()),
+    ]
 
 
 def model_seams() -> list[tuple[compat.Symbol, Seam]]:
     """What makes models, batches and checkpoints follow the configured run."""
-    pairs = [(symbol, seams.with_rotary) for symbol in compat.rotary_symbols()]
-    pairs += [(symbol, seams.with_document_shards) for symbol in compat.batch_split_symbols()]
-    pairs += [
+    return [
+        *((symbol, seams.with_rotary) for symbol in compat.rotary_symbols()),
+        *((symbol, seams.with_document_shards) for symbol in compat.batch_split_symbols()),
         (compat.local_attention_symbol(), seams.with_core_attention),
         (compat.concentration_symbol(), seams.with_concentration),
         (compat.attention_init_symbol(), seams.with_softmax_scale),
@@ -43,7 +44,6 @@ def model_seams() -> list[tuple[compat.Symbol, Seam]]:
         (compat.load_checkpoint_symbol(), seams.with_factor_check),
         (compat.setup_model_symbol(), seams.with_model_check),
     ]
-    return pairs
 
 
 def apply() -> None:

@@ -46,7 +46,7 @@ rule met:
 rule long:
     output: "long.done"
     params: "--exit-signal-handler --exit-signal SIGUSR1"
-    resources: nodes=1, tasks=1, gpus_per_node=1, slurm_extra="--gpus-per-node=1", runtime=6
+    resources: nodes=1, tasks=1, gpus_per_node=1, slurm_extra="--gpus-per-node=1", runtime=8
     log: "logs/long.log"
     shell:
         '''
