@@ -58,10 +58,16 @@ class Bars(_Figure):
 
 @dataclass(frozen=True)
 class Grid(_Figure):
-    """Share found at each depth and length, a panel for each series."""
+    """Share found at each length and each depth or task, a panel for each series."""
 
-    cells: Mapping[Series, Mapping[tuple[int, float], Tally]]
-    """By (sequence length in tokens, depth from 0 to 1)."""
+    cells: Mapping[Series, Mapping[tuple[int, Any], Tally]]
+    """By (sequence length in tokens, row)."""
+
+    rows: Mapping[Any, str]
+    """Rows from top to bottom, and what stands beside each."""
+
+    ylabel: str
+    """What a row is."""
 
 
 Figure = Lines | Bars | Grid

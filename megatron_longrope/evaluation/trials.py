@@ -82,12 +82,15 @@ def section(
     """
     figures: list[Grid | Bars] = []
     if trials.by_depth:
+        depths = sorted({depth for row in trials.by_depth.values() for _, depth in row})
         figures.append(
             Grid(
                 f"{name}_by_depth", f"{title}, by depth",
                 f"{what} by depth (0 % is the beginning of the text) and length; the darker, the "
                 "more was found.",
                 trials.by_depth,
+                {depth: f"{depth:.0%}" for depth in depths},
+                "Depth",
             )
         )  # fmt: skip
     loose = {series: row for series, row in trials.by_length.items() if series in trials.random}

@@ -85,28 +85,28 @@ def _draw_lines(figure: Lines, styles: Mapping[Series, Style]) -> Drawing:
 
 
 def _draw_grid(figure: Grid) -> Drawing:
-    """Draw the share found at each depth and length, one panel for each series."""
+    """Draw the share found at each length in each row, one panel for each series."""
     lengths = sorted({length for row in figure.cells.values() for length, _ in row})
-    depths = sorted({depth for row in figure.cells.values() for _, depth in row})
     columns = 1 if len(figure.cells) == 1 or len(lengths) * _POINTS_PER_CELL > 200 else 2
-    high = max(0.2 * len(depths), 0.8) + 0.75
+    high = max(0.2 * len(figure.rows), 0.8) + 0.75
     room = _room(columns, lengths)
     size = min(8.0, room / 2.4)
     tallies = [tally for row in figure.cells.values() for tally in row.values()]
     counted = all(tally.trials < 10 and tally.whole for tally in tallies)
     with _panels(figure.title, len(figure.cells), columns, high) as (canvas, panels):
         for axes, (series, cells) in zip(panels, figure.cells.items(), strict=True):
-            _fill_grid(axes, cells, lengths, depths, room, counted=counted, size=size)
+            _fill_grid(axes, cells, lengths, figure.rows, room, counted=counted, size=size)
+            axes.set_ylabel(figure.ylabel, labelpad=3)
             tried = sum(tally.trials for tally in cells.values())
             panel_title(axes, shorten(series.name, 36), f"{tried:,} trials")
         shown = "found of tried" if counted else "percent found"
         numbers = f"Numbers: {shown}." if size >= _LEAST_SIZE else "The data file has the numbers."
         rows = [
-            (*_series_cells(series), length, depth, tally.share, tally.trials, _blank(tally.nll))
+            (*_series_cells(series), length, row, tally.share, tally.trials, _blank(tally.nll))
             for series, cells in figure.cells.items()
-            for (length, depth), tally in cells.items()
+            for (length, row), tally in cells.items()
         ]
-        header = (*_SERIES_FIELDS, "length", "depth", "share", "trials", "nll")
+        header = (*_SERIES_FIELDS, "length", figure.ylabel.lower(), "share", "trials", "nll")
         return finish(canvas, figure.name, f"{figure.caption} {numbers}", header, rows)
 
 
@@ -195,13 +195,14 @@ def _room(columns: int, lengths: Sequence[int]) -> float:
 
 
 def _fill_grid(
-    axes: Axes, cells: Mapping[tuple[int, float], Tally], lengths: Sequence[int],
-    depths: Sequence[float], room: float, *, counted: bool, size: float,
+    axes: Axes, cells: Mapping[tuple[int, Any], Tally], lengths: Sequence[int],
+    rows: Mapping[Any, str], room: float, *, counted: bool, size: float,
 ) -> None:  # fmt: skip
     """Draw one panel of a grid; what was not measured stays blank."""
-    shares = np.full((len(depths), len(lengths)), np.nan)
-    for (length, depth), tally in cells.items():
-        x, y = lengths.index(length), depths.index(depth)
+    places = {row: place for place, row in enumerate(rows)}
+    shares = np.full((len(rows), len(lengths)), np.nan)
+    for (length, row), tally in cells.items():
+        x, y = lengths.index(length), places[row]
         shares[y, x] = tally.share
         if size < _LEAST_SIZE:
             continue
@@ -212,23 +213,21 @@ def _fill_grid(
             False
         )
     axes.pcolormesh(
-        np.arange(len(lengths) + 1) - 0.5, np.arange(len(depths) + 1) - 0.5, shares,
+        np.arange(len(lengths) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5, shares,
         cmap=_SHARES, vmin=0, vmax=1, linewidth=0, zorder=0,
     )  # fmt: skip
     axes.grid(False)
-    for edge in range(1, max(len(lengths), len(depths))):
+    for edge in range(1, max(len(lengths), len(rows))):
         if edge < len(lengths):
             axes.axvline(edge - 0.5, color=PAPER, linewidth=1)
-        if edge < len(depths):
+        if edge < len(rows):
             axes.axhline(edge - 0.5, color=PAPER, linewidth=1)
     axes.spines[["left", "bottom"]].set_visible(False)
     _length_ticks(axes, lengths, room)
-    every = math.ceil(len(depths) / 11)
-    axes.set_yticks(range(0, len(depths), every), [f"{d:.0%}" for d in depths[::every]],
-                    fontsize=8)  # fmt: skip
+    every = math.ceil(len(rows) / 13)
+    axes.set_yticks(range(0, len(rows), every), [*rows.values()][::every], fontsize=8)
     axes.set_xlim(-0.5, len(lengths) - 0.5)
-    axes.set_ylim(len(depths) - 0.5, -0.5)  # the beginning of the text on top
-    axes.set_ylabel("Depth", labelpad=3)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row, the beginning of a text, on top
 
 
 def _fill_bars(axes: Axes, row: Mapping[int, Tally], lengths: Sequence[int], room: float) -> None:
