@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.cost import Speed, StepSpeed, measure_speed, measure_steps
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.evaluation.targets import NamedModel, Target
@@ -25,7 +26,8 @@ from megatron_longrope.out_of_memory import is_out_of_memory
 from megatron_longrope.progress import Progress, format_duration
 from megatron_longrope.ranks import rank
 
-_TRIAL_TOKENS = 4096  # enough for a GPU to show its speed, little enough to cost nothing
+Trial = Callable[[Any, torch.Tensor], Any]
+"""A forward pass of an engine over tokens `[1, n]`, to be timed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Cell:
 
     forwards: Mapping[int, int] = field(default_factory=dict)
     """Number of forward passes of each length in tokens; empty where it is not known before."""
+
+    num_new_tokens: int = 0
+    """Tokens generated behind each of them, at most."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -57,6 +62,22 @@ class Cell:
         shape = self.target.model.checkpoint.shape
         return float(sum(n * sum(forward_flops(shape, k)) for k, n in self.forwards.items()))
 
+    def seconds(self, speed: Speed, steps: StepSpeed | None, measured: Any) -> float:
+        """Return what it is expected to take.
+
+        Args:
+            speed (Speed): Of forward passes.
+            steps (StepSpeed, optional): Of tokens generated behind them.
+            measured (ModelShape): Of the model that these were measured with.
+        """
+        shape = self.target.model.checkpoint.shape
+        seconds = sum(n * speed.forward(shape, k) for k, n in self.forwards.items())
+        if steps is not None:
+            larger = forward_flops(shape, 1)[0] / forward_flops(measured, 1)[0]
+            behind = sum(n * steps.step(k) for k, n in self.forwards.items())
+            seconds += self.num_new_tokens * behind * larger
+        return seconds
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -69,6 +90,12 @@ class Plan:
 
     shared: bool
     """Whether a cell is one forward pass, so that copies of the model take different cells."""
+
+    generates: bool = False
+    """Whether text is generated, for which a sequence may not be split among processes."""
+
+    trial: Trial | None = None
+    """What `measure` does with the engine and tokens, to be timed; by default their loss."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +130,22 @@ class Session:
 
     def run(self, plan: Plan) -> None:
         """Measure the cells that are not recorded yet."""
-        (self.run_shared if plan.shared else self.run_each)(plan.cells, plan.measure)
+        run = self.run_shared if plan.shared else self.run_each
+        run(plan.cells, plan.measure, plan.trial)
 
     def run_each(
         self,
         cells: Sequence[Cell],
         measure: Callable[[Any, Cell, Callable[[], None]], Mapping[str, Any]],
+        trial: Trial | None = None,
     ) -> None:
         """Measure cell by cell; all copies of the model work on the same one.
 
         Args:
             measure (Callable): `(engine, cell, on_forward) -> fields`, called on every rank.
+            trial (Callable, optional): See :attr:`Plan.trial`.
         """
-        for engine, pending, progress in self._models(cells):
+        for engine, pending, progress in self._models(cells, trial):
             for cell in pending:
                 note = _note(cell)
                 engine.set_config(cell.target.config)
@@ -124,14 +154,18 @@ class Session:
                 self.records.append({**cell.record, **found})
 
     def run_shared(
-        self, cells: Sequence[Cell], measure: Callable[[Any, Cell], Mapping[str, Any]]
+        self,
+        cells: Sequence[Cell],
+        measure: Callable[[Any, Cell], Mapping[str, Any]],
+        trial: Trial | None = None,
     ) -> None:
         """Measure cells of one forward pass each; copies of the model take different ones.
 
         Args:
             measure (Callable): `(engine, cell) -> fields`, called on the ranks of one copy.
+            trial (Callable, optional): See :attr:`Plan.trial`.
         """
-        for engine, pending, progress in self._models(cells):
+        for engine, pending, progress in self._models(cells, trial):
 
             def one(cell: Cell, engine: Any = engine) -> Mapping[str, Any]:
                 engine.set_config(cell.target.config)
@@ -142,10 +176,13 @@ class Session:
                 self.records.append({**cell.record, **found})
                 progress.update(_note(cell))
 
-    def _models(self, cells: Sequence[Cell]) -> Iterator[tuple[Any, list[Cell], Progress]]:
+    def _models(
+        self, cells: Sequence[Cell], trial: Trial | None
+    ) -> Iterator[tuple[Any, list[Cell], Progress]]:
         """Load each model with something left to do, one after the other, never side by side."""
         from megatron_longrope.engine.process_groups import from_first_rank
 
+        self._update_found(cells)
         found = from_first_rank([self.records.find(cell.record) is not None for cell in cells])
         pending = [cell for cell, is_found in zip(cells, found, strict=True) if not is_found]
         with Progress(sum(cell.num_forwards for cell in cells), self.label, self.unit) as progress:
@@ -155,7 +192,7 @@ class Session:
             for model, group in groupby(pending, key=lambda cell: cell.target.model):
                 part, engine = list(group), self.load(model)
                 if not asked:
-                    self._present_cost(engine, part, pending)
+                    self._present_cost(engine, trial, part, pending)
                     asked = True
                 yield engine, part, progress
                 del engine
@@ -165,28 +202,48 @@ class Session:
             if done and not pending and rank() == 0:
                 print(f"{self.label}: everything was already measured", flush=True)
 
-    def _present_cost(self, engine: Any, first: Sequence[Cell], pending: Sequence[Cell]) -> None:
+    def _update_found(self, cells: Sequence[Cell]) -> None:
+        """Bring fields that are no part of the key, such as a threshold, up to date in records."""
+        for cell in cells:
+            old = self.records.find(cell.record)
+            if old and any(old.get(name) != value for name, value in cell.fields.items()):
+                self.records.append({**old, **cell.fields})
+
+    def _present_cost(
+        self,
+        engine: Any,
+        trial: Trial | None,
+        first: Sequence[Cell],
+        pending: Sequence[Cell],
+    ) -> None:
         """Print the expected cost; above the limit ask, or refuse where nobody can answer.
 
         Args:
+            trial (Callable, optional): See :attr:`Plan.trial`.
             first (Sequence[Cell]): Those of the engine's model.
             pending (Sequence[Cell]): Those of all models.
 
         Raises:
             LongRopeError: Above the limit, and not confirmed.
         """
-        from megatron_longrope.engine.process_groups import from_first_rank
-
         lengths = sum((Counter(cell.forwards) for cell in pending), Counter())
         if not lengths:
             return
         flops, count = sum(cell.flops for cell in pending), sum(lengths.values())
-        tokens, rate = from_first_rank(_speed(engine, first))
-        seconds = flops / (rate * engine.replica[1])
+        longest = max(first, key=lambda cell: max(cell.forwards, default=0))
+        engine.set_config(longest.target.config)
+        generated = max(cell.num_new_tokens for cell in pending)
+        run = partial(_timed, engine, trial, generated > 0)
+        own = sum((Counter(cell.forwards) for cell in first), Counter())
+        speed = measure_speed(run, engine.shape, own, 2 * engine.cp_group.size())
+        tried = (max(2, speed.longest // 4), speed.longest)
+        steps = measure_steps(run, tried) if generated else None
+        seconds = sum(cell.seconds(speed, steps, engine.shape) for cell in pending)
+        seconds /= engine.replica[1]
         cost = (
             f"{self.label}: {count:,} forward {'pass' if count == 1 else 'passes'} of up to "
-            f"{max(lengths):,} tokens, {flops:.1e} FLOP: about {format_duration(seconds)}, at the "
-            f"{rate:.1e} FLOP/s of a trial pass of {tokens:,} tokens"
+            f"{max(lengths):,} tokens, {flops:.1e} FLOP: about {format_duration(seconds)}, by "
+            f"trial passes of up to {speed.longest:,} tokens"
         )
         if rank() == 0:
             print(cost, flush=True)
@@ -203,18 +260,26 @@ class Session:
         )
 
 
-def _speed(engine: Any, cells: Sequence[Cell]) -> tuple[int, float]:
-    """Measure a trial forward pass: its length, and the FLOP/s of this copy of the model."""
-    longest = max(cells, key=lambda cell: max(cell.forwards, default=0))
-    step = 2 * engine.cp_group.size()
-    length = max(step, min(max(longest.forwards), _TRIAL_TOKENS) // step * step)
+def _timed(
+    engine: Any,
+    trial: Trial | None,
+    generates: bool,
+    length: int,
+    new_tokens: int = 1,
+) -> float:
+    """Return the first rank's seconds of a trial pass, with tokens generated at its end."""
+    from megatron_longrope.engine.generation import generate
+    from megatron_longrope.engine.process_groups import from_first_rank
+
     tokens = torch.zeros(1, length, dtype=torch.int64)
-    engine.set_config(longest.target.config)
-    for _ in range(2):  # the first pass builds tables and chooses kernels
-        started = time.perf_counter()
+    started = time.perf_counter()
+    if generates:
+        generate(engine, tokens[:, : max(2, length - new_tokens)], new_tokens)
+    elif trial is not None:
+        trial(engine, tokens)
+    else:
         engine.nll(tokens)
-        seconds = time.perf_counter() - started
-    return length, sum(forward_flops(engine.shape, length)) / seconds
+    return from_first_rank(time.perf_counter() - started)
 
 
 def _note(cell: Cell) -> str:

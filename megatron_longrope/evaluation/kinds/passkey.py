@@ -103,11 +103,13 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
         "bos": bos_name(tokenizer.bos_id),
         "requested_bos": options.bos,
     }
+    new = passkey_prompt.MAX_NEW_TOKENS if options.scoring == "generate" else 0
     cells = [
         Cell(
             target,
             {"length": length, "requested_depth": depth, "trial": trial, **same},
             {length: 1},
+            new,
         )
         for model in models
         for length in options.lengths
@@ -116,7 +118,13 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
         for target in targets
         if target.model is model
     ]
-    return Plan(cells, measure, shared=True)
+    return Plan(
+        cells,
+        measure,
+        shared=True,
+        generates=bool(new),
+        trial=lambda engine, tokens: engine.answer(tokens, 1),
+    )
 
 
 def _teacher_forced(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer) -> Row:
