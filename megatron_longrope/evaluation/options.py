@@ -20,6 +20,7 @@ __all__ = [
     "parse_depths",
     "parse_hours",
     "seed_flag",
+    "text_key_flag",
     "tokenizer_flag",
     "trials_flag",
 ]
@@ -96,6 +97,13 @@ def tokenizer_flag() -> Any:
     )
 
 
+def text_key_flag() -> Any:
+    """Return the field of --text-key."""
+    return flag(
+        "text", metavar="KEY", help="of text in JSON lines or columns: its key (default: text)"
+    )
+
+
 def depths_flag(default: str) -> Any:
     """Return the field of --depths.
 
@@ -121,13 +129,18 @@ def seed_flag() -> Any:
     return flag(42, type=int, help="of keys and places (default: 42)")
 
 
-def check_trials(trials: int, seed: int) -> None:
+def check_trials(trials: int, seed: int, name: str = "--trials") -> None:
     """Refuse no trial and a negative seed.
+
+    Args:
+        trials (int): How many.
+        seed (int): Of them.
+        name (str): The flag that says how many.
 
     Raises:
         LongRopeError: Either was given.
     """
     if trials < 1:
-        raise LongRopeError(f"--trials {trials} must be at least 1")
+        raise LongRopeError(f"{name} {trials} must be at least 1")
     if seed < 0:
         raise LongRopeError(f"--seed {seed} must be at least 0")

@@ -5,6 +5,9 @@ earlier window scored; the paper's number is exp of the unweighted mean over win
 first window of N - 1 tokens weighs as much as one that adds 256. With one window per document this
 is the "truncated" form of table 5; with a stride beyond the window, the short columns of table 6.
 
+Windows may instead be drawn at random places, the same ones at every length. Documents are the
+units of every confidence interval: windows of one document are no independent observations.
+
 A model without BOS (stock Qwen) is shown windows of N document tokens; the first of a window has no
 prediction and is not scored.
 """
@@ -12,9 +15,12 @@ prediction and is not scored.
 from __future__ import annotations
 
 import hashlib
+import random
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,7 +29,7 @@ import torch
 from megatron_longrope.data.tokenizer import bos_prefix
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.sharing import share
-from megatron_longrope.evaluation.statistics import perplexity_of
+from megatron_longrope.evaluation.statistics import perplexity_of, ratio_interval
 
 NLL = Callable[[torch.Tensor], torch.Tensor]
 
@@ -76,12 +82,15 @@ def windows(
             return
 
 
-def protocol_of(window: int, stride: int | None) -> str:
+def protocol_of(window: int, stride: int | None, *, drawn: bool = False) -> str:
     """Name the way in which a document is tiled.
 
     `truncated`: its first window alone (YaRN's and the authors' `--truncate`); `sliding`: every
-    token once, behind as many as fit; `sampled`: a window every S tokens, nothing between them.
+    token once, behind as many as fit; `sampled`: a window every S tokens, nothing between them;
+    `random`: windows at places that were drawn.
     """
+    if drawn:
+        return "random"
     if stride is None:
         return "truncated"
     return "sliding" if stride < window else "sampled"
@@ -95,10 +104,10 @@ class PerplexityResult:
     """Window N in tokens."""
 
     stride: int
-    """Advance of the window in tokens; the window itself when truncated."""
+    """Advance of the window in tokens; the window itself when truncated or drawn."""
 
     protocol: str
-    """`truncated`, `sliding` or `sampled`; see :func:`protocol_of`."""
+    """`truncated`, `sliding`, `sampled` or `random`; see :func:`protocol_of`."""
 
     num_windows: int
     """Forward passes."""
@@ -111,6 +120,12 @@ class PerplexityResult:
 
     ppl_token_weighted: float
     """exp of the mean over tokens."""
+
+    ppl_window_mean_interval: list[float] | None = None
+    """95 % confidence interval with documents as units; None for one document."""
+
+    ppl_token_weighted_interval: list[float] | None = None
+    """The same of the mean over tokens."""
 
     nll_per_document: list[float] = field(default_factory=list)
     """Mean over a document's windows, in nats."""
@@ -136,6 +151,7 @@ def perplexity(
     length: int,
     *,
     stride: int | None = None,
+    places: Sequence[tuple[int, int]] | None = None,
     on_window: Callable[[], None] | None = None,
 ) -> PerplexityResult:
     """Score documents at one window length; copies of the model share the windows.
@@ -146,6 +162,7 @@ def perplexity(
         bos_id (int, optional): Put before every window; None for nothing.
         stride (int, optional): Tokens between windows; see :func:`windows`. Defaults to None, the
             truncated form.
+        places (Sequence, optional): Windows from :func:`random_places` instead.
         on_window (Callable, optional): Called after each forward, for progress.
 
     Raises:
@@ -154,7 +171,7 @@ def perplexity(
     started = time.perf_counter()
     front = bos_prefix(bos_id)
     lengths = [len(document) for document in documents]
-    spans = planned_windows(lengths, length, stride, bos=bool(front))
+    spans = planned_windows(lengths, length, stride, bos=bool(front), places=places)
     digest = hashlib.sha256()
     for index, span in spans:
         digest.update(_content(documents[index], span).tobytes())
@@ -166,24 +183,30 @@ def perplexity(
         values = nll(tokens)[0].double().numpy()
         return float(values[-span.num_scored :].mean()), _buckets(values, span, length)
 
-    means: list[list[float]] = [[] for _ in documents]
+    means: dict[int, list[float]] = {index: [] for index, _ in spans}
+    totals = {index: np.zeros(2) for index in means}  # sum and count over tokens
     buckets = np.zeros((_BUCKETS, 2))
     for (index, _), (mean, part) in share(spans, score):
         means[index].append(mean)
+        totals[index] += part.sum(axis=0)
         buckets += part
         if on_window is not None:
             on_window()
-    window_means = [mean for row in means for mean in row]
+    window_means = [mean for row in means.values() for mean in row]
     total, count = buckets.sum(axis=0)
     return PerplexityResult(
         length=length,
         stride=stride or length,
-        protocol=protocol_of(length, stride),
+        protocol=protocol_of(length, stride, drawn=places is not None),
         num_windows=len(window_means),
         num_tokens=int(count),
         ppl_window_mean=perplexity_of(sum(window_means) / len(window_means)),
         ppl_token_weighted=perplexity_of(total / count),
-        nll_per_document=[sum(row) / len(row) for row in means],
+        ppl_window_mean_interval=_interval(
+            [sum(row) for row in means.values()], [len(row) for row in means.values()]
+        ),
+        ppl_token_weighted_interval=_interval(*zip(*totals.values(), strict=True)),
+        nll_per_document=[sum(row) / len(row) for row in means.values()],
         nll_by_position=[
             {"from": -(-i * (length - 1) // _BUCKETS), "nll": float(s / n), "tokens": int(n)}
             for i, (s, n) in enumerate(buckets)
@@ -194,8 +217,51 @@ def perplexity(
     )
 
 
+def _interval(sums: Sequence[float], weights: Sequence[float]) -> list[float] | None:
+    """Return the interval of a perplexity."""
+    found = ratio_interval(sums, weights)
+    return None if found is None else [perplexity_of(bound) for bound in found]
+
+
+def random_places(
+    num_tokens: Sequence[int], window: int, count: int, seed: int, *, bos: bool = True
+) -> list[tuple[int, int]]:
+    """Draw windows, every possible one as likely as any other, none twice.
+
+    Args:
+        num_tokens (Sequence[int]): Lengths of the documents.
+        window (int): Longest window in tokens, BOS included; shorter ones begin at the same places.
+        count (int): How many.
+        seed (int): Of the draw.
+        bos (bool): Whether BOS stands before every window. Defaults to True.
+
+    Returns:
+        list[tuple[int, int]]: Index of the document and first token of each window, in order.
+
+    Raises:
+        LongRopeError: There are not so many windows.
+    """
+    starts = [max(0, n - (window - bos) + 1) for n in num_tokens]
+    if not 1 <= count <= sum(starts):
+        raise LongRopeError(
+            f"{count} random windows of {window} tokens were asked for, {len(starts)} documents "
+            f"have from 1 to {sum(starts)}; give more documents or ask for fewer"
+        )
+    ends = [*accumulate(starts)]
+    places = []
+    for drawn in sorted(random.Random(seed).sample(range(ends[-1]), count)):
+        index = bisect_right(ends, drawn)
+        places.append((index, drawn - (ends[index] - starts[index])))
+    return places
+
+
 def planned_windows(
-    num_tokens: Sequence[int], length: int, stride: int | None, *, bos: bool = True
+    num_tokens: Sequence[int],
+    length: int,
+    stride: int | None,
+    *,
+    bos: bool = True,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> list[tuple[int, ScoredSpan]]:
     """List every forward pass as (index of the document, window), for documents of these lengths.
 
@@ -209,6 +275,9 @@ def planned_windows(
                 f"document {index} has {count} tokens, fewer than the {length - bos} that a window "
                 f"of {length} needs{beside}; use longer documents or shorter lengths"
             )
+    if places is not None:
+        content = length - bos
+        return [(index, ScoredSpan(start, start + content, length - 1)) for index, start in places]
     return [
         (index, span)
         for index, count in enumerate(num_tokens)

@@ -47,17 +47,23 @@ def is_prepared(data: str) -> bool:
 
 
 def read_scored_documents(
-    data: str, tokenizer: str | None, window: int, count: int, bos: int | None = None
+    data: str,
+    tokenizer: str | None,
+    window: int,
+    count: int,
+    bos: int | None = None,
+    text_key: str = "text",
 ) -> ScoredDocuments:
     """Read the first `count` documents that fill a window.
 
     Args:
-        data (str): Prefix of a prepared set, or a .txt, .jsonl or .jsonl.gz file or a directory.
+        data (str): Prefix of a prepared set, or text as :func:`read_texts` reads it.
         tokenizer (str, optional): sentencepiece model or Hugging Face folder; needed for text. A
             prepared set knows its own, and is checked against this one.
         window (int): Tokens, BOS included; a document that does not fill it is passed over.
         count (int): How many documents.
         bos (int, optional): Token id before every window. Defaults to the tokenizer's BOS, or none.
+        text_key (str): Key or column of the text. Defaults to `text`.
 
     Raises:
         LongRopeError: The data is missing, empty, no UTF-8 or of too few long documents; or the
@@ -72,7 +78,8 @@ def read_scored_documents(
         vocab_size = int(manifest["vocab_size"])
     else:
         loaded = tokenizer_for(tokenizer, data, bos)
-        tokens = _tokenize(data, loaded, window - len(bos_prefix(loaded.bos_id)), count)
+        least = window - len(bos_prefix(loaded.bos_id))
+        tokens = _tokenize(read_texts(data, text_key), data, loaded, least, count)
         bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
     return ScoredDocuments(tokens, bos_id, vocab_size, data, _sha256(tokens))
 
@@ -93,8 +100,12 @@ def tokenizer_for(path: str | None, data: str, bos: int | None = None) -> Tokeni
     return load_tokenizer(path, bos)
 
 
-def read_texts(data: str) -> Iterator[Document]:
-    """Read the documents of a text file, JSON lines or a directory of them.
+def read_texts(data: str, text_key: str = "text") -> Iterator[Document]:
+    """Read the documents of whatever `longrope data prepare` reads.
+
+    Args:
+        data (str): A .txt, .jsonl (.gz, .zst) or .parquet file, a dataset's folder, or a directory.
+        text_key (str): Key or column of the text. Defaults to `text`.
 
     Raises:
         LongRopeError: A path does not exist, or a document cannot be read; evaluations skip
@@ -104,15 +115,18 @@ def read_texts(data: str) -> Iterator[Document]:
     def refuse(skipped: SkippedDocument) -> None:
         remedy = "repair the file or take it out"
         if skipped.lacks_text:
-            remedy = "prepare the set with `longrope data prepare --whole-documents --text-key KEY`"
+            remedy = "name the key or column of the text: --text-key of `longrope eval` or of " \
+                     "`longrope data prepare --whole-documents`"  # fmt: skip
         raise LongRopeError(f"{skipped}; {remedy}")
 
-    return iterate_documents(find_source_files([data]), on_skip=refuse)
+    return iterate_documents(find_source_files([data]), text_key, on_skip=refuse)
 
 
-def _tokenize(data: str, tokenizer: Tokenizer, min_tokens: int, count: int) -> list[np.ndarray]:
+def _tokenize(
+    documents: Iterator[Document], data: str, tokenizer: Tokenizer, min_tokens: int, count: int
+) -> list[np.ndarray]:
     found, seen, longest = [], 0, 0
-    for document in read_texts(data):
+    for document in documents:
         ids = tokenizer.encode(document.text)
         seen, longest = seen + 1, max(longest, len(ids))
         if len(ids) >= min_tokens:

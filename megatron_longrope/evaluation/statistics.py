@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,32 @@ def wilson_interval(accuracy: float, trials: int) -> tuple[float, float]:
     spread = accuracy * (1 - accuracy) / trials + z * z / (4 * trials * trials)
     half = z * math.sqrt(spread) / (1 + z * z / trials)
     return max(center - half, 0.0), min(center + half, 1.0)
+
+
+def ratio_interval(sums: Sequence[float], weights: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % confidence interval of a mean over what clusters, such as documents, hold.
+
+    The mean is sum(sums) / sum(weights), as clusters may hold different numbers of values. Its
+    variance is the linearised one of a ratio (Cochran 1977, section 6.4) and the interval
+    Student's, with a degree of freedom less than there are clusters. Where all weigh the same it is
+    the textbook interval of the clusters' mean.
+
+    Args:
+        sums (Sequence[float]): Sum of the values of each cluster.
+        weights (Sequence[float]): Number of values of each cluster, above 0.
+
+    Returns:
+        tuple[float, float], optional: None for a single cluster, which tells nothing of others.
+    """
+    from scipy.special import stdtrit
+
+    count, weight = len(sums), sum(weights)
+    if count < 2:
+        return None
+    mean = sum(sums) / weight
+    squares = sum((value - mean * n) ** 2 for value, n in zip(sums, weights, strict=True))
+    half = float(stdtrit(count - 1, 0.975)) * math.sqrt(squares * count / (count - 1)) / weight
+    return mean - half, mean + half
 
 
 def perplexity_of(nll: float) -> float:

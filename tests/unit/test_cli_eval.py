@@ -115,6 +115,38 @@ def test_a_hugging_face_folder_measures_like_the_checkpoint_it_came_from(
     assert rows[0]["sha256"] == rows[1]["sha256"]
 
 
+def test_random_windows_of_a_parquet_file_with_the_folders_own_tokenizer(
+    folder, data, tmp_path, capsys
+):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    texts = [make_text(seed, 400) for seed in range(4)]
+    parquet.write_table(pyarrow.table({"content": texts}), tmp_path / "held.parquet")
+    given = ("--hf", folder, "--data", tmp_path / "held.parquet", "--num-documents", 4,
+             "--lengths", "64,256", "--random-windows", 9)  # fmt: skip
+    assert main(["eval", "ppl", "--output", str(tmp_path), *map(str, given)]) == 2
+    assert "name the key or column of the text: --text-key" in capsys.readouterr().err
+    rows = evaluate("ppl", tmp_path, *given, "--text-key", "content")
+    assert [(row["protocol"], row["num_windows"]) for row in rows] == [("random", 9)] * 2
+    for row in rows:
+        low, high = row["ppl_token_weighted_interval"]
+        assert low < row["ppl_token_weighted"] < high
+    shown = capsys.readouterr().out
+    low, high = rows[0]["ppl_window_mean_interval"]
+    assert f"{low:.2f} to {high:.2f}" in shown
+    with (tmp_path / "ppl.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert float(table[0]["ppl_window_mean_low"]) == low
+    # Another seed is another cell; the same one is not measured twice.
+    more = evaluate("ppl", tmp_path, *given, "--text-key", "content", "--seed", 1)
+    assert len(more) == 4 and more[2]["sha256"] != rows[0]["sha256"]
+    assert refused(capsys, "ppl", "--output", tmp_path, *given, "--stride", 8) == (
+        "longrope eval: error: --random-windows 9 and --stride 8 are two ways of placing windows; "
+        "give one of them\n"
+    )
+
+
 def test_baselines_of_a_model_with_factors_multiply_them(untied_gqa, data, tmp_path, capsys):
     assert main(["eval", "ppl", "--load", str(untied_gqa.path), "--data", data["heldout"],
                  "--num-documents", "1", "--baselines", "pi,yarn", "--lengths", "128,512",

@@ -20,6 +20,7 @@ from megatron_longrope.evaluation.options import (
     flag,
     parse_choices,
     seed_flag,
+    text_key_flag,
     tokenizer_flag,
     trials_flag,
 )
@@ -42,8 +43,9 @@ class NeedleOptions(EvaluationOptions):
     GROUP: ClassVar[str] = "needles"
 
     data: str = flag(metavar="TEXT")
-    """a .txt, .jsonl or .jsonl.gz file, or a directory of them"""
+    """text as `longrope data prepare` reads it: .txt, .jsonl (.gz, .zst), .parquet, a directory"""
 
+    text_key: str = text_key_flag()
     tokenizer: str | None = tokenizer_flag()
     bos: int | None = bos_flag()
 
@@ -83,7 +85,7 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
     path = prompt_tokenizer(options.tokenizer, models)
     tokenizer = tokenizer_for(path, options.data, options.bos)
     check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
-    texts = list(read_texts(options.data))
+    texts = list(read_texts(options.data, options.text_key))
     documents = needle_sample.prepare_documents(
         texts,
         train_splitter([document.text for document in texts]),
@@ -148,7 +150,7 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
         for depth in options.depths
         for trial in range(options.trials)
     ]
-    return Plan(cells, measure, shared=True)
+    return Plan(cells, measure, shared=True, trial=lambda engine, tokens: engine.answer(tokens, 1))
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:

@@ -8,25 +8,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_longrope.evaluation.figure import Lines
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import COUNT, TEXT, Kind, Row, Section, is_number
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     bos_flag,
     flag,
     parse_choices,
+    text_key_flag,
     tokenizer_flag,
 )
+from megatron_longrope.evaluation.perplexity_figures import MEANS, ByLength, by_position, curves
 from megatron_longrope.evaluation.series import (
     Rows,
-    Series,
     as_text,
     distinct,
     joined,
     span,
     split_repeats,
 )
-from megatron_longrope.evaluation.statistics import is_finite
 from megatron_longrope.evaluation.table import Table, Value, format_score, length_column
 from megatron_longrope.lengths import format_length, parse_length
 from megatron_longrope.methods import METHODS
@@ -39,21 +39,17 @@ if TYPE_CHECKING:
 
 _PROTOCOLS = {
     "truncated": "one window at the start of each document",
+    "random": "windows at random places, the same ones at every length",
     "sampled": "windows that do not overlap and leave tokens between them",
     "sliding": "sliding windows over whole documents",
     "sampled and sliding": "windows at one stride, sampled where they are shorter than it and "
     "sliding where they are longer",
 }  # in the order of a report
-_MEANS = {
-    "ppl_window_mean": "exp of the unweighted mean over windows, the paper's number",
-    "ppl_token_weighted": "exp of the mean over tokens",
-}
 
 _SETTINGS = (
-    "sources", "documents_sha256", "requested_bos", "original_length", "config_sha256",
+    "random_windows", "seed", "sources", "documents_sha256", "requested_bos", "original_length",
+    "config_sha256",
 )  # fmt: skip
-
-ByLength = dict[Series, dict[int, Row]]
 
 
 def _parse_stride(text: str) -> int | str:
@@ -67,8 +63,10 @@ class PerplexityOptions(EvaluationOptions):
     GROUP: ClassVar[str] = "perplexity"
 
     data: str = flag(metavar="PREFIX|TEXT")
-    """held-out documents: a prepared set, or a .txt, .jsonl or .jsonl.gz file or directory"""
+    """held-out documents: a prepared set, or text as `longrope data prepare` reads it: .txt, .jsonl
+    (.gz, .zst), .parquet, or a directory"""
 
+    text_key: str = text_key_flag()
     tokenizer: str | None = tokenizer_flag()
     bos: int | None = bos_flag()
 
@@ -79,6 +77,13 @@ class PerplexityOptions(EvaluationOptions):
     """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by
     side, so that every length scores the same tokens (default: one window per document,
     `truncated`)"""
+
+    random_windows: int | None = flag(None, type=int, metavar="W")
+    """W windows at random places of these documents instead (`random`), the same places at every
+    length"""
+
+    seed: int = flag(42, type=int)
+    """of the random windows (default: 42)"""
 
     baselines: Sequence[str] = flag((), type=parse_choices(*METHODS), metavar="LIST")
     """published methods to measure: none,pi,ntk,yarn,dynamic-ntk,base-ntk; on a model with factors
@@ -99,19 +104,34 @@ class PerplexityOptions(EvaluationOptions):
 
 
 def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
-    from megatron_longrope.evaluation.perplexity import perplexity
+    from megatron_longrope.evaluation.perplexity import perplexity, random_places
     from megatron_longrope.evaluation.scored_documents import is_prepared, read_scored_documents
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.targets import check_tokenizer_fits, own_tokenizer
 
+    if options.random_windows is not None and options.stride is not None:
+        raise LongRopeError(
+            f"--random-windows {options.random_windows} and --stride {options.stride} are two ways "
+            "of placing windows; give one of them"
+        )
     targets = [item for model in models for item in _targets(options, model)]
     # A prepared set knows its tokenizer; a model's folder may hold the same one in another form.
     tokenizer = options.tokenizer
     if not is_prepared(options.data):
         tokenizer = own_tokenizer(tokenizer, models)
     documents = read_scored_documents(
-        options.data, tokenizer, max(options.lengths), options.num_documents, options.bos
+        options.data,
+        tokenizer,
+        max(options.lengths),
+        options.num_documents,
+        options.bos,
+        options.text_key,
     )
+    places = None
+    if (count := options.random_windows) is not None:
+        lengths = [len(tokens) for tokens in documents.tokens]
+        bos = documents.bos_id is not None
+        places = random_places(lengths, max(options.lengths), count, options.seed, bos=bos)
     check_tokenizer_fits(documents.vocab_size, f"the tokenizer of {options.data}", models)
     if rank() == 0:
         print(f"lengths: {', '.join(map(str, options.lengths))} tokens", flush=True)
@@ -124,11 +144,12 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
             documents.bos_id,
             length,
             stride=options.stride_at(length),
+            places=places,
             on_window=on_window,
         )
         return result.to_dict()
 
-    cells = [_cell(options, length, target, documents) for length, target in targets]
+    cells = [_cell(options, length, target, documents, places) for length, target in targets]
     return Plan(cells, measure, shared=False)
 
 
@@ -148,7 +169,11 @@ def _targets(options: PerplexityOptions, model: NamedModel) -> Iterator[tuple[in
 
 
 def _cell(
-    options: PerplexityOptions, length: int, target: Target, documents: ScoredDocuments
+    options: PerplexityOptions,
+    length: int,
+    target: Target,
+    documents: ScoredDocuments,
+    places: list[tuple[int, int]] | None,
 ) -> Cell:
     from megatron_longrope.data.tokenizer import bos_name, bos_prefix
     from megatron_longrope.evaluation.perplexity import planned_windows, protocol_of
@@ -157,13 +182,16 @@ def _cell(
     stride = options.stride_at(length)
     front = len(bos_prefix(documents.bos_id))
     lengths = [len(tokens) for tokens in documents.tokens]
-    spans = planned_windows(lengths, length, stride, bos=bool(front))
+    spans = planned_windows(lengths, length, stride, bos=bool(front), places=places)
     return Cell(
         target,
         {
             "length": length,
-            "protocol": protocol_of(length, stride),
+            "protocol": protocol_of(length, stride, drawn=places is not None),
             "requested_stride": options.stride,
+            "random_windows": options.random_windows,
+            # Places are drawn for the longest window, so that they depend on it.
+            "seed": None if places is None else f"{options.seed} at {max(options.lengths)}",
             "sources": f"{documents.source}:{len(documents.tokens)}",
             "documents_sha256": documents.sha256,
             "bos": bos_name(documents.bos_id),
@@ -187,14 +215,7 @@ def _sections(rows: Rows, window: int | None) -> list[Section]:
     order = {protocol: place for place, protocol in enumerate(_PROTOCOLS)}
     groups = []
     for (_, stride), pairs in parts.items():
-        settings = (
-            "sources",
-            "documents_sha256",
-            "requested_bos",
-            "original_length",
-            "config_sha256",
-        )
-        for detail, some in split_repeats(pairs, ("length",), settings).items():
+        for detail, some in split_repeats(pairs, ("length",), _SETTINGS).items():
             protocol = " and ".join(sorted({row["protocol"] for _, row in some}))
             groups.append((protocol, joined(f"stride {stride}" if stride else "", detail), some))
     groups.sort(key=lambda group: order.get(group[0].split(" ")[0], len(order)))
@@ -216,7 +237,7 @@ def _section(name: str, protocol: str, detail: str, rows: Rows, window: int | No
     # The last of windows side by side may hold a few tokens only, which a mean over windows would
     # count as much as thousands.
     disjoint = any(row.get("requested_stride") == "disjoint" for row in records)
-    main, other = sorted(_MEANS, reverse=not disjoint)
+    main, other = sorted(MEANS, reverse=not disjoint)
     apart = _on_other_tokens(by_length)
     facts = {
         "sources": distinct(records, "sources"),
@@ -224,7 +245,7 @@ def _section(name: str, protocol: str, detail: str, rows: Rows, window: int | No
         "scored tokens": span(records, "num_tokens"),
         "windows": span(records, "num_windows"),
     }
-    figures = [_curves(name, title, by_length, main, window), _positions(name, by_length)]
+    figures = [curves(name, title, by_length, main, window), by_position(name, by_length)]
     caption = f"Protocol: {protocol}, {_PROTOCOLS.get(protocol, protocol)}."
     table = _table(name, title, by_length, (main, other), apart, window)
     return Section(
@@ -247,89 +268,30 @@ def _table(
     lengths = sorted({length for row in rows.values() for length in row})
     main, other = means
     cells = {
-        series.name: [
-            Value(format_score(row[n][main]), float(row[n][main]), (format_score(row[n][other]),))
-            if n in row
-            else None
-            for n in lengths
-        ]
+        series.name: [_value(row[n], main, other) if n in row else None for n in lengths]
         for series, row in rows.items()
     }
     note = (
-        f"Perplexity: {_MEANS[main]}; under it {_MEANS[other]}. The lowest of each length is marked"
+        f"Perplexity: {MEANS[main]}; under it {MEANS[other]}. The lowest of each length is marked"
         f"{' where all were measured on the same tokens' if apart else ''}."
     )
+    if any(_interval(row, main) for by in rows.values() for row in by.values()):
+        note += " From ... to: 95 % confidence interval of each, Student's t, documents as units."
     if window:
         note += " Under each length: its ratio to the original window."
     columns = [length_column(n, window, "" if n in apart else "lowest") for n in lengths]
     return Table(name, title, columns, cells, "perplexity", note)
 
 
-def _curves(name: str, title: str, rows: ByLength, mean: str, window: int | None) -> Lines | None:
-    """Return perplexity against length; nothing without a finite value."""
-    lines = {
-        series: {length: row[mean] for length, row in by.items() if is_finite(row[mean])}
-        for series, by in rows.items()
-    }
-    lost = sum(len(rows[series]) - len(line) for series, line in lines.items())
-    lines = {series: line for series, line in lines.items() if line}
-    if not lines:
-        return None
-    caption = f"Drawn: {_MEANS[mean]}."
-    if lost:
-        caption += f" {lost} value{'s are' if lost > 1 else ' is'} not finite and not drawn."
-    header = (
-        "length", "protocol", "ppl_window_mean", "ppl_token_weighted", "requested_stride", "stride",
-        "num_windows", "num_tokens", "sha256",
-    )  # fmt: skip
-    data = [
-        (series, [row.get(field, "") for field in header])
-        for series, by in rows.items()
-        for row in by.values()
-    ]
-    return Lines(name, title, caption, lines, "Sequence length (tokens)",
-                 "Perplexity (lower is better)", True, window, header, data)  # fmt: skip
+def _value(row: Row, main: str, other: str) -> Value:
+    """Return both means, each with its interval below it."""
+    below = [_interval(row, main), format_score(row[other]), _interval(row, other)]
+    return Value(format_score(row[main]), float(row[main]), tuple(filter(None, below)))
 
 
-def _positions(name: str, rows: ByLength) -> Lines | None:
-    """Return loss by the token's place in the window, at the longest length that has it."""
-    having: dict[int, dict[Series, Row]] = defaultdict(dict)
-    for series, by in rows.items():
-        for length, row in by.items():
-            if any(is_finite(bucket["nll"]) for bucket in row.get("nll_by_position") or ()):
-                having[length][series] = row
-    if not having:
-        return None
-    longest = max(having)
-    data = [
-        (series, (longest, bucket["from"], bucket["nll"], bucket.get("tokens", "")))
-        for series, row in having[longest].items()
-        for bucket in row["nll_by_position"]
-    ]
-    return Lines(
-        f"{name}_by_position",
-        f"Loss by position in a window of {format_length(longest)}",
-        "Mean loss of the scored tokens in each part of the window, drawn at the part's middle. It "
-        "falls where the model uses what stands before, and rises where positions are beyond it.",
-        {series: _middles(row) for series, row in having[longest].items()},
-        "Position in the window (tokens)",
-        "Loss (nats per token)",
-        False,
-        longest,
-        ("length", "from", "nll", "tokens"),
-        data,
-    )
-
-
-def _middles(row: Row) -> dict[float, float]:
-    """Return the finite loss of each part of the window by the part's middle."""
-    buckets = sorted(row["nll_by_position"], key=lambda bucket: bucket["from"])
-    ends = [bucket["from"] for bucket in buckets[1:]] + [row["length"]]
-    return {
-        (bucket["from"] + end) / 2: bucket["nll"]
-        for bucket, end in zip(buckets, ends, strict=True)
-        if is_finite(bucket["nll"])
-    }
+def _interval(row: Row, mean: str) -> str:
+    found = row.get(f"{mean}_interval")
+    return f"{format_score(found[0])} to {format_score(found[1])}" if found else ""
 
 
 def _on_other_tokens(rows: ByLength) -> set[int]:
@@ -360,6 +322,9 @@ def _restore(row: Row) -> None:
     for place, name in places:
         if name in place and place[name] is None:
             place[name] = math.inf
+    for mean in MEANS:
+        if found := row.get(f"{mean}_interval"):
+            row[f"{mean}_interval"] = [math.inf if bound is None else bound for bound in found]
 
 
 def _are_buckets(value: Any) -> bool:
@@ -369,12 +334,32 @@ def _are_buckets(value: Any) -> bool:
     )
 
 
+_BOUNDS = (
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_number, value)),
+    "two numbers",
+)
 _PERPLEXITY = (lambda value: is_number(value) and not value <= 0, "a number above 0")
 
 _COLUMNS = (
     "model", "label", "policy", "length", "protocol", "stride", "ppl_window_mean",
-    "ppl_token_weighted", "num_windows", "num_tokens", "sha256", "seconds",
+    "ppl_window_mean_low", "ppl_window_mean_high", "ppl_token_weighted", "ppl_token_weighted_low",
+    "ppl_token_weighted_high", "num_windows", "num_tokens", "sha256", "seconds",
 )  # fmt: skip
+
+
+def _summary(rows: Sequence[Row]) -> list[Row]:
+    lines = []
+    for row in rows:
+        bounds = {
+            f"{mean}_{end}": value
+            for mean in MEANS
+            for end, value in zip(
+                ("low", "high"), row.get(f"{mean}_interval") or (None, None), strict=True
+            )
+        }
+        lines.append({name: (row | bounds).get(name) for name in _COLUMNS})
+    return lines
+
 
 PPL = Kind(
     "ppl",
@@ -385,15 +370,26 @@ PPL = Kind(
     options=PerplexityOptions,
     plan=_plan,
     unit="windows",
-    summary=lambda rows: [{name: row.get(name) for name in _COLUMNS} for row in rows],
-    key=("length", "requested_stride", "documents_sha256", "requested_bos"),
+    summary=_summary,
+    key=(
+        "length",
+        "requested_stride",
+        "random_windows",
+        "seed",
+        "documents_sha256",
+        "requested_bos",
+    ),
     required={
         "length": COUNT,
         "protocol": TEXT,
         "ppl_window_mean": _PERPLEXITY,
         "ppl_token_weighted": _PERPLEXITY,
     },
-    optional={"nll_by_position": (_are_buckets, "a list of objects with `from` and `nll`")},
+    optional={
+        "nll_by_position": (_are_buckets, "a list of objects with `from` and `nll`"),
+        "ppl_window_mean_interval": _BOUNDS,
+        "ppl_token_weighted_interval": _BOUNDS,
+    },
     restore=_restore,
     sections=_sections,
 )

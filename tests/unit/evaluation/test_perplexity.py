@@ -6,7 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_longrope.evaluation.perplexity import perplexity, protocol_of, windows
+from megatron_longrope.evaluation.perplexity import (
+    perplexity,
+    protocol_of,
+    random_places,
+    windows,
+)
+from megatron_longrope.evaluation.statistics import ratio_interval
 
 
 @given(data=st.data(), num_tokens=st.integers(1, 300), window=st.integers(2, 80))
@@ -150,3 +156,77 @@ def test_a_document_shorter_than_the_window_is_refused():
 def test_a_loss_without_a_finite_perplexity_is_infinite_not_an_error():
     result = perplexity(lambda t: torch.full((1, t.shape[1] - 1), 800.0), [np.arange(9)], 0, 8)
     assert result.ppl_window_mean == math.inf
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    window=st.integers(2, 30),
+    bos=st.booleans(),
+    seed=st.integers(0, 5),
+    data=st.data(),
+)
+def test_random_windows_lie_in_their_documents_and_none_comes_twice(
+    lengths, window, bos, seed, data
+):
+    possible = [
+        (k, start) for k, n in enumerate(lengths) for start in range(n - (window - bos) + 1)
+    ]
+    if not possible:
+        with pytest.raises(ValueError, match="documents have from 1 to 0"):
+            random_places(lengths, window, 1, seed, bos=bos)
+        return
+    count = data.draw(st.integers(1, len(possible)))
+    places = random_places(lengths, window, count, seed, bos=bos)
+    assert len(set(places)) == count and places == sorted(places) and set(places) <= set(possible)
+    assert places == random_places(lengths, window, count, seed, bos=bos)
+    assert sorted(random_places(lengths, window, len(possible), seed, bos=bos)) == possible
+
+
+def test_random_windows_begin_at_the_same_places_at_every_length():
+    seen = []
+
+    def nll(tokens):
+        seen.append(tokens[0].tolist())
+        return position_nll(tokens)
+
+    places = [(0, 3), (1, 0)]
+    for length in (3, 5):
+        result = perplexity(nll, [np.arange(10, 30), np.arange(40, 60)], 1, length, places=places)
+        assert result.protocol == "random" and result.num_tokens == 2 * (length - 1)
+    assert seen == [[1, 13, 14], [1, 40, 41], [1, 13, 14, 15, 16], [1, 40, 41, 42, 43]]
+
+
+def test_the_interval_of_equal_documents_is_students():
+    from scipy import stats
+
+    values = [2.0, 2.5, 1.75, 3.0, 2.25]
+    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert ratio_interval(values, [1] * 5) == pytest.approx((theirs.low, theirs.high))
+    assert ratio_interval([2.0], [1]) is None
+
+
+def test_the_interval_covers_the_mean_about_as_often_as_it_says():
+    """Documents of one to nine windows whose losses hang together."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(600):
+        windows_of = rng.integers(1, 10, 30)
+        sums = [n * rng.normal(3.0, 0.5) + rng.normal(0, 0.2, n).sum() for n in windows_of]
+        low, high = ratio_interval(sums, windows_of.tolist())
+        covered += low < 3.0 < high
+    assert 0.92 < covered / 600 < 0.97
+
+
+def test_documents_are_the_units_of_the_interval():
+    """Many windows of few documents do not make it narrower than the documents allow."""
+
+    def nll(tokens):
+        return torch.full((1, tokens.shape[1] - 1), 2.0 if tokens[0, 1] < 100 else 3.0)
+
+    few = perplexity(nll, [np.arange(20), np.arange(100, 120)], 0, 5, stride=4)
+    low, high = few.ppl_window_mean_interval
+    assert few.ppl_window_mean == pytest.approx(math.exp(2.5))
+    # t with one degree of freedom at 97.5 %: 12.706; both documents lie 0.5 from the mean.
+    assert math.log(high) - 2.5 == pytest.approx(12.706 * 0.5, rel=1e-3)
+    assert math.log(low) == pytest.approx(2.5 - 12.706 * 0.5, rel=1e-3)
+    one = perplexity(nll, [np.arange(20)], 0, 5)
+    assert one.ppl_token_weighted_interval is None
