@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.kinds.needle import NeedleOptions
     from megatron_longrope.evaluation.kinds.passkey import PasskeyOptions
     from megatron_longrope.evaluation.kinds.ppl import PerplexityOptions
+    from megatron_longrope.evaluation.kinds.ruler import RulerOptions
     from megatron_longrope.evaluation.kinds.short import BenchmarkOptions
     from megatron_longrope.factor_search.options import SearchOptions
     from megatron_longrope.integration.arguments import add_longrope_args
@@ -33,6 +34,7 @@ __all__ = [
     "PasskeyOptions",
     "PerplexityOptions",
     "PrepareOptions",
+    "RulerOptions",
     "SearchOptions",
     "ToHfOptions",
     "__version__",
@@ -60,6 +62,7 @@ __getattr__ = importer(
         "PasskeyOptions": "evaluation.kinds.passkey",
         "PerplexityOptions": "evaluation.kinds.ppl",
         "PrepareOptions": "data.options",
+        "RulerOptions": "evaluation.kinds.ruler",
         "SearchOptions": "factor_search.options",
         "ToHfOptions": "conversion.options",
         "add_longrope_args": "integration.arguments",

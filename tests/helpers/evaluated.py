@@ -53,6 +53,14 @@ def needle(length, recall, trial=0, depth=0.5, task="single", **fields):
     } | fields  # fmt: skip
 
 
+def ruler(task, length, value, sample=0, **fields):
+    return whose() | {
+        "task": task, "length": length, "sample": sample, "seed": 42, "score": value,
+        "threshold": 85.6, "text": "7", "answers": ["7"], "data_sha256": f"d {task}",
+        "tokenizer_sha256": "t0", "num_tokens": length - 130, "seconds": 0.1,
+    } | fields  # fmt: skip
+
+
 def short(task, value, stderr=0.01, **fields):
     return whose() | {
         "task": task, "num_fewshot": 10, "metric": "acc_norm", "value": value, "stderr": stderr,

@@ -3,6 +3,7 @@
 from megatron_longrope.evaluation.kinds.needle import NEEDLE
 from megatron_longrope.evaluation.kinds.passkey import PASSKEY
 from megatron_longrope.evaluation.kinds.ppl import PPL
+from megatron_longrope.evaluation.kinds.ruler import RULER
 from megatron_longrope.evaluation.kinds.short import SHORT
 
-KINDS = {kind.name: kind for kind in (PPL, PASSKEY, NEEDLE, SHORT)}
+KINDS = {kind.name: kind for kind in (PPL, PASSKEY, NEEDLE, RULER, SHORT)}

@@ -1,0 +1,1 @@
+"""RULER: its thirteen tasks, samples of any length, and how answers are scored."""
