@@ -9,8 +9,9 @@ HERE = Path(__file__).parent
 VERSION = re.search(
     r'__version__ = "(.+)"', (HERE / "megatron_longrope" / "__init__.py").read_text()
 ).group(1)
-# What runs the recipes of examples/, here and on a cluster.
-RECIPES = ["snakemake>=9", "snakemake-executor-plugin-slurm>=2"]
+# What runs the recipes of examples/, here and on a cluster. Snakemake 9.10 to 9.18 start more jobs
+# than cores and `resources` allow, once a rule has run by itself.
+RECIPES = ["snakemake>=9.19", "snakemake-executor-plugin-slurm>=2"]
 # What Megatron's own training loop imports on demand. A checkout of Megatron-LM brings it, in the
 # versions that it wants: megatron-core 0.17's extra takes no transformers above 5.3, and as a
 # requirement of ours would replace a newer one.

@@ -112,12 +112,12 @@ def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:
 
 
 def _default_rendezvous() -> None:
-    """A single process without torchrun meets only itself: give it an address that is free."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    """A single process without torchrun meets only itself, on a port that the kernel chooses.
+
+    Port 0 says so to torch's store. A port that was looked for here could be taken by another
+    process before the store binds it.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )

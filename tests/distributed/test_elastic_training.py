@@ -12,6 +12,7 @@ import sys
 
 import pytest
 from fake_slurm import CLUSTER, Job, end_processes_in, environment, wait_until
+from forked_commands import forked_commands
 from launching import ROOT, SCRIPT, free_port, pretrain_command, train
 from search_data import make_search_data
 from synthetic_search import drop_seconds
@@ -73,10 +74,12 @@ def assert_same_curve(found, undisturbed, resumed):
 
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory):
-    """The loss curve of a run that nothing happens to."""
+    """The loss curve of a run that nothing happens to; the fork server starts its ranks."""
     directory = tmp_path_factory.mktemp("undisturbed")
-    agent = Agent(directory, "finetune.sh", **inputs, NPROC_PER_NODE=2, SAVE="save")
-    assert agent.wait() == 0, agent.log
+    with forked_commands() as folder:
+        variables = {**inputs, "PYTHON": folder / "python", "NPROC_PER_NODE": 2, "SAVE": "save"}
+        agent = Agent(directory, "finetune.sh", **variables)
+        assert agent.wait() == 0, agent.log
     found = curve(agent.log)
     assert list(found) == list(range(1, ITERATIONS + 1))
     return found

@@ -1,6 +1,7 @@
-"""The commands of a workflow's rules, run by the fork server of the test process.
+"""What scripts of examples/ start, run by the fork server of the test process.
 
-A rule of examples/ calls `longrope`, `python` and `torchrun` by name, from the folder LONGROPE_BIN.
+A workflow's rule calls `longrope`, `python` and `torchrun` by name, from the folder LONGROPE_BIN;
+a script of examples/cluster the Python that PYTHON names.
 Here these are a few lines of Python that hand the words, the folder and the output to the test
 process and end as the command ends; a rule that is killed takes its command with it, as always.
 """
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from launching import LONGROPE, Command, Ranks
@@ -55,9 +56,11 @@ def forked_commands() -> Iterator[Path]:
             server.close()
 
 
-def command_of(words: Sequence[str]) -> Command:
-    """What the fork server has to run for a command line of a rule."""
+def command_of(words: list[str]) -> Command:
+    """What the fork server has to run for a command line."""
     program, *rest = words
+    if words[:3] == ["python", "-m", "torch.distributed.run"]:
+        program, rest = "torchrun", rest[2:]
     if program == "longrope":
         return Command((*LONGROPE, *rest))
     if program == "python":

@@ -139,6 +139,35 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     assert "Nothing to be done" in workflow.run()
 
 
+ALTERNATING = """
+rule all:
+    input: expand("end_{number}", number=range(3))
+
+rule first:
+    output: "first"
+    resources: machine=1
+    shell: "touch {output}"
+
+rule end:
+    input: "first"
+    output: "end_{number}"
+    resources: machine=1
+    shell: "echo begins >> order; sleep 0.3; echo ends >> order; touch {output}"
+"""
+
+
+def test_rules_that_take_the_whole_machine_run_one_at_a_time(tmp_path):
+    """On GPUs two of them would run out of memory. Snakemake 9.15 started them all at once."""
+    (tmp_path / "Snakefile").write_text(ALTERNATING)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--profile", str(ROOT / "examples/profiles/local"),
+         "--cores", "8"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "order").read_text().split() == ["begins", "ends"] * 3
+
+
 def test_killed_it_ends_its_jobs_and_the_same_command_goes_on(workflow):
     process = workflow.start()
     workflow.wait_for_lines("first", 5)
