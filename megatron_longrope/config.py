@@ -391,12 +391,9 @@ def identity_config(
     original_max_position_embeddings: int,
     base_frequencies: Mapping[str, Any] | None = None,
 ) -> LongRopeConfig:
-    """A model without factors as a configuration: one all-ones set for its window."""
-    ones = (1.0,) * (rotary_dim // 2)
+    """Return a model without factors as a configuration: one all-ones set for its window."""
+    window = original_max_position_embeddings
+    only = FactorSet(window, (1.0,) * (rotary_dim // 2), origin={"method": "none"})
     return LongRopeConfig(
-        rotary_base=rotary_base,
-        rotary_dim=rotary_dim,
-        original_max_position_embeddings=original_max_position_embeddings,
-        factor_sets=(FactorSet(original_max_position_embeddings, ones, origin={"method": "none"}),),
-        base_frequencies=base_frequencies,
+        rotary_base, rotary_dim, window, (only,), base_frequencies=base_frequencies
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_longrope.errors import LongRopeError
 
@@ -17,7 +19,14 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader sees the old content or the new, never a part.
+    """Write `content` to `path`, as :func:`atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes its name when all is written: a reader sees the old or the new.
 
     The content goes to a temporary file in the same directory, is flushed to disk and then renamed.
 
@@ -32,7 +41,7 @@ def write_bytes_atomic(path: str | Path, content: bytes) -> None:
         raise LongRopeError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(fd, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp creates 0600; give the file the mode that open() would have given it.

@@ -77,6 +77,16 @@ def attention_factor(policy: str, factor: float, original_max_position_embedding
     return math.sqrt(1.0 + math.log(factor) / math.log(original_max_position_embeddings))
 
 
+def softmax_scale(factor: float, head_dim: int) -> float:
+    """Return the softmax scale that carries an attention factor: q and k each get it."""
+    return factor**2 / math.sqrt(head_dim)
+
+
+def carries_factor(scale: float, factor: float, head_dim: int) -> bool:
+    """Return whether a softmax scale is the one that carries the attention factor."""
+    return math.isclose(scale, softmax_scale(factor, head_dim), rel_tol=1e-9)
+
+
 def angles(
     positions: Tensor,
     rotary_base: float,

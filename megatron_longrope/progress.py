@@ -80,7 +80,7 @@ class Progress:
 
 
 def format_duration(seconds: float) -> str:
-    """`42 s`, `7 min`, `13.5 h`."""
+    """Return `0.32 s`, `42 s`, `7 min` or `13.5 h`."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3g} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

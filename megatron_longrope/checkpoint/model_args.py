@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.frequencies import carries_factor
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,7 @@ def custom_softmax_scale(args: argparse.Namespace) -> float | None:
     if scale is None or factor is None:
         return scale
     head_dim = _int(args, "kv_channels", args.hidden_size // args.num_attention_heads)
-    ours = math.isclose(scale, factor**2 / math.sqrt(head_dim), rel_tol=1e-9)
-    return None if ours else scale
+    return None if carries_factor(scale, factor, head_dim) else scale
 
 
 def _hybrid_layer_pattern(args: argparse.Namespace) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_longrope import __version__
 from megatron_longrope.checkpoint.hf.finite import check_finite
 from megatron_longrope.checkpoint.hf.folder import HfFolder
-from megatron_longrope.checkpoint.hf.source import HfSource, open_folder, read_model
+from megatron_longrope.checkpoint.hf.source import HfSource, StoredTensor, open_folder, read_model
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.companions import keep_companions
@@ -133,15 +133,7 @@ def write_checkpoint(
         longrope_path=longrope_path if longrope_config else None,
     )
     args.longrope_dropped_sliding_window = folder.dropped_window
-    files = [folder.directory / "config.json", *folder.directory.glob("*.safetensors*")]
-    identity = {
-        "version": __version__,
-        "conversion": "from-hf",
-        "source": file_identity(files),
-        "tensors": [repr(item) for item in plan],
-        "max_shard_bytes": max_shard_bytes,
-        "sliding_window": sliding_window,
-    }
+    identity = _identity(folder, plan, max_shard_bytes, sliding_window)
     with work_folder(output_dir, identity) as (work, resumed):
         work.check_space(sum(item.num_bytes for item in plan))
         write_release(
@@ -172,6 +164,21 @@ def write_checkpoint(
         verification=verification,
         resumed=resumed,
     )
+
+
+def _identity(
+    folder: HfFolder, plan: Sequence[StoredTensor], max_shard_bytes: int, sliding_window: str
+) -> dict[str, Any]:
+    """Return what an interrupted conversion must agree on to be continued."""
+    files = [folder.directory / "config.json", *folder.directory.glob("*.safetensors*")]
+    return {
+        "version": __version__,
+        "conversion": "from-hf",
+        "source": file_identity(files),
+        "tensors": [repr(item) for item in plan],
+        "max_shard_bytes": max_shard_bytes,
+        "sliding_window": sliding_window,
+    }
 
 
 def _loader(

@@ -22,7 +22,6 @@ from megatron_longrope.conversion.companions import (
     special_token_ids,
 )
 from megatron_longrope.conversion.rope_export import (
-    ExportedRope,
     export_rope,
     is_bare_base,
 )
@@ -139,27 +138,14 @@ def write_hf_folder(
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
     shape = checkpoint.shape
     chosen = select_family(shape, checkpoint.args, family)
-    if longrope_config is None and checkpoint.longrope is not None:
-        # Plain RoPE would be another model where the base is scaled.
-        longrope_config = checkpoint.longrope if is_bare_base(checkpoint.longrope) else None
     dtype_name(dtype or shape.params_dtype)  # refuses others before any work
-    rope: ExportedRope | None = None
-    dropped: tuple[DroppedStartTokens, ...] = ()
-    if longrope_config is not None:
-        check_fits(longrope_config, shape, checkpoint.longrope)
-        if without_start_tokens:
-            given = longrope_config
-            longrope_config, dropped = drop_start_tokens(given, short_length, target_length)
-            dropped = tuple(measure(given, dropped)) if measure and dropped else dropped
-        rope = export_rope(longrope_config, chosen, short_length, target_length)
-    elif short_length or target_length or without_start_tokens:
-        raise LongRopeError(
-            "short_length, target_length and without_start_tokens need a longrope configuration"
-        )
+    lengths = short_length, target_length
+    factors = _Factors.of(checkpoint, longrope_config, lengths, without_start_tokens, measure)
+    longrope_config = factors.config
+    rope = longrope_config and export_rope(longrope_config, chosen, *lengths)
     longest = target_length or (
         longrope_config.max_length if longrope_config else shape.max_position_embeddings
     )
-
     beside = companions(tokenizer, checkpoint.directory)
     identity = {
         "version": __version__,
@@ -167,7 +153,7 @@ def write_hf_folder(
         "source": file_identity([checkpoint.directory]),
         "tokenizer": file_identity([Path(tokenizer)] if tokenizer else [beside] if beside else []),
         "longrope": None if longrope_config is None else longrope_config.to_dict(),
-        "lengths": [short_length, target_length],
+        "lengths": list(lengths),
         "dtype": str(dtype),
         "family": chosen.name,
         "max_shard_bytes": max_shard_bytes,
@@ -195,7 +181,7 @@ def write_hf_folder(
             version=__version__,
             has_tokenizer=has_tokenizer,
             dropped_window=getattr(checkpoint.args, "longrope_dropped_sliding_window", None),
-            dropped=dropped,
+            dropped=factors.dropped,
         )
         write_text_atomic(work.result / "README.md", card)
         files = write_safetensors(work.result, source.plan, source.load, max_shard_bytes, progress)
@@ -211,10 +197,47 @@ def write_hf_folder(
         vocab_size=shape.vocab_size,
         max_position_embeddings=hf_config["max_position_embeddings"],
         verification=verification,
-        dropped_start_tokens=dropped,
+        dropped_start_tokens=factors.dropped,
         remarks=() if rope is None else rope.remarks,
         resumed=resumed,
     )
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """What an export has instead of plain RoPE."""
+
+    config: LongRopeConfig | None
+    """As exported; None for plain RoPE."""
+
+    dropped: tuple[DroppedStartTokens, ...] = ()
+    """Sets that lost their start tokens."""
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: MegatronCheckpoint,
+        config: LongRopeConfig | None,
+        lengths: tuple[int | None, int | None],
+        without_start_tokens: bool,
+        measure: Measure | None,
+    ) -> _Factors:
+        """Check the factors and drop their start tokens where that is asked for."""
+        if config is None and checkpoint.longrope is not None:
+            # Plain RoPE would be another model where the base is scaled.
+            config = checkpoint.longrope if is_bare_base(checkpoint.longrope) else None
+        if config is None:
+            if any(lengths) or without_start_tokens:
+                raise LongRopeError(
+                    "short_length, target_length and without_start_tokens need a longrope "
+                    "configuration"
+                )
+            return cls(None)
+        check_fits(config, checkpoint.shape, checkpoint.longrope)
+        if not without_start_tokens:
+            return cls(config)
+        plain, dropped = drop_start_tokens(config, *lengths)
+        return cls(plain, tuple(measure(config, dropped)) if measure and dropped else dropped)
 
 
 def _write_configs(

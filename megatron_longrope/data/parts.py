@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from megatron_longrope.data.segments import TokenizedDocument
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.files import atomic_file
 
 if TYPE_CHECKING:
     from megatron_longrope.data.sentences import Splitter
@@ -73,16 +72,8 @@ class Encoder:
             "end_counts": np.array([len(item) for item in ends], dtype=np.int64),
             "digests": np.frombuffer(b"".join(digests), dtype=np.uint8),
         }
-        descriptor, temporary = tempfile.mkstemp(dir=directory, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with atomic_file(path) as file:
+            np.savez(file, **arrays)
         return path, False
 
     def load(self, path: Path) -> Iterator[TokenizedDocument]:

