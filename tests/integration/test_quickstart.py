@@ -160,9 +160,9 @@ def test_a_search_does_not_overwrite_its_journal_unless_told(output):
 
 def test_a_measured_cell_is_not_measured_again(output):
     before = (output / "searched/ppl.jsonl").read_bytes()
-    # A cell is known by its checkpoint as it was given: in the folder that the workflow runs in.
+    # A cell is known by its checkpoint's content, however its path is written.
     done = longrope(
-        "eval", "ppl", "--load", "checkpoints/base", "--data", "data/heldout",
+        "eval", "ppl", "--load", output / "checkpoints/base", "--data", "data/heldout",
         "--num-documents", 2, "--stride", "disjoint", "--lengths", "2048",
         "--longrope-config", "longrope_search=factors/search_8x.json", "--output", "searched",
         directory=output,
