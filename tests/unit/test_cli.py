@@ -40,6 +40,26 @@ def test_bad_usage_exits_with_two(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
+SEARCH = "search --load x --data y --target-length 4k --output z"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("serach", "search"),
+        ("eval passkeys", "passkey"),
+        ("search --lod x", "--load"),
+        (f"{SEARCH} --retreival-trials 3", "--retrieval-trials"),
+        (f"{SEARCH} --space flored", "floored"),
+    ],
+)
+def test_a_mistyped_word_is_answered_with_the_one_that_was_meant(arguments, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {meant}?\n")
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
