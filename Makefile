@@ -75,7 +75,9 @@ TE := 2.20.2
 SITE = $(shell $(PYTHON) -c "import nvidia; print(nvidia.__path__[0])")
 test-te: build/te/$(TE)/.installed
 	PYTHONPATH=$(CURDIR)/build/te/$(TE)/site CUDNN_HOME=$(SITE)/cudnn NVRTC_HOME=$(SITE)/cu13 \
-		CURAND_HOME=$(CURDIR)/build/te/$(TE)/site/nvidia $(PYTHON) -m pytest tests/te
+		CURAND_HOME=$(CURDIR)/build/te/$(TE)/site/nvidia \
+		LD_LIBRARY_PATH=$(SITE)/cudnn/lib:$(SITE)/cu13/lib:$(SITE)/nccl/lib \
+		$(PYTHON) -m pytest tests/te
 
 build/te/$(TE)/.installed: tests/te/build.sh | $(DEV)
 	rm -rf $(@D)
