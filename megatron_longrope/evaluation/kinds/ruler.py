@@ -280,15 +280,18 @@ def _by_task(name: str, title: str, scores: _Scores) -> Table:
     lengths = sorted({length for of_series in scores.values() for length in of_series})
     rows = {
         task if len(scores) == 1 else f"{series.name}: {task}": [
-            Value(_score(of_series[n][task])) if task in of_series.get(n, ()) else None
-            for n in lengths
+            _of_task(of_series[n][task]) if task in of_series.get(n, ()) else None for n in lengths
         ]
         for series, of_series in scores.items()
         for task in _present({series: of_series})
     }
     columns = [length_column(n, None, "") for n in lengths]
     return Table(f"{name}_tasks", f"{title}, by task", columns, rows, "score",
-                 "Score in percent.", "Task")  # fmt: skip
+                 "Score in percent, the number of samples below.", "Task")  # fmt: skip
+
+
+def _of_task(tally: Tally) -> Value:
+    return Value(_score(tally), below=(f"of {tally.trials}",))
 
 
 def _average(tasks: Mapping[str, Tally]) -> Tally:
