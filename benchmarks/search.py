@@ -64,10 +64,10 @@ class Sizes:
     """Of the released operators and of our evolution."""
 
     samples: int
-    """Windows of search text, one per document."""
+    """Windows of search text."""
 
     held_out: int
-    """Windows of held-out text, one per document."""
+    """Windows of held-out text."""
 
     pool: int
     """Windows of search text for the arms that rotate."""

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.data.documents import read_manifest, read_window_documents
+from megatron_longrope.data.documents import read_documents, read_manifest
 from megatron_longrope.data.tokenizer import bos_prefix
 from megatron_longrope.engine import Engine
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Trial
 from megatron_longrope.factor_search.journal import Evaluation, Journal
 from megatron_longrope.factor_search.problem import SearchProblem
@@ -21,26 +22,42 @@ from megatron_longrope.factor_search.space import GivenFactors
 
 
 class Windows:
-    """The first window of each document, BOS in front.
+    """Windows of documents, BOS in front: the first of each document, then the second of each.
 
     Args:
         engine (Engine): Resident model.
         prefix (Path): Prepared documents.
         length (int): Tokens of a window.
         count (int): Number of windows.
-        first (int): Documents to pass over.
+        first (int): Windows to pass over.
+
+    Raises:
+        LongRopeError: The documents do not hold so many.
     """
 
     def __init__(
         self, engine: Engine, prefix: Path, length: int, count: int, first: int = 0
     ) -> None:
-        documents, bos_id = read_window_documents(str(prefix), length, first + count)
-        bos = bos_prefix(bos_id)
-        self._tokens = torch.tensor(
-            [[*bos, *document[: length - len(bos)].tolist()] for document in documents[first:]]
-        )
+        manifest = read_manifest(prefix)
+        bos = bos_prefix(manifest["bos_id"])
+        content = length - len(bos)
+        documents = read_documents(prefix, min_length=content)
+        longest = max(map(len, documents))
+        # Windows of one document are more alike than those of two: blocks get different ones.
+        rows = [
+            [*bos, *document[start : start + content].tolist()]
+            for start in range(0, longest - content + 1, content)
+            for document in documents
+            if start + content <= len(document)
+        ]
+        if first + count > len(rows):
+            raise LongRopeError(
+                f"{prefix} holds {len(rows)} windows of {length} tokens, {first + count} are "
+                "needed; prepare more or longer documents"
+            )
+        self._tokens = torch.tensor(rows[first : first + count])
         self._engine = engine
-        self.sha256 = read_manifest(prefix)["token_sha256"] + (f" from {first}" if first else "")
+        self.sha256 = manifest["token_sha256"] + (f" from {first}" if first else "")
         self.count = count
 
     def nlls(self, config: LongRopeConfig, first: int, last: int) -> tuple[float, ...]:
