@@ -42,6 +42,7 @@ setup(
         "transformers>=4.57",
         "safetensors",
         "numpy",
+        "filelock>=3.21",  # since then a lock may be removed with its folder
         "nltk",
         "sentencepiece>=0.2.3",
         "cma>=4.0",
@@ -70,7 +71,6 @@ setup(
             "wonderwords>=3",
             "accelerate",
             "einops",
-            "filelock",
             "zstandard",
             "psutil",
             "pytest",

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from megatron_longrope.errors import LongRopeError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -52,6 +57,44 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def hold(path: Path, what: str, remedy: str, wait: float = 0.0) -> BaseFileLock:
+    """Take a lock until `release()` or the end of this process, however it ends.
+
+    The file says who has it. It may be removed, with the folder it lies in, before it is released.
+
+    Args:
+        path (Path): The lock file.
+        what (str): What is written under it, for the error.
+        remedy (str): What to do when another process has it.
+        wait (float): Seconds to wait for that process. Defaults to 0.
+
+    Raises:
+        LongRopeError: Another process has it.
+    """
+    from filelock import FileLock, SoftFileLock, Timeout  # takes a tenth of a second
+
+    lock = FileLock(path, thread_local=False)
+    # Read before it is asked for, because filelock up to 3.29 empties the file in doing so.
+    owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    try:
+        # Its holder may remove the file between our opening and locking it; then filelock tries
+        # again, for which it needs some time.
+        lock.acquire(timeout=max(wait, 0.1))
+    except Timeout:
+        owner = owner or "another process"
+        raise LongRopeError(f"{what} is being written by {owner}; {remedy}") from None
+    except (OSError, NotImplementedError) as error:  # some network file systems have no flock
+        warnings.warn(
+            f"{path} cannot be locked ({error}); make sure that one process writes {what}",
+            stacklevel=3,
+        )
+        return lock
+    # A soft lock, which filelock takes where there is no flock, keeps its own notes in the file.
+    if not isinstance(lock, SoftFileLock):
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    return lock
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:

@@ -9,17 +9,19 @@ for anything else it starts anew.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import read_json, write_json_atomic
+from megatron_longrope.files import hold, read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 _FINGERPRINT, _LOCK = "fingerprint.json", "lock"
 _RESULT, _SHARDS, _REPLACED = "result", "shards", "replaced"
@@ -39,7 +41,7 @@ class WorkFolder:
         self.path = output_dir.parent / f".{output_dir.name}.converting"
         self.result = self.path / _RESULT
         self.shards = self.path / _SHARDS
-        self._lock: IO[str] | None = None
+        self._lock: BaseFileLock | None = None
 
     def begin(self, identity: Mapping[str, Any]) -> bool:
         """Find what is to be continued, or clear the folder, which is locked.
@@ -106,7 +108,7 @@ class WorkFolder:
     def close(self) -> None:
         """Let others have the folder."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
 
     def lock(self) -> None:
         """Make the folder and keep others out; the kernel lets them in when a process is killed.
@@ -114,22 +116,10 @@ class WorkFolder:
         Raises:
             LongRopeError: Another process is converting to the same output.
         """
-        path = self.path / _LOCK
-        while True:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = path.open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self._lock.close()
-                raise LongRopeError(
-                    f"{self.output_dir}: another process is converting to it; wait for that one "
-                    "or give another --output"
-                ) from None
-            # Whoever held it may have removed the folder between opening and locking.
-            if path.exists() and path.stat().st_ino == os.fstat(self._lock.fileno()).st_ino:
-                return
-            self._lock.close()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(
+            self.path / _LOCK, f"{self.output_dir}", "wait for that one or give another --output"
+        )
 
     def _restore(self) -> None:
         """Give back the folder that was to be replaced when the process ended in between."""
@@ -178,7 +168,11 @@ def work_folder(output_dir: Path, identity: Mapping[str, Any]) -> Iterator[tuple
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that has its name once all of it is on the disk."""
+    """A file that has its name once all of it is on the disk.
+
+    Unlike :func:`megatron_longrope.files.atomic_file` it has one temporary name: gigabytes that a
+    killed process leaves are overwritten by the next one, which the folder's lock keeps alone.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:

@@ -7,7 +7,6 @@ is recorded that could be out of date. A part appears under its name only when i
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
 import zipfile
@@ -23,7 +22,7 @@ from megatron_longrope.data.segments import TokenizedDocument
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import atomic_file
+from megatron_longrope.files import atomic_file, hold
 
 if TYPE_CHECKING:
     from megatron_longrope.data.sentences import Splitter
@@ -136,20 +135,16 @@ def parts_directory(output: Path) -> Iterator[Path]:
     """
     directory = output.parent / f".{output.name}.parts"
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LongRopeError(
-                f"{output} is being written by another run; wait for it or choose another name"
-            ) from None
+    lock = hold(directory / "lock", f"{output}", "wait for it or choose another name")
+    try:
         for leftover in directory.glob("*.tmp"):
             leftover.unlink()
-        try:
-            yield directory
-        except BaseException:
-            if any(directory.glob("*.npz")):
-                raise
+        yield directory
+    except BaseException:
+        if not any(directory.glob("*.npz")):
             shutil.rmtree(directory)
-            raise
+        raise
+    else:
         shutil.rmtree(directory)
+    finally:
+        lock.release()

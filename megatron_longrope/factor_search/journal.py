@@ -7,13 +7,11 @@ seed and the scores told, so replaying the records resumes it exactly.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.files import hold
 
 JOURNAL_VERSION = 2
 _MARK = b'{"journal": '  # how every journal starts; nothing else is ever truncated
@@ -143,7 +142,12 @@ class Journal:
         """Replayed evaluations, then those appended, in file order."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd: int | None = None
-        self._lock_fd: int | None = self._lock()
+        # The lock file stays: removing it would let two writers lock two different files.
+        self._lock = hold(
+            self.path.with_name(f"{self.path.name}.lock"),
+            f"{self.path}",
+            "wait for it to end or choose another output",
+        )
         try:
             content = b"" if overwrite or not self.path.exists() else self.path.read_bytes()
             if content and not resume:
@@ -175,11 +179,7 @@ class Journal:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-        if self._lock_fd is not None:
-            # Closing alone would leave the lock to any forked child that inherited it.
-            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -191,30 +191,6 @@ class Journal:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _lock(self) -> int | None:
-        """Take the lock, or None with a warning where the file system has no locks."""
-        # The file stays after close: removing it would let two writers lock two different files.
-        fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(fd, 64).decode(errors="replace").strip() or "unknown"
-            os.close(fd)
-            raise LongRopeError(
-                f"{self.path} is being written by another process ({owner}); wait for it to end or "
-                "choose another output"
-            ) from None
-        except OSError as error:  # some network file systems have no flock
-            os.close(fd)
-            warnings.warn(
-                f"{self.path} cannot be locked ({error}); make sure that one search writes it",
-                stacklevel=3,
-            )
-            return None
-        os.ftruncate(fd, 0)
-        os.write(fd, f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
-        return fd
 
     def _replay(self, content: bytes) -> int:
         """Read the records of `content`; return how many of its bytes are whole lines."""

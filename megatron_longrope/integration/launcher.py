@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import runpy
-import socket
 import sys
-import time
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.files import hold
 from megatron_longrope.ranks import rank
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 _LOCK = ".longrope.lock"
 _LOCK_WAIT_S = 30.0  # workers of the run before may still be ending
-_held: dict[Path, IO[str]] = {}  # locks go with the process, however it ends
+_held: dict[Path, BaseFileLock] = {}  # locks go with the process, however it ends
 
 
 def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
@@ -87,28 +87,8 @@ def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:
     if folder in _held:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / _LOCK).open("a+", encoding="utf-8")
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(min(0.5, wait))
-                continue
-            lock.seek(0)
-            raise LongRopeError(
-                f"--save {folder} is being written by {lock.read().strip() or 'another process'}; "
-                "wait for it, end it, or save elsewhere"
-            ) from None
-        except OSError as error:  # some network file systems have no flock
-            warnings.warn(f"{folder} cannot be locked ({error}); start one training", stacklevel=2)
-            break
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
-    _held[folder] = lock
+    remedy = "wait for it, end it, or save elsewhere"
+    _held[folder] = hold(folder / _LOCK, f"--save {folder}", remedy, wait)
 
 
 def _default_rendezvous() -> None:

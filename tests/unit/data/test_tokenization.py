@@ -112,7 +112,7 @@ def test_changed_text_is_tokenized_again(corpus, model_path, tmp_path):
 def test_two_runs_do_not_write_one_set(tmp_path):
     with (
         parts.parts_directory(tmp_path / "set"),
-        pytest.raises(ValueError, match="being written by another run"),
+        pytest.raises(ValueError, match="being written by process"),
         parts.parts_directory(tmp_path / "set"),
     ):
         pass
