@@ -23,11 +23,11 @@ from typing import Any
 
 from megatron_longrope.cli import build_parser
 from megatron_longrope.cli.flags import read_flags
-from megatron_longrope.factor_search.cost import estimate, estimate_command
 from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.plan import plan_command
 from megatron_longrope.plan.flags import parse
 from megatron_longrope.plan.hardware import GIB, parse_gpu
+from megatron_longrope.plan.search_cost import estimate, estimate_command
 from megatron_longrope.progress import format_duration
 
 MISSING = "missing"

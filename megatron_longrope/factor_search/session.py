@@ -144,9 +144,9 @@ class SearchPlan:
         return self.options.num_samples * self.options.windows_per_document
 
     def estimate(self) -> Sequence[str]:
-        """Return FLOPs, memory and hours in words; see :mod:`.cost`."""
-        from megatron_longrope.factor_search.cost import estimate_command
+        """Return FLOPs, memory and hours in words."""
         from megatron_longrope.plan.hardware import parse_gpu
+        from megatron_longrope.plan.search_cost import estimate_command
 
         args = self.options
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size

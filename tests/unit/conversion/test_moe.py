@@ -28,9 +28,9 @@ from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.conversion.verify_import import verify_import
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import mlp as mlp_module
-from megatron_longrope.factor_search.cost import estimate
 from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import parse_gpu
+from megatron_longrope.plan.search_cost import estimate
 
 ROUTING = ("num_local_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef")
 WIDTHS = ("intermediate_size", "moe_intermediate_size")

@@ -215,16 +215,7 @@ def estimate(
         raise LongRopeError(f"utilisation {utilisation} is not in (0, 1]; give a share such as 0.4")
     if dtype not in _BYTES:
         raise LongRopeError(f"dtype {dtype!r} is unknown; choose among {', '.join(_BYTES)}")
-    if shape.num_query_groups % tensor_parallel:
-        raise LongRopeError(
-            f"tensor parallel size {tensor_parallel} does not divide the "
-            f"{shape.num_query_groups} query groups; use a divisor"
-        )
-    if context_parallel > 1 and target_length % (2 * context_parallel):
-        raise LongRopeError(
-            f"target length {target_length} does not split into {2 * context_parallel} chunks for "
-            f"context parallel {context_parallel}; use a multiple of {2 * context_parallel}"
-        )
+    _check_divides(shape, target_length, tensor_parallel, context_parallel)
     linear, attention = forward_flops(shape, target_length)
     memory, peak = _memory(
         shape,
@@ -248,6 +239,23 @@ def estimate(
         memory=memory,
         peak_bytes=peak,
     )
+
+
+def _check_divides(
+    shape: ModelShape, target_length: int, tensor_parallel: int, context_parallel: int
+) -> None:
+    """Refuse parallel sizes that the heads or the tokens cannot be split by."""
+    if shape.num_query_groups % tensor_parallel:
+        raise LongRopeError(
+            f"tensor parallel size {tensor_parallel} does not divide the "
+            f"{shape.num_query_groups} query groups; use a divisor"
+        )
+    # Each rank takes a chunk from the front and one from the end, which balances causal attention.
+    if context_parallel > 1 and target_length % (2 * context_parallel):
+        raise LongRopeError(
+            f"target length {target_length} does not split into {2 * context_parallel} chunks for "
+            f"context parallel {context_parallel}; use a multiple of {2 * context_parallel}"
+        )
 
 
 def _memory(

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_longrope.factor_search import cost
-from megatron_longrope.factor_search.cost import estimate
+from megatron_longrope.plan import search_cost
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
+from megatron_longrope.plan.search_cost import estimate
 from megatron_longrope.progress import format_duration
 
 LLAMA_2_7B = SimpleNamespace(
@@ -197,7 +197,7 @@ def test_the_engines_sizes_are_the_ones_assumed(name):
         "TOKENS_PER_MLP_SLICE": mlp._TOKENS_PER_SLICE,
         "LOGITS_PER_CHUNK": loss._LOGITS_PER_CHUNK,
     }
-    assert getattr(cost, name) == theirs[name]
+    assert getattr(search_cost, name) == theirs[name]
 
 
 # Text
