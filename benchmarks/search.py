@@ -37,7 +37,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 import measure
 import torch
 from released_operators import ReleasedSearch, released_seed, released_space
-from search_curves import Trace, draw_curves, print_summary, summarise
+from search_curves import ArmRun, draw_curves, print_summary, summarise
 from search_texts import Pool, Scores, Windows, perplexity, pool_price
 
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
@@ -225,13 +225,13 @@ SHARE = 0.25
 """Part of the budget that the other arms get: what the claim is about, and CMA-ES' default."""
 
 
-def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) -> Trace:
+def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) -> ArmRun:
     """One search to its end, or until `budget` sample-forwards are spent."""
     samples = bench.sizes.samples
     search, race = ARMS[name](bench, seed, budget // samples), RACES.get(name)
     problem = replace(bench.problem, space=search.space)
     paid: dict[Any, int] = {}  # windows of each candidate that this search has paid for
-    trace = Trace(name, seed)
+    run = ArmRun(name, seed)
     checkpoints = grid(samples, budget)
     with ExitStack() as stack:
         path = directory / f"{name}-{seed}.jsonl"
@@ -250,26 +250,26 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
 
             pool = Pool(open_scores, problem, bench.sizes.pool, samples)
             # On the first block YaRN is a starting point like the others.
-            trace.forwards = samples * (len(pool.blocks) - 1)
+            run.forwards = samples * (len(pool.blocks) - 1)
         left = max(budget - scores.num_resumed, 1)
         bar = stack.enter_context(Progress(left, f"{name} seed {seed}", "forwards"))
 
         def look_at_held_out(winner: Any = None) -> None:
             config = problem.config(winner or search.best[0])
             nlls, _ = held_out.nlls(config, bench.sizes.held_out)
-            trace.held_out.append((trace.forwards, perplexity(nlls)))
+            run.held_out.append((run.forwards, perplexity(nlls)))
 
         def measure_trial(trial: Trial) -> tuple[int, float, int]:
             """Samples scored, perplexity to tell, and how many losses were computed now."""
             config = problem.config(trial.candidate)
             count, fresh = trial.samples or samples, 0
-            # A rival that was itself stopped has not got the samples to compare on.
-            if race is not None and paid.get(trial.rival) == samples:
-                rival, _ = scores.nlls(problem.config(trial.rival), samples)
+            # An incumbent that was itself stopped has not got the samples to compare on.
+            if race is not None and paid.get(trial.incumbent) == samples:
+                incumbent, _ = scores.nlls(problem.config(trial.incumbent), samples)
                 for seen in range(1, count):
                     nlls, computed = scores.nlls(config, seen)
                     fresh += computed
-                    if verdict := race.lost(nlls, rival):
+                    if verdict := race.lost(nlls, incumbent):
                         return seen, math.exp(verdict[1]), fresh
             source = scores if pool is None else pool.blocks[trial.block]
             nlls, computed = source.nlls(config, count)
@@ -279,31 +279,31 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
         def score(trial: Trial) -> None:
             count, value, fresh = measure_trial(trial)
             # What the search costs, whatever of it came from the file.
-            trace.forwards += max(0, count - paid.get(trial.candidate, 0))
+            run.forwards += max(0, count - paid.get(trial.candidate, 0))
             paid[trial.candidate] = max(count, paid.get(trial.candidate, 0))
-            trace.evaluations += 1
+            run.evaluations += 1
             search.tell([trial.candidate], [value])
-            if count == samples and (not trace.search or value < trace.search[-1][1]):
-                trace.search.append((trace.forwards, value))
+            if count == samples and (not run.search or value < run.search[-1][1]):
+                run.search.append((run.forwards, value))
             if fresh:
-                bar.update(f"best {trace.search[-1][1]:.4f}" if trace.search else "", fresh)
-            if trace.search and trace.forwards >= checkpoints[0]:
-                while len(checkpoints) > 1 and trace.forwards >= checkpoints[0]:
+                bar.update(f"best {run.search[-1][1]:.4f}" if run.search else "", fresh)
+            if run.search and run.forwards >= checkpoints[0]:
+                while len(checkpoints) > 1 and run.forwards >= checkpoints[0]:
                     checkpoints.pop(0)
                 look_at_held_out()
 
-        while trace.forwards < budget and (trials := search.trials()):
+        while run.forwards < budget and (trials := search.trials()):
             for trial in trials:
-                if trace.forwards < budget:
+                if run.forwards < budget:
                     score(trial)
         if pool is not None:
             winner = pool.winner()
-            trace.forwards += pool.forwards
+            run.forwards += pool.forwards
             look_at_held_out(winner)
-        elif trace.held_out[-1][0] < trace.forwards:
+        elif run.held_out[-1][0] < run.forwards:
             look_at_held_out()
-    trace.notes = {"capped": search.num_capped} if isinstance(search, ReleasedSearch) else {}
-    return trace
+    run.notes = {"capped": search.num_capped} if isinstance(search, ReleasedSearch) else {}
+    return run
 
 
 def grid(samples: int, budget: int) -> list[int]:
@@ -400,24 +400,24 @@ def main() -> int:
         print(f"search benchmark: {error}", file=sys.stderr)
         return 1
     budget = options.budget or sizes.budget
-    traces = []
+    finished = []
     for arm in options.arms:
         for seed in seeds:
             share = 1.0 if arm in WHOLE else options.budget_fraction or SHARE
-            trace = run_arm(bench, arm, seed, int(share * budget), options.output / "runs")
-            traces.append(trace)
+            run = run_arm(bench, arm, seed, int(share * budget), options.output / "runs")
+            finished.append(run)
             print(
-                f"{arm} seed {seed}: {trace.forwards} forwards, perplexity "
-                f"{trace.search[-1][1]:.4f}, held out {trace.held_out[-1][1]:.4f}",
+                f"{arm} seed {seed}: {run.forwards} forwards, perplexity "
+                f"{run.search[-1][1]:.4f}, held out {run.held_out[-1][1]:.4f}",
                 flush=True,
             )
-    summary, from_yarn = (summarise(traces, name, BASELINES) for name in BASELINES)
+    summary, from_yarn = (summarise(finished, name, BASELINES) for name in BASELINES)
     orientation = bench.orientation()
     print_summary(summary, orientation)
     print("\nagainst the released operators from YaRN:")
     print_summary(from_yarn, {})
     if full_run:
-        drawing = draw_curves(traces, orientation["yarn"]["held_out"])
+        drawing = draw_curves(finished, orientation["yarn"]["held_out"])
         measure.RESULTS.mkdir(exist_ok=True)
         (measure.RESULTS / "search.png").write_bytes(drawing.png)
         write_text_atomic(measure.RESULTS / "search.csv", drawing.csv)

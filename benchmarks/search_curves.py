@@ -42,7 +42,7 @@ STYLES = {
 
 
 @dataclass
-class Trace:
+class ArmRun:
     """What one seed of one arm did."""
 
     arm: str
@@ -85,7 +85,9 @@ def value_at(curve: Curve, forwards: int) -> float | None:
     return curve[place - 1][1] if place else None
 
 
-def summarise(traces: Sequence[Trace], baseline: str, others: Sequence[str] = ()) -> dict[str, Any]:
+def summarise(
+    finished: Sequence[ArmRun], baseline: str, others: Sequence[str] = ()
+) -> dict[str, Any]:
     """Targets, one row for each arm, and the ratio of the best of our arms.
 
     The target is what `baseline` ends with; without a run of it there is nothing to reach: targets
@@ -95,25 +97,25 @@ def summarise(traces: Sequence[Trace], baseline: str, others: Sequence[str] = ()
         others (Sequence[str]): Arms that are not ours either.
     """
     arms = {
-        arm: [t for t in traces if t.arm == arm] for arm in dict.fromkeys(t.arm for t in traces)
+        arm: [t for t in finished if t.arm == arm] for arm in dict.fromkeys(t.arm for t in finished)
     }
     reference = arms.get(baseline, [])
     targets = {
-        kind: statistics.median(getattr(trace, kind)[-1][1] for trace in reference)
+        kind: statistics.median(getattr(run, kind)[-1][1] for run in reference)
         for kind in ("search", "held_out")
         if reference
     }
-    budget = max((trace.forwards for trace in reference), default=0)
+    budget = max((run.forwards for run in reference), default=0)
     rows = []
     for arm, runs in arms.items():
         row = {
             "arm": arm,
-            "seeds": [trace.seed for trace in runs],
-            "evaluations": [trace.evaluations for trace in runs],
-            "forwards": [trace.forwards for trace in runs],
+            "seeds": [run.seed for run in runs],
+            "evaluations": [run.evaluations for run in runs],
+            "forwards": [run.forwards for run in runs],
         }
         for kind in ("search", "held_out"):
-            curves = [getattr(trace, kind) for trace in runs]
+            curves = [getattr(run, kind) for run in runs]
             row[f"final_{kind}_perplexity"] = _rounded(statistics.median(c[-1][1] for c in curves))
             row[f"final_{kind}_perplexities"] = [_rounded(curve[-1][1]) for curve in curves]
             if reference:
@@ -122,7 +124,7 @@ def summarise(traces: Sequence[Trace], baseline: str, others: Sequence[str] = ()
                 row[f"forwards_to_reach_{kind}"] = _finite(median)
                 row[f"forwards_to_reach_{kind}_by_seed"] = list(map(_finite, reached))
                 row[f"ratio_{kind}"] = _finite(median / budget)
-        notes = [trace.notes for trace in runs]
+        notes = [run.notes for run in runs]
         rows.append(row | ({"notes": notes} if any(notes) else {}))
     ratios = [
         row["ratio_held_out"]
@@ -176,11 +178,11 @@ def print_summary(
     )  # fmt: skip
 
 
-def draw_curves(traces: Sequence[Trace], yarn: float | None = None) -> Drawing:
+def draw_curves(finished: Sequence[ArmRun], yarn: float | None = None) -> Drawing:
     """Held-out perplexity against sample-forwards: median over seeds, smallest and largest.
 
     Args:
-        traces (Sequence[Trace]): All runs; those of an arm are drawn as one line.
+        finished (Sequence[ArmRun]): All runs; those of an arm are drawn as one line.
         yarn (float, optional): YaRN's held-out perplexity, drawn for orientation.
     """
     title = "Held-out perplexity against the cost of the search"
@@ -189,10 +191,10 @@ def draw_curves(traces: Sequence[Trace], yarn: float | None = None) -> Drawing:
         axes = figure.add_subplot()
         ends, values, rows = [], [], []
         for arm, style in STYLES.items():
-            runs = [trace for trace in traces if trace.arm == arm]
+            runs = [run for run in finished if run.arm == arm]
             if not runs:
                 continue
-            band = _band([trace.held_out for trace in runs])
+            band = _band([run.held_out for run in runs])
             # The frame is for what is about as good as YaRN; a curve enters it from above.
             band = [point for point in band if point[2] <= ceiling] or band[-1:]
             xs, low, middle, high = zip(*band, strict=True)

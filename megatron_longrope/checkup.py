@@ -11,7 +11,7 @@ from importlib import metadata
 
 from megatron_longrope import __version__
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.integration import compat, hooks, seams
+from megatron_longrope.integration import compat, hooks, wrappers
 from megatron_longrope.integration.settings import attention_from_args
 
 
@@ -234,8 +234,8 @@ def _rope_kernel() -> str:
 def _symbols() -> list[SymbolState]:
     """Every symbol once, in the order in which the plugin replaces them."""
     groups: list[tuple[str, Callable[[], list[compat.Symbol]]]] = [
-        ("hook", lambda: [symbol for symbol, _ in hooks.argument_seams()]),
-        ("hook", lambda: [symbol for symbol, _ in hooks.model_seams()]),
+        ("hook", lambda: [symbol for symbol, _ in hooks.argument_wrappers()]),
+        ("hook", lambda: [symbol for symbol, _ in hooks.model_wrappers()]),
         ("hook", lambda: [compat.compile_helpers_symbol()]),
         ("stand-in", compat.stand_in_symbols),
     ]
@@ -254,7 +254,7 @@ def _state(role: str, symbol: compat.Symbol) -> SymbolState:
         holder, attribute = symbol.owner()
     except LongRopeError:
         return SymbolState(str(symbol), role, "MISSING")
-    if role == "hook" and seams.is_bound(vars(holder).get(attribute)):
+    if role == "hook" and wrappers.is_bound(vars(holder).get(attribute)):
         role = "patched"
     if misfit:
         return SymbolState(str(symbol), role, "SIGNATURE CHANGED", misfit)

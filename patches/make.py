@@ -1,4 +1,4 @@
-"""Write the patch of one Megatron release: the seams of hooks.py, bound in Megatron's source.
+"""Write the patch of one Megatron release: the wrappers of hooks.py, bound in Megatron's source.
 
     python patches/make.py                        for the installed megatron-core
     python patches/make.py /path/to/Megatron-LM   for a checkout of a release tag
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-IMPORT = "from megatron_longrope.integration import seams as longrope"
+IMPORT = "from megatron_longrope.integration import wrappers as longrope"
 WIDTH = 100  # of Megatron's lines
 CONTEXT = 3  # lines around an addition: `def core_attention` alone would fit two places
 
@@ -50,25 +50,27 @@ def patch() -> str:
     """The patch for the Megatron that is imported."""
     from megatron_longrope.integration import hooks
 
-    seams: dict[str, dict[str, str]] = {}
-    for symbol, seam in [*hooks.argument_seams(), *hooks.model_seams()]:
-        seams.setdefault(symbol.module, {})[symbol.name] = seam.__name__
+    wrappers: dict[str, dict[str, str]] = {}
+    for symbol, wrapper in [*hooks.argument_wrappers(), *hooks.model_wrappers()]:
+        wrappers.setdefault(symbol.module, {})[symbol.name] = wrapper.__name__
     text = f"LongRoPE in Megatron-LM {release()}; see patches/README.md of megatron-longrope.\n\n"
-    return text + "".join(_file_patch(module, seams) for module in sorted(seams))
+    return text + "".join(_file_patch(module, wrappers) for module in sorted(wrappers))
 
 
-def _file_patch(module: str, seams: dict[str, dict[str, str]]) -> str:
+def _file_patch(module: str, wrappers: dict[str, dict[str, str]]) -> str:
     source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
     if "megatron_longrope" in source:
         raise SystemExit(f"{module} is already patched; give a tree without the patch")
-    added = insertions(source, module, seams)
+    added = insertions(source, module, wrappers)
     name = module.replace(".", "/") + ".py"
     header = f"diff --git a/{name} b/{name}\n--- a/{name}\n+++ b/{name}\n"
     return header + _hunks(source.splitlines(), added) if added else ""
 
 
-def insertions(source: str, module: str, seams: dict[str, dict[str, str]]) -> dict[int, list[str]]:
-    """The lines that bind a module's seams, by the number of lines that come before them.
+def insertions(
+    source: str, module: str, wrappers: dict[str, dict[str, str]]
+) -> dict[int, list[str]]:
+    """The lines that bind a module's wrappers, by the number of lines that come before them.
 
     A definition gets a decorator. An imported name is bound anew after the imports, unless the
     module that it comes from binds it already.
@@ -76,7 +78,7 @@ def insertions(source: str, module: str, seams: dict[str, dict[str, str]]) -> di
     Args:
         source (str): The module's text.
         module (str): Its dotted name.
-        seams (dict[str, dict[str, str]]): By module and symbol, the name of the seam.
+        wrappers (dict[str, dict[str, str]]): By module and symbol, the name of the wrapper.
 
     Raises:
         ValueError: The module has a symbol not at all, or twice.
@@ -85,14 +87,14 @@ def insertions(source: str, module: str, seams: dict[str, dict[str, str]]) -> di
     added: dict[int, list[str]] = {}
     rebound: list[str] = []
     imported_before = len(source)
-    for name, seam in seams[module].items():
+    for name, wrapper in wrappers[module].items():
         path = _definition(tree, name.split("."))
         if path:
             imported_before = min(imported_before, path[0].lineno)
             first = min(node.lineno for node in (path[-1], *path[-1].decorator_list))
-            added[first - 1] = [f"{' ' * path[-1].col_offset}@longrope.{seam}"]
-        elif name not in seams.get(_origin(tree, name, module), {}):
-            rebound += _rebinding(name, seam)
+            added[first - 1] = [f"{' ' * path[-1].col_offset}@longrope.{wrapper}"]
+        elif name not in wrappers.get(_origin(tree, name, module), {}):
+            rebound += _rebinding(name, wrapper)
     if added or rebound:
         imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         last = max(node.end_lineno for node in imports if node.lineno < imported_before)
@@ -152,11 +154,11 @@ def _provides(aliases: Iterable[ast.alias], name: str) -> bool:
     return any(alias.name == "*" or (alias.asname or alias.name) == name for alias in aliases)
 
 
-def _rebinding(name: str, seam: str) -> list[str]:
-    line = f"{name} = longrope.{seam}({name})"
+def _rebinding(name: str, wrapper: str) -> list[str]:
+    line = f"{name} = longrope.{wrapper}({name})"
     if len(line) <= WIDTH:
         return [line]
-    return [f"{name} = longrope.{seam}(", f"    {name}", ")"]
+    return [f"{name} = longrope.{wrapper}(", f"    {name}", ")"]
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def build(shape: Shape, length: int, attention: str, *, plugin: bool, device: st
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_longrope.integration import hooks, seams
+    from megatron_longrope.integration import hooks, wrappers
     from megatron_longrope.integration.settings import LongRopeSettings
     from megatron_longrope.selection import FactorSelection
 
@@ -84,7 +84,7 @@ def build(shape: Shape, length: int, attention: str, *, plugin: bool, device: st
         factor = selection.attention_factor(length)
         settings = LongRopeSettings(selection, "softmax", factor)
         scale = factor**2 / math.sqrt(shape.head_dim)
-    seams.activate(seams.Run(settings, attention))
+    wrappers.activate(wrappers.Run(settings, attention))
     torch.manual_seed(0)
     config = TransformerConfig(
         num_layers=shape.layers,

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_longrope.checkpoint.folders import FSDP_DTENSOR
-from megatron_longrope.checkpoint.layered import Joined, LayeredCheckpoint, Piece
+from megatron_longrope.checkpoint.layered import Joined, LayeredCheckpoint, LazyTensor
 from megatron_longrope.checkpoint.pickles import load_object
 from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.checkpoint.shards import Shards
@@ -65,25 +65,25 @@ class FsdpCheckpoint(LayeredCheckpoint):
             if name in self._shards
         }
 
-    def _pieces(self) -> Mapping[str, Piece]:
-        pieces: dict[str, Piece] = {}
-        halves: dict[str, dict[str, Piece]] = {}
+    def _stored_tensors(self) -> Mapping[str, LazyTensor]:
+        tensors: dict[str, LazyTensor] = {}
+        halves: dict[str, dict[str, LazyTensor]] = {}
         for key, info in self._shards.tensors.items():
             if not key.startswith(_MODEL) or "_extra_state" in key:
                 continue
             name = key.removeprefix(_MODEL)
             while name.startswith(_WRAPPER):
                 name = name.removeprefix(_WRAPPER)
-            piece = _Stored(self._shards, key, TensorInfo(*info))
+            tensor = _Stored(self._shards, key, TensorInfo(*info))
             if match := _HALF.fullmatch(name):
-                halves.setdefault(match[1], {})[match[2]] = piece
+                halves.setdefault(match[1], {})[match[2]] = tensor
             else:
-                pieces[name] = piece
+                tensors[name] = tensor
         for name, found in halves.items():
             if set(found) != {"w", "v"}:
                 raise LongRopeError(f"holds only one half of {name}; the save was incomplete")
-            pieces[name] = Joined(name, (found["w"], found["v"]), dim=0)  # gate, then up
-        return pieces
+            tensors[name] = Joined(name, (found["w"], found["v"]), dim=0)  # gate, then up
+        return tensors
 
 
 class _Stored:

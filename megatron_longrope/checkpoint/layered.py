@@ -1,8 +1,8 @@
 """Checkpoints that hold each layer apart, read as torch_dist would hold them: stacked.
 
-What a name of torch_dist stands for is a :class:`Piece`: a stored tensor, or a :class:`Joined` or
-:class:`Stacked` set of pieces. Nothing is read before :meth:`Piece.read_into`, and that reads right
-into its place, so that peak memory is the tensor that was asked for.
+What a name of torch_dist stands for is a :class:`LazyTensor`: a stored tensor, or a :class:`Joined`
+or :class:`Stacked` set of them. Nothing is read before :meth:`LazyTensor.read_into`, and that reads
+right into its place, so that peak memory is the tensor that was asked for.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _EXPERTS = (
 _OUTPUT_LAYER = "output_layer.weight"
 
 
-class Piece(Protocol):
-    """A tensor, or several that make up one."""
+class LazyTensor(Protocol):
+    """A tensor on disk that has not been read, or several that make up one."""
 
     @property
     def info(self) -> TensorInfo:
@@ -43,9 +43,9 @@ class Piece(Protocol):
 
 
 class Joined:
-    """Pieces side by side along one dimension."""
+    """Tensors side by side along one dimension."""
 
-    def __init__(self, name: str, parts: Sequence[Piece], dim: int) -> None:
+    def __init__(self, name: str, parts: Sequence[LazyTensor], dim: int) -> None:
         """Check that the parts fit.
 
         Args:
@@ -77,9 +77,9 @@ class Joined:
 
 
 class Stacked:
-    """Pieces of one shape, on a new first dimension."""
+    """Tensors of one shape, on a new first dimension."""
 
-    def __init__(self, name: str, parts: Sequence[Piece], what: str) -> None:
+    def __init__(self, name: str, parts: Sequence[LazyTensor], what: str) -> None:
         """Check that the parts are alike.
 
         Args:
@@ -109,22 +109,22 @@ class LayeredCheckpoint(MegatronCheckpoint):
     """A checkpoint whose tensors have layer numbers in their names."""
 
     @abstractmethod
-    def _pieces(self) -> Mapping[str, Piece]:
+    def _stored_tensors(self) -> Mapping[str, LazyTensor]:
         """Every tensor of the model by its name in memory, its layer's number counted over all."""
 
     @cached_property
-    def _tensors(self) -> dict[str, Piece]:
+    def _tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the model by its name in torch_dist."""
         try:
-            pieces = dict(self._pieces())
+            tensors = dict(self._stored_tensors())
             if not self.shape.untie_embeddings:
                 # The last pipeline stage's copy of the embedding.
-                pieces.pop(_OUTPUT_LAYER, None)
-            pieces = stack_experts(fuse_norms(pieces))
-            self._check_layers(pieces)
+                tensors.pop(_OUTPUT_LAYER, None)
+            tensors = stack_experts(fuse_norms(tensors))
+            self._check_layers(tensors)
             if self.shape.hybrid_layer_pattern is not None:
-                return pieces  # layers differ in kind: torch_dist numbers them, too
-            return stack_layers(pieces)
+                return tensors  # layers differ in kind: torch_dist numbers them, too
+            return stack_layers(tensors)
         except ValueError as error:
             message = str(error)
             known = message.startswith(str(self.directory))
@@ -142,77 +142,77 @@ class LayeredCheckpoint(MegatronCheckpoint):
 
     def keys(self) -> dict[str, TensorInfo]:
         """Name -> shape and dtype of every model tensor (no optimizer or extra state)."""
-        return {name: piece.info for name, piece in self._tensors.items()}
+        return {name: tensor.info for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str, layer: int | None = None) -> Tensor:
         """Load one tensor to the CPU; see the base class."""
-        piece = self._tensors.get(name)
-        if piece is None:
+        tensor = self._tensors.get(name)
+        if tensor is None:
             raise self._no_tensor(name)
         if layer is not None:
-            self._check_layer(name, piece.info.shape, layer)
-            if not isinstance(piece, Stacked):
+            self._check_layer(name, tensor.info.shape, layer)
+            if not isinstance(tensor, Stacked):
                 return self.tensor(name)[layer]
-            piece = piece.parts[layer]
-        result = torch.empty(piece.info.shape, dtype=piece.info.dtype)
-        piece.read_into(result)
+            tensor = tensor.parts[layer]
+        result = torch.empty(tensor.info.shape, dtype=tensor.info.dtype)
+        tensor.read_into(result)
         return result
 
 
-def stack_experts(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+def stack_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Put the experts of each layer into one tensor `[experts, ...]`.
 
     Raises:
         LongRopeError: Experts are missing or differ.
     """
-    result: dict[str, Piece] = {}
-    experts: defaultdict[str, dict[int, Piece]] = defaultdict(dict)
-    for name, piece in pieces.items():
+    result: dict[str, LazyTensor] = {}
+    experts: defaultdict[str, dict[int, LazyTensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
         match = next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERTS)), None)
         if match is None:
-            result[name] = piece
+            result[name] = tensor
         else:
-            experts[f"{match['head']}.experts.{match['tail']}"][int(match["number"])] = piece
+            experts[f"{match['head']}.experts.{match['tail']}"][int(match["number"])] = tensor
     for name, found in experts.items():
         result[name] = Stacked(name, _in_order(name, found, "expert"), "expert")
     return result
 
 
-def fuse_norms(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+def fuse_norms(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Name norms as on disk, where those of the local spec are part of Transformer Engine's layers.
 
     With Transformer Engine itself a norm of its own, before a router, keeps its name.
     """
     is_local = any(
         name.endswith(".input_layernorm.weight")
-        and name.replace("input_layernorm", "self_attention.linear_qkv") in pieces
-        for name in pieces
+        and name.replace("input_layernorm", "self_attention.linear_qkv") in tensors
+        for name in tensors
     )
     if not is_local:
-        return dict(pieces)
+        return dict(tensors)
     result = {}
-    for name, piece in pieces.items():
+    for name, tensor in tensors.items():
         stacked, number = disk_name(name)
         if number is not None:
             name = f"decoder.layers.{number}.{stacked.removeprefix('decoder.layers.')}"
-        result[name] = piece
+        result[name] = tensor
     return result
 
 
-def stack_layers(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+def stack_layers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Put the layers of each tensor into one tensor `[layers, ...]`.
 
     Raises:
         LongRopeError: A layer lacks a tensor that others have, or differs in shape.
     """
-    result: dict[str, Piece] = {}
-    layers: defaultdict[str, dict[int, Piece]] = defaultdict(dict)
-    for name, piece in pieces.items():
+    result: dict[str, LazyTensor] = {}
+    layers: defaultdict[str, dict[int, LazyTensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
         match = _LAYER.fullmatch(name)
         if match is None:
-            result[name] = piece
+            result[name] = tensor
         else:
-            layers[f"decoder.layers.{match[2]}"][int(match[1])] = piece
+            layers[f"decoder.layers.{match[2]}"][int(match[1])] = tensor
     count = 1 + max((max(found) for found in layers.values()), default=-1)
     for name, found in layers.items():
         result[name] = Stacked(name, _in_order(name, found, "layer", count), "layer")
@@ -220,8 +220,8 @@ def stack_layers(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
 
 
 def _in_order(
-    name: str, found: Mapping[int, Piece], what: str, count: int | None = None
-) -> list[Piece]:
+    name: str, found: Mapping[int, LazyTensor], what: str, count: int | None = None
+) -> list[LazyTensor]:
     count = 1 + max(found) if count is None else count
     if missing := [index for index in range(count) if index not in found]:
         raise LongRopeError(

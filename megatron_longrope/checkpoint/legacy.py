@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.checkpoint.folders import TORCH
-from megatron_longrope.checkpoint.layered import LayeredCheckpoint, Piece
+from megatron_longrope.checkpoint.layered import LayeredCheckpoint, LazyTensor
 from megatron_longrope.checkpoint.rank_file import Mappings, RankFile, StoredPart
 from megatron_longrope.checkpoint.tensor_parallel import join_ranks
 from megatron_longrope.errors import LongRopeError
@@ -87,24 +87,24 @@ class LegacyCheckpoint(LayeredCheckpoint):
             )
         return common
 
-    def _pieces(self) -> Mapping[str, Piece]:
+    def _stored_tensors(self) -> Mapping[str, LazyTensor]:
         self._check_one_run()
-        pieces: dict[str, Piece] = {}
+        tensors: dict[str, LazyTensor] = {}
         offset = 0
         for chunk in next(iter(self._files.values())).chunks:
             for pipeline_rank in range(self._sizes.pipeline):
                 stage = self._stage(chunk, pipeline_rank)
                 numbers = [-1]
-                for name, piece in stage.items():
+                for name, tensor in stage.items():
                     match = _LAYER.fullmatch(name)
                     if match is None:
                         # The last stage repeats what it shares with the first.
-                        pieces.setdefault(name, piece)
+                        tensors.setdefault(name, tensor)
                         continue
                     numbers.append(int(match[1]))
-                    pieces[f"decoder.layers.{offset + numbers[-1]}.{match[2]}"] = piece
+                    tensors[f"decoder.layers.{offset + numbers[-1]}.{match[2]}"] = tensor
                 offset += 1 + max(numbers)
-        return pieces
+        return tensors
 
     def _check_one_run(self) -> None:
         first, *others = self._files.values()
@@ -122,7 +122,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
                     f"{len(first.chunks)}; the folder mixes several checkpoints"
                 )
 
-    def _stage(self, chunk: str, pipeline_rank: int) -> dict[str, Piece]:
+    def _stage(self, chunk: str, pipeline_rank: int) -> dict[str, LazyTensor]:
         """Whole tensors of one chunk; layers are numbered as there, experts over all ranks."""
         is_gated, sizes = self.shape.swiglu, self._sizes
         files = [
@@ -135,7 +135,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
             next(file for tensor, _, file in files if tensor == rank)
             for rank in range(sizes.tensor)
         ]
-        stage: dict[str, Piece] = {}
+        stage: dict[str, LazyTensor] = {}
         for name in _shared_names(dense, chunk):
             if not _expert(name):
                 parts = [StoredPart(file, chunk, name) for file in dense]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_longrope.checkpoint.layered import Joined, Piece
+from megatron_longrope.checkpoint.layered import Joined, LazyTensor
 from megatron_longrope.errors import LongRopeError
 
 # Column-parallel layers have their part of the output rows; the rows of qkv lie group by group.
@@ -25,14 +25,14 @@ _WHOLE = re.compile(
 )
 
 
-class RankPart(Piece, Protocol):
+class RankPart(LazyTensor, Protocol):
     """What one rank stored of a tensor."""
 
-    def rows(self, start: int, stop: int) -> Piece:
+    def rows(self, start: int, stop: int) -> LazyTensor:
         """Its rows from `start` up to `stop`."""
 
 
-def join_ranks(name: str, parts: Sequence[RankPart], is_gated: bool) -> Piece:
+def join_ranks(name: str, parts: Sequence[RankPart], is_gated: bool) -> LazyTensor:
     """The whole of a tensor.
 
     Args:

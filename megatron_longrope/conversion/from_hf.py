@@ -25,7 +25,7 @@ from megatron_longrope.conversion.megatron_args import (
 )
 from megatron_longrope.conversion.megatron_writer import (
     MAX_SHARD_BYTES,
-    Piece,
+    TensorChunk,
     write_release,
 )
 from megatron_longrope.conversion.work import file_identity, work_folder
@@ -183,24 +183,24 @@ def _identity(
 
 def _loader(
     source: HfSource, folder: HfFolder, vocabulary: Mapping[str, str], vocab_size: int
-) -> Callable[[Piece], Tensor]:
-    """Loads pieces of a checkpoint; `vocabulary` names what comes some rows at a time."""
+) -> Callable[[TensorChunk], Tensor]:
+    """Loads chunks of a checkpoint; `vocabulary` names what comes some rows at a time."""
 
-    def load(piece: Piece) -> Tensor:
-        name = vocabulary.get(piece.tensor.name)
+    def load(chunk: TensorChunk) -> Tensor:
+        name = vocabulary.get(chunk.tensor.name)
         if name is None:
-            return source.load(piece.tensor.name, piece.layer)
-        return _vocabulary_rows(folder, name, piece, vocab_size)
+            return source.load(chunk.tensor.name, chunk.layer)
+        return _vocabulary_rows(folder, name, chunk, vocab_size)
 
     return load
 
 
-def _vocabulary_rows(folder: HfFolder, name: str, piece: Piece, vocab_size: int) -> Tensor:
+def _vocabulary_rows(folder: HfFolder, name: str, chunk: TensorChunk, vocab_size: int) -> Tensor:
     """Some rows of an embedding; those beyond the vocabulary are zero."""
-    value = folder.rows(name, piece.start, max(piece.start, min(piece.stop, vocab_size)))
-    check_finite(f"{folder.directory}: tensor {name}", value, piece.tensor.dtype)
-    value = value.to(piece.tensor.dtype)
-    padding = piece.stop - piece.start - len(value)
+    value = folder.rows(name, chunk.start, max(chunk.start, min(chunk.stop, vocab_size)))
+    check_finite(f"{folder.directory}: tensor {name}", value, chunk.tensor.dtype)
+    value = value.to(chunk.tensor.dtype)
+    padding = chunk.stop - chunk.start - len(value)
     if padding == 0:
         return value
     return torch.cat([value, value.new_zeros(padding, *value.shape[1:])])

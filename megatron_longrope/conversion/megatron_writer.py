@@ -35,7 +35,7 @@ from megatron_longrope.conversion.work import complete_file
 from megatron_longrope.files import read_json, write_json_atomic, write_text_atomic
 
 MAX_SHARD_BYTES = 5_000_000_000
-# Rows are written in pieces of this size where only some can be had at a time.
+# Rows are written in chunks of this size where only some can be had at a time.
 _BLOCK_BYTES = 64 * 2**20
 RELEASE = "release"
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -60,11 +60,11 @@ _STATEFUL_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorChunk:
     """What is loaded and written at once: a tensor, one of its layers, or some of its rows."""
 
     tensor: StoredTensor
-    """Of which it is a piece."""
+    """Of which it is a chunk."""
 
     layer: int | None
     """Which layer, None if the tensor is not stacked."""
@@ -104,7 +104,7 @@ class Piece:
 def write_release(
     directory: Path,
     tensors: list[StoredTensor],
-    load: Callable[[Piece], Tensor],
+    load: Callable[[TensorChunk], Tensor],
     common: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -118,26 +118,26 @@ def write_release(
 
     Args:
         directory (Path): Where an earlier run left off, or an empty directory.
-        load (Callable): Gives the data of a piece.
+        load (Callable): Gives the data of a chunk.
         common (Mapping): What is not tensors: `args`, `iteration`, ...
         progress (Callable, optional): Called with bytes done and bytes in all; first with those
             that an earlier run wrote.
         records (Path): Directory for a note on every complete file.
-        max_shard_bytes (int): Largest file, unless a single piece is larger.
+        max_shard_bytes (int): Largest file, unless a single chunk is larger.
 
     Returns:
         Path: The directory of the checkpoint's files.
     """
     target = directory / RELEASE
     target.mkdir(exist_ok=True)
-    shards = _shards([piece for item in tensors for piece in _pieces(item)], max_shard_bytes)
+    shards = _shards([chunk for item in tensors for chunk in _chunks(item)], max_shard_bytes)
     total = sum(item.num_bytes for item in tensors)
     names = [f"__0_{number}.distcp" for number in range(len(shards))]
     places = {name: _recorded(target / name, records) for name in names}
     done = sum(
-        piece.num_bytes
+        chunk.num_bytes
         for name, shard in zip(names, shards, strict=True)
-        for piece in (shard if places[name] else ())
+        for chunk in (shard if places[name] else ())
     )
     if progress is not None:
         progress(done, total)
@@ -146,9 +146,9 @@ def write_release(
             continue
         with complete_file(target / name) as file:
             places[name] = []
-            for piece in shard:
-                places[name].append(_write(file, load(piece), piece))
-                done += piece.num_bytes
+            for chunk in shard:
+                places[name].append(_write(file, load(chunk), chunk))
+                done += chunk.num_bytes
                 if progress is not None:
                     progress(done, total)
             write_json_atomic(records / f"{name}.json", places[name])
@@ -160,7 +160,7 @@ def write_release(
         for content in objects.values():
             places[last].append((file.tell(), len(content)))
             file.write(content)
-    items = [piece.write_item() for shard in shards for piece in shard]
+    items = [chunk.write_item() for shard in shards for chunk in shard]
     items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
     infos = [_StorageInfo(name, *place) for name in (*names, last) for place in places[name]]
     with complete_file(target / ".metadata") as file:
@@ -171,33 +171,33 @@ def write_release(
     return target
 
 
-def _pieces(item: StoredTensor) -> list[Piece]:
+def _chunks(item: StoredTensor) -> list[TensorChunk]:
     layers: list[int | None] = [None] if item.num_layers is None else list(range(item.num_layers))
     rows = item.shape[0]
     block = rows
     if item.in_blocks:
         block = max(1, _BLOCK_BYTES // (math.prod(item.shape[1:]) * item.dtype.itemsize))
     return [
-        Piece(item, layer, start, min(start + block, rows))
+        TensorChunk(item, layer, start, min(start + block, rows))
         for layer in layers
         for start in range(0, rows, block)
     ]
 
 
-def _shards(pieces: list[Piece], max_shard_bytes: int) -> list[list[Piece]]:
-    shards: list[list[Piece]] = [[]]
+def _shards(chunks: list[TensorChunk], max_shard_bytes: int) -> list[list[TensorChunk]]:
+    shards: list[list[TensorChunk]] = [[]]
     size = 0
-    for piece in pieces:
-        if shards[-1] and size + piece.num_bytes > max_shard_bytes:
+    for chunk in chunks:
+        if shards[-1] and size + chunk.num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(piece)
-        size += piece.num_bytes
+        shards[-1].append(chunk)
+        size += chunk.num_bytes
     return shards
 
 
 def _recorded(path: Path, records: Path) -> list[tuple[int, int]]:
-    """Where the pieces of a complete file are: (offset, length); empty if it is not complete."""
+    """Where the chunks of a complete file are: (offset, length); empty if it is not complete."""
     record = records / f"{path.name}.json"
     if not (path.is_file() and record.is_file()):
         return []
@@ -205,14 +205,14 @@ def _recorded(path: Path, records: Path) -> list[tuple[int, int]]:
     return places if path.stat().st_size == sum(places[-1]) else []
 
 
-def _write(file: IO[bytes], value: Tensor, piece: Piece) -> tuple[int, int]:
-    """Append a piece as torch does; gives its offset and length."""
-    if tuple(value.shape) != piece.shape or value.dtype != piece.tensor.dtype:
-        raise RuntimeError(f"{piece.tensor.name} is not as planned; report this as a bug")
+def _write(file: IO[bytes], value: Tensor, chunk: TensorChunk) -> tuple[int, int]:
+    """Append a chunk as torch does; gives its offset and length."""
+    if tuple(value.shape) != chunk.shape or value.dtype != chunk.tensor.dtype:
+        raise RuntimeError(f"{chunk.tensor.name} is not as planned; report this as a bug")
     if value.untyped_storage().nbytes() != value.nbytes:
         value = value.clone()  # torch.save writes all of what a view looks into
     offset = file.tell()
-    torch.save(value if piece.layer is None else value[None], file)
+    torch.save(value if chunk.layer is None else value[None], file)
     return offset, file.tell() - offset
 
 

@@ -142,7 +142,7 @@ class CmaSearch(GenerationalSearch):
         candidates: Iterable[Candidate],
         *,
         samples: int | None = None,
-        rival: Candidate | None = None,
+        incumbent: Candidate | None = None,
         certain: bool = True,
     ) -> Generation | None:
         chosen = []
@@ -152,7 +152,7 @@ class CmaSearch(GenerationalSearch):
             self._left -= price
             self._paid[candidate] = self._paid.get(candidate, 0) + price
             chosen.append(candidate)
-        return super()._generation(chosen, samples=samples, rival=rival, certain=certain)
+        return super()._generation(chosen, samples=samples, incumbent=incumbent, certain=certain)
 
     def _price(self, candidate: Candidate, samples: int | None) -> int:
         """Sample-forwards of a trial; what an earlier one has scored is not scored again."""
@@ -160,11 +160,14 @@ class CmaSearch(GenerationalSearch):
         return max(0, wanted - self._paid.get(candidate, 0))
 
     def _ask(
-        self, candidates: Iterable[Candidate], rival: Candidate | None = None, certain: bool = True
+        self,
+        candidates: Iterable[Candidate],
+        incumbent: Candidate | None = None,
+        certain: bool = True,
     ) -> Iterator[Generation]:
         """One generation of those among `candidates` that have not been asked for."""
         new = [item for item in dict.fromkeys(candidates) if item not in self._asked]
-        generation = self._generation(new, rival=rival, certain=certain)
+        generation = self._generation(new, incumbent=incumbent, certain=certain)
         if generation is not None:
             yield generation
 
@@ -195,7 +198,7 @@ class CmaSearch(GenerationalSearch):
             kept = sorted(choices, key=lambda item: (generation.scores[item], choices.index(item)))
             choices = kept[: (len(kept) + 1) // 2]
             samples *= 2
-        yield from self._ask(choices, rival=best)
+        yield from self._ask(choices, incumbent=best)
 
     # CMA-ES
 
@@ -225,7 +228,7 @@ class CmaSearch(GenerationalSearch):
         coordinates = Coordinates(self.space, self.best[0])
         strategy = self._strategy(coordinates.size, deviation)
         waiting: list[tuple[list[np.ndarray], list[Candidate]]] = []
-        rival, stale = None, 0
+        incumbent, stale = None, 0
         best, unimproved = self.best[0], 0
         self._synchronous = False
         while self._left > reserve and stale < _STALE and unimproved < _PATIENCE:
@@ -234,7 +237,7 @@ class CmaSearch(GenerationalSearch):
             points, candidates = self._promising(strategy, coordinates)
             waiting.append((points, candidates))
             before = self._left
-            yield from self._ask(candidates, rival, certain=False)
+            yield from self._ask(candidates, incumbent, certain=False)
             stale = stale + 1 if self._left == before else 0
             if stale:  # nothing to wait for, hence wait for what is on its way
                 yield from self._barrier()
@@ -246,7 +249,7 @@ class CmaSearch(GenerationalSearch):
                     # With a lookahead, points come from an earlier distribution than the latest.
                     warnings.simplefilter("ignore", cma.evolution_strategy.InjectionWarning)
                     strategy.tell(points, self._fitness(candidates))
-                rival = self._median(candidates)
+                incumbent = self._median(candidates)
                 leader = min(candidates, key=lambda item: self._scores[item])
                 better = self._scores[leader] < self._scores[best]
                 best, unimproved = (leader, 0) if better else (best, unimproved + 1)
@@ -327,7 +330,7 @@ class CmaSearch(GenerationalSearch):
                 moves = [(gene, sign * step) for gene in genes for sign in (1, -1)]
                 moved = {move: moved_candidate(self.space, best, [move]) for move in moves}
                 moved = self._promising_moves(moved, best)
-                yield from self._ask(moved.values(), rival=best)
+                yield from self._ask(moved.values(), incumbent=best)
                 gains = {
                     move: self._scores[item]
                     for move, item in moved.items()
@@ -336,7 +339,7 @@ class CmaSearch(GenerationalSearch):
                 order = sorted(gains, key=lambda move: gains[move])
                 parts = [order[: math.ceil(len(order) / divisor)] for divisor in (1, 2, 4)]
                 joined = [moved_candidate(self.space, best, part) for part in parts]
-                yield from self._ask(joined, rival=self.best[0])
+                yield from self._ask(joined, incumbent=self.best[0])
                 improved = self.best[0] != best
             step /= 2
 

@@ -147,10 +147,10 @@ class EvolutionSearch(GenerationalSearch):
         if number > self.parameters.max_iterations:
             return None
         survivors = self._ranked(self._known(number))[: self.parameters.num_parents]
-        rival, score = survivors[-1]
+        incumbent, score = survivors[-1]
         # Whoever is not better than the last survivor has no children: racing may stop it.
         full = len(survivors) == self.parameters.num_parents and math.isfinite(score)
-        return self._generation(self._children(survivors), rival=rival if full else None)
+        return self._generation(self._children(survivors), incumbent=incumbent if full else None)
 
     def _initial_population(self) -> list[Candidate]:
         """P_0: the seeds and mutations of each in turn."""

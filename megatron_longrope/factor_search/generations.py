@@ -38,12 +38,12 @@ class Trial:
     samples: int | None = None
     """How many samples the score covers, from the first one; None for all of them."""
 
-    rival: Candidate | None = None
+    incumbent: Candidate | None = None
     """A candidate, scored on all samples, that this one must beat to matter; scoring may stop as
     soon as it cannot. None: its score is needed whatever it is."""
 
     certain: bool = True
-    """Whether losing to the rival means for certain that it does not matter. Where it is only
+    """Whether losing to the incumbent means for certain that it does not matter. Where it is only
     likely, as in CMA-ES, the exact rule stops nobody."""
 
     block: int = 0
@@ -63,7 +63,7 @@ class Generation:
     samples: int | None = None
     """See :class:`Trial`."""
 
-    rival: Candidate | None = None
+    incumbent: Candidate | None = None
     """See :class:`Trial`."""
 
     certain: bool = True
@@ -184,7 +184,7 @@ class GenerationalSearch(ABC):
                 generation.first + offset,
                 candidate,
                 generation.samples,
-                generation.rival,
+                generation.incumbent,
                 generation.certain,
                 generation.block,
             )
@@ -198,7 +198,7 @@ class GenerationalSearch(ABC):
 
         The order of telling within a generation, and whether it is told at once or in parts, do not
         matter: the next generation is drawn when the last score has arrived. A candidate whose
-        scoring was stopped is told with a score that its rival beats.
+        scoring was stopped is told with a score that its incumbent beats.
 
         Raises:
             LongRopeError: Lengths differ, or a candidate is not among those now asked for. Nothing
@@ -237,7 +237,7 @@ class GenerationalSearch(ABC):
         candidates: Iterable[Candidate],
         *,
         samples: int | None = None,
-        rival: Candidate | None = None,
+        incumbent: Candidate | None = None,
         certain: bool = True,
     ) -> Generation | None:
         """A generation of `candidates`, cut to the budget; None when nothing is left of it."""
@@ -247,7 +247,7 @@ class GenerationalSearch(ABC):
         if not chosen:
             return None
         block = len(self._generations) % self._blocks
-        generation = Generation(self._num_asked, chosen, samples, rival, certain, block)
+        generation = Generation(self._num_asked, chosen, samples, incumbent, certain, block)
         self._num_asked += len(chosen)
         if samples is None:
             for offset, candidate in enumerate(chosen):

@@ -37,7 +37,7 @@ class Evaluation:
 
     score: float
     """Perplexity, which the search minimises. Of a candidate that a race stopped, a bound or an
-    estimate that its rival beats; infinity when the evaluation failed."""
+    estimate that its incumbent beats; infinity when the evaluation failed."""
 
     sample_nlls: tuple[float, ...] = ()
     """Mean negative log-likelihood per token of each sample scored, from the first one."""

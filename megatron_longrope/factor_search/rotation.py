@@ -64,7 +64,7 @@ class Anchor:
 
     def losses_of(self, score: float, block: int) -> list[float]:
         """What a candidate of that score would lose on a block if it differed from the anchor
-        everywhere alike; a race needs a rival on the same windows."""
+        everywhere alike; a race needs an incumbent on the same windows."""
         return [value + math.log(score) - self.level for value in self.losses[block]]
 
     def adjusted(self, records: Sequence[Evaluation]) -> list[Evaluation]:
@@ -108,8 +108,8 @@ def validate(
     leading = score_trial(Trial(0, winner), problem, objective, Race("off"))
     of_anchor = leading.score
     for given in finalists:
-        rival = leading.sample_nlls
-        found = score_trial(Trial(0, given), problem, objective, race, rival=rival)
+        incumbent = leading.sample_nlls
+        found = score_trial(Trial(0, given), problem, objective, race, incumbent=incumbent)
         if is_complete(found) and not found.score >= leading.score:
             winner, leading = given, found
     score = best.get(winner, math.exp(anchor.level))

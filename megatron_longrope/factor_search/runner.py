@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.factor_search.board import Board
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch, Trial
 from megatron_longrope.factor_search.journal import Evaluation, is_complete
-from megatron_longrope.factor_search.ledger import Ledger, Team, opened
+from megatron_longrope.factor_search.known_scores import KnownScores, Team, open_journal
 from megatron_longrope.factor_search.objective import Objective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
@@ -20,6 +19,7 @@ from megatron_longrope.factor_search.rotation import Anchor
 from megatron_longrope.factor_search.scoring import score_trial
 from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.factor_search.telemetry import SearchStatus, Telemetry
+from megatron_longrope.factor_search.trial_queue import TrialQueue
 from megatron_longrope.progress import Progress
 
 
@@ -98,7 +98,7 @@ def run_search(
         run (SearchRun): Where and how.
         label (str): Of the progress line.
         known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
-            another search: what they scored costs nothing here. Complete ones are rivals of the
+            another search: what they scored costs nothing here. Complete ones are incumbents of the
             winner.
         blocks (Sequence[Objective]): Of a rotating pool, all of the same size; a trial is scored on
             its own. Defaults to `objective` for all.
@@ -114,19 +114,19 @@ def run_search(
     settings = {**run.settings, "racing": [run.race.rule, run.race.significance]}
     total = search.total_samples(num_samples)
     with (
-        opened(
+        open_journal(
             run.journal, settings, problem, run.team, resume=run.resume, overwrite=run.overwrite
-        ) as (ledger, board),
+        ) as (scores, queue),
         Progress(total, label, "samples") as bar,
         Telemetry(run.tensorboard) as telemetry,
     ):
         for record in known:
-            ledger.know(record)
+            scores.add_losses(record)
         while trials := search.trials():
-            arrived = [record for trial in trials if (record := ledger.find(trial))]
+            arrived = [record for trial in trials if (record := scores.find(trial))]
             if not arrived:
                 arrived = _work(
-                    trials, problem, blocks or (objective,), anchor, run.race, ledger, board
+                    trials, problem, blocks or (objective,), anchor, run.race, scores, queue
                 )
             trials_by_index = {trial.index: trial for trial in trials}
             for record in sorted(arrived, key=lambda item: item.index):
@@ -134,13 +134,25 @@ def run_search(
                 done = status.sample_forwards + status.avoided
                 status.add(record, trials_by_index[record.index].samples)
                 records[record.index] = record
-                resumed = len(records) <= ledger.num_resumed
+                resumed = len(records) <= scores.num_resumed
                 bar.update(
                     status.note(), status.sample_forwards + status.avoided - done, resumed=resumed
                 )
                 if not resumed:
                     telemetry.evaluated(record, status.best and status.best.score, status)
         bar.finish(status.note())
+    return _outcome(search, problem, run, known, records, status)
+
+
+def _outcome(
+    search: GenerationalSearch, problem: SearchProblem, run: SearchRun,
+    known: Sequence[Evaluation], records: Mapping[int, Evaluation], status: SearchStatus,
+) -> SearchOutcome:  # fmt: skip
+    """Choose the best of what was searched and of the references.
+
+    Raises:
+        LongRopeError: No candidate could be scored.
+    """
     candidate, score = search.best
     seed_scores = _named_scores(problem, [*known, *records.values()])
     for name, given in problem.references.items():
@@ -164,31 +176,31 @@ def run_search(
 
 def _work(
     trials: Sequence[Trial], problem: SearchProblem, blocks: Sequence[Objective],
-    anchor: Anchor | None, race: Race, ledger: Ledger, board: Board,
+    anchor: Anchor | None, race: Race, scores: KnownScores, queue: TrialQueue,
 ) -> list[Evaluation]:  # fmt: skip
     """Score one trial, or wait for the other replicas; returns what is new."""
-    arrived = [record for trial in trials if (record := board.fetch(trial.index))]
+    arrived = [record for trial in trials if (record := queue.fetch(trial.index))]
     if not arrived:
-        trial = next((trial for trial in trials if board.claim(trial.index)), None)
+        trial = next((trial for trial in trials if queue.claim(trial.index)), None)
         if trial is None:
-            board.wait()
+            queue.wait()
             return []
-        objective, rival = blocks[trial.block], None
-        # A rival that was itself stopped has no score to compare with.
-        if trial.rival is not None and (trial.certain or race.rule == "paired"):
-            score = ledger.score(trial.rival)
+        objective, incumbent = blocks[trial.block], None
+        # An incumbent that was itself stopped has no score to compare with.
+        if trial.incumbent is not None and (trial.certain or race.rule == "paired"):
+            score = scores.score(trial.incumbent)
             if score is not None and anchor is None:
-                rival = ledger.losses(trial.rival)
+                incumbent = scores.losses(trial.incumbent)
             elif score is not None:
-                rival = anchor.losses_of(score, trial.block)
-        known = ledger.losses(trial.candidate, trial.block)
+                incumbent = anchor.losses_of(score, trial.block)
+        known = scores.losses(trial.candidate, trial.block)
         record = score_trial(
-            trial, problem, objective, race, known=known, rival=rival, anchor=anchor
+            trial, problem, objective, race, known=known, incumbent=incumbent, anchor=anchor
         )
-        board.publish(record)
+        queue.publish(record)
         arrived = [record]
     for record in arrived:
-        ledger.add(record)
+        scores.add(record)
     return arrived
 
 

@@ -1,4 +1,4 @@
-"""Score one trial: sample by sample, racing its rival, and never dying of a bad candidate."""
+"""Score one trial: sample by sample, racing its incumbent, and never dying of a bad candidate."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def score_trial(
     race: Race,
     *,
     known: Sequence[float] = (),
-    rival: Sequence[float] | None = None,
+    incumbent: Sequence[float] | None = None,
     anchor: Anchor | None = None,
 ) -> Evaluation:
     """The evaluation of a trial.
 
-    A pure function of the trial, the rival's losses and the model: known losses save forward passes
-    and change nothing else.
+    A pure function of the trial, the incumbent's losses and the model: known losses save forward
+    passes and change nothing else.
 
     Args:
         known (Sequence[float]): Losses of the candidate's first samples, from an earlier trial.
-        rival (Sequence[float], optional): Losses of the trial's rival on all samples.
+        incumbent (Sequence[float], optional): Losses of the trial's incumbent on all samples.
         anchor (Anchor, optional): Makes scores on different blocks of a pool comparable.
 
     Returns:
@@ -59,7 +59,7 @@ def score_trial(
             if bad := [i for i in range(first, len(losses)) if not math.isfinite(losses[i])]:
                 error = f"the loss of sample {bad[0]} is {losses[bad[0]]}"
                 break
-            if rival is not None and (verdict := race.lost(losses, rival)):
+            if incumbent is not None and (verdict := race.lost(losses, incumbent)):
                 stopped, mean = verdict
                 break
     except RuntimeError as failure:

@@ -18,11 +18,10 @@ from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search import outcome as outcome_files
 from megatron_longrope.factor_search.base import base_of, start_token_choices
-from megatron_longrope.factor_search.board import shared_store
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.generations import WORTHWHILE
-from megatron_longrope.factor_search.ledger import Team
+from megatron_longrope.factor_search.known_scores import Team
 from megatron_longrope.factor_search.needle import NeedleSamples
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.options import SearchOptions
@@ -43,6 +42,7 @@ from megatron_longrope.factor_search.runner import (
     score_references,
 )
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
+from megatron_longrope.factor_search.trial_queue import shared_store
 from megatron_longrope.ranks import rank
 
 

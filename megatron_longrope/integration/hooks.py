@@ -14,35 +14,35 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.integration import compat, seams
+from megatron_longrope.integration import compat, wrappers
 
 logger = logging.getLogger(__name__)
 
-Seam = Callable[[Any], Any]
+Wrapper = Callable[[Any], Any]
 # Replaced symbols in order, with their originals. Module state because the symbols are global too.
 _replaced: list[tuple[compat.Symbol, Any]] = []
 
 
-def argument_seams() -> list[tuple[compat.Symbol, Seam]]:
+def argument_wrappers() -> list[tuple[compat.Symbol, Wrapper]]:
     """What lets an unmodified script read the plugin's flags."""
     return [
-        *((symbol, seams.with_arguments) for symbol in compat.argument_symbols()),
-        *((symbol, seams.with_validation) for symbol in compat.validate_symbols()),
+        *((symbol, wrappers.with_arguments) for symbol in compat.argument_symbols()),
+        *((symbol, wrappers.with_validation) for symbol in compat.validate_symbols()),
     ]
 
 
-def model_seams() -> list[tuple[compat.Symbol, Seam]]:
+def model_wrappers() -> list[tuple[compat.Symbol, Wrapper]]:
     """What makes models, batches and checkpoints follow the configured run."""
     return [
-        *((symbol, seams.with_rotary) for symbol in compat.rotary_symbols()),
-        *((symbol, seams.with_document_shards) for symbol in compat.batch_split_symbols()),
-        (compat.local_attention_symbol(), seams.with_core_attention),
-        (compat.concentration_symbol(), seams.with_concentration),
-        (compat.attention_init_symbol(), seams.with_softmax_scale),
-        (compat.output_layer_symbol(), seams.with_chunked_loss),
-        (compat.initialize_distributed_symbol(), seams.with_agreement),
-        (compat.load_checkpoint_symbol(), seams.with_factor_check),
-        (compat.setup_model_symbol(), seams.with_model_check),
+        *((symbol, wrappers.with_rotary) for symbol in compat.rotary_symbols()),
+        *((symbol, wrappers.with_document_shards) for symbol in compat.batch_split_symbols()),
+        (compat.local_attention_symbol(), wrappers.with_core_attention),
+        (compat.concentration_symbol(), wrappers.with_concentration),
+        (compat.attention_init_symbol(), wrappers.with_softmax_scale),
+        (compat.output_layer_symbol(), wrappers.with_chunked_loss),
+        (compat.initialize_distributed_symbol(), wrappers.with_agreement),
+        (compat.load_checkpoint_symbol(), wrappers.with_factor_check),
+        (compat.setup_model_symbol(), wrappers.with_model_check),
     ]
 
 
@@ -53,7 +53,7 @@ def apply() -> None:
         LongRopeError: This Megatron lacks a symbol that the plugin needs; nothing stays replaced.
     """
     compat.warn_if_untested()
-    pairs = [*argument_seams(), *model_seams()]
+    pairs = [*argument_wrappers(), *model_wrappers()]
     if compat.helpers_are_compiled():
         # A wheel ships the compiled helpers without the Makefile that Megatron would run.
         pairs.append((compat.compile_helpers_symbol(), lambda _: lambda: None))
@@ -69,13 +69,13 @@ def enable(args: argparse.Namespace) -> None:
         SystemExit: A flag is wrong; the message is one sentence.
         LongRopeError: This Megatron lacks a symbol that the plugin needs.
     """
-    _install(model_seams())
-    seams.configure(args)
+    _install(model_wrappers())
+    wrappers.configure(args)
 
 
 def remove() -> None:
     """Put every replaced symbol back; models that were already built keep what they have."""
-    seams.activate(None)
+    wrappers.activate(None)
     while _replaced:
         symbol, original = _replaced.pop()
         holder, attribute = symbol.owner()
@@ -87,21 +87,21 @@ def replaced_symbols() -> list[str]:
     return [str(symbol) for symbol, _ in _replaced]
 
 
-def _install(pairs: list[tuple[compat.Symbol, Seam]]) -> None:
+def _install(pairs: list[tuple[compat.Symbol, Wrapper]]) -> None:
     """Replace what is not replaced yet; a missing symbol undoes everything."""
     present = replaced_symbols()
     try:
-        for symbol, seam in pairs:
+        for symbol, wrapper in pairs:
             if str(symbol) in present:
                 continue
             holder, attribute = symbol.owner()
             # A class attribute must be stored undescribed, or restoring would bind it.
             original = vars(holder)[attribute]
-            if seams.is_bound(original):
+            if wrappers.is_bound(original):
                 continue
             if misfit := symbol.misfit():
                 warnings.warn(f"{symbol} {misfit}; see `longrope doctor`", stacklevel=3)
-            setattr(holder, attribute, seam(original))
+            setattr(holder, attribute, wrapper(original))
             _replaced.append((symbol, original))
             logger.info("replaced %s", symbol)
     except LongRopeError:

@@ -27,7 +27,7 @@ def check_models(chunks: list, attention: str, *, has_factors: bool) -> None:
 
     Args:
         chunks (list): Megatron's model chunks, wrapped or not.
-        attention (str): Of :class:`.seams.Run`.
+        attention (str): Of :class:`.wrappers.Run`.
         has_factors (bool): Whether the run has LongRoPE factors.
 
     Raises:

@@ -31,11 +31,11 @@ from megatron_longrope.progress import format_duration
 from megatron_longrope.report.figures import draw
 from megatron_longrope.report.reading import Measurements, read_measurements
 from megatron_longrope.report.search_figures import draw_factors, draw_search, draw_start_tokens
-from megatron_longrope.report.search_trace import (
+from megatron_longrope.report.search_history import (
     NamedSet,
-    SearchTrace,
+    SearchHistory,
     find_factor_sets,
-    find_search_traces,
+    find_search_histories,
     start_token_curve,
 )
 from megatron_longrope.report.style import NEUTRALS, Drawing, series_styles
@@ -85,7 +85,7 @@ def write_report(
     measurements = measurements or read_measurements(folders)
     sets, notes = _factor_sets(folders)
     sections = sections_of(measurements)
-    drawn = [*_draw(sections, measurements), *_draw_searches(sets, _traces(folders, sets))]
+    drawn = [*_draw(sections, measurements), *_draw_searches(sets, _histories(folders, sets))]
     for part in drawn:
         for drawing in part.drawings:
             drawing.save(page.parent / "figures")
@@ -154,12 +154,14 @@ def _draw(sections: Sequence[Section], measurements: Measurements) -> Iterator[_
         yield _Drawn(section.title, section.tables, drawings, section.warnings)
 
 
-def _draw_searches(sets: Sequence[NamedSet], traces: Sequence[SearchTrace]) -> Iterator[_Drawn]:
+def _draw_searches(
+    sets: Sequence[NamedSet], histories: Sequence[SearchHistory]
+) -> Iterator[_Drawn]:
     if sets:
         drawing = draw_factors(sets)
         yield _Drawn(drawing.title, [_factor_table(sets, drawing.title)], [drawing])
-    curves = [curve for trace in traces if (curve := start_token_curve(trace))]
-    for found, drawn_by in ((traces, draw_search), (curves, draw_start_tokens)):
+    curves = [curve for history in histories if (curve := start_token_curve(history))]
+    for found, drawn_by in ((histories, draw_search), (curves, draw_start_tokens)):
         if found:
             drawing = drawn_by(found)
             yield _Drawn(drawing.title, [], [drawing])
@@ -262,12 +264,12 @@ def _factor_sets(folders: Sequence[Path]) -> tuple[list[NamedSet], list[str]]:
     return sets, notes
 
 
-def _traces(folders: Sequence[Path], sets: Sequence[NamedSet]) -> list[SearchTrace]:
+def _histories(folders: Sequence[Path], sets: Sequence[NamedSet]) -> list[SearchHistory]:
     configs: list[LongRopeConfig] = [config for _, config, _ in sets]
     return [
-        replace(trace, name=_prefix(folder, folders) + trace.name)
+        replace(history, name=_prefix(folder, folders) + history.name)
         for folder in folders
-        for trace in find_search_traces(folder, configs)
+        for history in find_search_histories(folder, configs)
     ]
 
 

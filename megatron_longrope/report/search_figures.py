@@ -18,8 +18,8 @@ from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.space import Candidate
 from megatron_longrope.lengths import format_length
 from megatron_longrope.report.axes import panel_title, start_token_axis
-from megatron_longrope.report.search_trace import (
-    SearchTrace,
+from megatron_longrope.report.search_history import (
+    SearchHistory,
     StartTokenCurve,
     reference_factors,
     start_token_curve,
@@ -73,12 +73,12 @@ def draw_search_figures(
     names: dict[tuple[float, ...], str] = {}
     for seed, candidate in problem.seeds.items():
         names.setdefault(problem.factor_set(candidate).rescale_factors, seed)
-    trace = SearchTrace(name, records, names, seeds)
+    history = SearchHistory(name, records, names, seeds)
     config = problem.config(winner)
     drawings = [draw_factors([(name, config, config.factor_set_for(problem.target_length))])]
-    if any(map(is_complete, trace.records)):
-        drawings.insert(0, draw_search([trace]))
-    if curve := start_token_curve(trace):
+    if any(map(is_complete, history.records)):
+        drawings.insert(0, draw_search([history]))
+    if curve := start_token_curve(history):
         drawings.append(draw_start_tokens([curve]))
     return [
         path for drawing in drawings for path in drawing.save(directory, f"{name}_{drawing.name}")
@@ -127,27 +127,27 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
         )  # fmt: skip
 
 
-def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
+def draw_search(histories: Sequence[SearchHistory]) -> Drawing:
     """Draw the best score after each evaluation of each search, with its known seeds."""
     rows: list[tuple[Any, ...]] = []
     used: dict[str, Line2D] = {}
-    with panels("Search progress", len(traces), "Evaluation", "Perplexity") as (figure, grid):
-        for axes, trace in zip(grid, traces, strict=True):
-            best = trace.best_scores
+    with panels("Search progress", len(histories), "Evaluation", "Perplexity") as (figure, grid):
+        for axes, history in zip(grid, histories, strict=True):
+            best = history.best_scores
             rows += [
-                (trace.name, number, _finite(record.score), _finite(lowest), record.stopped or "",
+                (history.name, number, _finite(record.score), _finite(lowest), record.stopped or "",
                  record.num_start_tokens, forwards)
                 for number, (record, lowest, forwards) in enumerate(
-                    zip(trace.records, best, trace.sample_forwards, strict=True), start=1
+                    zip(history.records, best, history.sample_forwards, strict=True), start=1
                 )
             ]  # fmt: skip
             first = next(value for value in best if math.isfinite(value))
-            finite = [record.score for record in trace.records if math.isfinite(record.score)]
-            seeds = _shown(trace.seeds)
+            finite = [record.score for record in history.records if math.isfinite(record.score)]
+            seeds = _shown(history.seeds)
             score_axis(axes, [first, best[-1], *seeds.values()], around=finite)
             count = max(len(best), 2)
             axes.set_xlim(1 - 0.012 * count, count)
-            used |= _draw_candidates(axes, trace.records)
+            used |= _draw_candidates(axes, history.records)
             for method, score in seeds.items():
                 seed = style_of(method)
                 axes.axhline(score, color=seed.color, linestyle=seed.dashes, linewidth=1.3)
@@ -159,7 +159,7 @@ def draw_search(traces: Sequence[SearchTrace]) -> Drawing:
                 (score, style._replace(marker=""), f"{style.label} {format_score(score)}", True)
                 for score, style in named
             ])  # fmt: skip
-            panel_title(axes, trace.name, _search_detail(trace))
+            panel_title(axes, history.name, _search_detail(history))
         order = [label for label in _MARKS if label in used]
         figure.legend(
             handles=[used[label] for label in order], labels=order, loc="outside lower center",
@@ -254,10 +254,10 @@ def _shown(seeds: Mapping[str, float]) -> dict[str, float]:
     return known if best is None else {**known, best: others[best]}
 
 
-def _search_detail(trace: SearchTrace) -> str:
-    failed = sum(map(is_failed, trace.records))
-    stopped = sum(record.stopped is not None for record in trace.records)
-    parts = [f"{len(trace.records):,} evaluations"]
+def _search_detail(history: SearchHistory) -> str:
+    failed = sum(map(is_failed, history.records))
+    stopped = sum(record.stopped is not None for record in history.records)
+    parts = [f"{len(history.records):,} evaluations"]
     parts += [f"{stopped:,} scored in part"] if stopped else []
     parts += [f"{failed:,} failed"] if failed else []
     return ", ".join(parts)

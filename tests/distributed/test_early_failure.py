@@ -11,7 +11,7 @@ import pytest
 from launching import SCRIPT, Command, two_agents
 from tiny_training import HEAD_DIM, MODEL, refusal, yarn_config
 
-from megatron_longrope.integration import agreement, seams
+from megatron_longrope.integration import agreement, wrappers
 from megatron_longrope.integration.agreement import Finding
 
 CONFIG = yarn_config(2, 2048)
@@ -19,7 +19,7 @@ TOO_SHORT = replace(CONFIG, factor_sets=CONFIG.factor_sets[:1])
 ABSENT = None
 
 
-# Through the seam around Megatron's validation
+# Through the wrapper around Megatron's validation
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def one_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(agreement, "_pending", None)
     yield
-    seams.activate(None)
+    wrappers.activate(None)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def validate(path, **changes):
         "create_attention_mask_in_dataloader": False,
     }  # fmt: skip
     args = argparse.Namespace(**{**values, **changes})
-    return seams.with_validation(lambda args: args)(args)
+    return wrappers.with_validation(lambda args: args)(args)
 
 
 FLAGS = [

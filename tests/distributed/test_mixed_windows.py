@@ -32,14 +32,14 @@ def build(mode: str):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_longrope.integration import hooks, seams
+    from megatron_longrope.integration import hooks, wrappers
     from megatron_longrope.integration.settings import LongRopeSettings
     from megatron_longrope.selection import FactorSelection
 
     hooks.apply()
     selection = FactorSelection(CONFIG, mode, RUN)
     factor = selection.attention_factor(RUN)
-    seams.activate(seams.Run(LongRopeSettings(selection, "softmax", factor), "sdpa"))
+    wrappers.activate(wrappers.Run(LongRopeSettings(selection, "softmax", factor), "sdpa"))
     torch.manual_seed(3)
     config = TransformerConfig(
         num_layers=2,

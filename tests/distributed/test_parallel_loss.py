@@ -59,14 +59,14 @@ def model_step(loss_chunk: int | None, sequence_parallel: bool) -> dict[str, tor
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from megatron_longrope.integration import chunked_loss, seams
+    from megatron_longrope.integration import chunked_loss, wrappers
 
     class Norm(torch.nn.RMSNorm):  # Megatron's own refuses sequence parallelism
         def __init__(self, config, hidden_size, eps=1e-5, **_):
             super().__init__(hidden_size, eps=eps)
 
     args = tiny_gpt.start_run()
-    seams.activate(seams.Run(tiny_gpt.settings_of_run(), "sdpa", loss_chunk))
+    wrappers.activate(wrappers.Run(tiny_gpt.settings_of_run(), "sdpa", loss_chunk))
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
     chunk = tiny_gpt.build(

@@ -244,7 +244,7 @@ def split_batches() -> dict:
     """What megatron-core's context-parallel split of a pack gives with and without the run."""
     from megatron.core import parallel_state, utils
 
-    from megatron_longrope.integration import seams
+    from megatron_longrope.integration import wrappers
 
     group = parallel_state.get_context_parallel_group()
     signature = inspect.signature(utils.get_batch_on_this_cp_rank)
@@ -272,7 +272,7 @@ def split_batches() -> dict:
         found["refusal"] = str(error)
     if by_sequence:  # what pretrain_gpt.py asks for with --dataloader-inter-document-masking
         found["by sequence"] = split(use_per_sequence_balancing=True)
-        seams.activate(None)
+        wrappers.activate(None)
         found["stock"] = split(use_per_sequence_balancing=True)
     return found
 

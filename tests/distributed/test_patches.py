@@ -17,7 +17,7 @@ from launching import pretrain_command, train
 pytest.importorskip("megatron.training")
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.integration import compat, seams
+from megatron_longrope.integration import compat, wrappers
 from megatron_longrope.methods import yarn_factors
 
 PATCHES = Path(__file__).parents[2] / "patches"
@@ -52,11 +52,11 @@ if __name__ == "__main__":
 """
 
 # Ends with an error unless every symbol is bound in the source and the hooks leave it alone.
-EVERY_SEAM = """\
-from megatron_longrope.integration import hooks, seams
-for symbol, _ in [*hooks.argument_seams(), *hooks.model_seams()]:
+EVERY_WRAPPER = """\
+from megatron_longrope.integration import hooks, wrappers
+for symbol, _ in [*hooks.argument_wrappers(), *hooks.model_wrappers()]:
     holder, attribute = symbol.owner()
-    assert seams.is_bound(vars(holder)[attribute]), f"{symbol} is not bound"
+    assert wrappers.is_bound(vars(holder)[attribute]), f"{symbol} is not bound"
 hooks.apply()
 assert [name for name in hooks.replaced_symbols() if "compile_helpers" not in name] == []
 """
@@ -120,8 +120,8 @@ def test_a_patch_only_adds_lines(release):
 
 
 @pytest.mark.parametrize("release", compat.TESTED_RELEASES)
-def test_a_patch_uses_every_seam(release):
-    every = {name for name in vars(seams) if name.startswith("with_")}
+def test_a_patch_uses_every_wrapper(release):
+    every = {name for name in vars(wrappers) if name.startswith("with_")}
     used = set(
         re.findall(r"^\+.*longrope\.(with_\w+)", patch_of(release).read_text(), re.MULTILINE)
     )
@@ -160,7 +160,7 @@ def test_the_patch_fits_a_checkout():
 
 @pytest.mark.slow
 def test_a_patch_binds_what_the_hooks_replace_and_the_hooks_then_leave_it_alone(tree):
-    done = run_python(EVERY_SEAM, tree)
+    done = run_python(EVERY_WRAPPER, tree)
     assert done.returncode == 0, done.stderr
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch.distributed as dist
 from synthetic_search import Synthetic, small_problem
 
-from megatron_longrope.factor_search.board import shared_store
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.factor_search.ledger import Team
+from megatron_longrope.factor_search.known_scores import Team
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.runner import SearchRun, run_search
+from megatron_longrope.factor_search.trial_queue import shared_store
 
 SMALL = EvolutionParameters(
     population_size=10, num_mutations=4, num_crossovers=4, max_iterations=4, num_parents=4

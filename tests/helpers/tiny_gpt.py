@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from reference_decoder import Decoder, Rope, Weights
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.integration import hooks, seams
+from megatron_longrope.integration import hooks, wrappers
 from megatron_longrope.integration.settings import LongRopeSettings, settings_from_args
 
 ORIGINAL, RUN = 32, 64  # tokens: the pre-trained window and the run's
@@ -60,13 +60,13 @@ def start_run(config: LongRopeConfig | None = None, **changes: Any) -> argparse.
     rotary_dim = int(HEAD_DIM * args.rotary_percent)
     settings = settings_from_args(args, config or longrope_config(rotary_dim), "sdpa")
     hooks.apply()
-    seams.activate(seams.Run(settings, "sdpa"))
+    wrappers.activate(wrappers.Run(settings, "sdpa"))
     return args
 
 
 def settings_of_run() -> LongRopeSettings:
     """What the active run uses."""
-    return seams._run.settings
+    return wrappers._run.settings
 
 
 def transformer_config(args: argparse.Namespace, *, layers: int = 2, **changes: Any):

@@ -23,7 +23,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
 from megatron_longrope.engine import process_groups
-from megatron_longrope.integration import compat, hooks, seams
+from megatron_longrope.integration import compat, hooks, wrappers
 from megatron_longrope.integration.model_check import check_models
 from megatron_longrope.integration.settings import attention_from_args, settings_from_args
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
@@ -44,7 +44,7 @@ def start_run(**changes):
     args = tiny_gpt.run_arguments(**changes)
     settings = settings_from_args(args, tiny_gpt.longrope_config(), "te")
     hooks.apply()
-    seams.activate(seams.Run(settings, "te"))
+    wrappers.activate(wrappers.Run(settings, "te"))
     return args
 
 
@@ -108,7 +108,7 @@ def test_the_rotary_module_is_ours_and_gives_the_angles_of_the_factors():
 
 def test_without_factors_the_model_is_stock():
     hooks.apply()
-    seams.activate(seams.Run(None, "te"))
+    wrappers.activate(wrappers.Run(None, "te"))
     model = build(tiny_gpt.run_arguments(longrope_config=None))
     assert type(model.rotary_pos_emb).__module__.startswith("megatron.core")
     for attention in core_attentions(model):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from search_curves import Trace, draw_curves, forwards_to_reach, summarise, value_at
+from search_curves import ArmRun, draw_curves, forwards_to_reach, summarise, value_at
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -106,8 +106,8 @@ def test_a_quick_run_without_a_model_says_what_it_needs():
     assert "--quick needs --model DIR" in run(ok=False).stderr
 
 
-def trace(arm, seed, *held_out, search=((5, 30.0),)):
-    return Trace(arm, seed, list(search), list(held_out), forwards=held_out[-1][0])
+def arm_run(arm, seed, *held_out, search=((5, 30.0),)):
+    return ArmRun(arm, seed, list(search), list(held_out), forwards=held_out[-1][0])
 
 
 def test_a_target_that_is_touched_and_left_again_is_not_reached_yet():
@@ -124,16 +124,16 @@ def test_a_curve_holds_its_value_until_the_next_point():
 
 
 def test_the_ratio_is_the_best_arms_median_over_what_the_released_operators_spent():
-    traces = [
-        trace("released", 0, (5, 30.0), (100, 20.0)),
-        trace("released", 1, (5, 30.0), (100, 22.0)),
-        trace("released", 2, (5, 30.0), (100, 26.0)),
-        trace("ours", 0, (5, 30.0), (10, 21.0)),
-        trace("ours", 1, (5, 30.0), (20, 21.0)),
-        trace("ours", 2, (5, 30.0), (40, 29.0)),
-        trace("worse", 0, (5, 30.0), (60, 21.0)),
+    finished = [
+        arm_run("released", 0, (5, 30.0), (100, 20.0)),
+        arm_run("released", 1, (5, 30.0), (100, 22.0)),
+        arm_run("released", 2, (5, 30.0), (100, 26.0)),
+        arm_run("ours", 0, (5, 30.0), (10, 21.0)),
+        arm_run("ours", 1, (5, 30.0), (20, 21.0)),
+        arm_run("ours", 2, (5, 30.0), (40, 29.0)),
+        arm_run("worse", 0, (5, 30.0), (60, 21.0)),
     ]
-    summary = summarise(traces, "released")
+    summary = summarise(finished, "released")
     assert summary["target_held_out_perplexity"] == 22.0
     assert summary["baseline_forwards"] == 100
     assert summary["ratio"] == 0.2
@@ -143,19 +143,19 @@ def test_the_ratio_is_the_best_arms_median_over_what_the_released_operators_spen
 
 
 def test_nothing_reached_and_nothing_to_reach_have_no_ratio():
-    released = trace("released", 0, (5, 30.0), (100, 20.0))
-    ours = trace("ours", 0, (5, 30.0), (100, 21.0))
+    released = arm_run("released", 0, (5, 30.0), (100, 20.0))
+    ours = arm_run("ours", 0, (5, 30.0), (100, 21.0))
     assert summarise([released, ours], "released")["ratio"] is None
     assert summarise([ours], "released")["ratio"] is None
 
 
 def test_the_figure_comes_with_the_points_behind_it():
-    traces = [
-        trace(arm, seed, (5, 30.0 + seed), (100, 20.0 + seed))
+    finished = [
+        arm_run(arm, seed, (5, 30.0 + seed), (100, 20.0 + seed))
         for arm in ("released", "evolution", "cma")
         for seed in (0, 1)
     ]
-    drawing = draw_curves(traces, yarn=40.0)
+    drawing = draw_curves(finished, yarn=40.0)
     assert drawing.png.startswith(b"\x89PNG")
     lines = drawing.csv.splitlines()
     assert lines[0] == "arm,seed,text,sample_forwards,perplexity"

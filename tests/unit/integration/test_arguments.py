@@ -45,7 +45,7 @@ def path(tmp_path):
 
 
 def read(args):
-    """The run's settings, as seams.configure reads them."""
+    """The run's settings, as wrappers.configure reads them."""
     config = config_from_args(args)
     return None if config is None else settings_from_args(args, config, attention_from_args(args))
 

@@ -11,7 +11,7 @@ from tiny_gpt import RUN, fill, random_tokens
 pytest.importorskip("megatron.training")
 
 from megatron_longrope.engine import process_groups
-from megatron_longrope.integration import chunked_loss, hooks, seams
+from megatron_longrope.integration import chunked_loss, hooks, wrappers
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.chunked_loss import chunk_tokens_from_args
 from megatron_longrope.training_loss import DEFAULT_CHUNK
@@ -33,7 +33,7 @@ def megatron(monkeypatch):
 
 def gpt(loss_chunk, *, tied=False):
     args = tiny_gpt.start_run()
-    seams.activate(seams.Run(tiny_gpt.settings_of_run(), "sdpa", loss_chunk))
+    wrappers.activate(wrappers.Run(tiny_gpt.settings_of_run(), "sdpa", loss_chunk))
     options = {"share_embeddings_and_output_weights": tied}
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -52,7 +52,7 @@ def hybrid(loss_chunk, *, tied=False):
     import make_hybrid_checkpoint as maker
 
     hooks.apply()
-    seams.activate(seams.Run(None, "sdpa", loss_chunk))
+    wrappers.activate(wrappers.Run(None, "sdpa", loss_chunk))
     return maker.build("*-", 2, not tied)
 
 
@@ -113,7 +113,7 @@ def test_gradient_accumulation_fusion_fills_the_main_gradient():
 
 def test_only_the_last_pipeline_stage_is_changed():
     hooks.apply()
-    seams.activate(seams.Run(None, "sdpa", CHUNK))
+    wrappers.activate(wrappers.Run(None, "sdpa", CHUNK))
     model = tiny_gpt.build(tiny_gpt.run_arguments(), model_options={"post_process": False})
     assert not chunked_loss.is_deferred(model)
     chunked_loss.check_models([model])
@@ -134,7 +134,7 @@ def test_the_flag_is_off_and_has_a_default_number_of_tokens():
 
 
 def test_the_log_names_the_chunks():
-    line = seams.Run(None, "sdpa", 512).describe()
+    line = wrappers.Run(None, "sdpa", 512).describe()
     assert line.endswith("stock RoPE; attention sdpa; loss in chunks of 512 tokens")
 
 

@@ -13,9 +13,9 @@ pytest.importorskip("megatron.training")
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.integration import compat, hooks, seams
-from megatron_longrope.integration.seams import Run
+from megatron_longrope.integration import compat, hooks, wrappers
 from megatron_longrope.integration.settings import LongRopeSettings
+from megatron_longrope.integration.wrappers import Run
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 from megatron_longrope.selection import FactorSelection
 
@@ -42,14 +42,14 @@ def restored():
 
 
 def every_symbol() -> list[compat.Symbol]:
-    pairs = [*hooks.argument_seams(), *hooks.model_seams()]
+    pairs = [*hooks.argument_wrappers(), *hooks.model_wrappers()]
     return [*(symbol for symbol, _ in pairs), compat.compile_helpers_symbol()]
 
 
 def configured(settings: LongRopeSettings | None, attention: str = "sdpa") -> None:
     """What a run does after its arguments are read: models follow it from now on."""
     hooks.apply()
-    seams.activate(Run(settings, attention))
+    wrappers.activate(Run(settings, attention))
 
 
 def stored(symbol: compat.Symbol) -> object:
@@ -140,7 +140,7 @@ def test_models_get_a_rotary_module_with_the_runs_settings():
 def test_without_a_run_or_without_factors_everything_is_stock(run):
     stock_rotary, stock_attention = gpt_rotary(), core_attention()
     hooks.apply()
-    seams.activate(run)
+    wrappers.activate(run)
     assert type(rotary(use_cpu_initialization=True)) is stock_rotary
     assert core_attention() is stock_attention
     assert concentration(SimpleNamespace()) == 1.0
@@ -148,7 +148,7 @@ def test_without_a_run_or_without_factors_everything_is_stock(run):
 
 def test_the_latest_run_counts():
     configured(ROPE)
-    seams.activate(Run(LongRopeSettings(FactorSelection(OTHER, "auto", 128)), "te"))
+    wrappers.activate(Run(LongRopeSettings(FactorSelection(OTHER, "auto", 128)), "te"))
     assert rotary().config is OTHER
     assert concentration(SimpleNamespace()) == 1.0
 

@@ -11,9 +11,9 @@ pytest.importorskip("megatron.training")
 
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.integration import provenance, seams
-from megatron_longrope.integration.seams import Run
+from megatron_longrope.integration import provenance, wrappers
 from megatron_longrope.integration.settings import LongRopeSettings
+from megatron_longrope.integration.wrappers import Run
 from megatron_longrope.selection import FactorSelection
 
 SHORT = FactorSet(64, (1.0, 1.0, 1.0, 1.1))
@@ -402,22 +402,22 @@ def test_only_the_plugins_own_softmax_scale_is_forgotten(scale, left):
 
 @pytest.fixture
 def load():
-    """The seam around a reader that returns what it is told."""
-    seams.activate(None)
-    seams._compared.clear()
+    """The wrapper around a reader that returns what it is told."""
+    wrappers.activate(None)
+    wrappers._compared.clear()
     content = {}
 
     def read(load_dir, args, rank0=False):
         return content.get(load_dir), load_dir, False, None
 
-    yield SimpleNamespace(read=seams.with_factor_check(read), content=content)
-    seams.activate(None)
-    seams._compared.clear()
-    seams._saved_args = None
+    yield SimpleNamespace(read=wrappers.with_factor_check(read), content=content)
+    wrappers.activate(None)
+    wrappers._compared.clear()
+    wrappers._saved_args = None
 
 
 def test_the_checkpoint_of_the_run_is_compared_once(load, capsys):
-    seams.activate(Run(settings(), "sdpa"))
+    wrappers.activate(Run(settings(), "sdpa"))
     args = arguments(load="a", pretrained_checkpoint=None)
     load.content["a"] = {"args": stock(), "iteration": 600}
     for rank0 in (True, False):
@@ -430,7 +430,7 @@ def test_the_checkpoint_of_the_run_is_compared_once(load, capsys):
 
 
 def test_a_refusal_names_the_directory_and_ends_the_run(load):
-    seams.activate(Run(settings(OTHER), "sdpa"))
+    wrappers.activate(Run(settings(OTHER), "sdpa"))
     load.content["a"] = {"args": saved(), "iteration": 600}
     with pytest.raises(SystemExit) as error:
         load.read("a", arguments(load=None, pretrained_checkpoint="a"), rank0=True)
@@ -438,7 +438,7 @@ def test_a_refusal_names_the_directory_and_ends_the_run(load):
 
 
 def test_another_models_checkpoint_is_not_compared(load):
-    seams.activate(Run(settings(OTHER), "sdpa"))
+    wrappers.activate(Run(settings(OTHER), "sdpa"))
     load.content["teacher"] = {"args": saved()}
     args = arguments(load="a", pretrained_checkpoint=None)
     load.read("teacher", args)
@@ -446,7 +446,7 @@ def test_another_models_checkpoint_is_not_compared(load):
 
 
 def test_a_reference_model_does_not_change_the_lineage(load, capsys):
-    seams.activate(Run(settings(), "sdpa"))
+    wrappers.activate(Run(settings(), "sdpa"))
     args = arguments(load="a", pretrained_checkpoint="base")
     load.content["a"] = {"args": saved(longrope_lineage=[{"rope": "longrope"}]), "iteration": 9}
     load.content["base"] = {"args": stock(), "iteration": 600}
@@ -456,7 +456,7 @@ def test_a_reference_model_does_not_change_the_lineage(load, capsys):
 
 
 def test_nothing_to_load_is_nothing_to_compare(load):
-    seams.activate(Run(settings(), "sdpa"))
+    wrappers.activate(Run(settings(), "sdpa"))
     args = arguments(load="absent", pretrained_checkpoint=None)
     assert load.read("absent", args)[0] is None
     assert not hasattr(args, "longrope_lineage")
@@ -465,4 +465,4 @@ def test_nothing_to_load_is_nothing_to_compare(load):
 def test_megatrons_parsing_hands_the_checkpoints_arguments_on(load):
     load.content["a"] = {"args": saved(), "iteration": 600}
     load.read("a", arguments(load="a", pretrained_checkpoint=None), rank0=True)
-    assert seams._saved_args is load.content["a"]["args"]
+    assert wrappers._saved_args is load.content["a"]["args"]

@@ -15,11 +15,11 @@ from megatron_longrope.report.search_figures import (
     draw_search_figures,
     draw_start_tokens,
 )
-from megatron_longrope.report.search_trace import (
-    SearchTrace,
+from megatron_longrope.report.search_history import (
+    SearchHistory,
     StartTokenCurve,
     find_factor_sets,
-    find_search_traces,
+    find_search_histories,
     start_token_curve,
 )
 from megatron_longrope.report.style import style_of
@@ -97,8 +97,8 @@ def test_without_a_complete_candidate_progress_is_not_drawn(tmp_path):
 def test_seeds_come_from_the_records_unless_given():
     names = {PI: "pi", NTK: "ntk", YARN: "yarn"}
     records = [*SEEDED, record(6, 60.0, PI, start_tokens=4), record(7, 1.0, NTK, stopped="budget")]
-    assert SearchTrace("x", records, names).seeds == {"pi": 61.0, "ntk": 71.0, "yarn": 43.0}
-    given = SearchTrace("x", records, names, {"pi": 3.0, "none": math.inf})
+    assert SearchHistory("x", records, names).seeds == {"pi": 61.0, "ntk": 71.0, "yarn": 43.0}
+    given = SearchHistory("x", records, names, {"pi": 3.0, "none": math.inf})
     assert given.seeds == {"pi": 3.0}
 
 
@@ -109,7 +109,7 @@ def test_the_curve_compares_on_the_samples_that_all_share():
         record(2, 1.0, PI, 16, (3.1, 3.3, 9.0), "paired"),
         record(3, math.inf, PI, 64, ()),  # failed: no point, and no reason to drop the others
     ]
-    curve = start_token_curve(SearchTrace("x", records, {PI: "pi"}))
+    curve = start_token_curve(SearchHistory("x", records, {PI: "pi"}))
     assert (curve.factors, curve.whose, curve.num_samples) == (PI, "pi", 2)
     assert curve.points == pytest.approx({0: math.exp(3.1), 4: math.exp(2.9), 16: math.exp(3.2)})
 
@@ -117,14 +117,14 @@ def test_the_curve_compares_on_the_samples_that_all_share():
 def test_the_curve_takes_the_factors_with_the_most_start_token_choices():
     few = [record(n, 9.0, PI, n) for n in (0, 1)]
     many = [record(10 + n, 10.0, OTHER, n, (2.3,)) for n in (0, 4, 8)]
-    assert start_token_curve(SearchTrace("x", [*few, *many])).factors == OTHER
-    assert start_token_curve(SearchTrace("x", few)).whose == "best"
+    assert start_token_curve(SearchHistory("x", [*few, *many])).factors == OTHER
+    assert start_token_curve(SearchHistory("x", few)).whose == "best"
 
 
 def test_the_curve_never_compares_scores_on_different_blocks_of_samples():
     first = record(0, 9.0, PI, 0, (2.0, 2.1))
     other = Evaluation(PI, 4, 8.0, (1.0, 1.1), index=1, block=1)
-    assert start_token_curve(SearchTrace("x", [first, other])) is None
+    assert start_token_curve(SearchHistory("x", [first, other])) is None
 
 
 def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
@@ -133,9 +133,9 @@ def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
         record(1, 9.0, PI, 4, (2.1, 2.2, 2.3)),
         record(2, 9.0, PI, 0, (2.0, 2.1, 2.2)),
     ]
-    trace = SearchTrace("x", records)
-    assert start_token_curve(trace).num_samples == 3
-    assert trace.sample_forwards == [1, 4, 6]
+    history = SearchHistory("x", records)
+    assert start_token_curve(history).num_samples == 3
+    assert history.sample_forwards == [1, 4, 6]
 
 
 # Found in a folder
@@ -169,8 +169,8 @@ def entry(index, score, start_tokens=0, nlls=(), stopped=None):
     }  # fmt: skip
 
 
-def trace_of(name, scores, seeds):
-    return SearchTrace(
+def history_of(name, scores, seeds):
+    return SearchHistory(
         name, [Evaluation(FACTORS, 0, score, index=i) for i, score in enumerate(scores)], {}, seeds
     )
 
@@ -200,23 +200,23 @@ def test_seeds_are_recognised_and_damaged_lines_passed_over(tmp_path):
         file.write('[]\n{"score": "x", "rescale_factors": [1]}\n{"score": 3, "resc')
     (tmp_path / "empty.journal.jsonl").write_text("")
     configs = [config for _, config, _ in find_factor_sets(tmp_path)[0]]
-    (trace,) = find_search_traces(tmp_path, configs)
-    assert trace.name == "first"
-    scores = [record.score for record in trace.records]
+    (history,) = find_search_histories(tmp_path, configs)
+    assert history.name == "first"
+    scores = [record.score for record in history.records]
     assert scores == [61.0, 71.2, 42.9, 40.0, math.inf, 38.5]
-    assert trace.seeds == {"pi": 61.0, "ntk": 71.2, "yarn": 42.9}
-    assert find_search_traces(tmp_path)[0].seeds == {}
+    assert history.seeds == {"pi": 61.0, "ntk": 71.2, "yarn": 42.9}
+    assert find_search_histories(tmp_path)[0].seeds == {}
 
 
 @pytest.mark.parametrize("scores", [(5.0,), (math.inf, 4.0), (9e9, 3.0, math.inf, 2.0)])
 def test_a_short_or_wild_search_can_be_drawn(scores):
-    assert draw_search([trace_of("x", scores, {})]).png.startswith(b"\x89PNG")
+    assert draw_search([history_of("x", scores, {})]).png.startswith(b"\x89PNG")
 
 
-def test_a_search_without_a_complete_candidate_has_no_trace(tmp_path):
+def test_a_search_without_a_complete_candidate_has_no_history(tmp_path):
     save_journal(tmp_path / "x.journal.jsonl", (), [entry(0, 5.0, stopped="budget")])
     assert len(read_records(tmp_path / "x.journal.jsonl")) == 1
-    assert find_search_traces(tmp_path) == []
+    assert find_search_histories(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -229,14 +229,14 @@ def test_flat_wild_and_crowded_start_token_curves_can_be_drawn(points):
 
 def test_of_many_unpublished_starting_points_only_the_best_has_a_line():
     seeds = {f"cd{index}": 39.0 - index for index in range(30)} | {"near-pi": 8.0}
-    svg = [draw_search([trace_of("x", (5.0, 4.0), some)]).svg
+    svg = [draw_search([history_of("x", (5.0, 4.0), some)]).svg
            for some in (seeds, {"cd29": 10.0, "near-pi": 8.0})]  # fmt: skip
     assert svg[0] == svg[1]
     assert style_of("near-pi") == style_of("pi")._replace(label="near PI")
 
 
 def test_a_search_whose_candidates_all_fit_the_frame_is_laid_out_without_a_warning(recwarn):
-    draw_search([trace_of(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
+    draw_search([history_of(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
     points = {0: 3.0, 1: 2.9, 2: 2.8, 256: 90.0}
     draw_start_tokens([StartTokenCurve("x", FACTORS, None, 1, points)] * 5)
     assert not [item for item in recwarn if "layout" in str(item.message)]

@@ -278,13 +278,13 @@ def test_a_straggler_holds_up_what_lies_more_than_the_lookahead_behind_it(lookah
 
 def test_a_rival_is_the_last_survivor_of_the_generations_that_may_be_known():
     search = small_search()
-    assert all(trial.rival is None for trial in search.trials())
+    assert all(trial.incumbent is None for trial in search.trials())
     first = search.ask()
     search.tell(first, [float(value) for value in range(12)])
-    assert {trial.rival for trial in search.trials()} == {first[5]}  # num_parents is 6
+    assert {trial.incumbent for trial in search.trials()} == {first[5]}  # num_parents is 6
     search.tell(search.ask(), [0.5] * 9)
     assert all(trial.certain for trial in search.trials())
-    assert {search.space.decode(trial.rival)[0] for trial in search.trials()} != {first[5]}
+    assert {search.space.decode(trial.incumbent)[0] for trial in search.trials()} != {first[5]}
 
 
 # Budget

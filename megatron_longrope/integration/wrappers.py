@@ -80,7 +80,7 @@ _compared: set[str | None] = set()  # checkpoint directories whose factors fit t
 
 
 def activate(run: Run | None) -> None:
-    """Let models that are built from now on follow `run`; None makes every seam transparent."""
+    """Let models that are built from now on follow `run`; None makes every wrapper transparent."""
     global _run
     _run = run
 
@@ -134,7 +134,7 @@ def _fingerprint(config: LongRopeConfig | None) -> str | None:
 
 
 def is_bound(symbol: Any) -> bool:
-    """True when a seam surrounds `symbol`: a file of patches/ put it into Megatron's source."""
+    """True when a wrapper surrounds `symbol`: a file of patches/ put it into Megatron's source."""
     while symbol is not None:
         if getattr(symbol, "__globals__", None) is globals():
             return True

@@ -13,17 +13,21 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.factor_search.board import Board, LocalBoard, SharedBoard
 from megatron_longrope.factor_search.generations import Trial
 from megatron_longrope.factor_search.journal import Evaluation, Journal, is_complete
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.space import Candidate
+from megatron_longrope.factor_search.trial_queue import (
+    LocalTrialQueue,
+    SharedTrialQueue,
+    TrialQueue,
+)
 
 Key = tuple[tuple[float, ...], int, int]
 """Factors, start tokens and the block of a rotating pool."""
 
 
-class Ledger:
+class KnownScores:
     """Evaluations by trial, and the losses known of each candidate.
 
     Args:
@@ -43,9 +47,9 @@ class Ledger:
     def add(self, record: Evaluation) -> None:
         """Remember an evaluation."""
         self._by_index[record.index] = record
-        self.know(record)
+        self.add_losses(record)
 
-    def know(self, record: Evaluation) -> None:
+    def add_losses(self, record: Evaluation) -> None:
         """Remember the losses of an evaluation, which may be another search's."""
         key = record.rescale_factors, record.num_start_tokens, record.block
         if is_complete(record):
@@ -99,7 +103,7 @@ class Team:
 
 
 @contextlib.contextmanager
-def opened(
+def open_journal(
     path: Path,
     settings: Mapping[str, Any],
     problem: SearchProblem,
@@ -107,7 +111,7 @@ def opened(
     *,
     resume: bool,
     overwrite: bool,
-) -> Iterator[tuple[Ledger, Board]]:
+) -> Iterator[tuple[KnownScores, TrialQueue]]:
     """The journal of a search on replica 0, and what it holds on every replica.
 
     Raises:
@@ -116,7 +120,7 @@ def opened(
     """
     if team.store is None or team.count == 1:
         with Journal(path, settings, resume=resume, overwrite=overwrite) as journal:
-            yield Ledger(problem, journal.records), LocalBoard(journal.append)
+            yield KnownScores(problem, journal.records), LocalTrialQueue(journal.append)
         return
     store = dist.PrefixStore(str(path), team.store)
     with contextlib.ExitStack() as stack:
@@ -137,11 +141,11 @@ def opened(
         found = json.loads(store.get("journal"))
         if "error" in found:
             raise LongRopeError(found["error"])
-        ledger = Ledger(problem, [Evaluation.from_dict(item) for item in found["records"]])
-        board = SharedBoard(store, team.index, team.count, write)
+        scores = KnownScores(problem, [Evaluation.from_dict(item) for item in found["records"]])
+        queue = SharedTrialQueue(store, team.index, team.count, write)
         try:
-            yield ledger, board
+            yield scores, queue
         except BaseException:
-            board.close(done=False)
+            queue.close(done=False)
             raise
-        board.close(done=True)
+        queue.close(done=True)

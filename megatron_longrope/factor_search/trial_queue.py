@@ -26,8 +26,8 @@ SILENCE_SECONDS = 120.0
 """A replica that shows no sign of life for so long is taken for dead."""
 
 
-class Board(Protocol):
-    """What a search needs of the other replicas."""
+class TrialQueue(Protocol):
+    """Trials of a search that several replicas take from, and what came out of each."""
 
     def claim(self, index: int) -> bool:
         """Whether this replica is the first to ask for the trial."""
@@ -42,7 +42,7 @@ class Board(Protocol):
         """Nothing can be claimed: pause until something may have changed."""
 
 
-class LocalBoard:
+class LocalTrialQueue:
     """One replica: everything is its own.
 
     Args:
@@ -65,7 +65,7 @@ class LocalBoard:
         raise RuntimeError("a search of one replica has nothing to wait for")
 
 
-class SharedBoard:
+class SharedTrialQueue:
     """Several replicas around a key-value store.
 
     The replica that has the journal writes it from a thread, so that a result is on disk within a

@@ -30,7 +30,7 @@ NamedSet = tuple[str, LongRopeConfig, FactorSet]
 
 
 @dataclass(frozen=True)
-class SearchTrace:
+class SearchHistory:
     """The evaluations of one search in the order of asking."""
 
     name: str
@@ -101,14 +101,14 @@ class StartTokenCurve:
     """Perplexity of each n_hat, ascending in n_hat."""
 
 
-def start_token_curve(trace: SearchTrace) -> StartTokenCurve | None:
+def start_token_curve(history: SearchHistory) -> StartTokenCurve | None:
     """Find the factors that were scored with the most different n_hat; None if none had two.
 
     On a tie the larger number of common samples decides, then the lower perplexity.
     """
     # A search that rotates its samples scores each block of them on other text.
     groups: dict[tuple[tuple[float, ...], int], dict[int, tuple[float, ...]]] = {}
-    for record in trace.records:
+    for record in history.records:
         nlls = tuple(record.sample_nlls)
         if not nlls or not all(map(math.isfinite, nlls)):
             continue
@@ -126,12 +126,12 @@ def start_token_curve(trace: SearchTrace) -> StartTokenCurve | None:
     factors, samples, points = max(
         curves, key=lambda curve: (len(curve[2]), curve[1], -min(curve[2].values()))
     )
-    whose = trace.names.get(factors)
-    complete = [record for record in trace.records if is_complete(record)]
+    whose = history.names.get(factors)
+    complete = [record for record in history.records if is_complete(record)]
     if whose is None and complete:
         best = min(complete, key=lambda record: record.score)
         whose = "best" if tuple(best.rescale_factors) == factors else None
-    return StartTokenCurve(trace.name, factors, whose, samples, points)
+    return StartTokenCurve(history.name, factors, whose, samples, points)
 
 
 def _perplexity(nlls: Sequence[float]) -> float:
@@ -169,21 +169,21 @@ def find_factor_sets(
     return sorted(found.values(), key=lambda entry: (entry[2].max_length, entry[0])), notes
 
 
-def find_search_traces(
+def find_search_histories(
     directory: str | Path, configs: Sequence[LongRopeConfig] = ()
-) -> list[SearchTrace]:
+) -> list[SearchHistory]:
     """Read every search journal below `directory` that scored a candidate completely.
 
     Lines that cannot be read are passed over. `configs` tell which geometry the seeds may have.
     """
-    traces = []
+    histories = []
     for path, name in files_below(Path(directory), ".journal.jsonl"):
         records = read_records(path)
         if any(map(is_complete, records)):
             first = sorted(records, key=lambda record: record.index)[:_SEEDS_SEARCHED]
             name = name.removesuffix(".journal.jsonl")
-            traces.append(SearchTrace(name, records, _recognise(first, configs)))
-    return traces
+            histories.append(SearchHistory(name, records, _recognise(first, configs)))
+    return histories
 
 
 def _recognise(
