@@ -38,9 +38,26 @@ def open_checkpoint(
     return HfCheckpoint(hf, sliding_window)
 
 
-def default_config(shape: ModelShape) -> LongRopeConfig:
-    """Stock RoPE for a checkpoint that stores no LongRoPE config."""
-    return identity_config(shape.rotary_base, shape.rotary_dim, shape.max_position_embeddings)
+def model_config(checkpoint: Checkpoint, original_length: int | None = None) -> LongRopeConfig:
+    """Return the factors that a model carries, or plain RoPE up to its window.
+
+    Args:
+        original_length (int, optional): Pre-trained window in tokens. Defaults to the model's.
+
+    Raises:
+        LongRopeError: `original_length` contradicts the model's factors.
+    """
+    stored, shape = checkpoint.longrope, checkpoint.shape
+    if stored is None:
+        window = original_length or shape.max_position_embeddings
+        return identity_config(shape.rotary_base, shape.rotary_dim, window)
+    window = stored.original_max_position_embeddings
+    if original_length not in (None, window):
+        raise LongRopeError(
+            f"--original-length {original_length} contradicts the factors of "
+            f"{checkpoint.directory}, which were made for {window}; leave it out"
+        )
+    return stored
 
 
 def check_fits(

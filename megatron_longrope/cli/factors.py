@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.cli.flags import add_command
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import Options, flag
+from megatron_longrope.methods import METHODS
+from megatron_longrope.options import OneModel, Options, flag
+
+if TYPE_CHECKING:
+    from megatron_longrope.config import LongRopeConfig
 
 
 def _file(**how: Any) -> Any:
-    return flag(positional=True, metavar="FILE", help="F.json, or published:NAME", **how)
+    words = "F.json, published:NAME, or a Megatron checkpoint or Hugging Face folder: its own"
+    return flag(positional=True, metavar="FILE", help=words, **how)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,26 @@ class ImportOptions(_Output, _Sources):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MakeOptions(OneModel, _Output):
+    """What `longrope factors make` is told."""
+
+    GROUP: ClassVar = None
+
+    method: str = flag(positional=True, choices=tuple(METHODS), metavar="METHOD")
+    """none, pi, ntk, yarn, dynamic-ntk or base-ntk"""
+
+    target_length: int = flag(type=parse_length, metavar="N")
+    """window in tokens"""
+
+    original_length: int | None = flag(None, type=parse_length, metavar="N")
+    """pre-trained window in tokens (default: the model's)"""
+
+    attention_factor_policy: str | None = flag(None, choices=("su", "yarn", "none"))
+    """attention factor of longer windows (default: the method's own, yarn for YaRN and none for the
+    others)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions(Options):
     """What `longrope factors export` is told."""
 
@@ -68,8 +93,9 @@ class ExportOptions(Options):
     output: str = flag(metavar="PATH")
     """file to write"""
 
-    format: str = flag("hf", choices=("hf", "csv", "list"))
-    """hf: fields for config.json; csv: as the authors' code reads; list: JSON (default: hf)"""
+    format: str = flag("hf", choices=("hf", "csv", "list", "json"))
+    """hf: fields for config.json; csv: as the authors' code reads; list: numbers as JSON; json: a
+    factor file (default: hf)"""
 
     window: int | None = flag(None, type=parse_length, metavar="N")
     """whose factors, hf: the long ones (default: the longest)"""
@@ -109,7 +135,7 @@ def add_parser(commands: Any) -> None:
     """Register the command and its actions."""
     parser = commands.add_parser(
         "factors",
-        help="show, import, export, compare, sort or merge factor files",
+        help="show, make, import, export, compare, sort or merge factor files",
         description="Look into factor files (--longrope-config), and exchange them with others. "
         "published:NAME is a file that comes with this package; `factors list` names them.",
     )
@@ -129,10 +155,18 @@ def add_parser(commands: Any) -> None:
             "ft_la2_256k.csv).",
         ),
         (
+            "make",
+            MakeOptions,
+            _run_make,
+            "of a published method, such as YaRN",
+            "Make the factor file of a published method for a model, to evaluate or to train with "
+            "it. On a model with factors the method's multiply those of its longest window.",
+        ),
+        (
             "export",
             ExportOptions,
             _run_export,
-            "for other tools: config.json fields, CSV or list",
+            "for other tools: config.json fields, CSV, list; or a model's own as a factor file",
             None,
         ),
         (
@@ -162,10 +196,30 @@ def add_parser(commands: Any) -> None:
         add_command(actions, name, options, run, help=help, description=more)
 
 
-def _run_show(options: ShowOptions) -> None:
+def _load(path: str) -> LongRopeConfig:
+    """Read a factor file, or the factors that a checkpoint or Hugging Face folder carries.
+
+    Raises:
+        LongRopeError: The model carries none.
+    """
     from megatron_longrope.config import LongRopeConfig
 
-    configs = {path: LongRopeConfig.load(path) for path in options.files}
+    if not Path(path).is_dir():
+        return LongRopeConfig.load(path)
+    from megatron_longrope.checkpoint.opening import open_checkpoint
+
+    folder = (Path(path) / "config.json").exists()
+    checkpoint = open_checkpoint(None if folder else path, path if folder else None)
+    if checkpoint.longrope is None:
+        raise LongRopeError(
+            f"{path} is a model with plain RoPE, which carries no factors; give a factor file, or "
+            "make one: longrope factors make"
+        )
+    return checkpoint.longrope
+
+
+def _run_show(options: ShowOptions) -> None:
+    configs = {path: _load(path) for path in options.files}
     if options.json:
         print(json.dumps([_as_json(*item, options.all) for item in configs.items()], indent=2))
         return
@@ -247,12 +301,30 @@ def _run_import(options: ImportOptions) -> None:
     _write(import_factors(sources, geometry), options.output)
 
 
+def _run_make(options: MakeOptions) -> None:
+    from megatron_longrope.baselines import extended_config
+    from megatron_longrope.checkpoint.opening import model_config, open_checkpoint
+    from megatron_longrope.methods import method
+
+    base = model_config(open_checkpoint(options.load, options.hf), options.original_length)
+    if options.target_length <= base.max_length:
+        raise LongRopeError(
+            f"--target-length {options.target_length} is within the model's window of "
+            f"{base.max_length} tokens, where nothing is to be rescaled; give a longer one"
+        )
+    plain = base.max_length == base.original_max_position_embeddings
+    policy = options.attention_factor_policy or (method(options.method).policy if plain else None)
+    _write(extended_config(options.method, base, options.target_length, policy), options.output)
+
+
 def _run_export(options: ExportOptions) -> None:
-    from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.factor_files import export_factors
     from megatron_longrope.files import write_text_atomic
 
-    config = LongRopeConfig.load(options.file)
+    config = _load(options.file)
+    if options.format == "json":
+        _write(config, options.output)
+        return
     write_text_atomic(
         options.output, export_factors(config, options.format, options.window, options.layers)
     )
@@ -260,31 +332,26 @@ def _run_export(options: ExportOptions) -> None:
 
 
 def _run_diff(options: DiffOptions) -> int:
-    from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.factor_files import differences
 
-    first, second = map(LongRopeConfig.load, options.files)
+    first, second = map(_load, options.files)
     found = differences(first, second)
     print("\n".join(found) if found else "the files rotate alike")
     return 1 if found else 0
 
 
 def _run_sort(options: SortOptions) -> None:
-    from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.factor_files import sorted_factors
 
-    config, changed = sorted_factors(LongRopeConfig.load(options.file))
+    config, changed = sorted_factors(_load(options.file))
     _write(config, options.output)
     print(f"changed: {', '.join(map(str, changed)) or 'none'}")
 
 
 def _run_merge(options: MergeOptions) -> None:
-    from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.merging import merge_configs
 
-    _write(
-        merge_configs({path: LongRopeConfig.load(path) for path in options.files}), options.output
-    )
+    _write(merge_configs({path: _load(path) for path in options.files}), options.output)
 
 
 def _write(config: Any, output: str | Path) -> None:

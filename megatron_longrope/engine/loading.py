@@ -9,7 +9,7 @@ import torch
 
 from megatron_longrope.base_frequencies import check_same_base
 from megatron_longrope.checkpoint.loader import Checkpoint, load_into
-from megatron_longrope.checkpoint.opening import default_config
+from megatron_longrope.checkpoint.opening import model_config
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import process_groups
@@ -63,7 +63,7 @@ def load_engine(
     if isinstance(source, str | Path):
         checkpoint = MegatronCheckpoint.open(source, iteration)
     shape = checkpoint.shape
-    config = longrope_config or checkpoint.longrope or default_config(shape)
+    config = longrope_config or model_config(checkpoint)
     check_same_base(config, checkpoint.longrope)
     process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)
     device = torch.device(device) if device is not None else default_device()

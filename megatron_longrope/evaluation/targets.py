@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.methods import method
 from megatron_longrope.ranks import rank
@@ -46,9 +46,9 @@ class NamedModel:
 
     def config(self) -> LongRopeConfig:
         """Return the checkpoint's own factors, or stock RoPE up to its window."""
-        from megatron_longrope.checkpoint.opening import default_config
+        from megatron_longrope.checkpoint.opening import model_config
 
-        return self.checkpoint.longrope or default_config(self.checkpoint.shape)
+        return model_config(self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -204,15 +204,9 @@ def baselines_of(
     Raises:
         LongRopeError: `window` contradicts the model's factors.
     """
-    base, shape = model.config(), model.checkpoint.shape
-    original = window or base.original_max_position_embeddings
-    if model.checkpoint.longrope is None:
-        base = identity_config(shape.rotary_base, shape.rotary_dim, original)
-    elif original != base.original_max_position_embeddings:
-        raise LongRopeError(
-            f"--original-length {original} contradicts the factors of {model.path}, which were "
-            f"made for {base.original_max_position_embeddings}; leave it out"
-        )
+    from megatron_longrope.checkpoint.opening import model_config
+
+    base = model_config(model.checkpoint, window)
     plain = base.max_length == base.original_max_position_embeddings
     if not plain and rank() == 0:
         print(f"{model.label}: baselines multiply its factors for {base.max_length} tokens")

@@ -1,10 +1,13 @@
 """Factors in the authors' CSV, config.json and lists, there and back, and two files compared."""
 
 import json
+import math
 import re
 
 import pytest
+from tiny_hf import WINDOW, make_hf_folder
 
+from megatron_longrope.baselines import baseline_config
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.factor_files import Geometry, differences, import_factors, sorted_factors
@@ -160,3 +163,38 @@ def test_the_published_factors_are_listed_with_their_licence(capsys):
     assert run("list") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8 and all(line.endswith("MIT)") for line in lines)
+
+
+def test_a_published_method_is_made_for_a_model_and_multiplies_the_factors_it_has(tmp_path, capsys):
+    plain, tuned = tmp_path / "plain", tmp_path / "tuned"
+    make_hf_folder(plain, "llama")
+    assert (
+        run("make", "yarn", "--hf", plain, "--target-length", 256, "--output", tmp_path / "y.json")
+        == 0
+    )
+    made = LongRopeConfig.load(tmp_path / "y.json")
+    assert made == baseline_config("yarn", 10000.0, 8, WINDOW, 256)
+    # transformers' own rule for its temperature
+    assert made.attention_factor_for(256) == pytest.approx(0.1 * math.log(4) + 1)
+    make_hf_folder(tuned, "llama", rope_parameters={
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+        "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0],
+        "original_max_position_embeddings": WINDOW,
+    }, max_position_embeddings=256)  # fmt: skip
+    assert (
+        run("make", "pi", "--hf", tuned, "--target-length", 512, "--output", tmp_path / "p.json")
+        == 0
+    )
+    twice = LongRopeConfig.load(tmp_path / "p.json").factor_sets
+    assert [item.max_length for item in twice] == [WINDOW, 256, 512]
+    assert twice[-1].rescale_factors == (2.0, 3.0, 4.0, 8.0)
+    # And its own alone, as a file.
+    assert run("export", tuned, "--format", "json", "--output", tmp_path / "own.json") == 0
+    assert LongRopeConfig.load(tmp_path / "own.json").factor_sets == twice[:-1]
+    assert main(["factors", "show", str(plain)]) == 2
+    assert "carries no factors" in capsys.readouterr().err
+    assert (
+        run("make", "pi", "--hf", tuned, "--target-length", 256, "--output", tmp_path / "p.json")
+        == 2
+    )
+    assert "within the model's window of 256 tokens" in capsys.readouterr().err
