@@ -89,11 +89,6 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
     kind = kind_of(options)
     models = open_models(options.load, options.hf, options.iteration, options.sliding_window)
     plan = kind.plan(options, models)
-    if plan.generates and options.context_parallel_size > 1:
-        raise LongRopeError(
-            f"--context-parallel-size {options.context_parallel_size}: generation does not run "
-            "under context parallelism; leave it out, or use a kind that scores teacher-forced"
-        )
     if "RANK" in os.environ:
         process_groups.initialize(
             options.tensor_model_parallel_size, options.context_parallel_size, replicas=True

@@ -63,7 +63,7 @@ def attend_ring(
                     scales[index],
                     causal and source == rank,
                 )
-                _merge(output[:, at], lse[:, at], *part)
+                merge(output[:, at], lse[:, at], *part)
             start = end
     return output.to(query.dtype)
 
@@ -91,7 +91,7 @@ def _slice(rows: range, start: int) -> slice:
     return slice(start + rows.start, start + rows.stop)
 
 
-def _merge(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge(output: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Add a tile to what the same queries have seen: each weighs its share of the softmax sum.
 
     Args:

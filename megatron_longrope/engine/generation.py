@@ -8,23 +8,25 @@ factor are therefore pinned before the first token, by the length that the seque
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.attention import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.config_rules import check_int
 from megatron_longrope.engine import loss
 from megatron_longrope.engine.engine import Engine
-from megatron_longrope.engine.model import set_attention_factor, vocab_range
+from megatron_longrope.engine.kv_cache import PinnedSequence
+from megatron_longrope.engine.model import vocab_range
 from megatron_longrope.errors import LongRopeError
+
+PREFILL_TOKENS = 2**15
+"""Tokens of the prompt that a rank reads at once, all rows together, unless told otherwise."""
 
 
 @torch.no_grad()
@@ -45,8 +47,8 @@ def generate(
     """Continue prompts of equal length, greedily or by sampling.
 
     Every rank of a copy of the model returns the same tokens; copies may generate different ones.
-    The cache takes 2 * attention layers * (n + max_new_tokens) * b * groups / tp * head_dim values
-    of the model's dtype. Logits exist for the last position alone.
+    The cache takes 2 * attention layers * (n + max_new_tokens) / cp * b * groups / tp * head_dim
+    values of the model's dtype. Logits exist for the last position alone.
 
     Args:
         engine (Engine): The model; its factors are those of its config at the moment of the call.
@@ -63,16 +65,17 @@ def generate(
         seed (int): Row i draws with seed + i, hence as a batch of its own would. Defaults to 0.
         eos_ids (Collection[int]): Tokens that end a row. Defaults to none.
         stop (Callable, optional): Called with a row's new tokens after each one; True ends the row.
-            Must answer alike on all tensor-parallel ranks.
+            Must answer alike on all ranks of a copy.
         prefill_chunk (int, optional): Read the prompt that many tokens at a time, to bound the
-            memory of activations. Defaults to the whole prompt at once.
+            memory of activations. Defaults to :data:`PREFILL_TOKENS` for each context-parallel
+            rank, divided among the rows.
 
     Returns:
         list[list[int]]: New tokens of each row, up to and including the one that ended it.
 
     Raises:
-        LongRopeError: An argument outside its range, tokens outside the vocabulary, a length that
-            no factor set covers, or a model under context parallelism.
+        LongRopeError: An argument outside its range, tokens outside the vocabulary, or a length
+            that no factor set covers.
     """
     _check_layout(engine)
     engine._check_tokens(tokens)
@@ -82,13 +85,15 @@ def generate(
     batch, length = tokens.shape
     total = length + max_new_tokens
     choose = _chooser(engine, batch, temperature, top_k, top_p, seed)
-    sequence = _PinnedSequence(engine.model, total, _pinned_length(total, factor_length))
-    for chunk in tokens.to(engine.device).split(prefill_chunk or length, dim=1):
+    sequence = PinnedSequence(engine.model, total, _pinned_length(total, factor_length))
+    chunk_length = prefill_chunk or max(1, PREFILL_TOKENS * engine.cp_group.size() // batch)
+    for chunk in tokens.to(engine.device).split(chunk_length, dim=1):
         hidden = sequence.advance(chunk)
     rows: list[list[int]] = [[] for _ in range(batch)]
     running = list(range(batch))
     for position in range(length, total):
-        chosen = choose(hidden)  # ended rows go along, unrecorded, until the last one ends
+        # Ended rows go along, unrecorded, until the last one ends.
+        chosen = _agreed(engine, choose(hidden))
         for row, token in enumerate(chosen.tolist()):
             if row in running:
                 rows[row].append(token)
@@ -98,66 +103,6 @@ def generate(
             break
         hidden = sequence.advance(chosen[:, None].to(engine.device))
     return rows
-
-
-class _PinnedSequence:
-    """Sequences that grow, their keys and values, and the factors that all of them are under.
-
-    Hooks and the attention factor are in place during a forward pass only, so that whoever uses
-    the engine between two of them, or after one that failed, finds it as usual.
-
-    Args:
-        model (nn.Module): The engine's model.
-        total (int): Tokens that there is room for.
-        factor_length (int): Length whose factors apply, from first to last token.
-    """
-
-    def __init__(self, model: nn.Module, total: int, factor_length: int) -> None:
-        rotary = model.rotary_pos_emb
-        self._model = model
-        self._total = total
-        self._attention_factor = rotary.attention_factor(factor_length)
-        self._angles = rotary(factor_length)[:total]  # [total, 1, 1, d]
-        self._caches: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # each [total, b, g / tp, d]
-        self._seen = 0
-
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Append tokens: `[b, n] -> [b, h]`, the last one's hidden state after the final norm."""
-        end = self._seen + tokens.shape[1]
-        assert end <= self._total
-        set_attention_factor(self._model, self._attention_factor)
-        with self._caching(end):
-            hidden = self._model.decoder(
-                hidden_states=self._model.embedding(input_ids=tokens, position_ids=None),
-                attention_mask=None,
-                rotary_pos_emb=self._angles[self._seen : end],
-            )
-        self._seen = end
-        return hidden[-1].clone()  # a view would keep the hidden states of the whole prompt
-
-    @contextlib.contextmanager
-    def _caching(self, end: int) -> Iterator[None]:
-        """Let every attention layer see all keys and values up to position `end`."""
-        handles = []
-        try:
-            for layer in self._model.decoder.layers:
-                if isinstance(layer.self_attention, Attention):  # else an MLP of HybridModel
-                    core = layer.self_attention.core_attention
-                    handles.append(core.register_forward_pre_hook(partial(self._extend, end)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _extend(self, end: int, core: nn.Module, arguments: tuple) -> tuple:
-        """Arguments of core attention, rotated: `[n, b, g, d]` keys become `[end, b, g, d]`."""
-        query, *new, mask = arguments
-        if core not in self._caches:
-            self._caches[core] = tuple(part.new_empty(self._total, *part.shape[1:]) for part in new)
-        for cache, part in zip(self._caches[core], new, strict=True):
-            cache[end - len(part) : end] = part
-        # Queries stand at the last keys, which is how causal attention aligns them.
-        return query, *(cache[:end] for cache in self._caches[core]), mask
 
 
 # The next token
@@ -222,6 +167,19 @@ def _whole_logits(engine: Engine, hidden: Tensor, real_tokens: int) -> Tensor:
     return logits[:, : engine.shape.vocab_size]
 
 
+def _agreed(engine: Engine, chosen: Tensor) -> Tensor:
+    """`[b]`: the first context-parallel rank's choice.
+
+    All compute the same; should one round otherwise, they would go different ways from here.
+    """
+    group = engine.cp_group
+    if group.size() == 1:
+        return chosen
+    chosen = chosen.to(engine.device)
+    dist.broadcast(chosen, dist.get_process_group_ranks(group)[0], group=group)
+    return chosen
+
+
 # What is refused
 
 
@@ -234,12 +192,6 @@ def _check_layout(engine: Engine) -> None:
                 "generation needs attention that aligns its causal mask with the last key, which "
                 f"{type(module.core_attention).__name__} does not; use attention 'sdpa' or 'flash'"
             )
-    size = engine.cp_group.size()
-    if size > 1:
-        raise LongRopeError(
-            f"generation does not run under context parallelism, which is {size} here; run it with "
-            "--context-parallel-size 1, or score the answer teacher-forced"
-        )
 
 
 def _pinned_length(total: int, factor_length: int | None) -> int:

@@ -91,9 +91,6 @@ class Plan:
     shared: bool
     """Whether a cell is one forward pass, so that copies of the model take different cells."""
 
-    generates: bool = False
-    """Whether text is generated, for which a sequence may not be split among processes."""
-
     trial: Trial | None = None
     """What `measure` does with the engine and tokens, to be timed; by default their loss."""
 

@@ -122,7 +122,6 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
         cells,
         measure,
         shared=True,
-        generates=bool(new),
         trial=lambda engine, tokens: engine.answer(tokens, 1),
     )
 

@@ -143,7 +143,7 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
         for name in options.tasks
         for sample in range(options.samples)
     ]
-    return Plan(cells, measure, shared=True, generates=True)
+    return Plan(cells, measure, shared=True)
 
 
 def generated_text(

@@ -22,6 +22,7 @@ from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import Engine, generation, load_engine, process_groups
 from megatron_longrope.engine import loss as loss_module
 from megatron_longrope.engine.generation import generate
+from megatron_longrope.engine.kv_cache import PinnedSequence
 from megatron_longrope.engine.model import build_model
 
 ORIGINAL = maker.ORIGINAL
@@ -287,10 +288,10 @@ def test_the_cache_has_the_models_dtype_and_its_key_value_heads(megatron_runs):
         device="cpu",
         dtype=torch.bfloat16,
     )
-    sequence = generation._PinnedSequence(engine.model, 50, 50)
+    sequence = PinnedSequence(engine.model, 50, 50)
     with torch.no_grad():
         assert sequence.advance(prompt(40, 1, 2)).shape == (2, maker.HIDDEN)
-    caches = [cache for pair in sequence._caches.values() for cache in pair]
+    caches = [tensor for cache in sequence._caches.values() for tensor in cache._tensors]
     assert len(caches) == 2 * maker.LAYERS
     assert {tuple(cache.shape) for cache in caches} == {(50, 2, 2, maker.HEAD_DIM)}
     assert {cache.dtype for cache in caches} == {torch.bfloat16}
@@ -398,7 +399,7 @@ def test_the_engine_scores_as_before_and_keeps_no_cache(engine):
     generate(engine, prompt(56), 24)
     assert torch.equal(engine.nll(prompt(100)), before)
     for layer in engine.model.decoder.layers:
-        assert not layer.self_attention.core_attention._forward_pre_hooks
+        assert "forward" not in vars(layer.self_attention.core_attention)
 
 
 def test_an_exception_in_a_layer_leaves_the_engine_as_it_was(engine, monkeypatch):
@@ -457,44 +458,63 @@ def test_a_token_outside_the_vocabulary_is_refused(engine):
 
 # Several processes
 
-WORLD = 2
+LAYOUTS = [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)]  # tensor x context parallel
+WORLD = 4
+PROMPTS = [(56, 16), (3, 9), (101, 12)]  # across the original window; less than a token a chunk
 
 
 def results_of(engine):
-    tokens = prompt(56, 1, 2)
-    return {
-        "greedy": generate(engine, tokens, 16),
-        "in chunks": generate(engine, tokens, 16, prefill_chunk=25),
-        "sampled": generate(engine, tokens, 16, seed=3, **SAMPLED),
-    }
+    """Tokens, and the hidden state that the first new one was chosen by."""
+    results = {}
+    for length, new in PROMPTS:
+        tokens = prompt(length, 1, 2)
+        for chunk in (None, 25):
+            results[length, chunk] = generate(engine, tokens, new, prefill_chunk=chunk)
+    results["sampled"] = generate(engine, prompt(56, 1, 2), 16, seed=3, **SAMPLED)
+    sequence = PinnedSequence(engine.model, 101, 101)
+    with torch.no_grad():
+        for part in prompt(101, 1).split(33, dim=1):
+            results["hidden"] = sequence.advance(part)
+    caches = [tensor for cache in sequence._caches.values() for tensor in cache._tensors]
+    results["room"] = max(len(tensor) for tensor in caches)
+    return results
 
 
 def run_rank(rank, directory, checkpoint):
-    """One of two processes that share each layer, then a sequence."""
+    """One of four processes: all layouts, one after another, with copies where they are smaller."""
     from megatron.core import parallel_state
 
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=WORLD
     )
-    options = {"longrope_config": policy_config(), "device": "cpu"}
-    results = results_of(load_engine(checkpoint, tensor_parallel=WORLD, **options))
-    parallel_state.destroy_model_parallel()
-    try:
-        generate(load_engine(checkpoint, context_parallel=WORLD, **options), prompt(56), 4)
-    except ValueError as error:
-        results["context parallel"] = str(error)
+    results = {}
+    for tensor, context in LAYOUTS:
+        engine = load_engine(
+            checkpoint, tensor_parallel=tensor, context_parallel=context, replicas=True,
+            longrope_config=policy_config(), device="cpu",
+        )  # fmt: skip
+        before = engine.nll(prompt(96))
+        results[tensor, context] = results_of(engine)
+        assert torch.equal(engine.nll(prompt(96)), before)
+        parallel_state.destroy_model_parallel()
     torch.save(results, f"{directory}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_generate_what_one_does_unless_they_share_a_sequence(
+def test_ranks_that_share_layers_or_sequences_generate_what_whole_forward_passes_choose(
     engine, megatron_runs, tmp_path
 ):
+    """Processes of their own, because gloo's collectives are what is tested."""
     spawn(run_rank, (str(tmp_path), str(megatron_runs["untied_gqa"].path)), WORLD)
+    alone = results_of(engine)
     for rank in range(WORLD):
-        results = torch.load(tmp_path / f"rank{rank}.pt")
-        message = results.pop("context parallel")
-        assert "which is 2 here; run it with --context-parallel-size 1" in message
-        assert results == results_of(engine)
+        found = torch.load(tmp_path / f"rank{rank}.pt")
+        for (_, context), results in found.items():
+            for length, new in PROMPTS:
+                expected = uncached(engine, prompt(length, 1, 2), new)
+                assert results[length, None] == results[length, 25] == expected
+            assert results["sampled"] == alone["sampled"]
+            torch.testing.assert_close(results["hidden"], alone["hidden"], atol=2e-6, rtol=2e-5)
+            assert results["room"] <= (101 if context == 1 else 101 // context + 2 * context)

@@ -286,12 +286,6 @@ def test_the_command_generates_records_and_goes_on(command, tmp_path, capsys):
     assert [row["text"] for row in records(tmp_path)[2:]] == [row["text"] for row in rows]
 
 
-def test_generation_is_refused_where_a_sequence_is_split(command, tmp_path, capsys):
-    given = ["--tasks", "fwe", "--lengths", "1k", "--output", str(tmp_path), "--samples", "1"]
-    assert main([*command, *given, "--context-parallel-size", "2"]) == 2
-    assert "generation does not run under context parallelism" in capsys.readouterr().err
-
-
 def test_the_page_shows_averages_beside_published_ones_and_every_task(tmp_path, capsys):
     rows = [
         ruler(task, length, float(length == 4096 or place % 2), sample) | whose(model)
