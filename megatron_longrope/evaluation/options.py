@@ -13,7 +13,6 @@ from megatron_longrope.options import Loading, SeveralModels, bos_flag, flag
 __all__ = [
     "EvaluationOptions",
     "bos_flag",
-    "check_trials",
     "depths_flag",
     "flag",
     "parse_choices",
@@ -127,20 +126,3 @@ def trials_flag(of_each: str) -> Any:
 def seed_flag() -> Any:
     """Return the field of the --seed of trials."""
     return flag(42, type=int, help="of keys and places (default: 42)")
-
-
-def check_trials(trials: int, seed: int, name: str = "--trials") -> None:
-    """Refuse no trial and a negative seed.
-
-    Args:
-        trials (int): How many.
-        seed (int): Of them.
-        name (str): The flag that says how many.
-
-    Raises:
-        LongRopeError: Either was given.
-    """
-    if trials < 1:
-        raise LongRopeError(f"{name} {trials} must be at least 1")
-    if seed < 0:
-        raise LongRopeError(f"--seed {seed} must be at least 0")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation import trials
@@ -15,7 +14,6 @@ from megatron_longrope.evaluation.kind import SHARE, TEXT, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     bos_flag,
-    check_trials,
     depths_flag,
     flag,
     parse_choices,
@@ -68,28 +66,18 @@ class NeedleOptions(EvaluationOptions):
 
 def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.data.sentences import train_splitter
-    from megatron_longrope.data.tokenizer import bos_name
     from megatron_longrope.evaluation import needle_sample
-    from megatron_longrope.evaluation.scored_documents import read_texts, tokenizer_for
-    from megatron_longrope.evaluation.session import Cell, Plan
-    from megatron_longrope.evaluation.targets import (
-        check_tokenizer_fits,
-        prompt_tokenizer,
-        targets_at,
-    )
+    from megatron_longrope.evaluation.prompts import open_prompts
+    from megatron_longrope.evaluation.scored_documents import read_texts
 
-    check_trials(options.trials, options.seed)
     if None in options.depths:
         raise LongRopeError("--depths random is for passkey; give a number of depths or a list")
-    targets = targets_at(models, options.longrope_config, options.lengths)
-    path = prompt_tokenizer(options.tokenizer, models)
-    tokenizer = tokenizer_for(path, options.data, options.bos)
-    check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
+    prompts = open_prompts(options, models, options.trials)
     texts = list(read_texts(options.data, options.text_key))
     documents = needle_sample.prepare_documents(
         texts,
         train_splitter([document.text for document in texts]),
-        tokenizer,
+        prompts.tokenizer,
         options.lengths,
         tasks=options.tasks,
         num_needles=options.num_needles,
@@ -97,14 +85,13 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
         limit=options.num_documents,
     )
 
-    def measure(engine, cell) -> Row:
-        started, fields = time.perf_counter(), cell.fields
+    def measure(engine: Any, fields: Row) -> Row:
         sample = needle_sample.make_sample(
             fields["task"],
             documents[fields["trial"] % len(documents)],
-            tokenizer,
+            prompts.tokenizer,
             fields["length"],
-            bos_id=tokenizer.bos_id,
+            bos_id=prompts.tokenizer.bos_id,
             depth=fields["requested_depth"],
             seed=options.seed,
             trial=fields["trial"],
@@ -119,17 +106,10 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
             "recall": score.recall,
             "nll": score.nll,
             "num_tokens": sample.tokens.shape[1],
-            "seconds": time.perf_counter() - started,
         }
 
-    same = {
-        "seed": options.seed,
-        "tokenizer_sha256": tokenizer.sha256,
-        "bos": bos_name(tokenizer.bos_id),
-        "requested_bos": options.bos,
-    }
     cells = [
-        Cell(
+        prompts.cell(
             target,
             {
                 "task": task,
@@ -140,17 +120,15 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
                 "num_queries": options.num_queries if task == "multi_query" else 1,
                 "document": documents[trial % len(documents)].name,
                 "document_sha256": documents[trial % len(documents)].sha256(length),
-                **same,
             },
-            {length: 1},
         )
-        for target in targets
+        for target in prompts.targets
         for length in options.lengths
         for task in options.tasks
         for depth in options.depths
         for trial in range(options.trials)
     ]
-    return Plan(cells, measure, shared=True, trial=lambda engine, tokens: engine.answer(tokens, 1))
+    return prompts.plan(cells, measure)
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:

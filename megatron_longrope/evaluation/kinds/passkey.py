@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from megatron_longrope.evaluation.kind import TEXT, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     bos_flag,
-    check_trials,
     depths_flag,
     flag,
     seed_flag,
@@ -56,74 +54,55 @@ class PasskeyOptions(EvaluationOptions):
 
 
 def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
-    from megatron_longrope.data.tokenizer import bos_name, load_tokenizer
     from megatron_longrope.evaluation import passkey_prompt
-    from megatron_longrope.evaluation.session import Cell, Plan
-    from megatron_longrope.evaluation.targets import (
-        check_tokenizer_fits,
-        prompt_tokenizer,
-        targets_at,
-    )
+    from megatron_longrope.evaluation.prompts import open_prompts
 
-    check_trials(options.trials, options.seed)
-    targets = targets_at(models, options.longrope_config, options.lengths)
-    tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models), options.bos)
-    check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
-    report = passkey_prompt.check_tokenizer(tokenizer)
+    prompts = open_prompts(options, models, options.trials)
+    report = passkey_prompt.check_tokenizer(prompts.tokenizer)
+    generates = options.scoring == "generate"
     # Ten new tokens must fit behind a prompt that is to be continued.
-    spare = passkey_prompt.MAX_NEW_TOKENS - 1 if options.scoring == "generate" else 0
+    spare = passkey_prompt.MAX_NEW_TOKENS - 1 if generates else 0
 
     @functools.lru_cache(maxsize=4)  # several targets are asked one after the other
     def make_trial(length: int, depth: float | None, trial: int) -> PasskeyTrial:
         return passkey_prompt.make_trial(
-            tokenizer, length, depth=depth, seed=options.seed, trial=trial, spare=spare
+            prompts.tokenizer, length, depth=depth, seed=options.seed, trial=trial, spare=spare
         )
 
     make_trial(min(options.lengths), 0.0, 0)
     if rank() == 0:
         print(f"tokenizer: {report.describe()}", flush=True)
 
-    def measure(engine, cell) -> Row:
-        started, fields = time.perf_counter(), cell.fields
+    def measure(engine: Any, fields: Row) -> Row:
         trial = make_trial(fields["length"], fields["requested_depth"], fields["trial"])
-        score = _teacher_forced if options.scoring == "teacher-forced" else _generated
+        score = _generated if generates else _teacher_forced
         return {
             "depth": trial.depth,
             "key": trial.key,
             "num_tokens": len(trial.tokens),
             "num_answer_tokens": trial.num_answer_tokens,
-            **score(engine, trial, tokenizer),
-            "seconds": time.perf_counter() - started,
+            **score(engine, trial, prompts.tokenizer),
         }
 
-    same = {
-        "seed": options.seed,
-        "scoring": options.scoring,
-        "tokenizer_sha256": tokenizer.sha256,
-        "bos": bos_name(tokenizer.bos_id),
-        "requested_bos": options.bos,
-    }
-    new = passkey_prompt.MAX_NEW_TOKENS if options.scoring == "generate" else 0
     cells = [
-        Cell(
+        prompts.cell(
             target,
-            {"length": length, "requested_depth": depth, "trial": trial, **same},
-            {length: 1},
-            new,
+            {
+                "length": length,
+                "requested_depth": depth,
+                "trial": trial,
+                "scoring": options.scoring,
+            },
+            passkey_prompt.MAX_NEW_TOKENS if generates else 0,
         )
         for model in models
         for length in options.lengths
         for depth in options.depths
         for trial in range(options.trials)
-        for target in targets
+        for target in prompts.targets
         if target.model is model
     ]
-    return Plan(
-        cells,
-        measure,
-        shared=True,
-        trial=lambda engine, tokens: engine.answer(tokens, 1),
-    )
+    return prompts.plan(cells, measure)
 
 
 def _teacher_forced(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer) -> Row:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from megatron_longrope.evaluation.kind import COUNT, NUMBER, SHARE, Kind, Row, S
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     bos_flag,
-    check_trials,
     flag,
     parse_choices,
     tokenizer_flag,
@@ -88,62 +86,49 @@ class RulerOptions(EvaluationOptions):
 
 
 def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
-    from megatron_longrope.data.tokenizer import bos_name, load_tokenizer
+    from megatron_longrope.evaluation.prompts import open_prompts
     from megatron_longrope.evaluation.ruler.samples import Sampler
     from megatron_longrope.evaluation.ruler.sources import read_sources
     from megatron_longrope.evaluation.ruler.tasks import score
-    from megatron_longrope.evaluation.session import Cell, Plan
-    from megatron_longrope.evaluation.targets import (
-        check_tokenizer_fits,
-        prompt_tokenizer,
-        targets_at,
-    )
 
-    check_trials(options.samples, options.seed, "--samples")
-    targets = targets_at(models, options.longrope_config, options.lengths)
-    tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models), options.bos)
-    check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
+    prompts = open_prompts(options, models, options.samples, "--samples")
     tasks = [TASKS[name] for name in options.tasks]
     sources = read_sources(tasks, options.essays, options.squad, options.hotpotqa, options.words)
-    sampler = Sampler(tokenizer, sources, options.seed)
+    sampler = Sampler(prompts.tokenizer, sources, options.seed)
     for task in tasks:
         sampler.make(task, min(options.lengths), options.samples - 1 if task.data else 0)
 
-    def measure(engine, cell) -> Row:
-        started, fields = time.perf_counter(), cell.fields
+    def measure(engine: Any, fields: Row) -> Row:
         task = TASKS[fields["task"]]
         sample, tokens = sampler.make(task, fields["length"], fields["sample"])
-        text, num_new = generated_text(engine, tokenizer, tokens, task, fields["length"])
+        text, num_new = generated_text(engine, prompts.tokenizer, tokens, task, fields["length"])
         return {
             "score": score(task, text, sample.answers),
             "text": text,
             "answers": list(sample.answers),
             "num_tokens": len(tokens),
             "num_new_tokens": num_new,
-            "seconds": time.perf_counter() - started,
         }
 
     hashes = {task.name: sources.sha256(task) for task in tasks}
-    same = {
-        "seed": options.seed,
-        "threshold": options.threshold,
-        "tokenizer_sha256": tokenizer.sha256,
-        "bos": bos_name(tokenizer.bos_id),
-        "requested_bos": options.bos,
-    }
     cells = [
-        Cell(
+        prompts.cell(
             target,
-            {"task": name, "length": length, "sample": sample, "data_sha256": hashes[name], **same},
-            {length: 1},
+            {
+                "task": name,
+                "length": length,
+                "sample": sample,
+                "data_sha256": hashes[name],
+                "threshold": options.threshold,
+            },
             TASKS[name].num_new_tokens,
         )
-        for target in targets
+        for target in prompts.targets
         for length in options.lengths
         for name in options.tasks
         for sample in range(options.samples)
     ]
-    return Plan(cells, measure, shared=True)
+    return prompts.plan(cells, measure)
 
 
 def generated_text(

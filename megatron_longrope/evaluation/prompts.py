@@ -1,0 +1,94 @@
+"""What the kinds of evaluation that make prompts from a tokenizer plan alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_longrope.data.tokenizer import Tokenizer, bos_name, load_tokenizer
+from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.session import Cell, Plan
+from megatron_longrope.evaluation.targets import (
+    NamedModel,
+    Target,
+    check_tokenizer_fits,
+    prompt_tokenizer,
+    targets_at,
+)
+
+if TYPE_CHECKING:
+    from megatron_longrope.evaluation.kind import Row
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Whom to ask, and in which tokens; see :func:`open_prompts`."""
+
+    targets: Sequence[Target]
+    """Models under their factors."""
+
+    tokenizer: Tokenizer
+    """Makes the prompts of all of them."""
+
+    fields: Mapping[str, Any]
+    """What every record has of seed and tokenizer."""
+
+    def cell(self, target: Target, fields: Mapping[str, Any], num_new_tokens: int = 0) -> Cell:
+        """Return the cell of one prompt, which is one forward pass of its length."""
+        return Cell(target, {**fields, **self.fields}, {fields["length"]: 1}, num_new_tokens)
+
+    def plan(
+        self,
+        cells: Sequence[Cell],
+        measure: Callable[[Any, Mapping[str, Any]], Row],
+    ) -> Plan:
+        """Return the plan that measures each cell and how long it took.
+
+        Args:
+            cells (Sequence[Cell]): From :meth:`cell`.
+            measure (Callable): `(engine, the cell's fields) -> fields`.
+        """
+
+        def timed(engine: Any, cell: Cell) -> Row:
+            started = time.perf_counter()
+            return {**measure(engine, cell.fields), "seconds": time.perf_counter() - started}
+
+        return Plan(
+            cells,
+            timed,
+            shared=True,
+            trial=lambda engine, tokens: engine.answer(tokens, 1),
+        )
+
+
+def open_prompts(
+    options: Any, models: Sequence[NamedModel], count: int, name: str = "--trials"
+) -> Prompts:
+    """Check what the kinds share of their options, and load the tokenizer.
+
+    Args:
+        options (EvaluationOptions): With `tokenizer`, `bos` and `seed`.
+        models (Sequence[NamedModel]): To be asked.
+        count (int): Trials of one place.
+        name (str): The flag that says how many. Defaults to `--trials`.
+
+    Raises:
+        LongRopeError: A count or seed out of range, factors that do not cover a length, no
+            tokenizer or another model's.
+    """
+    if count < 1:
+        raise LongRopeError(f"{name} {count} must be at least 1")
+    if options.seed < 0:
+        raise LongRopeError(f"--seed {options.seed} must be at least 0")
+    targets = targets_at(models, options.longrope_config, options.lengths)
+    tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models), options.bos)
+    check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
+    fields = {
+        "seed": options.seed,
+        "tokenizer_sha256": tokenizer.sha256,
+        "bos": bos_name(tokenizer.bos_id),
+        "requested_bos": options.bos,
+    }
+    return Prompts(targets, tokenizer, fields)
