@@ -10,7 +10,6 @@ megatron-core 0.17 the model is called MambaModel and the script pretrain_mamba.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -20,21 +19,16 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm, WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.integration import compat
 
-try:
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-except ModuleNotFoundError:  # megatron-core 0.17
-    from megatron.core.models.mamba.mamba_model import MambaModel as HybridModel
-    from megatron.core.ssm.mamba_block import MambaStack as HybridStack
-    from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
+HybridModel, HybridStack, HybridStackSubmodules = compat.hybrid_classes()
 
 # Why a letter of a layer pattern is not one of the two that run here.
 _REFUSED = {
@@ -126,7 +120,9 @@ def local_submodules(
     )
     mlp_layer = TransformerLayerSubmodules(
         pre_mlp_layernorm=WrappedTorchNorm,
-        mlp=_dense_mlp(),
+        mlp=compat.dense_mlp(
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        ),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
     )
@@ -134,14 +130,6 @@ def local_submodules(
         attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention_layer),
         mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp_layer),
     )
-
-
-def _dense_mlp() -> object:
-    """The MLP in the form that this release's layers build it from."""
-    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if hasattr(MLP, "as_mlp_submodule"):
-        return functools.partial(MLP.as_mlp_submodule, submodules=submodules)
-    return ModuleSpec(module=MLP, submodules=submodules)  # megatron-core 0.17
 
 
 def check_layers(pattern: Iterable[str]) -> None:

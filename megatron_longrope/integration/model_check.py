@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from megatron_longrope.integration import agreement
+from megatron_longrope.integration import agreement, compat
 from megatron_longrope.integration.settings import OURS
 from megatron_longrope.ranks import rank
-
-# HybridModel was MambaModel in megatron-core 0.17; GPTModel is deprecated since 0.19.
-_SUPPORTED = (
-    "gpt.gpt_model.GPTModel",
-    "hybrid.hybrid_model.HybridModel",
-    "mamba.mamba_model.MambaModel",
-)
 
 
 def check_models(chunks: list, attention: str, *, has_factors: bool) -> None:
@@ -60,24 +52,13 @@ def _check_rotary(chunk: Any) -> None:
 
     rotary = getattr(chunk, "rotary_pos_emb", None)
     # isinstance: `fully_shard` (--use-torch-fsdp2) gives every module a subclass of another name.
-    if isinstance(chunk, _supported_models()) and isinstance(rotary, LongRopeRotaryEmbedding):
+    if isinstance(chunk, compat.language_models()) and isinstance(rotary, LongRopeRotaryEmbedding):
         return
     found = "none" if rotary is None else type(rotary).__name__
     agreement.stop(
         f"the model {type(chunk).__name__} did not take the LongRoPE rotary module (it has "
         f"{found}); the plugin supports GPTModel and HybridModel"
     )
-
-
-def _supported_models() -> tuple[type, ...]:
-    found = []
-    for dotted in _SUPPORTED:
-        module, _, name = f"megatron.core.models.{dotted}".rpartition(".")
-        try:
-            found.append(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError):
-            continue  # not in this release
-    return tuple(found)
 
 
 def _other_attention(chunk: Any) -> set[str]:

@@ -299,8 +299,8 @@ def with_concentration(concentration_factor: Callable) -> Callable:
 def with_softmax_scale(attention_init: Callable) -> Callable:
     """Around `Attention.__init__`: dynamic inference asks the layer, not the config, for it.
 
-    Before 0.19 its decoding asks nobody, and gives keys no multiplier of cos and sin either: there
-    it is refused.
+    Where its decoding asks nobody, and gives keys no multiplier of cos and sin either, it is
+    refused.
     """
 
     @functools.wraps(attention_init)
@@ -311,7 +311,7 @@ def with_softmax_scale(attention_init: Callable) -> Callable:
             return
         if settings.carrier == "softmax":
             self.softmax_scale = config.softmax_scale
-        if compat.megatron_version().startswith(("0.17.", "0.18.")):
+        if compat.decoding_drops_softmax_scale():
             self.flash_decode_and_prefill = _refuse_dynamic_inference
 
     return init
