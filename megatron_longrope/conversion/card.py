@@ -52,7 +52,6 @@ def model_card(
         dropped_window (int, optional): Sliding window, in tokens, that the source model had.
         dropped (Sequence[DroppedStartTokens]): Sets that lost their start tokens.
     """
-    original = longrope_config and longrope_config.original_max_position_embeddings
     has_factors = longrope_config is not None and not is_bare_base(longrope_config)
     tags = ["megatron", *(["longrope", "long-context"] if has_factors else [])]
     lines = [
@@ -83,10 +82,23 @@ def model_card(
         ]
     if longrope_config is None or rope is None or is_bare_base(longrope_config):
         return "\n".join(lines)
-    lines += [
+    lines += _about_factors(longrope_config, rope, short_length, target_length)
+    if dropped:
+        lines += ["", "The search kept the first positions as they were; this folder cannot:", ""]
+        lines += [f"- {item.describe()}" for item in dropped]
+    limits = _LIMITS.format(original=longrope_config.original_max_position_embeddings)
+    return "\n".join([*lines, "", limits, *(f"Note: {remark}.\n" for remark in rope.remarks)])
+
+
+def _about_factors(
+    config: LongRopeConfig, rope: ExportedRope, short_length: int | None, target_length: int | None
+) -> list[str]:
+    """Return the section that says which set is used for what, in lines."""
+    original = config.original_max_position_embeddings
+    lines = [
         "## LongRoPE factors",
         "",
-        f"Original window {original} tokens, rotary base {longrope_config.rotary_base:g}, "
+        f"Original window {original} tokens, rotary base {config.rotary_base:g}, "
         f"attention factor {rope.attention_factor:.6g}. "
         "`longrope.json` holds the full configuration.",
         "",
@@ -95,20 +107,16 @@ def model_card(
     ]
     wanted = (
         (f"short_factor (up to {original})", short_length or original),
-        ("long_factor (beyond)", target_length or longrope_config.max_length),
+        ("long_factor (beyond)", target_length or config.max_length),
     )
     for role, length in wanted:
-        item = longrope_config.factor_set_for(length)
+        item = config.factor_set_for(length)
         first, last = item.rescale_factors[0], item.rescale_factors[-1]
         lines.append(
             f"| {role} | up to {format_length(item.max_length)} | {first:.4g} | {last:.4g} | "
             f"{_origin(item.origin)} |"
         )
-    if dropped:
-        lines += ["", "The search kept the first positions as they were; this folder cannot:", ""]
-        lines += [f"- {item.describe()}" for item in dropped]
-    limits = _LIMITS.format(original=original)
-    return "\n".join([*lines, "", limits, *(f"Note: {remark}.\n" for remark in rope.remarks)])
+    return lines
 
 
 def _origin(origin: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,7 @@ from megatron_longrope.conversion.megatron_writer import (
     TensorChunk,
     write_release,
 )
-from megatron_longrope.conversion.work import file_identity, work_folder
-from megatron_longrope.errors import LongRopeError
+from megatron_longrope.conversion.work import file_identity, refuse_existing, work_folder
 
 _LONGROPE_FILE = "longrope.json"
 
@@ -62,17 +62,24 @@ class ImportReport:
     left_out: tuple[str, ...]
     """Tensors that Megatron does not store because others determine them."""
 
-    flags: tuple[str, ...]
-    """Megatron flags that build the model, in lines."""
-
-    flags_beside_checkpoint_args: tuple[str, ...]
-    """Those that `--use-checkpoint-args` does not restore."""
+    args: argparse.Namespace
+    """The model's arguments, as Megatron finds them in the checkpoint."""
 
     verification: Any = None
     """What the `check` returned."""
 
     resumed: bool = False
     """Whether an interrupted conversion was continued."""
+
+    @property
+    def flags(self) -> list[str]:
+        """Megatron flags that build the model, in lines."""
+        return megatron_flags(self.args)
+
+    @property
+    def flags_beside_checkpoint_args(self) -> list[str]:
+        """Those that `--use-checkpoint-args` does not restore."""
+        return flags_beside_checkpoint_args(self.args)
 
 
 def write_checkpoint(
@@ -110,8 +117,7 @@ def write_checkpoint(
             full.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise LongRopeError(f"{output_dir} exists already; give another --output")
+    refuse_existing(output_dir, "give another --output")
     folder = open_folder(hf_dir, sliding_window)
     family, shape, longrope_config = read_model(folder)
     rows = padded_vocab_size(
@@ -122,7 +128,6 @@ def write_checkpoint(
         rule.disk: rule.hf[0] for rule in family.tensor_rules(source.shape) if rule.split == "vocab"
     }
     plan = [replace(item, in_blocks=item.name in vocabulary) for item in source.plan]
-    longrope_path = output_dir.resolve() / _LONGROPE_FILE
     args = stored_arguments(
         source.shape,
         family=family.name,
@@ -130,21 +135,14 @@ def write_checkpoint(
         divisible_by=make_vocab_size_divisible_by,
         tensor_parallel=tensor_model_parallel_size,
         longrope_config=longrope_config,
-        longrope_path=longrope_path if longrope_config else None,
+        longrope_path=output_dir.resolve() / _LONGROPE_FILE,
+        dropped_window=folder.dropped_window,
     )
-    args.longrope_dropped_sliding_window = folder.dropped_window
     identity = _identity(folder, plan, max_shard_bytes, sliding_window)
     with work_folder(output_dir, identity) as (work, resumed):
-        work.check_space(sum(item.num_bytes for item in plan))
-        write_release(
-            work.result,
-            plan,
-            _loader(source, folder, vocabulary, shape.vocab_size),
-            {"args": args, "checkpoint_version": 3.0, "iteration": 0},
-            progress,
-            records=work.shards,
-            max_shard_bytes=max_shard_bytes,
-        )
+        load = _loader(source, folder, vocabulary, shape.vocab_size)
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+        write_release(work, plan, load, common, progress, max_shard_bytes)
         if longrope_config is not None:
             longrope_config.save(work.result / _LONGROPE_FILE)
         keep_companions(folder.directory, work.result)
@@ -159,8 +157,7 @@ def write_checkpoint(
         num_tensors=len(folder.tensors) - len(source.left_out),
         num_bytes=sum(item.num_bytes for item in source.plan),
         left_out=source.left_out,
-        flags=tuple(megatron_flags(args)),
-        flags_beside_checkpoint_args=tuple(flags_beside_checkpoint_args(args)),
+        args=args,
         verification=verification,
         resumed=resumed,
     )

@@ -53,6 +53,26 @@ _SWITCHES = (
     ("--bf16", "bf16", True),
     ("--fp16", "fp16", True),
 )
+# What no model that is imported differs in, of its architecture and of a checkpoint without a past.
+_OF_EVERY_MODEL = {
+    "position_embedding_type": "rope",
+    "add_position_embedding": True,
+    "rotary_interleaved": False,
+    "apply_layernorm_1p": False,
+    "swiglu": True,
+    "squared_relu": False,
+    "add_bias_linear": False,
+    "apply_query_key_layer_scaling": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "pipeline_model_parallel_size": 1,
+    "ckpt_format": "torch_dist",
+    "no_save_optim": True,
+    "no_save_rng": True,
+    "iteration": 0,
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+}
 # What `--use-checkpoint-args` of Megatron 0.17 to 0.19 does not restore.
 _NOT_RESTORED = (
     "--norm-epsilon",
@@ -99,6 +119,7 @@ def stored_arguments(
     tensor_parallel: int,
     longrope_config: LongRopeConfig | None = None,
     longrope_path: Path | None = None,
+    dropped_window: int | None = None,
 ) -> argparse.Namespace:
     """What a run that saved this model would have stored, as far as it concerns the model.
 
@@ -108,6 +129,7 @@ def stored_arguments(
         divisible_by (int): Megatron's `--make-vocab-size-divisible-by`.
         tensor_parallel (int): What the vocabulary was padded for; the tensors are not split.
         longrope_path (Path, optional): The file that holds `longrope_config`.
+        dropped_window (int, optional): Sliding window, in tokens, that the model lost.
 
     Raises:
         LongRopeError: The rotary base is not an integer, which is all that Megatron takes.
@@ -127,25 +149,15 @@ def stored_arguments(
         "kv_channels": shape.head_dim,
         "seq_length": shape.seq_length,
         "max_position_embeddings": shape.max_position_embeddings,
-        "position_embedding_type": "rope",
-        "add_position_embedding": True,
         "rotary_base": int(shape.rotary_base),
         "rotary_percent": shape.rotary_percent,
-        "rotary_interleaved": False,
         "normalization": shape.normalization,
         # Megatron's releases know the epsilon by one name or the other.
         "norm_epsilon": shape.norm_epsilon,
         "layernorm_epsilon": shape.norm_epsilon,
-        "apply_layernorm_1p": False,
         "window_size": None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
-        "swiglu": True,
-        "squared_relu": False,
-        "add_bias_linear": False,
         "add_qkv_bias": shape.add_qkv_bias,
         "qk_layernorm": shape.qk_layernorm,
-        "apply_query_key_layer_scaling": False,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "untie_embeddings_and_output_weights": shape.untie_embeddings,
         "vocab_size": shape.vocab_size,
         "padded_vocab_size": shape.padded_vocab_size,
@@ -154,14 +166,9 @@ def stored_arguments(
         "bf16": shape.params_dtype == torch.bfloat16,
         "fp16": shape.params_dtype == torch.float16,
         "tensor_model_parallel_size": tensor_parallel,
-        "pipeline_model_parallel_size": 1,
-        "ckpt_format": "torch_dist",
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "iteration": 0,
-        "consumed_train_samples": 0,
-        "consumed_valid_samples": 0,
         "longrope_hf_family": family,
+        "longrope_dropped_sliding_window": dropped_window,
+        **_OF_EVERY_MODEL,
     }
     if shape.num_experts is not None:
         values |= {

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megatron_longrope.checkpoint.hf.source import StoredTensor
-from megatron_longrope.conversion.work import complete_file
+from megatron_longrope.conversion.work import WorkFolder, complete_file
 from megatron_longrope.files import read_json, write_json_atomic, write_text_atomic
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -102,38 +102,36 @@ class TensorChunk:
 
 
 def write_release(
-    directory: Path,
+    work: WorkFolder,
     tensors: list[StoredTensor],
     load: Callable[[TensorChunk], Tensor],
     common: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
-    *,
-    records: Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Path:
+) -> None:
     """Fill a `--load` directory with weights to begin from at iteration 0.
 
     Megatron calls that a release: it looks for no optimizer in it, with or without `--finetune`.
     Files with a record are the work of an earlier run of the same conversion; they are kept.
 
     Args:
-        directory (Path): Where an earlier run left off, or an empty directory.
+        work (WorkFolder): Where an earlier run left off, or empty.
         load (Callable): Gives the data of a chunk.
         common (Mapping): What is not tensors: `args`, `iteration`, ...
         progress (Callable, optional): Called with bytes done and bytes in all; first with those
             that an earlier run wrote.
-        records (Path): Directory for a note on every complete file.
         max_shard_bytes (int): Largest file, unless a single chunk is larger.
 
-    Returns:
-        Path: The directory of the checkpoint's files.
+    Raises:
+        LongRopeError: The disk has no room for it.
     """
-    target = directory / RELEASE
+    target = work.result / RELEASE
     target.mkdir(exist_ok=True)
     shards = _shards([chunk for item in tensors for chunk in _chunks(item)], max_shard_bytes)
     total = sum(item.num_bytes for item in tensors)
+    work.check_space(total)
     names = [f"__0_{number}.distcp" for number in range(len(shards))]
-    places = {name: _recorded(target / name, records) for name in names}
+    places = {name: _recorded(target / name, work.shards) for name in names}
     done = sum(
         chunk.num_bytes
         for name, shard in zip(names, shards, strict=True)
@@ -151,7 +149,7 @@ def write_release(
                 done += chunk.num_bytes
                 if progress is not None:
                     progress(done, total)
-            write_json_atomic(records / f"{name}.json", places[name])
+            write_json_atomic(work.shards / f"{name}.json", places[name])
 
     objects = _objects(tensors, common)
     last = f"__0_{len(shards)}.distcp"
@@ -167,8 +165,7 @@ def write_release(
         pickle.dump(_metadata(items, infos, target), file)
     torch.save(dict(common), target / "common.pt")
     write_json_atomic(target / "metadata.json", _BACKENDS)
-    write_text_atomic(directory / _TRACKER, RELEASE)
-    return target
+    write_text_atomic(work.result / _TRACKER, RELEASE)
 
 
 def _chunks(item: StoredTensor) -> list[TensorChunk]:

@@ -11,7 +11,12 @@ import torch
 
 from megatron_longrope import __version__
 from megatron_longrope.checkpoint import MegatronCheckpoint, ModelShape
-from megatron_longrope.checkpoint.hf.families import dtype_name, select_family, to_hf_config
+from megatron_longrope.checkpoint.hf.families import (
+    Family,
+    dtype_name,
+    select_family,
+    to_hf_config,
+)
 from megatron_longrope.checkpoint.opening import check_fits
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.card import model_card
@@ -21,10 +26,7 @@ from megatron_longrope.conversion.companions import (
     copy_companions,
     special_token_ids,
 )
-from megatron_longrope.conversion.rope_export import (
-    export_rope,
-    is_bare_base,
-)
+from megatron_longrope.conversion.rope_export import ExportedRope, export_rope, is_bare_base
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
 from megatron_longrope.conversion.start_tokens import (
     DroppedStartTokens,
@@ -33,7 +35,7 @@ from megatron_longrope.conversion.start_tokens import (
 )
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, copy_tokenizer, write_tokenizer
-from megatron_longrope.conversion.work import file_identity, work_folder
+from megatron_longrope.conversion.work import file_identity, refuse_existing, work_folder
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import write_json_atomic, write_text_atomic
 
@@ -133,57 +135,20 @@ def write_hf_folder(
             full.
     """
     output_dir = Path(output_dir)
-    if not overwrite and output_dir.exists() and not _is_empty_directory(output_dir):
-        raise LongRopeError(f"{output_dir} exists already; give another --output or --overwrite")
+    if not overwrite:
+        refuse_existing(output_dir, "give another --output or --overwrite")
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
-    shape = checkpoint.shape
-    chosen = select_family(shape, checkpoint.args, family)
-    dtype_name(dtype or shape.params_dtype)  # refuses others before any work
+    chosen = select_family(checkpoint.shape, checkpoint.args, family)
+    dtype_name(dtype or checkpoint.shape.params_dtype)  # refuses others before any work
     lengths = short_length, target_length
-    factors = _Factors.of(checkpoint, longrope_config, lengths, without_start_tokens, measure)
-    longrope_config = factors.config
-    rope = longrope_config and export_rope(longrope_config, chosen, *lengths)
-    longest = target_length or (
-        longrope_config.max_length if longrope_config else shape.max_position_embeddings
+    factors = _Factors.of(
+        checkpoint, chosen, longrope_config, lengths, without_start_tokens, measure
     )
-    beside = companions(tokenizer, checkpoint.directory)
-    identity = {
-        "version": __version__,
-        "conversion": "to-hf",
-        "source": file_identity([checkpoint.directory]),
-        "tokenizer": file_identity([Path(tokenizer)] if tokenizer else [beside] if beside else []),
-        "longrope": None if longrope_config is None else longrope_config.to_dict(),
-        "lengths": list(lengths),
-        "dtype": str(dtype),
-        "family": chosen.name,
-        "max_shard_bytes": max_shard_bytes,
-    }
+    export = _Export(checkpoint, chosen, factors, dtype, tokenizer)
+    identity = {**export.identity(), "max_shard_bytes": max_shard_bytes}
     with work_folder(output_dir, identity) as (work, resumed):
-        info = write_tokenizer(tokenizer, work.result, longest)
-        shape = _with_true_vocabulary(shape, checkpoint, info)
-        has_tokenizer = tokenizer is not None
-        if beside is not None and not has_tokenizer:
-            has_tokenizer = copy_tokenizer(beside, work.result, longest)
-        source = TensorSource(checkpoint, chosen, shape, dtype)
-        num_bytes = sum(item.num_bytes for item in source.plan)
-        work.check_space(num_bytes)
-        written = dtype or source.plan[0].dtype
-        hf_config = to_hf_config(shape, chosen, written, None if rope is None else rope.keys)
-        _write_configs(work.result, hf_config, info, beside, longrope_config)
-        card = model_card(
-            name=output_dir.name,
-            hf_config=hf_config,
-            longrope_config=longrope_config,
-            rope=rope,
-            short_length=short_length,
-            target_length=target_length,
-            iteration=checkpoint.iteration,
-            version=__version__,
-            has_tokenizer=has_tokenizer,
-            dropped_window=getattr(checkpoint.args, "longrope_dropped_sliding_window", None),
-            dropped=factors.dropped,
-        )
-        write_text_atomic(work.result / "README.md", card)
+        source, hf_config = export.write_small_files(work.result, output_dir.name)
+        work.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
         files = write_safetensors(work.result, source.plan, source.load, max_shard_bytes, progress)
         verification = None if check is None else check(work.result)
         work.put_in_place()
@@ -194,11 +159,11 @@ def write_hf_folder(
         num_tensors=len(source.plan),
         num_bytes=num_bytes,
         files=tuple(files),
-        vocab_size=shape.vocab_size,
+        vocab_size=hf_config["vocab_size"],
         max_position_embeddings=hf_config["max_position_embeddings"],
         verification=verification,
         dropped_start_tokens=factors.dropped,
-        remarks=() if rope is None else rope.remarks,
+        remarks=() if factors.rope is None else factors.rope.remarks,
         resumed=resumed,
     )
 
@@ -210,6 +175,12 @@ class _Factors:
     config: LongRopeConfig | None
     """As exported; None for plain RoPE."""
 
+    lengths: tuple[int | None, int | None] = (None, None)
+    """Windows whose sets become short_factor and long_factor, as asked for."""
+
+    rope: ExportedRope | None = None
+    """How transformers is told."""
+
     dropped: tuple[DroppedStartTokens, ...] = ()
     """Sets that lost their start tokens."""
 
@@ -217,6 +188,7 @@ class _Factors:
     def of(
         cls,
         checkpoint: MegatronCheckpoint,
+        family: Family,
         config: LongRopeConfig | None,
         lengths: tuple[int | None, int | None],
         without_start_tokens: bool,
@@ -234,10 +206,95 @@ class _Factors:
                 )
             return cls(None)
         check_fits(config, checkpoint.shape, checkpoint.longrope)
-        if not without_start_tokens:
-            return cls(config)
-        plain, dropped = drop_start_tokens(config, *lengths)
-        return cls(plain, tuple(measure(config, dropped)) if measure and dropped else dropped)
+        dropped: tuple[DroppedStartTokens, ...] = ()
+        if without_start_tokens:
+            given = config
+            config, dropped = drop_start_tokens(given, *lengths)
+            if measure and dropped:
+                dropped = tuple(measure(given, dropped))
+        return cls(config, lengths, export_rope(config, family, *lengths), dropped)
+
+    @property
+    def window(self) -> int | None:
+        """Longest window, in tokens; None for plain RoPE."""
+        return self.config and (self.lengths[1] or self.config.max_length)
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What is exported, and how."""
+
+    checkpoint: MegatronCheckpoint
+    """The source."""
+
+    family: Family
+    """What transformers has for it."""
+
+    factors: _Factors
+    """What the folder says of RoPE."""
+
+    dtype: torch.dtype | None
+    """What tensors are converted to; None for their own."""
+
+    tokenizer: str | Path | None
+    """As given."""
+
+    @property
+    def beside(self) -> Path | None:
+        """Folder with the companions of the model that the checkpoint was imported from."""
+        return companions(self.tokenizer, self.checkpoint.directory)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what an interrupted conversion must agree on to be continued."""
+        tokenizer = Path(self.tokenizer) if self.tokenizer else self.beside
+        config = self.factors.config
+        return {
+            "version": __version__,
+            "conversion": "to-hf",
+            "source": file_identity([self.checkpoint.directory]),
+            "tokenizer": file_identity([] if tokenizer is None else [tokenizer]),
+            "longrope": None if config is None else config.to_dict(),
+            "lengths": list(self.factors.lengths),
+            "dtype": str(self.dtype),
+            "family": self.family.name,
+        }
+
+    def write_small_files(self, directory: Path, name: str) -> tuple[TensorSource, dict[str, Any]]:
+        """Write all but the tensors.
+
+        Args:
+            directory (Path): The folder.
+            name (str): What it will be called.
+
+        Returns:
+            tuple: Where the tensors come from, and the content of config.json without token ids.
+        """
+        checkpoint, factors, beside = self.checkpoint, self.factors, self.beside
+        longest = factors.window or checkpoint.shape.max_position_embeddings
+        info = write_tokenizer(self.tokenizer, directory, longest)
+        has_tokenizer = self.tokenizer is not None
+        if beside is not None and not has_tokenizer:
+            has_tokenizer = copy_tokenizer(beside, directory, longest)
+        shape = _with_true_vocabulary(checkpoint, info)
+        source = TensorSource(checkpoint, self.family, shape, self.dtype)
+        dtype = self.dtype or source.plan[0].dtype
+        hf_config = to_hf_config(shape, self.family, dtype, factors.rope and factors.rope.keys)
+        _write_configs(directory, hf_config, info, beside, factors.config)
+        card = model_card(
+            name=name,
+            hf_config=hf_config,
+            longrope_config=factors.config,
+            rope=factors.rope,
+            short_length=factors.lengths[0],
+            target_length=factors.lengths[1],
+            iteration=checkpoint.iteration,
+            version=__version__,
+            has_tokenizer=has_tokenizer,
+            dropped_window=getattr(checkpoint.args, "longrope_dropped_sliding_window", None),
+            dropped=factors.dropped,
+        )
+        write_text_atomic(directory / "README.md", card)
+        return source, hf_config
 
 
 def _write_configs(
@@ -261,9 +318,8 @@ def _write_configs(
         longrope_config.save(directory / "longrope.json")
 
 
-def _with_true_vocabulary(
-    shape: ModelShape, checkpoint: MegatronCheckpoint, info: TokenizerInfo
-) -> ModelShape:
+def _with_true_vocabulary(checkpoint: MegatronCheckpoint, info: TokenizerInfo) -> ModelShape:
+    shape = checkpoint.shape
     stored = getattr(checkpoint.args, "vocab_size", None)
     if info.vocab_size is None:
         return shape
@@ -279,7 +335,3 @@ def _with_true_vocabulary(
         )
     # Megatron stores --vocab-size only where the user gave it; the tokenizer knows otherwise.
     return replace(shape, vocab_size=stored or info.vocab_size)
-
-
-def _is_empty_directory(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

@@ -128,6 +128,16 @@ class WorkFolder:
             replaced.rename(self.output_dir)
 
 
+def refuse_existing(output_dir: Path, remedy: str) -> None:
+    """Refuse an output that is there, unless it is an empty folder.
+
+    Raises:
+        LongRopeError: It is.
+    """
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise LongRopeError(f"{output_dir} exists already; {remedy}")
+
+
 @contextmanager
 def work_folder(output_dir: Path, identity: Mapping[str, Any]) -> Iterator[tuple[WorkFolder, bool]]:
     """The work folder of an output, and whether an earlier run's work is in it.

@@ -6,7 +6,7 @@ import glob
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -78,24 +78,18 @@ def prepare(
     hidden: list[Path] = []
     files = [find_source_files(source.paths, hidden.append) for source in sources]
     _refuse_shared(sources, files)
-    loaded = load_tokenizer(tokenizer, bos)
-    if loaded.eos_id is None and any(each.needs_special_tokens for each in recipes.values()):
-        raise LongRopeError(
-            f"tokenizer {tokenizer} has no EOS token, which ends every segment; name one in its "
-            "tokenizer_config.json (eos_token)"
-        )
-
+    loaded = _load_tokenizer(tokenizer, bos, recipes)
     with ExitStack() as stack:
         directory = stack.enter_context(parts_directory(Path(output)))
         _remove_leftovers(paths.values())
-        total = sum(source_size(path) for group in files for path in group)
+        sizes = {path: source_size(path) for group in files for path in group}
         stream = DocumentStream(
             sources,
             files,
             make_encoder(loaded, recipe, files, text_key, on_error),
             directory,
             split,
-            stack.enter_context(_progress_bar(total, progress)),
+            stack.enter_context(_progress_bar(sum(sizes.values()), progress)),
         )
         # Sets beside the main one are published first: its manifest says that all are there.
         staged = {key: stack.enter_context(staged_outputs(paths[key], overwrite)) for key in paths}
@@ -105,15 +99,7 @@ def prepare(
         training = stream.training(writers, recipes, text_key, on_error == "skip", workers)
         with closing(training):
             writers[""].extend(recipe.arrange(training, loaded.bos_id, loaded.eos_id))  # type: ignore[arg-type]
-        common = {
-            **_manifest_of_tokenizer(loaded),
-            **_manifest_of_split(split),
-            **stream.counts.to_manifest(),
-            "hidden_skipped": len(hidden),
-            "source_files": [
-                {"path": str(path), "bytes": source_size(path)} for group in files for path in group
-            ],
-        }
+        common = _manifest(loaded, split, stream.counts, len(hidden), sizes)
         manifests = {
             suffix: _finish(writer, staged[suffix], recipes[suffix], suffix, common, stream.counts)
             for suffix, writer in writers.items()
@@ -156,21 +142,38 @@ def _recipes(recipe: Recipe, split: Split) -> dict[str, Recipe]:
     return recipes
 
 
-def _manifest_of_tokenizer(loaded: Tokenizer) -> dict[str, Any]:
+def _load_tokenizer(path: str | Path, bos: int | None, recipes: Mapping[str, Recipe]) -> Tokenizer:
+    """Load the tokenizer; refuse one that cannot end segments where these recipes need it."""
+    loaded = load_tokenizer(path, bos)
+    if loaded.eos_id is None and any(recipe.needs_special_tokens for recipe in recipes.values()):
+        raise LongRopeError(
+            f"tokenizer {path} has no EOS token, which ends every segment; name one in its "
+            "tokenizer_config.json (eos_token)"
+        )
+    return loaded
+
+
+def _manifest(
+    loaded: Tokenizer, split: Split, counts: Counts, hidden: int, files: Mapping[Path, int]
+) -> dict[str, Any]:
+    """Return what the manifests of all sets say.
+
+    Args:
+        hidden (int): Hidden files that were passed over.
+        files (Mapping[Path, int]): Bytes of the files that were read.
+    """
     return {
         "tokenizer": loaded.path,
         "tokenizer_sha256": loaded.sha256,
         "vocab_size": loaded.vocab_size,
         "bos_id": loaded.bos_id,
         "eos_id": loaded.eos_id,
-    }
-
-
-def _manifest_of_split(split: Split) -> dict[str, Any]:
-    return {
         "seed": split.seed,
         "held_out": split.held_out,
         "short_window": split.short.window if split.short else None,
+        **counts.to_manifest(),
+        "hidden_skipped": hidden,
+        "source_files": [{"path": str(path), "bytes": size} for path, size in files.items()],
     }
 
 

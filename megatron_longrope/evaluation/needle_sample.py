@@ -223,25 +223,14 @@ def make_sample(
     inserted = [ways[j][document.forms[place]] for j, place in enumerate(chosen)]
     used = space - sum(map(len, inserted))
 
-    parts, positions, size, done = [begin], [0] * count, len(begin), 0
-    for j in sorted(range(count), key=chosen.__getitem__):
-        here = int(document.places[chosen[j]])
-        positions[j] = size + here - done
-        size = positions[j] + len(inserted[j])
-        parts += [document.tokens[done:here], inserted[j]]
-        done = here
-    parts += [document.tokens[done:used], question, answer]
+    text, positions = _insert(document.tokens[:used], document.places[chosen], inserted)
+    positions = [len(begin) + position for position in positions]
+    parts = [begin, *text, question, answer]
     ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
     assert len(ids) == length, (len(ids), length)
     for needle, at, own in zip(needles, positions, inserted, strict=True):
-        read = tokenizer.decode(
-            ids[max(at - _BESIDE, len(front)) : at + len(own) + _BESIDE].tolist()
-        )
-        if needle not in read:
-            raise LongRopeError(
-                f"the tokenizer {tokenizer.path} reads {read!r} where {needle!r} was written; use "
-                "one that keeps text as it is"
-            )
+        around = ids[max(at - _BESIDE, len(front)) : at + len(own) + _BESIDE]
+        _check_readable(tokenizer, needle, around.tolist())
     return NeedleSample(
         task=task,
         tokens=torch.from_numpy(ids)[None],
@@ -252,6 +241,30 @@ def make_sample(
         positions=tuple(positions),
         depths=tuple(int(document.places[place]) / used for place in chosen),
     )
+
+
+def _check_readable(tokenizer: Tokenizer, needle: str, around: list[int]) -> None:
+    """Refuse a tokenizer that reads something else where a needle was written."""
+    if needle not in (read := tokenizer.decode(around)):
+        raise LongRopeError(
+            f"the tokenizer {tokenizer.path} reads {read!r} where {needle!r} was written; use one "
+            "that keeps text as it is"
+        )
+
+
+def _insert(
+    tokens: np.ndarray, places: np.ndarray, needles: Sequence[Sequence[int]]
+) -> tuple[list[Sequence[int] | np.ndarray], list[int]]:
+    """Put each needle before the token of its place; return the parts, and where needles begin."""
+    parts: list[Sequence[int] | np.ndarray] = []
+    positions, size, done = [0] * len(needles), 0, 0
+    for j in np.argsort(places).tolist():
+        here = int(places[j])
+        positions[j] = size + here - done
+        size = positions[j] + len(needles[j])
+        parts += [tokens[done:here], needles[j]]
+        done = here
+    return [*parts, tokens[done:]], positions
 
 
 def score(sample: NeedleSample, predicted: Sequence[int], nll: Sequence[float]) -> NeedleScore:
