@@ -53,7 +53,7 @@ def make_inputs(directory: Path, layers: int) -> int:
     """A random Llama as `directory/hf` and `directory/megatron`; gives the bytes of its tensors."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_longrope.conversion import write_checkpoint
+    from megatron_longrope.conversion.from_hf import write_checkpoint
 
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -104,7 +104,8 @@ def sync(path: Path) -> None:
 
 def arm(name: str, directory: Path, target: Path) -> Callable[[], Any]:
     """What is measured, imports done."""
-    from megatron_longrope.conversion import write_checkpoint, write_hf_folder
+    from megatron_longrope.conversion.from_hf import write_checkpoint
+    from megatron_longrope.conversion.to_hf import write_hf_folder
 
     sizes = {"max_shard_bytes": SHARD_BYTES}
     return {

@@ -52,7 +52,7 @@ import numpy as np
 import torch
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.conversion import write_checkpoint
+from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity
 from megatron_longrope.local_folder import LOCAL_ONLY

@@ -4,9 +4,8 @@ Importable without megatron-core; only building or hooking a model needs it. Nam
 they are first used, so that commands which need no torch start at once.
 """
 
-from typing import TYPE_CHECKING
-
-from megatron_longrope.lazy import importer
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_longrope.api import convert_from_hf, convert_to_hf, evaluate, prepare_data, search
@@ -50,30 +49,35 @@ __all__ = [
     "search",
 ]
 
-__getattr__ = importer(
-    __name__,
-    {
-        "BenchmarkOptions": "evaluation.kinds.short",
-        "FactorSet": "config",
-        "FromHfOptions": "conversion.options",
-        "LongRopeConfig": "config",
-        "LongRopeError": "errors",
-        "NeedleOptions": "evaluation.kinds.needle",
-        "PasskeyOptions": "evaluation.kinds.passkey",
-        "PerplexityOptions": "evaluation.kinds.ppl",
-        "PrepareOptions": "data.options",
-        "RulerOptions": "evaluation.kinds.ruler",
-        "SearchOptions": "factor_search.options",
-        "ToHfOptions": "conversion.options",
-        "add_longrope_args": "integration.arguments",
-        "apply": "integration.hooks",
-        "convert_from_hf": "api",
-        "convert_to_hf": "api",
-        "enable": "integration.hooks",
-        "evaluate": "api",
-        "identity_config": "config",
-        "prepare_data": "api",
-        "remove": "integration.hooks",
-        "search": "api",
-    },
-)
+_MODULES = {
+    "BenchmarkOptions": "evaluation.kinds.short",
+    "FactorSet": "config",
+    "FromHfOptions": "conversion.options",
+    "LongRopeConfig": "config",
+    "LongRopeError": "errors",
+    "NeedleOptions": "evaluation.kinds.needle",
+    "PasskeyOptions": "evaluation.kinds.passkey",
+    "PerplexityOptions": "evaluation.kinds.ppl",
+    "PrepareOptions": "data.options",
+    "RulerOptions": "evaluation.kinds.ruler",
+    "SearchOptions": "factor_search.options",
+    "ToHfOptions": "conversion.options",
+    "add_longrope_args": "integration.arguments",
+    "apply": "integration.hooks",
+    "convert_from_hf": "api",
+    "convert_to_hf": "api",
+    "enable": "integration.hooks",
+    "evaluate": "api",
+    "identity_config": "config",
+    "prepare_data": "api",
+    "remove": "integration.hooks",
+    "search": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -8,6 +8,8 @@ Asks Snakemake for the commands of all rules and puts the flags of each `longrop
 --dry-run`. Nothing runs, and the inputs need not exist.
 """
 
+import argparse
+import functools
 import json
 import os
 import re
@@ -48,6 +50,16 @@ class Command:
 
     words: tuple[str, ...]
     """`longrope`, the subcommand, its flags."""
+
+    @functools.cached_property
+    def args(self) -> argparse.Namespace:
+        """Return the flags as `longrope` reads them; `pretrain` hands its own to Megatron."""
+        return _parser().parse_args(self.words[1:])
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    return build_parser()
 
 
 def commands_of(listing: str, nodes: int) -> Iterator[Command]:
@@ -154,7 +166,7 @@ def _training(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
 
 
 def _search(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
-    args = read_flags(SearchOptions, build_parser().parse_args(command.words[1:]))
+    args = read_flags(SearchOptions, command.args)
     sizes = args.parameters()
     evaluations = sizes.max_evaluations if args.algorithm == "cma" else sizes.total_evaluations
     if args.max_evaluations is not None:
@@ -174,8 +186,7 @@ def _search(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
 
 def _evaluation(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
     """One forward pass for each document or prompt of each length."""
-    args = build_parser().parse_args(command.words[1:])
-    kind = command.words[2]
+    args, kind = command.args, command.words[2]
     if kind == "ppl" and args.stride is None:
         forwards = args.num_documents
     elif kind == "passkey" and args.scoring == "teacher-forced":

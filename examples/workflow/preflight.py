@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 
 import plan
 
-from megatron_longrope.cli import build_parser
 from megatron_longrope.lengths import format_length, parse_length
 from megatron_longrope.plan.flags import parse
 from megatron_longrope.plan.hardware import GIB
@@ -56,9 +54,9 @@ def examine(commands: Sequence[plan.Command], config: dict[str, Any]) -> Iterato
         if words[1:3] == ("convert", "from-hf"):
             yield from _model(Path(words[words.index("--hf") + 1]))
         elif words[1:3] == ("data", "prepare"):
-            yield _texts(command, build_parser().parse_args(words[1:]), commands)
+            yield _texts(command, commands)
         elif words[1:3] == ("eval", "short"):
-            yield _tasks(command, build_parser().parse_args(words[1:]))
+            yield _tasks(command)
         elif words[1] == "pretrain":
             found = Path(words[2]).is_file()
             yield Finding(
@@ -95,12 +93,13 @@ def _model(folder: Path) -> Iterator[Finding]:
         yield Finding("ok", "hf", f"tokenizer of {tokenizer.vocab_size} tokens")
 
 
-def _texts(command: plan.Command, args: Namespace, commands: Sequence[plan.Command]) -> Finding:
+def _texts(command: plan.Command, commands: Sequence[plan.Command]) -> Finding:
     """Whether the sources have enough documents of the length, or enough tokens."""
     from megatron_longrope.data.mix import load_mix
     from megatron_longrope.data.sources import find_source_files, iterate_documents
     from megatron_longrope.data.tokenizer import load_tokenizer
 
+    args = command.args
     try:
         inputs = (
             [path for source in load_mix(args.mix) for path in source.paths]
@@ -154,7 +153,7 @@ def _documents_of(prefix: str, commands: Sequence[plan.Command]) -> int:
     counts = [0]
     for command in commands:
         if command.words[1] in ("search", "eval") and command.words[2] != "short":
-            args = build_parser().parse_args(command.words[1:])
+            args = command.args
             if getattr(args, "data", None) == prefix or getattr(args, "held_out", None) == prefix:
                 count = args.num_samples if command.words[1] == "search" else args.num_documents
                 counts.append(max(count, getattr(args, "pool", None) or 0))
@@ -177,12 +176,12 @@ def _tokens_of(prefix: str, commands: Sequence[plan.Command]) -> float:
     return total
 
 
-def _tasks(command: plan.Command, args: Namespace) -> Finding:
+def _tasks(command: plan.Command) -> Finding:
     from megatron_longrope.evaluation.harness_tasks import check_tasks, parse_tasks
 
     try:
-        specs = parse_tasks(args.tasks) if isinstance(args.tasks, str) else args.tasks
-        loaded = check_tasks(specs, include_path=args.include_path)
+        specs = parse_tasks(command.args.tasks)
+        loaded = check_tasks(specs, include_path=command.args.include_path)
     except ValueError as error:
         return Finding("FAIL", command.rule, str(error))
     names = ", ".join(task.spec.name for task in loaded)

@@ -15,7 +15,7 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.cli import main
 from megatron_longrope.cli.byte_progress import ByteProgress
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.engine import load_engine
 
 

@@ -14,7 +14,7 @@ from tiny_corpus import make_text
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine

@@ -16,9 +16,9 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
 from megatron_longrope.cli import main
 from megatron_longrope.config import LongRopeConfig, identity_config
-from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify_import import verify_import
 from megatron_longrope.engine import load_engine
 

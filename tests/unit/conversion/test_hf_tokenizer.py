@@ -7,7 +7,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, write_tokenizer
 
 WORDS = ["the", "context", "window", "of", "a", "language", "model", "is", "extended", "rotary"]

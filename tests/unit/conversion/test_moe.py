@@ -23,7 +23,8 @@ from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
 from megatron_longrope.checkpoint.hf.families import select_family, shape_from_hf_config
 from megatron_longrope.checkpoint.hf.rules import MIXTRAL_EXPERTS, QWEN_EXPERTS
 from megatron_longrope.checkpoint.hf.splits import join, part_rows, split
-from megatron_longrope.conversion import write_checkpoint, write_hf_folder
+from megatron_longrope.conversion.from_hf import write_checkpoint
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.conversion.verify_import import verify_import
 from megatron_longrope.engine import load_engine

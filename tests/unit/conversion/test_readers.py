@@ -24,8 +24,8 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.checkpoint.hf.families import FAMILIES
 from megatron_longrope.checkpoint.hf.limits import OTHER_TYPES
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.conversion import write_hf_folder
 from megatron_longrope.conversion.from_hf import write_checkpoint
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import fp32_engine, random_tokens, verify
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.lengths import format_length

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion import megatron_writer, write_checkpoint, write_hf_folder
+from megatron_longrope.conversion import megatron_writer
 from megatron_longrope.conversion import safetensors_writer as writer
+from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.tensors import TensorSource
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.work import WorkFolder, file_identity, work_folder
 
 SHARDS = {"max_shard_bytes": 40_000}
@@ -175,7 +177,7 @@ def test_a_killed_process_leaves_what_the_same_command_continues(exported, tmp_p
     output = tmp_path / "ckpt"
     code = (
         "import sys, time\n"
-        "from megatron_longrope.conversion import write_checkpoint\n"
+        "from megatron_longrope.conversion.from_hf import write_checkpoint\n"
         "def wait(done, total):\n"
         "    if done > 0.6 * total:\n"
         "        print('here', flush=True)\n"

@@ -20,7 +20,7 @@ import transformers
 from search_data import make_search_data
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.tokenizer import write_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 
 SHORT = random_tokens(maker.VOCAB, maker.SHORT_TOKENS, 0)

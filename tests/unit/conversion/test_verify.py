@@ -8,7 +8,7 @@ import torch
 
 from megatron_longrope.cli import convert as command
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import (
     compare,
     exported_config,

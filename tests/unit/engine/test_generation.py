@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import Engine, generation, load_engine, process_groups
 from megatron_longrope.engine import loss as loss_module

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from launching import spawn
 
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation import harness_tasks

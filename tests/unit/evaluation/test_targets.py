@@ -10,7 +10,7 @@ from search_data import make_search_data
 from tiny_corpus import make_text
 
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.evaluation.scored_documents import read_scored_documents
 from megatron_longrope.evaluation.targets import (
     check_tokenizer_fits,
