@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_longrope import methods
-from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.methods import named_factors
 
@@ -61,26 +61,3 @@ def extended_config(
         base.original_max_position_embeddings,
     )
     return replace(config, attention_factor=value)
-
-
-def baseline_config(
-    method: str,
-    rotary_base: float,
-    rotary_dim: int,
-    original_max_position_embeddings: int,
-    target_length: int,
-    policy: str | None = None,
-) -> LongRopeConfig:
-    """Configuration of a method for one target length of a model with plain RoPE.
-
-    Args:
-        method (str): One of :data:`megatron_longrope.methods.METHODS`.
-        target_length (int): Window, in tokens; at or below the original window nothing is rescaled.
-        policy (str, optional): Attention-factor policy at the target length. Defaults to the
-            method's own: `yarn` for YaRN, `none` for the others.
-
-    Returns:
-        LongRopeConfig: Sets for the original window (all ones) and, if longer, the target.
-    """
-    base = identity_config(rotary_base, rotary_dim, original_max_position_embeddings)
-    return extended_config(method, base, target_length, policy or methods.method(method).policy)

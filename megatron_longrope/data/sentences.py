@@ -59,26 +59,12 @@ def train_splitter(texts: Sequence[str], max_characters: int = 1_000_000) -> Spl
     return PunktSentenceTokenizer(trainer.get_params())
 
 
-def sentence_ends(text: str, splitter: Splitter) -> list[int]:
-    """Offsets, in characters, behind whose character a new sentence may begin.
+def iterate_sentence_ends(text: str, splitter: Splitter) -> Iterator[int]:
+    """Yield offsets, in characters, behind whose character a new sentence may begin.
 
     The character before each is the last of a sentence or of a paragraph, the one behind it is
     white space, and further text follows: neither end of the text is among them.
-
-    Raises:
-        LongRopeError: The text has no such place.
     """
-    ends = list(iterate_sentence_ends(text, splitter))
-    if not ends:
-        raise LongRopeError(
-            f"a text of {len(text)} characters has no place between two sentences (no sentence end "
-            f"and no blank line; it begins {text[:40]!r}); give prose, or code with blank lines"
-        )
-    return ends
-
-
-def iterate_sentence_ends(text: str, splitter: Splitter) -> Iterator[int]:
-    """The same one by one, for whoever needs the beginning of a long text only; may be none."""
     last_of_paragraph = None
     for start, stop in _paragraphs(text):
         if last_of_paragraph is not None:

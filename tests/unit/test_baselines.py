@@ -1,42 +1,43 @@
 import pytest
 
-from megatron_longrope.baselines import baseline_config, extended_config, extension
+from megatron_longrope.baselines import extended_config, extension
 from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.factor_search.problem import make_problem
 from megatron_longrope.frequencies import attention_factor
 from megatron_longrope.methods import METHODS, ntk_factors, yarn_factors
 
+PLAIN = identity_config(10000.0, 32, 256)
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_within_the_original_window_every_method_is_plain_rope(method):
-    config = baseline_config(method, 10000.0, 32, 256, 256, "su")
+    config = extended_config(method, PLAIN, 256, "su")
     assert [item.max_length for item in config.factor_sets] == [256]
     assert config.factor_sets[0].is_identity and config.attention_factor_for(256) == 1.0
 
 
 def test_beyond_it_the_methods_factors_and_the_policy_apply():
-    config = baseline_config("ntk", 10000.0, 32, 256, 2048, "su")
+    config = extended_config("ntk", PLAIN, 2048, "su")
     assert config.factor_set_for(2048).rescale_factors == tuple(ntk_factors(32, 8.0))
     assert config.factor_set_for(256).is_identity
     assert config.attention_factor_for(2048) == pytest.approx(1.1726, abs=1e-4)
 
 
 def test_none_extends_the_window_without_rescaling():
-    config = baseline_config("none", 10000.0, 32, 256, 8192)
+    config = extended_config("none", PLAIN, 8192)
     assert config.factor_set_for(8192).is_identity and config.max_length == 8192
 
 
 def test_an_unknown_method_is_refused_by_name():
     with pytest.raises(ValueError, match="unknown method 'alibi'"):
-        baseline_config("alibi", 10000.0, 32, 256, 2048)
+        extended_config("alibi", PLAIN, 2048)
 
 
 @pytest.fixture
 def tuned():
     """A model that was tuned for 2048 tokens under YaRN's factors and the su attention factor."""
     factors = tuple(yarn_factors(32, 8.0, 10000.0, 256))
-    base = identity_config(10000.0, 32, 256)
-    return base.with_factor_set(FactorSet(2048, factors, num_start_tokens=4))
+    return PLAIN.with_factor_set(FactorSet(2048, factors, num_start_tokens=4))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,7 +64,7 @@ def test_on_a_tuned_model_a_method_multiplies_the_factors_it_was_tuned_with(tune
 
 
 def test_yarn_has_its_own_temperature_and_the_others_have_none(tuned):
-    own = {name: baseline_config(name, 10000.0, 32, 256, 2048) for name in METHODS}
+    own = {name: extended_config(name, PLAIN, 2048) for name in METHODS}
     assert own["yarn"].attention_factor_for(2048) == attention_factor("yarn", 8.0, 256)
     assert {own[name].attention_factor_for(2048) for name in METHODS if name != "yarn"} == {1.0}
     # On a tuned model they come on top of the value that it was tuned with.

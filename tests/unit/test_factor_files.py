@@ -7,9 +7,9 @@ import re
 import pytest
 from tiny_hf import WINDOW, make_hf_folder
 
-from megatron_longrope.baselines import baseline_config
+from megatron_longrope.baselines import extended_config
 from megatron_longrope.cli import main
-from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.factor_files import Geometry, differences, import_factors, sorted_factors
 
 VECTOR = (1.0, 1.5, 2.25, 31.999999)
@@ -173,7 +173,7 @@ def test_a_published_method_is_made_for_a_model_and_multiplies_the_factors_it_ha
         == 0
     )
     made = LongRopeConfig.load(tmp_path / "y.json")
-    assert made == baseline_config("yarn", 10000.0, 8, WINDOW, 256)
+    assert made == extended_config("yarn", identity_config(10000.0, 8, WINDOW), 256, "yarn")
     # transformers' own rule for its temperature
     assert made.attention_factor_for(256) == pytest.approx(0.1 * math.log(4) + 1)
     make_hf_folder(tuned, "llama", rope_parameters={

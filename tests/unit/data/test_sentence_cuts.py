@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from toy_tokenizers import save_fast, train_byte_level
 
 from megatron_longrope.data.documents import check_set, read_documents
 from megatron_longrope.data.prepare import prepare
@@ -23,19 +22,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     """A byte-level BPE in the Hugging Face format, as Llama-3 has."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    inner.train_from_iterator(TEXTS, trainer)
-    path = tmp_path_factory.mktemp("hf") / "tokenizer"
-    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(str(path))
-    return path
+    return save_fast(train_byte_level(TEXTS, 400), tmp_path_factory.mktemp("hf") / "tokenizer")
 
 
 @pytest.fixture(params=["sentencepiece", "byte_level"])

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpus import make_text
+from toy_tokenizers import save_fast, train_byte_level
 
 from megatron_longrope.data.tokenizer import _sample, load_tokenizer, train_sentencepiece
 
@@ -97,27 +98,13 @@ def test_unfit_paths_are_refused_with_the_remedy(tmp_path):
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    folder = tmp_path_factory.mktemp("hf")
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator([make_text(seed, 100) for seed in range(5)], trainer)
+    inner = train_byte_level([make_text(seed, 100) for seed in range(5)], 400)
     inner.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", model_max_length=8
-    ).save_pretrained(folder)
-    return folder
+    return save_fast(inner, tmp_path_factory.mktemp("hf"), model_max_length=8)
 
 
 def test_hugging_face_folder_encodes_without_special_tokens(hf_folder):

@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_longrope.baselines import baseline_config
+from megatron_longrope.baselines import extended_config
 from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.config import identity_config
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import loss as loss_module
 from megatron_longrope.engine.model import build_model
 from megatron_longrope.integration import compat
+
+PLAIN = identity_config(maker.BASE, maker.HEAD_DIM, maker.ORIGINAL)
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +128,7 @@ def test_swapping_factors_changes_the_losses_and_swapping_back_restores_them(eng
     tokens = random_tokens(maker.VOCAB, 160, 6)
     own = engine.config
     before = engine.nll(tokens)
-    engine.set_config(
-        baseline_config("pi", maker.BASE, maker.HEAD_DIM, maker.ORIGINAL, maker.TARGET, "su")
-    )
+    engine.set_config(extended_config("pi", PLAIN, maker.TARGET, "su"))
     other = engine.nll(tokens)
     engine.set_config(own)
     assert (before - other).abs().max() > 1e-3
@@ -136,7 +137,7 @@ def test_swapping_factors_changes_the_losses_and_swapping_back_restores_them(eng
 
 @pytest.mark.parametrize("hf_parity", [False, True])
 def test_the_attention_factor_follows_the_length_by_exactly_one_carrier(megatron_runs, hf_parity):
-    config = baseline_config("ntk", maker.BASE, maker.HEAD_DIM, maker.ORIGINAL, maker.TARGET, "su")
+    config = extended_config("ntk", PLAIN, maker.TARGET, "su")
     engine = load_engine(
         megatron_runs["tied_mha"].path, longrope_config=config, hf_parity=hf_parity, device="cpu"
     )

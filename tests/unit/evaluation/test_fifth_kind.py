@@ -9,8 +9,9 @@ import pytest
 from copying import COPYING
 from test_session import SHAPE, FakeEngine
 
-from megatron_longrope.baselines import baseline_config
+from megatron_longrope.baselines import extended_config
 from megatron_longrope.cli import main
+from megatron_longrope.config import identity_config
 from megatron_longrope.engine import loading
 from megatron_longrope.evaluation import targets
 from megatron_longrope.evaluation.kinds import KINDS
@@ -24,7 +25,7 @@ class Engine(FakeEngine):
 @pytest.fixture
 def added(monkeypatch):
     """The kind is registered, and a model without weights is found under any path."""
-    config = baseline_config("pi", 10000.0, 8, 64, 128)
+    config = extended_config("pi", identity_config(10000.0, 8, 64), 128)
     checkpoint = SimpleNamespace(
         iteration=3, shape=SHAPE, longrope=config, directory=Path("absent")
     )

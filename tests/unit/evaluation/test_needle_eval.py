@@ -8,8 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_tokenizers import (
+    BOS,
+    CharacterTokenizer,
+    ForgetfulTokenizer,
+    MergingTokenizer,
+    SpaceTokenizer,
+    save_fast,
+    train_byte_level,
+)
 
-from megatron_longrope.data.sentences import sentence_ends, train_splitter
+from megatron_longrope.data.sentences import iterate_sentence_ends, train_splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
@@ -21,7 +30,6 @@ from megatron_longrope.evaluation.needle_sample import (
 )
 from megatron_longrope.evaluation.needle_text import INSTRUCTION, needle_text
 
-BOS = 1
 # How GPT-2 and Llama 3 cut text before they merge; the second keeps ".\n\n" together.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -48,41 +56,6 @@ CODE = "".join(
 )
 
 
-class CharacterTokenizer:
-    """One token per character, except that BOS is 1."""
-
-    path, sha256, vocab_size, bos_id, eos_id = "characters", "", 2**16, BOS, None
-
-    def encode(self, text):
-        return [ord(character) for character in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-
-class SpaceTokenizer(CharacterTokenizer):
-    """Joins the space before a digit to it, as byte-level BPE may do."""
-
-    def encode(self, text):
-        ids = []
-        for character in text:
-            if ids and ids[-1] == ord(" ") and character.isdigit():
-                ids[-1] = 2**17 + ord(character)
-            else:
-                ids.append(ord(character))
-        return ids
-
-    def decode(self, ids):
-        return "".join(chr(k) if k < 2**17 else " " + chr(k - 2**17) for k in ids)
-
-
-class MergingTokenizer(CharacterTokenizer):
-    """Merges the last two characters, so that a longer text changes earlier tokens."""
-
-    def encode(self, text):
-        return [*super().encode(text[:-2]), 2**17 + ord(text[-1])]
-
-
 class CommaTokenizer(CharacterTokenizer):
     """Joins a comma to the digit before it."""
 
@@ -94,13 +67,6 @@ class CommaTokenizer(CharacterTokenizer):
             else:
                 ids.append(ord(character))
         return ids
-
-
-class ForgetfulTokenizer(CharacterTokenizer):
-    """Has one token for all digits."""
-
-    def encode(self, text):
-        return [ord("0") if character.isdigit() else ord(character) for character in text]
 
 
 class ShoutingTokenizer(CharacterTokenizer):
@@ -128,27 +94,9 @@ def train_sentencepiece_model(path, dummy_prefix):
     return SentencePieceTokenizer(path)
 
 
-def train_byte_level_bpe(folder, pattern):
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<unk>", "<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([*TEXTS, CODE], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(folder)
-    return HuggingFaceTokenizer(folder)
+def byte_level(folder, words):
+    inner = train_byte_level([*TEXTS, CODE], 600, ("<unk>", "<s>"), words)
+    return HuggingFaceTokenizer(save_fast(inner, folder, eos_token=None))
 
 
 KINDS = ("sentencepiece", "dummy_prefix", "gpt2", "llama3", "characters")
@@ -160,8 +108,8 @@ def tokenizers(tmp_path_factory):
     return {
         "sentencepiece": train_sentencepiece_model(folder / "plain.model", False),
         "dummy_prefix": train_sentencepiece_model(folder / "dummy.model", True),
-        "gpt2": train_byte_level_bpe(folder / "gpt2", GPT2),
-        "llama3": train_byte_level_bpe(folder / "llama3", LLAMA3),
+        "gpt2": byte_level(folder / "gpt2", GPT2),
+        "llama3": byte_level(folder / "llama3", LLAMA3),
         "characters": CharacterTokenizer(),
     }
 
@@ -227,7 +175,7 @@ def is_exact(sample, tokenizer, text, length, ends):
 def test_samples_are_exact_and_needles_stand_between_sentences(
     kind, tokenizers, haystack, splitter
 ):
-    ends = [set(sentence_ends(text, splitter)) for text in (*TEXTS, CODE.strip())]
+    ends = [set(iterate_sentence_ends(text, splitter)) for text in (*TEXTS, CODE.strip())]
 
     @settings(max_examples=25)
     @given(

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpus import make_text
+from toy_tokenizers import CharacterTokenizer, MergingTokenizer, save_fast, train_byte_level
 
 from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_longrope.evaluation.passkey_prompt import (
@@ -20,26 +21,6 @@ from megatron_longrope.evaluation.statistics import wilson_interval
 TEXTS = [make_text(seed, 100) for seed in range(10)]
 TEXTS += [prompt(key, 200, 100) for key in range(1, 50000, 997)]
 DEPTHS = st.none() | st.floats(0, 1)
-
-
-class CharacterTokenizer:
-    """One token per character: stable prefixes, exact lengths."""
-
-    bos_id = 0
-    vocab_size = 128
-
-    def encode(self, text):
-        return [ord(character) for character in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-
-class MergingTokenizer(CharacterTokenizer):
-    """Merges the last two characters, so that a longer text changes earlier tokens."""
-
-    def encode(self, text):
-        return [*super().encode(text[:-2]), 1000 + ord(text[-1])]
 
 
 class LetterTokenizer(CharacterTokenizer):
@@ -106,29 +87,8 @@ class CountingTokenizer:
 
 def hugging_face(folder, add_prefix_space=False, groups_of_digits=False):
     """A byte-level BPE trained here: GPT-2's, or Llama 3's with up to three digits a token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    if groups_of_digits:
-        words = Regex(r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(words, "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(TEXTS, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder)
+    words = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+" if groups_of_digits else None
+    save_fast(train_byte_level(TEXTS, 600, words=words, add_prefix_space=add_prefix_space), folder)
     return load_tokenizer(folder)
 
 

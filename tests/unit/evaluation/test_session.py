@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_longrope.baselines import baseline_config
+from megatron_longrope.baselines import extended_config
+from megatron_longrope.config import identity_config
 from megatron_longrope.evaluation import session as session_module
 from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.records import Records
@@ -16,6 +17,7 @@ SHAPE = SimpleNamespace(
     num_attention_heads=4, head_dim=8, num_query_groups=2, hidden_size=32, ffn_hidden_size=64,
     num_layers=2, vocab_size=100, hybrid_layer_pattern=None, num_experts=None,
 )  # fmt: skip
+PLAIN = identity_config(10000.0, 8, 64)
 
 
 class FakeEngine:
@@ -43,7 +45,7 @@ def model(label):
 
 
 def cells(*labels, lengths=(64, 128), forwards=1):
-    config = baseline_config("pi", 10000.0, 8, 64, 128)
+    config = extended_config("pi", PLAIN, 128)
     return [
         Cell(Target(model, "pi", config), {"length": length}, {length: forwards})
         for model in map(model, labels)
@@ -119,7 +121,7 @@ def test_other_factors_under_the_same_label_are_measured_anew(make):
     session.run_each(cells("a"), measure_each)
     others = [
         Cell(
-            Target(cell.target.model, "pi", baseline_config("ntk", 10000.0, 8, 64, 128)),
+            Target(cell.target.model, "pi", extended_config("ntk", PLAIN, 128)),
             cell.fields,
             cell.forwards,
         )

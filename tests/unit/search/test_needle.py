@@ -8,53 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpus import make_text
+from toy_tokenizers import (
+    BOS,
+    CharacterTokenizer,
+    ForgetfulTokenizer,
+    MergingTokenizer,
+    SpaceTokenizer,
+)
 
 from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_longrope.factor_search.needle import needle_samples
-
-BOS = 1
-
-
-class CharacterTokenizer:
-    """One token per character, except that BOS is 1."""
-
-    path, sha256, vocab_size, bos_id, eos_id = "", "", 128, BOS, None
-
-    def encode(self, text):
-        return [ord(character) for character in text]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-
-class MergingTokenizer(CharacterTokenizer):
-    """Merges the last two characters, so that a longer text changes earlier tokens."""
-
-    def encode(self, text):
-        return [*super().encode(text[:-2]), 1000 + ord(text[-1])]
-
-
-class SpaceTokenizer(CharacterTokenizer):
-    """Joins the space before a digit to it, as byte-level BPE may do."""
-
-    def encode(self, text):
-        ids = []
-        for character in text:
-            if ids and ids[-1] == ord(" ") and character.isdigit():
-                ids[-1] = 1000 + ord(character)
-            else:
-                ids.append(ord(character))
-        return ids
-
-    def decode(self, ids):
-        return "".join(chr(k) if k < 1000 else " " + chr(k - 1000) for k in ids)
-
-
-class ForgetfulTokenizer(CharacterTokenizer):
-    """Has one token for all digits."""
-
-    def encode(self, text):
-        return [ord("0") if character.isdigit() else ord(character) for character in text]
 
 
 @pytest.fixture(scope="module")
