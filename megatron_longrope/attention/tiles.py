@@ -47,6 +47,7 @@ def _kernel(
         torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
     ):
         return _flash_cpu
+    # Called directly, the operator does not pad heads to a multiple of 8, as torch's function does.
     if query.is_cuda and width % 8 == 0:
         grouped = query.shape[1] != key.shape[1]
         if can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, causal, grouped)):
@@ -86,6 +87,7 @@ def _blockwise(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     groups, keys = key.shape[1:3]
+    # In fp32, as the ring merges many of these by their logsumexps and would add up the rounding.
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, value = key.to(dtype), value.to(dtype)
     output = query.new_empty(batch, heads, length, value.shape[-1], dtype=dtype)

@@ -127,6 +127,7 @@ def write_checkpoint(
     vocabulary = {
         rule.disk: rule.hf[0] for rule in family.tensor_rules(source.shape) if rule.split == "vocab"
     }
+    # An embedding is the largest tensor by far: some rows at a time.
     plan = [replace(item, in_blocks=item.name in vocabulary) for item in source.plan]
     args = stored_arguments(
         source.shape,
@@ -141,7 +142,7 @@ def write_checkpoint(
     identity = _identity(folder, plan, max_shard_bytes, sliding_window)
     with work_folder(output_dir, identity) as (work, resumed):
         load = _loader(source, folder, vocabulary, shape.vocab_size)
-        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}  # qkv group by group
         write_release(work, plan, load, common, progress, max_shard_bytes)
         if longrope_config is not None:
             longrope_config.save(work.result / _LONGROPE_FILE)

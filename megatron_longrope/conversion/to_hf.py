@@ -145,8 +145,7 @@ def write_hf_folder(
         checkpoint, chosen, longrope_config, lengths, without_start_tokens, measure
     )
     export = _Export(checkpoint, chosen, factors, dtype, tokenizer)
-    identity = {**export.identity(), "max_shard_bytes": max_shard_bytes}
-    with work_folder(output_dir, identity) as (work, resumed):
+    with work_folder(output_dir, export.identity(max_shard_bytes)) as (work, resumed):
         source, hf_config = export.write_small_files(work.result, output_dir.name)
         work.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
         files = write_safetensors(work.result, source.plan, source.load, max_shard_bytes, progress)
@@ -244,7 +243,7 @@ class _Export:
         """Folder with the companions of the model that the checkpoint was imported from."""
         return companions(self.tokenizer, self.checkpoint.directory)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, max_shard_bytes: int) -> dict[str, Any]:
         """Return what an interrupted conversion must agree on to be continued."""
         tokenizer = Path(self.tokenizer) if self.tokenizer else self.beside
         config = self.factors.config
@@ -257,6 +256,7 @@ class _Export:
             "lengths": list(self.factors.lengths),
             "dtype": str(self.dtype),
             "family": self.family.name,
+            "max_shard_bytes": max_shard_bytes,
         }
 
     def write_small_files(self, directory: Path, name: str) -> tuple[TensorSource, dict[str, Any]]:

@@ -76,6 +76,7 @@ def load_engine(
         context_parallel=context_parallel,
         mode=mode,
         hf_parity=hf_parity,
+        # Flash attention has no sliding windows here, see FlashCoreAttention.windows.
         core_attention=core_attention(
             "sdpa" if attention == "auto" and shape.sliding_window else attention, device, dtype
         ),

@@ -105,6 +105,8 @@ def _transformer_settings(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         window_size=None if shape.sliding_window is None else (shape.sliding_window - 1, 0),
+        # All weights are loaded, so that none is drawn; and without the first of these two Megatron
+        # allocates them on torch.cuda.current_device().
         use_cpu_initialization=True,
         perform_initialization=False,
         # Fused kernels need Apex or Transformer Engine; scoring is bound by matrix products anyway.
@@ -123,8 +125,8 @@ def _expert_settings(shape: ModelShape) -> dict[str, Any]:
         moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
         moe_router_topk=shape.moe_router_topk,
         moe_router_pre_softmax=not shape.moe_normalized_gates,
-        moe_router_load_balancing_type="none",
-        moe_grouped_gemm=False,
+        moe_router_load_balancing_type="none",  # a loss of training
+        moe_grouped_gemm=False,  # needs CUDA
     )
 
 

@@ -29,7 +29,7 @@ def initialize(
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:
-            if backend == "nccl":
+            if backend == "nccl":  # which binds the rank to the device that is current
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(backend)
         else:

@@ -57,7 +57,7 @@ class Records:
                     f"{self.path}, line {number}: not a record ({error}); move the file away"
                 ) from None
             self._found[self._key_of(row)] = row
-        if torn and rank() == 0:
+        if torn and rank() == 0:  # cut off by a crash; the next line must not be appended to it
             os.truncate(self.path, len(content) - len(torn))
 
     def _key_of(self, row: Mapping[str, Any]) -> str:

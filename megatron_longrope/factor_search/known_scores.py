@@ -136,6 +136,7 @@ def open_journal(
             write = journal.append
             held = [record.to_dict() for record in journal.records]
             store.set("journal", json.dumps({"records": held}))
+        # Not `get`, which gives up after the store's timeout: a long journal takes its time.
         while not store.check(["journal"]):
             time.sleep(0.05)
         found = json.loads(store.get("journal"))

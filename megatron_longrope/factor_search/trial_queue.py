@@ -95,6 +95,7 @@ class SharedTrialQueue:
         self._beats: dict[int, tuple[int, float]] = {}
         self._ended = threading.Event()
         self._failure: BaseException | None = None
+        # Each thread has a connection of its own: one connection answers one request at a time.
         self._threads = [threading.Thread(target=self._beat, args=(store.clone(),), daemon=True)]
         if write is not None:
             target = threading.Thread(
@@ -109,7 +110,7 @@ class SharedTrialQueue:
         if index in self._taken:
             return False
         self._taken.add(index)
-        if self._store.add(f"claim/{index}", 1) > 1:
+        if self._store.add(f"claim/{index}", 1) > 1:  # the store adds atomically: one gets 1
             return False
         self._pause = _POLL_SECONDS
         return True
@@ -117,6 +118,7 @@ class SharedTrialQueue:
     def publish(self, record: Evaluation) -> None:
         """Share a result."""
         self._check_writer()
+        # The record first: whoever reads its place in the order finds it.
         self._store.set(f"record/{record.index}", json.dumps(record.to_dict()))
         number = self._store.add("published", 1)
         self._store.set(f"order/{number}", str(record.index))
@@ -205,6 +207,7 @@ def shared_store() -> dist.Store:
     server = None
     port = [0]
     if dist.get_rank() == 0:
+        # The kernel chooses the port: one looked for here could be taken before it is bound.
         server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         port[0] = server.port
     dist.broadcast_object_list(port)

@@ -243,6 +243,7 @@ def _compare(args: argparse.Namespace, load_dir: str | None, state_dict: dict) -
 def with_rotary(rotary_embedding: type) -> Callable:
     """In the place of `RotaryEmbedding` where a model builds it."""
 
+    # `updated=()`: the __dict__ of a class would give this function all of its methods.
     @functools.wraps(rotary_embedding, updated=())
     def build(*rest: Any, **options: Any) -> Any:
         agreement.require()

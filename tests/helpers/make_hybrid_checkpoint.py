@@ -48,29 +48,20 @@ def logits(model, tokens, config):
 
 
 def main(directory, gpt_checkpoint):
-    from megatron.core import dist_checkpointing, parallel_state
-
     from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
     from megatron_longrope.conversion.verify import random_tokens
 
-    store = dist.FileStore(str(directory / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    maker.answer_for_cuda()
+    maker.start(directory)
     for name, (pattern, groups, untied) in VARIANTS.items():
         torch.manual_seed(2)
         model = build(pattern, groups, untied)
         if name == "same":
             load_into(model, MegatronCheckpoint.open(gpt_checkpoint))
-        save = directory / name / "iter_0000003"
-        save.mkdir(parents=True)
         args = maker.arguments(groups, untied)
         args.num_layers = len(pattern)
         # Where pipeline stages begin is not where layers end.
         args.hybrid_layer_pattern = f"{pattern[:3]}|{pattern[3:]}"
-        state = {**model.sharded_state_dict(), "args": args, "iteration": 3}
-        dist_checkpointing.save(state, str(save))
-        (save.parent / "latest_checkpointed_iteration.txt").write_text("3")
+        maker.save(model, args, directory / name)
         tokens = random_tokens(maker.VOCAB, maker.LONG_TOKENS, 0)
         result = {"long": logits(model, tokens, maker.longrope_config())}
         torch.save(result, directory / f"{name}.pt")

@@ -158,30 +158,44 @@ def answer_for_cuda():
     )
 
 
-def main(directory):
-    from megatron.core import dist_checkpointing, parallel_state
-
-    from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
-    from megatron_longrope.conversion.verify import random_tokens
+def start(directory):
+    """Make this process a whole job of Megatron's."""
+    from megatron.core import parallel_state
 
     store = dist.FileStore(str(directory / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     answer_for_cuda()
+
+
+def with_random_norms(model):
+    """The model, whose norms have weights of their own: as built they are all ones."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save(model, args, folder):
+    """Write the checkpoint of iteration 3."""
+    from megatron.core import dist_checkpointing
+
+    (folder / "iter_0000003").mkdir(parents=True)
+    state = {**model.sharded_state_dict(), "args": args, "iteration": 3}
+    dist_checkpointing.save(state, str(folder / "iter_0000003"))
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+
+
+def main(directory):
+    from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
+    from megatron_longrope.conversion.verify import random_tokens
+
+    start(directory)
     for name, (groups, untied) in VARIANTS.items():
         torch.manual_seed(1)
-        model = build(groups, untied)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "norm" in key:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-        save = directory / name / "iter_0000003"
-        save.mkdir(parents=True)
-        state = dict(model.sharded_state_dict())
-        state |= {"args": arguments(groups, untied), "iteration": 3}
-        dist_checkpointing.save(state, str(save))
-        (save.parent / "latest_checkpointed_iteration.txt").write_text("3")
-
+        model = with_random_norms(build(groups, untied))
+        save(model, arguments(groups, untied), directory / name)
         config = longrope_config()
         short, long = (random_tokens(VOCAB, n, 0) for n in (SHORT_TOKENS, LONG_TOKENS))
         result = {
@@ -190,7 +204,7 @@ def main(directory):
             "long": logits(model, long, config),
         }
         loaded = build(groups, untied)
-        load_into(loaded, MegatronCheckpoint.open(save.parent))
+        load_into(loaded, MegatronCheckpoint.open(directory / name))
         result["loaded"] = logits(loaded, long, config)
         torch.save(result, directory / f"{name}.pt")
     dist.destroy_process_group()

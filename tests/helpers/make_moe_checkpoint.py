@@ -66,27 +66,13 @@ def build(pre_softmax, qk_layernorm, listed):
 
 
 def main(directory):
-    from megatron.core import dist_checkpointing, parallel_state
-
     from megatron_longrope.conversion.verify import random_tokens
 
-    store = dist.FileStore(str(directory / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    maker.answer_for_cuda()
+    maker.start(directory)
     for name, variant in VARIANTS.items():
         torch.manual_seed(1)
-        model = build(*variant)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "norm" in key:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-        save = directory / name / "iter_0000003"
-        save.mkdir(parents=True)
-        state = dict(model.sharded_state_dict())
-        state |= {"args": arguments(*variant), "iteration": 3}
-        dist_checkpointing.save(state, str(save))
-        (save.parent / "latest_checkpointed_iteration.txt").write_text("3")
+        model = maker.with_random_norms(build(*variant))
+        maker.save(model, arguments(*variant), directory / name)
         tokens = random_tokens(maker.VOCAB, maker.SHORT_TOKENS, 0)
         torch.save(maker.logits(model, tokens), directory / f"{name}.pt")
     dist.destroy_process_group()

@@ -3,6 +3,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+from gpt_datasets import gpt_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_corpus import make_text
@@ -125,14 +126,9 @@ def _texts(paths):
 
 
 def test_megatron_packs_short_documents_with_their_boundaries(two_sources, model_path):
-    from types import SimpleNamespace
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-    from megatron.core.datasets import gpt_dataset
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-
-    if not hasattr(gpt_dataset.GPTDatasetConfig, "inter_document_masking"):
+    if not hasattr(GPTDatasetConfig, "inter_document_masking"):
         pytest.skip("this megatron-core has no inter-document masking")
     prefix, window, multiple, length = two_sources / "set", 128, 8, 512
     inputs = [two_sources / "books.jsonl", two_sources / "code.jsonl"]
@@ -141,24 +137,8 @@ def test_megatron_packs_short_documents_with_their_boundaries(two_sources, model
     tokenizer = load_tokenizer(model_path)
 
     def samples(data):
-        config = gpt_dataset.GPTDatasetConfig(
-            random_seed=1,
-            sequence_length=length,
-            blend=([str(data)], None),
-            split="1,0,0",
-            path_to_cache=str(two_sources / "cache"),
-            tokenizer=SimpleNamespace(
-                eod=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, unique_identifiers={}
-            ),
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-            inter_document_masking=True,
-        )
-        train, _, _ = BlendedMegatronDatasetBuilder(
-            gpt_dataset.GPTDataset, [4, 0, 0], lambda: True, config
-        ).build()
+        cache, masking = two_sources / "cache", {"inter_document_masking": True}
+        train = gpt_dataset(data, tokenizer, length, 4, cache, **masking)
         return [train[k] for k in range(4)]
 
     known = {entry.tobytes() for entry in read_documents(f"{prefix}_short")}

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from gpt_datasets import gpt_dataset
 
 from megatron_longrope.data import prepare as prepare_module
 from megatron_longrope.data import tokenization
@@ -72,34 +73,11 @@ def test_same_input_gives_the_same_bytes(corpus, model_path, tmp_path):
 
 
 def test_stock_gpt_dataset_samples_are_the_segments(corpus, model_path, prefix, tmp_path):
-    from types import SimpleNamespace
-
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-
     prepare([corpus], prefix, model_path, FixedSegments(S, "pack"))
     segments = read_documents(prefix)
     tokenizer = load_tokenizer(model_path)
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=S,
-        blend=([str(prefix)], None),
-        split="1,0,0",
-        path_to_cache=str(tmp_path / "cache"),
-        tokenizer=SimpleNamespace(
-            eod=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, unique_identifiers={}
-        ),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
     epochs = 3
-    train, _, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [epochs * len(segments) - 1, 0, 0], lambda: True, config
-    ).build()
+    train = gpt_dataset(prefix, tokenizer, S, epochs * len(segments) - 1, tmp_path / "cache")
     known = {segment.tobytes(): index for index, segment in enumerate(segments)}
     counts = np.zeros(len(segments), dtype=int)
     for index in range(epochs * len(segments) - 1):
