@@ -79,40 +79,98 @@ def test_the_object_that_the_refusals_start_from_is_valid():
     assert config.factor_sets[1] == FactorSet(131072, LONG, num_start_tokens=4)
 
 
-# Factor vectors
+# What is refused: a rule, what breaks it for some values, the sentence with the value as {!r}
 
 
-def test_a_wrong_number_of_factors_is_refused():
-    assert refusal(with_factors(1.0, 2.0, 3.0)) == (
-        "factor_sets[1].rescale_factors has 3 values; rotary_dim 8 needs 4"
-    )
+def unsorted(_) -> dict:
+    return payload(factor_sets=payload()["factor_sets"][::-1])
 
 
-def test_a_nan_factor_is_refused_with_its_index():
-    assert refusal(with_factors(1.0, math.nan, 3.0, 4.0)) == (
-        "factor_sets[1].rescale_factors[1] is NaN; factors must be finite"
-    )
+def set_without(key: str) -> dict:
+    value = payload()
+    del value["factor_sets"][1][key]
+    return value
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_an_infinite_factor_is_refused_with_its_index(value):
-    assert refusal(with_factors(1.0, 2.0, 3.0, value)) == (
-        "factor_sets[1].rescale_factors[3] is infinite; factors must be finite"
-    )
+FACTORS, SET = "factor_sets[1].rescale_factors", "factor_sets[0]"
+WINDOW, ABOVE_ZERO = "original_max_position_embeddings", "it must be a finite number above 0"
+RULES = [
+    ("count", lambda v: with_factors(*v), [(1.0, 2.0, 3.0)],
+     f"{FACTORS} has 3 values; rotary_dim 8 needs 4"),
+    ("NaN", lambda v: with_factors(1.0, v, 3.0, 4.0), [math.nan],
+     f"{FACTORS}[1] is NaN; factors must be finite"),
+    ("infinity", lambda v: with_factors(1.0, 2.0, 3.0, v), [math.inf, -math.inf],
+     f"{FACTORS}[3] is infinite; factors must be finite"),
+    ("no finite frequency", lambda v: with_factors(v, 2.0, 3.0, 4.0), [0.0, -0.5, 1e-40],
+     f"{FACTORS}[0] is {{!r}}; a factor must be above 0, in float32 too"),
+    ("over eight times the extension", lambda v: with_factors(1.0, 2.0, 3.0, v), [256.5],
+     f"{FACTORS}[3] is {{!r}}, over the bound 256 = 8 x largest max_length / {WINDOW} (at least "
+     "128); check both lengths"),
+    ("boolean", lambda v: with_factors(v, 2.0, 3.0, 4.0), [True],
+     f"{FACTORS}[0] is {{!r}}; it must be a number"),
+    ("no number", lambda v: with_factors(1.0, v, 3.0, 4.0), ["2.0", None, [2.0], {}],
+     f"{FACTORS}[1] is {{!r}}; it must be a number"),
+    ("no list", lambda v: with_set(0, rescale_factors=v), [None, 2.0, "1.0, 2.0", {"0": 1.0}],
+     f"{SET}.rescale_factors must be a list of numbers"),
+    ("no set", lambda v: payload(factor_sets=v), [[]],
+     "factor_sets is empty; at least one set is needed"),
+    ("sets", lambda v: payload(factor_sets=v), [None, {}, "all"],
+     "factor_sets must be a list of objects"),
+    ("set", lambda v: payload(factor_sets=v), [[[1.0] * 4]],
+     f"{SET} must be an object, got list"),
+    ("order", unsorted, [None],
+     "factor_sets[1].max_length 4096 follows 131072; sets must be sorted"),
+    ("duplicate", lambda v: with_set(1, max_length=v, rescale_factors=[1.0] * 4), [4096],
+     "factor_sets[1].max_length {!r} is a duplicate; each length may stand once"),
+    ("max_length", lambda v: with_set(0, max_length=v), [0, -1, 4096.0, "4096", None, True],
+     f"{SET}.max_length is {{!r}}; it must be an integer of at least 1"),
+    ("start tokens", lambda v: with_set(1, num_start_tokens=v), [-1, True, False, 1.0, "4", None],
+     "factor_sets[1].num_start_tokens is {!r}; it must be an integer of at least 0"),
+    ("origin", lambda v: with_set(0, origin=v), [None, [], "search"],
+     f"{SET}.origin must be an object"),
+    ("key", without, ["rope_type", "rotary_base", "rotary_dim", WINDOW, "factor_sets"],
+     "the configuration lacks the key {!r}"),
+    ("key of a set", set_without, ["max_length", "rescale_factors"],
+     "factor_sets[1] lacks the key {!r}"),
+    ("schema", lambda v: payload(schema=v), [0, 3, "1", None, True],
+     "schema {!r} is not supported; this release reads schema 1 and 2"),
+    ("no schema", without, ["schema"],
+     "schema None is not supported; this release reads schema 1 and 2"),
+    ("rope_type", lambda v: payload(rope_type=v), ["su", "yarn", None, 1],
+     'rope_type {!r} must be "longrope"'),
+    ("a list", lambda v: v, [[]], "expected a JSON object, got list"),
+    ("null", lambda v: v, [None], "expected a JSON object, got NoneType"),
+    ("a text", lambda v: v, ["{}"], "expected a JSON object, got str"),
+    ("odd rotary_dim", lambda v: payload(rotary_dim=v), [7],
+     "rotary_dim is {!r}, which is odd; dimensions rotate in pairs"),
+    ("rotary_dim", lambda v: payload(rotary_dim=v), [0, -8, 8.0, "8", None, True],
+     "rotary_dim is {!r}; it must be an integer of at least 2"),
+    ("rotary_base", lambda v: payload(rotary_base=v),
+     [0, -1.0, math.nan, math.inf, "10000", None, True, HUGE],
+     f"rotary_base is {{!r}}; {ABOVE_ZERO}"),
+    ("small rotary_base", lambda v: payload(rotary_base=v), [1, 0.5],
+     "rotary_base is {!r}; it must be above 1"),
+    ("window", lambda v: payload(**{WINDOW: v}), [1, 0, -4096, 4096.0, "4k", None, True],
+     f"{WINDOW} is {{!r}}; it must be an integer of at least 2"),
+    ("attention factor", lambda v: payload(attention_factor=v),
+     [0, 0.0, -1.5, math.nan, math.inf, "su", True, [1.0], HUGE],
+     f"attention_factor is {{!r}}; {ABOVE_ZERO}"),
+    ("policy", lambda v: payload(attention_factor_policy=v),
+     ["longrope", "SU", "", None, 1, ["su"]],
+     "attention_factor_policy is {!r}; it must be one of su, yarn, none"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", [0.0, -0.5, 1e-40])
-def test_a_factor_that_leaves_no_finite_frequency_is_refused_with_its_value(value):
-    assert refusal(with_factors(value, 2.0, 3.0, 4.0)) == (
-        f"factor_sets[1].rescale_factors[0] is {value!r}; a factor must be above 0, in float32 too"
-    )
-
-
-def test_a_factor_over_eight_times_the_extension_ratio_is_refused():
-    assert refusal(with_factors(1.0, 2.0, 3.0, 256.5)) == (
-        "factor_sets[1].rescale_factors[3] is 256.5, over the bound 256 = 8 x largest max_length / "
-        "original_max_position_embeddings (at least 128); check both lengths"
-    )
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        pytest.param(change(value), sentence.format(value), id=f"{rule}: {str(value)[:20]}")
+        for rule, change, values, sentence in RULES
+        for value in values
+    ],
+)
+def test_what_breaks_a_rule_is_refused_with_field_value_and_rule(value, sentence):
+    assert refusal(value) == sentence
 
 
 def test_an_integer_too_large_for_a_float_is_refused_as_over_the_bound():
@@ -152,89 +210,11 @@ def test_factors_of_exactly_twice_the_extension_ratio_are_usual(tmp_path):
     assert load_with_warnings(tmp_path, with_factors(1.0, 2.0, 3.0, 64.0))[1] == []
 
 
-def test_a_boolean_factor_is_refused():
-    assert refusal(with_factors(True, 2.0, 3.0, 4.0)) == (
-        "factor_sets[1].rescale_factors[0] is True; it must be a number"
-    )
-
-
-@pytest.mark.parametrize("value", ["2.0", None, [2.0], {}])
-def test_a_factor_that_is_no_number_is_refused(value):
-    assert refusal(with_factors(1.0, value, 3.0, 4.0)) == (
-        f"factor_sets[1].rescale_factors[1] is {value!r}; it must be a number"
-    )
-
-
-@pytest.mark.parametrize("value", [None, 2.0, "1.0, 2.0, 3.0, 4.0", {"0": 1.0}])
-def test_factors_that_are_no_list_are_refused(value):
-    assert refusal(with_set(0, rescale_factors=value)) == (
-        "factor_sets[0].rescale_factors must be a list of numbers"
-    )
-
-
-# Factor sets
-
-
-def test_an_empty_list_of_factor_sets_is_refused():
-    assert refusal(payload(factor_sets=[])) == "factor_sets is empty; at least one set is needed"
-
-
-@pytest.mark.parametrize("value", [None, {}, "all"])
-def test_factor_sets_that_are_no_list_are_refused(value):
-    assert refusal(payload(factor_sets=value)) == "factor_sets must be a list of objects"
-
-
-def test_a_factor_set_that_is_no_object_is_refused():
-    assert refusal(payload(factor_sets=[[1.0] * 4])) == (
-        "factor_sets[0] must be an object, got list"
-    )
-
-
-def test_unsorted_factor_sets_are_refused():
-    value = payload()
-    value["factor_sets"].reverse()
-    assert refusal(value) == ("factor_sets[1].max_length 4096 follows 131072; sets must be sorted")
-
-
-def test_a_duplicate_max_length_is_refused():
-    assert refusal(with_set(1, max_length=4096, rescale_factors=[1.0] * 4)) == (
-        "factor_sets[1].max_length 4096 is a duplicate; each length may stand once"
-    )
-
-
-@pytest.mark.parametrize("value", [0, -1, 4096.0, "4096", None, True])
-def test_a_max_length_that_is_no_positive_integer_is_refused(value):
-    assert refusal(with_set(0, max_length=value)) == (
-        f"factor_sets[0].max_length is {value!r}; it must be an integer of at least 1"
-    )
-
-
-def test_a_negative_number_of_start_tokens_is_refused():
-    assert refusal(with_set(1, num_start_tokens=-1)) == (
-        "factor_sets[1].num_start_tokens is -1; it must be an integer of at least 0"
-    )
-
-
-@pytest.mark.parametrize("value", [True, False, 1.0, "4", None])
-def test_a_number_of_start_tokens_that_is_no_integer_is_refused(value):
-    assert refusal(with_set(1, num_start_tokens=value)) == (
-        f"factor_sets[1].num_start_tokens is {value!r}; it must be an integer of at least 0"
-    )
-
-
-@pytest.mark.parametrize("value", [None, [], "search"])
-def test_an_origin_that_is_no_object_is_refused(value):
-    assert refusal(with_set(0, origin=value)) == "factor_sets[0].origin must be an object"
-
-
 @pytest.mark.parametrize("value", [math.nan, {1, 2}, torch.zeros(1)])
 def test_an_origin_that_json_cannot_hold_is_refused(value):
     assert refusal(with_set(0, origin={"seed": value})).startswith(
         "factor_sets[0].origin must be plain JSON: "
     )
-
-
-# Keys
 
 
 def test_an_unknown_key_of_the_configuration_is_refused():
@@ -249,112 +229,14 @@ def test_an_unknown_key_of_a_factor_set_is_refused():
     assert "'rescale_factors'" in message
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["rope_type", "rotary_base", "rotary_dim", "original_max_position_embeddings", "factor_sets"],
-)
-def test_a_missing_key_of_the_configuration_is_named(key):
-    assert refusal(without(key)) == f"the configuration lacks the key {key!r}"
-
-
-@pytest.mark.parametrize("key", ["max_length", "rescale_factors"])
-def test_a_missing_key_of_a_factor_set_is_named(key):
-    value = payload()
-    del value["factor_sets"][1][key]
-    assert refusal(value) == f"factor_sets[1] lacks the key {key!r}"
-
-
 @pytest.mark.parametrize("key", ["attention_factor", "attention_factor_policy"])
 def test_the_attention_factor_may_be_left_out_and_follows_the_release(key):
     config = LongRopeConfig.from_dict(without(key))
     assert (config.attention_factor, config.attention_factor_policy) == (None, "su")
 
 
-@pytest.mark.parametrize("schema", [0, 3, "1", None, True])
-def test_an_unknown_schema_is_refused(schema):
-    assert refusal(payload(schema=schema)) == (
-        f"schema {schema!r} is not supported; this release reads schema 1 and 2"
-    )
-
-
-def test_a_missing_schema_is_refused():
-    assert refusal(without("schema")) == (
-        "schema None is not supported; this release reads schema 1 and 2"
-    )
-
-
 def test_another_schema_is_reported_before_its_unknown_keys():
     assert refusal({"schema": 3, "sets": []}).startswith("schema 3 is not supported")
-
-
-@pytest.mark.parametrize("value", ["su", "yarn", None, 1])
-def test_another_rope_type_is_refused(value):
-    assert refusal(payload(rope_type=value)) == f'rope_type {value!r} must be "longrope"'
-
-
-@pytest.mark.parametrize(("value", "name"), [([], "list"), (None, "NoneType"), ("{}", "str")])
-def test_a_configuration_that_is_no_object_is_refused(value, name):
-    assert refusal(value) == f"expected a JSON object, got {name}"
-
-
-# Geometry
-
-
-def test_an_odd_rotary_dim_is_refused():
-    assert refusal(payload(rotary_dim=7)) == (
-        "rotary_dim is 7, which is odd; dimensions rotate in pairs"
-    )
-
-
-@pytest.mark.parametrize("value", [0, -8, 8.0, "8", None, True])
-def test_a_rotary_dim_that_is_no_integer_above_one_is_refused(value):
-    assert refusal(payload(rotary_dim=value)) == (
-        f"rotary_dim is {value!r}; it must be an integer of at least 2"
-    )
-
-
-@pytest.mark.parametrize(
-    "value", [0, -1.0, math.nan, math.inf, "10000", None, True, pytest.param(HUGE, id="huge")]
-)
-def test_a_rotary_base_that_is_no_finite_positive_number_is_refused(value):
-    assert refusal(payload(rotary_base=value)) == (
-        f"rotary_base is {value!r}; it must be a finite number above 0"
-    )
-
-
-@pytest.mark.parametrize("value", [1, 0.5])
-def test_a_rotary_base_of_at_most_one_is_refused(value):
-    assert refusal(payload(rotary_base=value)) == f"rotary_base is {value!r}; it must be above 1"
-
-
-@pytest.mark.parametrize("value", [1, 0, -4096, 4096.0, "4k", None, True])
-def test_an_original_window_that_is_no_integer_above_one_is_refused(value):
-    assert refusal(payload(original_max_position_embeddings=value)) == (
-        f"original_max_position_embeddings is {value!r}; it must be an integer of at least 2"
-    )
-
-
-@pytest.mark.parametrize("value", [0, 0.0, -1.5])
-def test_a_non_positive_attention_factor_is_refused(value):
-    assert refusal(payload(attention_factor=value)) == (
-        f"attention_factor is {value!r}; it must be a finite number above 0"
-    )
-
-
-@pytest.mark.parametrize(
-    "value", [math.nan, math.inf, "su", True, [1.0], pytest.param(HUGE, id="huge")]
-)
-def test_an_attention_factor_that_is_no_finite_number_is_refused(value):
-    assert refusal(payload(attention_factor=value)) == (
-        f"attention_factor is {value!r}; it must be a finite number above 0"
-    )
-
-
-@pytest.mark.parametrize("value", ["longrope", "SU", "", None, 1, ["su"]])
-def test_an_unknown_attention_factor_policy_is_refused(value):
-    assert refusal(payload(attention_factor_policy=value)) == (
-        f"attention_factor_policy is {value!r}; it must be one of su, yarn, none"
-    )
 
 
 @pytest.mark.parametrize("field", ["original_max_position_embeddings", "max_length"])
@@ -399,23 +281,19 @@ def load_error(path) -> str:
     return message.removeprefix(f"{path}: ")
 
 
-def test_a_missing_file_is_refused(tmp_path):
-    assert load_error(tmp_path / "none.json") == "no such file; check the path"
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "a.json").touch()
-    assert load_error(tmp_path / "a.json") == "the file is empty; expected a JSON object"
-
-
-def test_a_file_that_is_not_json_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text("rotary_base: 10000\n")
-    assert load_error(tmp_path / "a.json").startswith("not valid JSON at line 1 column 1")
-
-
-def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
-    (tmp_path / "a.json").write_bytes(b"\x80\x02}q\x00")
-    assert load_error(tmp_path / "a.json").startswith("cannot be read as UTF-8 text")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "no such file; check the path"),
+        (b"", "the file is empty; expected a JSON object"),
+        (b"rotary_base: 10000\n", "not valid JSON at line 1 column 1"),
+        (b"\x80\x02}q\x00", "cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_file_that_holds_no_json_is_refused(tmp_path, content, reason):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    assert load_error(tmp_path / "a.json").startswith(reason)
 
 
 def test_a_saved_file_cut_at_any_point_is_refused_as_truncated(tmp_path):
