@@ -72,14 +72,14 @@ class ImportReport:
     """Whether an interrupted conversion was continued."""
 
     @property
-    def flags(self) -> list[str]:
+    def flags(self) -> tuple[str, ...]:
         """Megatron flags that build the model, in lines."""
-        return megatron_flags(self.args)
+        return tuple(megatron_flags(self.args))
 
     @property
-    def flags_beside_checkpoint_args(self) -> list[str]:
+    def flags_beside_checkpoint_args(self) -> tuple[str, ...]:
         """Those that `--use-checkpoint-args` does not restore."""
-        return flags_beside_checkpoint_args(self.args)
+        return tuple(flags_beside_checkpoint_args(self.args))
 
 
 def write_checkpoint(
