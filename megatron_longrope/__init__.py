@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.kinds.ppl import PerplexityOptions
     from megatron_longrope.evaluation.kinds.ruler import RulerOptions
     from megatron_longrope.evaluation.kinds.short import BenchmarkOptions
+    from megatron_longrope.evaluation.kinds.tasks import TaskOptions
     from megatron_longrope.factor_search.options import SearchOptions
     from megatron_longrope.integration.arguments import add_longrope_args
     from megatron_longrope.integration.hooks import apply, enable, remove
@@ -35,6 +36,7 @@ __all__ = [
     "PrepareOptions",
     "RulerOptions",
     "SearchOptions",
+    "TaskOptions",
     "ToHfOptions",
     "__version__",
     "add_longrope_args",
@@ -61,6 +63,7 @@ _MODULES = {
     "PrepareOptions": "data.options",
     "RulerOptions": "evaluation.kinds.ruler",
     "SearchOptions": "factor_search.options",
+    "TaskOptions": "evaluation.kinds.tasks",
     "ToHfOptions": "conversion.options",
     "add_longrope_args": "integration.arguments",
     "apply": "integration.hooks",

@@ -266,7 +266,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             # A dynamic batch has a row per token, and may have more of them than a sequence.
             length = min(length, self._longest_request)
         device = self._device()
-        key = (max_seq_len, offset, length, cp_rank, cp_size, self.mode, self.hf_parity, device)
+        key = (max_seq_len, offset, length, cp_rank, cp_size, self.mode)
+        key += (self.selection.pinned_length, self.hf_parity, device)
         if key not in self._tables:
             chunks = _chunks(max_seq_len, offset, cp_rank, cp_size)
             self._remember(key, self._table(chunks, self._fitting_set(length)))

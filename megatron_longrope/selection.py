@@ -30,6 +30,9 @@ class FactorSelection:
     """Sequence length, in tokens, of a training run: shorter sequences and packed documents do not
     switch to another set batch by batch. 0 when there is no run."""
 
+    pinned_length: int = 0
+    """Length, in tokens, whose factors every sequence uses, whatever its own. 0: its own."""
+
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise LongRopeError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
@@ -40,6 +43,8 @@ class FactorSelection:
         Raises:
             LongRopeError: No set reaches that far.
         """
+        if self.pinned_length:
+            return self.config.factor_set_for(self.pinned_length)
         original = self.config.original_max_position_embeddings
         if self.mode == "short":
             return self.config.factor_set_for(original)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
-        "eval", help="measure perplexity, passkey, needles, RULER or short benchmarks"
+        "eval", help="measure perplexity, passkey, needles, RULER, benchmarks or any task"
     )
     names = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind in KINDS.values():

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from megatron_longrope.cli.flags import add_command
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import Options, flag
+from megatron_longrope.options import Options, flag, parse_positive
 
 _SIZES = ("tensor", "context", "pipeline", "expert")
 
@@ -39,6 +39,17 @@ class _Run(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Generation(Options):
+    GROUP: ClassVar = ("generation", "instead of training, as `longrope eval` generates text")
+
+    generate: int | None = flag(None, type=parse_positive, metavar="K")
+    """of the tokens of --length, K are generated"""
+
+    samples: int = flag(1, type=parse_positive, metavar="N")
+    """prompts in all (default: 1)"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Cluster(Options):
     GROUP: ClassVar = "cluster"
 
@@ -46,7 +57,7 @@ class _Cluster(Options):
     """GPUs of the run"""
 
     gpu: str = flag("h100", metavar="NAME")
-    """a100-80, h100, ... or TFLOPS:GIB"""
+    """a100-80, h100, ... or TFLOPS:GIB, with --generate TFLOPS:GIB:TB/s"""
 
     memory: float | None = flag(None, type=float, metavar="GIB")
     """of a GPU (default: its own)"""
@@ -76,7 +87,7 @@ class _Layout(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(_Layout, _Cluster, _Run):
+class PlanOptions(_Layout, _Cluster, _Generation, _Run):
     """What `longrope plan` is told."""
 
     GROUP: ClassVar = None
@@ -95,6 +106,11 @@ class PlanOptions(_Layout, _Cluster, _Run):
                 flag = item.metadata.get("name", f"--{name.replace('_', '-')}")
                 if value is not None and value < 1:
                     raise LongRopeError(f"{flag} is {value}; give 1 or more")
+        training = ("pipeline", "expert", "recompute")
+        if self.generate is not None and any(getattr(self, name) is not None for name in training):
+            raise LongRopeError(
+                "--generate has no pipeline, expert parallelism or recomputation; leave them out"
+            )
 
 
 def add_parser(commands: Any) -> None:
@@ -104,15 +120,17 @@ def add_parser(commands: Any) -> None:
         "plan",
         PlanOptions,
         run,
-        help="memory, hours and Megatron flags of a fine-tuning run",
+        help="memory, hours and Megatron flags of a fine-tuning run, or of generating text",
         description="Memory per GPU, operations and hours of fine-tuning at a length, and the "
-        "parallel sizes and recomputation to run it with, as flags to paste. Exits with 1 when it "
-        "does not fit, and says what would.",
+        "parallel sizes and recomputation to run it with, as flags to paste; with --generate those "
+        "of generating text. Exits with 1 when it does not fit, and says what would.",
     )
 
 
 def run(options: PlanOptions) -> int:
     """Run the command."""
+    if options.generate is not None:
+        return _run_generation(options)
     import json
 
     from megatron_longrope.plan import Cluster, Training, rank, remedies
@@ -141,6 +159,38 @@ def run(options: PlanOptions) -> int:
         print(json.dumps(answer, indent=2))
     else:
         print("\n".join(_lines(best, others, advice)))
+    return 0 if best.fits else 1
+
+
+def _run_generation(options: PlanOptions) -> int:
+    import json
+
+    from megatron_longrope.plan.estimate import with_memory
+    from megatron_longrope.plan.generation import GenerationPlan, enough_gpus, rank_generation
+    from megatron_longrope.plan.hardware import parse_gpu
+
+    gpu = with_memory(parse_gpu(options.gpu), options.memory)
+    sizes = {name: getattr(options, name) for name in ("tensor", "context")}
+    fixed = {name: size for name, size in sizes.items() if size is not None}
+    first = GenerationPlan(
+        _model(options), options.length, options.generate, options.samples, 1, 1, 1, gpu,
+        options.mfu,
+    )  # fmt: skip
+    ranked = rank_generation(first, options.gpus, options.gpus_per_node, fixed)
+    best, others = ranked[0], [plan for plan in ranked if plan.fits]
+    larger = None if best.fits else enough_gpus(first, options.gpus, options.gpus_per_node)
+    if options.json:
+        answer = best.as_dict()
+        if options.all:
+            answer["all"] = [plan.as_dict() for plan in others]
+        print(json.dumps(answer, indent=2))
+        return 0 if best.fits else 1
+    print(best.text())
+    if larger is not None:
+        gpus = larger.tensor * larger.context * larger.copies
+        print(f"What would fit: {gpus} GPUs ({larger.short()})")
+    if options.all:
+        print("\n".join(f"  {plan.short():<32}{plan.seconds:12.1f} s" for plan in others))
     return 0 if best.fits else 1
 
 

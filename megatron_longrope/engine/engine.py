@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,22 @@ class Engine:
             LongRopeError: The config is for another rotary geometry.
         """
         self.model.rotary_pos_emb.set_config(config)
+
+    @contextmanager
+    def pinned(self, length: int) -> Iterator[None]:
+        """Use the factors of a sequence of `length` tokens for every sequence, whatever its own.
+
+        Raises:
+            LongRopeError: No factor set covers that length.
+        """
+        rotary = self.model.rotary_pos_emb
+        before = rotary.selection
+        rotary.selection = replace(before, pinned_length=length)
+        try:
+            rotary.factor_set(length)
+            yield
+        finally:
+            rotary.selection = before
 
     @property
     def replica(self) -> tuple[int, int]:
@@ -256,8 +273,9 @@ class Engine:
         if not missing:
             return tokens
         rotary, longest = self.model.rotary_pos_emb, self.config.max_length
-        if length + missing > longest or (
-            rotary.factor_set(length) is not rotary.factor_set(length + missing)
+        if not rotary.selection.pinned_length and (
+            length + missing > longest
+            or rotary.factor_set(length) is not rotary.factor_set(length + missing)
         ):
             check_divisible(length, size)
         return F.pad(tokens, (0, missing))

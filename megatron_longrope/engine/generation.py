@@ -24,9 +24,7 @@ from megatron_longrope.engine.engine import Engine
 from megatron_longrope.engine.kv_cache import PinnedSequence
 from megatron_longrope.engine.model import vocab_range
 from megatron_longrope.errors import LongRopeError
-
-PREFILL_TOKENS = 2**15
-"""Tokens of the prompt that a rank reads at once, all rows together, unless told otherwise."""
+from megatron_longrope.plan.generation import PREFILL_TOKENS
 
 
 @torch.no_grad()
@@ -67,8 +65,7 @@ def generate(
         stop (Callable, optional): Called with a row's new tokens after each one; True ends the row.
             Must answer alike on all ranks of a copy.
         prefill_chunk (int, optional): Read the prompt that many tokens at a time, to bound the
-            memory of activations. Defaults to :data:`PREFILL_TOKENS` for each context-parallel
-            rank, divided among the rows.
+            memory of activations. Defaults to :data:`PREFILL_TOKENS`, divided among the rows.
 
     Returns:
         list[list[int]]: New tokens of each row, up to and including the one that ended it.
@@ -86,7 +83,7 @@ def generate(
     total = length + max_new_tokens
     choose = _chooser(engine, batch, temperature, top_k, top_p, seed)
     sequence = PinnedSequence(engine.model, total, _pinned_length(total, factor_length))
-    chunk_length = prefill_chunk or max(1, PREFILL_TOKENS * engine.cp_group.size() // batch)
+    chunk_length = prefill_chunk or max(1, PREFILL_TOKENS // batch)
     for chunk in tokens.to(engine.device).split(chunk_length, dim=1):
         hidden = sequence.advance(chunk)
     rows: list[list[int]] = [[] for _ in range(batch)]

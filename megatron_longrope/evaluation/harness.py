@@ -1,10 +1,11 @@
-"""Short benchmarks (paper table 8) through lm-evaluation-harness, an optional dependency."""
+"""Tasks of lm-evaluation-harness, an optional dependency."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "TaskSpec",
     "check_original_factors",
     "check_tasks",
+    "count_requests",
     "harness_lm",
     "parse_tasks",
     "run_tasks",
@@ -47,19 +49,66 @@ def harness_lm(engine: Any, tokenizer: Any, **options: Any) -> Any:
     Args:
         engine (Engine): The checkpoint.
         tokenizer (Tokenizer): Its tokenizer, from :func:`.data.tokenizer.load_tokenizer`.
-        options: Those of :class:`.harness_model.EngineLM`: max_length, batch_size, add_bos,
-            max_gen_toks, seed.
+        options: Those of :class:`.harness_model.EngineLM`: window, max_length, batch_size, add_bos,
+            max_gen_toks, long_prompts, seed.
 
     Returns:
         EngineLM: Give it to :func:`run_tasks`, or to lm-eval's own functions on every rank.
 
     Raises:
-        LongRopeError: lm-eval is missing, or the factors are not those of the original window.
+        LongRopeError: lm-eval is missing, or as :class:`.harness_model.EngineLM`.
     """
     require_lm_eval()
     from megatron_longrope.evaluation.harness_model import EngineLM
 
     return EngineLM(engine, tokenizer, **options)
+
+
+def count_requests(
+    tokenizer: Any,
+    task: LoadedTask,
+    max_length: int,
+    *,
+    long_prompts: str = "truncate",
+    limit: int | float | None = None,
+    seed: int = 1234,
+    allow_download: bool = False,
+) -> Any:
+    """Build what a task will ask, without a model.
+
+    Args:
+        tokenizer (Tokenizer): The model's.
+        task (LoadedTask): From :func:`check_tasks`.
+        max_length (int): Longest model input in tokens.
+        long_prompts (str): See :class:`.harness_requests.RequestReader`.
+        limit (int | float, optional): As in :func:`run_tasks`, as are seed and allow_download.
+
+    Returns:
+        RequestCounter: Lengths, truncated requests and a hash of all of them.
+
+    Raises:
+        LongRopeError: A request could not be asked, such as one that is too long.
+    """
+    from lm_eval.evaluator_utils import get_sample_size
+
+    from megatron_longrope.evaluation.harness_requests import RequestCounter
+
+    _check_limit(limit)
+    _seed(task, seed)
+    requests: dict[str, list[Any]] = defaultdict(list)
+    counter = RequestCounter(tokenizer, max_length, long_prompts=long_prompts)
+    with downloads(allow_download), quiet_other_ranks():
+        for leaf in task.content["tasks"].values():
+            leaf.build_all_requests(limit=get_sample_size(leaf, limit))
+            for instance in leaf.instances:
+                requests[instance.request_type].append(instance)
+            leaf._instances = None  # the texts may be long; lm-eval builds them again
+    try:
+        for kind, some in requests.items():
+            getattr(counter, kind)(some)
+    except LongRopeError as error:
+        raise LongRopeError(f"task {task.spec.name}: {error}") from None
+    return counter
 
 
 def run_tasks(
@@ -90,8 +139,7 @@ def run_tasks(
     Raises:
         LongRopeError: As :func:`check_tasks`, at once; or a limit that leaves nothing.
     """
-    if limit is not None and not limit > 0:
-        raise LongRopeError(f"limit {limit} leaves no question; give a number above 0")
+    _check_limit(limit)
     specs = [task for task in tasks if isinstance(task, TaskSpec)]
     fresh = iter(
         check_tasks(specs, include_path=include_path, allow_download=allow_download)
@@ -111,17 +159,26 @@ def run_tasks(
     return records()
 
 
-def _measure(lm: Any, task: LoadedTask, limit: int | float | None, seed: int) -> dict[str, Any]:
-    from lm_eval.evaluator import evaluate
+def _check_limit(limit: int | float | None) -> None:
+    if limit is not None and not limit > 0:
+        raise LongRopeError(f"limit {limit} leaves no question; give a number above 0")
 
-    started, truncated = time.perf_counter(), getattr(lm, "num_truncated", 0)
-    # What lm-eval's simple_evaluate does before each run; it returns results to local rank 0 alone
-    # and asks pip for all versions, hence not that.
+
+def _seed(task: LoadedTask, seed: int) -> None:
+    """Do what lm-eval's simple_evaluate does before each run, so that few-shot examples repeat."""
     random.seed(0)
     np.random.seed(seed)
     torch.manual_seed(seed)
     for leaf in task.content["tasks"].values():
         leaf.set_fewshot_seed(seed=seed)
+
+
+def _measure(lm: Any, task: LoadedTask, limit: int | float | None, seed: int) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    started, truncated = time.perf_counter(), getattr(lm, "num_truncated", 0)
+    _seed(task, seed)
+    # Not simple_evaluate: it returns results to local rank 0 alone and asks pip for all versions.
     results = evaluate(
         lm=lm,
         task_dict=task.content,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,6 +20,16 @@ from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
 
 _ARGUMENTS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
+
+
+def packed(tokens: Iterable[int]) -> bytes:
+    """Tokens with four bytes each: a tuple takes nine times as much, and tasks hold millions."""
+    return array("i", tokens).tobytes()
+
+
+def unpacked(data: bytes) -> torch.Tensor:
+    """The inverse of :func:`packed`: `[n]`, int64."""
+    return torch.tensor(array("i", data), dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -74,39 +85,53 @@ class Prompt:
     index: int
     """Place among the requests; sampling is seeded by it, whatever batch it falls into."""
 
-    tokens: tuple[int, ...]
-    """Already cut to what leaves room for the continuation."""
+    data: bytes
+    """Its tokens, packed, already cut to what leaves room for the continuation."""
 
     decoding: Decoding
     """How."""
 
+    @property
+    def total(self) -> int:
+        """Tokens of the prompt and of the longest continuation."""
+        return len(self.data) // 4 + self.decoding.max_new_tokens
 
-def generation_batches(prompts: Sequence[Prompt], batch_size: int) -> list[Sequence[Prompt]]:
+
+def generation_batches(
+    prompts: Sequence[Prompt], rows_at_once: Callable[[int], int]
+) -> list[Sequence[Prompt]]:
     """Greedy prompts of equal length and settings together, longest first.
 
     A prompt that samples stays alone, so that its text does not depend on its neighbours.
+
+    Args:
+        prompts (Sequence[Prompt]): In any order.
+        rows_at_once (Callable): How many rows of so many tokens a batch may have.
     """
 
     def kind(prompt: Prompt) -> tuple:
         decoding = prompt.decoding
         alone = prompt.index if decoding.temperature > 0 else -1
-        return -len(prompt.tokens), decoding.max_new_tokens, decoding.stop, alone
+        return -len(prompt.data), decoding.max_new_tokens, decoding.stop, alone
 
     batches: list[Sequence[Prompt]] = []
     for _, group in groupby(sorted(prompts, key=kind), kind):
-        batches += chunks(list(group), batch_size)
+        alike = list(group)
+        size = rows_at_once(alike[0].total)
+        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
     return batches
 
 
 def continuations(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], seed: int
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], factor_length: int, seed: int
 ) -> list[str]:
     """The text after each prompt of a batch, up to its stop sequence or EOS.
 
     Args:
-        engine (Engine): Continues with the factor set of the original window.
+        engine (Engine): The model.
         tokenizer (Tokenizer): The model's.
         prompts (Sequence[Prompt]): Of equal length and settings.
+        factor_length (int): Length whose factors they are continued under.
         seed (int): Of sampling.
     """
     from megatron_longrope.engine.generation import generate
@@ -127,9 +152,9 @@ def continuations(
 
     rows = generate(
         engine,
-        torch.tensor([prompt.tokens for prompt in prompts]),
+        torch.stack([unpacked(prompt.data) for prompt in prompts]),
         decoding.max_new_tokens,
-        factor_length=engine.config.original_max_position_embeddings,
+        factor_length=factor_length,
         temperature=decoding.temperature,
         top_k=decoding.top_k,
         top_p=decoding.top_p,
@@ -139,8 +164,3 @@ def continuations(
     )
     # Whatever ended the row, the text must end at the first stop sequence in it.
     return [postprocess_generated_text(text(row), list(decoding.stop), None) for row in rows]
-
-
-def chunks[Item](items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Neighbours in groups of `size`; the last may be smaller."""
-    return [items[start : start + size] for start in range(0, len(items), size)]

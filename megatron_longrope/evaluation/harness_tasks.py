@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ def require_lm_eval() -> None:
         import lm_eval.api.model  # noqa: F401
     except ImportError as error:
         raise LongRopeError(
-            f"short benchmarks need lm-evaluation-harness ({error}); install it with "
+            f"tasks need lm-evaluation-harness ({error}); install it with "
             'pip install "megatron-longrope[eval]"'
         ) from None
 
@@ -103,6 +103,7 @@ def check_tasks(
     tasks: Sequence[TaskSpec],
     *,
     include_path: str | Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
     allow_download: bool = False,
 ) -> list[LoadedTask]:
     """Find tasks and load their data, before any model is there.
@@ -111,6 +112,8 @@ def check_tasks(
         tasks (Sequence[TaskSpec]): What to look for.
         include_path (str | Path, optional): Folder with more task YAML files, which come before
             lm-eval's of the same name.
+        metadata (Mapping, optional): What tasks that make their own data are told, such as
+            {"max_seq_lengths": "64k"}; lm-eval's `--metadata`.
         allow_download (bool): Let data be downloaded. Defaults to False: only local files and the
             Hugging Face cache are used, and the network is not asked.
 
@@ -122,20 +125,22 @@ def check_tasks(
     if include_path is not None and not Path(include_path).is_dir():
         raise LongRopeError(f"{include_path} is no folder; give one that holds task YAML files")
     with downloads(allow_download), quiet_other_ranks():
-        manager = _task_manager([spec.name for spec in tasks], include_path)
+        manager = _task_manager([spec.name for spec in tasks], include_path, metadata)
         return [_load(manager, spec, allow_download) for spec in tasks]
 
 
-def _task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
+def _task_manager(
+    names: Sequence[str], include_path: str | Path | None, metadata: Mapping[str, Any] | None = None
+) -> Any:
     from lm_eval.tasks import TaskManager
 
     folder = None if include_path is None else str(include_path)
     if folder is not None:
         # lm-eval's own list is some 10,000 files: read it only for what is not at hand.
-        local = TaskManager(include_path=folder, include_defaults=False)
+        local = TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
         if all(_is_whole(local.task_index, name) for name in names):
             return local
-    return TaskManager(include_path=folder)
+    return TaskManager(include_path=folder, metadata=metadata)
 
 
 def _is_whole(index: dict[str, Any], name: Any) -> bool:
@@ -172,6 +177,12 @@ def _load(manager: Any, spec: TaskSpec, allow_download: bool) -> LoadedTask:
             "file with data files as include path"
         )
         raise LongRopeError(f"task {spec.name} cannot be loaded: {reason}; {remedy}") from error
+    for leaf in content["tasks"].values():
+        if getattr(leaf, "UNSAFE_CODE", False):
+            raise LongRopeError(
+                f"task {leaf.task_name} runs code that the model writes, which is refused here; "
+                "leave it out, or run it with lm_eval itself on the exported folder"
+            )
     return LoadedTask(_completed(spec, content), content)
 
 

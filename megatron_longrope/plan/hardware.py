@@ -27,36 +27,39 @@ class Gpu:
     gib: float
     """Memory, GiB."""
 
+    tb_per_s: float | None = None
+    """Bandwidth of the memory, TB/s; generating text needs it."""
+
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", 312, 40),
-        Gpu("a100-80", 312, 80),
-        Gpu("h100", 989, 80),
-        Gpu("h200", 989, 141),
-        Gpu("b200", 2250, 180),
+        Gpu("a100-40", 312, 40, 1.555),
+        Gpu("a100-80", 312, 80, 2.039),
+        Gpu("h100", 989, 80, 3.35),
+        Gpu("h200", 989, 141, 4.8),
+        Gpu("b200", 2250, 180, 8.0),
     )
 }
 """NVIDIA's data sheets, SXM versions, without sparsity."""
 
 
 def parse_gpu(text: str) -> Gpu:
-    """`h100`, or the numbers of another GPU as TFLOP/s:GiB, such as `312:80`.
+    """`h100`, or another GPU as TFLOP/s:GiB, such as `312:80`, or TFLOP/s:GiB:TB/s.
 
     Raises:
-        LongRopeError: Neither a known name nor two positive numbers.
+        LongRopeError: Neither a known name nor two or three positive numbers.
     """
     known = GPUS.get(text.strip().lower())
     if known is not None:
         return known
     try:
-        tflops, gib = (float(part) for part in text.split(":"))
+        numbers = [float(part) for part in text.split(":")]
     except ValueError:
-        tflops = gib = math.nan
-    if not (0 < tflops < math.inf and 0 < gib < math.inf):
+        numbers = []
+    if len(numbers) not in (2, 3) or not all(0 < number < math.inf for number in numbers):
         raise LongRopeError(
             f"GPU {text!r} is unknown; name one of {', '.join(GPUS)}, or give its dense bf16 "
-            "TFLOP/s and GiB, such as 312:80"
+            "TFLOP/s and GiB, such as 312:80 (and TB/s: 312:80:2.0)"
         )
-    return Gpu(text.strip(), tflops, gib)
+    return Gpu(text.strip(), *numbers)

@@ -96,7 +96,7 @@ def stage_memory(
     first = stage == "first" or layout.pipeline == 1
     last = stage == "last" or layout.pipeline == 1
     width = 4 if training.precision == "fp32" else 2
-    dense, experts = _parameters(model, training, layout, first, last)
+    dense, experts = rank_parameters(model, training, layout, first, last)
     weight, gradient, optimizer = _PRECISIONS[training.precision, training.half_gradients]
     dense_shards = layout.data * layout.context if layout.distributed_optimizer else 1
     expert_ranks = layout.data * layout.context * layout.tensor
@@ -126,7 +126,7 @@ def stage_memory(
     )
 
 
-def _parameters(
+def rank_parameters(
     model: Model, training: Training, layout: Layout, first: bool, last: bool
 ) -> tuple[int, int]:
     """Parameters of a GPU: (all but experts, experts)."""

@@ -5,5 +5,6 @@ from megatron_longrope.evaluation.kinds.passkey import PASSKEY
 from megatron_longrope.evaluation.kinds.ppl import PPL
 from megatron_longrope.evaluation.kinds.ruler import RULER
 from megatron_longrope.evaluation.kinds.short import SHORT
+from megatron_longrope.evaluation.kinds.tasks import TASKS
 
-KINDS = {kind.name: kind for kind in (PPL, PASSKEY, NEEDLE, RULER, SHORT)}
+KINDS = {kind.name: kind for kind in (PPL, PASSKEY, NEEDLE, RULER, SHORT, TASKS)}

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import make_megatron_checkpoint as maker
 import pytest
-import sentencepiece
 import torch
 import torch.distributed as dist
+from harness_cases import (
+    WORDS,
+    assert_same,
+    assert_same_scores,
+    generated,
+    hf_model,
+    likelihoods,
+    rolling,
+    train_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import spawn
@@ -35,29 +44,6 @@ pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore:.* requests are longer:UserWarning")
 
 TASKS = Path(__file__).parents[2] / "helpers" / "harness_tasks"
-WORDS = ["window", "rotary", "position", "context", "length", "factor", "search", "segment", "of"]
-SYLLABLES = [
-    "win",
-    "dow",
-    "ro",
-    "ta",
-    "ry",
-    "con",
-    "text",
-    "len",
-    "gth",
-    "fac",
-    "tor",
-    "se",
-    "arch",
-]
-TEXT = [
-    f"the {a} of {b}, {c}. Answer: A B C D {i % 10} {x}{y} {y}{x}{z}\n"
-    for i, a in enumerate(WORDS)
-    for b in WORDS
-    for c in WORDS
-    for x, y, z in [(SYLLABLES[(i + len(b)) % 12], SYLLABLES[len(a + c) % 12], SYLLABLES[i % 12])]
-]
 LONG = " ".join(WORDS * 30)  # more tokens than the original window of 64 has
 PAIRS = [
     ("", "window"),
@@ -72,24 +58,16 @@ PAIRS = [
     (LONG, " segment"),
     ("0", LONG[:100]),
 ]
-SCORED = ("task", "num_fewshot", "metric", "value", "stderr", "metrics", "samples", "limit")
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("tokenizer") / "model"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT),
-        model_prefix=str(prefix),
-        vocab_size=maker.VOCAB,
-        model_type="bpe",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        user_defined_symbols=["\n"],
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def short_lm(engine, tokenizer, **options):
+    """As short benchmarks are scored: always with the factors of the original window."""
+    return harness_lm(engine, tokenizer, window=maker.ORIGINAL, **options)
 
 
 def load(path, config=None, **options):
@@ -111,7 +89,7 @@ def own_config(engine):
 
 @pytest.fixture(scope="module")
 def ours(engine, tokenizer_file):
-    return harness_lm(engine, load_tokenizer(tokenizer_file), batch_size=8)
+    return short_lm(engine, load_tokenizer(tokenizer_file), batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +107,7 @@ def exported(megatron_runs, tokenizer_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(exported):
     """lm-eval's own model of the exported folder, limited to the original window."""
-    pytest.importorskip("accelerate")  # lm-eval's hf model needs it, ours does not
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(str(exported), dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(str(exported)),
-        max_length=maker.ORIGINAL,
-        batch_size=1,
-    )
+    return hf_model(exported, maker.ORIGINAL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,37 +123,6 @@ def task_data(tmp_path_factory):
 
 def load_one(name, *numbers, include_path=TASKS):
     return check_tasks([TaskSpec(name, *numbers)], include_path=include_path)
-
-
-def requests(kind, arguments):
-    from lm_eval.api.instance import Instance
-
-    return [Instance(kind, {}, item, index) for index, item in enumerate(arguments)]
-
-
-def likelihoods(lm, pairs):
-    return lm.loglikelihood(requests("loglikelihood", pairs))
-
-
-def rolling(lm, texts):
-    return lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]))
-
-
-def generated(lm, pairs):
-    return lm.generate_until(requests("generate_until", pairs))
-
-
-def assert_same(first, second, tolerance):
-    assert len(first) == len(second)
-    for (value, greedy), (other, other_greedy) in zip(first, second, strict=True):
-        assert value == pytest.approx(other, abs=tolerance)
-        assert greedy is other_greedy
-
-
-def assert_same_scores(first, second, rel):
-    for name in SCORED:
-        numbers = isinstance(first[name], float | dict)
-        assert first[name] == (pytest.approx(second[name], rel=rel) if numbers else second[name])
 
 
 def warned(*texts):
@@ -204,7 +142,7 @@ def test_a_request_scores_as_lm_evals_own_model_of_the_exported_folder_scores_it
 def test_a_shorter_maximum_length_cuts_where_lm_evals_own_model_cuts(
     engine, tokenizer_file, theirs, monkeypatch, max_length
 ):
-    lm = harness_lm(engine, load_tokenizer(tokenizer_file), max_length=max_length)
+    lm = short_lm(engine, load_tokenizer(tokenizer_file), max_length=max_length)
     monkeypatch.setattr(theirs, "_max_length", max_length)
     pairs = [(LONG, " the"), ("the context of", " a")]
     pairs = [pair for pair in pairs if len(lm.tok_encode(pair[1])) - 1 <= max_length]
@@ -238,7 +176,7 @@ def test_greedy_text_is_that_of_lm_evals_own_model(ours, theirs, context, argume
 def test_batches_of_one_and_eight_give_the_same_results_in_the_order_of_the_requests(
     engine, tokenizer_file, ours
 ):
-    single = harness_lm(engine, load_tokenizer(tokenizer_file), batch_size=1)
+    single = short_lm(engine, load_tokenizer(tokenizer_file), batch_size=1)
     pairs = [*PAIRS, *reversed(PAIRS), *PAIRS[:3]]
     with pytest.warns(UserWarning, match="lost"):
         one_by_one = [likelihoods(single, [pair])[0] for pair in pairs]
@@ -322,7 +260,7 @@ def test_a_row_of_the_whole_window_and_one_predicted_token_has_the_original_fact
 
 def test_names_of_special_tokens_in_a_text_are_text(ours, exported):
     for tokenizer in (ours._text, load_tokenizer(exported)):
-        lm = harness_lm(ours.engine, tokenizer)
+        lm = short_lm(ours.engine, tokenizer)
         ids = lm.tok_encode("the </s> of <s>")
         assert ids[0] == tokenizer.bos_id == lm.prefix_token_id
         assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids[1:])
@@ -336,23 +274,23 @@ def test_bos_is_added_where_the_hugging_face_tokenizer_adds_it(
 
     theirs = AutoTokenizer.from_pretrained(str(exported))
     assert (
-        harness_lm(ours.engine, load_tokenizer(exported)).tok_encode("the")
+        short_lm(ours.engine, load_tokenizer(exported)).tok_encode("the")
         == theirs("the")["input_ids"]
     )
     theirs.backend_tokenizer.post_processor = None
     theirs.save_pretrained(tmp_path)
-    lm = harness_lm(ours.engine, load_tokenizer(tmp_path))
+    lm = short_lm(ours.engine, load_tokenizer(tmp_path))
     assert lm.tok_encode("the") == load_tokenizer(tokenizer_file).encode("the")
-    assert harness_lm(ours.engine, load_tokenizer(tmp_path), add_bos=True).tok_encode("the")[0] == 1
+    assert short_lm(ours.engine, load_tokenizer(tmp_path), add_bos=True).tok_encode("the")[0] == 1
 
 
 def test_sampling_is_repeated_by_its_seed_whatever_the_batch(engine, tokenizer_file):
     tokenizer = load_tokenizer(tokenizer_file)
     sampled = {"do_sample": True, "temperature": 1.5, "top_k": 40, "max_gen_toks": 12, "until": []}
     prompts = [("the window of", sampled)] * 3 + [("Answer:", sampled)]
-    texts = generated(harness_lm(engine, tokenizer, batch_size=8, seed=3), prompts)
-    assert texts == generated(harness_lm(engine, tokenizer, batch_size=1, seed=3), prompts)
-    assert texts != generated(harness_lm(engine, tokenizer, seed=4), prompts)
+    texts = generated(short_lm(engine, tokenizer, batch_size=8, seed=3), prompts)
+    assert texts == generated(short_lm(engine, tokenizer, batch_size=1, seed=3), prompts)
+    assert texts != generated(short_lm(engine, tokenizer, seed=4), prompts)
     assert len(set(texts[:3])) > 1
 
 
@@ -375,16 +313,6 @@ def test_a_continuation_that_cannot_be_scored_is_refused(ours, continuation):
         likelihoods(ours, [("the", continuation)])
 
 
-def test_long_factors_are_refused(own_config, ours):
-    config = maker.longrope_config()
-    own_config.set_config(replace(config, factor_sets=config.factor_sets[1:]))
-    message = "original window of 64 tokens reaches to 256, .* set of their own for 64 tokens"
-    with pytest.raises(ValueError, match=message):
-        harness_lm(own_config, ours._text)
-    with pytest.raises(ValueError, match=message):  # the factors were swapped under the model
-        likelihoods(ours, PAIRS[:1])
-
-
 def test_factor_files_are_checked_without_a_model():
     config = maker.longrope_config()
     check_original_factors(config, 64)
@@ -395,7 +323,7 @@ def test_factor_files_are_checked_without_a_model():
 def test_an_engine_that_always_uses_long_factors_is_refused(megatron_runs, ours):
     engine = load(megatron_runs["untied_gqa"].path, mode="long")
     with pytest.raises(ValueError, match=r"mode long.* load it with mode auto"):
-        harness_lm(engine, ours._text)
+        short_lm(engine, ours._text)
 
 
 def test_a_set_beside_the_original_window_changes_nothing(own_config, ours):
@@ -408,14 +336,16 @@ def test_a_set_beside_the_original_window_changes_nothing(own_config, ours):
 
 
 def test_the_engine_is_left_as_it_was_after_a_failure(ours, monkeypatch):
+    rotary = ours.engine.model.rotary_pos_emb
+
     def fail(*_):
-        assert ours.engine.model.rotary_pos_emb.mode == "short"
+        assert rotary.selection.pinned_length == maker.ORIGINAL
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(ours.engine, "score", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         likelihoods(ours, PAIRS[:1])
-    assert ours.engine.model.rotary_pos_emb.mode == "auto"
+    assert rotary.selection.pinned_length == 0
 
 
 class Untokened:
@@ -425,7 +355,7 @@ class Untokened:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"max_length": 65}, "max_length 65 must be from 2 to the original window of 64"),
+        ({"max_length": 65}, "max_length 65 must be from 2 to the window of 64"),
         ({"max_length": 1}, "max_length 1 must be from 2"),
         ({"batch_size": 0}, "batch size 0 must be at least 1"),
         ({"tokenizer": Untokened()}, "t.model has neither BOS nor EOS"),
@@ -433,7 +363,7 @@ class Untokened:
 )
 def test_settings_that_make_no_sense_are_refused(ours, options, message):
     with pytest.raises(ValueError, match=message):
-        harness_lm(ours.engine, options.pop("tokenizer", ours._text), **options)
+        short_lm(ours.engine, options.pop("tokenizer", ours._text), **options)
 
 
 TINY = [("tiny_endings", 0), ("tiny_endings", 3), ("tiny_letters",), ("tiny_texts",)]
@@ -545,7 +475,7 @@ def only_local(monkeypatch):
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    monkeypatch.setattr(harness_tasks, "_task_manager", lambda names, include_path: manager)
+    monkeypatch.setattr(harness_tasks, "_task_manager", lambda *_: manager)
 
 
 @pytest.mark.parametrize(
@@ -662,13 +592,13 @@ def run_rank(rank, directory, checkpoint, tokenizer):
         engine = load(
             checkpoint, tensor_parallel=layout[0], context_parallel=layout[1], replicas=True
         )
-        lm = harness_lm(engine, load_tokenizer(tokenizer), batch_size=4)
+        lm = short_lm(engine, load_tokenizer(tokenizer), batch_size=4)
         (record,) = run_tasks(lm, [TaskSpec("tiny_endings", 2)], include_path=TASKS)
         results[layout] = {
             "replica": engine.replica,
             "likelihoods": likelihoods(lm, PAIRS),
             "rolling": rolling(lm, [LONG, "window"]),
-            "generated": generated(lm, PROMPTS) if layout[1] == 1 else None,
+            "generated": generated(lm, PROMPTS),
             "record": record,
         }
         parallel_state.destroy_model_parallel()
@@ -686,11 +616,10 @@ def test_copies_tensor_and_context_parallelism_change_no_result(
     for rank in range(2):
         results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
         assert results[1, 1]["replica"] == (rank, 2)
-        for (_, context_parallel), found in results.items():
+        for found in results.values():
             assert_same(found["likelihoods"], scores, 1e-4)
             assert found["rolling"] == pytest.approx(whole, abs=1e-3)
-            if context_parallel == 1:
-                assert found["generated"] == generated(ours, PROMPTS)
+            assert found["generated"] == generated(ours, PROMPTS)
             assert_same_scores(found["record"], record, rel=1e-6)
 
 

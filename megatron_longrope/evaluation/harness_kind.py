@@ -1,0 +1,231 @@
+"""What the kinds of evaluation that go through lm-evaluation-harness share."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megatron_longrope.evaluation.kind import NUMBER, TEXT, Row, Section
+from megatron_longrope.evaluation.options import EvaluationOptions, flag
+from megatron_longrope.evaluation.series import Rows, distinct, joined, span, split_repeats
+from megatron_longrope.evaluation.table import Column, Table, Value, format_score
+from megatron_longrope.lengths import parse_length
+
+if TYPE_CHECKING:
+    from megatron_longrope.evaluation.session import Plan
+    from megatron_longrope.evaluation.targets import NamedModel, Target
+
+_LOW_IS_GOOD = ("ppl", "perplexity", "loss", "bits", "byte", "brier", "nll")
+_NOTE = (
+    "Under a value: its standard error, the number of questions, and of its requests how many lost "
+    "their beginning. Accuracies are percentages. The best of each column is marked, whether or "
+    "not the standard errors explain the difference."
+)
+
+REQUIRED = {"task": TEXT, "metric": TEXT, "value": NUMBER}
+"""Fields of every record."""
+
+OPTIONAL = {"stderr": NUMBER, "truncated": NUMBER}
+"""Fields that a record may have."""
+
+COLUMNS = (
+    "model", "label", "task", "num_fewshot", "metric", "value", "stderr", "samples", "truncated",
+    "limit", "max_length", "lm_eval_version", "seconds",
+)  # fmt: skip
+"""Of the CSV."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessOptions(EvaluationOptions):
+    """What both are told."""
+
+    GROUP: ClassVar[str] = "benchmarks"
+
+    lengths: Sequence[int] = flag((), hidden=True)  # prompts are as long as they are
+
+    tokenizer: str | None = flag(None, metavar="T")
+    """the models' tokenizer (default: of --hf)"""
+
+    include_path: str | None = flag(None, metavar="DIR")
+    """directory with YAML files of tasks of your own"""
+
+    limit: float | None = flag(None, type=float, metavar="K")
+    """only the first K questions of each task, or a share below 1: for trials, no result"""
+
+    max_length: int | None = flag(None, type=parse_length, metavar="N")
+    """longest prompt in tokens, at most and by default the window"""
+
+    batch_size: int = flag(8, type=int, metavar="B")
+    """rows of a forward pass, fewer of rows beyond the original window (default: 8)"""
+
+    seed: int = flag(1234, type=int)
+    """of few-shot examples"""
+
+    allow_download: bool = flag(False)
+    """let data sets be fetched from the Hub"""
+
+
+def plan_tasks(
+    options: Any,
+    models: Sequence[NamedModel],
+    targets: Sequence[Target],
+    window_of: Callable[[Target], int | None],
+    *,
+    long_prompts: str = "truncate",
+    metadata: Mapping[str, Any] | None = None,
+    counted: bool = False,
+) -> Plan:
+    """Make a cell of each target and task.
+
+    Args:
+        options (HarnessOptions): With a list of `tasks`.
+        models (Sequence[NamedModel]): What is measured.
+        targets (Sequence[Target]): Under which factors.
+        window_of (Callable): The length whose factors a target's sequences get; None for their own.
+        long_prompts (str): See :class:`.harness_requests.RequestReader`.
+        metadata (Mapping, optional): See :func:`.harness.check_tasks`; the tokenizer is added.
+        counted (bool): Build all requests beforehand: refuses what is too long before a weight is
+            loaded, tells the cost, and records lengths and a hash. Defaults to False.
+
+    Raises:
+        LongRopeError: Tasks, their data, tokenizer or factors are missing or do not fit.
+    """
+    from megatron_longrope.data.tokenizer import load_tokenizer
+    from megatron_longrope.evaluation.harness import (
+        check_tasks,
+        count_requests,
+        harness_lm,
+        parse_tasks,
+        run_tasks,
+    )
+    from megatron_longrope.evaluation.session import Cell, Plan
+    from megatron_longrope.evaluation.targets import check_tokenizer_fits, prompt_tokenizer
+
+    specs = parse_tasks(options.tasks)
+    tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models))
+    check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
+    loaded = check_tasks(
+        specs,
+        include_path=options.include_path,
+        metadata=None if metadata is None else {"tokenizer": str(tokenizer.path), **metadata},
+        allow_download=options.allow_download,
+    )
+    tasks = {task.spec.name: task for task in loaded}
+    asked = {"limit": options.limit, "seed": options.seed, "allow_download": options.allow_download}
+
+    @cache
+    def requests(task: str, max_length: int) -> Any:
+        return count_requests(
+            tokenizer, tasks[task], max_length, long_prompts=long_prompts, **asked
+        )
+
+    def cell_of(target: Target, name: str) -> Cell:
+        spec = tasks[name].spec
+        longest = window_of(target) or target.config.max_length
+        fields = {
+            "task": name,
+            "num_fewshot": spec.num_fewshot,
+            "metric": spec.metric,
+            "limit": options.limit,
+            "max_length": options.max_length or longest,
+            "seed": options.seed,
+            "tokenizer_sha256": tokenizer.sha256,
+        }
+        if not counted:
+            return Cell(target, fields)
+        found = requests(name, fields["max_length"])
+        fields |= {
+            "window": window_of(target) or "by length",
+            "long_prompts": long_prompts,
+            "requests_sha256": found.sha256,
+        }
+        return Cell(target, fields, found.lengths, found.num_new_tokens)
+
+    def measure(engine: Any, cell: Cell, on_task: Callable[..., None]) -> Row:
+        lm = harness_lm(
+            engine,
+            tokenizer,
+            window=window_of(cell.target),
+            max_length=cell.fields["max_length"],
+            batch_size=options.batch_size,
+            long_prompts=long_prompts,
+        )
+        (record,) = run_tasks(lm, [tasks[cell.fields["task"]]], **asked)
+        on_task(count=cell.num_forwards)
+        return record | (_lengths(cell, window_of(cell.target)) if counted else {})
+
+    cells = [cell_of(target, name) for target in targets for name in tasks]
+    return Plan(cells, measure, shared=False)
+
+
+def _lengths(cell: Any, window: int | None) -> Row:
+    """Return how many requests a cell has, of which lengths, under which factor sets."""
+    config, sets = cell.target.config, Counter()
+    for length, count in cell.forwards.items():
+        sets[config.factor_set_for(window or length).max_length] += count
+    return {
+        "requests": sum(sets.values()),
+        "shortest": min(cell.forwards),
+        "longest": max(cell.forwards),
+        "factor_sets": {str(reach): sets[reach] for reach in sorted(sets)},
+    }
+
+
+def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) -> list[Section]:
+    """Return one table: a column for each benchmark, shots, metric and whatever else differs.
+
+    Args:
+        rows (Rows): Records.
+        name (str): File name of the table.
+        title (str): Its title.
+        settings (Sequence[str]): Fields by which a model may have several records of a benchmark.
+    """
+    parts: dict[tuple, list] = defaultdict(list)
+    for series, row in rows:
+        parts[row["task"], row.get("num_fewshot"), row["metric"]].append((series, row))
+    columns, cells = [], []
+    for (task, shots, metric), pairs in parts.items():
+        low = any(word in metric.lower() for word in _LOW_IS_GOOD)
+        for detail, some in split_repeats(pairs, (), settings).items():
+            below = joined(metric, "" if shots is None else f"{shots}-shot", detail)
+            columns.append(Column(task, below, "lowest" if low else "highest", f"In {task}"))
+            cells.append({series.name: _value(row, low=low) for series, row in some})
+    names = dict.fromkeys(series.name for series, _ in rows)
+    table = Table(
+        name, title, columns,
+        {name: [column.get(name) for column in cells] for name in names}, "value", _NOTE,
+    )  # fmt: skip
+    records = [row for _, row in rows]
+    warnings = []
+    if limits := distinct(records, "limit"):
+        warnings.append(f"Some of these were run on a limited number of examples (limit {limits}): "
+                        "they are no benchmark scores.")  # fmt: skip
+    if cut := sorted({row["task"] for row in records if row.get("truncated")}):
+        warnings.append(f"Inputs of {', '.join(cut)} were longer than the model takes and lost "
+                        "their beginning.")  # fmt: skip
+    facts = {
+        "lm-evaluation-harness": distinct(records, "lm_eval_version"),
+        "longest input": distinct(records, "max_length"),
+        "examples": distinct(records, "samples"),
+        "factors": distinct(records, "window"),
+        "tokens of the longest request": span(records, "longest"),
+    }
+    return [Section(table.title, [table], (), warnings, facts)]
+
+
+def _value(row: Row, *, low: bool) -> Value:
+    """Return value and standard error; shares of examples as percentages."""
+    value, error = float(row["value"]), row.get("stderr")
+    if not math.isfinite(value):
+        return Value(format_score(value), value)
+    scale, digits = (1.0, 3) if low or not 0 <= value <= 1 else (100.0, 1)
+    below = [] if error is None else [f"\N{PLUS-MINUS SIGN} {scale * error:.{digits}f}"]
+    if row.get("samples"):
+        below.append(f"{row['samples']:,} questions")
+    if row.get("truncated"):
+        below.append(f"{row['truncated']:,} truncated")
+    return Value(f"{scale * value:.{digits}f}", value, tuple(below))
