@@ -122,13 +122,14 @@ class GenerationPlan:
         own = -(-chunk // context)
         query, key, hidden = model.query // tensor, model.key(tensor), model.hidden_size
         heads = model.num_attention_heads // tensor
-        # Residual stream, norm's output, projection and its rotated queries and keys.
-        before = own * _WIDTH * (2 * hidden + 2 * query + 3 * key)
+        # Residual stream, norm's output, attention's; the projection, rotated queries and keys.
+        before = own * _WIDTH * (3 * hidden + 2 * query + 3 * key)
         if context == 1:
-            attention = own * (_WIDTH * query + 4 * heads)
+            # The output as the kernel lays it out, and as the next product wants it.
+            attention = own * (2 * _WIDTH * query + 4 * heads)
         else:
             # Queries of all ranks, twice; a tile's result and what it is merged into, in fp32.
-            attention = chunk * (query * (3 * _WIDTH + 12) + 4 * heads * (context + 3))
+            attention = chunk * (query * (3 * _WIDTH + 12) + 4 * heads * (2 * context + 3))
         width = model.ffn_hidden_size
         if model.num_experts is not None:
             width = model.moe_router_topk * model.moe_ffn_hidden_size
