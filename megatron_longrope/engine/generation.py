@@ -24,7 +24,7 @@ from megatron_longrope.engine.engine import Engine
 from megatron_longrope.engine.kv_cache import PinnedSequence
 from megatron_longrope.engine.model import vocab_range
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.plan.generation import PREFILL_TOKENS
+from megatron_longrope.lengths import PREFILL_TOKENS
 
 
 @torch.no_grad()

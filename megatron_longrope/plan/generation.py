@@ -9,16 +9,13 @@ from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops
-from megatron_longrope.lengths import format_length
+from megatron_longrope.lengths import PREFILL_TOKENS, format_length
 from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
 from megatron_longrope.plan.layouts import Layout, Training, problem
 from megatron_longrope.plan.memory import rank_parameters
 from megatron_longrope.plan.model import Model
 from megatron_longrope.plan.time import rates
 from megatron_longrope.progress import format_duration
-
-PREFILL_TOKENS = 2**15
-"""Tokens of the prompt that are read at once, all rows and all ranks together."""
 
 _SLICE = 4096  # tokens that an MLP of the engine takes at once
 _READING = 0.6  # part of the memory's bandwidth that weights and keys are read at; assumed

@@ -9,7 +9,8 @@ import torch
 
 from megatron_longrope.cli import plan as command
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.plan.generation import PREFILL_TOKENS, GenerationPlan, rank_generation
+from megatron_longrope.lengths import PREFILL_TOKENS
+from megatron_longrope.plan.generation import GenerationPlan, rank_generation
 from megatron_longrope.plan.hardware import GPUS, Gpu, parse_gpu
 from megatron_longrope.plan.model import MODELS, Model
 
