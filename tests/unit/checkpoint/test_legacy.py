@@ -230,26 +230,57 @@ def test_a_rank_that_the_run_had_not_is_named(write, extra):
         MegatronCheckpoint.open(directory)
 
 
-def test_a_file_of_another_iteration_is_named(write):
-    directory = write(tp=2)
-    edit(directory / "mp_rank_01", lambda state: state.update(iteration=4))
-    with pytest.raises(ValueError, match=r"mp_rank_01/.*is of iteration 4, mp_rank_00 of 3"):
-        MegatronCheckpoint.open(directory).keys()
+DAMAGED = {
+    "another iteration": (
+        {"tp": 2}, "01", lambda state: state.update(iteration=4),
+        r"mp_rank_01/.*is of iteration 4, mp_rank_00 of 3",
+    ),
+    "another layout": (
+        {"tp": 2}, "01", lambda state: vars(state["args"]).update(pipeline_model_parallel_size=2),
+        r"mp_rank_01/.*pipeline parallel 2 with 1 chunks, mp_",
+    ),
+    "too few layers": (
+        {"pp": 2}, "", lambda state: vars(state["args"]).update(num_layers=3),
+        "holds 2 layers, its arguments say 3",
+    ),
+    "a part of another shape": (
+        {"tp": 2}, "01", lambda state: state["model"].update({QKV: torch.zeros(8, 32)}),
+        r"iter_0000003: .*qkv.* \(32, 32\) .* \(8, 32\) on rank 1",
+    ),
+    "a layer of another shape": (
+        {}, "00", lambda state: state["model"].update({QKV: torch.zeros(8, 32)}),
+        r"qkv.*of layer 1 is \(64, 32\).*layer 0 \(8, 32\)",
+    ),
+    "a tensor that one rank lacks": (
+        {"tp": 2}, "01", lambda state: state["model"].pop(QKV),
+        rf"mp_rank_01/.*{QKV} is in only one",
+    ),
+    "a split tensor of unknown kind": (
+        {"tp": 2}, "",
+        lambda state: state["model"].update({"decoder.layers.0.mixer.A_log": torch.ones(4)}),
+        r"mixer\.A_log in 2 tensor-parallel parts",
+    ),
+    "a model from before megatron-core": (
+        {}, "00", lambda state: state.update(model={"language_model": {}}),
+        r"before megatron-core's classes; convert it",
+    ),
+    "the old order of qkv": (
+        {}, "00", lambda state: state.update(checkpoint_version=1.0),
+        r"checkpoint_version 1\.0.*order the rows of qkv",
+    ),
+    "chunks of wrong names": (
+        {}, "00", lambda state: state.update(model1=state.pop("model")),
+        "holds the models model1; expected",
+    ),
+}  # fmt: skip
 
 
-def test_a_file_of_another_layout_is_named(write):
-    directory = write(tp=2)
-    change = {"pipeline_model_parallel_size": 2}
-    edit(directory / "mp_rank_01", lambda state: vars(state["args"]).update(change))
-    with pytest.raises(ValueError, match=r"mp_rank_01/.*pipeline parallel 2 with 1 chunks, mp_"):
-        MegatronCheckpoint.open(directory).keys()
-
-
-def test_too_few_layers_are_told_with_both_numbers(write):
-    directory = write(pp=2)
-    for folder in directory.iterdir():
-        edit(folder, lambda state: vars(state["args"]).update(num_layers=3))
-    with pytest.raises(ValueError, match="holds 2 layers, its arguments say 3"):
+@pytest.mark.parametrize(("layout", "rank", "change", "refusal"), DAMAGED.values(), ids=DAMAGED)
+def test_files_that_do_not_fit_together_are_refused_by_name(write, layout, rank, change, refusal):
+    directory = write(**layout)
+    for folder in sorted(directory.glob(f"mp_rank_{rank}*")):
+        edit(folder, change)
+    with pytest.raises(ValueError, match=refusal):
         MegatronCheckpoint.open(directory).keys()
 
 
@@ -266,61 +297,6 @@ def test_a_file_that_is_no_archive_is_named(write):
     path.write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"model_optim_rng\.pt: not an archive of torch\.save"):
         MegatronCheckpoint.open(path.parents[1])
-
-
-def test_a_part_of_another_shape_is_told_with_both_shapes(write):
-    directory = write(tp=2)
-    edit(directory / "mp_rank_01", lambda state: state["model"].update({QKV: torch.zeros(8, 32)}))
-    with pytest.raises(
-        ValueError, match=r"iter_0000003: .*qkv.* \(32, 32\) .* \(8, 32\) on rank 1"
-    ):
-        MegatronCheckpoint.open(directory).keys()
-
-
-def test_a_layer_of_another_shape_is_told_with_both_shapes(write):
-    directory = write()
-    edit(directory / "mp_rank_00", lambda state: state["model"].update({QKV: torch.zeros(8, 32)}))
-    with pytest.raises(ValueError, match=r"qkv.*of layer 1 is \(64, 32\).*layer 0 \(8, 32\)"):
-        MegatronCheckpoint.open(directory).keys()
-
-
-def test_a_tensor_that_one_rank_lacks_is_named(write):
-    directory = write(tp=2)
-    edit(directory / "mp_rank_01", lambda state: state["model"].pop(QKV))
-    with pytest.raises(ValueError, match=rf"mp_rank_01/.*{QKV} is in only one"):
-        MegatronCheckpoint.open(directory).keys()
-
-
-def test_a_split_tensor_of_unknown_kind_is_refused_by_name(write):
-    directory = write(tp=2)
-    for rank in range(2):
-        edit(
-            directory / f"mp_rank_{rank:02d}",
-            lambda state: state["model"].update({"decoder.layers.0.mixer.A_log": torch.ones(4)}),
-        )
-    with pytest.raises(ValueError, match=r"mixer\.A_log in 2 tensor-parallel parts"):
-        MegatronCheckpoint.open(directory).keys()
-
-
-def test_models_from_before_megatron_core_are_refused(write):
-    directory = write()
-    edit(directory / "mp_rank_00", lambda state: state.update(model={"language_model": {}}))
-    with pytest.raises(ValueError, match=r"before megatron-core's classes; convert it"):
-        MegatronCheckpoint.open(directory).keys()
-
-
-def test_checkpoints_with_the_old_order_of_qkv_are_refused(write):
-    directory = write()
-    edit(directory / "mp_rank_00", lambda state: state.update(checkpoint_version=1.0))
-    with pytest.raises(ValueError, match=r"checkpoint_version 1\.0.*order the rows of qkv"):
-        MegatronCheckpoint.open(directory)
-
-
-def test_chunks_of_wrong_names_are_refused(write):
-    directory = write()
-    edit(directory / "mp_rank_00", lambda state: state.update(model1=state.pop("model")))
-    with pytest.raises(ValueError, match="holds the models model1; expected"):
-        MegatronCheckpoint.open(directory).keys()
 
 
 class Malicious:

@@ -129,17 +129,6 @@ def test_every_operator_yields_canonical_candidates_that_a_configuration_accepts
 
 @QUICK
 @given(space=spaces(), seed=seeds)
-def test_the_same_generator_state_gives_the_same_child(space, seed):
-    def children() -> list[Candidate]:
-        rng = np.random.default_rng(seed)
-        a, b = random_candidate(space, rng), random_candidate(space, rng)
-        return [mutate(a, space, rng), crossover(a, b, space, rng)]
-
-    assert children() == children()
-
-
-@QUICK
-@given(space=spaces(), seed=seeds)
 def test_decoding_and_encoding_returns_the_same_candidate(space, seed):
     candidate = random_candidate(space, np.random.default_rng(seed))
     assert space.encode(*space.decode(candidate)) == candidate

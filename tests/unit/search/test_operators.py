@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_critical import spaces as critical_spaces
 
 from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate, unique
 from megatron_longrope.factor_search.space import Candidate, SearchSpace
@@ -35,7 +36,7 @@ def test_every_operator_stays_inside_the_space(space, seed, prob):
 
 
 @QUICK
-@given(space=spaces(), seed=seeds)
+@given(space=spaces() | critical_spaces(), seed=seeds)
 def test_the_same_generator_state_gives_the_same_child(space, seed):
     def children() -> list[Candidate]:
         rng = np.random.default_rng(seed)
