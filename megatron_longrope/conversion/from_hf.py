@@ -29,7 +29,7 @@ from megatron_longrope.conversion.megatron_writer import (
     TensorChunk,
     write_release,
 )
-from megatron_longrope.conversion.work import file_identity, refuse_existing, work_folder
+from megatron_longrope.conversion.staging import file_identity, refuse_existing, staging_folder
 
 _LONGROPE_FILE = "longrope.json"
 
@@ -96,8 +96,8 @@ def write_checkpoint(
 ) -> ImportReport:
     """Write a torch_dist checkpoint that Megatron's `--load` takes at any parallel layout.
 
-    Everything goes to a work folder beside `output_dir`, and takes its name at the very end. What
-    an interrupted call left there the same call continues; see :mod:`.work`.
+    Everything goes to a staging folder beside `output_dir`, and takes its name at the very end. The
+    same call continues what an interrupted one left there; see :mod:`.staging`.
 
     Args:
         hf_dir (str | Path): Folder with config.json and safetensors.
@@ -140,15 +140,15 @@ def write_checkpoint(
         dropped_window=folder.dropped_window,
     )
     identity = _identity(folder, plan, max_shard_bytes, sliding_window)
-    with work_folder(output_dir, identity) as (work, resumed):
+    with staging_folder(output_dir, identity) as (staging, resumed):
         load = _loader(source, folder, vocabulary, shape.vocab_size)
         common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}  # qkv group by group
-        write_release(work, plan, load, common, progress, max_shard_bytes)
+        write_release(staging, plan, load, common, progress, max_shard_bytes)
         if longrope_config is not None:
-            longrope_config.save(work.result / _LONGROPE_FILE)
-        keep_companions(folder.directory, work.result)
-        verification = None if check is None else check(work.result)
-        work.put_in_place()
+            longrope_config.save(staging.result / _LONGROPE_FILE)
+        keep_companions(folder.directory, staging.result)
+        verification = None if check is None else check(staging.result)
+        staging.put_in_place()
     return ImportReport(
         output_dir=output_dir,
         family=family.name,

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from megatron_longrope.checkpoint.hf.source import StoredTensor
-from megatron_longrope.conversion.work import WorkFolder, complete_file
+from megatron_longrope.conversion.staging import StagingFolder, complete_file
 from megatron_longrope.files import read_json, write_json_atomic, write_text_atomic
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -102,7 +102,7 @@ class TensorChunk:
 
 
 def write_release(
-    work: WorkFolder,
+    staging: StagingFolder,
     tensors: list[StoredTensor],
     load: Callable[[TensorChunk], Tensor],
     common: Mapping[str, Any],
@@ -115,7 +115,7 @@ def write_release(
     Files with a record are the work of an earlier run of the same conversion; they are kept.
 
     Args:
-        work (WorkFolder): Where an earlier run left off, or empty.
+        staging (StagingFolder): Where an earlier run left off, or empty.
         load (Callable): Gives the data of a chunk.
         common (Mapping): What is not tensors: `args`, `iteration`, ...
         progress (Callable, optional): Called with bytes done and bytes in all; first with those
@@ -125,13 +125,13 @@ def write_release(
     Raises:
         LongRopeError: The disk has no room for it.
     """
-    target = work.result / RELEASE
+    target = staging.result / RELEASE
     target.mkdir(exist_ok=True)
     shards = _shards([chunk for item in tensors for chunk in _chunks(item)], max_shard_bytes)
     total = sum(item.num_bytes for item in tensors)
-    work.check_space(total)
+    staging.check_space(total)
     names = [f"__0_{number}.distcp" for number in range(len(shards))]
-    places = {name: _recorded(target / name, work.shards) for name in names}
+    places = {name: _recorded(target / name, staging.shards) for name in names}
     done = sum(
         chunk.num_bytes
         for name, shard in zip(names, shards, strict=True)
@@ -149,7 +149,7 @@ def write_release(
                 done += chunk.num_bytes
                 if progress is not None:
                     progress(done, total)
-            write_json_atomic(work.shards / f"{name}.json", places[name])
+            write_json_atomic(staging.shards / f"{name}.json", places[name])
 
     objects = _objects(tensors, common)
     last = f"__0_{len(shards)}.distcp"
@@ -165,7 +165,7 @@ def write_release(
         pickle.dump(_metadata(items, infos, target), file)
     torch.save(dict(common), target / "common.pt")
     write_json_atomic(target / "metadata.json", _BACKENDS)
-    write_text_atomic(work.result / _TRACKER, RELEASE)
+    write_text_atomic(staging.result / _TRACKER, RELEASE)
 
 
 def _chunks(item: StoredTensor) -> list[TensorChunk]:

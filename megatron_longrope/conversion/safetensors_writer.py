@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_longrope.conversion.staging import complete_file
 from megatron_longrope.conversion.tensors import PlannedTensor
-from megatron_longrope.conversion.work import complete_file
 from megatron_longrope.files import write_json_atomic
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -28,6 +28,7 @@ from megatron_longrope.conversion.companions import (
 )
 from megatron_longrope.conversion.rope_export import ExportedRope, export_rope, is_bare_base
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
+from megatron_longrope.conversion.staging import file_identity, refuse_existing, staging_folder
 from megatron_longrope.conversion.start_tokens import (
     DroppedStartTokens,
     Measure,
@@ -35,7 +36,6 @@ from megatron_longrope.conversion.start_tokens import (
 )
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, copy_tokenizer, write_tokenizer
-from megatron_longrope.conversion.work import file_identity, refuse_existing, work_folder
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import write_json_atomic, write_text_atomic
 
@@ -103,8 +103,8 @@ def write_hf_folder(
 ) -> ConversionReport:
     """Write `config.json`, safetensors, tokenizer, model card and `longrope.json`.
 
-    Everything goes to a work folder beside `output_dir`, and takes its name at the very end. What
-    an interrupted call left there the same call continues; see :mod:`.work`.
+    Everything goes to a staging folder beside `output_dir`, and takes its name at the very end. The
+    same call continues what an interrupted one left there; see :mod:`.staging`.
 
     Args:
         checkpoint_path (str | Path): Megatron's `--save` directory or an `iter_XXXXXXX` in it.
@@ -145,12 +145,14 @@ def write_hf_folder(
         checkpoint, chosen, longrope_config, lengths, without_start_tokens, measure
     )
     export = _Export(checkpoint, chosen, factors, dtype, tokenizer)
-    with work_folder(output_dir, export.identity(max_shard_bytes)) as (work, resumed):
-        source, hf_config = export.write_small_files(work.result, output_dir.name)
-        work.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
-        files = write_safetensors(work.result, source.plan, source.load, max_shard_bytes, progress)
-        verification = None if check is None else check(work.result)
-        work.put_in_place()
+    with staging_folder(output_dir, export.identity(max_shard_bytes)) as (staging, resumed):
+        source, hf_config = export.write_small_files(staging.result, output_dir.name)
+        staging.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
+        files = write_safetensors(
+            staging.result, source.plan, source.load, max_shard_bytes, progress
+        )
+        verification = None if check is None else check(staging.result)
+        staging.put_in_place()
     return ConversionReport(
         output_dir=output_dir,
         family=chosen.name,

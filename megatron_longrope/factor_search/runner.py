@@ -125,7 +125,7 @@ def run_search(
         while trials := search.trials():
             arrived = [record for trial in trials if (record := scores.find(trial))]
             if not arrived:
-                arrived = _work(
+                arrived = _score_next(
                     trials, problem, blocks or (objective,), anchor, run.race, scores, queue
                 )
             trials_by_index = {trial.index: trial for trial in trials}
@@ -174,7 +174,7 @@ def _outcome(
     )
 
 
-def _work(
+def _score_next(
     trials: Sequence[Trial], problem: SearchProblem, blocks: Sequence[Objective],
     anchor: Anchor | None, race: Race, scores: KnownScores, queue: TrialQueue,
 ) -> list[Evaluation]:  # fmt: skip

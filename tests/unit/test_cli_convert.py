@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_is_one_sentence(
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("megatron_longrope.conversion.work.os.fsync", full)
+    monkeypatch.setattr("megatron_longrope.conversion.staging.os.fsync", full)
     source = ("--load", untied_gqa.path) if direction == "to-hf" else ("--hf", hf)
     sentence = refused(capsys, direction, *source, "--output", tmp_path / "out", "--no-verify")
     assert "the disk is full; nothing was left behind" in sentence

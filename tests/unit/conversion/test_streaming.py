@@ -17,9 +17,9 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.conversion import megatron_writer
 from megatron_longrope.conversion import safetensors_writer as writer
 from megatron_longrope.conversion.from_hf import write_checkpoint
+from megatron_longrope.conversion.staging import StagingFolder, file_identity, staging_folder
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.to_hf import write_hf_folder
-from megatron_longrope.conversion.work import WorkFolder, file_identity, work_folder
 
 SHARDS = {"max_shard_bytes": 40_000}
 
@@ -50,7 +50,7 @@ class Interrupt:
 
 @pytest.fixture
 def interrupted(untied_gqa, config, tmp_path):
-    """Ctrl-C in the middle of an export to `tmp_path/hf`; gives its work folder."""
+    """Ctrl-C in the middle of an export to `tmp_path/hf`; gives its staging folder."""
     with pytest.raises(KeyboardInterrupt) as caught:
         write_hf_folder(
             untied_gqa.path,
@@ -59,9 +59,9 @@ def interrupted(untied_gqa, config, tmp_path):
             progress=Interrupt(0.6),
             **SHARDS,
         )
-    (work,) = tmp_path.iterdir()
-    assert str(work) in caught.value.__notes__[0]
-    return work
+    (staging,) = tmp_path.iterdir()
+    assert str(staging) in caught.value.__notes__[0]
+    return staging
 
 
 def files_read(monkeypatch):
@@ -153,8 +153,8 @@ def test_an_interrupted_import_goes_on(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(megatron_writer, "_BLOCK_BYTES", 10_000)  # embeddings in several pieces
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(exported, tmp_path / "ckpt", progress=Interrupt(0.6), **SHARDS)
-    (work,) = tmp_path.iterdir()
-    kept = {path.name: path.stat() for path in work.rglob("*.distcp")}
+    (staging,) = tmp_path.iterdir()
+    kept = {path.name: path.stat() for path in staging.rglob("*.distcp")}
     assert len(kept) > 2
     calls = []
     report = write_checkpoint(
@@ -233,30 +233,30 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-# The work folder
+# The staging folder
 
 
 def test_a_process_that_ended_between_two_renames_gives_back_what_was_there(tmp_path):
     output = tmp_path / "hf"
-    work = WorkFolder(output)
-    work.lock()
-    work.begin({"a": 1})
-    (work.path / "replaced" / "hf").mkdir(parents=True)
-    (work.path / "replaced" / "hf" / "precious").touch()
-    work.close()
-    with pytest.raises(ValueError, match="bad"), work_folder(output, {"a": 1}):
+    staging = StagingFolder(output)
+    staging.lock()
+    staging.begin({"a": 1})
+    (staging.path / "replaced" / "hf").mkdir(parents=True)
+    (staging.path / "replaced" / "hf" / "precious").touch()
+    staging.close()
+    with pytest.raises(ValueError, match="bad"), staging_folder(output, {"a": 1}):
         raise ValueError("bad")
     assert (output / "precious").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_the_lock_ends_with_its_folder(tmp_path):
-    with work_folder(tmp_path / "x", {}) as (work, resumed):
+    with staging_folder(tmp_path / "x", {}) as (staging, resumed):
         assert not resumed
-        with (work.path / "lock").open("w") as lock, pytest.raises(OSError):
+        with (staging.path / "lock").open("w") as lock, pytest.raises(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        work.put_in_place()
-    with work_folder(tmp_path / "y", {}):
+        staging.put_in_place()
+    with staging_folder(tmp_path / "y", {}):
         pass
 
 
@@ -270,7 +270,7 @@ def test_files_are_told_apart_by_content_or_by_size_and_time(tmp_path, monkeypat
     assert file_identity([tmp_path]) == first
     path.write_bytes(b"two")
     assert file_identity([tmp_path]) != first
-    monkeypatch.setattr("megatron_longrope.conversion.work._HASHED_BYTES", 1)
+    monkeypatch.setattr("megatron_longrope.conversion.staging._HASHED_BYTES", 1)
     large = file_identity([path])
     time.sleep(0.01)
     path.write_bytes(b"six")

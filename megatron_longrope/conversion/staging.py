@@ -1,6 +1,6 @@
 """Where a conversion works until its output is complete, and what an interrupted one comes back to.
 
-The work folder lies beside the output, hence on the same disk: the finished result takes the
+The staging folder lies beside the output, hence on the same disk: the finished result takes the
 output's name in one rename. It knows what is being converted and how. Whoever converts the same
 thing the same way continues after the last complete file, even if the process before was killed;
 for anything else it starts anew.
@@ -29,8 +29,8 @@ _DATA_FILES = ("*.safetensors", "*.distcp")
 _HASHED_BYTES = 2**20  # larger files are known by their size and time of change
 
 
-class WorkFolder:
-    """Use :func:`work_folder`.
+class StagingFolder:
+    """Use :func:`staging_folder`.
 
     Args:
         output_dir (Path): What is to be written.
@@ -139,8 +139,10 @@ def refuse_existing(output_dir: Path, remedy: str) -> None:
 
 
 @contextmanager
-def work_folder(output_dir: Path, identity: Mapping[str, Any]) -> Iterator[tuple[WorkFolder, bool]]:
-    """The work folder of an output, and whether an earlier run's work is in it.
+def staging_folder(
+    output_dir: Path, identity: Mapping[str, Any]
+) -> Iterator[tuple[StagingFolder, bool]]:
+    """The staging folder of an output, and whether an earlier run's work is in it.
 
     What fails leaves nothing. What is interrupted leaves the files that were complete, if any, and
     the exception carries a note that says so.
@@ -148,22 +150,22 @@ def work_folder(output_dir: Path, identity: Mapping[str, Any]) -> Iterator[tuple
     Raises:
         LongRopeError: The disk is full, or another process is converting to the same output.
     """
-    work = WorkFolder(output_dir)
-    work.lock()
+    staging = StagingFolder(output_dir)
+    staging.lock()
     try:
-        yield work, work.begin(identity)
+        yield staging, staging.begin(identity)
     except KeyboardInterrupt as error:
-        if not work.has_data():
-            work.remove()
+        if not staging.has_data():
+            staging.remove()
             raise
-        work.close()
+        staging.close()
         error.add_note(
-            f"complete files are kept in {work.path}; the same command continues after them, and "
-            "removing that folder gives up the conversion"
+            f"complete files are kept in {staging.path}; the same command continues after them, "
+            "and removing that folder gives up the conversion"
         )
         raise
     except OSError as error:
-        work.remove()
+        staging.remove()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise LongRopeError(
@@ -171,9 +173,9 @@ def work_folder(output_dir: Path, identity: Mapping[str, Any]) -> Iterator[tuple
             "an --output on another disk"
         ) from None
     except BaseException:
-        work.remove()
+        staging.remove()
         raise
-    work.close()
+    staging.close()
 
 
 @contextmanager
