@@ -42,7 +42,7 @@ class _Sized(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """Addresses of tensors, and where each of them is."""
 
     pattern: str
@@ -52,7 +52,7 @@ class Layout:
     """Address -> the tensor's name and, if it is stacked over layers, the index there."""
 
     @classmethod
-    def of_model(cls, names: Iterable[str]) -> Layout:
+    def of_model(cls, names: Iterable[str]) -> TensorLayout:
         """Layout of a model in memory.
 
         Args:
@@ -63,7 +63,7 @@ class Layout:
         return _numbered({name: disk_name(name) for name in grouped})
 
     @classmethod
-    def of_checkpoint(cls, stored: Mapping[str, _Sized]) -> Layout:
+    def of_checkpoint(cls, stored: Mapping[str, _Sized]) -> TensorLayout:
         """Layout of a checkpoint.
 
         Args:
@@ -83,7 +83,7 @@ class Layout:
         return cls("*-" * max(stacked.values()), places)
 
 
-def _numbered(names: Mapping[str, Address]) -> Layout:
+def _numbered(names: Mapping[str, Address]) -> TensorLayout:
     """Layout of layers with numbers: the i-th that holds attention holds attention i."""
     numbers: dict[str, set[int]] = {part: set() for part in _PARTS.values()}
     for canonical, number in names.values():
@@ -101,7 +101,7 @@ def _numbered(names: Mapping[str, Address]) -> Layout:
         # Layers of other kinds keep their number: there is nothing to count them by.
         index = ordinals.get((_part(canonical), number), number)
         places[canonical, index] = (name, None)
-    return Layout("".join(part for _, part in order), places)
+    return TensorLayout("".join(part for _, part in order), places)
 
 
 def disk_name(name: str) -> Address:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_longrope.checkpoint.layout import Layout
+from megatron_longrope.checkpoint.layout import TensorLayout
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.config import LongRopeConfig
@@ -65,7 +65,7 @@ def load_into(
             differ.
     """
     parameters = dict(model.named_parameters())
-    ours, theirs = Layout.of_model(parameters), Layout.of_checkpoint(checkpoint.keys())
+    ours, theirs = TensorLayout.of_model(parameters), TensorLayout.of_checkpoint(checkpoint.keys())
     if ours.pattern != theirs.pattern:
         raise LongRopeError(
             f"{checkpoint.directory}: {_other_layers(theirs.pattern, ours.pattern)}"

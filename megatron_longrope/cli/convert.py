@@ -12,7 +12,7 @@ from megatron_longrope.cli.flags import add_command
 from megatron_longrope.conversion.options import (
     ExportedFactors,
     FromHfOptions,
-    InspectOptions,
+    InspectCheckpointOptions,
     ToHfOptions,
     VerifyOptions,
 )
@@ -50,7 +50,11 @@ def add_parser(commands: Any) -> None:
         "transformers and of this package's engine on the folder.",
     )
     add_command(
-        actions, "inspect", InspectOptions, _run_inspect, help="show what a checkpoint holds"
+        actions,
+        "inspect",
+        InspectCheckpointOptions,
+        _run_inspect,
+        help="show what a checkpoint holds",
     )
 
 
@@ -139,7 +143,7 @@ def _run_verify(options: VerifyOptions) -> int:
     return 0
 
 
-def _run_inspect(options: InspectOptions) -> int:
+def _run_inspect(options: InspectCheckpointOptions) -> int:
     from megatron_longrope.checkpoint import MegatronCheckpoint
     from megatron_longrope.conversion.inspection import as_text, inspect
 

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_longrope import api
 from megatron_longrope.cli.data_facts import print_facts
 from megatron_longrope.cli.flags import add_command
-from megatron_longrope.data.options import InspectOptions, PrepareOptions, TokenizerOptions
+from megatron_longrope.data.options import InspectSetOptions, PrepareOptions, TokenizerOptions
 
 
 def add_parser(commands: Any) -> None:
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     add_command(
         actions,
         "inspect",
-        InspectOptions,
+        InspectSetOptions,
         _run_inspect,
         help="print a set's manifest and check every entry against it",
         description="Print the manifest of a set and check every token against it: exit 1 when a "
@@ -80,7 +80,7 @@ def _run_prepare(options: PrepareOptions) -> None:
             print(f"beside it: {options.output}{suffix}")
 
 
-def _run_inspect(options: InspectOptions) -> int:
+def _run_inspect(options: InspectSetOptions) -> int:
     from megatron_longrope.data.documents import check_set, read_manifest
     from megatron_longrope.data.histogram import draw_histogram, histogram_lines, source_histograms
 

@@ -139,7 +139,7 @@ class VerifyOptions(_Tolerance, _Compared, ExportedFactors, _MaybeCheckpoint):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(Options):
+class InspectCheckpointOptions(Options):
     """What `longrope convert inspect` is told."""
 
     checkpoint: str = flag(positional=True, metavar="CKPT")

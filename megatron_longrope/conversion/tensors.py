@@ -12,7 +12,7 @@ from megatron_longrope.checkpoint.hf.families import Family
 from megatron_longrope.checkpoint.hf.finite import check_finite
 from megatron_longrope.checkpoint.hf.rules import TensorRule
 from megatron_longrope.checkpoint.hf.splits import part_rows, split
-from megatron_longrope.checkpoint.layout import Layout
+from megatron_longrope.checkpoint.layout import TensorLayout
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.errors import LongRopeError
@@ -69,7 +69,7 @@ class TensorSource:
     ) -> None:
         self._checkpoint = checkpoint
         self._shape = shape
-        self._layout = Layout.of_checkpoint(checkpoint.keys())
+        self._layout = TensorLayout.of_checkpoint(checkpoint.keys())
         self._last: tuple[tuple[str, int | None], Tensor] | None = None
         rules = family.tensor_rules(shape)
         if self._layout.pattern != "*-" * shape.num_layers:

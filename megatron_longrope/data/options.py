@@ -175,7 +175,7 @@ class PrepareOptions(_Reading, _Mix, _Input):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(Options):
+class InspectSetOptions(Options):
     """What `longrope data inspect` is told."""
 
     prefix: str = flag(positional=True, metavar="PREFIX")

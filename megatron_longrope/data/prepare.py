@@ -16,7 +16,7 @@ from megatron_longrope.data.counts import Counts
 from megatron_longrope.data.mix import Source, as_sources
 from megatron_longrope.data.outputs import refuse_existing, staged_outputs
 from megatron_longrope.data.parts import parts_directory
-from megatron_longrope.data.segments import FixedSegments, Recipe, WholeDocuments
+from megatron_longrope.data.segments import FixedSegments, Packing, WholeDocuments
 from megatron_longrope.data.sources import find_source_files
 from megatron_longrope.data.stream import DocumentStream, Split, make_encoder
 from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,7 +32,7 @@ def prepare(
     inputs: Iterable[str | Path | Source],
     output: str | Path,
     tokenizer: str | Path,
-    recipe: Recipe,
+    packing: Packing,
     *,
     split: Split | None = None,
     bos: int | None = None,
@@ -53,7 +53,7 @@ def prepare(
         inputs (Iterable): Source files or directories, or a mix of named sources.
         output (Path): Prefix of the three files.
         tokenizer (Path): sentencepiece `.model` file or Hugging Face folder.
-        recipe (Recipe): Fixed-length segments or whole documents.
+        packing (Packing): Fixed-length segments or whole documents.
         split (Split, optional): What goes to sets beside this one. Defaults to nothing.
         bos (int, optional): Token id that begins segments. Defaults to the tokenizer's, or none.
         text_key (str): Key of the text in JSON lines, or column. Defaults to "text".
@@ -70,15 +70,15 @@ def prepare(
     if workers < 1:
         raise LongRopeError(f"workers is {workers}; tokenizing needs at least 1")
     split = split or Split()
-    recipes = _recipes(recipe, split)
-    paths = {suffix: output_paths(f"{output}{suffix}") for suffix in recipes}
+    packings = _packings(packing, split)
+    paths = {suffix: output_paths(f"{output}{suffix}") for suffix in packings}
     for each in paths.values():
         refuse_existing(each, overwrite)
     sources = as_sources(inputs)
     hidden: list[Path] = []
     files = [find_source_files(source.paths, hidden.append) for source in sources]
     _refuse_shared(sources, files)
-    loaded = _load_tokenizer(tokenizer, bos, recipes)
+    loaded = _load_tokenizer(tokenizer, bos, packings)
     with ExitStack() as stack:
         directory = stack.enter_context(parts_directory(Path(output)))
         _remove_leftovers(paths.values())
@@ -86,7 +86,7 @@ def prepare(
         stream = DocumentStream(
             sources,
             files,
-            make_encoder(loaded, recipe, files, text_key, on_error),
+            make_encoder(loaded, packing, files, text_key, on_error),
             directory,
             split,
             stack.enter_context(_progress_bar(sum(sizes.values()), progress)),
@@ -96,12 +96,12 @@ def prepare(
         writers = {
             key: stack.enter_context(SetWriter(staged[key][0], loaded.vocab_size)) for key in paths
         }
-        training = stream.training(writers, recipes, text_key, on_error == "skip", workers)
+        training = stream.training(writers, packings, text_key, on_error == "skip", workers)
         with closing(training):
-            writers[""].extend(recipe.arrange(training, loaded.bos_id, loaded.eos_id))  # type: ignore[arg-type]
+            writers[""].extend(packing.arrange(training, loaded.bos_id, loaded.eos_id))  # type: ignore[arg-type]
         common = _manifest(loaded, split, stream.counts, len(hidden), sizes)
         manifests = {
-            suffix: _finish(writer, staged[suffix], recipes[suffix], suffix, common, stream.counts)
+            suffix: _finish(writer, staged[suffix], packings[suffix], suffix, common, stream.counts)
             for suffix, writer in writers.items()
         }
     return manifests[""]
@@ -110,17 +110,17 @@ def prepare(
 def _finish(
     writer: SetWriter,
     staged: Sequence[Path],
-    recipe: Recipe,
+    packing: Packing,
     suffix: str,
     common: dict[str, Any],
     counts: Counts,
 ) -> dict[str, Any]:
     """Complete a set and write its manifest."""
     if not writer.entries:
-        raise LongRopeError(_nothing_left(recipe, suffix, counts))
+        raise LongRopeError(_nothing_left(packing, suffix, counts))
     manifest = {
         "schema": MANIFEST_SCHEMA,
-        **recipe.describe(),
+        **packing.describe(),
         **common,
         **writer.finish(staged[1]),
     }
@@ -128,24 +128,26 @@ def _finish(
     return manifest
 
 
-def _recipes(recipe: Recipe, split: Split) -> dict[str, Recipe]:
+def _packings(packing: Packing, split: Split) -> dict[str, Packing]:
     """How each set is made, by the suffix of its name."""
-    recipes: dict[str, Recipe] = {"": recipe}
+    packings: dict[str, Packing] = {"": packing}
     if split.held_out:
-        recipes["_heldout"] = WholeDocuments()
+        packings["_heldout"] = WholeDocuments()
     if split.short is not None:
-        if not isinstance(recipe, FixedSegments):
+        if not isinstance(packing, FixedSegments):
             raise LongRopeError(
                 "a short window divides training data; it goes with segments, not whole documents"
             )
-        recipes["_short"] = split.short
-    return recipes
+        packings["_short"] = split.short
+    return packings
 
 
-def _load_tokenizer(path: str | Path, bos: int | None, recipes: Mapping[str, Recipe]) -> Tokenizer:
-    """Load the tokenizer; refuse one that cannot end segments where these recipes need it."""
+def _load_tokenizer(
+    path: str | Path, bos: int | None, packings: Mapping[str, Packing]
+) -> Tokenizer:
+    """Load the tokenizer; refuse one that cannot end segments where these packings need it."""
     loaded = load_tokenizer(path, bos)
-    if loaded.eos_id is None and any(recipe.needs_special_tokens for recipe in recipes.values()):
+    if loaded.eos_id is None and any(packing.needs_special_tokens for packing in packings.values()):
         raise LongRopeError(
             f"tokenizer {path} has no EOS token, which ends every segment; name one in its "
             "tokenizer_config.json (eos_token)"
@@ -197,7 +199,7 @@ def _remove_leftovers(paths: Iterable[Sequence[Path]]) -> None:
             shutil.rmtree(leftover)
 
 
-def _nothing_left(recipe: Recipe, suffix: str, counts: Counts) -> str:
+def _nothing_left(packing: Packing, suffix: str, counts: Counts) -> str:
     total = counts.total()
     if not total.documents and counts.skips.listed:
         first = counts.skips.listed[0]
@@ -207,13 +209,13 @@ def _nothing_left(recipe: Recipe, suffix: str, counts: Counts) -> str:
     longest = f"the longest has {total.longest_document} tokens"
     if suffix == "_heldout":
         return f"{read} is held out; raise --held-out, or leave it out and give a set of its own"
-    if recipe.mode == "short":
-        return f"{read} fits the short window of {recipe.window} tokens; raise --short-window"
-    if recipe.mode == "whole":
-        return f"{read} has {recipe.min_length} tokens, {longest}; lower --min-length"
-    joined = f", {recipe.joined} of them joined" if recipe.joined > 1 else ""
+    if packing.mode == "short":
+        return f"{read} fits the short window of {packing.window} tokens; raise --short-window"
+    if packing.mode == "whole":
+        return f"{read} has {packing.min_length} tokens, {longest}; lower --min-length"
+    joined = f", {packing.joined} of them joined" if packing.joined > 1 else ""
     return (
-        f"{read} fills a segment of {recipe.segment_length} tokens{joined}, {longest}; "
+        f"{read} fills a segment of {packing.segment_length} tokens{joined}, {longest}; "
         "lower --segment-length, or keep tails with --tail pack"
     )
 

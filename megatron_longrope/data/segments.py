@@ -144,7 +144,7 @@ class FixedSegments:
         return pieces, tokens[start:]
 
     def describe(self) -> dict[str, Any]:
-        """The recipe as manifest fields."""
+        """The packing as manifest fields."""
         return {"mode": self.mode, **asdict(self)}
 
 
@@ -194,7 +194,7 @@ class WholeDocuments:
                 return
 
     def describe(self) -> dict[str, Any]:
-        """The recipe as manifest fields."""
+        """The packing as manifest fields."""
         return {"mode": self.mode, **asdict(self)}
 
 
@@ -255,11 +255,11 @@ class ShortDocuments:
             yield _filled(document.tokens, length, bos_id, eos_id)
 
     def describe(self) -> dict[str, Any]:
-        """The recipe as manifest fields."""
+        """The packing as manifest fields."""
         return {"mode": self.mode, **asdict(self)}
 
 
-Recipe = FixedSegments | WholeDocuments | ShortDocuments
+Packing = FixedSegments | WholeDocuments | ShortDocuments
 
 
 class _Packer:

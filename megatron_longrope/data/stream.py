@@ -13,7 +13,7 @@ from typing import Any
 from megatron_longrope.data.counts import Counts
 from megatron_longrope.data.mix import Source, draw
 from megatron_longrope.data.parts import Encoder
-from megatron_longrope.data.segments import Recipe, ShortDocuments, TokenizedDocument
+from megatron_longrope.data.segments import Packing, ShortDocuments, TokenizedDocument
 from megatron_longrope.data.sources import iterate_documents
 from megatron_longrope.data.tokenization import read_batches, store_batches
 from megatron_longrope.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ _PUNKT_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True)
 class Split:
-    """What goes beside the set that a recipe makes."""
+    """What goes beside the set that a packing makes."""
 
     held_out: float = 0.0
     """Share of the documents, by hash of the text, that goes whole to `PREFIX_heldout`."""
@@ -78,19 +78,19 @@ class DocumentStream:
     def training(
         self,
         writers: dict[str, SetWriter],
-        recipes: dict[str, Recipe],
+        packings: dict[str, Packing],
         text_key: str,
         skip_errors: bool,
         workers: int,
     ) -> Iterator[TokenizedDocument]:
-        """Yield what the main recipe arranges; what belongs beside it is written on the way.
+        """Yield what the main packing arranges; what belongs beside it is written on the way.
 
         Copies of a document do not follow each other: the whole corpus passes as often as its most
         repeated document.
 
         Args:
             writers (dict): Of the sets beside the main one, by suffix.
-            recipes (dict): Of the same.
+            packings (dict): Of the same.
             text_key (str): Key or column of the text.
             skip_errors (bool): Count unreadable documents instead of stopping there.
             workers (int): Processes that tokenize.
@@ -109,7 +109,7 @@ class DocumentStream:
                     if turn == 0:
                         counts.held_out_documents += 1
                         writers["_heldout"].extend(
-                            recipes["_heldout"].arrange([document], None, None)  # type: ignore[arg-type]
+                            packings["_heldout"].arrange([document], None, None)  # type: ignore[arg-type]
                         )
                     continue
                 copies = self._sources[source].copies(length, document.digest, self._split.seed)
@@ -160,7 +160,7 @@ class DocumentStream:
 
 def make_encoder(
     tokenizer: Tokenizer,
-    recipe: Recipe,
+    packing: Packing,
     files: Sequence[Sequence[Path]],
     text_key: str,
     on_error: str,
@@ -169,7 +169,7 @@ def make_encoder(
 
     Args:
         tokenizer (Tokenizer): Of the set.
-        recipe (Recipe): Says whether sentence ends are needed.
+        packing (Packing): Says whether sentence ends are needed.
         files (Sequence[Sequence[Path]]): Of each source.
         text_key (str): Key or column of the text.
         on_error (str): `fail` or `skip`.
@@ -177,7 +177,7 @@ def make_encoder(
     Raises:
         LongRopeError: A document at the beginning cannot be read, or there is no text.
     """
-    if not recipe.needs_sentences:
+    if not packing.needs_sentences:
         return Encoder(tokenizer)
     from megatron_longrope.data.sentences import train_splitter
 

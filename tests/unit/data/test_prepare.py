@@ -125,9 +125,9 @@ def test_without_bos_a_set_has_eos_alone_and_a_given_id_takes_its_place(
     monkeypatch.setattr(prepare_module, "load_tokenizer", load)
     short = Split(short=ShortDocuments(32, 16))
     for bos in (None, 5):
-        recipe = FixedSegments(S, "pack")
+        packing = FixedSegments(S, "pack")
         manifest = prepare(
-            [corpus], prefix, model_path, recipe, split=short, bos=bos, overwrite=True
+            [corpus], prefix, model_path, packing, split=short, bos=bos, overwrite=True
         )
         assert manifest["bos_id"] == bos
         for suffix in ("", "_short"):

@@ -132,8 +132,8 @@ def test_joined_entries_are_the_segments_in_groups(lengths, length, tail, joined
 def test_pieces_cut_at_sentences_end_where_a_sentence_does_if_one_fits(sentences, length):
     (tokens,) = numbered([sum(sentences)])
     ends = np.cumsum(sentences)[:-1]
-    recipe = FixedSegments(length, "pad", cut="sentences")
-    segments = list(recipe.arrange([TokenizedDocument(tokens, ends)], BOS, EOS))
+    packing = FixedSegments(length, "pad", cut="sentences")
+    segments = list(packing.arrange([TokenizedDocument(tokens, ends)], BOS, EOS))
     pieces = [segment[segment > EOS] for segment in segments]
     assert list(np.concatenate(pieces)) == list(tokens)
     assert {len(segment) for segment in segments} == {length}
@@ -146,8 +146,8 @@ def test_pieces_cut_at_sentences_end_where_a_sentence_does_if_one_fits(sentences
 
 def test_a_piece_cut_at_a_sentence_by_hand():
     document = TokenizedDocument(np.arange(11, 21), np.array([1, 3, 8]))
-    recipe = FixedSegments(7, "pad", cut="sentences")
-    assert [list(segment) for segment in recipe.arrange([document], BOS, EOS)] == [
+    packing = FixedSegments(7, "pad", cut="sentences")
+    assert [list(segment) for segment in packing.arrange([document], BOS, EOS)] == [
         [1, 11, 12, 13, 2, 2, 2],
         [1, 14, 15, 16, 17, 18, 2],
         [1, 19, 20, 2, 2, 2, 2],
@@ -155,9 +155,9 @@ def test_a_piece_cut_at_a_sentence_by_hand():
 
 
 def test_short_documents_stand_alone_filled_to_the_multiple_and_long_ones_are_left_out():
-    recipe = ShortDocuments(window=8, multiple=4)
+    packing = ShortDocuments(window=8, multiple=4)
     documents = numbered([2, 3, 0, 6, 7])
-    assert [list(entry) for entry in recipe.arrange(wrapped(documents), BOS, EOS)] == [
+    assert [list(entry) for entry in packing.arrange(wrapped(documents), BOS, EOS)] == [
         [1, *documents[0], 2],
         [1, *documents[1], 2, 2, 2, 2],
         [1, *documents[3], 2],
@@ -166,8 +166,8 @@ def test_short_documents_stand_alone_filled_to_the_multiple_and_long_ones_are_le
 
 def test_whole_documents_are_filtered_truncated_and_limited():
     documents = numbered([5, 2, 9, 4, 7])
-    recipe = WholeDocuments(min_length=4, max_length=6, max_documents=3)
-    kept = list(recipe.arrange(wrapped(documents), None, None))
+    packing = WholeDocuments(min_length=4, max_length=6, max_documents=3)
+    kept = list(packing.arrange(wrapped(documents), None, None))
     assert [list(item) for item in kept] == [
         list(documents[0]),
         list(documents[2][:6]),

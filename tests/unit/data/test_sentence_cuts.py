@@ -48,8 +48,8 @@ def test_starts_belong_to_the_same_tokens_and_cut_the_text_where_they_say(tokeni
 def test_every_piece_but_the_tail_ends_with_a_sentence(tmp_path, tokenizer_path):
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    recipe = FixedSegments(128, "pad", cut="sentences")
-    prepare([source], tmp_path / "set", tokenizer_path, recipe)
+    packing = FixedSegments(128, "pad", cut="sentences")
+    prepare([source], tmp_path / "set", tokenizer_path, packing)
     tokenizer = load_tokenizer(tokenizer_path)
     assert check_set(tmp_path / "set") == []
     pieces = []

@@ -128,8 +128,8 @@ def test_a_damaged_part_is_named(corpus, model_path, tmp_path):
 
 
 def test_limits_do_not_depend_on_what_lies_behind_them(corpus, model_path, tmp_path):
-    recipe = WholeDocuments(max_documents=5)
-    manifest = prepare([corpus], tmp_path / "set", model_path, recipe)  # line 34 is broken
+    packing = WholeDocuments(max_documents=5)
+    manifest = prepare([corpus], tmp_path / "set", model_path, packing)  # line 34 is broken
     assert manifest["segments"] == manifest["documents"] == 5
 
 
