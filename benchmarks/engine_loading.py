@@ -53,7 +53,7 @@ def load(arm: str, directory: Path) -> Any:
 
     from megatron_longrope.checkpoint import load_into
     from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
-    from megatron_longrope.checkpoint.opening import default_config
+    from megatron_longrope.checkpoint.opening import model_config
     from megatron_longrope.engine import load_engine, process_groups
     from megatron_longrope.engine.model import build_model
 
@@ -61,7 +61,7 @@ def load(arm: str, directory: Path) -> Any:
     if arm == "ours":
         return load_engine(checkpoint, device="cpu", dtype=torch.bfloat16).model
     process_groups.initialize()
-    model = build_model(checkpoint.shape, default_config(checkpoint.shape))
+    model = build_model(checkpoint.shape, model_config(checkpoint))
     load_into(model, checkpoint)
     return model.to(torch.bfloat16)
 
