@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpus import make_text
-from toy_tokenizers import CharacterTokenizer, MergingTokenizer, save_fast, train_byte_level
+from toy_tokenizers import (
+    BOS,
+    CharacterTokenizer,
+    MergingTokenizer,
+    save_fast,
+    train_byte_level,
+)
 
 from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_longrope.evaluation.passkey_prompt import (
@@ -188,7 +194,7 @@ def test_few_encodings_find_the_exact_count(tokenizers, kind):
 def test_a_count_that_short_prompts_do_not_foretell_is_found_all_the_same():
     tokenizer = CountingTokenizer(DriftingTokenizer())
     trial = trial_of(tokenizer, 20_000)
-    assert trial.tokens == [0, *DriftingTokenizer().encode(trial.text)]
+    assert trial.tokens == [BOS, *DriftingTokenizer().encode(trial.text)]
     assert len(trial.tokens) == 20_000
     assert sum(count > 15_000 for count in tokenizer.characters) <= 4
 
