@@ -20,7 +20,7 @@ from harness_cases import (
 )
 
 from megatron_longrope.cli import main
-from megatron_longrope.conversion import write_hf_folder
+from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import loading as loading_module
