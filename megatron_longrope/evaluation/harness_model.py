@@ -102,7 +102,8 @@ class EngineLM(RequestReader):
         texts = [""] * len(prompts)
 
         def write(batch: Sequence[Prompt]) -> list[str]:
-            length = self._factor_length(batch[0].total)
+            # Not the reach of its factor set: a table of angles has as many rows.
+            length = self._window or batch[0].total
             return continuations(self.engine, self._text, batch, length, self._seed)
 
         batches = generation_batches(prompts, self._rows_at_once)
