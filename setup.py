@@ -61,6 +61,7 @@ setup(
         "eval": ["lm-eval>=0.4.13", "wonderwords>=3"],
         "data": ["zstandard", "pyarrow", "datasets"],
         "gguf": ["gguf"],
+        "docs": ["mkdocs-material"],
         "tensorboard": ["tensorboard"],
         "recipes": RECIPES,
         "dev": [

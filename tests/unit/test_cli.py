@@ -1,5 +1,3 @@
-import argparse
-import os
 import subprocess
 import sys
 import time
@@ -7,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longrope.cli import build_parser, doctor, main
+from megatron_longrope.cli import doctor, main
 from megatron_longrope.errors import LongRopeError
 
 
@@ -129,36 +127,3 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def commands(parser=None, name=()):
-    """The words of every command and of every group of commands."""
-    parser = parser or build_parser()
-    yield name
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for word, below in action.choices.items():
-                yield from commands(below, (*name, word))
-
-
-HELP = Path(__file__).parent / "help"
-
-
-@pytest.mark.parametrize("command", commands(), ids=lambda name: "_".join(("longrope", *name)))
-def test_flags_and_their_help_stay_as_they_are(command, capsys, monkeypatch):
-    """A flag is a promise: who changes one changes its page in `help/` and the changelog."""
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as stop:
-        main([*command, "--help"])
-    assert stop.value.code == 0
-    shown, page = capsys.readouterr().out, HELP / f"{'_'.join(command) or 'longrope'}.txt"
-    if os.environ.get("REWRITE_HELP"):
-        page.write_text(shown, encoding="utf-8")
-    assert shown == page.read_text(encoding="utf-8"), (
-        f"if this change is meant: REWRITE_HELP=1 pytest {__file__} writes {page.name}"
-    )
-
-
-def test_every_page_of_help_is_of_a_command():
-    named = {"_".join(name) or "longrope" for name in commands()}
-    assert {page.stem for page in HELP.iterdir()} == named

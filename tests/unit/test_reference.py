@@ -1,0 +1,76 @@
+"""docs/reference/ is written from the parser and the kinds of evaluation; it equals them."""
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_longrope.cli import build_parser
+from megatron_longrope.evaluation.kind import TARGET_KEY
+from megatron_longrope.evaluation.kinds import KINDS
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
+COMMANDS = """\
+# Commands
+
+Every flag of every command, as `longrope COMMAND --help` prints it. A test compares them.
+"""
+RECORDS = """\
+# Records
+
+`longrope eval KIND` appends a line of JSON to `OUTPUT/KIND.jsonl` for every cell that it has
+measured, and goes on from there when it is run again. `OUTPUT/KIND.csv` is made from it. A field
+beyond those listed is information for the reader.
+"""
+
+
+def parsers(parser, name=("longrope",)):
+    """(words, parser) of every command and of every group of commands."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, below in action.choices.items():
+                yield from parsers(below, (*name, word))
+
+
+def commands():
+    """The page of commands."""
+    parts = [COMMANDS]
+    for name, parser in parsers(build_parser()):
+        parts.append(f"## {' '.join(name)}\n\n```text\n{parser.format_help().rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+def records():
+    """The page of records."""
+    parts = [RECORDS]
+    for kind in KINDS.values():
+        rows = [
+            f"## {kind.name}\n",
+            kind.description + "\n",
+            "| field | what it holds |",
+            "|---|---|",
+        ]
+        key = {*TARGET_KEY, *kind.key}
+        for fields, note in ((kind.required, ""), (kind.optional, " (may be missing)")):
+            for field, (_, words) in fields.items():
+                rows.append(f"| `{field}` | {words or 'any value'}{note} |")
+        rows += [
+            "",
+            f"A cell is told from others by {', '.join(f'`{item}`' for item in sorted(key))}.\n",
+        ]
+        parts.append("\n".join(rows))
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("write", [commands, records], ids=lambda write: write.__name__)
+def test_the_reference_says_what_the_code_does(write, monkeypatch):
+    """A flag is a promise: who changes one changes its page and the changelog."""
+    monkeypatch.setenv("COLUMNS", "100")
+    made, page = write(), REFERENCE / f"{write.__name__}.md"
+    if os.environ.get("REWRITE_REFERENCE"):
+        page.write_text(made, encoding="utf-8")
+    assert made == page.read_text(encoding="utf-8"), (
+        f"if this change is meant: REWRITE_REFERENCE=1 pytest {__file__} writes {page.name}"
+    )
