@@ -13,11 +13,12 @@ from megatron_longrope.ranks import rank
 if TYPE_CHECKING:
     from megatron_longrope.config import LongRopeConfig
     from megatron_longrope.conversion.from_hf import ImportReport
-    from megatron_longrope.conversion.options import ExportedFactors, FromHfOptions, ToHfOptions
+    from megatron_longrope.conversion.options import FromHfOptions, ToHfOptions, VerifyOptions
     from megatron_longrope.conversion.to_hf import ConversionReport
     from megatron_longrope.data.options import PrepareOptions
-    from megatron_longrope.evaluation.kind import Kind, Row
+    from megatron_longrope.evaluation.kind import Kind
     from megatron_longrope.evaluation.options import EvaluationOptions
+    from megatron_longrope.evaluation.series import Row
     from megatron_longrope.factor_search.options import SearchOptions
 
 Progress = Callable[[int, int], None]
@@ -152,6 +153,7 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
         )
 
     def measure(searched: LongRopeConfig, dropped: Any) -> Any:
+        assert options.data is not None  # or it is not called
         return measured(
             options.load,
             options.iteration,
@@ -182,7 +184,7 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
 
 
 def exported_factors(
-    options: ExportedFactors, hf: str | None = None
+    options: ToHfOptions | VerifyOptions, hf: str | None = None
 ) -> tuple[LongRopeConfig | None, str]:
     """Return the factors that a conversion exports, and where they come from, in words.
 

@@ -15,7 +15,7 @@ from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.evaluation.table import format_ratio, format_score
 from megatron_longrope.factor_search.journal import Evaluation, is_complete, is_failed
 from megatron_longrope.factor_search.problem import SearchProblem
-from megatron_longrope.factor_search.space import Candidate
+from megatron_longrope.factor_search.space import Candidate, GivenFactors
 from megatron_longrope.lengths import format_length
 from megatron_longrope.report.axes import panel_title, start_token_axis
 from megatron_longrope.report.search_history import (
@@ -46,7 +46,7 @@ _MARKS = ("Best so far", "Fully scored", "Scored in part", "Beyond the frame or 
 def draw_search_figures(
     records: Sequence[Evaluation],
     problem: SearchProblem,
-    winner: Candidate,
+    winner: Candidate | GivenFactors,
     directory: str | Path,
     *,
     name: str,
@@ -60,7 +60,7 @@ def draw_search_figures(
     Args:
         records (Sequence): The journal's evaluations, in any order.
         problem (SearchProblem): What was searched.
-        winner (Candidate): The result.
+        winner (Candidate | GivenFactors): The result.
         directory (str | Path): Where the files go; made if it does not exist.
         name (str): What the search is called; the files start with it.
         seeds (Mapping, optional): Perplexity of each named starting point. Defaults to what the
