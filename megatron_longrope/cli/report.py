@@ -21,6 +21,10 @@ class ReportOptions(Options):
     output: str | None = flag(None, metavar="FILE")
     """the page to write (default: DIR/report.html, and with several DIR ./report.html)"""
 
+    expect: str | None = flag(None, metavar="F.csv")
+    """published values to set beside ours, with the difference: lines of
+    table,row,column,value,source that name a cell of tables/"""
+
 
 def add_parser(commands: Any) -> None:
     """Add `report`."""
@@ -43,6 +47,7 @@ def run(options: ReportOptions) -> None:
 
     measurements = read_measurements(options.directory)
     output = None if options.output is None else Path(options.output)
-    page = write_report(options.directory, output, measurements=measurements)
-    print(report_tables(options.directory, measurements=measurements))
+    both = {"measurements": measurements, "expected": options.expect}
+    page = write_report(options.directory, output, **both)
+    print(report_tables(options.directory, **both))
     print(f"wrote {page}, {page.parent / 'figures'} and {page.parent / 'tables'}")

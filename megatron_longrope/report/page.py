@@ -28,6 +28,7 @@ from megatron_longrope.evaluation.table import ABSENT, Column, Table, Value, for
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.lengths import format_length
 from megatron_longrope.progress import format_duration
+from megatron_longrope.report.expected import compare, read_expected
 from megatron_longrope.report.figures import draw
 from megatron_longrope.report.reading import Measurements, read_measurements
 from megatron_longrope.report.search_figures import draw_factors, draw_search, draw_start_tokens
@@ -58,6 +59,7 @@ def write_report(
     output: str | Path | None = None,
     *,
     measurements: Measurements | None = None,
+    expected: str | Path | None = None,
 ) -> Path:
     """Write the report of a run, or of several models in comparison.
 
@@ -68,6 +70,7 @@ def write_report(
             one, and where the program runs if there are several. `figures/` and `tables/` go beside
             it.
         measurements (Measurements, optional): Of these directories, if they have been read.
+        expected (str | Path, optional): CSV file of published values to set beside ours.
 
     Returns:
         Path: The page.
@@ -84,7 +87,7 @@ def write_report(
         raise LongRopeError(f"{page} is a directory; give the name of the HTML file to write")
     measurements = measurements or read_measurements(folders)
     sets, notes = _factor_sets(folders)
-    sections = sections_of(measurements)
+    sections = sections_of(measurements, expected)
     drawn = [*_draw(sections, measurements), *_draw_searches(sets, _histories(folders, sets))]
     for part in drawn:
         for drawing in part.drawings:
@@ -111,7 +114,10 @@ def write_report(
 
 
 def report_tables(
-    directories: str | Path | Sequence[str | Path], *, measurements: Measurements | None = None
+    directories: str | Path | Sequence[str | Path],
+    *,
+    measurements: Measurements | None = None,
+    expected: str | Path | None = None,
 ) -> str:
     """Return the report's tables as plain text.
 
@@ -121,19 +127,23 @@ def report_tables(
     measurements = measurements or read_measurements(_listed(directories))
     return "\n\n".join(
         "\n".join([table.text(), *section.warnings])
-        for section in sections_of(measurements)
+        for section in sections_of(measurements, expected)
         for table in section.tables
     )
 
 
-def sections_of(measurements: Measurements) -> list[Section]:
+def sections_of(measurements: Measurements, expected: str | Path | None = None) -> list[Section]:
     """Return the sections of every kind that was measured, in the order of the page."""
-    return [
+    sections = [
         section
         for name, kind in KINDS.items()
         if name in measurements.rows
         for section in kind.sections(measurements.rows[name], measurements.window)
     ]
+    if expected is not None:
+        tables = [table for section in sections for table in section.tables]
+        sections.append(compare(read_expected(expected), tables, Path(expected).name))
+    return sections
 
 
 def _template() -> Any:

@@ -19,6 +19,8 @@ import preflight  # noqa: E402
 
 from megatron_longrope.cli import build_parser  # noqa: E402
 from megatron_longrope.integration.arguments import add_longrope_args  # noqa: E402
+from megatron_longrope.methods import METHODS  # noqa: E402
+from megatron_longrope.report.expected import read_expected  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_release]
 RECIPES = ("llama2_7b", "mistral_7b", "llama3_8b")
@@ -63,6 +65,20 @@ def test_every_command_is_one_that_the_command_line_takes(name, rehearsal):
     kinds = {" ".join(command.words[1:3]) for command in found}
     assert {"convert from-hf", "convert to-hf", "data prepare", "eval ppl", "eval short"} <= kinds
     assert all(command.gpus == 1 for command in found) or not rehearsal
+
+
+def test_the_papers_tables_are_commands_that_the_command_line_takes():
+    found = commands("paper")
+    for command in found:
+        args = build_parser().parse_args(command.words[1:])
+        assert args.command in ("data", "search", "eval", "report")
+    # A page for every file of published values, and a row for every model.
+    pages = {Path(command.words[2]).name for command in found if command.words[1] == "report"}
+    files = {path.stem: read_expected(path) for path in (ROOT / "examples/paper").glob("*/*.csv")}
+    assert pages == {*files, "ruler"}
+    labels = {word.partition("=")[0] for command in found for word in command.words if "=" in word}
+    names = labels | {method.label for method in METHODS.values()}
+    assert {item.row for items in files.values() for item in items} <= names
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -254,3 +254,29 @@ def test_a_grid_too_large_for_numbers_and_a_bar_for_each_length_are_laid_out(tmp
     ])  # fmt: skip
     assert "passkey_by_depth.png" in page_of(tmp_path)
     assert not [item for item in recwarn if "layout" in str(item.message)]
+
+
+def test_published_values_stand_beside_ours_with_the_difference(tmp_path, capsys):
+    rows = [
+        ppl(4096, 3.8, **whose("LLaMA2-7B", "none")),
+        ppl(8192, 3.33, **whose("LLaMA2-7B", "ft=128k")),
+    ]
+    save(tmp_path / "runs", "ppl", rows)
+    (tmp_path / "table5.csv").write_text(
+        "# arXiv 2402.13753\ntable,row,column,value,source\n"
+        'perplexity,No extension,4k,3.58,table 5\nperplexity,ft=128k,8k,>1e4,table 5\n'
+        "perplexity,ft=128k,256k,1.88,table 5\n"
+    )  # fmt: skip
+    command = ["report", str(tmp_path / "runs"), "--expect", str(tmp_path / "table5.csv")]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"No extension, 4k +3\.80 +3\.58 +\+6\.1 % +table 5", shown)
+    assert re.search("ft=128k, 8k +3.33 +>1e4 +\N{EN DASH} +table 5", shown)
+    assert "1 of 3 published values were not measured here" in shown
+    page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
+    assert "+6.1 %" in table_after(page, "Beside table5.csv")
+    (tmp_path / "table5.csv").write_text(
+        "table,row,column,value,source\nperplexity,none,4k,much,x\n"
+    )
+    assert main(command) == 2
+    assert "is not table,row,column,value,source with a number" in capsys.readouterr().err
