@@ -20,6 +20,7 @@ from megatron_longrope.factor_search.needle import NeedleSamples
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.runner import SearchOutcome
 from megatron_longrope.factor_search.space import Candidate, GivenFactors
+from megatron_longrope.progress import Progress
 
 if TYPE_CHECKING:
     from megatron_longrope.engine import Answer
@@ -73,6 +74,30 @@ def measure_retrieval(
         losses.append(math.fsum(found.nll) / count)
         correct += found.predicted[:count] == row[-count:].tolist()
     return Retrieval(math.fsum(losses) / len(losses), correct, len(losses))
+
+
+def check_retrieval(
+    model: AnsweringModel,
+    samples: NeedleSamples,
+    problem: SearchProblem,
+    outcome: SearchOutcome,
+    *,
+    accept_worse: bool = False,
+) -> RetrievalVerdict:
+    """Do :func:`choose_by_retrieval` on a model, and show the progress."""
+    trials = len(samples.tokens)
+    # At most: references, winner, and those that may stand in its place.
+    candidates = len(problem.references) + 2 + int(math.log2(len(outcome.records) or 1))
+    with Progress(candidates * trials, "retrieval", "answers") as progress:
+
+        def measure(config: LongRopeConfig) -> Retrieval:
+            found = measure_retrieval(model, samples, config)
+            progress.update(str(found), trials)
+            return found
+
+        verdict = choose_by_retrieval(problem, outcome, measure, accept_worse=accept_worse)
+        progress.finish()
+    return verdict
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,7 @@ from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.problem import SearchProblem, make_problem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.replicas import Replica
-from megatron_longrope.factor_search.retrieval import (
-    Retrieval,
-    RetrievalVerdict,
-    choose_by_retrieval,
-    measure_retrieval,
-)
+from megatron_longrope.factor_search.retrieval import RetrievalVerdict, check_retrieval
 from megatron_longrope.factor_search.rotation import FINALISTS, split_pool, validate
 from megatron_longrope.factor_search.runner import (
     SearchOutcome,
@@ -44,7 +39,6 @@ from megatron_longrope.factor_search.runner import (
 )
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
 from megatron_longrope.factor_search.trial_queue import shared_store
-from megatron_longrope.progress import Progress
 from megatron_longrope.ranks import rank
 
 
@@ -284,21 +278,8 @@ class SearchPlan:
         """What may be written of the outcome; None where retrieval is not measured."""
         if isinstance(self.needles, str):
             return None
-        trials = self.options.retrieval_trials
-        # At most: references, winner, and those that may stand in its place.
-        candidates = len(problem.references) + 2 + int(math.log2(len(outcome.records) or 1))
-        with Progress(candidates * trials, "retrieval", "answers") as progress:
-
-            def measure(config: LongRopeConfig) -> Retrieval:
-                found = measure_retrieval(model, self.needles, config)
-                progress.update(str(found), trials)
-                return found
-
-            verdict = choose_by_retrieval(
-                problem, outcome, measure, accept_worse=self.options.accept_worse_retrieval
-            )
-            progress.finish()
-        return verdict
+        accept_worse = self.options.accept_worse_retrieval
+        return check_retrieval(model, self.needles, problem, outcome, accept_worse=accept_worse)
 
     def _objective(self, model: Replica, samples: Samples) -> PerplexityObjective:
         return PerplexityObjective(
