@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run an example with Snakemake on this machine, and go on with what an earlier run left:
 #
-#   examples/run.sh quickstart OUTPUT [FLAGS OF SNAKEMAKE]   # quickstart, quickstart-full, quickstart-smoke
+#   examples/run.sh quickstart OUTPUT [SETTING=VALUE ...] [FLAGS OF SNAKEMAKE]   # quickstart, quickstart-full, quickstart-smoke
 #   examples/run.sh smollm2_135m OUTPUT [...]
 #   examples/run.sh rehearse-RECIPE OUTPUT [...]             # llama2_7b, mistral_7b or llama3_8b with a toy model
 #   examples/run.sh plan-RECIPE OUTPUT -- plan               # what its trainings and searches would take
@@ -14,6 +14,11 @@ here=$(dirname "${BASH_SOURCE[0]}")
 PYTHON=${PYTHON:-python}
 name=$1 output=$2
 shift 2
+settings=("output=$output")
+while [[ ${1:-} =~ ^[a-z_]+= ]]; do # over those of the configuration files
+  settings+=("$1")
+  shift
+done
 recipe=${name#*-} configs=()
 case $name in
   quickstart) recipe=quickstart ;;
@@ -44,7 +49,7 @@ flock --nonblock "$lock" || {
 }
 [[ $name == rehearse-* ]] && "$PYTHON" "$here/rehearse.py" "$recipe" "$output/inputs"
 command=("$PYTHON" -m snakemake -s "$snakefile" --profile "$here/profiles/local"
-  ${configs[0]:+--configfile "${configs[@]}"} --config "output=$output")
+  ${configs[0]:+--configfile "${configs[@]}"} --config "${settings[@]}")
 # Nobody works here, so locks are of a run that was killed.
 [[ -n $(ls "$output/.snakemake/locks" 2>/dev/null) ]] && "${command[@]}" --unlock --quiet all
 exec "${command[@]}" "$@"
