@@ -168,6 +168,7 @@ SAMPLES = {
     "passkey": passkey(4096, True, requested=0.5),
     "needle": needle(4096, 1.0, nll=None),
     "short": short("arc", 0.5),
+    "tasks": short("arc", 0.5, window=None, long_prompts="error", requests_sha256="r0"),
     "ruler": ruler("vt", 4096, 0.5),
 }
 POOLED = ("passkey", "needle", "ruler")  # cells share a value, which says how many they are
