@@ -54,7 +54,7 @@ class Options:
                 raise LongRopeError(f"none of {names} is given; give one of them")
 
 
-def _read(item: Field, value: Any) -> Any:
+def _read(item: Field[Any], value: Any) -> Any:
     """Return a field's value as the command line would have read it."""
     how = item.metadata
     if value is None or value is item.default:

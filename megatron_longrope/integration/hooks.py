@@ -15,15 +15,16 @@ from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import compat, wrappers
+from megatron_longrope.integration.symbol import Symbol
 
 logger = logging.getLogger(__name__)
 
 Wrapper = Callable[[Any], Any]
 # Replaced symbols in order, with their originals. Module state because the symbols are global too.
-_replaced: list[tuple[compat.Symbol, Any]] = []
+_replaced: list[tuple[Symbol, Any]] = []
 
 
-def argument_wrappers() -> list[tuple[compat.Symbol, Wrapper]]:
+def argument_wrappers() -> list[tuple[Symbol, Wrapper]]:
     """What lets an unmodified script read the plugin's flags."""
     return [
         *((symbol, wrappers.with_arguments) for symbol in compat.argument_symbols()),
@@ -31,7 +32,7 @@ def argument_wrappers() -> list[tuple[compat.Symbol, Wrapper]]:
     ]
 
 
-def model_wrappers() -> list[tuple[compat.Symbol, Wrapper]]:
+def model_wrappers() -> list[tuple[Symbol, Wrapper]]:
     """What makes models, batches and checkpoints follow the configured run."""
     return [
         *((symbol, wrappers.with_rotary) for symbol in compat.rotary_symbols()),
@@ -87,7 +88,7 @@ def replaced_symbols() -> list[str]:
     return [str(symbol) for symbol, _ in _replaced]
 
 
-def _install(pairs: list[tuple[compat.Symbol, Wrapper]]) -> None:
+def _install(pairs: list[tuple[Symbol, Wrapper]]) -> None:
     """Replace what is not replaced yet; a missing symbol undoes everything."""
     present = replaced_symbols()
     try:
