@@ -51,6 +51,7 @@ setup(
         "jinja2",
         "tqdm",
         "pyyaml",
+        "shtab",  # longrope --print-completion
         "pybind11",  # a checkout of Megatron-LM compiles its dataset helpers with it
     ],
     # docs/install.md says what each unlocks.

@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_longrope.checkpoint.model_args import ModelShape
+    from megatron_longrope.plan.model import Model
+
+    type Shape = ModelShape | Model
 
 
-def forward_flops(shape: ModelShape, tokens: int) -> tuple[int, int]:
+def forward_flops(shape: Shape, tokens: int) -> tuple[int, int]:
     """Operations of one sequence: (matrix products with weights, attention)."""
     query = shape.num_attention_heads * shape.head_dim
     weights = sum(layer_weights(shape, active=True)) + shape.hidden_size * shape.vocab_size
     return 2 * tokens * weights, 2 * shape.num_layers * tokens**2 * query
 
 
-def layer_weights(shape: ModelShape, *, active: bool = False) -> tuple[int, int]:
+def layer_weights(shape: Shape, *, active: bool = False) -> tuple[int, int]:
     """Weights in the matrices of all attentions and of all MLPs.
 
     Args:
@@ -41,9 +44,10 @@ def layer_weights(shape: ModelShape, *, active: bool = False) -> tuple[int, int]
     )
 
 
-def _mlp_width(shape: ModelShape, active: bool) -> int:
+def _mlp_width(shape: Shape, active: bool) -> int:
     """Weights of one MLP per value of a hidden state."""
     if shape.num_experts is None:
         return 3 * shape.ffn_hidden_size
+    assert shape.moe_ffn_hidden_size is not None and shape.moe_router_topk is not None
     experts = shape.moe_router_topk if active else shape.num_experts
     return 3 * experts * shape.moe_ffn_hidden_size + shape.num_experts

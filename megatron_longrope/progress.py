@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import time
 
-from tqdm import tqdm
-
 from megatron_longrope.ranks import rank
 
 
@@ -23,6 +21,8 @@ class Progress:
     def __init__(self, total: int, label: str, unit: str, interval: float = 15.0) -> None:
         self._quiet = rank() != 0
         self._terminal = sys.stderr.isatty()
+        from tqdm import tqdm  # slow to import, and every command imports this module
+
         self._bar = tqdm(
             total=total, desc=label, unit=unit, disable=self._quiet or not self._terminal
         )

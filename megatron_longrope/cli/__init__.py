@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib
 import logging
@@ -9,36 +10,63 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from megatron_longrope import __version__
 from megatron_longrope.cli.flags import Parser
 from megatron_longrope.errors import LongRopeError
 
-# Modules are imported on start but keep torch and megatron imports inside `run`, so that --help and
-# usage errors are instant.
-_COMMANDS = (
-    "pretrain",
-    "search",
-    "evaluate",
-    "convert",
-    "data",
-    "factors",
-    "plan",
-    "report",
-    "doctor",
-)
+# Modules keep torch and megatron imports inside `run`, so that --help and usage errors are instant.
+_COMMANDS = {
+    "pretrain": "run an unmodified Megatron pretrain script with LongRoPE",
+    "search": "search rescale factors for a target length",
+    "eval": "measure perplexity, passkey, needles, RULER, benchmarks or any task",
+    "convert": "Megatron checkpoint to Hugging Face folder and back",
+    "data": "text to Megatron .bin/.idx: BOS/EOS segments for training, whole held-out documents",
+    "factors": "show, make, import, export, compare, sort or merge factor files",
+    "plan": "memory, hours and Megatron flags of a fine-tuning run, or of generating text",
+    "report": "one self-contained HTML page, PNG figures and CSV data from evaluations",
+    "doctor": "versions, kernels, and whether the hooks fit this Megatron",
+}
+_MODULES = {"eval": "evaluate"}
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
+class _Completion(argparse.Action):
+    """Print a completion script for a shell."""
+
+    def __call__(self, _: Any, __: Any, shell: Any, ___: Any = None) -> None:
+        import shtab
+
+        print(shtab.complete(build_parser(), shell))
+        raise SystemExit
+
+
+def build_parser(words: Sequence[str] | None = None) -> Parser:
+    """The command line.
+
+    Args:
+        words (Sequence[str], optional): What is to be parsed: the commands that it does not name
+            are left without flags, whose making takes longer than all else of `--help`.
+    """
     parser = Parser(
         prog="longrope", description="Extend the context window of Megatron models with LongRoPE."
     )
     parser.add_argument("--version", action="version", version=f"longrope {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes commands and flags, and exit",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in _COMMANDS:
-        importlib.import_module(f"megatron_longrope.cli.{name}").add_parser(commands)
+    for name, about in _COMMANDS.items():
+        if words is None or name in words:
+            module = importlib.import_module(f"megatron_longrope.cli.{_MODULES.get(name, name)}")
+            module.add_parser(commands, about)
+        else:
+            commands.add_parser(name, help=about)
     return parser
 
 
@@ -50,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             sentence; 130 interrupted; 141 nobody reads the output any more. Python itself exits
             with 1 and a traceback for all else.
     """
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser(words).parse_args(words)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_agent()
     if args.command != "pretrain" and not args.debug:

@@ -18,11 +18,11 @@ from megatron_longrope.conversion.options import (
 )
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the command and its actions."""
     parser = commands.add_parser(
         "convert",
-        help="Megatron checkpoint to Hugging Face folder and back",
+        help=about,
         description="Convert Megatron checkpoints to Hugging Face folders and back.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -12,11 +12,11 @@ from megatron_longrope.cli.flags import add_command
 from megatron_longrope.data.options import InspectSetOptions, PrepareOptions, TokenizerOptions
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Add `data` with its three subcommands."""
     data = commands.add_parser(
         "data",
-        help="text to Megatron .bin/.idx: BOS/EOS segments for training, whole held-out documents",
+        help=about,
         description="Prepare data sets for fine-tuning, search and evaluation.",
     )
     actions = data.add_subparsers(dest="data_command", required=True, metavar="ACTION")

@@ -20,14 +20,14 @@ class DoctorOptions(Options):
     """print one JSON object instead"""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the subcommand."""
     add_command(
         commands,
         "doctor",
         DoctorOptions,
         run,
-        help="versions, kernels, and whether the hooks fit this Megatron",
+        help=about,
         description="Versions, attention and RoPE kernels, and whether every Megatron symbol that "
         "the plugin replaces is there with the parameters that it relies on. Exits with 1 when "
         "the plugin would not work.",

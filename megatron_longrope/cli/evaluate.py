@@ -12,11 +12,9 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.options import EvaluationOptions
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser(
-        "eval", help="measure perplexity, passkey, needles, RULER, benchmarks or any task"
-    )
+    parser = commands.add_parser("eval", help=about)
     names = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind in KINDS.values():
         add_command(

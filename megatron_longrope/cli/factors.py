@@ -131,11 +131,11 @@ class MergeOptions(_Output, _Files):
     """What `longrope factors merge` is told."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the command and its actions."""
     parser = commands.add_parser(
         "factors",
-        help="show, make, import, export, compare, sort or merge factor files",
+        help=about,
         description="Look into factor files (--longrope-config), and exchange them with others. "
         "published:NAME is a file that comes with this package; `factors list` names them.",
     )

@@ -113,14 +113,14 @@ class PlanOptions(_Layout, _Cluster, _Generation, _Run):
             )
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the subcommand."""
     add_command(
         commands,
         "plan",
         PlanOptions,
         run,
-        help="memory, hours and Megatron flags of a fine-tuning run, or of generating text",
+        help=about,
         description="Memory per GPU, operations and hours of fine-tuning at a length, and the "
         "parallel sizes and recomputation to run it with, as flags to paste; with --generate those "
         "of generating text. Exits with 1 when it does not fit, and says what would.",

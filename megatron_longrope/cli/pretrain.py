@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
-def add_parser(commands) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "pretrain",
-        help="run an unmodified Megatron pretrain script with LongRoPE",
+        help=about,
         usage="longrope pretrain SCRIPT [--cpu] <the script's Megatron flags> [--longrope-...]",
         description="Run a Megatron pretrain script with the --longrope-* flags added. Under "
         "torchrun: torchrun ... -m megatron_longrope pretrain SCRIPT ...",

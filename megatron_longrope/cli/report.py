@@ -26,14 +26,14 @@ class ReportOptions(Options):
     table,row,column,value,source that name a cell of tables/"""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Add `report`."""
     add_command(
         commands,
         "report",
         ReportOptions,
         run,
-        help="one self-contained HTML page, PNG figures and CSV data from evaluations",
+        help=about,
         description="Write a self-contained HTML page about one evaluated run, or one that "
         "compares several models, and beside it figures/ with PNG images and the CSV data behind "
         "them.",

@@ -12,14 +12,14 @@ from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.ranks import rank
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the subcommand."""
     add_command(
         commands,
         "search",
         SearchOptions,
         run,
-        help="search rescale factors for a target length",
+        help=about,
         description="Search LongRoPE factors: a first search on a model with plain RoPE; on one "
         "with factors (its own, or --base-config) a second search beyond their window (factors "
         "multiply) or, for a length within it, a recovery search of that window. Under torchrun, "

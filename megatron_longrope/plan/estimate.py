@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length
@@ -12,6 +12,7 @@ from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, parse, render
 from megatron_longrope.plan.hardware import GIB, GPUS, USABLE, Gpu, parse_gpu
 from megatron_longrope.plan.layouts import (
     FULL,
+    Fixed,
     Layout,
     Training,
     layouts,
@@ -199,7 +200,7 @@ class Cluster:
 
 
 def rank(
-    model: Model, training: Training, cluster: Cluster, fixed: Mapping[str, object] | None = None
+    model: Model, training: Training, cluster: Cluster, fixed: Fixed | None = None
 ) -> list[Estimate]:
     """All layouts, the best first.
 
@@ -211,7 +212,7 @@ def rank(
         model (Model): Its shape.
         training (Training): What is trained.
         cluster (Cluster): The GPUs.
-        fixed (Mapping[str, object], optional): Fields of :class:`Layout` that are not chosen.
+        fixed (Fixed, optional): Fields of :class:`Layout` that are not chosen.
 
     Raises:
         LongRopeError: No layout keeps Megatron's rules.
@@ -236,32 +237,28 @@ def rank(
     return sorted(found, key=key)
 
 
-def _broken(model: Model, training: Training, cluster: Cluster, fixed: Mapping[str, object]) -> str:
+def _broken(model: Model, training: Training, cluster: Cluster, fixed: Fixed) -> str:
     """A rule that the sizes asked for break, as a sentence."""
-    one = Layout(**{**fixed, "data": 1})
+    one = Layout(**fixed, data=1)
     if cluster.gpus % one.gpus:
         return f"tensor x context x pipeline parallel = {one.gpus} does not divide the GPUs"
     layout = replace(one, data=cluster.gpus // one.gpus)
     return problem(model, training, layout, cluster.gpus_per_node) or "no size fits all of them"
 
 
-def remedies(
-    best: Estimate, cluster: Cluster, fixed: Mapping[str, object] | None = None
-) -> list[str]:
+def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> list[str]:
     """Single changes that would make an estimate fit, a sentence each.
 
     Args:
         best (Estimate): The first of :func:`rank`; it does not fit.
         cluster (Cluster): The GPUs.
-        fixed (Mapping[str, object], optional): What :func:`rank` was told not to choose.
+        fixed (Fixed, optional): What :func:`rank` was told not to choose.
     """
-    fixed = dict(fixed or {})
+    fixed = fixed or {}
     model, training = best.model, best.training
 
     def fitting(
-        training: Training = training,
-        cluster: Cluster = cluster,
-        fixed: Mapping[str, object] = fixed,
+        training: Training = training, cluster: Cluster = cluster, fixed: Fixed = fixed
     ) -> Estimate | None:
         try:
             first = rank(model, training, cluster, fixed)[0]
@@ -274,7 +271,7 @@ def remedies(
     if training.loss_chunk is None and (other := fitting(chunked)):
         found.append(f"--chunked-loss ({other.short()})")
     for name in fixed:
-        free = {key: value for key, value in fixed.items() if key != name}
+        free = cast(Fixed, {key: value for key, value in fixed.items() if key != name})
         if other := fitting(fixed=free):
             found.append(f"leaving the {_FIELDS[name]} to choose ({other.short()})")
     if not found and (other := fitting(chunked, fixed={})):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.plan.layouts import FULL, Layout, Training, rope_overflow
@@ -102,7 +102,7 @@ def _flag(name: str, value: object, reason: str) -> Flag:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise LongRopeError(f"the Megatron command does not parse ({message}); correct its flags")
 
 
@@ -234,13 +234,6 @@ def _model(args: argparse.Namespace) -> Model:
         )
     ffn = args.ffn_hidden_size or 8 * hidden // 3 // 64 * 64  # Megatron's for gated MLPs
     groups = (args.num_query_groups or 1) if args.group_query_attention else heads
-    experts: dict[str, int] = {}
-    if args.num_experts:
-        experts = {
-            "num_experts": args.num_experts,
-            "moe_ffn_hidden_size": args.moe_ffn_hidden_size or ffn,
-            "moe_router_topk": args.moe_router_topk or 2,
-        }
     geometry = (layers, hidden, ffn, heads, groups)
     return Model(
         *geometry,
@@ -250,7 +243,9 @@ def _model(args: argparse.Namespace) -> Model:
         add_qkv_bias=args.add_qkv_bias,
         qk_layernorm=args.qk_layernorm,
         rotary_percent=args.rotary_percent,
-        **experts,
+        num_experts=args.num_experts or None,
+        moe_ffn_hidden_size=(args.moe_ffn_hidden_size or ffn) if args.num_experts else 0,
+        moe_router_topk=(args.moe_router_topk or 2) if args.num_experts else 0,
     )
 
 
@@ -259,7 +254,7 @@ def _vocabulary(args: argparse.Namespace, geometry: tuple[int, ...]) -> int:
     if args.tokenizer_model and Path(args.tokenizer_model).exists():
         from megatron_longrope.data.tokenizer import load_tokenizer
 
-        return load_tokenizer(args.tokenizer_model).vocab_size
+        return int(load_tokenizer(args.tokenizer_model).vocab_size)
     for known in MODELS.values():
         if geometry == (
             known.num_layers,
@@ -269,7 +264,7 @@ def _vocabulary(args: argparse.Namespace, geometry: tuple[int, ...]) -> int:
             known.num_query_groups,
         ):
             return known.vocab_size
-    return _needed(args, "vocab_size")
+    return int(_needed(args, "vocab_size"))
 
 
 def _checkpoint(args: argparse.Namespace) -> Model:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 from megatron_longrope.fused_rope import fused_rope_overflow
 from megatron_longrope.plan.model import Model
@@ -101,6 +102,16 @@ class Layout:
         return training.global_batch_size // (self.data * self.micro_batch_size)
 
 
+class Fixed(TypedDict, total=False):
+    """Fields of :class:`Layout` that are not to be chosen."""
+
+    tensor: int
+    context: int
+    pipeline: int
+    expert: int
+    recompute: tuple[str, ...]
+
+
 def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int = 8) -> str | None:
     """The first of Megatron's rules that a layout breaks, as a sentence; None if none."""
     tensor, context = layout.tensor, layout.context
@@ -108,7 +119,7 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
     parts = 2 * context if context > 1 else 1
     split = tensor * context if layout.sequence_parallel else context
     samples = layout.data * layout.micro_batch_size
-    rules = (
+    rules: list[tuple[object, str]] = [
         (heads % tensor, f"tensor parallel {tensor} does not divide the {heads} heads"),
         (
             groups % tensor and tensor % groups,
@@ -137,15 +148,15 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
             f"a2a needs context parallel {context} to divide the heads of a rank, "
             f"{heads // tensor} of queries and {max(1, groups // tensor)} of keys",
         ),
-    )
+    ]
     if model.num_experts is not None:
         ranks = tensor * context * layout.data
-        rules += (
+        rules.append(
             (
                 model.num_experts % layout.expert or ranks % (layout.expert * layout.expert_tensor),
                 f"expert parallel {layout.expert} x expert tensor parallel {layout.expert_tensor} "
                 f"divides neither {model.num_experts} experts nor the {ranks} ranks of a stage",
-            ),
+            )
         )
     return next((text for broken, text in rules if broken), None)
 
@@ -168,7 +179,7 @@ def a2a_fits(model: Model, tensor: int, context: int) -> bool:
 
 
 def layouts(
-    model: Model, training: Training, gpus: int, gpus_per_node: int, fixed: Mapping[str, object]
+    model: Model, training: Training, gpus: int, gpus_per_node: int, fixed: Fixed
 ) -> Iterator[Layout]:
     """Every layout of so many GPUs that breaks no rule.
 
@@ -177,20 +188,17 @@ def layouts(
         training (Training): What is trained.
         gpus (int): GPUs of the run.
         gpus_per_node (int): GPUs that NVLink joins.
-        fixed (Mapping[str, object]): Fields of :class:`Layout` that are not chosen.
+        fixed (Fixed): What is not chosen.
     """
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
     experts = sizes if model.num_experts is not None else [1]
 
-    def options(name: str, values: Iterable[object]) -> Iterable[object]:
-        return [fixed[name]] if name in fixed else values
-
     for tensor, context, pipeline, expert, recompute in itertools.product(
-        options("tensor", [size for size in sizes if size <= min(8, gpus_per_node)]),
-        options("context", sizes),
-        options("pipeline", sizes),
-        options("expert", experts),
-        options("recompute", ((), (model.mlp_module,), FULL)),
+        _choices(fixed.get("tensor"), [size for size in sizes if size <= min(8, gpus_per_node)]),
+        _choices(fixed.get("context"), sizes),
+        _choices(fixed.get("pipeline"), sizes),
+        _choices(fixed.get("expert"), experts),
+        _choices(fixed.get("recompute"), [(), (model.mlp_module,), FULL]),
     ):
         if gpus % (tensor * context * pipeline):
             continue
@@ -207,6 +215,10 @@ def layouts(
         )
         if problem(model, training, layout, gpus_per_node) is None:
             yield layout
+
+
+def _choices[T](fixed: T | None, values: list[T]) -> list[T]:
+    return values if fixed is None else [fixed]
 
 
 def traffic(model: Model, training: Training, layout: Layout, gpus_per_node: int = 8) -> float:

@@ -57,7 +57,7 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes at the worst moment."""
-        parts = sum(getattr(self, field.name) for field in fields(self))
+        parts: int = sum(getattr(self, field.name) for field in fields(self))
         return parts - min(self.loss, self.layer)
 
     @property

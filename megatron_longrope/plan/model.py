@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import layer_weights
@@ -57,13 +57,13 @@ class Model:
     num_experts: int | None = None
     """Experts of each layer's MLP; None for dense MLPs."""
 
-    moe_ffn_hidden_size: int | None = None
-    """Width of an expert."""
+    moe_ffn_hidden_size: int = 0
+    """Width of an expert; 0 without experts."""
 
-    moe_router_topk: int | None = None
-    """Experts that a token is sent to."""
+    moe_router_topk: int = 0
+    """Experts that a token is sent to; 0 without experts."""
 
-    hybrid_layer_pattern: None = None
+    hybrid_layer_pattern: ClassVar[None] = None
     """None; see :meth:`from_shape`."""
 
     @classmethod
@@ -84,7 +84,10 @@ class Model:
                 f"the checkpoint has {shape.other_moe}, which the plan's formulas do not cover; "
                 "plan a model with experts of equal width in every layer"
             )
-        return cls(**{field.name: getattr(shape, field.name) for field in fields(cls)})
+        values = {field.name: getattr(shape, field.name) for field in fields(cls)}
+        if shape.num_experts is None:
+            values |= {"moe_ffn_hidden_size": 0, "moe_router_topk": 0}
+        return cls(**values)
 
     @property
     def query(self) -> int:
@@ -139,7 +142,16 @@ class Model:
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
-def _model(layers, hidden, ffn, heads, groups, vocab, head_dim=None, **more) -> Model:
+def _model(
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    groups: int,
+    vocab: int,
+    head_dim: int | None = None,
+    **more: Any,
+) -> Model:
     return Model(layers, hidden, ffn, heads, groups, vocab, head_dim or hidden // heads, **more)
 
 

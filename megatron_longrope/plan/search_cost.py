@@ -287,6 +287,7 @@ def _memory(
     if shape.num_experts is not None:
         # At worst all tokens of a slice go to the same expert: they are copied for it, and so is
         # what it makes of them before it is weighted and added.
+        assert shape.moe_ffn_hidden_size is not None
         ffn, copies = shape.moe_ffn_hidden_size, 4
     slice_tokens = min(tokens, TOKENS_PER_MLP_SLICE)
     rows = min(tokens, max(1, LOGITS_PER_CHUNK // vocab))

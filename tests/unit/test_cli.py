@@ -1,3 +1,5 @@
+import contextlib
+import io
 import subprocess
 import sys
 import time
@@ -5,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longrope.cli import doctor, main
+from megatron_longrope.cli import build_parser, doctor, main
 from megatron_longrope.errors import LongRopeError
 
 
@@ -36,6 +38,38 @@ def test_bad_usage_exits_with_two(arguments, capsys):
         main(arguments.split())
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_the_flags_of_other_commands_are_not_made():
+    """They take longer than all else of --help."""
+    commands = [action for action in build_parser(["plan"])._actions if action.dest == "command"]
+    num_flags = {name: len(parser._actions) for name, parser in commands[0].choices.items()}
+    assert num_flags.pop("plan") > 10
+    assert set(num_flags.values()) == {1}  # --help
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("ev", "eval"), ("eval pas", "passkey"), ("convert to-hf --lo", "--load --longrope-config")],
+)
+def test_bash_completes_commands_and_flags(typed, completed, completion):
+    """In bash: what the script says matters, not how it looks."""
+    complete = 'source "$0"; COMP_WORDS=(longrope "$@"); COMP_CWORD=$#; _shtab_longrope'
+    done = subprocess.run(
+        ["bash", "-c", complete + '; echo "${COMPREPLY[*]}"', completion, *typed.split()],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.strip() == completed
+
+
+@pytest.fixture(scope="module")
+def completion(tmp_path_factory):
+    script, printed = tmp_path_factory.mktemp("completion") / "longrope.bash", io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "bash"])
+    assert not stop.value.code
+    script.write_text(printed.getvalue())
+    return script
 
 
 SEARCH = "search --load x --data y --target-length 4k --output z"
