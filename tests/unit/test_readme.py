@@ -60,3 +60,17 @@ def test_the_names_for_a_script_of_ones_own_exist():
     for name in ("add_longrope_args", "enable"):
         assert name in (REPOSITORY / "docs" / "howto" / "own_script.md").read_text()
         assert hasattr(megatron_longrope, name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_shown_calls_functions_with_options_that_exist(page, monkeypatch):
+    import megatron_longrope
+
+    called = []
+    for name in ("search", "evaluate", "convert_to_hf"):
+        monkeypatch.setitem(vars(megatron_longrope), name, called.append)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    blocks = [block for block in blocks if "import megatron_longrope" in block]
+    for block in blocks:
+        exec(block, {})
+    assert len(called) >= len(blocks)
