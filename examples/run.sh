@@ -2,12 +2,12 @@
 # Run an example with Snakemake on this machine, and go on with what an earlier run left:
 #
 #   examples/run.sh quickstart OUTPUT [SETTING=VALUE ...] [FLAGS OF SNAKEMAKE]   # quickstart, quickstart-full, quickstart-smoke
-#   examples/run.sh smollm2_135m OUTPUT [...]
+#   examples/run.sh smollm2_135m OUTPUT [...]              # or claims
 #   examples/run.sh rehearse-RECIPE OUTPUT [...]             # llama2_7b, mistral_7b or llama3_8b with a toy model
 #   examples/run.sh plan-RECIPE OUTPUT -- plan               # what its trainings and searches would take
 #   examples/run.sh plan-RECIPE OUTPUT -- preflight          # what would stop it late
 #
-# It is what `make quickstart`, `make real`, `make rehearse` and `make plan` start. Snakemake locks its folder and keeps it locked
+# It is what `make quickstart`, `make real`, `make claims`, `make rehearse` and `make plan` start. Snakemake locks its folder and keeps it locked
 # when it is killed; here a lock that the kernel drops with the last process says whether it is in use.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -23,7 +23,7 @@ recipe=${name#*-} configs=()
 case $name in
   quickstart) recipe=quickstart ;;
   quickstart-*) recipe=quickstart configs=("$here/quickstart/${name#quickstart-}.yaml") ;;
-  smollm2_135m | rehearse-*) ;;
+  smollm2_135m | claims | rehearse-*) ;;
   plan-*) ;;
   *)
     echo "run.sh: error: $name is unknown; see the top of ${BASH_SOURCE[0]}" >&2

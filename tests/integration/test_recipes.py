@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -79,6 +80,26 @@ def test_the_papers_tables_are_commands_that_the_command_line_takes():
     labels = {word.partition("=")[0] for command in found for word in command.words if "=" in word}
     names = labels | {method.label for method in METHODS.values()}
     assert {item.row for items in files.values() for item in items} <= names
+
+
+def test_the_claims_are_commands_that_the_command_line_takes():
+    found = commands("claims", nodes=1, gpus=0)
+    for command in found:
+        build_parser().parse_args(command.words[1:])
+    rules = {command.rule.split()[0] for command in found}
+    assert {"untuned", "random_starts", "finetune", "tuned", "recovery", "ablations"} <= rules
+    # Claim 4 and 5: every training sees as many tokens as the others, the halves together.
+    tokens = {}
+    for command in found:
+        if command.words[1] == "pretrain":
+            flags = dict(zip(command.words, command.words[1:], strict=False))
+            sizes = (
+                flags[f"--{name}"] for name in ("seq-length", "global-batch-size", "train-iters")
+            )
+            tokens[Path(flags["--save"]).name] = math.prod(map(int, sizes))
+    whole = tokens["longrope"]
+    assert tokens["pi"] == tokens["ntk"] == tokens["yarn"] == whole
+    assert tokens["half"] + tokens["progressive"] == whole
 
 
 @pytest.mark.parametrize("name", RECIPES)

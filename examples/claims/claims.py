@@ -1,0 +1,448 @@
+"""Write docs/claims.md: what the runs of `make claims` say about each claim.
+
+    python examples/claims/claims.py --results docs/results/claims --output docs/claims.md
+
+Every comparison is paired: the same documents, or the same passkeys, under both. Its interval is
+Student's at 95 %, over the units and, where there are several, over the seeds; the wider one
+decides. A claim is shown when all of its comparisons are above zero, the reverse when all are
+below, and not shown otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from megatron_longrope.evaluation.statistics import ratio_interval
+
+SCALES, WINDOW, TARGET = (2, 4, 8), 256, 2048
+RIVALS = {"pi": "PI", "ntk": "NTK", "yarn": "YaRN"}
+VARIANTS = ("joint", "needle", "full", "critical", "start_tokens")
+LOST = 0.01  # nats: what may be lost inside the window before it counts
+
+
+class NotRun(Exception):
+    """A record that a comparison needs is not there."""
+
+
+class Table(dict):
+    """A dictionary that says that a missing cell was not measured."""
+
+    def __missing__(self, key):
+        raise NotRun(key)
+
+
+@dataclass
+class Results:
+    """The committed tables, as lists of what was measured for each document or passkey."""
+
+    losses: Table = field(default_factory=Table)
+    """(stage, model, factors, length): mean nats per token of each document."""
+
+    found: Table = field(default_factory=Table)
+    """(stage, model, factors, length): 1 or 0 for each passkey."""
+
+    searches: Table = field(default_factory=Table)
+    """Name of a search's factor file: its scores, by the column of searches.csv."""
+
+    about: dict = field(default_factory=dict)
+
+    def seeds(self, start: str) -> list[str]:
+        """Searches of one kind, one for each seed."""
+        names = [name for name in self.searches if name.rpartition("_")[0] == start]
+        if not names:
+            raise NotRun(start)
+        return sorted(names)
+
+
+@dataclass
+class Comparison:
+    """What one choice gains over another."""
+
+    name: str
+    ours: float
+    theirs: float
+    gain: float
+    low: float
+    high: float
+    form: Callable[[float], str]
+
+    @property
+    def verdict(self) -> int:
+        """1 where it is above zero for certain, -1 where below, 0 otherwise."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return Student's 95 % interval of a mean; for a single value the value itself."""
+    return ratio_interval(values, [1.0] * len(values)) or (values[0], values[0])
+
+
+def perplexity(nats: float) -> str:
+    """Write a loss as perplexity."""
+    return f"{math.exp(nats):.2f}"
+
+
+def share(value: float) -> str:
+    """Write a share in percent."""
+    return f"{100 * value:.0f} %"
+
+
+def compare(name, ours, theirs, *, higher_is_better=False, margin=0.0) -> Comparison:
+    """Compare runs of some seeds with others, or with one run without a seed.
+
+    Args:
+        name (str): What is compared, for the table.
+        ours (list of lists): For each seed, a value for each unit.
+        theirs (list of lists): The same, or a single list.
+        higher_is_better (bool): Of passkeys; losses are better when lower.
+        margin (float): What may be lost without being counted.
+    """
+    if len(theirs) == 1:
+        theirs = theirs * len(ours)
+    sign = 1 if higher_is_better else -1
+    gains = [
+        [sign * (x - y) + margin for x, y in zip(mine, other, strict=True)]
+        for mine, other in zip(ours, theirs, strict=True)
+    ]
+    bounds = [interval([statistics.mean(row) for row in zip(*gains, strict=True)])]
+    if len(gains) > 1:
+        bounds.append(interval([statistics.mean(row) for row in gains]))
+    elif len(gains[0]) == 1:
+        bounds = [(-math.inf, math.inf)]  # a single figure says nothing of others
+    return Comparison(
+        name,
+        statistics.mean(statistics.mean(row) for row in ours),
+        statistics.mean(statistics.mean(row) for row in theirs),
+        statistics.mean(statistics.mean(row) for row in gains),
+        min(low for low, _ in bounds),
+        max(high for _, high in bounds),
+        share if higher_is_better else perplexity,
+    )
+
+
+def against_methods(results, scale):
+    """Claim 1 at one scale, by perplexity and by passkeys."""
+    length, seeds = WINDOW * scale, results.seeds(f"ppl_{scale}x")
+    for key, label in RIVALS.items():
+        name = f"{scale}x, {label}"
+        place = ("untuned", "base")
+        ours = [results.losses[*place, seed, length] for seed in seeds]
+        theirs = [results.losses[*place, f"{key}_{scale}x", length]]
+        yield compare(f"{name}, perplexity", ours, theirs)
+        ours = [results.found[*place, seed, length] for seed in seeds]
+        theirs = [results.found[*place, f"{key}_{scale}x", length]]
+        yield compare(f"{name}, passkeys", ours, theirs, higher_is_better=True)
+
+
+def random_start(results):
+    """Claim 2: each seed's score against random candidates, the search against the best of them."""
+    # The mean over documents of each candidate; candidates are the units here.
+    cells = [nats for key, nats in results.losses.items() if key[0] == "random"]
+    if not cells:
+        raise NotRun("random")
+    scores = [statistics.mean(nats) for nats in cells]
+    searches = [results.searches[name] for name in results.seeds("ppl_8x")]
+    for key, label in RIVALS.items():
+        seed = math.log(searches[0][f"seed_{key}"])
+        yield compare(f"{label} against random factors", [[seed] * len(scores)], [scores])
+    ours = [[math.log(search["search"])] for search in searches]
+    yield compare("search against the best random factors", ours, [[min(scores)]])
+
+
+def over_seeds(results):
+    """Claim 2: the search against the best of its seeds."""
+    for text, column in (("search text", "seed"), ("held-out text", "held_out")):
+        for scale in SCALES:
+            ours, theirs = [], []
+            for name in results.seeds(f"ppl_{scale}x"):
+                search = results.searches[name]
+                own = search["search" if column == "seed" else "held_out_longrope"]
+                ours.append([math.log(own)])
+                theirs.append([math.log(min(search[f"{column}_{key}"] for key in RIVALS))])
+            yield compare(f"{scale}x, search against its best seed, {text}", ours, theirs)
+
+
+def tuned_against_methods(results):
+    """Claim 4."""
+    for key, label in RIVALS.items():
+        for what, table in (("perplexity", results.losses), ("passkeys", results.found)):
+            cells = [[table["tuned", name, name, TARGET]] for name in ("longrope", key)]
+            yield compare(f"{label}, {what}", *cells, higher_is_better=what == "passkeys")
+
+
+def progressive(results):
+    """Claim 5."""
+    cells = [[results.losses["tuned", x, x, TARGET]] for x in ("progressive", "longrope")]
+    yield compare("4x then 8x against 8x, perplexity", *cells)
+
+
+def second(results, scale):
+    """Claim 6 at one scale."""
+    length = TARGET * scale
+    names = results.seeds(f"second_{scale}x")
+    ours = [results.losses["second", "second", name, length] for name in names]
+    for key in ("pi", "yarn"):
+        theirs = [results.losses["second", "second", key, length]]
+        yield compare(f"{scale}x, {RIVALS[key]}", ours, theirs)
+
+
+def recovery(results):
+    """Claim 7."""
+    names = results.seeds("recovered")
+    ours = [results.losses["second", "second", name, WINDOW] for name in names]
+    long = [name.replace("recovered", "second_4x") for name in names]
+    theirs = [results.losses["second", "second", name, WINDOW] for name in long]
+    yield compare("256 tokens, with recovery against without", ours, theirs)
+
+
+def falling(results):
+    """Claim 8."""
+    for longer in (512, 1024, 2048):
+        place, both = ("tuned", "longrope", "longrope"), (longer, longer // 2)
+        cells = [[results.losses[*place, length]] for length in both]
+        yield compare(f"{longer} tokens against {longer // 2}", *cells)
+
+
+def retrieval(results, stage, length):
+    """Claim 9 at one length: 90 % or more, as the paper has it."""
+    searched = stage == "second"
+    names = results.seeds(f"second_{length // TARGET}x") if searched else ["longrope"]
+    model = "second" if searched else "longrope"
+    ours = [results.found[stage, model, name, length] for name in names]
+    units = [[0.9] * len(ours[0])]
+    yield compare(f"{length} tokens, against 90 %", ours, units, higher_is_better=True)
+
+
+def inside_untuned(results):
+    """Claim 10 before tuning: the factors of 8 times the window, at the window itself."""
+    place = ("untuned", "base")
+    ours = [results.losses[*place, name, WINDOW] for name in results.seeds("ppl_8x")]
+    theirs = [results.losses[*place, "none", WINDOW]]
+    yield compare("256 tokens, not tuned, against the base model", ours, theirs, margin=LOST)
+
+
+def inside_tuned(results):
+    """Claim 10 after tuning, second search and recovery."""
+    names = results.seeds("recovered")
+    ours = [results.losses["second", "second", name, WINDOW] for name in names]
+    theirs = [results.losses["untuned", "base", "none", WINDOW]]
+    yield compare("256 tokens, recovered, against the base model", ours, theirs, margin=LOST)
+
+
+def ablation(results, variant):
+    """A variant of the search against the default one at 8 times the window."""
+    place = ("ablations", "base")
+    for what, table in (("perplexity", results.losses), ("passkeys", results.found)):
+        cells = [
+            [table[*place, name, TARGET] for name in results.seeds(f"{kind}_8x")]
+            for kind in (variant, "ppl")
+        ]
+        yield compare(f"{variant}, {what}", *cells, higher_is_better=what == "passkeys")
+
+
+def limit(results, name):
+    """Return the longest length at which perplexity is within 10 % of the window's."""
+    base = statistics.mean(results.losses["untuned", "base", "none", WINDOW])
+    reached = WINDOW
+    for scale in SCALES:
+        names = results.seeds(f"ppl_{scale}x") if name == "ppl" else [f"{name}_{scale}x"]
+        cells = [results.losses["untuned", "base", x, WINDOW * scale] for x in names]
+        if statistics.mean(map(statistics.mean, cells)) <= base + math.log(1.1):
+            reached = WINDOW * scale
+    return reached
+
+
+def limits(results):
+    """Claim 3: the longest length that each reaches; a step of the grid more is a gain."""
+    ours = limit(results, "ppl")
+    for key, label in RIVALS.items():
+        theirs = limit(results, key)
+        gain = float(math.log2(ours / theirs))
+        yield Comparison(
+            f"{label}, tokens reached", ours, theirs, gain, gain, gain, "{:.0f}".format
+        )
+
+
+# Number, sentence, and what is compared. A gain is positive where the claim holds.
+CLAIMS = [
+    (
+        "1",
+        "Without fine-tuning, searched factors beat PI, NTK and YaRN at 2, 4, 8 times the window",
+        [partial(against_methods, scale=scale) for scale in SCALES],
+    ),
+    (
+        "2",
+        "The three seeds beat a random start, and the search beats the seeds, at equal forwards",
+        [over_seeds, random_start],
+    ),
+    (
+        "3",
+        "Without fine-tuning, they reach further (perplexity within 10 % of the window's)",
+        [limits],
+    ),
+    (
+        "4",
+        "After equally many steps at 8 times the window, LongRoPE beats PI, NTK and YaRN",
+        [tuned_against_methods],
+    ),
+    ("5", "4 times and then 8 times beats 8 times at once, at equal steps", [progressive]),
+    (
+        "6",
+        "The second search beats PI and YaRN on the tuned model, without training",
+        [partial(second, scale=scale) for scale in (2, 4)],
+    ),
+    ("7", "A recovery search wins back the original window", [recovery]),
+    ("8", "On long documents perplexity falls with length, up to the tuned window", [falling]),
+    (
+        "9",
+        "Passkeys are found up to the target (90 % or more)",
+        [
+            *(partial(retrieval, stage="tuned", length=length) for length in (1024, 2048)),
+            *(partial(retrieval, stage="second", length=length) for length in (4096, 8192)),
+        ],
+    ),
+    (
+        "10",
+        f"Inside the window nothing is lost (at most {100 * LOST:.0f} % of perplexity)",
+        [inside_untuned, inside_tuned],
+    ),
+    (
+        "11",
+        "Ablations: other objectives, spaces and start tokens beat the default search at 8 times",
+        [partial(ablation, variant=variant) for variant in VARIANTS],
+    ),
+]
+
+
+def judge(results: Results, parts: Iterable) -> tuple[str, list[Comparison], int]:
+    """Return the verdict, the comparisons that were run, and how many parts were not."""
+    found, missing = [], 0
+    for part in parts:
+        try:
+            found += list(part(results))
+        except NotRun:
+            missing += 1
+    better, worse = (sum(item.verdict == sign for item in found) for sign in (1, -1))
+    if not found:
+        return "Not run yet", found, missing
+    if better == len(found) and not missing:
+        return "Shown", found, missing
+    if worse == len(found):
+        return "The reverse", found, missing
+    return "Not shown at this size", found, missing
+
+
+def sentence(results: Results, parts: Iterable) -> str:
+    """Return the verdict with its numbers."""
+    verdict, found, missing = judge(results, parts)
+    if not found:
+        return f"**{verdict}.**"
+    counts = {sign: sum(item.verdict == sign for item in found) for sign in (1, 0, -1)}
+    last = found[-1]
+    text = (
+        f"**{verdict}**: of {len(found)} comparisons {counts[1]} are for it, {counts[-1]} against "
+        f"it, {counts[0]} within the interval; the last one, {last.name}: "
+        f"{last.form(last.ours)} and {last.form(last.theirs)}."
+    )
+    return text + (" Some of its runs are missing." if missing else "")
+
+
+def rows(found: list[Comparison]) -> list[str]:
+    """Return a Markdown table of comparisons."""
+    lines = [
+        "| compared with | ours | theirs | gain | 95 % interval | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for item in found:
+        word = {1: "for", 0: "open", -1: "against"}[item.verdict]
+        scale = f"{item.low:+.3f} to {item.high:+.3f}" if math.isfinite(item.low) else "one figure"
+        lines.append(
+            f"| {item.name} | {item.form(item.ours)} | {item.form(item.theirs)} | {item.gain:+.3f} "
+            f"| {scale} | {word} |"
+        )
+    return lines
+
+
+def base_model(results: Results) -> str:
+    """Return what the base model can do inside its window."""
+    try:
+        found = results.found["untuned", "base", "none", WINDOW]
+        nats = statistics.mean(results.losses["untuned", "base", "none", WINDOW])
+    except NotRun:
+        return "The base model has not been measured yet."
+    words = "retrieves" if statistics.mean(found) >= 0.8 else "does **not** retrieve reliably"
+    return (
+        f"The base model {words} inside its window of {WINDOW} tokens: it finds "
+        f"{sum(found):.0f} of {len(found)} passkeys, at a perplexity of "
+        f"{perplexity(nats)} on held-out text."
+    )
+
+
+INTRODUCTION = """\
+# Does it give what the paper says?
+
+`make claims` ([Snakefile](../examples/claims/Snakefile)) tests the claims of LongRoPE on a
+Llama-type model of about a million parameters that is taught to find numbers again. This page
+is written by [claims.py](../examples/claims/claims.py) from [records](results/claims); nothing is
+typed by hand.
+
+{base} {about}
+
+Gains are nats per token for perplexity (0.010 is 1 %) and shares for passkeys; above zero is for
+the claim. Both sides saw the same documents or passkeys. The interval is the wider of those over
+documents (or passkeys) and over seeds of the search; the base model was trained with one seed. A
+claim is shown when all of its comparisons are above zero, the reverse when all are below. At this
+size a claim that is not shown says little about a large model.
+"""
+
+
+def page(results: Results) -> str:
+    """Return docs/claims.md."""
+    about = results.about
+    text = [INTRODUCTION.format(base=base_model(results), about=about.get("text", ""))]
+    text += ["| | claim | |", "|---|---|---|"]
+    for number, claim, parts in CLAIMS:
+        text.append(f"| {number} | {claim} | {judge(results, parts)[0]} |")
+    for number, claim, parts in CLAIMS:
+        _, found, _ = judge(results, parts)
+        text += ["", f"## {number}. {claim}", "", sentence(results, parts)]
+        text += ["", *rows(found)] if found else []
+    return "\n".join(text) + "\n"
+
+
+def read_results(folder: Path) -> Results:
+    """Read the committed tables; what is not there was not measured."""
+    results = Results()
+    for name, table in (("perplexity", results.losses), ("passkey", results.found)):
+        path = folder / f"{name}.csv"
+        for row in csv.DictReader(path.open(newline="")) if path.exists() else ():
+            key = (row["stage"], row["model"], row["factors"], int(row["length"]))
+            table[key] = [float(value) for value in row["values"].split()]
+    path = folder / "searches.csv"
+    for row in csv.DictReader(path.open(newline="")) if path.exists() else ():
+        name = row.pop("name")
+        results.searches[name] = {key: float(value) for key, value in row.items() if value}
+    path = folder / "about.json"
+    results.about = json.loads(path.read_text()) if path.exists() else {}
+    return results
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, required=True, help="what collect.py wrote")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    args.output.write_text(page(read_results(args.results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Write documents that teach a small model to find a number again.
+
+    python examples/claims/retrieval_text.py --output text/retrieval.jsonl --documents 20000
+
+Each document states a few facts, a made-up name with a number, between sentences that say nothing,
+and comes back to them in the statement's words or in others. Names and numbers are random and never
+repeat beyond their document, so that looking back is the only way to know them. Lists and their
+copies do the same with many facts close together. The wordings are many, and none of them is the
+one of `longrope eval passkey` or of the searches' needles; tests/unit/test_claims.py compares them.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+
+def _words(text):
+    return text.split()
+
+
+# Sentences without a fact need not make sense.
+SYLLABLES = _words("ba de fi go lu ma ne po ri su ta vo ke zi ha jo wu xa mi ro")
+THINGS = _words(
+    "gate lamp boat shelf wagon engine meter garden tower bridge mill parcel ticket room desk "
+    "window ledger invoice sample crate valve cable router badge plate bottle record socket"
+)
+PROPERTIES = _words(
+    "code weight price length total limit serial mark offset rate count port level index size"
+)
+ACTORS = _words("clerk pilot farmer nurse baker sailor tailor driver student painter guard cook")
+ACTS = _words(
+    "walked to carried repaired looked for asked about painted measured sold borrowed moved"
+)
+PLACES = _words("market harbour station village office cellar river forest kitchen library")
+TIMES = (
+    *("in the morning", "at noon", "late at night"),
+    *("on Monday", "after the rain", "last winter"),
+)
+# A statement and how it is taken up again; {x} is what has the number {v}.
+FACTS = (
+    ("The {x} equals {v}.", "How much is it? The {x} equals {v}."),
+    ("Our {x} was set to {v}.", "To which value? Our {x} was set to {v}."),
+    ("Take down that {x} reads {v}.", "It was noted above that {x} reads {v}."),
+    ("{x}: {v}.", "Repeat {x}: {v}."),
+    ("{x} = {v}", "assert {x} = {v}"),
+    ("They gave {x} the number {v}.", "Which one? They gave {x} the number {v}."),
+    ("My {x} is {v}, do not lose it.", "Tell me about it again. My {x} is {v}."),
+    ("Somebody wrote {v} on the {x}.", "So on the {x} one reads {v}."),
+    ("A {x} of {v} was ordered.", "The order said: {x} of {v}."),
+    ("Write {v} for {x}; yes, {x} is {v}.", "Asked for it, they answer: {x} is {v}."),
+    ("Every {x} is now {v}. So {v} it stays.", "And today? Every {x} is now {v}."),
+)
+
+
+def number(chance):
+    """One to seven digits."""
+    digits = chance.choice((1, 2, 3, 4, 5, 5, 5, 6, 7))
+    return str(chance.randrange(10 ** (digits - 1), 10**digits))
+
+
+def name(chance):
+    """A made-up word, or one with a thing or a property, or a thing's property."""
+    made_up = "".join(chance.choices(SYLLABLES, k=chance.choice((2, 3))))
+    thing, kind = chance.choice(THINGS), chance.choice(PROPERTIES)
+    return chance.choice((made_up, f"{made_up} {thing}", f"{made_up} {kind}", f"{thing} {kind}"))
+
+
+def sentence(chance):
+    """A sentence without a fact."""
+    return (
+        f"A {chance.choice(ACTORS)} {chance.choice(ACTS)} a {chance.choice(THINGS)} "
+        f"near our {chance.choice(PLACES)} {chance.choice(TIMES)}."
+    )
+
+
+def story(chance):
+    """Facts between sentences, taken up again at the end and sometimes before."""
+    count = chance.choice((1, 1, 2, 3))
+    facts = [(chance.choice(FACTS), name(chance), number(chance)) for _ in range(count)]
+    parts = [fact[0].format(x=x, v=v) for fact, x, v in facts]
+    filler = [sentence(chance) for _ in range(chance.choice((1, 2, 4, 8)))]
+    parts += (filler * 3)[: chance.randint(0, 8)]  # some repeat themselves
+    chance.shuffle(parts)
+    asked = [fact[1].format(x=x, v=v) for fact, x, v in chance.sample(facts, len(facts))]
+    return chance.choice((" ", "\n")).join(parts + asked)
+
+
+def table(chance):
+    """A list of names with numbers, and the same once more in another order."""
+    rows = [(name(chance), number(chance)) for _ in range(chance.randint(3, 7))]
+    form = chance.choice(("{} {}", "{}: {}", "{} -> {}", "('{}', {})", "{} is {}", "{} is {},"))
+    lines = [form.format(*row) for row in rows]
+    again = chance.sample(lines, len(lines))
+    return "\n".join([*lines, chance.choice(("", "again", "sorted otherwise", "copy")), *again])
+
+
+def document(chance):
+    """One of both."""
+    return chance.choice((story, table))(chance)
+
+
+def main():
+    """Write the documents."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines")
+    parser.add_argument("--documents", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    chance = random.Random(args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": document(chance)}) + "\n" for _ in range(args.documents))
+    args.output.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

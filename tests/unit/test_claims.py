@@ -1,0 +1,91 @@
+"""examples/claims: text that never says what the tests ask, a page that says what records hold."""
+
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_longrope.evaluation import needle_text, passkey_prompt
+from megatron_longrope.factor_search import needle
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples/claims"))
+import claims  # noqa: E402
+import retrieval_text  # noqa: E402
+
+
+def word_triples(text):
+    """Three words in a row, numbers and punctuation aside."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return set(zip(words, words[1:], words[2:], strict=False))
+
+
+def test_no_three_words_of_a_question_or_needle_of_the_tests_are_in_the_training_text():
+    chance = random.Random(0)
+    taught = set().union(*(word_triples(retrieval_text.document(chance)) for _ in range(3000)))
+    asked = [passkey_prompt.prompt(12345, 400, 200)]
+    asked += [needle._INSTRUCTION, needle._NEEDLE, needle._QUESTION]
+    asked += [needle_text.INSTRUCTION, needle_text._NEEDLE, needle_text._QUESTION]
+    for text in asked:
+        assert not taught & word_triples(text)
+
+
+def test_each_document_repeats_a_number_that_it_stated():
+    chance = random.Random(1)
+    for _ in range(200):
+        numbers = re.findall(r"\d+", retrieval_text.document(chance))
+        assert len(numbers) > len(set(numbers))
+
+
+def records(gain):
+    """Two times the window: searched factors of three seeds, better by `gain` nats or passkeys."""
+    results = claims.Results()
+    place = ("untuned", "base")
+    for method in claims.RIVALS:
+        results.losses[*place, f"{method}_2x", 512] = [3.0, 3.4, 3.2]
+        results.found[*place, f"{method}_2x", 512] = [0.5, 0.5, 0.5]
+    for seed in range(3):
+        name = f"ppl_2x_{seed}"
+        results.searches[name] = {}
+        losses = [3.0 - gain + seed * 1e-3, 3.4 - gain, 3.2 - gain]
+        results.losses[*place, name, 512] = losses
+        results.found[*place, name, 512] = [0.5 + gain] * 3
+    return results
+
+
+@pytest.mark.parametrize(
+    "gain, verdict", [(0.1, "Shown"), (0.0, "Not shown at this size"), (-0.1, "The reverse")]
+)
+def test_a_claim_is_what_its_comparisons_say(gain, verdict):
+    parts = [lambda results: claims.against_methods(results, 2)]
+    found, comparisons, missing = claims.judge(records(gain), parts)
+    assert found == verdict and len(comparisons) == 6 and not missing
+    assert claims.sentence(records(gain), parts).startswith(f"**{verdict}**: of 6 comparisons")
+    assert {item.gain for item in comparisons} == pytest.approx({gain}, abs=1e-3)
+
+
+def test_what_was_not_run_is_said_and_a_part_of_a_claim_is_not_the_claim():
+    parts = [
+        lambda results, scale=scale: claims.against_methods(results, scale) for scale in (2, 4)
+    ]
+    assert claims.judge(claims.Results(), parts)[0] == "Not run yet"
+    assert claims.judge(records(0.1), parts)[0] == "Not shown at this size"
+    assert claims.sentence(records(0.1), parts).endswith("Some of its runs are missing.")
+    assert claims.page(claims.Results()).count("**Not run yet.**") == len(claims.CLAIMS)
+
+
+def test_seeds_that_disagree_open_a_claim_that_documents_alone_would_close():
+    ours = [[3.0, 3.1], [2.6, 2.7]]  # 0.1 worse and 0.3 better, alike on both documents
+    assert claims.compare("", ours[:1], [[2.9, 3.0]]).verdict == -1
+    assert claims.compare("", ours, [[2.9, 3.0]]).verdict == 0
+
+
+def test_one_figure_decides_nothing():
+    assert claims.compare("", [[3.0]], [[4.0]]).verdict == 0
+
+
+def test_the_page_is_what_the_script_makes_of_the_committed_records():
+    results = claims.read_results(ROOT / "docs/results/claims")
+    assert (ROOT / "docs/claims.md").read_text() == claims.page(results)
