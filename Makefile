@@ -22,12 +22,17 @@ PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Of the tests with the marker `release`: all, none, or a share such as 2/5.
 RELEASE ?= none
 STAMP := $(VENV)/.installed
+# Of the package, before any other target adds its own; .ci/run installs all it needs at once.
+EXTRAS ?= recipes,training
+# Such as --no-compile: modules are then compiled when they are first imported.
+PIP_FLAGS ?=
+PIP = $(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 DEV := $(VENV)/.installed-dev
 
 # Releases of megatron-core beside the installed one, and the tests that touch Megatron.
 MATRIX := 0.17.1 0.18.2
 MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/test_training_loss.py tests/unit/integration tests/unit/engine \
-	tests/unit/checkpoint tests/unit/test_doctor.py \
+	$(addprefix tests/unit/checkpoint/test_,loader.py formats_of_megatron.py) tests/unit/test_doctor.py \
 	$(addprefix tests/unit/attention/test_,sdpa_attention.py packed_attention.py \
 	attention_in_megatron.py) \
 	$(addprefix tests/distributed/test_,launcher.py hybrid_launcher.py mixed_windows.py patches.py \
@@ -38,7 +43,7 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
-.PHONY: quickstart quickstart-full real claims plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers docs style format constraints clean
+.PHONY: quickstart quickstart-full real claims plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers prepare docs style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
@@ -102,15 +107,18 @@ $(MATRIX:%=test-matrix-%): test-matrix-%: build/matrix/%/.installed
 
 $(MATRIX:%=build/matrix/%/.installed): build/matrix/%/.installed: | $(DEV)
 	rm -rf $(@D)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps \
+	$(PIP) --no-deps \
 		--only-binary megatron-core --target $(@D) megatron-core==$*
 	@touch $@
 
 readers: $(READER)
 
+# All that the tests need beside the environment.
+prepare: $(READER) $(MATRIX:%=build/matrix/%/.installed)
+
 $(READER): | $(DEV)
 	rm -rf $(@D)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) \
+	$(PIP) --no-deps --target $(@D) \
 		transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 	@touch $@
 
@@ -121,7 +129,7 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 $(VENV)/.installed-docs: $(STAMP)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(PIP) -c constraints.txt -e ".[docs]"
 	@touch $@
 
 style: $(DEV)
@@ -143,15 +151,15 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 		     "(for example: apt install python3.12-venv, pyenv install 3.12) or uv, then run" \
 		     "make again" >&2; exit 1; \
 	fi
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[recipes,training]"
+	$(PIP) -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(DEV): $(STAMP)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 $(VENV)/.installed-gguf: $(STAMP)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf]"
+	$(PIP) -c constraints.txt -e ".[gguf]"
 	@touch $@
 
 constraints: $(DEV)

@@ -1,8 +1,6 @@
 import os
-import shutil
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch is imported, here and in whatever the tests start: two test processes share the
@@ -10,12 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-import launching
-import make_hybrid_checkpoint as hybrid_maker
-import make_megatron_checkpoint as maker
 import pytest
-import torch
-from filelock import FileLock
 from hypothesis import settings
 from shares import share_of
 
@@ -40,6 +33,9 @@ def pytest_configure(config):
     """Hide the GPU from tests that compare CPU tensors: all but those of tests/gpu."""
     if not any("tests/gpu" in str(argument) for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # The process that only hands out files to others would import torch for nothing.
+    if not config.getoption("numprocesses", None) or hasattr(config, "workerinput"):
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -78,97 +74,3 @@ def pytest_sessionfinish(session):
 
 
 _STARTED = time.time()
-
-
-# What several files start from
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment_stays_as_it_was():
-    """What Megatron's CPU host and others set for a process would reach the modules that follow."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_process_group_left_behind():
-    """Modules find the process as they expect it: Megatron's groups outlive what made them."""
-    yield
-    if torch.distributed.is_initialized():
-        from megatron.core import parallel_state, tensor_parallel
-
-        parallel_state.destroy_model_parallel()
-        # Recomputation restores the random states, and thereby declares an empty set complete.
-        tensor_parallel.get_cuda_rng_tracker().reset()
-        torch.distributed.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class MegatronRun:
-    """A checkpoint that megatron-core wrote and what its model computed."""
-
-    path: Path
-    logits: dict[str, torch.Tensor]
-
-
-def _make(script: str, *arguments: object) -> None:
-    """Run a maker of checkpoints, which needs a process of its own."""
-    done = launching.python(script, *arguments, torch.get_num_threads())
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory):
-    """A directory of the given name that one of the test processes fills, for all of them."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # that of the whole run
-
-    def get(name, fill):
-        directory = root / name
-        with FileLock(root / f"{name}.lock"):
-            if not (root / f"{name}.done").exists():
-                shutil.rmtree(directory, ignore_errors=True)  # of a process that failed
-                directory.mkdir()
-                fill(directory)
-                (root / f"{name}.done").touch()
-        return directory
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def megatron_runs(made_once):
-    directory = made_once("megatron", lambda path: _make(maker.__file__, str(path)))
-    return {
-        name: MegatronRun(directory / name, torch.load(directory / f"{name}.pt"))
-        for name in maker.VARIANTS
-    }
-
-
-@pytest.fixture(scope="session")
-def hybrid_runs(made_once, megatron_runs):
-    """HybridModel checkpoints and their logits; `same` has the weights of `untied_gqa`."""
-    gpt = str(megatron_runs["untied_gqa"].path)
-    directory = made_once("hybrid", lambda path: _make(hybrid_maker.__file__, str(path), gpt))
-    return {
-        name: (directory / name, torch.load(directory / f"{name}.pt"))
-        for name in hybrid_maker.VARIANTS
-    }
-
-
-@pytest.fixture(params=list(maker.VARIANTS))
-def run(request, megatron_runs):
-    return megatron_runs[request.param]
-
-
-@pytest.fixture
-def untied_gqa(megatron_runs):
-    return megatron_runs["untied_gqa"]
-
-
-@pytest.fixture
-def config():
-    return maker.longrope_config()

@@ -171,7 +171,6 @@ def test_a_file_that_rank_1_lacks_is_named_by_rank_0(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.real_process
 def test_a_file_that_rank_0_lacks_ends_the_other_nodes_torchrun_too(tmp_path):
     pytest.importorskip("megatron.training")
     ended = launch(tmp_path, [ABSENT, CONFIG], agents=2)

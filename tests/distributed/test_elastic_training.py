@@ -22,7 +22,7 @@ from megatron_longrope.cli import main
 from megatron_longrope.config import LongRopeConfig
 
 pytest.importorskip("megatron.training")
-pytestmark = [pytest.mark.slow, pytest.mark.one_release, pytest.mark.real_process]
+pytestmark = [pytest.mark.slow, pytest.mark.one_release]
 
 ITERATIONS = 24
 NUM_EVALUATIONS = 60
@@ -85,9 +85,18 @@ def undisturbed(inputs, tmp_path_factory):
     return found
 
 
+@pytest.fixture
+def agents():
+    """The Python that scripts start torchrun with: agents and ranks are processes, but forked."""
+    with forked_commands(agents=True) as folder:
+        yield folder / "python"
+
+
 @pytest.fixture(autouse=True)
-def nothing_left_behind(tmp_path):
-    """A test that fails leaves no job running."""
+def nothing_left_behind(request, tmp_path):
+    """A test that fails leaves no job running, before the fork server that would wait for it."""
+    if "agents" in request.fixturenames:
+        request.getfixturevalue("agents")
     yield
     end_processes_in(tmp_path)
 
@@ -128,8 +137,10 @@ def rendezvous():
     )
 
 
-def test_a_killed_agent_comes_back_and_the_loss_curve_does_not_know(inputs, undisturbed, tmp_path):
-    variables = {**inputs, "SAVE": tmp_path / "save", "SAVE_INTERVAL": 5}
+def test_a_killed_agent_comes_back_and_the_loss_curve_does_not_know(
+    inputs, undisturbed, agents, tmp_path
+):
+    variables = {**inputs, "PYTHON": agents, "SAVE": tmp_path / "save", "SAVE_INTERVAL": 5}
     first, second = rendezvous()
     survivor = Agent(tmp_path / "first", "finetune.sh", **variables, **first)
     lost = Agent(tmp_path / "second", "finetune.sh", **variables, **second)
@@ -146,6 +157,7 @@ def test_a_killed_agent_comes_back_and_the_loss_curve_does_not_know(inputs, undi
 
 
 @pytest.mark.release
+@pytest.mark.real_process  # signals pass torchrun by, to its own children
 def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_with_the_same_curve(
     inputs, undisturbed, tmp_path
 ):
@@ -166,6 +178,7 @@ def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_with_the_same_cu
 
 
 @pytest.mark.release
+@pytest.mark.real_process
 def test_a_search_whose_first_rank_is_killed_ends_with_the_same_factors(inputs, tmp_path):
     flags = f"--max-evaluations {NUM_EVALUATIONS} --original-length 64 --num-samples 3 "
     flags += "--tokens-per-forward 256 --start-tokens 0,4 --attention-factor-policy su --no-figures"

@@ -1,14 +1,12 @@
 """`longrope search` under torchrun and under SIGTERM, on a real checkpoint."""
 
+import contextlib
 import json
-import signal
 import subprocess
-import sys
-import time
 
 import launching
 import pytest
-from launching import LONGROPE
+from launching import LONGROPE, Command, Ranks
 from search_data import make_search_data
 from synthetic_search import drop_seconds
 
@@ -53,21 +51,22 @@ def test_replicas_of_context_and_tensor_parallel_ranks_find_what_one_process_fin
     assert len({str(item["factor_sets"][-1]["rescale_factors"]) for item in configs}) == 1
 
 
-@pytest.mark.real_process
 def test_a_cancelled_job_says_how_to_go_on_and_does(untied_gqa, data, tmp_path):
     output = tmp_path / "f.json"
     flags = ("--resume", "--algorithm", "evolution", "--max-evaluations", "400")
-    process = subprocess.Popen(
-        [sys.executable, *words(untied_gqa, data, output, *flags)], env=launching.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
     journal = output.with_suffix(".journal.jsonl")
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 5000):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=300)
+    with (tmp_path / "log").open("w+") as log:
+        process = Ranks(Command(words(untied_gqa, data, output, *flags)), tmp_path, log, log)
+        while not (journal.exists() and journal.stat().st_size > 5000):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+                break
+        process.end()  # SIGTERM
+        status = process.wait(0)
+        log.seek(0)
+        errors = log.read()
     done = len(journal.read_text().splitlines()) - 1
-    assert process.returncode == 130
+    assert status == 130
     assert f"stopped by SIGTERM (the job was cancelled, or another rank ended); {done} " in errors
     assert "--resume" in errors and "Traceback" not in errors
     assert not output.exists()

@@ -1,30 +1,20 @@
 """Replicas share a search: same journal whatever their number and speed; nothing is ever lost."""
 
+import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import launching
 import pytest
-from launching import Command, run, two_agents
+from launching import Agent, Command, Ranks, run, two_agents
 from synthetic_search import drop_seconds
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_release]
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "run_synthetic_search.py"
-
-
-def start(processes, *arguments):
-    """A real process, or a real agent with several."""
-    command = Command((str(SCRIPT), *map(str, arguments)), processes)
-    return subprocess.Popen(
-        command.words(), env=launching.environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
 
 
 def search(processes, *arguments):
@@ -54,33 +44,33 @@ def test_the_journal_does_not_depend_on_the_number_and_speed_of_replicas(
     assert shared == single
 
 
-@pytest.mark.real_process
 @pytest.mark.parametrize("algorithm", ["evolution", pytest.param("cma", marks=pytest.mark.release)])
 def test_a_search_killed_at_random_points_ends_with_the_same_factors(tmp_path, algorithm):
     options = (algorithm, tmp_path / "killed.jsonl", "--seconds", 0.02)
     whole = search(1, algorithm, tmp_path / "whole.jsonl")
     rng = random.Random(algorithm)
+    command = Command((str(SCRIPT), *map(str, options)))
     kills = 0
     for _ in range(2):
-        process = start(1, *options)
-        wait_for_lines(tmp_path / "killed.jsonl", rng.randrange(2, 20), process)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        with (tmp_path / "log").open("w") as log:
+            process = Ranks(command, tmp_path, log, log)
+            wait_for_lines(tmp_path / "killed.jsonl", rng.randrange(2, 20), process)
+            process.kill()
+            kills += process.wait(60) == -signal.SIGKILL
     resumed = search(1, algorithm, tmp_path / "killed.jsonl")
     assert kills >= 1
     assert resumed["factors"] == whole["factors"] and resumed["score"] == whole["score"]
     assert drop_seconds(tmp_path / "killed.jsonl") == drop_seconds(tmp_path / "whole.jsonl")
 
 
-@pytest.mark.real_process
 def test_a_dead_replica_ends_the_job_and_the_journal_goes_on_from_there(tmp_path):
     journal = tmp_path / "j.jsonl"
-    process = start(2, "cma", journal, "--seconds", 0.01, "--die", "1:12")
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode != 0
-    assert "Signal 9 (SIGKILL)" in errors
+    words = (str(SCRIPT), "cma", str(journal), "--seconds", "0.01", "--die", "1:12")
+    meeting = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    agent = Agent(("--nproc-per-node", "2", *meeting, *words))
+    (status,), log = run([agent], tmp_path / "agent")
+    assert status != 0
+    assert "Signal 9 (SIGKILL)" in log
     before = len(journal.read_text().splitlines())
     assert before > 1
     search(2, "cma", journal)
@@ -91,7 +81,7 @@ def test_a_dead_replica_ends_the_job_and_the_journal_goes_on_from_there(tmp_path
 def wait_for_lines(path, count, process):
     """Until the journal has grown by so many lines, or the process has ended."""
     end = count + (path.read_bytes().count(b"\n") if path.exists() else 0)
-    while process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= end:
+    while not path.exists() or path.read_bytes().count(b"\n") < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.005)
             return
-        time.sleep(0.005)

@@ -9,17 +9,18 @@ import pytest
 
 pytest.importorskip("megatron.training")
 
-from curves import LAYOUTS, ONE, SAVED_AT, STAGE_STEPS, STEPS, Trainer
+from curves import LAYOUTS, ONE, STAGE_STEPS, Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_release]
 
+STEPS, SAVED_AT = 16, 8  # the benchmark has 50
 # Relative, in fp32: about five times what benchmarks/results/training_curves.json has.
 TOLERANCE = {"loss": 1e-6, "gradient norm": 5e-6, "parameter norm": 1e-6}
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    trainer = Trainer(tmp_path_factory.mktemp("curves") / "work")
+    trainer = Trainer(tmp_path_factory.mktemp("curves") / "work", steps=STEPS, saved_at=SAVED_AT)
     trainer.prepare()
     return trainer
 
@@ -45,7 +46,7 @@ def assert_same_steps(curve, reference, steps=range(1, STEPS + 1)):
 def test_the_loss_falls_and_the_gradient_is_clipped(one_process):
     losses = list(one_process.values["loss"].values())
     assert len(losses) == STEPS
-    assert statistics.mean(losses[-10:]) < statistics.mean(losses[:10]) - 0.3
+    assert statistics.mean(losses[-4:]) < statistics.mean(losses[:4]) - 0.2
     clipped = [norm > 0.5 for norm in one_process.values["gradient norm"].values()]
     assert sum(clipped) > STEPS / 2
 
@@ -58,7 +59,6 @@ def test_four_processes_take_the_steps_of_one(trainer, one_process, layout):
     assert_same_steps(trainer.run(layout, LAYOUTS[layout]), one_process)
 
 
-@pytest.mark.real_process
 def test_a_killed_context_parallel_run_goes_on_by_the_same_command(trainer, one_process, killed):
     resumed = trainer.run(killed, LAYOUTS["CP2"])
     first = f"iteration {SAVED_AT + 1:8d}/"
@@ -67,7 +67,6 @@ def test_a_killed_context_parallel_run_goes_on_by_the_same_command(trainer, one_
 
 
 @pytest.mark.release
-@pytest.mark.real_process  # for the run that was killed
 def test_a_run_saved_by_two_context_parallel_ranks_goes_on_with_four(trainer, one_process, killed):
     curve = trainer.go_on("CP4", LAYOUTS["CP4"], killed)
     assert_same_steps(curve, one_process, range(SAVED_AT + 1, STEPS + 1))

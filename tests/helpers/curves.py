@@ -12,15 +12,14 @@ import random
 import shlex
 import shutil
 import signal
+import subprocess
 import sysconfig
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import launching
-import psutil
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from megatron_longrope.cli import main
@@ -129,6 +128,12 @@ class Trainer:
     window: int = 32
     """Tokens that the base model is pre-trained on."""
 
+    steps: int = STEPS
+    """Of a whole run."""
+
+    saved_at: int = SAVED_AT
+    """Step of a run's first checkpoint."""
+
     logs: dict[str, str] = field(default_factory=dict)
     """What each run printed, by its name."""
 
@@ -173,7 +178,7 @@ class Trainer:
         layout: Layout = ONE,
         *flags: str,
         times: int = 8,
-        steps: int = STEPS,
+        steps: int | None = None,
         start: Path | None = None,
     ) -> launching.Command:
         """The command of a run, which goes on from its own checkpoint where there is one.
@@ -183,18 +188,19 @@ class Trainer:
             layout (Layout): How processes share the work. Defaults to one process.
             flags (str): More of Megatron's and the plugin's flags.
             times (int): Length and factors, in windows of the base model: 4 or 8.
-            steps (int): Steps of the whole run.
+            steps (int, optional): Of the whole run. Defaults to those of the trainer.
             start (Path, optional): Weights to begin with. Defaults to the base checkpoint.
         """
         save, start = str(self.checkpoint(name)), str(start or self.base)
-        options = f"{_FINETUNING} --train-iters {steps} --save-interval {SAVED_AT}"
+        options = f"{_FINETUNING} --train-iters {steps or self.steps}"
+        options += f" --save-interval {self.saved_at}"
         files = ["--pretrained-checkpoint", start, "--load", save, "--save", save]
         factors = ["--longrope-config", str(self.directory / f"factors_{times}x.json")]
         return self._flags(name, times, layout, options, *files, *factors, *flags)
 
-    def is_done(self, name: str, steps: int = STEPS) -> bool:
+    def is_done(self, name: str, steps: int | None = None) -> bool:
         """Whether the run has logged its last step."""
-        return self.curve(name).steps[-1:] == [steps]
+        return self.curve(name).steps[-1:] == [steps or self.steps]
 
     def forget(self, name: str) -> None:
         """Remove what the run left behind."""
@@ -208,9 +214,9 @@ class Trainer:
         return self.curve(name)
 
     def go_on(self, name: str, layout: Layout, begun: str) -> Curve:
-        """Steps after `SAVED_AT` of the run `begun` in another layout, from its checkpoint."""
+        """Steps after `saved_at` of the run `begun` in another layout, from its checkpoint."""
         # The last of two equal flags counts.
-        flags = ("--load", str(self.checkpoint(begun)), "--ckpt-step", str(SAVED_AT))
+        flags = ("--load", str(self.checkpoint(begun)), "--ckpt-step", str(self.saved_at))
         return self.run(name, layout, *flags)
 
     def first_stage(self, name: str, layout: Layout = ONE) -> Curve:
@@ -224,23 +230,20 @@ class Trainer:
 
     def kill_after_save(self, name: str, layout: Layout = ONE) -> None:
         """Start a run and kill -9 all its processes at a random moment after its first save."""
-        # A real process: it is its agent that dies.
-        command, log = (
-            self.command(name, layout).words(),
-            self.directory / "logs" / f"{name}-killed",
-        )
+        directory = self.directory / "logs" / f"{name}-killed"
+        directory.mkdir(parents=True, exist_ok=True)
         saved = self.checkpoint(name) / "latest_checkpointed_iteration.txt"
-        with ThreadPoolExecutor() as pool:
-            running = pool.submit(launching.run, [command], log)
-            while not saved.exists() and not running.done():
-                time.sleep(0.05)
+        with (directory / "log.txt").open("w") as log:
+            ranks = launching.Ranks(self.command(name, layout), directory, log, log)
+            while not saved.exists():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    ranks.wait(0.05)
+                    break
             time.sleep(random.uniform(0, 0.5))
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):  # it followed its parent
-                    if str(saved.parent) in process.cmdline():
-                        process.kill()
-        statuses, printed = running.result()
-        assert statuses == [-signal.SIGKILL], printed[-3000:]
+            ranks.kill()
+            status = ranks.wait(launching.TIMEOUT_S)
+        assert status == (1 if layout.processes > 1 else -signal.SIGKILL)
+        assert not self.is_done(name), (directory / "log.txt").read_text()[-3000:]
 
     def curve(self, name: str) -> Curve:
         """What the runs of that name logged."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -36,8 +37,11 @@ from typing import IO, NoReturn
 
 _LARGEST_REQUEST = 2**18
 _READY = b"ready"
+_PR_SET_PDEATHSIG = 1
 # The tokenizers of Megatron import transformers, with whichever of them a run has.
 _COSTLY = ("torch", "megatron.training.training", "megatron.core.tokenizers.text")
+# Of searches, of which no training is one; cma imports scipy.stats and matplotlib.pyplot.
+_COSTLY_BESIDE_TRAINING = ("cma", "scipy.optimize", "scipy.spatial.distance")
 
 
 class ForkServer:
@@ -154,7 +158,7 @@ def preload(hosted: bool) -> None:
 
         cpu_host.prepare_environment()
         cpu_host.enable()
-    for name in _COSTLY:
+    for name in _COSTLY + (() if hosted else _COSTLY_BESIDE_TRAINING):
         with contextlib.suppress(ImportError):  # not every release has each
             importlib.import_module(name)
     gc.collect()
@@ -194,6 +198,8 @@ def serve(control: socket.socket) -> Callable[[], None]:
                     other.close()
                 control.close()
                 os.close(channel)
+                # Whoever ends the server by a signal has not asked it to end its children.
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 return functools.partial(become, json.loads(message), stdout, stderr)
             os.close(stdout)
             os.close(stderr)

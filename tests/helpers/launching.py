@@ -1,27 +1,30 @@
 """Start `longrope pretrain` and other commands as users do, and read Megatron's log.
 
 A :class:`Command` runs in processes that a fork server starts (tests/helpers/fork_server.py), which
-spares each of them the import of torch and Megatron. A list of words is a real process: for agents,
-for what is killed, and for scripts that prepare Megatron in their own way.
+spares each of them the import of torch and Megatron. An :class:`Agent` is torchrun itself in such a
+process, and its ranks are others. A list of words is a real process: for what has to be one, and
+for scripts that prepare Megatron in their own way.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import pickle
 import re
 import select
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
 from fork_server import ForkedProcess, ForkServer
 
 import megatron_longrope
@@ -37,10 +40,14 @@ TIMEOUT_S = 600
 _AGENT_PATIENCE_S = 30
 _MOST_SERVERS = 2
 
-# What torchrun tells its processes, and what pytest tells whoever looks.
+_CALL = Path(__file__).with_name("call_function.py")
+# What torchrun tells its processes, what Megatron, lm-eval and torch's compiler set as they go, and
+# what pytest tells whoever looks.
 _OF_A_RANK = re.compile(
     "RANK|LOCAL_RANK|GROUP_RANK|ROLE_RANK|ROLE_NAME|(LOCAL_|GROUP_|ROLE_)?WORLD_SIZE|MASTER_ADDR|"
-    "MASTER_PORT|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|PYTEST_CURRENT_TEST"
+    "MASTER_PORT|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING|"
+    "NVTE_(FLASH|FUSED|UNFUSED)_ATTN|HF_XET_HIGH_PERFORMANCE|TORCHINDUCTOR_CACHE_DIR|"
+    "PYTEST_CURRENT_TEST"
 )
 
 _ITERATION = re.compile(r" iteration +\d+/.*?lm loss: (\S+) \|.*?grad norm: (\S+) \|")
@@ -89,6 +96,13 @@ class Command:
         return [*TORCHRUN, *ranks, *rendezvous, *self.arguments]
 
 
+@dataclass(frozen=True)
+class Agent:
+    """A torchrun agent, which can be killed and meet others, by the arguments of torchrun."""
+
+    arguments: tuple[str, ...]
+
+
 def pretrain_command(
     arguments: Sequence[str], *, processes: int = 1, script: Path = SCRIPT
 ) -> Command:
@@ -96,16 +110,11 @@ def pretrain_command(
     return Command((*PRETRAIN, str(script), "--cpu", *arguments), processes)
 
 
-def two_agent_commands(arguments: Sequence[str]) -> list[list[str]]:
-    """Two torchrun agents with one training process each."""
-    return two_agents((*PRETRAIN, str(SCRIPT), "--cpu", *arguments))
-
-
-def two_agents(command: Sequence[str], *, processes: int = 1) -> list[list[str]]:
+def two_agents(command: Sequence[str], *, processes: int = 1) -> list[Agent]:
     """A command under two torchrun agents, which meet on the loopback interface."""
-    agent = (*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(processes))
+    agent = ("--nnodes", "2", "--nproc-per-node", str(processes))
     agent += ("--rdzv-endpoint", f"localhost:{free_port()}")
-    return [[*agent, "--node-rank", str(rank), *command] for rank in range(2)]
+    return [Agent((*agent, "--node-rank", str(rank), *command)) for rank in range(2)]
 
 
 _reserved: list[socket.socket] = []
@@ -132,17 +141,19 @@ def environment() -> dict[str, str]:
 
 
 _servers: dict[tuple[bool, frozenset], ForkServer] = {}
+_servers_lock = threading.Lock()  # forked_commands.py has a thread for each command
 
 
 def _server(environment: dict[str, str], hosted: bool) -> ForkServer:
     """The server for this environment; those of others are closed when there are too many."""
     key = (hosted, frozenset(environment.items()))
-    if key not in _servers:
-        if len(_servers) == _MOST_SERVERS:
-            _servers.pop(next(iter(_servers))).close()
-        _servers[key] = ForkServer(environment, hosted=hosted)
-    _servers[key] = _servers.pop(key)  # the last one used is the last to go
-    return _servers[key]
+    with _servers_lock:
+        if key not in _servers:
+            if len(_servers) == _MOST_SERVERS:
+                _servers.pop(next(iter(_servers))).close()
+            _servers[key] = ForkServer(environment, hosted=hosted)
+        _servers[key] = _servers.pop(key)  # the last one used is the last to go
+        return _servers[key]
 
 
 @atexit.register
@@ -152,37 +163,60 @@ def _close_servers() -> None:
 
 
 def spawn(function: Callable[..., None], arguments: tuple, processes: int) -> None:
-    """Call `function(rank, *arguments)` of a module in several processes, as `mp.spawn` does.
-
-    Multiprocessing's own fork server imports torch and Megatron once, not in every process.
-    """
-    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch", "megatron.training.training"]
-    )
-    torch.multiprocessing.start_processes(
-        function, arguments, nprocs=processes, start_method="forkserver"
-    )
+    """Call `function(rank, *arguments)` of a module in several processes, as `mp.spawn` does."""
+    module = sys.modules[function.__module__]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        call = (module.__name__, function.__name__, arguments)
+        (directory / "call").write_bytes(pickle.dumps((sys.path, *call)))
+        command = Command((str(_CALL), str(directory / "call")))
+        with (directory / "log").open("w") as log:
+            ranks = Ranks(
+                command, Path.cwd(), log, log,
+                [{"SPAWNED_RANK": str(rank)} for rank in range(processes)],
+            )  # fmt: skip
+            try:
+                status = ranks.wait(TIMEOUT_S)
+            finally:
+                ranks.end()
+        assert status == 0, _tail(directory / "log")
 
 
 class Ranks:
-    """The forked processes of a command, in the role of the torchrun agent where it has several."""
+    """The forked processes of a command, in the role of the torchrun agent where it has several.
 
-    def __init__(self, command: Command, directory: Path, stdout, stderr) -> None:
+    Args:
+        command (Command): What they run.
+        directory (Path): To run in.
+        stdout, stderr (IO): Of all of them.
+        variables (Sequence[Mapping[str, str]], optional): Of each process, beside or in place of
+            those of the tests. Defaults to what torchrun tells each of several.
+    """
+
+    def __init__(
+        self,
+        command: Command,
+        directory: Path,
+        stdout,
+        stderr,
+        variables: Sequence[Mapping[str, str]] | None = None,
+    ) -> None:
         shared = environment()
         hosted = "pretrain" in command.arguments and "--cpu" in command.arguments
         server = _server(shared, hosted)
-        self._is_agent = command.processes > 1
         self._processes: list[ForkedProcess] = []
-        if self._is_agent:
+        if variables is None and command.processes > 1:
             # Bound to a free port by the kernel, and never free again in between.
             self._store = torch.distributed.TCPStore(
                 "localhost", 0, is_master=True, wait_for_workers=False
             )
-        for rank in range(command.processes):
-            own = self._variables(rank, command.processes) if self._is_agent else {}
+            variables = [
+                self._variables(rank, command.processes) for rank in range(command.processes)
+            ]
+        for own in variables or [{}]:
             process = server.fork(
                 command.arguments, {**shared, **own}, directory, stdout, stderr,
-                new_session=self._is_agent,  # as torchrun's
+                new_session="RANK" in own,  # as torchrun's
             )  # fmt: skip
             self._processes.append(process)
 
@@ -205,7 +239,7 @@ class Ranks:
         Raises:
             subprocess.TimeoutExpired: They run still.
         """
-        if not self._is_agent:
+        if len(self._processes) == 1:
             return self._processes[0].wait(timeout)
         deadline = time.monotonic() + timeout
         while running := [item for item in self._processes if item.poll() is None]:
@@ -218,6 +252,11 @@ class Ranks:
             select.select(running, [], [], left)
         return int(any(item.returncode for item in self._processes))
 
+    def kill(self) -> None:
+        """Kill -9 all of them."""
+        for item in self._processes:
+            item.kill()
+
     def end(self) -> None:
         """End what runs still, as torchrun does."""
         for item in self._processes:
@@ -229,6 +268,20 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 item.kill()
                 item.wait()
+
+
+def start_agent(
+    agent: Agent,
+    directory: Path,
+    stdout,
+    stderr,
+    python: Path,
+    variables: Mapping[str, str] | None = None,
+) -> Ranks:
+    """Start torchrun in a forked process; its ranks are what `python` of forked_commands starts."""
+    command = Command(("-m", "torch.distributed.run", *agent.arguments))
+    own = [{**(variables or {}), "PYTHON_EXEC": str(python)}]
+    return Ranks(command, directory, stdout, stderr, own)
 
 
 class RealProcess:
@@ -254,19 +307,27 @@ class RealProcess:
                 self._process.wait()
 
 
-def _start(command: Command | Sequence[str], directory: Path, stdout, stderr):
-    kind = Ranks if isinstance(command, Command) else RealProcess
-    return kind(command, directory, stdout, stderr)
-
-
-def run(commands: Sequence[Command | Sequence[str]], directory: Path) -> tuple[list[int], str]:
+def run(
+    commands: Sequence[Command | Agent | Sequence[str]], directory: Path
+) -> tuple[list[int], str]:
     """Run commands side by side in `directory`: their exit statuses and their common log."""
+    from forked_commands import forked_commands
+
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "log.txt"
     started = []
-    with path.open("w") as log:
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(path.open("w"))
+        if any(isinstance(command, Agent) for command in commands):
+            python = stack.enter_context(forked_commands()) / "python"
         try:
-            started += [_start(command, directory, log, log) for command in commands]
+            for command in commands:
+                if isinstance(command, Agent):
+                    started.append(start_agent(command, directory, log, log, python))
+                elif isinstance(command, Command):
+                    started.append(Ranks(command, directory, log, log))
+                else:
+                    started.append(RealProcess(command, directory, log, log))
             deadline = time.monotonic() + TIMEOUT_S
             statuses = [item.wait(max(0, deadline - time.monotonic())) for item in started]
         except subprocess.TimeoutExpired:
@@ -278,7 +339,10 @@ def run(commands: Sequence[Command | Sequence[str]], directory: Path) -> tuple[l
 
 
 def python(
-    *arguments: object, processes: int = 1, directory: Path | None = None
+    *arguments: object,
+    processes: int = 1,
+    directory: Path | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python *arguments`, or torchrun with several processes, and take what it prints.
 
@@ -286,13 +350,16 @@ def python(
         arguments (object): `-m` and a module, or a script, and what follows; taken as text.
         processes (int): How many of them, each a rank. Defaults to 1, without a rank.
         directory (Path, optional): To run in. Defaults to that of the tests.
+        variables (Mapping[str, str], optional): Of the environment of one process, beside those of
+            the tests. What torch, Megatron and transformers read on import does not see them.
 
     Raises:
         subprocess.TimeoutExpired: There is no end.
     """
     command = Command(tuple(map(str, arguments)), processes)
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        ranks = Ranks(command, directory or Path.cwd(), stdout, stderr)
+        own = [variables] if variables else None
+        ranks = Ranks(command, directory or Path.cwd(), stdout, stderr, own)
         try:
             status = ranks.wait(TIMEOUT_S)
         finally:

@@ -52,18 +52,24 @@ rule end:
         stamp {{output}}
         '''
 """
-# Appends a line at a time to what an earlier run left, as a training adds checkpoints.
-WORKER = """
+LINES = 10
+# Appends a line at a time to what an earlier run left, as a training adds checkpoints. With a file
+# `hold` beside it, it waits after five; with `slow`, before each.
+WORKER = f"""
 import os, pathlib, sys, time
 folder, seed, how = sys.argv[1:]
+hold, slow = (pathlib.Path(__file__).with_name(name) for name in ("hold", "slow"))
 path = pathlib.Path(folder); path.mkdir(exist_ok=True)
 lines = path / "lines"
 done = lines.read_text().count("\\n") if lines.exists() else 0
 with lines.open("a", buffering=1) as file:
-    for number in range(done, 40):
-        time.sleep(0.05)
-        file.write(f"{number} {seed}\\n")
-pathlib.Path("runs").open("a").write(f"{folder} from {done}\\n")
+    for number in range(done, {LINES}):
+        while number == 5 and hold.exists():
+            time.sleep(0.02)
+        if slow.exists():
+            time.sleep(0.2)
+        file.write(f"{{number}} {{seed}}\\n")
+pathlib.Path("runs").open("a").write(f"{{folder}} from {{done}}\\n")
 """
 
 
@@ -86,9 +92,16 @@ class Workflow:
             start_new_session=True,
         )  # fmt: skip
 
+    def start_and_hold(self):
+        """Start it; its first rule has written five lines, and waits."""
+        (self.folder / "hold").touch()
+        process = self.start()
+        self.wait_for_lines("first", 5)
+        return process
+
     def run(self, *flags):
         process = self.start(*flags)
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=500)
         assert process.returncode == 0, said
         return said
 
@@ -104,7 +117,7 @@ class Workflow:
 
     def wait_for_lines(self, name, number):
         path = self.output / name / "lines"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while not path.exists() or path.read_text().count("\n") < number:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -126,6 +139,7 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     workflow.run()
     assert workflow.runs() == ["first from 0", "end from 0"]
     workflow.config["tp"] = 2
+    os.utime(workflow.folder / "input")  # newer, but the same
     assert "Nothing to be done" in workflow.run()
     workflow.config["last_seed"] = 2
     workflow.run()
@@ -135,8 +149,6 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     (workflow.folder / "input").write_text("other text")
     workflow.run()
     assert workflow.runs() == ["first from 0", "end from 0"]
-    os.utime(workflow.folder / "input")  # newer, but the same
-    assert "Nothing to be done" in workflow.run()
 
 
 ALTERNATING = """
@@ -169,39 +181,40 @@ def test_rules_that_take_the_whole_machine_run_one_at_a_time(tmp_path):
 
 
 def test_killed_it_ends_its_jobs_and_the_same_command_goes_on(workflow):
-    process = workflow.start()
-    workflow.wait_for_lines("first", 5)
+    process = workflow.start_and_hold()
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while workers(workflow):
         assert time.monotonic() < deadline, "the job goes on as an orphan"
         time.sleep(0.1)
+    (workflow.folder / "hold").unlink()
     done = len(workflow.lines("first"))
     refused = workflow.start()
-    assert "--unlock" in refused.communicate(timeout=120)[0] and refused.returncode != 0
+    assert "--unlock" in refused.communicate(timeout=500)[0] and refused.returncode != 0
     workflow.run("--unlock")
     workflow.run()
     assert workflow.runs() == [f"first from {done}", "end from 0"]
-    assert workflow.lines("first") == [f"{number} 1" for number in range(40)]
+    assert workflow.lines("first") == [f"{number} 1" for number in range(LINES)]
 
 
 def test_work_that_was_begun_with_other_flags_is_put_aside(workflow):
-    process = workflow.start()
-    workflow.wait_for_lines("first", 5)
+    process = workflow.start_and_hold()
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    (workflow.folder / "hold").unlink()
     workflow.config["seed"] = 2
     workflow.run("--unlock")
     said = workflow.run()
     assert "first was begun with other flags or inputs; it is in stale/" in said
-    assert workflow.lines("first") == [f"{number} 2" for number in range(40)]
+    assert workflow.lines("first") == [f"{number} 2" for number in range(LINES)]
     assert next(workflow.output.glob("stale/*/first/lines")).read_text().startswith("0 1\n")
 
 
 @pytest.mark.release
 def test_killed_at_random_moments_no_line_is_lost_or_written_twice(workflow):
     chance = random.Random(0)
+    (workflow.folder / "slow").touch()
     kills = 0
     while kills < 10:
         process = workflow.start()
@@ -215,7 +228,7 @@ def test_killed_at_random_moments_no_line_is_lost_or_written_twice(workflow):
         workflow.run("--unlock")
     workflow.run()
     for name in ("first", "end"):
-        assert workflow.lines(name) == [f"{number} 1" for number in range(40)]
+        assert workflow.lines(name) == [f"{number} 1" for number in range(LINES)]
     assert not (workflow.output / "stale").exists()
 
 
@@ -231,7 +244,7 @@ def test_a_folder_in_use_is_refused_and_a_dead_lock_is_opened(tmp_path):
     locks = tmp_path / "out/.snakemake/locks"
     locks.mkdir(parents=True)
     (locks / "0.output.lock").write_text("report.html\n")
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not locks.exists() or not any(locks.iterdir())
 

@@ -6,12 +6,10 @@ they read (docs/conversion.md), and the tests compute what they would from these
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import launching
 import make_megatron_checkpoint as maker
 import numpy as np
 import pytest
@@ -126,19 +124,13 @@ def test_lm_evals_own_command_runs_on_the_folder(exported, tmp_path):
     pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")
     command = [
-        sys.executable, "-m", "lm_eval", "--model", "hf",
+        "-m", "lm_eval", "--model", "hf",
         "--model_args", f"pretrained={exported},dtype=float32,max_length={maker.ORIGINAL}",
         "--tasks", "tiny_endings", "--include_path", str(TASKS), "--device", "cpu",
         "--batch_size", "1", "--limit", "2", "--output_path", str(tmp_path / "results"),
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        command, cwd=TASKS, env=environment, capture_output=True, text=True, timeout=300
-    )
+    variables = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = launching.python(*command, directory=TASKS, variables=variables)
     assert done.returncode == 0, done.stderr[-3000:]
     (result,) = (tmp_path / "results").rglob("results_*.json")
     assert "acc,none" in json.loads(result.read_text())["results"]["tiny_endings"]

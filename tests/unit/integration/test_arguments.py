@@ -19,6 +19,8 @@ from megatron_longrope.integration.settings import (
 )
 from megatron_longrope.selection import FactorSelection
 
+pytestmark = pytest.mark.one_release
+
 HEAD_DIM = 8
 CONFIG = LongRopeConfig(
     rotary_base=10000.0,

@@ -16,6 +16,8 @@ from megatron_longrope.integration.settings import LongRopeSettings
 from megatron_longrope.integration.wrappers import Run
 from megatron_longrope.selection import FactorSelection
 
+pytestmark = pytest.mark.one_release
+
 SHORT = FactorSet(64, (1.0, 1.0, 1.0, 1.1))
 LONG = FactorSet(128, (1.0, 1.2, 1.6, 2.0), origin={"method": "yarn"})
 LONGER = FactorSet(256, (1.0, 1.4, 2.5, 4.0), num_start_tokens=4)
