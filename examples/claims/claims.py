@@ -128,10 +128,7 @@ def over_seeds(results, scale):
     """Claim 2 at one scale: the search against the best of its seeds."""
     searches = [results.searches[name] for name in results.seeds(f"ppl_{scale}x")]
     # Of seeds that the space does not hold the nearest that it holds was scored: near-ntk.
-    texts = (
-        ("search text", "seed_", "search"),
-        ("held-out", "held_out_", "held_out_longrope"),
-    )
+    texts = (("search", "seed_", "search"), ("held-out", "held_out_", "held_out_longrope"))
     for text, start, own in texts:
         ours = [[math.log(search[own])] for search in searches]
         others = [[v for k, v in s.items() if k.startswith(start) and k != own] for s in searches]
