@@ -19,10 +19,12 @@ while [[ ${1:-} =~ ^[a-z_]+= ]]; do # over those of the configuration files
   settings+=("$1")
   shift
 done
-recipe=${name#*-} configs=()
+recipe=${name#*-} configs=() order=()
 case $name in
-  quickstart) recipe=quickstart ;;
-  quickstart-*) recipe=quickstart configs=("$here/quickstart/${name#quickstart-}.yaml") ;;
+  quickstart*) # each stage waits for the one before it; what only measures runs beside them
+    recipe=quickstart order=(--prioritize factors/final.json)
+    [[ $name == quickstart ]] || configs=("$here/quickstart/${name#quickstart-}.yaml")
+    ;;
   smollm2_135m | claims | rehearse-*) ;;
   plan-*) ;;
   *)
@@ -49,7 +51,7 @@ flock --nonblock "$lock" || {
 }
 [[ $name == rehearse-* ]] && "$PYTHON" "$here/rehearse.py" "$recipe" "$output/inputs"
 command=("$PYTHON" -m snakemake -s "$snakefile" --profile "$here/profiles/local"
-  ${configs[0]:+--configfile "${configs[@]}"} --config "${settings[@]}")
+  "${order[@]}" ${configs[0]:+--configfile "${configs[@]}"} --config "${settings[@]}")
 # Nobody works here, so locks are of a run that was killed.
 [[ -n $(ls "$output/.snakemake/locks" 2>/dev/null) ]] && "${command[@]}" --unlock --quiet all
 exec "${command[@]}" "$@"
