@@ -44,11 +44,8 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 # The older reader of Hugging Face folders, beside the installed one, and what it needs of its own.
 READER := build/readers/4.57/.installed
 
-<<<<<<< HEAD
-.PHONY: quickstart quickstart-full real claims plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te readers prepare docs style format constraints clean
-=======
-.PHONY: quickstart quickstart-full real plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te test-serving readers docs style format constraints clean
->>>>>>> 6388d01 (make test-serving: what vLLM makes of exports, against transformers; make test-te ran)
+.PHONY: quickstart quickstart-full real claims plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te test-serving
+.PHONY: readers prepare docs style format constraints clean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
