@@ -27,9 +27,9 @@ WINDOW = tiny_hf.WINDOW
 EXTENDED = 2 * WINDOW
 SHORT, LONG = 40, 100  # tokens of a prompt
 ROTARY_DIM = 32  # its CPU kernels want heads of 32 and more
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 ATTENTION_FACTORS = {"su": 1.0801, "other": 1.3}  # "su" is what vLLM's formula gives: s = 2
-CASES = [(family, kind) for family in FAMILIES for kind in ATTENTION_FACTORS]
+CASES = [("llama", "su"), ("llama", "other"), ("qwen3", "other"), ("phi3", "other")]
+pytestmark = pytest.mark.timeout(3600)  # eight starts of vLLM
 TOLERANCE = 1e-4  # fp32 in two programs
 
 
