@@ -18,6 +18,12 @@ log_to() {
   LOG=$1
   shift
   (($#)) || set -- -e ''
+  # Snakemake deletes a rule's log before it runs the rule again. Under its second name what the earlier
+  # attempt wrote stays, and gets its first one back.
+  local kept=.logs/${LOG//\//:}
+  mkdir -p .logs "$(dirname "$LOG")"
+  [[ -e $kept ]] || { touch "$LOG" && ln "$LOG" "$kept"; }
+  [[ $LOG -ef $kept ]] || ln -f "$kept" "$LOG"
   exec {SCREEN}>&2
   trap 'status=$?; ((status == 0)) || { sleep 0.2; echo "the end of $LOG:"; tail -n 12 "$LOG"; } >&$SCREEN; exit $status' EXIT
   # No pipeline around the commands: they must stay children of this shell.

@@ -196,6 +196,8 @@ def test_killed_it_ends_its_jobs_and_the_same_command_goes_on(workflow):
     workflow.run()
     assert workflow.runs() == [f"first from {done}", "end from 0"]
     assert workflow.lines("first") == [f"{number} 1" for number in range(LINES)]
+    # Snakemake deletes the log of a rule that it runs again.
+    assert (workflow.output / "logs/first.log").read_text().count("started at ") == 2
 
 
 def test_work_that_was_begun_with_other_flags_is_put_aside(workflow):
