@@ -1,7 +1,7 @@
-"""What vLLM makes of an exported folder, against transformers: `make test-serving`, docs/serving.md.
+"""What vLLM makes of an exported folder, beside transformers: docs/serving.md, `make test-serving`.
 
-vLLM pins a torch of its own, so it runs in another environment, as a process: one for all models,
-because it takes most of a minute to start.
+vLLM pins a torch of its own, so it runs in another environment, as a process: one for all models
+of a length, because it takes most of a minute to start.
 """
 
 import json
@@ -52,7 +52,7 @@ def prompt(length):
 def served(tmp_path_factory):
     """Exports, and what vLLM computed: {(family, kind): (folder, {(room, prompt): row})}."""
     root = tmp_path_factory.mktemp("served")
-    jobs, folders = [], {}
+    folders = {}
     for family, kind in CASES:
         model, checkpoint = root / family, root / f"{family}-megatron"
         if not checkpoint.exists():
@@ -61,23 +61,28 @@ def served(tmp_path_factory):
             write_checkpoint(model, checkpoint)
         folder = folders[family, kind] = root / f"{family}-{kind}"
         write_hf_folder(checkpoint, folder, longrope_config=factors(ATTENTION_FACTORS[kind]))
-        jobs.append({"folder": str(folder), "room": WINDOW, "prompts": [prompt(SHORT)]})
-        prompts = [prompt(SHORT), prompt(LONG)]
-        jobs.append({"folder": str(folder), "room": EXTENDED, "prompts": prompts})
-    given, got = root / "jobs.json", root / "rows.json"
+    made = {case: (folder, {}) for case, folder in folders.items()}
+    # A process for each room: vLLM keeps rotary modules by their parameters, without the room.
+    for room, lengths in ((WINDOW, [SHORT]), (EXTENDED, [SHORT, LONG])):
+        prompts = [prompt(length) for length in lengths]
+        jobs = [
+            {"folder": str(folder), "room": room, "prompts": prompts} for folder in folders.values()
+        ]
+        for (_, rows), computed in zip(made.values(), run_vllm(root, jobs), strict=True):
+            rows.update(
+                {(room, length): row for length, row in zip(lengths, computed, strict=True)}
+            )
+    return made
+
+
+def run_vllm(directory, jobs):
+    """The rows of each job, from vLLM's own environment."""
+    given, got = directory / "jobs.json", directory / "rows.json"
     given.write_text(json.dumps(jobs))
     environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     worker = Path(__file__).with_name("vllm_reads.py")
     subprocess.run([VLLM, worker, given, got], check=True, env=environment, timeout=1800)
-    rows = iter(json.loads(got.read_text()))
-    made = {}
-    for case, folder in folders.items():
-        (short,), (roomy, long) = next(rows), next(rows)
-        made[case] = (
-            folder,
-            {(WINDOW, SHORT): short, (EXTENDED, SHORT): roomy, (EXTENDED, LONG): long},
-        )
-    return made
+    return json.loads(got.read_text())
 
 
 def without_switch(folder, which):
