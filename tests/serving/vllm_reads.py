@@ -1,8 +1,8 @@
 """Run exported folders in vLLM, in its own environment: `python vllm_reads.py JOBS OUTPUT`.
 
-JOBS is a list of {"folder", "room", "prompts"}, `room` being `max_model_len` and prompts lists of
-token ids. OUTPUT has the log-probabilities of each prompt's tokens from the second on, and those of a
-greedy continuation with its tokens.
+JOBS is a list of {"folder", "room", "prompts"}: `room` is `max_model_len`, prompts are token ids.
+OUTPUT has the log-probabilities of each prompt's tokens from the second on, and those of a greedy
+continuation with its tokens.
 """
 
 import json
