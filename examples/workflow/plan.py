@@ -237,7 +237,10 @@ def _shape(commands: Sequence[Command]) -> SimpleNamespace:
             model, _, _ = parse(command.words, command.gpus)
             shape = {field.name: getattr(model, field.name) for field in fields(model)}
             return SimpleNamespace(
-                **shape, rotary_dim=model.rotary_dim, padded_vocab_size=model.rows()
+                **shape,
+                hybrid_layer_pattern=model.hybrid_layer_pattern,
+                rotary_dim=model.rotary_dim,
+                padded_vocab_size=model.rows(),
             )
     raise ValueError("no training's flags say the model's shape")
 
