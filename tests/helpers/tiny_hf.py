@@ -1,7 +1,11 @@
 """Tiny random Hugging Face models of every family."""
 
+from dataclasses import replace
+
 import torch
 import transformers
+
+from megatron_longrope.config import FactorSet, identity_config
 
 WINDOW = 64
 GEOMETRY = {
@@ -41,3 +45,13 @@ def make_hf_folder(path, family, **changes):
         parameter.data = 0.1 * torch.randn(parameter.shape) + ("norm" in key)
     model.save_pretrained(path)
     return config
+
+
+def factors(stored, rotary_dim, attention):
+    """Factors of the window and of twice that, over the stored ones or plain RoPE."""
+    base = stored or identity_config(10000.0, rotary_dim, WINDOW)
+    sets = (
+        FactorSet(length, tuple(1.0 + slope * index for index in range(rotary_dim // 2)))
+        for length, slope in ((WINDOW, 0.1), (2 * WINDOW, 0.5))
+    )
+    return replace(base, factor_sets=tuple(sets), attention_factor=attention)

@@ -7,7 +7,6 @@ of a length, because it takes most of a minute to start.
 import json
 import os
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import tiny_hf
 import torch
 import transformers
 
-from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.to_hf import write_hf_folder
 
@@ -31,16 +29,6 @@ ATTENTION_FACTORS = {"su": 1.0801, "other": 1.3}  # "su" is what vLLM's formula 
 CASES = [("llama", "su"), ("llama", "other"), ("qwen3", "other"), ("phi3", "other")]
 pytestmark = pytest.mark.timeout(3600)  # eight starts of vLLM
 TOLERANCE = 1e-4  # fp32 in two programs
-
-
-def factors(attention):
-    ramps = ((WINDOW, 0.1), (EXTENDED, 0.5))
-    sets = tuple(
-        FactorSet(length, tuple(1.0 + slope * index for index in range(ROTARY_DIM // 2)))
-        for length, slope in ramps
-    )
-    base = identity_config(10000.0, ROTARY_DIM, WINDOW)
-    return replace(base, factor_sets=sets, attention_factor=attention)
 
 
 def prompt(length):
@@ -60,7 +48,11 @@ def served(tmp_path_factory):
             tiny_hf.make_hf_folder(model, family, hidden_size=4 * ROTARY_DIM, **head)
             write_checkpoint(model, checkpoint)
         folder = folders[family, kind] = root / f"{family}-{kind}"
-        write_hf_folder(checkpoint, folder, longrope_config=factors(ATTENTION_FACTORS[kind]))
+        write_hf_folder(
+            checkpoint,
+            folder,
+            longrope_config=tiny_hf.factors(None, ROTARY_DIM, ATTENTION_FACTORS[kind]),
+        )
     made = {case: (folder, {}) for case, folder in folders.items()}
     # A process for each room: vLLM keeps rotary modules by their parameters, without the room.
     for room, lengths in ((WINDOW, [SHORT]), (EXTENDED, [SHORT, LONG])):

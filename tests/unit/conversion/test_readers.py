@@ -23,7 +23,7 @@ from megatron_longrope import published
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.checkpoint.hf.families import FAMILIES
 from megatron_longrope.checkpoint.hf.limits import OTHER_TYPES
-from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import fp32_engine, random_tokens, verify
@@ -56,15 +56,6 @@ CASES = [(name, kind) for name in MODELS for kind in FACTORS]
 CASES += [(name, "bare") for name in list(MODELS)[len(FAMILIES) :]]
 
 
-def factors(stored, rotary_dim, attention):
-    base = stored or identity_config(10000.0, rotary_dim, tiny_hf.WINDOW)
-    sets = (
-        FactorSet(length, tuple(1.0 + slope * index for index in range(rotary_dim // 2)))
-        for length, slope in ((tiny_hf.WINDOW, 0.1), (2 * tiny_hf.WINDOW, 0.5))
-    )
-    return replace(base, factor_sets=tuple(sets), attention_factor=attention)
-
-
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """A folder for every case, as `convert to-hf` writes it and verifies it; with the report."""
@@ -80,7 +71,7 @@ def exports(tmp_path_factory):
             output, stored = root / f"{name}-{kind}", imported.longrope_config
             longrope = stored
             if kind != "bare":
-                longrope = factors(stored, imported.shape.rotary_dim, FACTORS[kind])
+                longrope = tiny_hf.factors(stored, imported.shape.rotary_dim, FACTORS[kind])
             report = write_hf_folder(source, output, longrope_config=longrope)
             torch.save([random_tokens(250, length, 0) for length in LENGTHS], output / "inputs.pt")
             made[name, kind] = source, output, longrope, report
