@@ -5,8 +5,10 @@
 Each document states a few facts, a made-up name with a number, between sentences that say nothing,
 and comes back to them in the statement's words or in others. Names and numbers are random and never
 repeat beyond their document, so that looking back is the only way to know them. Lists and their
-copies do the same with many facts close together. The wordings are many, and none of them is the
-one of `longrope eval passkey` or of the searches' needles; tests/unit/test_claims.py compares them.
+copies do the same with many facts close together. Runs of random words, numbers and signs that
+follow twice give something to look back for at every token, from which a model learns to do it at
+all. The wordings are many, and none of them is the one of `longrope eval passkey` or of the
+searches' needles; tests/unit/test_claims.py compares them.
 """
 
 import argparse
@@ -29,9 +31,7 @@ PROPERTIES = _words(
     "code weight price length total limit serial mark offset rate count port level index size"
 )
 ACTORS = _words("clerk pilot farmer nurse baker sailor tailor driver student painter guard cook")
-ACTS = _words(
-    "walked to carried repaired looked for asked about painted measured sold borrowed moved"
-)
+ACTS = _words("carried repaired painted measured sold borrowed moved cleaned found counted")
 PLACES = _words("market harbour station village office cellar river forest kitchen library")
 TIMES = (
     *("in the morning", "at noon", "late at night"),
@@ -74,13 +74,13 @@ def sentence(chance):
     )
 
 
-def story(chance):
-    """Facts between sentences, taken up again at the end and sometimes before."""
+def story(chance, most):
+    """Facts between at most `most` sentences, taken up again at the end."""
     count = chance.choice((1, 1, 2, 3))
     facts = [(chance.choice(FACTS), name(chance), number(chance)) for _ in range(count)]
     parts = [fact[0].format(x=x, v=v) for fact, x, v in facts]
     filler = [sentence(chance) for _ in range(chance.choice((1, 2, 4, 8)))]
-    parts += (filler * 3)[: chance.randint(0, 8)]  # some repeat themselves
+    parts += (filler * most)[: chance.randint(0, most)]  # they repeat themselves
     chance.shuffle(parts)
     asked = [fact[1].format(x=x, v=v) for fact, x, v in chance.sample(facts, len(facts))]
     return chance.choice((" ", "\n")).join(parts + asked)
@@ -95,9 +95,19 @@ def table(chance):
     return "\n".join([*lines, chance.choice(("", "again", "sorted otherwise", "copy")), *again])
 
 
-def document(chance):
-    """One of both."""
-    return chance.choice((story, table))(chance)
+def copy(chance):
+    """Random words, numbers and signs, and the same again."""
+    words = (*SYLLABLES, *THINGS, *ACTORS, *PLACES, *"+-*/=.,:;()[]{}")
+    makers = (lambda: chance.choice(words), lambda: number(chance), lambda: name(chance))
+    makers = chance.choice((makers[:1], makers[1:2], makers))
+    run = " ".join(chance.choice(makers)() for _ in range(chance.randint(4, 25)))
+    return chance.choice((" ", "\n", " | ")).join([run] * chance.choice((2, 2, 3)))
+
+
+def document(chance, most=8):
+    """One of the three; `most` is the number of sentences without a fact."""
+    make = chance.choice((story, story, table, copy))
+    return make(chance, most) if make is story else make(chance)
 
 
 def main():
@@ -105,11 +115,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     parser.add_argument("--documents", type=int, required=True)
+    parser.add_argument(
+        "--sentences", type=int, default=8, help="at most, around the facts (default: 8)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chance = random.Random(args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"text": document(chance)}) + "\n" for _ in range(args.documents))
+    lines = (
+        json.dumps({"text": document(chance, args.sentences)}) + "\n" for _ in range(args.documents)
+    )
     args.output.write_text("".join(lines), encoding="utf-8")
 
 
