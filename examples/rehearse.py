@@ -44,14 +44,19 @@ def make_inputs(directory: Path, recipe: str) -> None:
             short.write(json.dumps({"text": json.loads(line)["text"][:SHORT]}) + "\n")
     mix = {name: {"paths": [f"text/{name}.jsonl"]} for name in ("train", "short")}
     (directory / "mix.json").write_text(json.dumps(mix))
-    tasks = directory / "tasks"
+    make_task(directory / "tasks")
+
+
+def make_task(tasks: Path) -> None:
+    """Write a task of lm-evaluation-harness with four questions."""
     tasks.mkdir(exist_ok=True)
     questions = [
         {"question": "2 + 2 =", "choices": [" 4", " 5"], "answer": n % 2} for n in range(4)
     ]
     lines = "".join(json.dumps(item) + "\n" for item in questions)
     (tasks / "questions.jsonl").write_text(lines)
-    files = {"data_files": {"test": str(tasks / "questions.jsonl")}}
+    # `datasets` looks for a relative path from where the rule runs, not from where this does.
+    files = {"data_files": {"test": str(tasks.absolute() / "questions.jsonl")}}
     # JSON is YAML.
     (tasks / "rehearsal.yaml").write_text(json.dumps({**QUESTION, "dataset_kwargs": files}))
 

@@ -15,8 +15,10 @@ import yaml
 pytest.importorskip("snakemake")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/workflow"))
+sys.path.insert(0, str(ROOT / "examples"))
 import plan  # noqa: E402
 import preflight  # noqa: E402
+import rehearse  # noqa: E402
 
 from megatron_longrope.cli import build_parser  # noqa: E402
 from megatron_longrope.integration.arguments import add_longrope_args  # noqa: E402
@@ -66,6 +68,13 @@ def test_every_command_is_one_that_the_command_line_takes(name, rehearsal):
     kinds = {" ".join(command.words[1:3]) for command in found}
     assert {"convert from-hf", "convert to-hf", "data prepare", "eval ppl", "eval short"} <= kinds
     assert all(command.gpus == 1 for command in found) or not rehearsal
+
+
+def test_the_task_of_a_rehearsal_finds_its_questions_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rehearse.make_task(Path("tasks"))
+    files = yaml.safe_load(Path("tasks/rehearsal.yaml").read_text())["dataset_kwargs"]["data_files"]
+    assert files == {"test": str(tmp_path / "tasks/questions.jsonl")}
 
 
 def test_the_papers_tables_are_commands_that_the_command_line_takes():

@@ -36,11 +36,15 @@ def test_no_three_words_of_a_question_or_needle_of_the_tests_are_in_the_training
         assert taught & word_triples(text) == set()
 
 
-def test_each_document_repeats_a_number_that_it_stated():
+def test_each_document_repeats_what_it_stated():
     chance = random.Random(1)
     for _ in range(200):
-        numbers = re.findall(r"\d+", retrieval_text.document(chance))
-        assert len(numbers) > len(set(numbers))
+        for document in (retrieval_text.story(chance, 8), retrieval_text.table(chance)):
+            numbers = re.findall(r"\d+", document)
+            assert len(numbers) > len(set(numbers))
+        copies = re.split(r" \| |\n", retrieval_text.copy(chance))
+        middle = len(copies[0]) // 2  # of two with a space between
+        assert len(copies) > 1 == len(set(copies)) or copies[0].count(copies[0][: middle // 2]) > 1
 
 
 def records(gain):
