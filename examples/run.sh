@@ -53,5 +53,10 @@ flock --nonblock "$lock" || {
 command=("$PYTHON" -m snakemake -s "$snakefile" --profile "$here/profiles/local"
   "${order[@]}" ${configs[0]:+--configfile "${configs[@]}"} --config "${settings[@]}")
 # Nobody works here, so locks are of a run that was killed.
-[[ -n $(ls "$output/.snakemake/locks" 2>/dev/null) ]] && "${command[@]}" --unlock --quiet all
+if [[ -n $(ls "$output/.snakemake/locks" 2>/dev/null) ]]; then
+  said=$("${command[@]}" --unlock 2>&1) || {
+    echo "$said" >&2
+    exit 1
+  }
+fi
 exec "${command[@]}" "$@"

@@ -246,6 +246,9 @@ def test_a_folder_in_use_is_refused_and_a_dead_lock_is_opened(tmp_path):
     locks = tmp_path / "out/.snakemake/locks"
     locks.mkdir(parents=True)
     (locks / "0.output.lock").write_text("report.html\n")
+    wrong = [*command[:-1], "lengths=0"]  # no list: what stops it is said before the lock is open
+    done = subprocess.run(wrong, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1 and "'int' object is not iterable" in done.stderr
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not locks.exists() or not any(locks.iterdir())
