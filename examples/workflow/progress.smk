@@ -29,7 +29,7 @@ class TimeLeft(logging.Handler):
     def left(self, ended):
         """Say what waits besides the job that has just ended."""
         dag, cores = workflow.dag, workflow.cores or 1
-        jobs = [job for job in dag.needrun_jobs() if job.output]
+        jobs = [job for job in dag.needrun_jobs(exclude_finished=False) if job.output]
         waiting = [job for job in jobs if not dag.finished(job) and dag.jobid(job) != ended]
 
         def expected(some):
