@@ -74,6 +74,13 @@ def test_a_claim_is_what_its_comparisons_say(gain, verdict):
     assert [item.gain for item in comparisons] == pytest.approx([gain] * 6, abs=1e-3)
 
 
+def test_passkeys_decide_nothing_where_the_base_model_finds_none():
+    results = records(0.1)
+    results.found[*claims.BASE, claims.WINDOW] = [0.0] * 3
+    names = [item.name for item in claims.against_methods(results, 2)]
+    assert names == [f"2x, {label}, perplexity" for label in claims.RIVALS.values()]
+
+
 def test_what_was_not_run_is_said_and_a_part_of_a_claim_is_not_the_claim():
     parts = [
         lambda results, scale=scale: claims.against_methods(results, scale) for scale in (2, 4)
