@@ -41,6 +41,14 @@ class Results:
             raise NotRun(start)
         return sorted(names)
 
+    def fine_tunings(self, start: str) -> list[str]:
+        """Fine-tunings of one kind, one for each seed."""
+        names = {key[1] for key in self.losses if key[0] == "tuned"}
+        names = sorted(name for name in names if name.rpartition("_")[0] == start)
+        if not names:
+            raise NotRun(start)
+        return names
+
 
 def read_results(folder: Path) -> Results:
     """Read the committed tables; what is not there was not measured."""

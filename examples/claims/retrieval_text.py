@@ -32,6 +32,7 @@ PROPERTIES = _words(
 )
 ACTORS = _words("clerk pilot farmer nurse baker sailor tailor driver student painter guard cook")
 ACTS = _words("carried repaired painted measured sold borrowed moved cleaned found counted")
+LOOKS = _words("heavy old wet open empty broken dusty warm cheap narrow new lost painted full")
 PLACES = _words("market harbour station village office cellar river forest kitchen library")
 TIMES = (
     *("in the morning", "at noon", "late at night"),
@@ -67,7 +68,14 @@ def name(chance):
 
 
 def sentence(chance):
-    """A sentence without a fact."""
+    """A sentence without a fact; in half of them the words before the end are those of facts."""
+    thing = chance.choice(
+        (chance.choice(THINGS), f"{chance.choice(THINGS)} {chance.choice(PROPERTIES)}")
+    )
+    if chance.random() < 0.5:
+        start = chance.choice(("The", "Our", "My", "Every", "This"))
+        link = chance.choice(("is", "is", "is", "was", "equals", "reads"))
+        return f"{start} {thing} {link} {chance.choice(LOOKS)}."
     return (
         f"A {chance.choice(ACTORS)} {chance.choice(ACTS)} a {chance.choice(THINGS)} "
         f"near our {chance.choice(PLACES)} {chance.choice(TIMES)}."

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_longrope.evaluation import needle_text, passkey_prompt
 from megatron_longrope.factor_search import needle
@@ -13,6 +14,7 @@ from megatron_longrope.factor_search import needle
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples/claims"))
 import claims  # noqa: E402
+import initial_model  # noqa: E402
 import measured  # noqa: E402
 import retrieval_text  # noqa: E402
 
@@ -103,3 +105,22 @@ def test_one_figure_decides_nothing():
 def test_the_page_is_what_the_script_makes_of_the_committed_records():
     results = measured.read_results(ROOT / "docs/results/claims")
     assert (ROOT / "docs/claims.md").read_text() == claims.page(results)
+
+
+def test_the_initial_model_looks_up_what_followed_equal_tokens():
+    model = initial_model.initial_model(
+        vocabulary=1024, layers=2, hidden=128, ffn=256, heads=4, window=256, seed=1
+    ).eval()
+    model.set_attn_implementation("eager")
+    tokens = torch.randperm(1024, generator=torch.Generator().manual_seed(2))[:40].repeat(2)
+    with torch.no_grad():
+        output = model(tokens[None], output_attentions=True)
+    for head in range(2):
+        assert output.attentions[0][0, head].diagonal(-head - 1).mean() > 0.7
+    # What followed the token 40 positions before, looked up by the second layer.
+    followed = output.attentions[1][0].diagonal(-39, dim1=-2, dim2=-1)[:, 2:].mean(1)
+    assert followed.min() > 0.5
+    target = tokens[42:]
+    logits = output.logits[0, 41:-1]
+    ranks = (logits > logits.gather(1, target[:, None])).sum(1)
+    assert ranks.float().median() < 5  # of 1024
