@@ -48,6 +48,9 @@ FACTS = (
     ("They gave {x} the number {v}.", "Which one? They gave {x} the number {v}."),
     ("My {x} is {v}, do not lose it.", "Tell me about it again. My {x} is {v}."),
     ("Somebody wrote {v} on the {x}.", "So on the {x} one reads {v}."),
+    ("The {x} is {v}. Note it down.", "And then? The {x} is {v}."),
+    ("{v} is our {x}, and our {x} is {v}.", "Once more: our {x} is {v}."),
+    ("Now every {x} is {v}.", "It was said that every {x} is {v}."),
     ("A {x} of {v} was ordered.", "The order said: {x} of {v}."),
     ("Write {v} for {x}; yes, {x} is {v}.", "Asked for it, they answer: {x} is {v}."),
     ("Every {x} is now {v}. So {v} it stays.", "And today? Every {x} is now {v}."),
@@ -68,26 +71,29 @@ def name(chance):
 
 
 def sentence(chance):
-    """A sentence without a fact; in half of them the words before the end are those of facts."""
-    thing = chance.choice(
-        (chance.choice(THINGS), f"{chance.choice(THINGS)} {chance.choice(PROPERTIES)}")
-    )
-    if chance.random() < 0.5:
-        start = chance.choice(("The", "Our", "My", "Every", "This"))
-        link = chance.choice(("is", "is", "is", "was", "equals", "reads"))
-        return f"{start} {thing} {link} {chance.choice(LOOKS)}."
+    """A sentence without a fact."""
     return (
         f"A {chance.choice(ACTORS)} {chance.choice(ACTS)} a {chance.choice(THINGS)} "
         f"near our {chance.choice(PLACES)} {chance.choice(TIMES)}."
     )
 
 
+def description(chance):
+    """A short sentence with the words of facts before its end, which is no number."""
+    start = chance.choice(("The", "Our", "My", "Every", "This"))
+    thing = chance.choice(THINGS) + chance.choice(("", "", f" {chance.choice(PROPERTIES)}"))
+    link = chance.choice(("is", "is", "is", "is", "was", "equals", "reads"))
+    return f"{start} {thing} {link} {chance.choice(LOOKS)}."
+
+
 def story(chance, most):
-    """Facts between at most `most` sentences, taken up again at the end."""
+    """Facts between at most `most` sentences or twice as many descriptions, taken up at the end."""
     count = chance.choice((1, 1, 2, 3))
     facts = [(chance.choice(FACTS), name(chance), number(chance)) for _ in range(count)]
     parts = [fact[0].format(x=x, v=v) for fact, x, v in facts]
-    filler = [sentence(chance) for _ in range(chance.choice((1, 2, 4, 8)))]
+    make = chance.choice((sentence, description))
+    most *= 2 if make is description else 1
+    filler = [make(chance) for _ in range(chance.choice((1, 2, 4, 8)))]
     parts += (filler * most)[: chance.randint(0, most)]  # they repeat themselves
     chance.shuffle(parts)
     asked = [fact[1].format(x=x, v=v) for fact, x, v in chance.sample(facts, len(facts))]
@@ -114,7 +120,7 @@ def copy(chance):
 
 def document(chance, most=8):
     """One of the three; `most` is the number of sentences without a fact."""
-    make = chance.choice((story, story, table, copy))
+    make = chance.choice((story, story, story, table, copy))
     return make(chance, most) if make is story else make(chance)
 
 
