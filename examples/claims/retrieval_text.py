@@ -87,14 +87,20 @@ def description(chance):
 
 
 def story(chance, most):
-    """Facts between at most `most` sentences or twice as many descriptions, taken up at the end."""
+    """Facts between sentences, taken up again at the end.
+
+    There are at most `most` sentences or 2.5 times as many descriptions, and in half of the
+    documents just so many: a fact must also stand a window away from its question.
+    """
     count = chance.choice((1, 1, 2, 3))
     facts = [(chance.choice(FACTS), name(chance), number(chance)) for _ in range(count)]
     parts = [fact[0].format(x=x, v=v) for fact, x, v in facts]
     make = chance.choice((sentence, description))
-    most *= 2 if make is description else 1
+    most = most * 5 // 2 if make is description else most
     filler = [make(chance) for _ in range(chance.choice((1, 2, 4, 8)))]
-    parts += (filler * most)[: chance.randint(0, most)]  # they repeat themselves
+    parts += (filler * most)[
+        : chance.choice((most, chance.randint(0, most)))
+    ]  # they repeat themselves
     chance.shuffle(parts)
     asked = [fact[1].format(x=x, v=v) for fact, x, v in chance.sample(facts, len(facts))]
     return chance.choice((" ", "\n")).join(parts + asked)
@@ -118,7 +124,7 @@ def copy(chance):
     return chance.choice((" ", "\n", " | ")).join([run] * chance.choice((2, 2, 3)))
 
 
-def document(chance, most=8):
+def document(chance, most=10):
     """One of the three; `most` is the number of sentences without a fact."""
     make = chance.choice((story, story, story, table, copy))
     return make(chance, most) if make is story else make(chance)
@@ -130,7 +136,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     parser.add_argument("--documents", type=int, required=True)
     parser.add_argument(
-        "--sentences", type=int, default=8, help="at most, around the facts (default: 8)"
+        "--sentences", type=int, default=10, help="at most, around the facts (default: 10)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
