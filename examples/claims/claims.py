@@ -420,18 +420,22 @@ typed by hand.
 
 Gains are nats per token for perplexity (0.010 is 1 %) and shares for passkeys; above zero is for
 the claim. Both sides saw the same documents or passkeys. The interval is the wider of those over
-documents (or passkeys) and over seeds: of the searches, and of the order of a fine-tuning's data.
-The base model was trained with one seed, and so were the fine-tunings of claims 12 and 13. A claim
-is shown when all of its comparisons are above zero, the reverse when all are below, partly run when
-some are missing. At this size a claim that is not shown says little about a large model.
+documents (or passkeys) and over seeds: three of each search, {tuning} of a fine-tuning's data (one
+for claims 12 and 13), one of the base model. A claim is shown when all of its comparisons are above
+zero, the reverse when all are below, partly run when some are missing. At this size a claim that is
+not shown says little about a large model.
 [What was run](../examples/claims/README.md#what-was-run) says how these records were made.
 """
 
 
 def page(results: Results) -> str:
     """Return docs/claims.md."""
-    about = results.about
-    text = [INTRODUCTION.format(base=base_model(results), about=about.get("text", ""))]
+    about = results.about.get("text", "")
+    try:
+        tuning = len(results.fine_tunings("longrope"))
+    except NotRun:
+        tuning = "none"
+    text = [INTRODUCTION.format(base=base_model(results), about=about, tuning=tuning)]
     text += ["| | claim | |", "|---|---|---|"]
     for number, claim, parts in CLAIMS:
         text.append(f"| {number} | {claim} | {judge(results, parts)[0]} |")

@@ -93,7 +93,7 @@ def test_the_papers_tables_are_commands_that_the_command_line_takes():
 
 
 def test_the_claims_are_commands_that_the_command_line_takes():
-    found = commands("claims", nodes=1, gpus=0)
+    found = commands("claims", nodes=1, gpus=0, tuning_seeds=(0, 1))
     for command in found:
         build_parser().parse_args(command.words[1:])
     rules = {command.rule.split()[0] for command in found}
@@ -108,7 +108,7 @@ def test_the_claims_are_commands_that_the_command_line_takes():
             )
             tokens[Path(flags["--save"]).name] = math.prod(map(int, sizes))
     whole = tokens["longrope_0"]
-    for seed in range(3):
+    for seed in (0, 1):
         for name in ("longrope", "pi", "ntk", "yarn"):
             assert tokens[f"{name}_{seed}"] == whole
         assert tokens[f"half_{seed}"] + tokens[f"progressive_{seed}"] == whole
