@@ -139,6 +139,13 @@ def main():
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     args, _ = parser.parse_known_args()
+    heads = args.num_attention_heads
+    if args.num_layers < 2 or heads < 4 or heads % 2 or args.hidden_size % heads:
+        parser.error(
+            f"{args.num_layers} layers, {heads} heads, hidden size {args.hidden_size}: the circuit "
+            "needs two layers or more and an even number of heads, at least 4, that divides the "
+            "hidden size"
+        )
     model = initial_model(
         load_tokenizer(args.tokenizer_model).vocab_size,
         args.num_layers,
