@@ -16,12 +16,13 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
     Raises:
         LongRopeError: An option contradicts them.
     """
-    if args.attention_factor not in (None, "longest"):
+    if args.attention_factor not in (None, "longest", "search"):
         try:
             float(args.attention_factor)
         except ValueError:
             raise LongRopeError(
-                f"--attention-factor {args.attention_factor!r} must be a number or `longest`"
+                f"--attention-factor {args.attention_factor!r} must be a number, `longest` or "
+                "`search`"
             ) from None
     shape, stored = checkpoint.shape, checkpoint.longrope
     if args.base_config and args.base_config != "none":
@@ -53,6 +54,11 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
         raise LongRopeError(
             "--attention-factor longest takes the value that the model was tuned with, and plain "
             "RoPE has none: leave it out, or give the tuned model's --base-config"
+        )
+    if args.attention_factor == "search" and base.max_length != original:
+        raise LongRopeError(
+            "--attention-factor search would change the value that the base's other windows have: "
+            "it is for a first search; give --attention-factor longest"
         )
     return base
 

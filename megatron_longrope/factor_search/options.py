@@ -214,7 +214,8 @@ class SearchOptions(
 
     attention_factor: str | None = flag(None, metavar="F", exclusive="attention factor")
     """one value for every window; `longest` takes the base config's value at its largest window,
-    which is what Hugging Face applies to both windows"""
+    which is what Hugging Face applies to both windows; `search`, of a first search, searches as
+    auto does and then looks for the value that the winner is best with"""
 
     resume: bool = flag(False, exclusive="journal")
     """continue from the journal if any"""

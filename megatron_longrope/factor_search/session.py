@@ -17,6 +17,7 @@ from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search import outcome as outcome_files
+from megatron_longrope.factor_search.attention import ATTENTION_EVALUATIONS, settle_attention
 from megatron_longrope.factor_search.base import base_of, start_token_choices
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
@@ -166,6 +167,8 @@ class SearchPlan:
             gpu=parse_gpu(args.gpu),
             utilisation=args.mfu,
         ).lines()
+        if args.attention_factor == "search":
+            forwards += count * (1 + ATTENTION_EVALUATIONS)
         rows = len(self.problem.references) + 1
         closing = 0 if self.held_out is None else rows * len(self.held_out)
         if not isinstance(self.needles, str):
@@ -227,6 +230,9 @@ class SearchPlan:
             unseen = objective.part(self.rotating * count, len(self.samples))
             winner, score, validation = validate(problem, outcome.records, anchor, unseen)
             outcome = replace(outcome, candidate=winner, score=score)
+        by_attention: dict[float, float] = {}
+        if args.attention_factor == "search":
+            problem, outcome, by_attention = settle_attention(problem, outcome, blocks[0])
         verdict = self._check_retrieval(model, problem, outcome)
         if verdict is not None:
             outcome = verdict.outcome
@@ -237,6 +243,7 @@ class SearchPlan:
             "search_perplexity": outcome.score,
             "seed_perplexity": outcome.seed_scores,
             "policy_perplexity": policy_scores,
+            "attention_factor_perplexity": by_attention,
             "evaluations": outcome.num_evaluations,
             "failed_evaluations": outcome.num_failed,
             "sample_forwards": outcome.sample_forwards,
@@ -336,6 +343,8 @@ class SearchPlan:
         if args.attention_factor == "longest":
             value = base.attention_factor_for(base.max_length)
             problem = self.problem.with_attention(value, base.attention_factor_policy)
+        elif args.attention_factor == "search":
+            return self._choose_policy(objective, run)
         elif args.attention_factor is not None:
             value = float(args.attention_factor)
             problem = self.problem.with_attention(value, base.attention_factor_policy)

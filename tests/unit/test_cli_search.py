@@ -86,7 +86,7 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--space critical --critical-dimension 99", "must be below rotary_dim / 2 = 8"),
         ("--racing-significance 0.7", "significance is 0.7"),
         ("--lookahead -1", "lookahead is -1"),
-        ("--attention-factor big", "must be a number or `longest`"),
+        ("--attention-factor big", "must be a number, `longest` or `search`"),
         ("--attention-factor longest", "plain RoPE has none"),
         ("--max-evaluations 0", "max_evaluations is 0"),
         ("--seed -1", "rng_seed is -1"),
@@ -175,6 +175,24 @@ def test_a_needle_search_names_its_needles(options, data, tmp_path):
     assert origin["needles"]["depths"] == [0.0, 0.5, 1.0]
     assert all(10**6 <= number < 10**7 for number in origin["needles"]["numbers"])
     assert not (tmp_path / "factors_figures").exists()
+
+
+def test_a_first_search_can_settle_the_attention_factor_on_its_winner(options, tmp_path, capsys):
+    small = ["--max-evaluations", "6", "--no-figures", "--attention-factor", "search"]
+    assert main([*options, *small, "--target-length", "256"]) == 0
+    config = json.loads((tmp_path / "factors.json").read_text())
+    origin = config["factor_sets"][-1]["origin"]
+    tried = {float(value): score for value, score in origin["attention_factor_perplexity"].items()}
+    assert config["attention_factor"] == min(tried, key=tried.get)
+    assert origin["search_perplexity"] == min(tried.values()) and len(tried) > 4
+    # Settled again, alike, when the search is resumed.
+    assert main([*options, *small, "--target-length", "256", "--resume"]) == 0
+    assert json.loads((tmp_path / "factors.json").read_text()) == config
+    # A model that has windows already was tuned with its value.
+    base = ["--base-config", str(tmp_path / "factors.json"), "--output", str(tmp_path / "2.json")]
+    capsys.readouterr()
+    assert main([*options, *small, *base, "--target-length", "512"]) == 2
+    assert "it is for a first search" in capsys.readouterr().err
 
 
 def test_a_second_search_multiplies_and_a_recovery_search_replaces(options, data, tmp_path):
