@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,18 +37,18 @@ class Results:
 
     def seeds(self, start: str) -> list[str]:
         """Searches of one kind, one for each seed."""
-        names = [name for name in self.searches if name.rpartition("_")[0] == start]
-        if not names:
-            raise NotRun(start)
-        return sorted(names)
+        return _of_each_seed(self.searches, start)
 
     def fine_tunings(self, start: str) -> list[str]:
         """Fine-tunings of one kind, one for each seed."""
-        names = {key[1] for key in self.losses if key[0] == "tuned"}
-        names = sorted(name for name in names if name.rpartition("_")[0] == start)
-        if not names:
-            raise NotRun(start)
-        return names
+        return _of_each_seed((key[1] for key in self.losses if key[0] == "tuned"), start)
+
+
+def _of_each_seed(names: Iterable[str], start: str) -> list[str]:
+    found = sorted({name for name in names if name.rpartition("_")[0] == start})
+    if not found:
+        raise NotRun(start)
+    return found
 
 
 def read_results(folder: Path) -> Results:

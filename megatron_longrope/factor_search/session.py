@@ -152,6 +152,8 @@ class SearchPlan:
         forwards += count * (self.rotating - 1)
         if args.pool is not None:
             forwards += (len(self.samples) - self.rotating * count) * (FINALISTS + 1)
+        if args.attention_factor == "search":
+            forwards += count * (1 + ATTENTION_EVALUATIONS)
         gpus = args.num_gpus or model_ranks
         if gpus % model_ranks:
             raise LongRopeError(
@@ -167,8 +169,6 @@ class SearchPlan:
             gpu=parse_gpu(args.gpu),
             utilisation=args.mfu,
         ).lines()
-        if args.attention_factor == "search":
-            forwards += count * (1 + ATTENTION_EVALUATIONS)
         rows = len(self.problem.references) + 1
         closing = 0 if self.held_out is None else rows * len(self.held_out)
         if not isinstance(self.needles, str):
@@ -343,9 +343,7 @@ class SearchPlan:
         if args.attention_factor == "longest":
             value = base.attention_factor_for(base.max_length)
             problem = self.problem.with_attention(value, base.attention_factor_policy)
-        elif args.attention_factor == "search":
-            return self._choose_policy(objective, run)
-        elif args.attention_factor is not None:
+        elif args.attention_factor not in (None, "search"):
             value = float(args.attention_factor)
             problem = self.problem.with_attention(value, base.attention_factor_policy)
         elif args.attention_factor_policy in ("su", "yarn", "none"):

@@ -12,6 +12,7 @@ from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.flags import read_flags
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import loading as loading_module
+from megatron_longrope.factor_search.attention import ATTENTION_EVALUATIONS
 from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.samples import needles_or_reason
 
@@ -117,6 +118,13 @@ def test_a_dry_run_says_what_the_search_costs_without_loading_it(options, no_wei
     lines = capsys.readouterr().out
     for part in ("FLOP", "336 evaluations", "GiB", "8 GPUs", "50% of peak"):
         assert part in lines, lines
+
+
+def test_a_dry_run_counts_the_evaluations_that_settle_the_attention_factor(
+    options, no_weights, capsys
+):
+    assert main([*options, "--dry-run", "--attention-factor", "search"]) == 0
+    assert f"{336 + 1 + ATTENTION_EVALUATIONS} evaluations" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
