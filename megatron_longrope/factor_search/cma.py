@@ -6,8 +6,9 @@ The search has four parts, each a generation or more:
 2. start tokens, by successive halving on the best seed's factors: every choice is scored on one
    sample, the better half on two, and so on, so that most choices cost one sample each;
 3. CMA-ES (Hansen's `cma` package) around the best candidate, on what its factors are multiplied by,
-   started again from the best whenever it has not found a better one for a while. Of its draws
-   only those are scored that a regression on the known scores finds most promising;
+   started again from the best whenever it has not found a better one for a while, and once from
+   the second best seed if nothing around the best one is better. Of its draws only those are scored
+   that a regression on the known scores finds most promising;
 4. start tokens again, now on the factors found, and a coordinate polish: single factors up and
    down, improvements joined, the step halved when there are none. What is then left of the budget
    goes to another CMA-ES around the best.
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import cma
@@ -41,6 +42,7 @@ _MOVES = 16  # of a round of the polish, the most promising ones
 _DRAWN = 5  # candidates drawn for each that is scored
 _KNOWN = 24  # scores below which nothing is guessed from them
 _PATIENCE = 5  # generations without a better candidate, after which CMA-ES starts again
+_FRUITLESS = 2  # the same, from a seed that it has not left yet, while another one is left to try
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class CmaSearch(GenerationalSearch):
         self._left = parameters.max_evaluations * parameters.num_samples  # sample-forwards
         self._paid: dict[Candidate, int] = {}  # samples of each candidate, asked for so far
         self._synchronous = True
+        self._runner_up: Candidate | None = None  # second best seed, until it was started from
         self._parts = self._program()
         self._advance()
 
@@ -174,6 +177,8 @@ class CmaSearch(GenerationalSearch):
     def _program(self) -> Iterator[Generation]:
         """All generations, in order; each `yield` returns when the next one may be drawn."""
         yield from self._ask(self._seeds)
+        if len(ranked := self._ranked()) > 1 and math.isfinite(ranked[1][1]):
+            self._runner_up = ranked[1][0]
         yield from self._halve_start_tokens()
         while self._left:
             before = self._left
@@ -206,32 +211,45 @@ class CmaSearch(GenerationalSearch):
         """CMA-ES until its part of the budget is used up, from the best candidate again and again.
 
         A selection that ignores all parents can lead away from a good start; a new attempt from the
-        best candidate, with half the step, then costs less than finding the way back.
+        best candidate, with half the step, then costs less than finding the way back. A seed may be
+        so sharp an optimum that every draw around it is worse: the second best one is then tried
+        before the step is halved.
         """
         reserve = int(self.parameters.polish_share * self._left)
-        deviation = self.parameters.initial_deviation
+        deviation, start = self.parameters.initial_deviation, self.best[0]
         while self._left > reserve:
-            before, start = self._left, self.best[0]
-            yield from self._descend(deviation, reserve)
+            before = self._left
+            improved = yield from self._descend(start, deviation, reserve)
             if self._left == before:
                 return
-            if self.best[0] == start:
-                deviation /= 2
+            other, self._runner_up = self._runner_up, None
+            if improved or other is None:
+                start, deviation = self.best[0], deviation if improved else deviation / 2
+            else:
+                start = other
 
-    def _descend(self, deviation: float, reserve: int) -> Iterator[Generation]:
-        """One attempt of CMA-ES around the best candidate.
+    def _descend(
+        self, start: Candidate, deviation: float, reserve: int
+    ) -> Generator[Generation, None, bool]:
+        """One attempt of CMA-ES.
 
         Args:
+            start (Candidate): Where it begins.
             deviation (float): Initial one.
             reserve (int): Sample-forwards to leave.
+
+        Returns:
+            bool: Whether it has found a better candidate than its start.
         """
-        coordinates = Coordinates(self.space, self.best[0])
+        coordinates = Coordinates(self.space, start)
         strategy = self._strategy(coordinates.size, deviation)
         waiting: list[tuple[list[np.ndarray], list[Candidate]]] = []
         incumbent, stale = None, 0
-        best, unimproved = self.best[0], 0
+        best, unimproved = start, 0
         self._synchronous = False
-        while self._left > reserve and stale < _STALE and unimproved < _PATIENCE:
+        while self._left > reserve and stale < _STALE:
+            if unimproved >= (_FRUITLESS if best == start and self._runner_up else _PATIENCE):
+                break
             if max(strategy.stds) * coordinates.widest < self.space.step / 2:
                 break  # below the grid
             points, candidates = self._promising(strategy, coordinates)
@@ -257,6 +275,7 @@ class CmaSearch(GenerationalSearch):
                     strategy.ask()  # the package wants one before each tell; they go unused
         yield from self._barrier()
         self._synchronous = True
+        return best != start
 
     def _barrier(self) -> Iterator[Generation]:
         """Wait for every trial: an empty generation that knows all the others."""

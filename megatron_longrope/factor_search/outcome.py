@@ -22,11 +22,13 @@ from megatron_longrope.integration.compat import megatron_version
 
 
 def scores_on(
-    objective: Objective, problem: SearchProblem, winner: Candidate | GivenFactors
+    objective: Objective,
+    problem: SearchProblem,
+    candidates: Mapping[str, Candidate | GivenFactors],
 ) -> dict[str, float | None]:
-    """Perplexity of the references and of the winner; None where scoring failed."""
+    """Perplexity of each candidate by its name; None where scoring failed."""
     scores = {}
-    for name, item in {**problem.references, "longrope": winner}.items():
+    for name, item in candidates.items():
         score = score_trial(Trial(0, item), problem, objective, Race("off")).score
         scores[name] = score if math.isfinite(score) else None
     return scores

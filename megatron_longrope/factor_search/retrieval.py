@@ -116,6 +116,11 @@ class RetrievalVerdict:
     reason: str | None
     """Why the outcome is not the search's own, or why it would not be; None if it retrieves."""
 
+    @property
+    def decides(self) -> bool:
+        """Whether any reference answers anything right; where none does, differences are noise."""
+        return any(item.correct for name, item in self.measured.items() if name != "longrope")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON for a result's origin."""
         return {

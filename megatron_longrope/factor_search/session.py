@@ -17,7 +17,11 @@ from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search import outcome as outcome_files
-from megatron_longrope.factor_search.attention import ATTENTION_EVALUATIONS, settle_attention
+from megatron_longrope.factor_search.attention import (
+    ATTENTION_EVALUATIONS,
+    attention_scores,
+    settle_attention,
+)
 from megatron_longrope.factor_search.base import base_of, start_token_choices
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
@@ -29,7 +33,11 @@ from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.problem import SearchProblem, make_problem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.replicas import Replica
-from megatron_longrope.factor_search.retrieval import RetrievalVerdict, check_retrieval
+from megatron_longrope.factor_search.retrieval import (
+    RetrievalVerdict,
+    check_retrieval,
+    measure_retrieval,
+)
 from megatron_longrope.factor_search.rotation import FINALISTS, split_pool, validate
 from megatron_longrope.factor_search.runner import (
     SearchOutcome,
@@ -41,6 +49,29 @@ from megatron_longrope.factor_search.runner import (
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
 from megatron_longrope.factor_search.trial_queue import shared_store
 from megatron_longrope.ranks import rank
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the search itself leaves, before its winner is examined."""
+
+    problem: SearchProblem
+    """What was searched, under the attention factor of the search."""
+
+    outcome: SearchOutcome
+    """The winner; of a pool, the one on its validation windows."""
+
+    policy_scores: dict[str, Any]
+    """Of the references by attention policy; empty where that was given."""
+
+    block: PerplexityObjective
+    """The windows that the search saw; of a pool, the first of them."""
+
+    judge: PerplexityObjective
+    """The windows that a decision about the winner is made on."""
+
+    validation: dict[str, float] | None
+    """Of :func:`.rotation.validate`; None without a pool."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +181,13 @@ class SearchPlan:
         count = self.num_samples
         forwards = _algorithm(self, self.problem).total_samples(count)
         forwards += count * (self.rotating - 1)
-        if args.pool is not None:
-            forwards += (len(self.samples) - self.rotating * count) * (FINALISTS + 1)
+        kept = len(self.samples) - self.rotating * count  # the validation windows of a pool
+        forwards += kept * (FINALISTS + 1)
         if args.attention_factor == "search":
-            forwards += count * (1 + ATTENTION_EVALUATIONS)
+            # Only on validation windows is the score under the search's own value unknown.
+            forwards += (
+                count * ATTENTION_EVALUATIONS if not kept else kept * (ATTENTION_EVALUATIONS + 1)
+            )
         gpus = args.num_gpus or model_ranks
         if gpus % model_ranks:
             raise LongRopeError(
@@ -204,6 +238,58 @@ class SearchPlan:
 
     def _lead(self, model: Replica, team: Team) -> tuple[SearchProblem, SearchOutcome] | None:
         args = self.options
+        found = self._find(model, team)
+        if found is None:
+            return None
+        problem, outcome = found.problem, found.outcome
+        verdict = self._check_retrieval(model, problem, outcome)
+        if verdict is not None:
+            outcome = verdict.outcome
+        settled = None
+        if args.attention_factor == "search":
+            # A pool's scores are relative to its anchor, hence none of the validation windows.
+            own = outcome.score if found.validation is None else None
+            scores = attention_scores(problem, outcome.candidate, found.judge, own)
+            settled = settle_attention(
+                problem, outcome.candidate, scores, verdict,
+                lambda config: measure_retrieval(model, self.needles, config),
+            )  # fmt: skip
+            verdict = settled.verdict
+            outcome = replace(outcome, score=outcome.score * settled.gain)
+        # The references keep the value that they were scored under.
+        written = problem if settled is None else settled.problem
+        origin = {
+            **self._origin(found, outcome),
+            "attention_factor_perplexity": {} if settled is None else settled.scores,
+            "retrieval": self.needles if verdict is None else verdict.to_dict(),
+        }
+        held_out = {}
+        if self.held_out is not None:
+            held_out = self._scores_on_held_out(model, problem, written, outcome)
+            origin["held_out_perplexity"] = held_out
+            origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
+        outcome_files.write(args.output, written, outcome, origin)
+        name = "perplexity" if args.objective == "ppl" else "score"
+        outcome_files.print_summary(written, outcome, held_out, verdict, name)
+        notes = [] if settled is None else [settled.note]
+        if verdict is None:
+            notes.append(f"retrieval was not measured: {self.needles}")
+        elif verdict.reason:
+            notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
+        notes += outcome_files.export_notes(written, outcome, found.block)
+        if found.validation is not None:
+            notes.append(
+                f"on {found.judge.num_samples} windows that no generation saw: "
+                f"{found.validation['longrope']:.4f}, the anchor {found.validation['anchor']:.4f}"
+            )
+        for note in notes:
+            print(note)
+        print(f"wrote {args.output}")
+        return written, outcome
+
+    def _find(self, model: Replica, team: Team) -> _Found | None:
+        """Run the search to its end; None on every rank but the first."""
+        args = self.options
         objective = self._objective(model, self.samples)
         settings = self._settings()
         run = SearchRun(
@@ -225,59 +311,42 @@ class SearchPlan:
         )  # fmt: skip
         if rank() != 0:
             return None
-        validation = None
-        if anchor is not None:
-            unseen = objective.part(self.rotating * count, len(self.samples))
-            winner, score, validation = validate(problem, outcome.records, anchor, unseen)
-            outcome = replace(outcome, candidate=winner, score=score)
-        by_attention: dict[float, float] = {}
-        if args.attention_factor == "search":
-            problem, outcome, by_attention = settle_attention(problem, outcome, blocks[0])
-        verdict = self._check_retrieval(model, problem, outcome)
-        if verdict is not None:
-            outcome = verdict.outcome
-        origin = {
-            "method": f"longrope-{args.algorithm}",
-            "stage": problem.stage,
-            "scale": problem.space.scale,
+        if anchor is None:
+            return _Found(problem, outcome, policy_scores, blocks[0], blocks[0], None)
+        unseen = objective.part(self.rotating * count, len(self.samples))
+        winner, score, validation = validate(problem, outcome.records, anchor, unseen)
+        outcome = replace(outcome, candidate=winner, score=score)
+        return _Found(problem, outcome, policy_scores, blocks[0], unseen, validation)
+
+    def _origin(self, found: _Found, outcome: SearchOutcome) -> dict[str, Any]:
+        """Where the factors come from, but for what is measured at the end."""
+        return {
+            "method": f"longrope-{self.options.algorithm}",
+            "stage": found.problem.stage,
+            "scale": found.problem.space.scale,
             "search_perplexity": outcome.score,
             "seed_perplexity": outcome.seed_scores,
-            "policy_perplexity": policy_scores,
-            "attention_factor_perplexity": by_attention,
+            "policy_perplexity": found.policy_scores,
             "evaluations": outcome.num_evaluations,
             "failed_evaluations": outcome.num_failed,
             "sample_forwards": outcome.sample_forwards,
             "sample_forwards_saved": outcome.sample_forwards_saved,
-            **{key: value for key, value in settings.items() if key != "base"},
+            **{key: value for key, value in self._settings().items() if key != "base"},
             "racing": self.race.rule,
             "date": datetime.date.today().isoformat(),
-            "validation_perplexity": validation,
-            "retrieval": self.needles if verdict is None else verdict.to_dict(),
+            "validation_perplexity": found.validation,
             "versions": outcome_files.versions(),
         }
-        held_out = {}
-        if self.held_out is not None:
-            other = self._objective(model, self.held_out)
-            held_out = outcome_files.scores_on(other, problem, outcome.candidate)
-            origin["held_out_perplexity"] = held_out
-            origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
-        outcome_files.write(args.output, problem, outcome, origin)
-        name = "perplexity" if args.objective == "ppl" else "score"
-        outcome_files.print_summary(problem, outcome, held_out, verdict, name)
-        notes = outcome_files.export_notes(problem, outcome, blocks[0])
-        if validation is not None:
-            notes.append(
-                f"on {len(self.samples) - self.rotating * count} windows that no generation saw: "
-                f"{validation['longrope']:.4f}, the anchor {validation['anchor']:.4f}"
-            )
-        if verdict is None:
-            notes.insert(0, f"retrieval was not measured: {self.needles}")
-        elif verdict.reason:
-            notes.insert(0, f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
-        for note in notes:
-            print(note)
-        print(f"wrote {args.output}")
-        return problem, outcome
+
+    def _scores_on_held_out(
+        self, model: Replica, problem: SearchProblem, written: SearchProblem, outcome: SearchOutcome
+    ) -> dict[str, float | None]:
+        """Perplexity of the references and of the outcome, each under its attention factor."""
+        objective = self._objective(model, self.held_out)
+        return {
+            **outcome_files.scores_on(objective, problem, problem.references),
+            **outcome_files.scores_on(objective, written, {"longrope": outcome.candidate}),
+        }
 
     def _check_retrieval(
         self, model: Replica, problem: SearchProblem, outcome: SearchOutcome

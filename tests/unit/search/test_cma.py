@@ -106,6 +106,22 @@ def test_the_budget_is_kept_and_nothing_is_scored_in_full_twice(
     assert [trial.index for trial, _ in told] == list(range(len(told)))
 
 
+@pytest.mark.parametrize("rng_seed", [0, 1, 2])
+def test_a_best_seed_that_nothing_around_it_beats_is_left_for_the_second_best(rng_seed):
+    space = SearchSpace(16, 8.0, start_tokens=(0,))
+    bowl, (pi, _, yarn) = objective(space), published(space)
+    valley = bowl(*space.decode(yarn))
+
+    def score(factors, num_start_tokens):
+        here = space.encode(factors)
+        return valley - 0.01 if here == pi else bowl(factors, num_start_tokens)
+
+    search = CmaSearch(space, SMALL, published(space), rng_seed)
+    run(search, score)
+    assert search.best[1] < valley - 0.02
+    assert search.best[0].steps[0] < pi.steps[0] / 2
+
+
 def test_start_tokens_are_found_for_a_fraction_of_what_trying_them_all_costs():
     space = SearchSpace(16, 8.0, start_tokens=START_TOKENS)
     search = CmaSearch(space, CmaParameters(max_evaluations=200), published(space), 0)
