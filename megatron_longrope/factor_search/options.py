@@ -206,16 +206,15 @@ class SearchOptions(
     GROUP: ClassVar = None
 
     attention_factor_policy: str | None = flag(
-        None, choices=("auto", "su", "yarn", "none"), exclusive="attention factor"
+        None, choices=("su", "yarn", "none"), exclusive="attention factor"
     )
-    """auto scores the seeds under su and none and keeps the better one's value for every window;
-    su, yarn and none leave the original window at 1, which Hugging Face cannot hold (default: auto
-    for a first search, else the base's)"""
+    """su (LongRoPE's formula), yarn or none, with 1 in the original window, which Hugging Face
+    cannot hold (default: the base's; in a first search su's value for every window)"""
 
     attention_factor: str | None = flag(None, metavar="F", exclusive="attention factor")
     """one value for every window; `longest` takes the base config's value at its largest window,
-    which is what Hugging Face applies to both windows; `search`, of a first search, searches as
-    auto does and then looks for the value that the winner is best with"""
+    which is what Hugging Face applies to both windows; `search`, of a first search, searches
+    under the default and then looks for the value that the winner is best with"""
 
     resume: bool = flag(False, exclusive="journal")
     """continue from the journal if any"""

@@ -61,9 +61,6 @@ class _Found:
     outcome: SearchOutcome
     """The winner; of a pool, the one on its validation windows."""
 
-    policy_scores: dict[str, Any]
-    """Of the references by attention policy; empty where that was given."""
-
     block: PerplexityObjective
     """The windows that the search saw; of a pool, the first of them."""
 
@@ -298,7 +295,7 @@ class SearchPlan:
         )  # fmt: skip
         count = self.num_samples
         blocks = [objective.part(i * count, count) for i in range(self.rotating)]
-        problem, references, policy_scores = self._score_references(blocks[0], run)
+        problem, references = self._score_references(blocks[0], run)
         attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
         run = replace(run, settings={**settings, "attention": attention})
         known, anchor = references.records, None
@@ -312,11 +309,11 @@ class SearchPlan:
         if rank() != 0:
             return None
         if anchor is None:
-            return _Found(problem, outcome, policy_scores, blocks[0], blocks[0], None)
+            return _Found(problem, outcome, blocks[0], blocks[0], None)
         unseen = objective.part(self.rotating * count, len(self.samples))
         winner, score, validation = validate(problem, outcome.records, anchor, unseen)
         outcome = replace(outcome, candidate=winner, score=score)
-        return _Found(problem, outcome, policy_scores, blocks[0], unseen, validation)
+        return _Found(problem, outcome, blocks[0], unseen, validation)
 
     def _origin(self, found: _Found, outcome: SearchOutcome) -> dict[str, Any]:
         """Where the factors come from, but for what is measured at the end."""
@@ -326,7 +323,6 @@ class SearchPlan:
             "scale": found.problem.space.scale,
             "search_perplexity": outcome.score,
             "seed_perplexity": outcome.seed_scores,
-            "policy_perplexity": found.policy_scores,
             "evaluations": outcome.num_evaluations,
             "failed_evaluations": outcome.num_failed,
             "sample_forwards": outcome.sample_forwards,
@@ -401,46 +397,33 @@ class SearchPlan:
 
     def _score_references(
         self, objective: PerplexityObjective, run: SearchRun
-    ) -> tuple[SearchProblem, SearchOutcome, dict[str, Any]]:
-        """Score the references, under both policies when the attention factor is left open.
+    ) -> tuple[SearchProblem, SearchOutcome]:
+        """Score the references.
 
         Returns:
-            tuple: The problem with its attention factor, the references' scores under it, and all
-            scores by policy (empty when it was not left open).
+            tuple: The problem with its attention factor, and the references' scores under it.
         """
-        args, base = self.options, self.problem.base
-        if args.attention_factor == "longest":
-            value = base.attention_factor_for(base.max_length)
-            problem = self.problem.with_attention(value, base.attention_factor_policy)
-        elif args.attention_factor not in (None, "search"):
-            value = float(args.attention_factor)
-            problem = self.problem.with_attention(value, base.attention_factor_policy)
-        elif args.attention_factor_policy in ("su", "yarn", "none"):
-            problem = self.problem.with_attention(None, args.attention_factor_policy)
-        elif args.attention_factor_policy == "auto" or self.problem.stage == "first":
-            return self._choose_policy(objective, run)
-        else:
-            problem = self.problem
+        problem = self._with_attention()
         attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
         run = replace(run, settings={**run.settings, "attention": attention})
-        return problem, score_references(problem, objective, run, "references"), {}
+        return problem, score_references(problem, objective, run, "references")
 
-    def _choose_policy(
-        self, objective: PerplexityObjective, run: SearchRun
-    ) -> tuple[SearchProblem, SearchOutcome, dict[str, Any]]:
-        """The policy under which the best reference is best, as one value for every window."""
-        base, outcomes = self.problem.base, {}
-        target = self.problem.target_length
-        for policy in ("su", "none"):
-            # One value is what Hugging Face's longrope and every reader of it can hold.
-            value = base.attention_factor_by(policy, target)
-            problem = self.problem.with_attention(value, policy)
-            part = replace(run, settings={**run.settings, "attention": [value, policy]})
-            outcome = score_references(problem, objective, part, f"policy {policy}")
-            outcomes[policy] = problem, outcome
-        best = min(outcomes, key=lambda policy: outcomes[policy][1].score)
-        table = {policy: outcome.seed_scores for policy, (_, outcome) in outcomes.items()}
-        return *outcomes[best], table
+    def _with_attention(self) -> SearchProblem:
+        """The problem under the attention factor that the options ask for."""
+        args, base = self.options, self.problem.base
+        if args.attention_factor_policy is not None:
+            return self.problem.with_attention(None, args.attention_factor_policy)
+        if args.attention_factor == "longest":
+            value = base.attention_factor_for(base.max_length)
+            return self.problem.with_attention(value, base.attention_factor_policy)
+        if args.attention_factor not in (None, "search"):
+            value = float(args.attention_factor)
+            return self.problem.with_attention(value, base.attention_factor_policy)
+        if self.problem.stage != "first":
+            return self.problem
+        # LongRoPE's formula, as the one value that Hugging Face's longrope and its readers hold.
+        value = base.attention_factor_by("su", self.problem.target_length)
+        return self.problem.with_attention(value, "su")
 
 
 def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | EvolutionSearch:
