@@ -1,6 +1,7 @@
 """`longrope search` says what is wrong with its input before it loads any weight."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,8 +215,9 @@ def test_a_second_search_multiplies_and_a_recovery_search_replaces(options, data
         return json.loads(Path(output).read_text())["factor_sets"]
 
     base = json.loads(Path(first).read_text())["factor_sets"]
-    # One attention factor, so that the result can be exported: policy auto pins it.
-    assert json.loads(Path(first).read_text())["attention_factor"] is not None
+    # LongRoPE's own at the target, one value for both windows, so that the result can be exported.
+    pinned = json.loads(Path(first).read_text())["attention_factor"]
+    assert pinned == pytest.approx(math.sqrt(1 + math.log(2) / math.log(64)))
     second = run(256, str(tmp_path / "second.json"))
     assert [item["max_length"] for item in second] == [64, 128, 256]
     assert second[:2] == base and second[2]["origin"]["stage"] == "second"
@@ -278,6 +280,23 @@ def test_data_without_bos_can_be_searched(options, no_weights, tmp_path, capsys)
         assert main([*options, *flags, "--dry-run"]) == 0, capsys.readouterr().err
     assert main([*options, "--bos", "5000", "--dry-run"]) == 2
     assert "--bos 5000 is no token id" in capsys.readouterr().err
+
+
+def test_with_a_pool_the_attention_factor_is_settled_on_the_validation_windows(
+    options, data, tmp_path, capsys
+):
+    flags = ["--pool", "5", "--num-samples", "1", "--max-evaluations", "16", "--no-figures",
+             "--attention-factor", "search"]  # fmt: skip
+    assert main([*options, *flags]) == 0
+    config = json.loads((tmp_path / "factors.json").read_text())
+    origin = config["factor_sets"][-1]["origin"]
+    tried = {float(value): score for value, score in origin["attention_factor_perplexity"].items()}
+    # The first is the search's own, scored on what the winner was chosen on.
+    assert next(iter(tried.values())) == pytest.approx(origin["validation_perplexity"]["longrope"])
+    assert config["attention_factor"] == min(tried, key=tried.get)
+    assert main([*options, *flags, "--dry-run"]) == 0
+    # A pool is paid out of the budget; each of nine values costs the two validation windows.
+    assert f"{16 + 2 * (ATTENTION_EVALUATIONS + 1)} evaluations" in capsys.readouterr().out
 
 
 def test_needles_that_could_not_be_asked_are_a_reason_before_the_search_and_no_failure_after_it(
