@@ -5,7 +5,7 @@
 Every comparison is paired: the same documents, or the same passkeys, under both. Its interval is
 Student's at 95 %, over the units and, where there are several, over the seeds; the wider one
 decides. A claim is shown when all of its comparisons are above zero, the reverse when all are
-below, and not shown otherwise.
+below, and not shown otherwise. Where neither side finds a passkey there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Comparison:
     def verdict(self) -> int:
         """1 where it is above zero for certain, -1 where below, 0 otherwise."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether neither side finds a passkey."""
+        return self.form is share and self.ours == self.theirs == 0
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -135,7 +140,7 @@ def random_start(results):
     means = [statistics.mean(nats) for nats in drawn.values()]
     for key, label in RIVALS.items():
         seed = statistics.mean(results.losses[*place, f"{key}_8x", TARGET])
-        yield compare(f"{label} against random factors", [[seed] * len(means)], [means])
+        yield compare(f"{label}, a seed, against random factors", [[seed] * len(means)], [means])
     ours = [results.losses[*place, name, TARGET] for name in results.seeds("ppl_8x")]
     yield compare("search against the best random", ours, [min(drawn.values(), key=sum)])
 
@@ -214,7 +219,9 @@ def inside_untuned(results):
     place = ("untuned", "base")
     ours = [results.losses[*place, name, WINDOW] for name in results.seeds("ppl_8x")]
     theirs = [results.losses[*BASE, WINDOW]]
-    yield compare("256 tokens, not tuned, against the base model", ours, theirs, margin=LOST)
+    yield compare(
+        "256 tokens, not tuned, against the base model and 1 %", ours, theirs, margin=LOST
+    )
 
 
 def inside_tuned(results):
@@ -222,7 +229,9 @@ def inside_tuned(results):
     names = results.seeds("recovered")
     ours = [results.losses["second", "second", name, WINDOW] for name in names]
     theirs = [results.losses[*BASE, WINDOW]]
-    yield compare("256 tokens, recovered, against the base model", ours, theirs, margin=LOST)
+    yield compare(
+        "256 tokens, recovered, against the base model and 1 %", ours, theirs, margin=LOST
+    )
 
 
 def ablation(results, variant):
@@ -260,7 +269,13 @@ def limits(results):
         theirs = limit(results, key)
         gain = float(math.log2(ours / theirs))
         yield Comparison(
-            f"{label}, tokens reached", ours, theirs, gain, gain, gain, "{:.0f}".format
+            f"{label}, tokens reached (gain in doublings)",
+            ours,
+            theirs,
+            gain,
+            gain,
+            gain,
+            "{:.0f}".format,
         )
 
 
@@ -350,16 +365,13 @@ def judge(results: Results, parts: Iterable) -> tuple[str, list[Comparison], int
             found += list(part(results))
         except NotRun:
             missing += 1
-    better, worse = (sum(item.verdict == sign for item in found) for sign in (1, -1))
     if not found:
         return "Not run yet", found, missing
     if missing:
         return "Partly run", found, missing
-    if better == len(found):
-        return "Shown", found, missing
-    if worse == len(found):
-        return "The reverse", found, missing
-    return "Not shown at this size", found, missing
+    verdicts = {item.verdict for item in found if not item.is_empty}
+    word = {(1,): "Shown", (-1,): "The reverse"}.get(tuple(verdicts), "Not shown at this size")
+    return word, found, missing
 
 
 def sentence(results: Results, parts: Iterable) -> str:
@@ -367,12 +379,15 @@ def sentence(results: Results, parts: Iterable) -> str:
     verdict, found, _ = judge(results, parts)
     if not found:
         return f"**{verdict}.**"
-    counts = {sign: sum(item.verdict == sign for item in found) for sign in (1, 0, -1)}
-    last = next((item for item in reversed(found) if item.verdict), found[-1])
+    counted = [item for item in found if not item.is_empty]
+    counts = {sign: sum(item.verdict == sign for item in counted) for sign in (1, 0, -1)}
+    last = next((item for item in reversed(counted) if item.verdict), found[-1])
+    empty = len(found) - len(counted)
+    rest = f" In {empty} more neither side finds a passkey." if empty else ""
     return (
-        f"**{verdict}**: of {len(found)} comparisons {counts[1]} are for it, {counts[-1]} against "
-        f"it, {counts[0]} open; {last.name}: "
-        f"{last.form(last.ours)} and {last.form(last.theirs)}."
+        f"**{verdict}**: of {len(counted)} comparisons {counts[1]} are for it, {counts[-1]} "
+        f"against it, {counts[0]} open; {last.name}: "
+        f"{last.form(last.ours)} and {last.form(last.theirs)}.{rest}"
     )
 
 
@@ -384,6 +399,7 @@ def rows(found: list[Comparison]) -> list[str]:
     ]
     for item in found:
         word = {1: "for", 0: "open", -1: "against"}[item.verdict]
+        word = "none found" if item.is_empty else word
         scale = f"{item.low:+.3f} to {item.high:+.3f}" if math.isfinite(item.low) else "one figure"
         lines.append(
             f"| {item.name} | {item.form(item.ours)} | {item.form(item.theirs)} | {item.gain:+.3f} "
@@ -420,9 +436,10 @@ typed by hand.
 
 Gains are nats per token for perplexity (0.010 is 1 %) and shares for passkeys; above zero is for
 the claim. Both sides saw the same documents or passkeys. The interval is the wider of those over
-documents (or passkeys) and over seeds: three of each search, {tuning} of a fine-tuning's data (one
-for claims 12 and 13), one of the base model. A claim is shown when all of its comparisons are above
-zero, the reverse when all are below, partly run when some are missing. At this size a claim that is
+documents (or passkeys) and over seeds: three of each search, {tuning} of the order of a
+fine-tuning's data (claims 12 and 13: one), one of the base model. A claim is shown when all of its
+comparisons are above zero, the reverse when all are below, partly run when some are missing.
+Comparisons in which neither side finds a passkey count for nothing. At this size a claim that is
 not shown says little about a large model.
 [What was run](../examples/claims/README.md#what-was-run) says how these records were made.
 """

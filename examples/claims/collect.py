@@ -52,7 +52,9 @@ def collect(run: Path, output: Path) -> None:
         _write_csv(output / f"{kind}.csv", lines)
     lines, versions, date = [], {}, ""
     for path in sorted((run / "factors").glob("*.json")):
-        origin = json.loads(path.read_text())["factor_sets"][-1]["origin"]
+        sets = json.loads(path.read_text())["factor_sets"]
+        # A recovery's factors are the shortest set, and the others are those of earlier searches.
+        origin = sets[0 if path.stem.startswith("recovered") else -1]["origin"]
         if "search_perplexity" not in origin and "evaluations" not in origin:
             continue
         line = {"name": path.stem, "evaluations": origin["evaluations"]}

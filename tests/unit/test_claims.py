@@ -82,6 +82,18 @@ def test_passkeys_decide_nothing_where_the_base_model_finds_none():
     assert names == [f"2x, {label}, perplexity" for label in claims.RIVALS.values()]
 
 
+def test_passkeys_that_neither_side_finds_count_for_nothing():
+    results = records(0.1)
+    for key in list(results.found):
+        if key[:3] != claims.BASE:
+            results.found[key] = [0.0] * 3
+    parts = [lambda results: claims.against_methods(results, 2)]
+    assert claims.judge(results, parts)[0] == "Shown"
+    words = claims.sentence(results, parts)
+    assert "of 3 comparisons 3 are for it" in words and "In 3 more neither side finds" in words
+    assert "| none found |" in claims.rows(claims.judge(results, parts)[1])[-1]
+
+
 def test_what_was_not_run_is_said_and_a_part_of_a_claim_is_not_the_claim():
     parts = [
         lambda results, scale=scale: claims.against_methods(results, scale) for scale in (2, 4)
