@@ -86,16 +86,21 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
     from megatron_longrope.evaluation.records import Records, write_csv
     from megatron_longrope.evaluation.session import Limit, Session
     from megatron_longrope.evaluation.targets import open_models
+    from megatron_longrope.files import check_folder
 
     kind = kind_of(options)
-    models = open_models(options.load, options.hf, options.iteration, options.sliding_window)
+    output = Path(options.output)
+    check_folder(output)
+    models = open_models(
+        options.load, options.hf, options.iteration, options.sliding_window, options.dtype
+    )
     plan = kind.plan(options, models)
     if "RANK" in os.environ:
         process_groups.initialize(
             options.tensor_model_parallel_size, options.context_parallel_size, replicas=True
         )
     session = Session(
-        Records(Path(options.output) / f"{kind.name}.jsonl", kind.cell_fields),
+        Records(output / f"{kind.name}.jsonl", kind.cell_fields),
         lambda model: load_engine_for(options, model.checkpoint, replicas=True),
         Limit(options.max_hours, options.yes),
         kind.name,
@@ -104,8 +109,11 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
     session.run(plan)
     if rank() != 0:
         return []
-    summary = kind.summary(session.records.rows)
-    write_csv(Path(options.output) / f"{kind.name}.csv", summary, list(summary[0]))
+    rows = [dict(row) for row in session.records.rows]
+    for row in rows:
+        kind.restore(row)
+    summary = kind.summary(rows)
+    write_csv(output / f"{kind.name}.csv", summary, list(summary[0]))
     return [session.records.find(cell.record) or {} for cell in plan.cells]
 
 

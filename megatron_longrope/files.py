@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,6 +17,21 @@ from megatron_longrope.errors import LongRopeError
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made, or in which nothing can be written.
+
+    Raises:
+        LongRopeError: A part of it is a file, or does not let us write.
+    """
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise LongRopeError(f"{path} cannot be a folder: {existing} is a file; name another one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise LongRopeError(f"{path}: {existing} lets nobody write there; name another folder")
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -95,6 +111,17 @@ def hold(path: Path, what: str, remedy: str, wait: float = 0.0) -> BaseFileLock:
     if not isinstance(lock, SoftFileLock):
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     return lock
+
+
+def finite_json(value: Any) -> Any:
+    """The value with null in place of numbers that are not finite, which JSON has no word for."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    return value
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:

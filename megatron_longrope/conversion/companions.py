@@ -34,7 +34,7 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...]) -> list[
     for name in found:
         target.mkdir(exist_ok=True)
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
         else:
             shutil.copyfile(source / name, target / name)
     return found

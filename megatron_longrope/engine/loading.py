@@ -9,6 +9,7 @@ import torch
 
 from megatron_longrope.base_frequencies import check_same_base
 from megatron_longrope.checkpoint.loader import Checkpoint, load_into
+from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.opening import model_config
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig
@@ -67,8 +68,7 @@ def load_engine(
     check_same_base(config, checkpoint.longrope)
     process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)
     device = torch.device(device) if device is not None else default_device()
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else shape.params_dtype
+    dtype = dtype or default_dtype(shape, device)
     model = build_model(
         shape,
         config,
@@ -87,6 +87,17 @@ def load_engine(
     load_into(model, checkpoint, tp_rank=tensor_group.rank(), tp_size=tensor_group.size())
     model.rotary_pos_emb.table_device = device
     return Engine(model, shape)
+
+
+def default_dtype(shape: ModelShape, device: torch.device | None = None) -> torch.dtype:
+    """Return what weights are held in without `--dtype`: fp32 on a CPU, else the checkpoint's.
+
+    Args:
+        shape (ModelShape): Of the checkpoint.
+        device (torch.device, optional): Defaults to this process' GPU, else the CPU.
+    """
+    device = device or default_device()
+    return torch.float32 if device.type == "cpu" else shape.params_dtype
 
 
 def load_engine_for(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.evaluation.kind import NUMBER, TEXT, Row, Section
@@ -33,8 +35,8 @@ OPTIONAL = {"stderr": NUMBER, "truncated": NUMBER}
 """Fields that a record may have."""
 
 COLUMNS = (
-    "model", "label", "task", "num_fewshot", "metric", "value", "stderr", "samples", "truncated",
-    "limit", "max_length", "lm_eval_version", "seconds",
+    "model", "label", "iteration", "task", "num_fewshot", "metric", "value", "stderr", "samples",
+    "truncated", "limit", "max_length", "lm_eval_version", "seconds",
 )  # fmt: skip
 """Of the CSV."""
 
@@ -115,6 +117,8 @@ def plan_tasks(
         allow_download=options.allow_download,
     )
     tasks = {task.spec.name: task for task in loaded}
+    # Where requests are not built beforehand, the files say whether a task has changed.
+    included = _folder_sha256(options.include_path) if options.include_path else None
     asked = {"limit": options.limit, "seed": options.seed, "allow_download": options.allow_download}
 
     @cache
@@ -136,7 +140,7 @@ def plan_tasks(
             "tokenizer_sha256": tokenizer.sha256,
         }
         if not counted:
-            return Cell(target, fields)
+            return Cell(target, {**fields, "include_sha256": included})
         found = requests(name, fields["max_length"])
         fields |= {
             "window": window_of(target) or "by length",
@@ -160,6 +164,15 @@ def plan_tasks(
 
     cells = [cell_of(target, name) for target in targets for name in tasks]
     return Plan(cells, measure, shared=False)
+
+
+def _folder_sha256(folder: str) -> str:
+    """Hash the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(item for item in Path(folder).rglob("*") if item.is_file()):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _lengths(cell: Any, window: int | None) -> Row:

@@ -21,9 +21,19 @@ if TYPE_CHECKING:
 Check = tuple[Callable[[Any], bool], str]
 """A rule for a field of a record, in code and in words."""
 
-TARGET_KEY = ("checkpoint", "iteration", "label", "policy", "config_sha256")
-"""Fields of a record that say what was measured: a checkpoint under a set of factors. For the
-checkpoint stands the hash of its content, where the record has one; see :func:`cell_key`."""
+TARGET_KEY = (
+    "checkpoint", "iteration", "label", "policy", "config_sha256", "sliding_window",
+    "requested_dtype",
+)  # fmt: skip
+"""Fields of a record that say what was measured: a checkpoint, how it was loaded, and a set of
+factors. For the checkpoint stands the hash of its content, where the record has one; see
+:func:`cell_key`. What a record lacks was the default."""
+
+MODEL_COLUMNS = (
+    "model", "label", "policy", "iteration", "sliding_window", "requested_dtype", "config_sha256",
+    "checkpoint_sha256",
+)  # fmt: skip
+"""Of a CSV whose lines are made of several records: what tells one model from another."""
 
 
 @dataclass(frozen=True)

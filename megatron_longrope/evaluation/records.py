@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import cell_key
-from megatron_longrope.files import write_text_atomic
+from megatron_longrope.files import finite_json, write_text_atomic
 from megatron_longrope.ranks import rank
 
 
@@ -73,26 +72,15 @@ class Records:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record and flush it to disk; only the first rank does."""
-        record = {name: _finite(value) for name, value in record.items()}
-        self._found[self._key_of(record)] = record
+        plain: dict[str, Any] = finite_json(record)
+        self._found[self._key_of(plain)] = plain
         if rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def _finite(value: Any) -> Any:
-    """The value with null in place of numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -35,6 +35,10 @@ class Identity:
     """Hash of the checkpoint's content; of records that have none, the path."""
 
     iteration: str | None = None
+    sliding_window: int | None = None
+    dtype: str | None = None
+    """As asked for."""
+
     config: str | None = field(default=None, compare=False)
     """The factor file; its content counts, not how its path was written."""
 
@@ -172,6 +176,11 @@ def _differences(identities: Sequence[Identity], folders: Sequence[Path]) -> lis
     candidates = (
         _distinct_parts(folders),
         [f"iteration {identity.iteration}" for identity in identities],
+        [
+            f"sliding window {identity.sliding_window}" if identity.sliding_window else "full"
+            for identity in identities
+        ],
+        [identity.dtype or "default dtype" for identity in identities],
         _distinct_parts([Path(identity.checkpoint or "?") for identity in identities]),
         [f"factors {identity.config_sha256[:8]}" for identity in identities],
         _distinct_parts([Path(identity.config or "?") for identity in identities]),
@@ -220,6 +229,8 @@ def identify(row: Row) -> Identity:
         checkpoint=None if checkpoint is None else str(checkpoint),
         content=row.get("checkpoint_sha256") or (None if checkpoint is None else str(checkpoint)),
         iteration=None if row.get("iteration") is None else str(row["iteration"]),
+        sliding_window=row.get("sliding_window"),
+        dtype=row.get("requested_dtype"),
         config=None if config is None else str(config),
         config_sha256="" if computed else str(row.get("config_sha256") or ""),
     )

@@ -37,6 +37,9 @@ class NamedModel:
     hugging_face: bool = False
     """Whether it is a Hugging Face folder, which has its tokenizer beside it."""
 
+    dtype: str | None = None
+    """Of the weights, as asked for; None for the device's default."""
+
     @cached_property
     def content_sha256(self) -> str:
         """Hash what the checkpoint's files hold, which identifies it wherever it lies."""
@@ -82,6 +85,8 @@ class Target:
             "config": self.path,
             "config_sha256": config_sha256(self.config),
             "original_length": self.config.original_max_position_embeddings,
+            "sliding_window": self.model.checkpoint.shape.sliding_window,
+            "requested_dtype": self.model.dtype,
         }
 
     def check_lengths(self, lengths: Sequence[int]) -> None:
@@ -110,6 +115,7 @@ def open_models(
     hugging_face: Sequence[str],
     iteration: int | None = None,
     sliding_window: str = "refuse",
+    dtype: str | None = None,
 ) -> list[NamedModel]:
     """Read the headers of checkpoints.
 
@@ -118,6 +124,7 @@ def open_models(
         hugging_face (Sequence[str]): `[LABEL=]DIR` of Hugging Face folders.
         iteration (int, optional): Of the Megatron checkpoints. Defaults to the latest.
         sliding_window (str): Of the folders: `refuse`, `drop` or `keep`.
+        dtype (str, optional): Of the weights. Defaults to the device's.
 
     Raises:
         LongRopeError: None or an unreadable one was given, or a label stands for two.
@@ -130,11 +137,13 @@ def open_models(
             "Face folder with --hf"
         )
     models = [
-        NamedModel(label, path, open_checkpoint(path, None, iteration))
+        NamedModel(label, path, open_checkpoint(path, None, iteration), dtype=dtype)
         for label, path in labelled(megatron)
     ]
     models += [
-        NamedModel(label, path, open_checkpoint(None, path, sliding_window=sliding_window), True)
+        NamedModel(
+            label, path, open_checkpoint(None, path, sliding_window=sliding_window), True, dtype
+        )
         for label, path in labelled(hugging_face)
     ]
     _check_distinct([model.label for model in models], "models")

@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_longrope.evaluation.figure import Bars, Grid
-from megatron_longrope.evaluation.kind import ANYTHING, COUNT, NUMBER, SHARE, Row, Section
+from megatron_longrope.evaluation.kind import (
+    ANYTHING,
+    COUNT,
+    MODEL_COLUMNS,
+    NUMBER,
+    SHARE,
+    Row,
+    Section,
+)
 from megatron_longrope.evaluation.series import Rows, Series, distinct, span
 from megatron_longrope.evaluation.statistics import Tally
 from megatron_longrope.evaluation.table import Table, Value, length_column
 
 REQUIRED = {"length": COUNT, "seed": ANYTHING, "trial": ANYTHING}
 """Fields of every trial."""
+
+PROMPTS = ("tokenizer_sha256", "requested_bos")
+"""What the prompts of trials depend on, beside the trial."""
 
 OPTIONAL = {"requested_depth": SHARE, "depth": SHARE, "nll": NUMBER}
 """Fields that a trial may have."""
@@ -145,9 +156,10 @@ def percent(share: float) -> str:
 def summary(rows: Iterable[Row], names: Sequence[str], found: str) -> list[tuple[Row, Tally]]:
     """Count the records of each target, of each value of `names` and of each length and depth."""
     tallies: dict[tuple[Any, ...], Tally] = defaultdict(Tally)
-    names = ("model", "label", "config_sha256", *names, "length", "requested_depth")
+    names = (*MODEL_COLUMNS, *PROMPTS, *names, "length", "requested_depth")
     for row in rows:
-        tallies[tuple(row[name] for name in names)].add(float(row[found]), row["nll"])
+        # An older version may have left fields out.
+        tallies[tuple(row.get(name) for name in names)].add(float(row[found]), row.get("nll"))
     return [(dict(zip(names, key, strict=True)), tally) for key, tally in tallies.items()]
 
 

@@ -1,11 +1,12 @@
 """The attention factor that a search's winner is best with.
 
-A search runs under one attention factor, chosen by what its starting points score. Its winner may
-want another one, and the choice costs a handful of evaluations: one number, one smooth minimum.
+A search runs under one attention factor, LongRoPE's formula by default. Its winner may want another
+one, and finding it costs a handful of evaluations: one number, one smooth minimum.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -51,8 +52,12 @@ def settle_attention(
     scores: dict[float, float],
     verdict: RetrievalVerdict | None,
     measure: Callable[[LongRopeConfig], Retrieval],
+    *,
+    accept_worse: bool = False,
 ) -> SettledAttention:
     """Take the value with the lowest perplexity, unless the winner retrieves worse under it.
+
+    Worse than under the search's own value, or than the best reference that it was held against.
 
     Args:
         problem (SearchProblem): What was searched, under the attention factor of the search.
@@ -60,16 +65,18 @@ def settle_attention(
         scores (dict[float, float]): Of :func:`attention_scores`.
         verdict (RetrievalVerdict, optional): Retrieval under the search's own value.
         measure (Callable): Retrieval under a configuration; not called without a verdict.
+        accept_worse (bool): Take it all the same.
     """
     own, best = next(iter(scores)), min(scores, key=scores.__getitem__)
-    if best == own:
+    if best == own or not math.isfinite(scores[own]):
         note = f"no attention factor is better for the winner than the search's own {own:g}"
         return SettledAttention(problem, scores, 1.0, verdict, note)
     changed = problem.with_attention(best, problem.base.attention_factor_policy)
     note = f"attention factor {best:g}: {scores[best]:.4f}, {own:g} had {scores[own]:.4f}"
     if verdict is not None:
         found = measure(changed.config(winner))
-        if verdict.decides and found.is_worse_than(verdict.written):
+        worse = any(map(found.is_worse_than, (verdict.written, *verdict.passed)))
+        if verdict.decides and worse and not accept_worse:
             note += f"; {own:g} stays, as {best:g} retrieves worse: {found}"
             return SettledAttention(problem, scores, 1.0, verdict, note)
         verdict = replace(verdict, written=found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.errors import LongRopeError
@@ -18,12 +20,14 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
     """
     if args.attention_factor not in (None, "longest", "search"):
         try:
-            float(args.attention_factor)
+            valid = 0 < float(args.attention_factor) < math.inf
         except ValueError:
+            valid = False
+        if not valid:
             raise LongRopeError(
-                f"--attention-factor {args.attention_factor!r} must be a number, `longest` or "
-                "`search`"
-            ) from None
+                f"--attention-factor {args.attention_factor} must be a finite number above 0, "
+                "`longest` or `search`"
+            )
     shape, stored = checkpoint.shape, checkpoint.longrope
     if args.base_config and args.base_config != "none":
         base, whose = LongRopeConfig.load(args.base_config), f"--base-config {args.base_config}"

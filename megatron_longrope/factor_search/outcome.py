@@ -18,6 +18,7 @@ from megatron_longrope.factor_search.retrieval import RetrievalVerdict
 from megatron_longrope.factor_search.runner import SearchOutcome
 from megatron_longrope.factor_search.scoring import score_trial
 from megatron_longrope.factor_search.space import Candidate, GivenFactors
+from megatron_longrope.files import finite_json
 from megatron_longrope.integration.compat import megatron_version
 
 
@@ -44,9 +45,9 @@ def write(
 
     Args:
         path (str | Path): `F.json`.
-        origin (Mapping): Provenance of the factors.
+        origin (Mapping): Provenance of the factors; a number that is not finite becomes null.
     """
-    problem.config(outcome.candidate, origin).save(path)
+    problem.config(outcome.candidate, finite_json(origin)).save(path)
 
 
 def export_notes(problem: SearchProblem, outcome: SearchOutcome, objective: Objective) -> list[str]:

@@ -21,7 +21,7 @@ from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.critical import CriticalSpace, critical_choices, critical_seeds
-from megatron_longrope.factor_search.space import START_TOKENS, Candidate, GivenFactors, SearchSpace
+from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.methods import named_factors
 
 SEED_METHODS = ("pi", "ntk", "yarn")
@@ -157,6 +157,11 @@ def make_problem(
             "a warm start belongs to a search beyond the base's window; a recovery starts from the "
             "base's own factors"
         )
+    if critical_dimension is not None:
+        raise LongRopeError(
+            f"critical_dimension {critical_dimension} has no meaning in a recovery, whose factors "
+            "have no floor; leave it out"
+        )
     if base.max_length <= original:
         raise LongRopeError(
             f"target length {target_length} is the original window and the model is not extended; "
@@ -202,7 +207,7 @@ def _critical_extension(
     named: Mapping[str, GivenFactors],
 ) -> SearchProblem:
     """First or second search in LongRoPE2's space."""
-    if tuple(start_tokens) not in (START_TOKENS, (0,)):
+    if tuple(start_tokens) != (0,):
         raise LongRopeError(
             f"start_tokens {tuple(start_tokens)} cannot be searched in the critical space, which "
             "has none; leave them out or search the full space"

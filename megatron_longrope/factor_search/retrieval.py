@@ -121,6 +121,12 @@ class RetrievalVerdict:
         """Whether any reference answers anything right; where none does, differences are noise."""
         return any(item.correct for name, item in self.measured.items() if name != "longrope")
 
+    @property
+    def passed(self) -> list[Retrieval]:
+        """References that what is written retrieves as well as."""
+        references = [item for name, item in self.measured.items() if name != "longrope"]
+        return [item for item in references if not self.written.is_worse_than(item)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON for a result's origin."""
         return {

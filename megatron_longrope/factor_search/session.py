@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_longrope.checkpoint.fingerprint import content_sha256
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
+from megatron_longrope.engine.loading import default_dtype
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search import outcome as outcome_files
 from megatron_longrope.factor_search.attention import (
@@ -25,7 +27,7 @@ from megatron_longrope.factor_search.attention import (
 from megatron_longrope.factor_search.base import base_of, start_token_choices
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.factor_search.generations import WORTHWHILE
+from megatron_longrope.factor_search.generations import WORTHWHILE, Trial
 from megatron_longrope.factor_search.known_scores import Team
 from megatron_longrope.factor_search.needle import NeedleSamples
 from megatron_longrope.factor_search.objective import PerplexityObjective
@@ -47,7 +49,9 @@ from megatron_longrope.factor_search.runner import (
     score_references,
 )
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
+from megatron_longrope.factor_search.scoring import score_trial
 from megatron_longrope.factor_search.trial_queue import shared_store
+from megatron_longrope.files import check_folder
 from megatron_longrope.ranks import rank
 
 
@@ -126,6 +130,8 @@ class SearchPlan:
             )
         if Path(args.output).is_dir():
             raise LongRopeError(f"--output {args.output} is a directory; name a JSON file")
+        for path in (Path(args.output), args.journal):
+            check_folder(path.parent)
         checkpoint = open_checkpoint(args.load, args.hf, args.iteration, args.sliding_window)
         problem = make_problem(
             base_of(args, checkpoint),
@@ -250,14 +256,22 @@ class SearchPlan:
             settled = settle_attention(
                 problem, outcome.candidate, scores, verdict,
                 lambda config: measure_retrieval(model, self.needles, config),
+                accept_worse=args.accept_worse_retrieval,
             )  # fmt: skip
             verdict = settled.verdict
             outcome = replace(outcome, score=outcome.score * settled.gain)
         # The references keep the value that they were scored under.
         written = problem if settled is None else settled.problem
+        validation = found.validation
+        if validation is not None and (written, outcome.candidate) != (
+            problem, found.outcome.candidate
+        ):  # fmt: skip
+            candidates = {"longrope": outcome.candidate}
+            validation = validation | outcome_files.scores_on(found.judge, written, candidates)
         origin = {
             **self._origin(found, outcome),
             "attention_factor_perplexity": {} if settled is None else settled.scores,
+            "validation_perplexity": validation,
             "retrieval": self.needles if verdict is None else verdict.to_dict(),
         }
         held_out = {}
@@ -273,16 +287,27 @@ class SearchPlan:
             notes.append(f"retrieval was not measured: {self.needles}")
         elif verdict.reason:
             notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
-        notes += outcome_files.export_notes(written, outcome, found.block)
-        if found.validation is not None:
+        notes += self._export_notes(found, written, outcome)
+        if validation is not None:
             notes.append(
                 f"on {found.judge.num_samples} windows that no generation saw: "
-                f"{found.validation['longrope']:.4f}, the anchor {found.validation['anchor']:.4f}"
+                f"{validation['longrope']:.4f}, the anchor {validation['anchor']:.4f}"
             )
         for note in notes:
             print(note)
         print(f"wrote {args.output}")
         return written, outcome
+
+    def _export_notes(
+        self, found: _Found, written: SearchProblem, outcome: SearchOutcome
+    ) -> list[str]:
+        """What keeps the outcome from Hugging Face, with scores on the same windows."""
+        # A pool's score is of other windows, and matters to start tokens only.
+        if found.validation is not None and written.space.num_choices > 1:
+            trial = Trial(0, outcome.candidate)
+            score = score_trial(trial, written, found.block, Race("off")).score
+            outcome = replace(outcome, score=score)
+        return outcome_files.export_notes(written, outcome, found.block)
 
     def _find(self, model: Replica, team: Team) -> _Found | None:
         """Run the search to its end; None on every rank but the first."""
@@ -317,6 +342,7 @@ class SearchPlan:
 
     def _origin(self, found: _Found, outcome: SearchOutcome) -> dict[str, Any]:
         """Where the factors come from, but for what is measured at the end."""
+        settings = self._settings()
         return {
             "method": f"longrope-{self.options.algorithm}",
             "stage": found.problem.stage,
@@ -327,10 +353,10 @@ class SearchPlan:
             "failed_evaluations": outcome.num_failed,
             "sample_forwards": outcome.sample_forwards,
             "sample_forwards_saved": outcome.sample_forwards_saved,
-            **{key: value for key, value in self._settings().items() if key != "base"},
+            "checkpoint": str(self.checkpoint.directory),
+            **{key: value for key, value in settings.items() if key != "base"},
             "racing": self.race.rule,
             "date": datetime.date.today().isoformat(),
-            "validation_perplexity": found.validation,
             "versions": outcome_files.versions(),
         }
 
@@ -391,8 +417,9 @@ class SearchPlan:
             "tokens_per_forward": args.tokens_per_forward,
             "data_sha256": read_manifest(args.data)["token_sha256"],
             "bos": self.samples.bos,
-            "checkpoint": str(self.checkpoint.directory),
-            "dtype": args.dtype,
+            "checkpoint_sha256": content_sha256(self.checkpoint.directory),
+            "sliding_window": self.checkpoint.shape.sliding_window,
+            "dtype": args.dtype or str(default_dtype(self.checkpoint.shape)).removeprefix("torch."),
         }
 
     def _score_references(

@@ -144,6 +144,7 @@ class SharedTrialQueue:
         Args:
             done (bool): Whether the search has ended on every replica, rather than failed here.
         """
+        self._last_word = "ended" if done else "failed"
         self._ended.set()
         for thread in self._threads:
             thread.join()
@@ -164,7 +165,7 @@ class SharedTrialQueue:
             count += 1
             store.set(f"beat/{self._replica}", str(count))
             if self._ended.wait(_BEAT_SECONDS):
-                store.set(f"beat/{self._replica}", "ended")
+                store.set(f"beat/{self._replica}", self._last_word)
                 return
 
     def _check_beats(self) -> None:
@@ -176,6 +177,11 @@ class SharedTrialQueue:
             if beat != last:
                 last, since = beat, now
             self._beats[replica] = last, since
+            if beat == "failed":
+                raise RuntimeError(
+                    f"replica {replica} of {self._replicas} has failed, see its messages; the "
+                    "journal holds every finished evaluation: start the job again with --resume"
+                )
             if beat != "ended" and now - since > self._silence:
                 raise RuntimeError(
                     f"replica {replica} of {self._replicas} has shown no sign of life for "

@@ -273,7 +273,8 @@ def test_short_benchmarks_are_measured_once_and_alike_from_both_formats(
     untied_gqa, data, factors, folder, tmp_path, capsys, monkeypatch
 ):
     pytest.importorskip("lm_eval")
-    tasks = Path(__file__).parents[1] / "helpers" / "harness_tasks"
+    tasks = tmp_path / "tasks"
+    shutil.copytree(Path(__file__).parents[1] / "helpers" / "harness_tasks", tasks)
     monkeypatch.chdir(tasks)  # their data files are named relative to it
     arguments = (
         "--load", f"megatron={untied_gqa.path}", "--hf", f"hf={folder}",
@@ -292,6 +293,10 @@ def test_short_benchmarks_are_measured_once_and_alike_from_both_formats(
     before = (tmp_path / "short.jsonl").read_bytes()
     evaluate("short", tmp_path, *arguments)
     assert (tmp_path / "short.jsonl").read_bytes() == before
+    # A task that has changed is another one.
+    description = tasks / "tiny_letters.yaml"
+    description.write_text(description.read_text() + "\n")
+    assert len(evaluate("short", tmp_path, *arguments)) == 2 * len(rows)
 
 
 # Bad input, before the model is loaded
@@ -321,6 +326,11 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
     )  # fmt: skip
     assert "exceeds 1024" in code
     assert not (tmp_path / "out").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    where = ("--lengths", "1k", "--output", tmp_path / "notes.txt")
+    assert "notes.txt is a file" in refused(capsys, "ppl", *load, *heldout, *where)
+    lost = ("--attention-factor-policy", "su", "--lengths", "1k", *output)
+    assert "give --baselines" in refused(capsys, "ppl", *load, *heldout, *lost)
 
 
 def test_depths_are_how_many_a_list_or_random(capsys):

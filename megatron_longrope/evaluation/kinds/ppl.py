@@ -114,6 +114,15 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
             f"--random-windows {options.random_windows} and --stride {options.stride} are two ways "
             "of placing windows; give one of them"
         )
+    for flag_name, value in (
+        ("--attention-factor-policy", options.attention_factor_policy),
+        ("--original-length", options.original_length),
+    ):
+        if value is not None and not options.baselines:
+            raise LongRopeError(
+                f"{flag_name} is for published methods, and none is measured: give --baselines, or "
+                "leave it out (factor files and checkpoints have their own)"
+            )
     targets = [item for model in models for item in _targets(options, model)]
     # A prepared set knows its tokenizer; a model's folder may hold the same one in another form.
     tokenizer = options.tokenizer
@@ -341,7 +350,7 @@ _BOUNDS = (
 _PERPLEXITY = (lambda value: is_number(value) and not value <= 0, "a number above 0")
 
 _COLUMNS = (
-    "model", "label", "policy", "length", "protocol", "stride", "ppl_window_mean",
+    "model", "label", "policy", "iteration", "length", "protocol", "stride", "ppl_window_mean",
     "ppl_window_mean_low", "ppl_window_mean_high", "ppl_token_weighted", "ppl_token_weighted_low",
     "ppl_token_weighted_high", "num_windows", "num_tokens", "sha256", "seconds",
 )  # fmt: skip

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.targets import NamedModel
 
-_SETTINGS = ("limit", "max_length", "seed", "tokenizer_sha256")
+_SETTINGS = ("limit", "max_length", "seed", "tokenizer_sha256", "include_sha256")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
 from megatron_longrope.cli import main
 from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.conversion.companions import copy_companions
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
 from megatron_longrope.conversion.to_hf import write_hf_folder
@@ -270,6 +271,15 @@ def test_neither_megatron_nor_a_process_group_is_needed(folders, tmp_path):
 
 
 # Files beside the weights
+
+
+def test_small_files_are_copied_again_where_an_interruption_left_some(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    names = ("additional_chat_templates",)
+    assert copy_companions(source, target, names) == copy_companions(source, target, names)
+    assert (target / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def test_stop_tokens_sampling_settings_and_templates_come_back(llama, tmp_path):

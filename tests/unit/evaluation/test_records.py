@@ -1,8 +1,11 @@
 import json
 from pathlib import Path
 
+import evaluated
 import pytest
 
+from megatron_longrope.evaluation.kind import TARGET_KEY
+from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.records import Records, write_csv
 from megatron_longrope.evaluation.series import identify, name_series
 
@@ -69,6 +72,38 @@ def test_a_checkpoint_is_known_by_its_content_from_any_folder_and_an_old_record_
     old = {"checkpoint": "runs/b", "checkpoint_sha256": "b1", "length": 64}
     assert records.find(old)["ppl"] == 5.0
     assert records.find({**old, "checkpoint": "/copies/b"}) is None
+
+
+def test_a_record_of_an_older_version_is_one_of_the_default_dtype_and_of_full_attention(tmp_path):
+    records = Records(tmp_path / "a.jsonl", (*TARGET_KEY, "length"))
+    records.append({"checkpoint": "a", "checkpoint_sha256": "a1", "length": 64, "ppl": 3.0})
+    cell = {"checkpoint": "a", "checkpoint_sha256": "a1", "length": 64}
+    assert records.find({**cell, "sliding_window": None, "requested_dtype": None})["ppl"] == 3.0
+    assert records.find({**cell, "sliding_window": 4096}) is None
+    assert records.find({**cell, "requested_dtype": "bfloat16"}) is None
+
+
+@pytest.mark.parametrize("field", ["iteration", "sliding_window", "requested_dtype"])
+@pytest.mark.parametrize("kind", ["passkey", "needle", "ruler"])
+def test_a_line_of_a_csv_never_pools_two_models(kind, field):
+    right, wrong = {
+        "passkey": (evaluated.passkey(4096, True), evaluated.passkey(4096, False)),
+        "needle": (evaluated.needle(4096, 1.0), evaluated.needle(4096, 0.0)),
+        "ruler": (evaluated.ruler("vt", 4096, 1.0), evaluated.ruler("vt", 4096, 0.0)),
+    }[kind]
+    summary = KINDS[kind].summary
+    lines = summary([right, wrong | {field: 500}])
+    found = [line.get("accuracy", line.get("recall", line.get("score"))) for line in lines]
+    assert found == [1.0, 0.0]
+    assert len(summary([right, wrong])) == 1
+
+
+@pytest.mark.parametrize("left_out", ["scoring", "nll"])
+def test_what_an_older_version_left_out_does_not_keep_the_csv_from_being_written(left_out):
+    row = evaluated.passkey(4096, True)
+    del row[left_out]
+    (line,) = KINDS["passkey"].summary([row])
+    assert line["trials"] == 1 and line["accuracy"] == 1.0
 
 
 def test_records_with_and_without_a_hash_of_one_checkpoint_are_one_series():

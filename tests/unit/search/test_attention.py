@@ -34,10 +34,12 @@ def problem_and_scores(objective, own_score=None):
     return problem, attention_scores(problem, problem.seeds["yarn"], objective, own_score)
 
 
-def settled(problem, scores, before=None, after=None, reference=None):
+def settled(problem, scores, before=None, after=None, reference=None, **more):
     measured = {"yarn": reference, "longrope": before}
     verdict = None if before is None else RetrievalVerdict(None, measured, before, None)
-    return settle_attention(problem, problem.seeds["yarn"], scores, verdict, lambda config: after)
+    return settle_attention(
+        problem, problem.seeds["yarn"], scores, verdict, lambda config: after, **more
+    )
 
 
 @pytest.mark.parametrize("best", [1.03, 1.07, 1.12])
@@ -67,6 +69,12 @@ def test_values_that_give_no_loss_lose():
     assert settled(problem, scores).problem is problem
 
 
+def test_a_winner_without_a_score_under_the_searchs_own_value_keeps_it():
+    problem, scores = problem_and_scores(OfAttention(1.1, broken=[(0.9, 1.01)]))
+    found = settled(problem, scores)
+    assert math.isinf(scores[1.0]) and found.problem is problem and found.gain == 1
+
+
 def test_a_value_that_retrieves_worse_is_not_taken_where_retrieval_says_anything():
     problem, scores = problem_and_scores(OfAttention(1.1))
     good, bad = Retrieval(0.1, 3, 3), Retrieval(2.0, 1, 3)
@@ -75,6 +83,11 @@ def test_a_value_that_retrieves_worse_is_not_taken_where_retrieval_says_anything
     assert "stays, as 1.1 retrieves worse: 1 of 3 answers" in kept.note.replace("1.0999", "1.1")
     taken = settled(problem, scores, bad, good, reference=good)
     assert taken.problem is not problem and taken.verdict.written == good
+    assert settled(problem, scores, good, bad, reference=good, accept_worse=True).gain < 1
+    # Two steps within the tolerance are one beyond it.
+    step, two_steps = Retrieval(0.29, 3, 3), Retrieval(0.48, 3, 3)
+    assert settled(problem, scores, step, two_steps, reference=good).problem is problem
+    assert settled(problem, scores, step, step, reference=good).problem is not problem
     # No reference answers anything right: differences are noise.
     none = Retrieval(9.0, 0, 3)
     assert settled(problem, scores, none, Retrieval(9.9, 0, 3), reference=none).gain < 1

@@ -4,7 +4,8 @@ import math
 
 from synthetic_search import Synthetic, small_problem
 
-from megatron_longrope.factor_search.outcome import export_notes
+from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.factor_search.outcome import export_notes, write
 from megatron_longrope.factor_search.runner import SearchOutcome
 from megatron_longrope.factor_search.space import GivenFactors
 
@@ -24,6 +25,14 @@ def test_start_tokens_and_two_attention_factors_are_said_with_what_they_cost_at_
     assert f"at {math.exp(sum(losses) / 5):.4f} instead of 12.5000" in tokens
     assert "attention factor 1 up to 256 tokens and 1.1726 beyond" in attention
     assert "--attention-factor 1.17260393995" in attention
+
+
+def test_a_reference_that_could_not_be_scored_does_not_keep_the_result_from_being_written(tmp_path):
+    problem = small_problem((0,))
+    origin = {"seed_perplexity": {"pi": 9.5, "ntk": math.inf}, "needle": [math.nan, 1.0]}
+    write(tmp_path / "F.json", problem, outcome_of(problem.references["pi"]), origin)
+    found = LongRopeConfig.load(tmp_path / "F.json").factor_sets[-1].origin
+    assert found == {"seed_perplexity": {"pi": 9.5, "ntk": None}, "needle": [None, 1.0]}
 
 
 def test_the_default_result_of_a_first_search_needs_no_note():
