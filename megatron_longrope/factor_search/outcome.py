@@ -101,9 +101,7 @@ def print_summary(
     )
     searched = {**outcome.seed_scores, "longrope": outcome.score}
     columns = {"search text": searched, **({"held-out text": held_out} if held_out else {})}
-    table = {
-        title: {row: _cell(scores, row) for row in scores} for title, scores in columns.items()
-    }
+    table = {title: {row: cell(scores, row) for row in scores} for title, scores in columns.items()}
     if verdict is not None:
         found = {**verdict.measured, "longrope": verdict.written}
         table["needle loss"] = {row: f"{item.loss:.4f}" for row, item in found.items()}
@@ -113,7 +111,8 @@ def print_summary(
         print(f"{row:12}" + "".join(f"{cells.get(row, '-'):>16}" for cells in table.values()))
 
 
-def _cell(scores: Mapping[str, float | None], name: str) -> str:
+def cell(scores: Mapping[str, float | None], name: str) -> str:
+    """Return a score for people; that of a candidate that could not be scored is `failed`."""
     score = scores[name]
     return "failed" if score is None or not math.isfinite(score) else f"{score:.4f}"
 

@@ -289,10 +289,9 @@ class SearchPlan:
             notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
         notes += self._export_notes(found, written, outcome)
         if validation is not None:
-            notes.append(
-                f"on {found.judge.num_samples} windows that no generation saw: "
-                f"{validation['longrope']:.4f}, the anchor {validation['anchor']:.4f}"
-            )
+            ours, anchor = (outcome_files.cell(validation, key) for key in ("longrope", "anchor"))
+            windows = f"{found.judge.num_samples} windows that no generation saw"
+            notes.append(f"on {windows}: {ours}, the anchor {anchor}")
         for note in notes:
             print(note)
         print(f"wrote {args.output}")
