@@ -27,6 +27,7 @@ RIVALS = {"pi": "PI", "ntk": "NTK", "yarn": "YaRN"}
 VARIANTS = ("joint", "needle", "full", "critical", "start_tokens")
 BASE = ("untuned", "base", "checkpoint")  # as it is, without a factor file
 RETRIEVES = 0.8  # passkeys inside the window, of a base model whose passkeys mean something
+NOT_SHOWN = "Not shown at this size"
 LOST = 0.01  # nats: what may be lost inside the window before it counts
 
 
@@ -370,7 +371,7 @@ def judge(results: Results, parts: Iterable) -> tuple[str, list[Comparison], int
     if missing:
         return "Partly run", found, missing
     verdicts = {item.verdict for item in found if not item.is_empty}
-    word = {(1,): "Shown", (-1,): "The reverse"}.get(tuple(verdicts), "Not shown at this size")
+    word = {(1,): "Shown", (-1,): "The reverse"}.get(tuple(verdicts), NOT_SHOWN)
     return word, found, missing
 
 
@@ -381,7 +382,10 @@ def sentence(results: Results, parts: Iterable) -> str:
         return f"**{verdict}.**"
     counted = [item for item in found if not item.is_empty]
     counts = {sign: sum(item.verdict == sign for item in counted) for sign in (1, 0, -1)}
-    last = next((item for item in reversed(counted) if item.verdict), found[-1])
+    # What decides: of a claim that is not shown, the last that is against it or open.
+    signs = (-1, 0, 1) if verdict == NOT_SHOWN else (1, -1, 0)
+    ranked = sorted(counted, key=lambda item: signs.index(item.verdict), reverse=True)
+    last = ranked[-1] if ranked else found[-1]
     empty = len(found) - len(counted)
     rest = f" In {empty} more neither side finds a passkey." if empty else ""
     return (
@@ -427,8 +431,8 @@ def base_model(results: Results) -> str:
 INTRODUCTION = """\
 # Does it give what the paper says?
 
-`make claims` ([Snakefile](../examples/claims/Snakefile)) tests the claims of LongRoPE on a
-Llama-type model of about a million parameters that is taught to find numbers again. This page
+`make claims` ([Snakefile](../examples/claims/Snakefile)) tests claims of LongRoPE and LongRoPE2
+on a Llama-type model of about a million parameters that is taught to find numbers again. This page
 is written by [claims.py](../examples/claims/claims.py) from [records](results/claims); nothing is
 typed by hand.
 
