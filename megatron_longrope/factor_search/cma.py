@@ -25,8 +25,8 @@ import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import cma
 import numpy as np
 
 from megatron_longrope.errors import LongRopeError
@@ -35,6 +35,9 @@ from megatron_longrope.factor_search.evolution import checked_seeds
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
 from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
 from megatron_longrope.factor_search.surrogate import Surrogate
+
+if TYPE_CHECKING:
+    import cma
 
 _STALE = 10  # generations of known candidates in a row: CMA-ES has converged on the grid
 _POLISH_STEPS = 5
@@ -243,6 +246,8 @@ class CmaSearch(GenerationalSearch):
         Returns:
             bool: Whether it has found a better candidate than its start.
         """
+        import cma  # with matplotlib and scipy.stats, seconds that only the rank that draws needs
+
         coordinates = Coordinates(self.space, start)
         strategy = self._strategy(coordinates.size, deviation)
         waiting: list[tuple[list[np.ndarray], list[Candidate]]] = []
@@ -286,6 +291,8 @@ class CmaSearch(GenerationalSearch):
         self._synchronous = before
 
     def _strategy(self, size: int, deviation: float) -> cma.CMAEvolutionStrategy:
+        import cma
+
         options = {
             "verbose": -9,
             "seed": math.nan,  # our generator draws; numpy's global state stays untouched
