@@ -215,24 +215,24 @@ def retrieval(results, stage, length):
     yield compare(f"{length} tokens, against 90 %", ours, units, higher_is_better=True)
 
 
+def against_base(results, what, ours):
+    """Claim 10: the base model at its window, with what may be lost."""
+    name = f"{WINDOW} tokens, {what}, against the base model and {100 * LOST:.0f} %"
+    return compare(name, ours, [results.losses[*BASE, WINDOW]], margin=LOST)
+
+
 def inside_untuned(results):
     """Claim 10 before tuning: the factors of 8 times the window, at the window itself."""
     place = ("untuned", "base")
     ours = [results.losses[*place, name, WINDOW] for name in results.seeds("ppl_8x")]
-    theirs = [results.losses[*BASE, WINDOW]]
-    yield compare(
-        "256 tokens, not tuned, against the base model and 1 %", ours, theirs, margin=LOST
-    )
+    yield against_base(results, "not tuned", ours)
 
 
 def inside_tuned(results):
     """Claim 10 after tuning, second search and recovery."""
     names = results.seeds("recovered")
     ours = [results.losses["second", "second", name, WINDOW] for name in names]
-    theirs = [results.losses[*BASE, WINDOW]]
-    yield compare(
-        "256 tokens, recovered, against the base model and 1 %", ours, theirs, margin=LOST
-    )
+    yield against_base(results, "recovered", ours)
 
 
 def ablation(results, variant):
@@ -384,8 +384,7 @@ def sentence(results: Results, parts: Iterable) -> str:
     counts = {sign: sum(item.verdict == sign for item in counted) for sign in (1, 0, -1)}
     # What decides: of a claim that is not shown, the last that is against it or open.
     signs = (-1, 0, 1) if verdict == NOT_SHOWN else (1, -1, 0)
-    ranked = sorted(counted, key=lambda item: signs.index(item.verdict), reverse=True)
-    last = ranked[-1] if ranked else found[-1]
+    last = min(reversed(counted or found), key=lambda item: signs.index(item.verdict))
     empty = len(found) - len(counted)
     rest = f" In {empty} more neither side finds a passkey." if empty else ""
     return (

@@ -118,7 +118,7 @@ def plan_tasks(
     )
     tasks = {task.spec.name: task for task in loaded}
     # Where requests are not built beforehand, the files say whether a task has changed.
-    included = _folder_sha256(options.include_path) if options.include_path else None
+    included = None if counted else _folder_sha256(options.include_path)
     asked = {"limit": options.limit, "seed": options.seed, "allow_download": options.allow_download}
 
     @cache
@@ -166,8 +166,10 @@ def plan_tasks(
     return Plan(cells, measure, shared=False)
 
 
-def _folder_sha256(folder: str) -> str:
-    """Hash the names and contents of a folder's files."""
+def _folder_sha256(folder: str | None) -> str | None:
+    """Hash the names and contents of a folder's files; of no folder None."""
+    if folder is None:
+        return None
     digest = hashlib.sha256()
     for path in sorted(item for item in Path(folder).rglob("*") if item.is_file()):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())

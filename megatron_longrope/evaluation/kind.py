@@ -29,10 +29,7 @@ TARGET_KEY = (
 factors. For the checkpoint stands the hash of its content, where the record has one; see
 :func:`cell_key`. What a record lacks was the default."""
 
-MODEL_COLUMNS = (
-    "model", "label", "policy", "iteration", "sliding_window", "requested_dtype", "config_sha256",
-    "checkpoint_sha256",
-)  # fmt: skip
+MODEL_COLUMNS = ("model", *TARGET_KEY[1:], "checkpoint_sha256")
 """Of a CSV whose lines are made of several records: what tells one model from another."""
 
 

@@ -24,8 +24,7 @@ from megatron_longrope.evaluation.table import Table, Value, length_column
 REQUIRED = {"length": COUNT, "seed": ANYTHING, "trial": ANYTHING}
 """Fields of every trial."""
 
-PROMPTS = ("tokenizer_sha256", "requested_bos")
-"""What the prompts of trials depend on, beside the trial."""
+_PROMPTS = ("tokenizer_sha256", "requested_bos")  # what they depend on, beside the trial
 
 OPTIONAL = {"requested_depth": SHARE, "depth": SHARE, "nll": NUMBER}
 """Fields that a trial may have."""
@@ -154,9 +153,9 @@ def percent(share: float) -> str:
 
 
 def summary(rows: Iterable[Row], names: Sequence[str], found: str) -> list[tuple[Row, Tally]]:
-    """Count the records of each target, of each value of `names` and of each length and depth."""
+    """Count the records of each target and of each value of `names`."""
     tallies: dict[tuple[Any, ...], Tally] = defaultdict(Tally)
-    names = (*MODEL_COLUMNS, *PROMPTS, *names, "length", "requested_depth")
+    names = (*MODEL_COLUMNS, *_PROMPTS, *names)
     for row in rows:
         # An older version may have left fields out.
         tallies[tuple(row.get(name) for name in names)].add(float(row[found]), row.get("nll"))

@@ -50,20 +50,34 @@ def write(
     problem.config(outcome.candidate, finite_json(origin)).save(path)
 
 
-def export_notes(problem: SearchProblem, outcome: SearchOutcome, objective: Objective) -> list[str]:
-    """What keeps the result from Hugging Face, and what it costs to do without; [] if nothing."""
+def export_notes(
+    problem: SearchProblem,
+    outcome: SearchOutcome,
+    objective: Objective,
+    *,
+    is_scored: bool = True,
+) -> list[str]:
+    """What keeps the result from Hugging Face, and what it costs to do without; [] if nothing.
+
+    Args:
+        objective (Objective): Windows of text.
+        is_scored (bool): Whether the outcome's score is of these windows; a pool's is not, and is
+            then computed. Defaults to True.
+    """
     config, original = (
         problem.config(outcome.candidate),
         problem.base.original_max_position_embeddings,
     )
     chosen, notes = config.factor_set_for(problem.target_length), []
     if chosen.num_start_tokens:
-        without = GivenFactors(chosen.rescale_factors)
-        score = score_trial(Trial(0, without), problem, objective, Race("off")).score
+        without = {"without": GivenFactors(chosen.rescale_factors)}
+        scores = {"longrope": outcome.score, **scores_on(objective, problem, without)}
+        if not is_scored:
+            scores |= scores_on(objective, problem, {"longrope": outcome.candidate})
         notes.append(
             f"{chosen.num_start_tokens} start tokens cannot be exported to Hugging Face; `convert "
-            f"to-hf --drop-start-tokens` leaves them out, at {score:.4f} instead of "
-            f"{outcome.score:.4f} on the search text"
+            f"to-hf --drop-start-tokens` leaves them out, at {cell(scores, 'without')} "
+            f"instead of {cell(scores, 'longrope')} on the search text"
         )
     short, long = (config.attention_factor_for(n) for n in (original, problem.target_length))
     if not math.isclose(short, long):

@@ -119,13 +119,16 @@ class RetrievalVerdict:
     @property
     def decides(self) -> bool:
         """Whether any reference answers anything right; where none does, differences are noise."""
-        return any(item.correct for name, item in self.measured.items() if name != "longrope")
+        return any(item.correct for item in self._references)
 
     @property
     def passed(self) -> list[Retrieval]:
         """References that what is written retrieves as well as."""
-        references = [item for name, item in self.measured.items() if name != "longrope"]
-        return [item for item in references if not self.written.is_worse_than(item)]
+        return [item for item in self._references if not self.written.is_worse_than(item)]
+
+    @property
+    def _references(self) -> list[Retrieval]:
+        return [item for name, item in self.measured.items() if name != "longrope"]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON for a result's origin."""

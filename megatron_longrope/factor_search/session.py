@@ -27,7 +27,7 @@ from megatron_longrope.factor_search.attention import (
 from megatron_longrope.factor_search.base import base_of, start_token_choices
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.factor_search.generations import WORTHWHILE, Trial
+from megatron_longrope.factor_search.generations import WORTHWHILE
 from megatron_longrope.factor_search.known_scores import Team
 from megatron_longrope.factor_search.needle import NeedleSamples
 from megatron_longrope.factor_search.objective import PerplexityObjective
@@ -49,7 +49,6 @@ from megatron_longrope.factor_search.runner import (
     score_references,
 )
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
-from megatron_longrope.factor_search.scoring import score_trial
 from megatron_longrope.factor_search.trial_queue import shared_store
 from megatron_longrope.files import check_folder
 from megatron_longrope.ranks import rank
@@ -64,6 +63,9 @@ class _Found:
 
     outcome: SearchOutcome
     """The winner; of a pool, the one on its validation windows."""
+
+    settings: dict[str, Any]
+    """What it was made with."""
 
     block: PerplexityObjective
     """The windows that the search saw; of a pool, the first of them."""
@@ -287,7 +289,9 @@ class SearchPlan:
             notes.append(f"retrieval was not measured: {self.needles}")
         elif verdict.reason:
             notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
-        notes += self._export_notes(found, written, outcome)
+        notes += outcome_files.export_notes(
+            written, outcome, found.block, is_scored=validation is None
+        )
         if validation is not None:
             ours, anchor = (outcome_files.cell(validation, key) for key in ("longrope", "anchor"))
             windows = f"{found.judge.num_samples} windows that no generation saw"
@@ -297,31 +301,19 @@ class SearchPlan:
         print(f"wrote {args.output}")
         return written, outcome
 
-    def _export_notes(
-        self, found: _Found, written: SearchProblem, outcome: SearchOutcome
-    ) -> list[str]:
-        """What keeps the outcome from Hugging Face, with scores on the same windows."""
-        # A pool's score is of other windows, and matters to start tokens only.
-        if found.validation is not None and written.space.num_choices > 1:
-            trial = Trial(0, outcome.candidate)
-            score = score_trial(trial, written, found.block, Race("off")).score
-            outcome = replace(outcome, score=score)
-        return outcome_files.export_notes(written, outcome, found.block)
-
     def _find(self, model: Replica, team: Team) -> _Found | None:
         """Run the search to its end; None on every rank but the first."""
         args = self.options
-        objective = self._objective(model, self.samples)
+        objective, problem = self._objective(model, self.samples), self._with_attention()
         settings = self._settings()
+        attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
         run = SearchRun(
-            self.options.journal, settings, self.race, args.resume, args.overwrite, team,
-            Path(args.tensorboard_dir) if args.tensorboard_dir else None,
+            args.journal, {**settings, "attention": attention}, self.race, args.resume,
+            args.overwrite, team, Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
         count = self.num_samples
         blocks = [objective.part(i * count, count) for i in range(self.rotating)]
-        problem, references = self._score_references(blocks[0], run)
-        attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
-        run = replace(run, settings={**settings, "attention": attention})
+        references = score_references(problem, blocks[0], run, "references")
         known, anchor = references.records, None
         if args.pool:
             anchor = score_anchor(references.candidate, problem, blocks, run, known)
@@ -333,15 +325,14 @@ class SearchPlan:
         if rank() != 0:
             return None
         if anchor is None:
-            return _Found(problem, outcome, blocks[0], blocks[0], None)
+            return _Found(problem, outcome, settings, blocks[0], blocks[0], None)
         unseen = objective.part(self.rotating * count, len(self.samples))
         winner, score, validation = validate(problem, outcome.records, anchor, unseen)
         outcome = replace(outcome, candidate=winner, score=score)
-        return _Found(problem, outcome, blocks[0], unseen, validation)
+        return _Found(problem, outcome, settings, blocks[0], unseen, validation)
 
     def _origin(self, found: _Found, outcome: SearchOutcome) -> dict[str, Any]:
         """Where the factors come from, but for what is measured at the end."""
-        settings = self._settings()
         return {
             "method": f"longrope-{self.options.algorithm}",
             "stage": found.problem.stage,
@@ -353,7 +344,7 @@ class SearchPlan:
             "sample_forwards": outcome.sample_forwards,
             "sample_forwards_saved": outcome.sample_forwards_saved,
             "checkpoint": str(self.checkpoint.directory),
-            **{key: value for key, value in settings.items() if key != "base"},
+            **{key: value for key, value in found.settings.items() if key != "base"},
             "racing": self.race.rule,
             "date": datetime.date.today().isoformat(),
             "versions": outcome_files.versions(),
@@ -420,19 +411,6 @@ class SearchPlan:
             "sliding_window": self.checkpoint.shape.sliding_window,
             "dtype": args.dtype or str(default_dtype(self.checkpoint.shape)).removeprefix("torch."),
         }
-
-    def _score_references(
-        self, objective: PerplexityObjective, run: SearchRun
-    ) -> tuple[SearchProblem, SearchOutcome]:
-        """Score the references.
-
-        Returns:
-            tuple: The problem with its attention factor, and the references' scores under it.
-        """
-        problem = self._with_attention()
-        attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
-        run = replace(run, settings={**run.settings, "attention": attention})
-        return problem, score_references(problem, objective, run, "references")
 
     def _with_attention(self) -> SearchProblem:
         """The problem under the attention factor that the options ask for."""

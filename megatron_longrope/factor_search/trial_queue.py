@@ -94,6 +94,7 @@ class SharedTrialQueue:
         self._silence = silence
         self._beats: dict[int, tuple[int, float]] = {}
         self._ended = threading.Event()
+        self._last_word = "ended"
         self._failure: BaseException | None = None
         # Each thread has a connection of its own: one connection answers one request at a time.
         self._threads = [threading.Thread(target=self._beat, args=(store.clone(),), daemon=True)]
@@ -144,7 +145,7 @@ class SharedTrialQueue:
         Args:
             done (bool): Whether the search has ended on every replica, rather than failed here.
         """
-        self._last_word = "ended" if done else "failed"
+        self._last_word = "ended" if done else "failed"  # which the beat writes as it ends
         self._ended.set()
         for thread in self._threads:
             thread.join()

@@ -132,7 +132,8 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:
-    found = trials.summary(rows, ("task", "num_needles", "num_queries"), "recall")
+    names = ("task", "num_needles", "num_queries", "length", "requested_depth")
+    found = trials.summary(rows, names, "recall")
     return [
         {
             **names,

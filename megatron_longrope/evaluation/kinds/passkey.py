@@ -131,7 +131,7 @@ def _generated(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer) -> Row:
 
 def _summary(rows: Sequence[Row]) -> list[Row]:
     lines = []
-    for names, tally in trials.summary(rows, ("scoring",), "correct"):
+    for names, tally in trials.summary(rows, ("scoring", "length", "requested_depth"), "correct"):
         low, high = tally.interval
         lines.append({
             **names, "trials": tally.trials, "accuracy": tally.share, "wilson_low": low,

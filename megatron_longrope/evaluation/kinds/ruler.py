@@ -8,15 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.evaluation.figure import Bars, Grid
-from megatron_longrope.evaluation.kind import (
-    COUNT,
-    MODEL_COLUMNS,
-    NUMBER,
-    SHARE,
-    Kind,
-    Row,
-    Section,
-)
+from megatron_longrope.evaluation.kind import COUNT, NUMBER, SHARE, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     bos_flag,
@@ -28,7 +20,7 @@ from megatron_longrope.evaluation.ruler.tasks import TASKS, Task
 from megatron_longrope.evaluation.series import Rows, Series, distinct, joined, span, split_repeats
 from megatron_longrope.evaluation.statistics import Tally
 from megatron_longrope.evaluation.table import Column, Table, Value, length_column
-from megatron_longrope.evaluation.trials import PROMPTS
+from megatron_longrope.evaluation.trials import summary
 from megatron_longrope.lengths import format_length
 
 if TYPE_CHECKING:
@@ -167,13 +159,9 @@ def generated_text(
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:
-    tallies: dict[tuple, Tally] = defaultdict(Tally)
-    names = (*MODEL_COLUMNS, *PROMPTS, "data_sha256", "task", "length")
-    for row in rows:
-        tallies[tuple(row.get(name) for name in names)].add(row["score"], None)
     return [
-        {**dict(zip(names, key, strict=True)), "samples": tally.trials, "score": tally.share}
-        for key, tally in tallies.items()
+        {**names, "samples": tally.trials, "score": tally.share}
+        for names, tally in summary(rows, ("data_sha256", "task", "length"), "score")
     ]
 
 
