@@ -112,12 +112,3 @@ def test_a_deliberate_switch_trains_and_its_checkpoint_remembers_both(directory,
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  stage ")]
     assert [line.split()[2] for line in told] == ["stock,", "longrope,", "longrope,"]
     assert "iteration 2, seq_length 256, max_length 256, attention_factor 1.1547" in told[2]
-
-
-def test_a_stock_run_on_a_checkpoint_with_factors_is_refused(directory, first):
-    command = pretrain_command(flags(directory, *ON))
-    statuses, log = launching.run([command], directory / "log-stock")
-    assert (
-        "the checkpoint was trained with LongRoPE, 128 tokens with the set up to 128, attention "
-        "factor 1.08012, and this run has stock RoPE; "
-    ) in refusal(statuses, log)

@@ -3,19 +3,18 @@
 The launches would take ten minutes if anything waited for a rank that has gone: they get three.
 """
 
-import argparse
 from dataclasses import replace
 
 import launching
 import pytest
 from launching import SCRIPT, Command, two_agents
+from tiny_gpt import run_arguments
 from tiny_training import HEAD_DIM, MODEL, refusal, yarn_config
 
 from megatron_longrope.integration import agreement, wrappers
 from megatron_longrope.integration.agreement import Finding
 
 CONFIG = yarn_config(2, 2048)
-TOO_SHORT = replace(CONFIG, factor_sets=CONFIG.factor_sets[:1])
 ABSENT = None
 
 
@@ -38,15 +37,9 @@ def path(tmp_path):
 
 
 def validate(path, **changes):
-    values = {
-        "longrope_config": path, "longrope_mode": "auto", "longrope_attention": "auto",
-        "longrope_attention_factor_carrier": "auto", "longrope_hf_parity": False,
-        "position_embedding_type": "rope", "transformer_impl": "local",
-        "context_parallel_size": 1, "kv_channels": HEAD_DIM, "rotary_percent": 1.0,
-        "rotary_base": 10000, "seq_length": 128, "rank": 0,
-        "create_attention_mask_in_dataloader": False,
-    }  # fmt: skip
-    args = argparse.Namespace(**{**values, **changes})
+    args = run_arguments(
+        **{"longrope_config": path, "kv_channels": HEAD_DIM, "seq_length": 128} | changes
+    )
     return wrappers.with_validation(lambda args: args)(args)
 
 
@@ -175,13 +168,3 @@ def test_a_file_that_rank_0_lacks_ends_the_other_nodes_torchrun_too(tmp_path):
     pytest.importorskip("megatron.training")
     ended = launch(tmp_path, [ABSENT, CONFIG], agents=2)
     assert refusal(*ended) == "factors.json: no such file; check the path (rank 0)"
-
-
-@pytest.mark.slow
-def test_a_stale_file_on_rank_1_that_is_too_short_for_the_run_is_named_by_rank_0(tmp_path):
-    pytest.importorskip("megatron.training")
-    ended = launch(tmp_path, [CONFIG, TOO_SHORT], agents=1)
-    assert refusal(*ended) == (
-        "sequence length 128 exceeds 64, the max_length of the largest factor set; search factors "
-        "for the longer window or shorten the sequence (rank 1)"
-    )

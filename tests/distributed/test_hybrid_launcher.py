@@ -1,7 +1,6 @@
 """HybridModel with the plugin's local spec trains on a CPU, from any script."""
 
 import os
-import shlex
 import shutil
 from pathlib import Path
 
@@ -9,30 +8,18 @@ import launching
 import pytest
 import torch
 from launching import pretrain_command, train
+from tiny_training import EVALUATED, write_factors, write_ones
 
-from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.methods import yarn_factors
+from megatron_longrope.config import LongRopeConfig
 
 pytest.importorskip("megatron.training")
 pytestmark = pytest.mark.slow
 
-# A model that was pre-trained on 64 tokens and now sees 128.
 MODEL = [
-    *shlex.split(
-        "--spec megatron_longrope.integration.hybrid_spec hybrid_stack_spec --hidden-size 64 "
-        "--ffn-hidden-size 128 --num-attention-heads 4 --group-query-attention "
-        "--num-query-groups 2 --seq-length 128 --max-position-embeddings 128 --swiglu "
-        "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights "
-        "--position-embedding-type rope --rotary-base 10000 --hidden-dropout 0 "
-        "--attention-dropout 0 --make-vocab-size-divisible-by 32 --micro-batch-size 2 "
-        "--global-batch-size 4 --train-iters 3 --lr 1e-3 --mock-data --vocab-size 255 "
-        "--tokenizer-type NullTokenizer --eval-iters 1 --eval-interval 100 --log-interval 1 "
-        "--seed 1"
-    ),
-    "--hybrid-layer-pattern",
-    "*-*-",
+    *EVALUATED[EVALUATED.index("--hidden-size") :],  # the pattern says how many layers
+    *("--spec", "megatron_longrope.integration.hybrid_spec", "hybrid_stack_spec"),
+    *("--hybrid-layer-pattern", "*-*-"),
 ]
-HEAD_DIM = 16
 
 # The data and the loss are the quickstart's, the model is built by hand as in all releases.
 OWN_SCRIPT = """\
@@ -118,21 +105,8 @@ def script(request, directory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ones(directory) -> Path:
-    """A factor file that must change nothing: it covers the 128 tokens with ones."""
-    path = directory / "ones.json"
-    identity_config(10000.0, HEAD_DIM, 128).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def factors(directory) -> Path:
-    """YaRN's factors for twice the window; the attention factor is 1.08."""
-    path = directory / "factors.json"
-    yarn = tuple(yarn_factors(HEAD_DIM, 2.0, 10000.0, 64))
-    sets = (FactorSet(64, (1.0,) * (HEAD_DIM // 2)), FactorSet(128, yarn))
-    LongRopeConfig(10000.0, HEAD_DIM, 64, sets).save(path)
-    return path
+    return write_factors(directory / "factors.json")
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +132,8 @@ def extended(run, script, factors):
     return run("extended", *save, "--longrope-config", str(factors))
 
 
-def test_a_factor_file_of_ones_prints_the_stock_losses_digit_for_digit(run, stock, ones):
-    ours = run("ones", "--longrope-config", str(ones))
+def test_a_factor_file_of_ones_prints_the_stock_losses_digit_for_digit(run, stock, directory):
+    ours = run("ones", "--longrope-config", str(write_ones(directory / "ones.json")))
     assert "stock RoPE; attention sdpa" in stock.log
     assert "attention factor 1 by softmax; attention sdpa" in ours.log
     assert len(stock.losses) == 3
@@ -194,6 +168,7 @@ def test_the_engine_reads_what_was_trained(script, extended, factors):
     assert engine.nll(tokens).isfinite().all()
 
 
+@pytest.mark.one_release  # unit/engine/test_hybrid.py has the refusal on every release
 def test_a_layer_that_needs_transformer_engine_is_refused_by_name(directory, script):
     command = pretrain_command([*MODEL[:-1], "M*-"], script=script)
     statuses, log = launching.run([command], directory / "refused")

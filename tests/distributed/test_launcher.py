@@ -3,34 +3,19 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import launching
 import pytest
-from launching import LONGROPE, PRETRAIN, Command, pretrain_command, train, two_agents
+from launching import HOST, LONGROPE, Command, pretrain_command, train
+from tiny_training import EVALUATED, write_factors, write_ones
 
-from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.methods import yarn_factors
+from megatron_longrope.config import LongRopeConfig
 
 pytest.importorskip("megatron.training")
 pytestmark = pytest.mark.slow
-
-# A model that was pre-trained on 64 tokens and now sees 128.
-MODEL = shlex.split(
-    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
-    "--group-query-attention --num-query-groups 2 --seq-length 128 --max-position-embeddings 128 "
-    "--swiglu --normalization RMSNorm --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --position-embedding-type rope --rotary-base 10000 "
-    "--hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 32 "
-    "--micro-batch-size 2 --global-batch-size 4 --train-iters 3 --lr 1e-3 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 255 --eval-iters 1 --eval-interval 100 "
-    "--log-interval 1 --seed 1"
-)
-HEAD_DIM = 16
-FACTOR = 2.0
 
 
 @pytest.fixture(scope="session")
@@ -40,20 +25,12 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ones(directory) -> Path:
-    """A factor file that must change nothing: it covers the 128 tokens with ones."""
-    path = directory / "ones.json"
-    identity_config(10000.0, HEAD_DIM, 128).save(path)
-    return path
+    return write_ones(directory / "ones.json")
 
 
 @pytest.fixture(scope="session")
 def factors(directory) -> Path:
-    """YaRN's factors for twice the window; the attention factor is 1.08."""
-    path = directory / "factors.json"
-    yarn = tuple(yarn_factors(HEAD_DIM, FACTOR, 10000.0, 64))
-    sets = (FactorSet(64, (1.0,) * (HEAD_DIM // 2)), FactorSet(128, yarn))
-    LongRopeConfig(10000.0, HEAD_DIM, 64, sets).save(path)
-    return path
+    return write_factors(directory / "factors.json")
 
 
 @pytest.fixture(scope="session")
@@ -67,25 +44,29 @@ def from_scratch(directory):
             flags = ["--longrope-attention", attention]
             flags += ["--longrope-config", str(config)] if config else []
             name = f"{attention}-{config.stem if config else 'stock'}"
-            runs[key] = train([pretrain_command([*MODEL, *flags])], directory / name)
+            runs[key] = train([pretrain_command([*EVALUATED, *flags])], directory / name)
         return runs[key]
 
     return run
 
 
 @pytest.fixture(scope="session")
-def checkpoint(directory, factors) -> Path:
+def extended(directory, factors):
     """Three iterations with the factors, saved by one process."""
-    save = directory / "checkpoint"
-    flags = ["--save", str(save), "--save-interval", "3", "--longrope-config", str(factors)]
-    train([pretrain_command([*MODEL, *flags])], directory / "saving")
-    return save
+    save = ["--save", str(directory / "checkpoint"), "--save-interval", "3"]
+    command = pretrain_command([*EVALUATED, *save, "--longrope-config", str(factors)])
+    return train([command], directory / "saving")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(directory, extended) -> Path:
+    return directory / "checkpoint"
 
 
 @pytest.fixture(scope="session")
 def continued(checkpoint, factors) -> list[str]:
     """Flags of a run that goes on from the checkpoint's weights."""
-    return [*MODEL, "--load", str(checkpoint), "--finetune", "--longrope-config", str(factors)]
+    return [*EVALUATED, "--load", str(checkpoint), "--finetune", "--longrope-config", str(factors)]
 
 
 @pytest.fixture(scope="session")
@@ -114,15 +95,10 @@ def assert_same_losses(ours, theirs, relative=1e-6):
 # All ones change nothing
 
 
-@pytest.mark.parametrize(
-    "attention", ["sdpa", pytest.param("local", marks=pytest.mark.one_release)]
-)
-def test_a_factor_file_of_ones_prints_the_stock_losses_digit_for_digit(
-    from_scratch, ones, attention
-):
-    stock, ours = from_scratch(attention, None), from_scratch(attention, ones)
-    assert f"stock RoPE; attention {attention}" in stock.log
-    assert f"attention factor 1 by softmax; attention {attention}" in ours.log
+def test_a_factor_file_of_ones_prints_the_stock_losses_digit_for_digit(from_scratch, ones):
+    stock, ours = from_scratch("sdpa", None), from_scratch("sdpa", ones)
+    assert "stock RoPE; attention sdpa" in stock.log
+    assert "attention factor 1 by softmax; attention sdpa" in ours.log
     assert len(stock.losses) == 3
     assert ours.losses == stock.losses
     assert ours.gradient_norms == stock.gradient_norms
@@ -134,11 +110,9 @@ def test_sdpa_agrees_with_megatrons_own_local_attention(from_scratch):
     assert_same_losses(from_scratch("sdpa", None), from_scratch("local", None), relative=1e-5)
 
 
-def test_factors_change_the_losses(one_process, continued, directory, ones):
-    flags = [str(ones) if Path(item).name == "factors.json" else item for item in continued]
-    flags.append("--longrope-replace-factors")
-    stock = train([pretrain_command(flags)], directory / "other-factors")
-    assert stock.losses != one_process.losses
+def test_factors_change_the_losses(from_scratch, extended):
+    assert len(extended.losses) == 3
+    assert extended.losses != from_scratch("sdpa", None).losses
 
 
 # One model, any parallel layout
@@ -148,9 +122,6 @@ def test_factors_change_the_losses(one_process, continued, directory, ones):
     ("layout", "flags_of_a_gpu"),
     [
         ("--context-parallel-size 2", "--bf16"),
-        pytest.param(  # test_from_hf_launcher.py trains on two such ranks with every release
-            "--tensor-model-parallel-size 2", "--sequence-parallel", marks=pytest.mark.one_release
-        ),
         ("--pipeline-model-parallel-size 2", "--fp16"),
         pytest.param(  # data parallel
             "", "--use-distributed-optimizer --overlap-grad-reduce", marks=pytest.mark.one_release
@@ -164,17 +135,10 @@ def test_two_processes_train_like_one(tmp_path, continued, one_process, layout, 
     assert_same_losses(two, one_process)
 
 
-@pytest.mark.release  # test_elastic_training.py has two agents too
-@pytest.mark.one_release
-def test_two_torchrun_agents_train_like_one_process(directory, continued, one_process):
-    flags = [*continued, "--context-parallel-size", "2"]
-    commands = two_agents([*PRETRAIN, str(launching.SCRIPT), "--cpu", *flags])
-    assert_same_losses(train(commands, directory / "two-agents"), one_process)
-
-
 # The attention factor
 
 
+@pytest.mark.one_release
 def test_both_carriers_of_the_attention_factor_give_the_same_losses(
     directory, continued, one_process
 ):
@@ -202,38 +166,16 @@ def test_a_checkpoint_holds_the_factor_file_by_path_and_by_value(checkpoint, fac
 # Bad input
 
 
-def assert_refused(directory, name, flags, sentence):
-    statuses, log = launching.run([pretrain_command([*MODEL, *flags])], directory / name)
-    assert statuses == [1]
-    assert log.splitlines()[-1].startswith("longrope: error: ")
-    assert sentence in log.splitlines()[-1]
-    assert "Traceback" not in log
-
-
-@pytest.mark.one_release
-def test_a_missing_factor_file_is_one_sentence(directory):
-    flags = ["--longrope-config", "absent.json"]
-    assert_refused(directory, "absent", flags, "absent.json: no such file; check the path")
-
-
 @pytest.mark.one_release
 def test_a_sequence_that_does_not_split_into_zigzag_chunks_is_one_sentence(directory, factors):
     flags = ["--longrope-config", str(factors), "--seq-length", "126"]
-    command = pretrain_command([*MODEL, *flags, "--context-parallel-size", "2"], processes=2)
+    command = pretrain_command([*EVALUATED, *flags, "--context-parallel-size", "2"], processes=2)
     statuses, log = launching.run([command], directory / "indivisible")
     assert statuses == [1]
     assert (
         "longrope: error: sequence length 126 is not divisible by 2 x context parallel size 2 = 4; "
         "use 128 or another context parallel size"
     ) in log
-
-
-@pytest.mark.one_release
-def test_a_sequence_beyond_the_largest_factor_set_is_one_sentence(directory, factors):
-    flags = ["--longrope-config", str(factors)]
-    flags += ["--seq-length", "256", "--max-position-embeddings", "256"]
-    sentence = "sequence length 256 exceeds 128, the max_length of the largest factor set"
-    assert_refused(directory, "too-long", flags, sentence)
 
 
 # An unmodified checkout
@@ -260,23 +202,6 @@ def test_the_unmodified_script_of_a_megatron_lm_checkout_trains_with_the_plugin(
 
 
 # Without the launcher
-
-HOST = """\
-import os, runpy, sys
-from megatron_longrope.integration import cpu_host, launcher
-cpu_host.prepare_environment()
-rewrite = cpu_host.cpu_arguments(sys.argv[2:])
-cpu_host.enable()
-launcher._default_rendezvous()
-from megatron.core.datasets import utils
-utils.compile_helpers = lambda: None  # the wheel ships no Makefile
-from megatron.core import __version__ as release
-release = release.partition("+")[0]
-assert release == os.environ.get("LONGROPE_EXPECT_MEGATRON", release)
-if __name__ == "__main__":
-    sys.argv = [sys.argv[1], *rewrite.arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def edited(text: str, *edits: tuple[str, str]) -> str:

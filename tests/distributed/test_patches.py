@@ -4,7 +4,6 @@ import importlib.util
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,53 +11,27 @@ from pathlib import Path
 
 import launching
 import pytest
-from launching import pretrain_command, train
+from launching import HOST, pretrain_command, train
+from tiny_training import EVALUATED, write_factors
 
 pytest.importorskip("megatron.training")
 
-from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.integration import compat, wrappers
-from megatron_longrope.methods import yarn_factors
 
 PATCHES = Path(__file__).parents[2] / "patches"
 # What a release cannot use: 0.17 has no function for it that could be replaced.
 ABSENT = {"0.17": {"with_document_shards"}}
-HEAD_DIM = 16
-MODEL = shlex.split(
-    "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 "
-    "--seq-length 128 --max-position-embeddings 128 --swiglu --normalization RMSNorm "
-    "--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope "
-    "--rotary-base 10000 --hidden-dropout 0 --attention-dropout 0 --micro-batch-size 2 "
-    "--global-batch-size 4 --train-iters 3 --lr 1e-3 --mock-data --tokenizer-type NullTokenizer "
-    "--vocab-size 255 --eval-iters 1 --eval-interval 100 --log-interval 1 --seed 1"
-)
-
-# Runs the script that is its first argument on the CPU, without the launcher and its hooks.
-HOST = """\
-import runpy, sys
-from pathlib import Path
-from megatron_longrope.integration import cpu_host, hooks, launcher
-cpu_host.prepare_environment()
-rewrite = cpu_host.cpu_arguments(sys.argv[2:])
-cpu_host.enable()
-launcher._default_rendezvous()
-from megatron.core.datasets import utils
-utils.compile_helpers = lambda: None  # the wheel ships no Makefile
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(sys.argv[1]).parent))
-    sys.argv = [sys.argv[1], *rewrite.arguments]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-    assert hooks.replaced_symbols() == []
-"""
-
-# Ends with an error unless every symbol is bound in the source and the hooks leave it alone.
+# Of a run without the launcher, after its end: every symbol was bound in the source, and the hooks
+# leave it alone.
 EVERY_WRAPPER = """\
-from megatron_longrope.integration import hooks, wrappers
-for symbol, _ in [*hooks.argument_wrappers(), *hooks.model_wrappers()]:
-    holder, attribute = symbol.owner()
-    assert wrappers.is_bound(vars(holder)[attribute]), f"{symbol} is not bound"
-hooks.apply()
-assert [name for name in hooks.replaced_symbols() if "compile_helpers" not in name] == []
+if __name__ == "__main__":
+    from megatron_longrope.integration import hooks, wrappers
+    assert hooks.replaced_symbols() == []
+    for symbol, _ in [*hooks.argument_wrappers(), *hooks.model_wrappers()]:
+        holder, attribute = symbol.owner()
+        assert wrappers.is_bound(vars(holder)[attribute]), f"{symbol} is not bound"
+    hooks.apply()
+    assert [name for name in hooks.replaced_symbols() if "compile_helpers" not in name] == []
 """
 
 
@@ -161,12 +134,7 @@ def test_the_patch_fits_a_checkout():
 
 
 @pytest.mark.slow
-def test_a_patch_binds_what_the_hooks_replace_and_the_hooks_then_leave_it_alone(tree):
-    done = run_python(EVERY_WRAPPER, tree)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
+@pytest.mark.one_release  # the test below shows that this release's patch imports the plugin
 def test_a_patched_megatron_without_the_plugin_names_it(tree):
     hidden = "import sys; sys.modules['megatron_longrope'] = None\n"
     done = run_python(f"{hidden}import megatron.training", tree)
@@ -176,27 +144,21 @@ def test_a_patched_megatron_without_the_plugin_names_it(tree):
     assert "megatron_longrope" in last
 
 
-@pytest.fixture(scope="session")
-def factors(tmp_path_factory) -> Path:
-    """YaRN's factors for twice the window of 64 tokens; the attention factor is 1.08."""
-    path = tmp_path_factory.mktemp("factors") / "factors.json"
-    yarn = tuple(yarn_factors(HEAD_DIM, 2.0, 10000.0, 64))
-    sets = (FactorSet(64, (1.0,) * (HEAD_DIM // 2)), FactorSet(128, yarn))
-    LongRopeConfig(10000.0, HEAD_DIM, 64, sets).save(path)
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.real_process  # with a Megatron of its own
 @pytest.mark.parametrize(
     "has_factors",
     [pytest.param(False, marks=pytest.mark.release, id="stock"), pytest.param(True, id="factors")],
 )
-def test_patch_and_hooks_give_identical_losses(tmp_path, monkeypatch, tree, factors, has_factors):
-    flags = [*MODEL, "--longrope-config", str(factors)] if has_factors else MODEL
+def test_a_patch_binds_what_the_hooks_replace_and_gives_identical_losses(
+    tmp_path, monkeypatch, tree, has_factors
+):
+    flags = EVALUATED
+    if has_factors:
+        flags = [*flags, "--longrope-config", str(write_factors(tmp_path / "factors.json"))]
     hooked = train([pretrain_command(flags)], tmp_path / "hooked")
     host = tmp_path / "host.py"
-    host.write_text(HOST)
+    host.write_text(HOST + EVERY_WRAPPER)
     monkeypatch.setenv("PYTHONPATH", str(tree))
     command = [sys.executable, str(host), str(launching.SCRIPT), *flags]
     patched = train([command], tmp_path / "patched")

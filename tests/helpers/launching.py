@@ -36,6 +36,26 @@ PRETRAIN = ("-m", "megatron_longrope", "pretrain")
 LONGROPE = ("-m", "megatron_longrope")
 # Nothing here takes a tenth of it; a machine that does other work at the same time may.
 TIMEOUT_S = 600
+HOST = """\
+import os, runpy, sys
+from pathlib import Path
+from megatron_longrope.integration import cpu_host, launcher
+cpu_host.prepare_environment()
+rewrite = cpu_host.cpu_arguments(sys.argv[2:])
+cpu_host.enable()
+launcher._default_rendezvous()
+from megatron.core.datasets import utils
+utils.compile_helpers = lambda: None  # the wheel ships no Makefile
+from megatron.core import __version__ as release
+release = release.partition("+")[0]
+assert release == os.environ.get("LONGROPE_EXPECT_MEGATRON", release)
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(sys.argv[1]).parent))
+    sys.argv = [sys.argv[1], *rewrite.arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A script that runs another, its first argument, on the CPU without the launcher and its hooks."""
+
 # What torchrun waits between SIGTERM and SIGKILL for its other processes, when one has failed.
 _AGENT_PATIENCE_S = 30
 _MOST_SERVERS = 2

@@ -32,20 +32,28 @@ def longrope_config(rotary_dim: int = HEAD_DIM) -> LongRopeConfig:
     )
 
 
-def run_arguments(*, rotary_percent: float = 1.0, **changes: Any) -> argparse.Namespace:
-    """Megatron's validated arguments, as far as the plugin reads them."""
+def run_arguments(**changes: Any) -> argparse.Namespace:
+    """What Megatron's parser and validation leave behind, as far as the plugin reads it."""
     values = {
         "longrope_config": "factors.json",
         "longrope_mode": "auto",
+        "longrope_attention": "auto",
         "longrope_attention_factor_carrier": "auto",
         "longrope_hf_parity": False,
         "position_embedding_type": "rope",
+        "transformer_impl": "local",
         "context_parallel_size": 1,
         "kv_channels": HEAD_DIM,
-        "rotary_percent": rotary_percent,
+        "rotary_percent": 1.0,
         "rotary_base": 10000,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+        "multi_latent_attention": False,
+        "hybrid_context_parallel": False,
         "seq_length": RUN,
         "create_attention_mask_in_dataloader": False,
+        "reset_attention_mask": False,
+        "rank": 0,
     }
     return argparse.Namespace(**{**values, **changes})
 

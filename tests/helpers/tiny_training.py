@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.methods import yarn_factors
 
 # Pre-trained on 64 tokens; now it sees 128.
@@ -20,6 +21,8 @@ MODEL = shlex.split(
     "--tokenizer-type NullTokenizer --vocab-size 255 --eval-iters 0 --eval-interval 100 "
     "--log-interval 1 --seed 1"
 )
+# A step more, and validation and test. The last of two equal flags counts.
+EVALUATED = [*MODEL, "--train-iters", "3", "--eval-iters", "1"]
 WINDOW = 64
 HEAD_DIM = 16
 
@@ -31,6 +34,18 @@ def yarn_config(*ratios: float) -> LongRopeConfig:
         factors = tuple(yarn_factors(HEAD_DIM, ratio, 10000.0, WINDOW))
         sets.append(FactorSet(int(ratio * WINDOW), factors))
     return LongRopeConfig(10000.0, HEAD_DIM, WINDOW, tuple(sets))
+
+
+def write_ones(path: Path) -> Path:
+    """A factor file that must change nothing: it covers the 128 tokens with ones."""
+    identity_config(10000.0, HEAD_DIM, 2 * WINDOW).save(path)
+    return path
+
+
+def write_factors(path: Path) -> Path:
+    """YaRN's factors for twice the window; the attention factor is 1.08012."""
+    yarn_config(2.0).save(path)
+    return path
 
 
 def refusal(statuses: Sequence[int], log: str) -> str:

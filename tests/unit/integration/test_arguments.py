@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_gpt import run_arguments
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.integration import settings as settings_module
@@ -53,34 +54,14 @@ def read(args):
 
 
 def namespace(path, **changes) -> argparse.Namespace:
-    """What Megatron's parser and validation leave behind, as far as the plugin reads it."""
-    values = {
-        "longrope_config": path,
-        "longrope_mode": "auto",
-        "longrope_attention": "auto",
-        "longrope_attention_factor_carrier": "auto",
-        "longrope_hf_parity": False,
-        "position_embedding_type": "rope",
-        "transformer_impl": "local",
-        "context_parallel_size": 1,
-        "kv_channels": HEAD_DIM,
-        "rotary_percent": 1.0,
-        "rotary_base": 10000,
-        "rotary_seq_len_interpolation_factor": None,
-        "use_rope_scaling": False,
-        "multi_latent_attention": False,
-        "hybrid_context_parallel": False,
-        "seq_length": 128,
-        "create_attention_mask_in_dataloader": False,
-        "reset_attention_mask": False,
-    }
+    args = run_arguments(longrope_config=path, kv_channels=HEAD_DIM, seq_length=128)
     optional = {
         "softmax_scale", "dataloader_inter_document_masking", "sft", "apply_rope_fusion",
         "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
         "rotary_interleaved", "dynamic_context_parallel",
     }  # fmt: skip
-    assert not changes.keys() - values.keys() - optional
-    return argparse.Namespace(**{**values, **changes})
+    assert not changes.keys() - vars(args).keys() - optional
+    return argparse.Namespace(**{**vars(args), **changes})
 
 
 # Flags

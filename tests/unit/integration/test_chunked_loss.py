@@ -10,7 +10,6 @@ from tiny_gpt import RUN, fill, random_tokens
 
 pytest.importorskip("megatron.training")
 
-from megatron_longrope.engine import process_groups
 from megatron_longrope.integration import chunked_loss, hooks, wrappers
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.chunked_loss import chunk_tokens_from_args
@@ -20,15 +19,8 @@ CHUNK = 24  # tokens of 2 x 64
 
 
 @pytest.fixture(autouse=True)
-def megatron(monkeypatch):
-    """Process groups of one rank; every symbol as it was when the test ends."""
-    process_groups.initialize()
+def on_the_cpu(monkeypatch, megatron):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
-    yield
-    torch.set_num_threads(threads)
-    hooks.remove()
 
 
 def gpt(loss_chunk, *, tied=False):

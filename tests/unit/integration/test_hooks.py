@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import launching
 import pytest
+from tiny_gpt import run_arguments
 
 pytest.importorskip("megatron.training")
 
@@ -183,20 +184,12 @@ def test_mixed_windows_get_attention_that_scales_by_document():
 
 
 def validated(monkeypatch, tmp_path, **changes) -> argparse.Namespace:
-    """Run the hooked validate_args on a hand-built namespace, without Megatron's own part."""
+    """Run the hooked validate_args on a namespace built by hand, without Megatron's own part."""
     holder, attribute = compat.validate_symbols()[0].owner()
     monkeypatch.setattr(holder, attribute, lambda args, defaults=None: args)
     path = tmp_path / "factors.json"
     CONFIG.save(path)
-    values = {
-        "longrope_config": str(path), "longrope_mode": "auto", "longrope_attention": "auto",
-        "longrope_attention_factor_carrier": "auto", "longrope_hf_parity": False,
-        "position_embedding_type": "rope", "transformer_impl": "local",
-        "context_parallel_size": 1, "kv_channels": 8, "rotary_percent": 1.0,
-        "rotary_base": 10000, "seq_length": 128, "rank": 0,
-        "create_attention_mask_in_dataloader": False,
-    }  # fmt: skip
-    args = argparse.Namespace(**{**values, **changes})
+    args = run_arguments(**{"longrope_config": str(path), "seq_length": 128} | changes)
     hooks.apply()
     try:
         getattr(holder, attribute)(args)

@@ -27,8 +27,7 @@ from fake_inference import DynamicContext, inference_mode
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_longrope.config import FactorSet
-from megatron_longrope.engine import process_groups
-from megatron_longrope.integration import compat, hooks
+from megatron_longrope.integration import compat
 
 PLAIN = HEAD_DIM**-0.5  # softmax scale without an attention factor
 SCALED = PLAIN * ATTENTION_FACTOR**2
@@ -43,16 +42,10 @@ VARIANTS = {  # name: Megatron's arguments, TransformerConfig, the reference's r
 
 
 @pytest.fixture(autouse=True)
-def megatron(monkeypatch):
-    """Process groups of one rank and kernels for the CPU; everything undone when the test ends."""
-    process_groups.initialize()
+def kernels_for_the_cpu(monkeypatch, megatron):
     fake_inference.install(monkeypatch)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
-    hooks.remove()
 
 
 def static_logits(model, tokens, context) -> torch.Tensor:

@@ -10,17 +10,10 @@ pytest.importorskip("megatron.training")
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from megatron_longrope.engine import process_groups
 from megatron_longrope.integration import hooks
 from megatron_longrope.integration.model_check import check_models
 
-
-@pytest.fixture(autouse=True)
-def megatron():
-    """Process groups of one rank; every symbol as it was when the test ends."""
-    process_groups.initialize()
-    yield
-    hooks.remove()
+pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def run_model():

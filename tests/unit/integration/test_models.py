@@ -27,24 +27,14 @@ pytest.importorskip("megatron.training")
 
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_longrope.engine import process_groups
-from megatron_longrope.integration import compat, hooks
+from megatron_longrope.integration import compat
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
+
+pytestmark = pytest.mark.usefixtures("megatron")
 
 EXACT = {"rtol": 0.0, "atol": 1e-5}  # fp32 against fp64; another rotation is off by 1e-2 or more
 PLAIN = HEAD_DIM**-0.5  # softmax scale without an attention factor
 CARRIERS = ["softmax", "rope"]
-
-
-@pytest.fixture(autouse=True)
-def megatron():
-    """Process groups of one rank; every symbol as it was when the test ends."""
-    process_groups.initialize()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
-    yield
-    torch.set_num_threads(threads)
-    hooks.remove()
 
 
 @pytest.fixture

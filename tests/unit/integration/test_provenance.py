@@ -431,12 +431,20 @@ def test_the_checkpoint_of_the_run_is_compared_once(load, capsys):
     assert [stage["iteration"] for stage in args.longrope_lineage] == [0, 600]
 
 
-def test_a_refusal_names_the_directory_and_ends_the_run(load):
-    wrappers.activate(Run(settings(OTHER), "sdpa"))
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (settings(OTHER), "the checkpoint was trained with other LongRoPE factors"),
+        (None, "the checkpoint was trained with LongRoPE"),
+    ],
+    ids=["other factors", "stock"],
+)
+def test_a_refusal_names_the_directory_and_ends_the_run(load, run, reason):
+    wrappers.activate(Run(run, "sdpa"))
     load.content["a"] = {"args": saved(), "iteration": 600}
     with pytest.raises(SystemExit) as error:
         load.read("a", arguments(load=None, pretrained_checkpoint="a"), rank0=True)
-    assert str(error.value).startswith("longrope: error: a: the checkpoint was trained with other")
+    assert str(error.value).startswith(f"longrope: error: a: {reason}")
 
 
 def test_another_models_checkpoint_is_not_compared(load):
