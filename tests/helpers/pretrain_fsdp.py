@@ -5,6 +5,7 @@ cannot scale: train with a learning rate of 0. In fp32 no Float16Module wraps th
 upstream's split of linear_fc1 counts on.
 """
 
+import os
 import runpy
 from pathlib import Path
 
@@ -44,5 +45,6 @@ def prepare():
 
 # Megatron's checkpoint writer starts workers that import this file again: keep the guard.
 if __name__ == "__main__":
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"  # the host's 1 is refused with Megatron-FSDP
     prepare()
     runpy.run_path(str(SCRIPT), run_name="__main__")
