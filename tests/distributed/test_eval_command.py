@@ -9,7 +9,6 @@ import launching
 import make_megatron_checkpoint as maker
 import pytest
 from launching import LONGROPE, Command, Ranks
-from search_data import make_search_data
 
 from megatron_longrope.config import FactorSet
 
@@ -17,11 +16,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, megatron_runs):
+def inputs(tmp_path_factory, megatron_runs, data):
     """Flags that all commands share, and the prefix of the data."""
-    directory = tmp_path_factory.mktemp("data")
-    data = make_search_data(directory)
-    factors = directory / "factors.json"
+    factors = tmp_path_factory.mktemp("inputs") / "factors.json"
     vector = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
     maker.longrope_config().with_factor_set(FactorSet(1024, vector)).save(factors)
     load = ["--load", str(megatron_runs["untied_gqa"].path), "--longrope-config", str(factors)]
@@ -39,9 +36,7 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_two_copies_and_two_context_parallel_ranks_measure_what_one_process_measures(
-    inputs, tmp_path
-):
+def test_two_copies_and_two_parallel_ranks_measure_what_one_process_measures(inputs, tmp_path):
     load, data = inputs
     flags = [
         *load, "--data", data["heldout"], "--num-documents", "3", "--lengths", "64,250",
@@ -52,8 +47,9 @@ def test_two_copies_and_two_context_parallel_ranks_measure_what_one_process_meas
     assert output.count("wrote ") == 1  # rank 0 alone speaks
     # 250 tokens, and the windows at the documents' ends, do not split into four chunks.
     evaluate("ppl", tmp_path / "cp", *flags, "--context-parallel-size", "2", processes=2)
+    evaluate("ppl", tmp_path / "tp", *flags, "--tensor-model-parallel-size", "2", processes=2)
     expected = records(tmp_path / "one/ppl.jsonl")
-    for name in ("copies", "cp"):
+    for name in ("copies", "cp", "tp"):
         rows = records(tmp_path / name / "ppl.jsonl")
         assert [row["length"] for row in rows] == [64, 250]
         for row, theirs in zip(rows, expected, strict=True):
@@ -65,7 +61,7 @@ def test_two_copies_and_two_context_parallel_ranks_measure_what_one_process_meas
 def test_passkey_trials_are_shared_and_survive_kill_9(inputs, tmp_path):
     load, data = inputs
     flags = [*load, "--tokenizer", data["tokenizer"], "--lengths", "400,512", "--depths", "3"]
-    flags += ["--trials", "4"]
+    flags += ["--trials", "8"]
     path = tmp_path / "two/passkey.jsonl"
     command = Command((*LONGROPE, "eval", "passkey", "--output", str(path.parent), *flags))
     with (tmp_path / "log").open("w") as log:
@@ -77,12 +73,12 @@ def test_passkey_trials_are_shared_and_survive_kill_9(inputs, tmp_path):
         process.kill()
         assert process.wait(60) == -signal.SIGKILL, (tmp_path / "log").read_text()
     before = path.read_bytes().rpartition(b"\n")[0].splitlines()
-    assert 0 < len(before) < 24
+    assert 0 < len(before) < 48
     evaluate("passkey", path.parent, *flags, processes=2)  # goes on with another layout
     evaluate("passkey", tmp_path / "one", *flags)
     ours, theirs = records(path), records(tmp_path / "one/passkey.jsonl")
     assert path.read_bytes().splitlines()[: len(before)] == before
-    assert len(ours) == 24
+    assert len(ours) == 48
     for row, other in zip(ours, theirs, strict=True):
         for name in ("length", "requested_depth", "trial", "key", "correct", "num_tokens"):
             assert row[name] == other[name]

@@ -7,15 +7,9 @@ import subprocess
 import launching
 import pytest
 from launching import LONGROPE, Command, Ranks
-from search_data import make_search_data
 from synthetic_search import drop_seconds
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_search_data(tmp_path_factory.mktemp("data"))
 
 
 def words(untied_gqa, data, output, *flags):

@@ -24,11 +24,12 @@ def make_search_data(directory: Path, bos: bool = True) -> dict[str, str]:
         source = directory / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
         prepare([source], directory / name, tokenizer, WholeDocuments())
-    return {
-        "search": str(directory / "search"),
-        "heldout": str(directory / "heldout"),
-        "tokenizer": str(tokenizer),
-    }
+    return search_data_in(directory)
+
+
+def search_data_in(directory: Path) -> dict[str, str]:
+    """What :func:`make_search_data` returned for the directory."""
+    return {name: str(directory / name) for name in ("search", "heldout", "tokenizer")}
 
 
 def _character_tokenizer(bos: str | None) -> PreTrainedTokenizerFast:

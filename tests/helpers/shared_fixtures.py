@@ -102,3 +102,30 @@ def untied_gqa(megatron_runs):
 @pytest.fixture
 def config():
     return maker.longrope_config()
+
+
+@pytest.fixture(scope="session")
+def data(made_once):
+    """Prefixes of the sets `search` and `heldout`, and their tokenizer: to be read, not changed."""
+    from search_data import make_search_data, search_data_in  # imports transformers
+
+    return search_data_in(made_once("search_data", make_search_data))
+
+
+@pytest.fixture
+def benchmark_results_stay():
+    """Whoever changes what benchmarks/results holds fails."""
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    before = {path: path.read_bytes() for path in results.iterdir()}
+    yield
+    assert {path: path.read_bytes() for path in results.iterdir()} == before
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whoever loads weights fails."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("megatron_longrope.engine.loading.load_into", refuse)

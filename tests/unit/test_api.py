@@ -5,14 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from search_data import make_search_data
 
 import megatron_longrope as longrope
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_search_data(tmp_path_factory.mktemp("data"))
 
 
 def test_search_returns_the_configuration_that_it_wrote(untied_gqa, data, tmp_path):

@@ -9,7 +9,6 @@ from dataclasses import replace
 import make_megatron_checkpoint as maker
 import pytest
 import torch
-from search_data import make_search_data
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.cli import main
@@ -17,11 +16,6 @@ from megatron_longrope.cli.byte_progress import ByteProgress
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.engine import load_engine
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_search_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

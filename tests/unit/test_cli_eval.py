@@ -18,7 +18,6 @@ from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
-from megatron_longrope.engine import loading as loading_module
 from megatron_longrope.engine.generation import generate
 from megatron_longrope.evaluation.passkey_prompt import is_retrieved, make_trial
 
@@ -28,11 +27,6 @@ LONG = 1024  # the passkey prompt has 340 characters, each a token of this token
 def longrope_config():
     factors = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
     return maker.longrope_config().with_factor_set(FactorSet(LONG, factors))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_search_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +47,6 @@ def folder(tmp_path_factory, megatron_runs, data):
         tokenizer=data["tokenizer"],
     )
     return str(path)
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(loading_module, "load_into", refuse)
 
 
 def records(path):

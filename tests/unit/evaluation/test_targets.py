@@ -20,11 +20,6 @@ from megatron_longrope.evaluation.targets import (
 )
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_search_data(tmp_path_factory.mktemp("data"))
-
-
 def test_models_are_called_by_their_label_or_their_directory(untied_gqa, tmp_path):
     config = maker.longrope_config()
     write_hf_folder(untied_gqa.path, tmp_path / "exported", longrope_config=config)

@@ -23,7 +23,6 @@ from megatron_longrope.cli import main
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
-from megatron_longrope.engine import loading as loading_module
 from megatron_longrope.evaluation.harness import check_tasks, harness_lm, parse_tasks, run_tasks
 
 pytest.importorskip("lm_eval")
@@ -131,14 +130,6 @@ def command(megatron_runs, factors, tokenizer, folder):
         "eval", "tasks", "--load", f"m={megatron_runs['untied_gqa'].path}", "--longrope-config",
         str(factors), "--tokenizer", str(tokenizer), "--include-path", str(folder),
     ]  # fmt: skip
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(loading_module, "load_into", refuse)
 
 
 def measure(command, output, *more):

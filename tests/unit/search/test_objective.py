@@ -7,7 +7,6 @@ import make_megatron_checkpoint as maker
 import numpy as np
 import pytest
 import torch
-from search_data import make_search_data
 
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.verify import random_tokens
@@ -23,11 +22,6 @@ from megatron_longrope.factor_search.samples import read_samples
 def engine(megatron_runs):
     path = megatron_runs["untied_gqa"].path
     return load_engine(path, longrope_config=maker.longrope_config(), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_search_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
