@@ -111,7 +111,7 @@ def test_a_second_run_repeats_nothing(output):
 @pytest.mark.release
 @pytest.mark.timeout(7200)
 def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk(output, tmp_path):
-    # In processes of its own, unlike the undisturbed one.
+    # What is killed are processes of their own, unlike those of the undisturbed walk.
     chance = random.Random(0)
     for _ in range(10):
         process = subprocess.Popen(
@@ -120,7 +120,8 @@ def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk
         )  # fmt: skip
         time.sleep(chance.uniform(5, 45))
         kill(process, chance)
-    done = walk(tmp_path / "out")
+    with forked_commands() as folder:
+        done = walk(tmp_path / "out", LONGROPE_BIN=str(folder))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ("search_2x", "search_8x", "second", "final"):
         undisturbed, killed = (
@@ -140,29 +141,11 @@ def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk
 # What a user may do next with the walk's files
 
 
-def longrope(*arguments, **options):
-    return python(*LONGROPE, *arguments, **options)
-
-
-def test_prepared_sets_pass_their_inspection(output):
-    done = longrope("data", "inspect", output / "data/train_256")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_a_search_does_not_overwrite_its_journal_unless_told(output):
-    done = longrope(
-        "search", "--load", output / "checkpoints/base", "--data", output / "data/search",
-        "--target-length", "1k", "--num-samples", 2, "--output", output / "factors/search_4x.json",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "--resume" in done.stderr and done.stderr.count("\n") == 1
-
-
 def test_a_measured_cell_is_not_measured_again(output):
     before = (output / "searched/ppl.jsonl").read_bytes()
     # A cell is known by its checkpoint's content, however its path is written.
-    done = longrope(
-        "eval", "ppl", "--load", output / "checkpoints/base", "--data", "data/heldout",
+    done = python(
+        *LONGROPE, "eval", "ppl", "--load", output / "checkpoints/base", "--data", "data/heldout",
         "--num-documents", 2, "--stride", "disjoint", "--lengths", "2048",
         "--longrope-config", "longrope_search=factors/search_8x.json", "--output", "searched",
         directory=output,
@@ -170,61 +153,3 @@ def test_a_measured_cell_is_not_measured_again(output):
     assert done.returncode == 0, done.stderr
     assert "already measured" in done.stdout
     assert (output / "searched/ppl.jsonl").read_bytes() == before
-
-
-def test_a_length_beyond_the_factors_is_refused_before_anything_is_measured(output):
-    done = longrope(
-        "eval", "ppl", "--load", output / "checkpoints/base", "--data", output / "data/heldout",
-        "--num-documents", 2, "--lengths", "256,4096",
-        "--longrope-config", output / "factors/search_8x.json", "--output", output / "refused",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "exceeds 2048" in done.stderr and not (output / "refused").exists()
-
-
-def test_documents_shorter_than_the_window_are_refused(output):
-    done = longrope(
-        "eval", "ppl", "--load", output / "checkpoints/base", "--data", output / "data/heldout",
-        "--num-documents", 2, "--lengths", "16k", "--baselines", "pi",
-        "--output", output / "refused",
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "0 documents of at least 16383 tokens" in done.stderr
-
-
-def test_an_existing_export_is_not_overwritten_unless_told(output):
-    done = longrope(
-        "convert", "to-hf", "--load", output / "checkpoints/finetuned",
-        "--longrope-config", output / "factors/final.json", "--output", output / "hf",
-    )  # fmt: skip
-    assert done.returncode == 2 and "--overwrite" in done.stderr
-
-
-def test_factors_whose_windows_need_two_attention_factors_cannot_be_exported(output, tmp_path):
-    from dataclasses import replace
-
-    config = LongRopeConfig.load(output / "factors/final.json")
-    replace(config, attention_factor=None, attention_factor_policy="su").save(tmp_path / "su.json")
-    done = longrope(
-        "convert", "to-hf", "--load", output / "checkpoints/finetuned",
-        "--longrope-config", tmp_path / "su.json", "--output", tmp_path / "hf",
-    )  # fmt: skip
-    assert done.returncode == 2 and "--attention-factor" in done.stderr
-    assert not (tmp_path / "hf").exists()
-
-
-@pytest.mark.parametrize("flag", ["--context-parallel-size", "--tensor-model-parallel-size"])
-def test_evaluation_on_two_ranks_equals_one_process(output, tmp_path, flag):
-    arguments = [
-        "eval", "ppl", "--load", output / "checkpoints/finetuned", "--data",
-        output / "data/heldout", "--num-documents", "1", "--lengths", "2048",
-        "--longrope-config", output / "factors/final.json",
-    ]  # fmt: skip
-    one = longrope(*arguments, "--output", tmp_path / "one")
-    two = longrope(*arguments, flag, 2, "--output", tmp_path / "two", processes=2)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    ours, theirs = (
-        json.loads((tmp_path / name / "ppl.jsonl").read_text())["ppl_window_mean"]
-        for name in ("two", "one")
-    )
-    assert ours == pytest.approx(theirs, rel=1e-6)
