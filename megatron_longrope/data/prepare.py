@@ -104,6 +104,7 @@ def prepare(
             suffix: _finish(writer, staged[suffix], packings[suffix], suffix, common, stream.counts)
             for suffix, writer in writers.items()
         }
+        _remove_sample_indices(f"{output}{suffix}" for suffix in packings)
     return manifests[""]
 
 
@@ -197,6 +198,18 @@ def _remove_leftovers(paths: Iterable[Sequence[Path]]) -> None:
         pattern = f".{glob.escape(bin_path.name)}.*.tmp"
         for leftover in bin_path.parent.glob(pattern):
             shutil.rmtree(leftover)
+
+
+def _remove_sample_indices(prefixes: Iterable[str]) -> None:
+    """Which tokens make a sample, as trainings on earlier sets of these names left them.
+
+    Megatron finds them by the set's path, whatever is in it, and would cut the new tokens where
+    those of another set ended. They go before the new set is in place: a run that is cut off in
+    between costs a training that it builds them once more.
+    """
+    for prefix in prefixes:
+        for folder in Path(prefix, "cache").glob("*_indices"):  # of a dataset class each
+            shutil.rmtree(folder)
 
 
 def _nothing_left(packing: Packing, suffix: str, counts: Counts) -> str:

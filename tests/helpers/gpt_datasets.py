@@ -7,7 +7,7 @@ def gpt_dataset(prefix, tokenizer, length, count, cache, **options):
     """`count` samples of `length` tokens.
 
     Args:
-        cache (Path): Folder for Megatron's indices.
+        cache (Path, optional): Folder for Megatron's indices. None leaves it to Megatron.
         **options: Of GPTDatasetConfig.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -20,7 +20,7 @@ def gpt_dataset(prefix, tokenizer, length, count, cache, **options):
         sequence_length=length,
         blend=([str(prefix)], None),
         split="1,0,0",
-        path_to_cache=str(cache),
+        path_to_cache=None if cache is None else str(cache),
         tokenizer=SimpleNamespace(
             eod=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, unique_identifiers={}
         ),

@@ -177,6 +177,24 @@ def test_existing_output_is_refused_until_overwrite(corpus, model_path, prefix):
     assert check_set(prefix) == []
 
 
+def test_a_training_on_a_new_set_of_an_old_name_reads_the_new_samples(
+    corpus, model_path, prefix, tmp_path
+):
+    tokenizer = load_tokenizer(model_path)
+
+    def samples(set_prefix):  # with Megatron's indices where it keeps them unless told otherwise
+        dataset = gpt_dataset(set_prefix, tokenizer, 32, 20, None)
+        return [dataset[i]["tokens"].tolist() for i in range(20)]
+
+    prepare([corpus], prefix, model_path, FixedSegments(S))
+    samples(prefix)
+    (prefix / "cache/texts").mkdir()  # somebody else's
+    prepare([corpus], prefix, model_path, WholeDocuments(), overwrite=True)
+    prepare([corpus], tmp_path / "fresh", model_path, WholeDocuments())
+    assert samples(prefix) == samples(tmp_path / "fresh")
+    assert (prefix / "cache/texts").exists()
+
+
 def test_failed_overwrite_leaves_the_old_set_intact(corpus, model_path, prefix):
     prepare([corpus], prefix, model_path, FixedSegments(S))
     corpus.write_text(corpus.read_text() + "broken\n")
