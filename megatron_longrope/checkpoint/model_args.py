@@ -88,9 +88,6 @@ class ModelShape:
     """Keys, its own included, that a query sees in every layer (Megatron's `--window-size` less the
     counting: (sliding_window - 1, 0)); None for all before it."""
 
-    has_layers_without_rope: bool = False
-    """True when some layers do not rotate (`--no-rope-freq`)."""
-
     hybrid_layer_pattern: str | None = None
     """Layers of a HybridModel, a letter each, without the borders of pipeline stages; None for
     GPTModel."""
@@ -113,6 +110,10 @@ class ModelShape:
 
     other_moe: str | None = None
     """An argument, with its value, that asks for experts that this package does not know."""
+
+    other_architecture: str | None = None
+    """The same of anything else, such as positions or norms: the tensors may look like any other
+    model's."""
 
     @property
     def rotary_dim(self) -> int:
@@ -158,10 +159,40 @@ class ModelShape:
             params_dtype=_dtype(args),
             softmax_scale=custom_softmax_scale(args),
             sliding_window=_sliding_window(args),
-            has_layers_without_rope=bool(getattr(args, "no_rope_freq", None)),
             hybrid_layer_pattern=pattern,
+            other_architecture=_other_architecture(args),
             **(_moe(args) if _optional(args, "num_experts") else {}),
         )
+
+
+# (argument, values that leave a decoder with plain RoPE as it is, what others ask for); an absent
+# argument is fine, and so is what only acts in training. Most of them add no tensor.
+_PLAIN_ARCHITECTURE: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("multi_latent_attention", (False,), "multi-latent attention"),
+    ("experimental_attention_variant", (), "another variant of attention"),
+    ("heterogeneous_layers_config_path", (), "layers that differ from each other"),
+    ("mtp_num_layers", (0,), "multi-token prediction layers"),
+    ("layernorm_zero_centered_gamma", (False,), "zero-centred norm weights"),
+    ("apply_layernorm_1p", (False,), "zero-centred norm weights"),
+    ("position_embedding_type", ("rope",), "position embeddings other than rope"),
+    ("rotary_seq_len_interpolation_factor", (1,), "linearly interpolated positions"),
+    ("no_rope_freq", (0,), "layers without RoPE"),
+    ("softmax_type", ("vanilla",), "attention sinks"),
+    ("attention_output_gate", (False,), "gated attention output"),
+    ("qk_l2_norm", (False,), "L2-normalized q and k"),
+    ("activation_func_clamp_value", (), "clamped activations"),
+    ("glu_linear_offset", (0,), "an offset in the gated MLP"),
+    ("apply_residual_connection_post_layernorm", (False,), "post-norm residuals"),
+    ("use_mup", (False,), "muP scaling"),
+)
+
+
+def _other_architecture(args: argparse.Namespace) -> str | None:
+    for name, plain, meaning in _PLAIN_ARCHITECTURE:
+        value = getattr(args, name, None)
+        if value is not None and value not in plain:
+            return f"{name} = {value!r} ({meaning})"
+    return None
 
 
 # (argument, values that leave softmax routing among the experts of every layer as it is); an absent

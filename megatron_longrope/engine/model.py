@@ -57,7 +57,8 @@ def build_model(
     _check_architecture(shape)
     settings = _transformer_settings(shape, tensor_parallel, context_parallel)
     options = dict(
-        vocab_size=shape.padded_vocab_size,
+        # Ranks have as many rows each; those that a folder, or another layout, lacks are zero.
+        vocab_size=-(-shape.padded_vocab_size // tensor_parallel) * tensor_parallel,
         max_sequence_length=config.max_length,
         position_embedding_type="rope",
         rotary_percent=shape.rotary_percent,
@@ -147,9 +148,10 @@ def _check_architecture(shape: ModelShape) -> None:
             f"this checkpoint is a HybridModel with {shape.num_experts} experts; the engine runs "
             "mixtures of experts as GPTModel only"
         )
-    if shape.has_layers_without_rope:
+    if shape.other_architecture is not None:
         raise LongRopeError(
-            "this checkpoint was trained with --no-rope-freq; the engine rotates every layer"
+            f"this checkpoint has {shape.other_architecture}; the engine runs decoders that rotate "
+            "every layer by RoPE and have nothing beside"
         )
     if shape.softmax_scale is not None:
         raise LongRopeError(

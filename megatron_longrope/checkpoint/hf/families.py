@@ -15,7 +15,6 @@ import torch
 
 from megatron_longrope.checkpoint.hf.limits import (
     OTHER_TYPES,
-    check_arguments,
     check_config,
     check_routing,
     check_shape,
@@ -226,15 +225,13 @@ def select_family(
     """The family that a model belongs to.
 
     Args:
-        args (Namespace, optional): The checkpoint's arguments, to refuse what no family has.
+        args (Namespace, optional): The checkpoint's arguments, which may say where it comes from.
         name (str, optional): Wanted family. Defaults to the one that the checkpoint was converted
             from, else the first that fits.
 
     Raises:
         LongRopeError: No family has what this model has; the message names the argument.
     """
-    if args is not None:
-        check_arguments(args, FAMILIES)
     check_shape(shape, FAMILIES)
     # What `convert from-hf` wrote remembers where it came from.
     origin = getattr(args, "longrope_hf_family", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,47 +38,16 @@ OTHER_TYPES = {
     "smollm3": "every fourth of its layers has no RoPE",
 }
 
-# (argument, values that are fine, what the Hugging Face families lack); an absent argument is fine.
-_ARGUMENTS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("multi_latent_attention", (False, None), "multi-latent attention"),
-    ("experimental_attention_variant", (None,), "other attention variants"),
-    ("heterogeneous_layers_config_path", (None,), "layers that differ from each other"),
-    ("mtp_num_layers", (None, 0), "multi-token prediction layers"),
-    ("swiglu", (True,), "an MLP without SwiGLU"),
-    ("normalization", ("RMSNorm",), "norms other than RMSNorm"),
-    ("layernorm_zero_centered_gamma", (False, None), "zero-centred norm weights"),
-    ("apply_layernorm_1p", (False, None), "zero-centred norm weights"),
-    ("add_bias_linear", (False,), "biases on linear layers"),
-    ("position_embedding_type", ("rope",), "position embeddings other than rope"),
-    ("rotary_interleaved", (False, None), "interleaved rotary pairs"),
-    ("rotary_seq_len_interpolation_factor", (None, 1), "linearly interpolated positions"),
-    ("no_rope_freq", (None,), "layers without RoPE"),
-    ("softmax_type", ("vanilla", None), "attention sinks"),
-    ("attention_output_gate", (False, None), "gated attention output"),
-    ("qk_l2_norm", (False, None), "L2-normalized q and k"),
-    ("activation_func_clamp_value", (None,), "clamped activations"),
-    ("glu_linear_offset", (0, None), "an offset in the gated MLP"),
-    ("apply_residual_connection_post_layernorm", (False, None), "post-norm residuals"),
-    ("use_mup", (False, None), "muP scaling"),
+# (field of ModelShape, what every family has there, what the families lack)
+_SHAPE: tuple[tuple[str, Any, str], ...] = (
+    ("swiglu", True, "an MLP without SwiGLU"),
+    ("normalization", "RMSNorm", "norms other than RMSNorm"),
+    ("add_bias_linear", False, "biases on linear layers"),
+    ("rotary_interleaved", False, "interleaved rotary pairs"),
+    ("softmax_scale", None, "a custom softmax scale"),
+    ("other_moe", None, "experts beyond softmax routing in every layer"),
+    ("other_architecture", None, "what is not in a decoder with plain RoPE"),
 )
-
-
-def check_arguments(args: argparse.Namespace, families: Iterable[str]) -> None:
-    """Refuse Megatron arguments that describe what no family has.
-
-    Args:
-        families (Iterable[str]): Their names, for the message.
-
-    Raises:
-        LongRopeError: The message names the argument.
-    """
-    for argument, fine, lacking in _ARGUMENTS:
-        value = getattr(args, argument, fine[0])
-        if value not in fine:
-            raise LongRopeError(
-                f"the model has {argument} = {value!r}; conversion does not support {lacking} "
-                f"(families: {', '.join(families)})"
-            )
 
 
 def check_shape(shape: ModelShape, families: Iterable[str]) -> None:
@@ -96,14 +64,11 @@ def check_shape(shape: ModelShape, families: Iterable[str]) -> None:
             f"the hybrid layer pattern {shape.hybrid_layer_pattern} has {sorted(others)[0]!r}; "
             "conversion supports '*' (attention) and '-' (dense MLP) layers"
         )
-    for problem, lacking in (
-        (shape.other_moe, "experts beyond softmax routing in every layer"),
-        (
-            None if shape.softmax_scale is None else f"softmax_scale = {shape.softmax_scale!r}",
-            "a custom softmax scale",
-        ),
-    ):
-        if problem is not None:
+    for field, of_families, lacking in _SHAPE:
+        value = getattr(shape, field)
+        if value != of_families:
+            # The last two fields name an argument themselves.
+            problem = value if field.startswith("other_") else f"{field} = {value!r}"
             raise LongRopeError(
                 f"the model has {problem}; conversion does not support {lacking} "
                 f"(families: {', '.join(families)})"

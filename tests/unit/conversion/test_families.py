@@ -47,7 +47,7 @@ def test_llama_is_the_default_and_mistral_can_be_asked_for():
 def test_what_no_family_has_is_refused_with_the_argument(change, reason):
     args = argparse.Namespace(**{**vars(ARGS), **change})
     with pytest.raises(ValueError, match=reason):
-        select_family(SHAPE, args)
+        select_family(ModelShape.from_args(args), args)
 
 
 def test_biases_and_norms_choose_the_family():

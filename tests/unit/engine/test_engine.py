@@ -1,5 +1,6 @@
+import argparse
 import math
-from dataclasses import replace
+import re
 
 import make_megatron_checkpoint as maker
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_longrope.baselines import extended_config
-from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.checkpoint import ModelShape
 from megatron_longrope.config import identity_config
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import load_engine
@@ -182,13 +183,42 @@ def test_a_sequence_beyond_the_largest_set_is_refused(engines):
         engines["tied_mha"].nll(random_tokens(maker.VOCAB, 257, 0))
 
 
-def test_layers_without_rope_are_refused(megatron_runs):
-    shape = replace(
-        MegatronCheckpoint.open(megatron_runs["untied_gqa"].path).shape,
-        has_layers_without_rope=True,
-    )
-    with pytest.raises(ValueError, match="trained with --no-rope-freq; the engine rotates every"):
-        build_model(shape, maker.longrope_config())
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position_embedding_type": "yarn"},
+        {"position_embedding_type": "mrope"},
+        {"position_embedding_type": "none"},
+        {"rotary_seq_len_interpolation_factor": 4},
+        {"no_rope_freq": [0, 1, 0]},
+        {"apply_layernorm_1p": True},
+        {"softmax_type": "off-by-one"},
+        {"qk_l2_norm": True},
+        {"activation_func_clamp_value": 7.0},
+        {"glu_linear_offset": 1.0},
+        {"apply_residual_connection_post_layernorm": True},
+        {"use_mup": True},
+    ],
+    ids=lambda change: "-".join(map(str, next(iter(change.items())))),
+)
+def test_what_no_tensor_shows_of_another_architecture_is_refused_by_its_argument(change):
+    (name, value), *_ = change.items()
+    args = argparse.Namespace(**{**vars(maker.arguments(groups=2, untied=True)), **change})
+    with pytest.raises(ValueError, match=re.escape(f"has {name} = {value!r} (")):
+        build_model(ModelShape.from_args(args), maker.longrope_config())
+
+
+def test_arguments_of_the_usual_architecture_are_not_refused():
+    usual = {
+        "rotary_seq_len_interpolation_factor": None,
+        "no_rope_freq": None,
+        "softmax_type": "vanilla",
+        "qk_l2_norm": False,
+        "glu_linear_offset": 0.0,
+        "mtp_num_layers": None,
+    }
+    args = argparse.Namespace(**{**vars(maker.arguments(groups=2, untied=True)), **usual})
+    assert ModelShape.from_args(args).other_architecture is None
 
 
 def test_scores_are_the_losses_with_the_greedy_choices_at_the_same_places(engines):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from launching import spawn
 
+from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import load_engine, process_groups
 from megatron_longrope.engine import mlp as mlp_module
@@ -33,6 +34,26 @@ def greedy_results(engine, tokens: torch.Tensor) -> dict[str, object]:
         "answer": engine.answer(tokens[:1], 5),
         "choices": engine.choices(tokens, torch.tensor([3, 150]), torch.tensor([[1, 249]] * 2)),
     }
+
+
+def with_odd_vocabulary(path: str) -> MegatronCheckpoint:
+    """The checkpoint as a Hugging Face folder would be: 249 tokens and no padding."""
+    checkpoint = MegatronCheckpoint.open(path)
+    odd = maker.VOCAB - 1
+    checkpoint.shape = dataclasses.replace(checkpoint.shape, vocab_size=odd, padded_vocab_size=odd)
+    return checkpoint
+
+
+def odd_results(checkpoint: str, **layout: int) -> dict[str, torch.Tensor]:
+    """Losses and greedy choices under a vocabulary that two ranks cannot halve."""
+    engine = load_engine(
+        with_odd_vocabulary(checkpoint),
+        longrope_config=maker.longrope_config(),
+        device="cpu",
+        **layout,
+    )
+    tokens = tokens_of(0).clamp(max=maker.VOCAB - 2)
+    return {"nll": engine.nll(tokens), "predictions": engine.predictions(tokens, START)}
 
 
 def run_rank(rank: int, directory: str, checkpoint: str) -> None:
@@ -62,6 +83,7 @@ def run_rank(rank: int, directory: str, checkpoint: str) -> None:
             **greedy_results(engine, tokens),
         }
         parallel_state.destroy_model_parallel()
+    results["odd vocabulary"] = odd_results(checkpoint, tensor_parallel=2, context_parallel=2)
     torch.save(results, f"{directory}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -108,6 +130,15 @@ def test_every_rank_has_the_greedy_choices_of_one_process(ranks, one_process, la
         torch.testing.assert_close(ours["choices"], theirs["choices"], atol=1e-5, rtol=0)
         assert ours["answer"].predicted == theirs["answer"].predicted
         assert ours["answer"].nll == pytest.approx(theirs["answer"].nll, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_vocabulary_that_the_ranks_cannot_share_evenly_is_padded(ranks, megatron_runs):
+    theirs = odd_results(str(megatron_runs[RUN].path))
+    for results in ranks:
+        ours = results["odd vocabulary"]
+        torch.testing.assert_close(ours["nll"], theirs["nll"], atol=1e-5, rtol=0)
+        assert torch.equal(ours["predictions"], theirs["predictions"])
 
 
 # How many processes fit
