@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from megatron_longrope.config import LongRopeConfig
 
 _WINDOW = "original_max_position_embeddings"
+_MEGATRONS_FACTOR = 8.0  # RotaryEmbedding's default
 _YARN_ATTENTION = ("attention_factor", "mscale", "mscale_all_dim")
 # type -> (keys that must be there, keys that may be)
 BASE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -71,15 +73,29 @@ def validate_base_frequencies(value: Any) -> None:
 
 
 def megatron_base_frequencies(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `--use-rope-scaling` of Megatron does; None without it.
+    """What `--use-rope-scaling` of Megatron-LM, or `rope_scaling` of Megatron-Bridge, does.
 
-    megatron-core's `RotaryEmbedding._apply_scaling` knows Llama 3.1's numbers and a factor.
+    megatron-core's `RotaryEmbedding._apply_scaling` knows Llama 3.1's numbers and a factor. Warns
+    of a factor that Megatron-LM took from its command line and gave to no model.
+
+    Returns:
+        dict[str, Any] | None: A valid description; None where nothing is scaled.
     """
-    if not getattr(args, "use_rope_scaling", False):
+    by_argument = getattr(args, "use_rope_scaling", False)
+    if not by_argument and not getattr(args, "rope_scaling", False):
         return None
+    factor = float(getattr(args, "rope_scaling_factor", None) or _MEGATRONS_FACTOR)
+    if by_argument and factor != _MEGATRONS_FACTOR:
+        warnings.warn(
+            f"the checkpoint's arguments have rope_scaling_factor {factor:g}, which is taken for "
+            f"the model's, but pretrain_gpt.py of Megatron-LM scales by {_MEGATRONS_FACTOR:g} "
+            "whatever --rope-scaling-factor says; if it trained this model, save the checkpoint "
+            "once without that flag",
+            stacklevel=2,
+        )
     return {
         "rope_type": "llama3",
-        "factor": float(getattr(args, "rope_scaling_factor", None) or 8.0),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         _WINDOW: 8192,

@@ -13,8 +13,13 @@ from megatron_longrope.errors import LongRopeError
 
 RUN_CONFIG = "run_config.yaml"
 
-# Fields of Bridge's model provider under another name than Megatron-LM's argument.
-_RENAMED = {"num_moe_experts": "num_experts"}
+# Fields of Bridge's model provider under another name than Megatron-LM's argument. `scale_factor`
+# is that of Llama 3.1 in Bridge 0.1 and 0.2, which scaled without a field for it.
+_RENAMED = {
+    "num_moe_experts": "num_experts",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+    "scale_factor": "rope_scaling_factor",
+}
 
 
 def args_from_run_config(path: Path, padded_vocab_size: int | None) -> argparse.Namespace:
@@ -35,6 +40,8 @@ def args_from_run_config(path: Path, padded_vocab_size: int | None) -> argparse.
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise LongRopeError(f"{path}: has no section `model`, which Megatron-Bridge writes")
+    # Bridge's newest recipes keep what is TransformerConfig's in a section of its own.
+    model = {**(model.get("transformer") or {}), **model}
     args = argparse.Namespace(
         **{_RENAMED.get(name, name): _plain(value) for name, value in model.items()}
     )
@@ -43,8 +50,9 @@ def args_from_run_config(path: Path, padded_vocab_size: int | None) -> argparse.
     args.untie_embeddings_and_output_weights = not getattr(
         args, "share_embeddings_and_output_weights", True
     )
-    gated = bool(getattr(args, "gated_linear_unit", False))
-    args.swiglu = gated and str(getattr(args, "activation_func", "")).endswith("silu")
+    args.swiglu = _is_swiglu(path, model)
+    if "scale_factor" in model:
+        args.rope_scaling = True
     args.params_dtype = _dtype(model)
     if padded_vocab_size is not None:
         args.padded_vocab_size = padded_vocab_size
@@ -56,6 +64,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict) and "_target_" in value:
         return value["_target_"]
     return value
+
+
+def _is_swiglu(path: Path, model: dict[str, Any]) -> bool:
+    if not model.get("gated_linear_unit"):
+        return False
+    if "activation_func" not in model:  # megatron-core 0.19 leaves functions out
+        raise LongRopeError(
+            f"{path}: says nothing of activation_func, on which a model with gated_linear_unit "
+            "depends; add `activation_func: silu` to its section `model` if that is the model's"
+        )
+    return str(_plain(model["activation_func"])).endswith("silu")
 
 
 def _dtype(model: dict[str, Any]) -> torch.dtype:

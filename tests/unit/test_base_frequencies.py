@@ -58,7 +58,7 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(base):
 def test_megatrons_rope_scaling_is_llama3():
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    args = argparse.Namespace(use_rope_scaling=True, rope_scaling_factor=32.0)
+    args = argparse.Namespace(rope_scaling=True, rope_scaling_factor=32.0)  # as Bridge has it
     theirs = RotaryEmbedding(
         DIM, 1.0, rotary_base=int(THETA), rope_scaling=True, rope_scaling_factor=32.0,
         use_cpu_initialization=True,
@@ -67,6 +67,15 @@ def test_megatrons_rope_scaling_is_llama3():
     ours = inv_freq(THETA, DIM) / torch.tensor(ours, dtype=torch.float64)
     torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
     assert megatron_base_frequencies(argparse.Namespace(use_rope_scaling=False)) is None
+
+
+def test_a_factor_that_megatron_lm_gives_to_no_model_is_warned_of(recwarn):
+    args = argparse.Namespace(use_rope_scaling=True, rope_scaling_factor=8.0)
+    assert megatron_base_frequencies(args)["factor"] == 8.0
+    assert not recwarn
+    args.rope_scaling_factor = 32.0
+    with pytest.warns(match=r"rope_scaling_factor 32, .* pretrain_gpt\.py .* scales by 8 whatever"):
+        assert megatron_base_frequencies(args)["factor"] == 32.0
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base["rope_type"])

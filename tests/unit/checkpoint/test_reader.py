@@ -1,3 +1,4 @@
+import argparse
 import os
 import pickle
 import shutil
@@ -102,16 +103,14 @@ def test_without_a_tracker_file_the_only_checkpoint_is_read_and_several_are_name
     assert MegatronCheckpoint.open(save).directory.name == "release"
 
 
-def test_without_stored_arguments_megatron_bridges_run_config_describes_the_model(
-    make_checkpoint, monkeypatch
-):
+@pytest.fixture
+def bridge(make_checkpoint, monkeypatch):
+    """A checkpoint as Bridge leaves it, the model section of its run_config.yaml, and both read."""
     save = make_checkpoint()
-    checkpoint = MegatronCheckpoint.open(save)
-    expected, args = checkpoint.shape, checkpoint.args
-    reader = type(checkpoint)
-    monkeypatch.setattr(reader, "common", {})  # Bridge keeps neither arguments nor iteration there
-    with pytest.raises(ValueError, match=r"no arguments; .*--num-layers, .*run_config\.yaml"):
-        _ = MegatronCheckpoint.open(save).shape
+    stored = MegatronCheckpoint.open(save)
+    expected, args = stored.shape, stored.args
+    # Bridge keeps neither arguments nor iteration in the common state.
+    monkeypatch.setattr(type(stored), "common", {})
 
     def call(name):
         return {"_target_": name, "_call_": False}
@@ -127,18 +126,77 @@ def test_without_stored_arguments_megatron_bridges_run_config_describes_the_mode
         "gated_linear_unit": True,
         "num_moe_experts": None,
         "params_dtype": call(str(expected.params_dtype)),
+        "position_embedding_type": "rope",
+        "rope_scaling": False,
+        "rope_scaling_factor": 1.0,
+        "seq_len_interpolation_factor": None,
         "share_embeddings_and_output_weights": not expected.untie_embeddings,
     }
-    described = save / "iter_0000003" / "run_config.yaml"
-    described.write_text(yaml.safe_dump({"model": model, "train": {"train_iters": 3}}))
-    found = MegatronCheckpoint.open(save)
+
+    def read(model):
+        described = save / "iter_0000003" / "run_config.yaml"
+        described.write_text(yaml.safe_dump({"model": model, "train": {"train_iters": 3}}))
+        return MegatronCheckpoint.open(save)
+
+    # Bridge's window is that of the run, seq_length.
+    expected = replace(expected, max_position_embeddings=expected.seq_length)
+    return argparse.Namespace(save=save, model=model, read=read, expected=expected)
+
+
+def test_without_stored_arguments_megatron_bridges_run_config_describes_the_model(bridge):
+    with pytest.raises(ValueError, match=r"no arguments; .*--num-layers, .*run_config\.yaml"):
+        _ = MegatronCheckpoint.open(bridge.save).shape
+    found = bridge.read(bridge.model)
     assert found.iteration == 3
-    assert (
-        replace(found.shape, max_position_embeddings=expected.max_position_embeddings) == expected
-    )
-    described.write_text("model: [")
+    assert found.shape == bridge.expected
+    assert found.longrope is None
+    (bridge.save / "iter_0000003" / "run_config.yaml").write_text("model: [")
     with pytest.raises(ValueError, match=r"run_config\.yaml: cannot be read as YAML"):
-        _ = MegatronCheckpoint.open(save).shape
+        _ = MegatronCheckpoint.open(bridge.save).shape
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": True, "rope_scaling_factor": 32.0},
+        {"scale_factor": 32.0, "old_context_len": 8192},  # Bridge 0.1 and 0.2
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_llama_3_of_megatron_bridge_is_no_plain_rope(bridge, fields, recwarn):
+    model = bridge.model
+    if "scale_factor" in fields:
+        model = {name: value for name, value in model.items() if "rope_scaling" not in name}
+    base = bridge.read({**model, **fields}).longrope.base_frequencies
+    assert (base["rope_type"], base["factor"]) == ("llama3", 32.0)
+    assert not recwarn  # Bridge gives the factor to the model
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"seq_len_interpolation_factor": 4.0}, "rotary_seq_len_interpolation_factor = 4.0"),
+        ({"position_embedding_type": "yarn"}, "position_embedding_type = 'yarn'"),
+    ],
+)
+def test_other_positions_of_megatron_bridge_are_named(bridge, fields, name):
+    assert bridge.read({**bridge.model, **fields}).shape.other_architecture.startswith(name)
+
+
+def test_the_nested_fields_of_megatron_bridges_newest_recipes_are_read(bridge):
+    outer = {
+        "_target_", "position_embedding_type", "rope_scaling", "rope_scaling_factor",
+        "rotary_base", "rotary_percent", "seq_len_interpolation_factor", "seq_length",
+        "share_embeddings_and_output_weights", "vocab_size",
+    }  # fmt: skip
+    nested = {name: value for name, value in bridge.model.items() if name not in outer}
+    model = {name: value for name, value in bridge.model.items() if name in outer}
+    model["_builder_"] = "megatron.bridge.models.gpt.gpt_builder.GPTModelBuilder"
+    nested["activation_func"] = "silu"
+    assert bridge.read({**model, "transformer": nested}).shape == bridge.expected
+    del nested["activation_func"]  # megatron-core's own as_dict leaves it out
+    with pytest.raises(ValueError, match=r"says nothing of activation_func.*add `activation_func"):
+        _ = bridge.read({**model, "transformer": nested}).shape
 
 
 def test_reading_needs_no_megatron(make_checkpoint):
