@@ -24,12 +24,13 @@ from megatron_longrope.conversion.megatron_args import (
     padded_vocab_size,
     stored_arguments,
 )
-from megatron_longrope.conversion.megatron_writer import (
+from megatron_longrope.conversion.megatron_writer import TensorChunk, write_release
+from megatron_longrope.conversion.staging import (
     MAX_SHARD_BYTES,
-    TensorChunk,
-    write_release,
+    file_identity,
+    output_folder,
+    staging_folder,
 )
-from megatron_longrope.conversion.staging import file_identity, refuse_existing, staging_folder
 
 _LONGROPE_FILE = "longrope.json"
 
@@ -116,8 +117,7 @@ def write_checkpoint(
         LongRopeError: The folder is damaged, or holds a model that is not supported; the disk is
             full.
     """
-    output_dir = Path(output_dir)
-    refuse_existing(output_dir, "give another --output")
+    output_dir = output_folder(output_dir, "give another --output")
     folder = open_folder(hf_dir, sliding_window)
     family, shape, longrope_config = read_model(folder)
     rows = padded_vocab_size(
@@ -136,7 +136,7 @@ def write_checkpoint(
         divisible_by=make_vocab_size_divisible_by,
         tensor_parallel=tensor_model_parallel_size,
         longrope_config=longrope_config,
-        longrope_path=output_dir.resolve() / _LONGROPE_FILE,
+        longrope_path=output_dir / _LONGROPE_FILE,
         dropped_window=folder.dropped_window,
     )
     identity = _identity(folder, plan, max_shard_bytes, sliding_window)

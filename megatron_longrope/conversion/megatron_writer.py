@@ -30,15 +30,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megatron_longrope.checkpoint.folders import TRACKER
 from megatron_longrope.checkpoint.hf.source import StoredTensor
-from megatron_longrope.conversion.staging import StagingFolder, complete_file
-from megatron_longrope.files import read_json, write_json_atomic, write_text_atomic
+from megatron_longrope.conversion.staging import MAX_SHARD_BYTES, StagingFolder, in_shards
+from megatron_longrope.files import atomic_file, read_json, write_json_atomic, write_text_atomic
 
-MAX_SHARD_BYTES = 5_000_000_000
 # Rows are written in chunks of this size where only some can be had at a time.
 _BLOCK_BYTES = 64 * 2**20
 RELEASE = "release"
-_TRACKER = "latest_checkpointed_iteration.txt"
 # 0.18 wants all four keys; later releases ignore the last two.
 _BACKENDS = {
     "sharded_backend": "torch_dist",
@@ -127,7 +126,8 @@ def write_release(
     """
     target = staging.result / RELEASE
     target.mkdir(exist_ok=True)
-    shards = _shards([chunk for item in tensors for chunk in _chunks(item)], max_shard_bytes)
+    chunks = (chunk for item in tensors for chunk in _chunks(item))
+    shards = in_shards(chunks, max_shard_bytes)
     total = sum(item.num_bytes for item in tensors)
     staging.check_space(total)
     names = [f"__0_{number}.distcp" for number in range(len(shards))]
@@ -142,7 +142,7 @@ def write_release(
     for name, shard in zip(names, shards, strict=True):
         if places[name]:
             continue
-        with complete_file(target / name) as file:
+        with atomic_file(target / name) as file:
             places[name] = []
             for chunk in shard:
                 places[name].append(_write(file, load(chunk), chunk))
@@ -153,7 +153,7 @@ def write_release(
 
     objects = _objects(tensors, common)
     last = f"__0_{len(shards)}.distcp"
-    with complete_file(target / last) as file:
+    with atomic_file(target / last) as file:
         places[last] = []
         for content in objects.values():
             places[last].append((file.tell(), len(content)))
@@ -161,11 +161,11 @@ def write_release(
     items = [chunk.write_item() for shard in shards for chunk in shard]
     items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
     infos = [_StorageInfo(name, *place) for name in (*names, last) for place in places[name]]
-    with complete_file(target / ".metadata") as file:
+    with atomic_file(target / ".metadata") as file:
         pickle.dump(_metadata(items, infos, target), file)
     torch.save(dict(common), target / "common.pt")
     write_json_atomic(target / "metadata.json", _BACKENDS)
-    write_text_atomic(staging.result / _TRACKER, RELEASE)
+    write_text_atomic(staging.result / TRACKER, RELEASE)
 
 
 def _chunks(item: StoredTensor) -> list[TensorChunk]:
@@ -179,18 +179,6 @@ def _chunks(item: StoredTensor) -> list[TensorChunk]:
         for layer in layers
         for start in range(0, rows, block)
     ]
-
-
-def _shards(chunks: list[TensorChunk], max_shard_bytes: int) -> list[list[TensorChunk]]:
-    shards: list[list[TensorChunk]] = [[]]
-    size = 0
-    for chunk in chunks:
-        if shards[-1] and size + chunk.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(chunk)
-        size += chunk.num_bytes
-    return shards
 
 
 def _recorded(path: Path, records: Path) -> list[tuple[int, int]]:

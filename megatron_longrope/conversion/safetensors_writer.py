@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_longrope.conversion.staging import complete_file
+from megatron_longrope.conversion.staging import in_shards
 from megatron_longrope.conversion.tensors import PlannedTensor
-from megatron_longrope.files import write_json_atomic
+from megatron_longrope.files import atomic_file, write_json_atomic
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -40,7 +40,10 @@ def write_safetensors(
     Returns:
         list[str]: Names of the files.
     """
-    shards = _shards(plan, max_shard_bytes)
+    shards = in_shards(plan, max_shard_bytes)
+    for shard in shards:
+        # Wide dtypes first keep every tensor aligned; the sort is stable.
+        shard.sort(key=lambda item: -item.dtype.itemsize)
     total = sum(item.num_bytes for item in plan)
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
@@ -55,7 +58,7 @@ def write_safetensors(
     if progress is not None:
         progress(done, total)
     for path, shard in missing:
-        with complete_file(path) as file:
+        with atomic_file(path) as file:
             file.write(_header(shard))
             for item in shard:
                 value = load(item)
@@ -83,19 +86,6 @@ def _is_complete(path: Path, shard: list[PlannedTensor]) -> bool:
     with path.open("rb") as file:
         same = file.read(len(header)) == header
     return same and path.stat().st_size == len(header) + sum(item.num_bytes for item in shard)
-
-
-def _shards(plan: list[PlannedTensor], max_shard_bytes: int) -> list[list[PlannedTensor]]:
-    shards: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for item in plan:
-        if shards[-1] and size + item.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(item)
-        size += item.num_bytes
-    # Wide dtypes first keep every tensor aligned; the sort is stable.
-    return [sorted(shard, key=lambda item: -item.dtype.itemsize) for shard in shards]
 
 
 def _header(shard: list[PlannedTensor]) -> bytes:

@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import hold, read_json, write_json_atomic
+from megatron_longrope.files import check_folder, hold, read_json, write_json_atomic
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -26,18 +26,27 @@ if TYPE_CHECKING:
 _FINGERPRINT, _LOCK = "fingerprint.json", "lock"
 _RESULT, _SHARDS, _REPLACED = "result", "shards", "replaced"
 _DATA_FILES = ("*.safetensors", "*.distcp")
+MAX_SHARD_BYTES = 5_000_000_000
+"""Size of a file of tensors, unless more is asked for."""
 _HASHED_BYTES = 2**20  # larger files are known by their size and time of change
+
+
+class _Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
 
 
 class StagingFolder:
     """Use :func:`staging_folder`.
 
     Args:
-        output_dir (Path): What is to be written.
+        output_dir (Path): What is to be written, as :func:`output_folder` gives it.
+        overwrite (bool): Whether it may replace what has its name.
     """
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(self, output_dir: Path, overwrite: bool = False) -> None:
         self.output_dir = output_dir
+        self._overwrite = overwrite
         self.path = output_dir.parent / f".{output_dir.name}.converting"
         self.result = self.path / _RESULT
         self.shards = self.path / _SHARDS
@@ -57,6 +66,8 @@ class StagingFolder:
         if known.is_file() and self.result.is_dir():
             with suppress(ValueError):  # damaged, so not known to be the same
                 if read_json(known) == identity:
+                    for half in self.result.rglob(".*.tmp"):  # of a process that was killed
+                        half.unlink()
                     return self.has_data()
         for name in (_RESULT, _SHARDS, _REPLACED):
             shutil.rmtree(self.path / name, ignore_errors=True)
@@ -88,7 +99,17 @@ class StagingFolder:
             )
 
     def put_in_place(self) -> None:
-        """Give the result the output's name; what had it before is removed afterwards."""
+        """Give the result the output's name; what had it before is removed afterwards.
+
+        Raises:
+            OutputAppeared: Something has that name that had not when the conversion began.
+        """
+        if not self._overwrite and _is_there(self.output_dir):
+            raise OutputAppeared(
+                f"{self.output_dir} appeared during the conversion; the result is complete and "
+                f"lies in {self.result}, so move it to where you want it, or move away what "
+                "appeared and run the same command again"
+            )
         replaced = self.path / _REPLACED
         if self.output_dir.exists():
             replaced.mkdir(exist_ok=True)
@@ -128,29 +149,56 @@ class StagingFolder:
             replaced.rename(self.output_dir)
 
 
-def refuse_existing(output_dir: Path, remedy: str) -> None:
-    """Refuse an output that is there, unless it is an empty folder.
+class OutputAppeared(LongRopeError):
+    """Somebody else took the output's name in the meantime; the staging folder is kept."""
+
+
+def output_folder(output_dir: str | Path, remedy: str | None) -> Path:
+    """The absolute path of an output that can be written.
+
+    Args:
+        remedy (str, optional): What to do about one that is there, unless it is an empty folder.
+            None lets it be replaced.
 
     Raises:
-        LongRopeError: It is.
+        LongRopeError: It is there; or it cannot take its name at the end, because nobody may write
+            beside it or because it is a mount point.
     """
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+    path = Path(output_dir).resolve()
+    check_folder(path.parent)
+    if os.path.ismount(path):
+        raise LongRopeError(
+            f"{path} is a mount point, whose name a finished conversion cannot take; give a folder "
+            "inside it"
+        )
+    if remedy is not None and _is_there(path):
         raise LongRopeError(f"{output_dir} exists already; {remedy}")
+    return path
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 @contextmanager
 def staging_folder(
-    output_dir: Path, identity: Mapping[str, Any]
+    output_dir: Path, identity: Mapping[str, Any], overwrite: bool = False
 ) -> Iterator[tuple[StagingFolder, bool]]:
     """The staging folder of an output, and whether an earlier run's work is in it.
 
     What fails leaves nothing. What is interrupted leaves the files that were complete, if any, and
     the exception carries a note that says so.
 
+    Args:
+        output_dir (Path): As :func:`output_folder` gives it.
+        identity (Mapping): See :meth:`StagingFolder.begin`.
+        overwrite (bool): Whether the output may replace what has its name. Defaults to False.
+
     Raises:
-        LongRopeError: The disk is full, or another process is converting to the same output.
+        LongRopeError: The disk is full, another process is converting to the same output, or the
+            output appeared in the meantime.
     """
-    staging = StagingFolder(output_dir)
+    staging = StagingFolder(output_dir, overwrite)
     staging.lock()
     try:
         yield staging, staging.begin(identity)
@@ -163,6 +211,9 @@ def staging_folder(
             f"complete files are kept in {staging.path}; the same command continues after them, "
             "and removing that folder gives up the conversion"
         )
+        raise
+    except OutputAppeared:
+        staging.close()
         raise
     except OSError as error:
         staging.remove()
@@ -178,23 +229,21 @@ def staging_folder(
     staging.close()
 
 
-@contextmanager
-def complete_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that has its name once all of it is on the disk.
+def in_shards[Item: _Sized](items: Iterable[Item], max_bytes: int) -> list[list[Item]]:
+    """Divide what is to be written, in its order, into files.
 
-    Unlike :func:`megatron_longrope.files.atomic_file` it has one temporary name: gigabytes that a
-    killed process leaves are overwritten by the next one, which the folder's lock keeps alone.
+    Args:
+        max_bytes (int): Largest file, unless a single item is larger.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    shards: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.num_bytes
+    return shards
 
 
 def file_identity(paths: Iterable[Path]) -> list[list[Any]]:

@@ -28,7 +28,12 @@ from megatron_longrope.conversion.companions import (
 )
 from megatron_longrope.conversion.rope_export import ExportedRope, export_rope, is_bare_base
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
-from megatron_longrope.conversion.staging import file_identity, refuse_existing, staging_folder
+from megatron_longrope.conversion.staging import (
+    MAX_SHARD_BYTES,
+    file_identity,
+    output_folder,
+    staging_folder,
+)
 from megatron_longrope.conversion.start_tokens import (
     DroppedStartTokens,
     Measure,
@@ -38,8 +43,6 @@ from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import TokenizerInfo, copy_tokenizer, write_tokenizer
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import write_json_atomic, write_text_atomic
-
-MAX_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,8 @@ def write_hf_folder(
         LongRopeError: The checkpoint, the configuration or the tokenizer does not fit; the disk is
             full.
     """
-    output_dir = Path(output_dir)
-    if not overwrite:
-        refuse_existing(output_dir, "give another --output or --overwrite")
+    remedy = None if overwrite else "give another --output or --overwrite"
+    output_dir = output_folder(output_dir, remedy)
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
     chosen = select_family(checkpoint.shape, checkpoint.args, family)
     dtype_name(dtype or checkpoint.shape.params_dtype)  # refuses others before any work
@@ -145,7 +147,8 @@ def write_hf_folder(
         checkpoint, chosen, longrope_config, lengths, without_start_tokens, measure
     )
     export = _Export(checkpoint, chosen, factors, dtype, tokenizer)
-    with staging_folder(output_dir, export.identity(max_shard_bytes)) as (staging, resumed):
+    identity = export.identity(max_shard_bytes)
+    with staging_folder(output_dir, identity, overwrite) as (staging, resumed):
         source, hf_config = export.write_small_files(staging.result, output_dir.name)
         staging.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
         files = write_safetensors(

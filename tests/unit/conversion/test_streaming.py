@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.conversion import megatron_writer
-from megatron_longrope.conversion import safetensors_writer as writer
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.staging import StagingFolder, file_identity, staging_folder
 from megatron_longrope.conversion.tensors import TensorSource
@@ -78,7 +77,7 @@ def test_what_was_complete_is_not_written_again(
 ):
     kept = {path.name: path.stat() for path in (interrupted / "result").glob("*.safetensors")}
     assert kept
-    assert not list(interrupted.rglob("*.part"))
+    assert not list(interrupted.rglob(".*.tmp"))
     names, calls = files_read(monkeypatch), []
     report = write_hf_folder(
         untied_gqa.path,
@@ -277,12 +276,57 @@ def test_files_are_told_apart_by_content_or_by_size_and_time(tmp_path, monkeypat
     assert file_identity([path]) != large
 
 
-def test_a_file_has_its_name_only_when_it_is_complete(tmp_path):
-    with pytest.raises(RuntimeError), writer.complete_file(tmp_path / "a") as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with writer.complete_file(tmp_path / "a") as file:
-        file.write(b"whole")
-        assert not (tmp_path / "a").exists()
-    assert (tmp_path / "a").read_bytes() == b"whole"
+def test_a_folder_that_appears_during_a_conversion_stays_and_so_does_the_result(
+    untied_gqa, config, tmp_path
+):
+    output = tmp_path / "hf"
+
+    def somebody_else(folder):
+        output.mkdir()
+        (output / "precious").touch()
+
+    with pytest.raises(ValueError, match="appeared during the conversion; the result is comple"):
+        write_hf_folder(
+            untied_gqa.path, output, longrope_config=config, check=somebody_else, **SHARDS
+        )
+    assert (output / "precious").exists()
+    assert (tmp_path / ".hf.converting" / "result" / "config.json").exists()
+    output.rename(tmp_path / "theirs")
+    assert write_hf_folder(untied_gqa.path, output, longrope_config=config, **SHARDS).resumed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "theirs"]
+
+
+def test_the_current_folder_can_be_the_output(untied_gqa, config, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    report = write_hf_folder(untied_gqa.path, ".", longrope_config=config)
+    assert report.output_dir == tmp_path / "here"
+    assert (tmp_path / "here" / "config.json").exists()
+    monkeypatch.chdir(tmp_path)  # the old folder is gone
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    untied_gqa, config, exported, tmp_path, monkeypatch, direction
+):
+    def convert(output):
+        if direction == "to":
+            write_hf_folder(untied_gqa.path, output, longrope_config=config)
+        else:
+            write_checkpoint(exported, output)
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be a folder: .*file is a file; name another one"):
+        convert(tmp_path / "file" / "out")
+    monkeypatch.setattr("os.path.ismount", lambda path: path.name == "disk")
+    with pytest.raises(ValueError, match=r"disk is a mount point, .*; give a folder inside it"):
+        convert(tmp_path / "disk")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_half_a_file_of_a_killed_process_is_not_handed_on(
+    untied_gqa, config, tmp_path, interrupted
+):
+    (interrupted / "result" / ".model.safetensors.k1ll.tmp").write_bytes(b"half")
+    assert write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, **SHARDS)
+    assert not [path.name for path in (tmp_path / "hf").iterdir() if path.name.startswith(".")]
