@@ -192,12 +192,13 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
 
 
 def exported_factors(
-    options: ToHfOptions | VerifyOptions, hf: str | None = None
+    options: ToHfOptions | VerifyOptions, hf: str | None = None, sliding_window: str = "refuse"
 ) -> tuple[LongRopeConfig | None, str]:
     """Return the factors that a conversion exports, and where they come from, in words.
 
     Args:
         hf (str, optional): The Hugging Face folder, of a verification without a checkpoint.
+        sliding_window (str): Of that folder; see :func:`.hf.source.open_folder`.
 
     Raises:
         LongRopeError: There are none to drop start tokens from, or they cannot be read.
@@ -208,7 +209,7 @@ def exported_factors(
     if options.longrope_config is not None:
         return LongRopeConfig.load(options.longrope_config), options.longrope_config
     folder = None if options.load else hf
-    config = open_checkpoint(options.load, folder, options.iteration).longrope
+    config = open_checkpoint(options.load, folder, options.iteration, sliding_window).longrope
     where = "in the folder" if folder else "in the checkpoint"
     if config is not None:
         return config, f"stored {where}, up to {config.max_length} tokens"
@@ -229,7 +230,7 @@ def convert_from_hf(options: FromHfOptions, progress: Progress | None = None) ->
     """
     from megatron_longrope.checkpoint.hf.families import dtype_named
     from megatron_longrope.conversion.from_hf import write_checkpoint
-    from megatron_longrope.conversion.verify_import import verify_import
+    from megatron_longrope.conversion.verify import verify_import
 
     def check(directory: Path) -> Any:
         return verify_import(

@@ -123,7 +123,7 @@ def _run_verify(options: VerifyOptions) -> int:
     from megatron_longrope.conversion.start_tokens import drop_start_tokens
     from megatron_longrope.conversion.verify import verify
 
-    config = _say_factors(options, options.hf, say=not options.json)
+    config = _say_factors(options, options.hf, options.sliding_window, say=not options.json)
     lengths = options.short_length, options.target_length
     if options.drop_start_tokens:
         config, _ = drop_start_tokens(config, *lengths)
@@ -135,6 +135,8 @@ def _run_verify(options: VerifyOptions) -> int:
         short_length=lengths[0],
         target_length=lengths[1],
         tolerance=options.tolerance,
+        sliding_window=options.sliding_window,
+        made_of=None,
     )
     if options.json:
         print(json.dumps(report.to_dict()))
@@ -152,9 +154,14 @@ def _run_inspect(options: InspectCheckpointOptions) -> int:
     return 0
 
 
-def _say_factors(options: ExportedFactors, hf: str | None = None, say: bool = True) -> Any:
+def _say_factors(
+    options: ExportedFactors,
+    hf: str | None = None,
+    sliding_window: str = "refuse",
+    say: bool = True,
+) -> Any:
     """Find the factors of a conversion, and print where they come from."""
-    config, source = api.exported_factors(options, hf)
+    config, source = api.exported_factors(options, hf, sliding_window)
     if say:
         print(f"longrope configuration: {source}")
         for name in ("short_length", "target_length"):

@@ -129,6 +129,8 @@ class _Compared(Options):
     hf: str = flag(metavar="DIR")
     """Hugging Face folder"""
 
+    sliding_window: str = sliding_window_flag()
+
     json: bool = flag(False)
     """print one JSON object"""
 

@@ -6,7 +6,7 @@ Both models are in memory at once, in fp32: :func:`memory_needed` says how much 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longrope.checkpoint.hf.families import dtype_named
+from megatron_longrope.checkpoint.hf.folder import HfFolder
+from megatron_longrope.checkpoint.hf.source import open_folder
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.opening import open_checkpoint
+from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.config_keys import unread_keys
 from megatron_longrope.errors import LongRopeError
@@ -73,12 +75,12 @@ def verify(
     hf_dir: str | Path,
     *,
     longrope_config: LongRopeConfig | None,
-    engine_factory: Callable[[Checkpoint, LongRopeConfig | None], Any] | None = None,
     iteration: int | None = None,
     short_length: int | None = None,
     target_length: int | None = None,
     tolerance: float = TOLERANCE,
-    seed: int = 0,
+    sliding_window: str = "refuse",
+    made_of: str | None = "checkpoint",
 ) -> VerificationReport:
     """Run both models in fp32 on random tokens, within and past every limit of config.json.
 
@@ -86,33 +88,53 @@ def verify(
         checkpoint_path (str | Path, optional): None compares transformers with the engine on the
             folder itself.
         longrope_config (LongRopeConfig, optional): What was exported; None for plain RoPE.
-        engine_factory (Callable, optional): Gives an object with `logits(tokens [b, s]) ->
-            [b, s, vocab]` for an opened checkpoint and a configuration. Defaults to the evaluation
-            engine in `hf_parity` mode.
         short_length (int, optional): As given to the conversion.
         target_length (int, optional): As given to the conversion.
-        tolerance (float): Largest difference of a logit; for a folder in a narrower dtype than the
-            checkpoint, that dtype's rounding is added.
+        tolerance (float): Largest difference of a logit; where tensors were rounded to a narrower
+            dtype, that is added.
+        sliding_window (str): See :func:`.hf.source.open_folder`; with `drop` transformers, too,
+            attends in full.
+        made_of (str, optional): What the other of the two was made of, `checkpoint` or `folder`.
+            None is for a pair of unknown origin: a checkpoint that was imported may be either.
 
     Raises:
         LongRopeError: A window is over the tolerance, or its logits are not finite.
     """
-    hf_dir = Path(hf_dir)
-    source = hf_dir if checkpoint_path is None else None
-    checkpoint = open_checkpoint(checkpoint_path, source, iteration)
-    hf_config = read_json(hf_dir / "config.json")
+    folder = open_folder(hf_dir, sliding_window)
+    source = None if checkpoint_path is not None else folder.directory
+    checkpoint = open_checkpoint(checkpoint_path, source, iteration, sliding_window)
     config = None
     if longrope_config is not None:
         config = exported_config(longrope_config, short_length, target_length)
+    window = folder.dropped_window or folder.kept_window
+    hf_config = {**folder.config, "sliding_window": window} if window else folder.config
     return compare_models(
-        (engine_factory or fp32_engine)(checkpoint, config),
-        hf_dir,
+        fp32_engine(checkpoint, config),
+        folder.directory,
         windows_to_compare(config, hf_config),
         hf_config["vocab_size"],
         tolerance=tolerance,
-        rounding=_rounding(checkpoint, hf_config),
-        remedy="do not use this folder",
-        seed=seed,
+        rounding=_allowed_rounding(checkpoint, folder, made_of),
+        remedy="nothing was written" if made_of == "folder" else "do not use this folder",
+        full_attention=folder.dropped_window is not None,
+    )
+
+
+def verify_import(
+    checkpoint_path: str | Path,
+    hf_dir: str | Path,
+    *,
+    tolerance: float = TOLERANCE,
+    sliding_window: str = "refuse",
+) -> VerificationReport:
+    """Compare a new checkpoint with the folder that it was made of; see :func:`verify`."""
+    return verify(
+        checkpoint_path,
+        hf_dir,
+        longrope_config=MegatronCheckpoint.open(checkpoint_path).longrope,
+        tolerance=tolerance,
+        sliding_window=sliding_window,
+        made_of="folder",
     )
 
 
@@ -125,7 +147,6 @@ def compare_models(
     tolerance: float,
     rounding: float,
     remedy: str,
-    seed: int = 0,
     full_attention: bool = False,
 ) -> VerificationReport:
     """Run an engine and transformers on the same random tokens.
@@ -145,7 +166,7 @@ def compare_models(
     model = _load_transformers_model(hf_dir, full_attention)
     differences = []
     for window, length in windows:
-        tokens = random_tokens(vocab_size, length, seed)
+        tokens = random_tokens(vocab_size, length, seed=0)
         with torch.no_grad():
             theirs = model(tokens, use_cache=False).logits
             ours = engine.logits(tokens)[..., :vocab_size].to(device="cpu", dtype=torch.float32)
@@ -294,12 +315,38 @@ def windows_to_compare(
     return windows
 
 
-def _rounding(checkpoint: Checkpoint, hf_config: dict[str, Any]) -> float:
-    """Relative error to expect of a folder whose dtype is narrower than the checkpoint's."""
-    # transformers 4 spells it torch_dtype, and so do folders of that time.
-    written = dtype_named(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+def _allowed_rounding(checkpoint: Checkpoint, folder: HfFolder, made_of: str | None) -> float:
+    """Relative error to expect of what was made of the other."""
     stored = {info.dtype for info in checkpoint.keys().values()}
-    return 0.0 if stored == {written} else 32 * torch.finfo(written).eps
+    written = {info.dtype for name, info in folder.tensors.items() if not name.endswith("inv_freq")}
+    if made_of is None and not _is_imported(checkpoint):
+        made_of = "checkpoint"
+    return max(
+        0.0 if made_of == "folder" else expected_rounding(stored, written),
+        0.0 if made_of == "checkpoint" else expected_rounding(written, stored),
+    )
+
+
+def _is_imported(checkpoint: Checkpoint) -> bool:
+    args = getattr(checkpoint, "args", None)  # a folder has none
+    return getattr(args, "longrope_hf_family", None) is not None
+
+
+def expected_rounding(source: set[torch.dtype], target: set[torch.dtype]) -> float:
+    """Relative error to expect of logits when tensors were converted.
+
+    Args:
+        source (set): Dtypes that the tensors had.
+        target (set): Dtypes that they have; the same set is tensors that were left as they were.
+    """
+    if source == target:
+        return 0.0
+    narrowed = (
+        torch.finfo(kind).eps
+        for kind in target
+        if any(torch.promote_types(other, kind) != kind for other in source)
+    )
+    return 32 * max(narrowed, default=0.0)
 
 
 def fp32_engine(checkpoint: Checkpoint, config: LongRopeConfig | None) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import make_megatron_checkpoint as maker
 import pytest
+import tiny_hf
 import torch
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
@@ -239,6 +240,23 @@ def test_verify_compares_a_pair_of_either_origin_or_a_folder_alone(
         assert all(item["max_abs_diff"] < 1e-4 for item in windows)
     assert convert("verify", "--hf", hf) == 0
     assert "stored in the folder, up to 256 tokens" in capsys.readouterr().out
+
+
+def test_verify_allows_an_import_in_a_narrower_dtype_its_rounding(hf, tmp_path):
+    narrow = ("--dtype", "bfloat16", "--no-verify")
+    assert convert("from-hf", "--hf", hf, "--output", tmp_path / "imported", *narrow) == 0
+    assert convert("verify", "--load", tmp_path / "imported", "--hf", hf) == 0
+
+
+@pytest.mark.parametrize("way", ["drop", "keep"])
+def test_verify_takes_the_sliding_window_that_its_refusal_advises(tmp_path, capsys, way):
+    folder = tmp_path / "mistral"
+    tiny_hf.make_hf_folder(folder, "mistral", sliding_window=16)
+    assert "--sliding-window drop" in refused(capsys, "verify", "--hf", folder)
+    assert convert("verify", "--hf", folder, "--sliding-window", way, "--json") == 0
+    windows = json.loads(capsys.readouterr().out)["windows"]
+    assert any(item["num_tokens"] > 16 for item in windows)
+    assert all(item["max_abs_diff"] < 1e-4 for item in windows)
 
 
 def test_inspect_says_where_a_checkpoint_comes_from(untied_gqa, hf, tmp_path, capsys):

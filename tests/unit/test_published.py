@@ -87,7 +87,7 @@ def test_a_deployed_model_is_read_and_rotates_as_in_transformers(name, head):
 def test_a_folder_with_deployed_factors_is_converted_with_transformers_logits(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     from megatron_longrope.conversion.from_hf import write_checkpoint
-    from megatron_longrope.conversion.verify_import import verify_import
+    from megatron_longrope.conversion.verify import verify_import
 
     # The factors and the 32 x extension are the model's; a window of 64 keeps the long input short.
     short, long = (list(item.rescale_factors) for item in load(name)[0].factor_sets)

@@ -20,7 +20,7 @@ from megatron_longrope.conversion.companions import copy_companions
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.megatron_args import divisor_without_padding, padded_vocab_size
 from megatron_longrope.conversion.to_hf import write_hf_folder
-from megatron_longrope.conversion.verify_import import verify_import
+from megatron_longrope.conversion.verify import verify_import
 from megatron_longrope.engine import load_engine
 
 LAYERS, HIDDEN, HEADS, GROUPS, VOCAB, WINDOW = 3, 32, 4, 2, 250, 64

@@ -25,8 +25,7 @@ from megatron_longrope.checkpoint.hf.rules import MIXTRAL_EXPERTS, QWEN_EXPERTS
 from megatron_longrope.checkpoint.hf.splits import join, part_rows, split
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.to_hf import write_hf_folder
-from megatron_longrope.conversion.verify import random_tokens
-from megatron_longrope.conversion.verify_import import verify_import
+from megatron_longrope.conversion.verify import random_tokens, verify_import
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import mlp as mlp_module
 from megatron_longrope.flops import forward_flops, layer_weights

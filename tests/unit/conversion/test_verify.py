@@ -11,10 +11,13 @@ from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import (
     compare,
+    expected_rounding,
     exported_config,
     verify,
     windows_to_compare,
 )
+
+ENGINE = "megatron_longrope.conversion.verify.fp32_engine"
 
 
 class RecordedEngine:
@@ -46,9 +49,10 @@ def folder(untied_gqa, config, tmp_path):
     return tmp_path / "hf"
 
 
-def test_a_good_folder_passes_on_both_windows(untied_gqa, config, folder, lengths):
+def test_a_good_folder_passes_on_both_windows(untied_gqa, config, folder, lengths, monkeypatch):
     engine = RecordedEngine(untied_gqa.logits)
-    report = verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+    monkeypatch.setattr(ENGINE, engine)
+    report = verify(untied_gqa.path, folder, longrope_config=config)
     assert [item.window for item in report.windows] == ["short", "long"]
     assert [item.num_tokens for item in report.windows] == [48, 160]
     for item in report.windows:
@@ -59,42 +63,61 @@ def test_a_good_folder_passes_on_both_windows(untied_gqa, config, folder, length
     assert engine.config == exported_config(config)
 
 
-def test_one_changed_weight_is_found(untied_gqa, config, folder, lengths):
+def test_one_changed_weight_is_found(untied_gqa, config, folder, lengths, monkeypatch):
     path = folder / "model.safetensors"
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(path)
     tensors["model.layers.1.self_attn.k_proj.weight"][0] += 0.05
     save_file(tensors, path, metadata={"format": "pt"})
-    engine = RecordedEngine(untied_gqa.logits)
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits))
     with pytest.raises(ValueError, match=r"verification failed on 48 tokens \(short factors\)"):
-        verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+        verify(untied_gqa.path, folder, longrope_config=config)
 
 
-def test_wrong_long_factors_are_found_on_the_long_input(untied_gqa, config, folder, lengths):
+def test_wrong_long_factors_are_found_on_the_long_input(
+    untied_gqa, config, folder, lengths, monkeypatch
+):
     path = folder / "config.json"
     value = json.loads(path.read_text())
     for spelling in ("rope_scaling", "rope_parameters"):
         value[spelling]["long_factor"] = value[spelling]["short_factor"]
     path.write_text(json.dumps(value))
-    engine = RecordedEngine(untied_gqa.logits)
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits))
     with pytest.raises(ValueError, match=r"failed on 160 tokens \(long factors\)"):
-        verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+        verify(untied_gqa.path, folder, longrope_config=config)
 
 
-def test_logits_that_are_not_finite_never_pass(untied_gqa, config, folder, lengths):
-    engine = RecordedEngine(untied_gqa.logits, error=float("nan"))
+def test_logits_that_are_not_finite_never_pass(untied_gqa, config, folder, lengths, monkeypatch):
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error=float("nan")))
     with pytest.raises(
         ValueError, match="the logits of Megatron are not finite from position 0 on"
     ):
-        verify(untied_gqa.path, folder, longrope_config=config, engine_factory=engine)
+        verify(untied_gqa.path, folder, longrope_config=config)
 
 
-def test_a_narrower_dtype_is_allowed_its_rounding(untied_gqa, config, tmp_path, lengths):
+def test_a_narrower_dtype_is_allowed_its_rounding(
+    untied_gqa, config, tmp_path, lengths, monkeypatch
+):
     write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, dtype=torch.bfloat16)
-    engine = RecordedEngine(untied_gqa.logits)
-    report = verify(untied_gqa.path, tmp_path / "hf", longrope_config=config, engine_factory=engine)
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits))
+    report = verify(untied_gqa.path, tmp_path / "hf", longrope_config=config)
     assert report.windows[0].max_abs_diff > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "narrowest"),
+    [
+        ({torch.bfloat16, torch.float32}, {torch.bfloat16, torch.float32}, None),  # kept
+        ({torch.bfloat16}, {torch.float32}, None),
+        ({torch.bfloat16, torch.float32}, {torch.bfloat16}, torch.bfloat16),  # norms in fp32
+        ({torch.float32}, {torch.bfloat16, torch.float32}, torch.bfloat16),
+        ({torch.bfloat16}, {torch.float16}, torch.float16),
+    ],
+)
+def test_only_tensors_that_were_narrowed_are_allowed_a_rounding(source, target, narrowest):
+    expected = 0.0 if narrowest is None else 32 * torch.finfo(narrowest).eps
+    assert expected_rounding(source, target) == expected
 
 
 def test_the_exported_configuration_is_what_transformers_can_hold(config):
@@ -153,13 +176,12 @@ def run_command(*argv):
 def test_the_command_verifies_before_the_folder_appears(
     untied_gqa, tmp_path, lengths, monkeypatch, capsys
 ):
-    module = "megatron_longrope.conversion.verify.fp32_engine"
-    monkeypatch.setattr(module, RecordedEngine(untied_gqa.logits, error=1.0))
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error=1.0))
     arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf")
     with pytest.raises(ValueError, match="verification failed"):
         run_command(*arguments)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(module, RecordedEngine(untied_gqa.logits))
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits))
     assert run_command(*arguments, "--target-length", "256") == 0
     output = capsys.readouterr().out
     assert "stored in the checkpoint, up to 256 tokens" in output
