@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.files import read_json
+from megatron_longrope.files import read_json, write_json_atomic
 
 FOLDER = "hf"
 GENERATION_CONFIG = "generation_config.json"
@@ -25,6 +25,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates",  # a folder
 )
+_KEPT = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -42,8 +43,7 @@ def copy_companions(source: Path, target: Path, names: tuple[str, ...]) -> list[
 
 def keep_companions(source: Path, checkpoint: Path) -> None:
     """Copy what a later `convert to-hf` needs into a checkpoint directory."""
-    names = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
-    copy_companions(source, checkpoint / FOLDER, names)
+    copy_companions(source, checkpoint / FOLDER, _KEPT)
 
 
 def companions(tokenizer: str | Path | None, checkpoint: Path) -> Path | None:
@@ -53,8 +53,26 @@ def companions(tokenizer: str | Path | None, checkpoint: Path) -> Path | None:
         tokenizer (str | Path, optional): As given to the export; a folder is taken as it is.
         checkpoint (Path): Directory of an iteration, beside which :func:`keep_companions` wrote.
     """
-    folder = checkpoint.parent / FOLDER if tokenizer is None else Path(tokenizer)
-    return folder if folder.is_dir() else None
+    if tokenizer is not None:
+        return Path(tokenizer) if Path(tokenizer).is_dir() else None
+    folder = checkpoint.parent / FOLDER
+    # An export that somebody wrote there has weights and a model card, too.
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return folder if "config.json" in names and names <= set(_KEPT) else None
+
+
+def raise_limit(path: Path, key: str, length: int) -> None:
+    """Raise a limit that a file of the short model states, at which readers of a longer one stop.
+
+    Args:
+        path (Path): A JSON file, which need not be there.
+        key (str): Where it states a length in tokens.
+    """
+    config = read_json(path) if path.is_file() else {}
+    stated = config.get(key)
+    # transformers takes anything that is no number, such as null, as no limit.
+    if isinstance(stated, int | float) and stated < length:
+        write_json_atomic(path, {**config, key: length})
 
 
 def special_token_ids(folder: Path | None, defaults: dict[str, int | None]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from megatron_longrope.conversion.companions import (
     GENERATION_CONFIG,
     companions,
     copy_companions,
+    raise_limit,
     special_token_ids,
 )
 from megatron_longrope.conversion.rope_export import ExportedRope, export_rope, is_bare_base
@@ -40,7 +41,12 @@ from megatron_longrope.conversion.start_tokens import (
     drop_start_tokens,
 )
 from megatron_longrope.conversion.tensors import TensorSource
-from megatron_longrope.conversion.tokenizer import TokenizerInfo, copy_tokenizer, write_tokenizer
+from megatron_longrope.conversion.tokenizer import (
+    TokenizerInfo,
+    copy_tokenizer,
+    existing_tokenizer,
+    write_tokenizer,
+)
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import write_json_atomic, write_text_atomic
 
@@ -139,6 +145,7 @@ def write_hf_folder(
     """
     remedy = None if overwrite else "give another --output or --overwrite"
     output_dir = output_folder(output_dir, remedy)
+    tokenizer = None if tokenizer is None else existing_tokenizer(tokenizer)
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
     chosen = select_family(checkpoint.shape, checkpoint.args, family)
     dtype_name(dtype or checkpoint.shape.params_dtype)  # refuses others before any work
@@ -240,7 +247,7 @@ class _Export:
     dtype: torch.dtype | None
     """What tensors are converted to; None for their own."""
 
-    tokenizer: str | Path | None
+    tokenizer: Path | None
     """As given."""
 
     @property
@@ -250,7 +257,7 @@ class _Export:
 
     def identity(self, max_shard_bytes: int) -> dict[str, Any]:
         """Return what an interrupted conversion must agree on to be continued."""
-        tokenizer = Path(self.tokenizer) if self.tokenizer else self.beside
+        tokenizer = self.tokenizer or self.beside
         config = self.factors.config
         return {
             "version": __version__,
@@ -319,6 +326,8 @@ def _write_configs(
     write_json_atomic(directory / "config.json", {**hf_config, **special})
     if beside is None or not copy_companions(beside, directory, (GENERATION_CONFIG,)):
         write_json_atomic(directory / GENERATION_CONFIG, special)
+    window = hf_config["max_position_embeddings"]
+    raise_limit(directory / GENERATION_CONFIG, "max_length", window)
     if longrope_config is not None:
         longrope_config.save(directory / "longrope.json")
 

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.conversion.companions import TOKENIZER_FILES, copy_companions
+from megatron_longrope.conversion.companions import (
+    TOKENIZER_FILES,
+    copy_companions,
+    raise_limit,
+)
 from megatron_longrope.data.tokenizer import (
     PROBES,
     SentencePieceTokenizer,
     load_sentencepiece,
 )
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import read_json, write_json_atomic
+from megatron_longrope.files import write_json_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 
@@ -40,6 +44,20 @@ class TokenizerInfo:
     """Padding, if any."""
 
 
+def existing_tokenizer(tokenizer: str | Path) -> Path:
+    """The path of a tokenizer that is there.
+
+    Raises:
+        LongRopeError: It is neither a file nor a folder.
+    """
+    path = Path(tokenizer)
+    if not (path.is_file() or path.is_dir()):
+        raise LongRopeError(
+            f"{path}: no such tokenizer; give a SentencePiece .model file or a Hugging Face folder"
+        )
+    return path
+
+
 def write_tokenizer(
     tokenizer: str | Path | None, directory: Path, max_length: int
 ) -> TokenizerInfo:
@@ -54,14 +72,10 @@ def write_tokenizer(
     """
     if tokenizer is None:
         return TokenizerInfo()
-    path = Path(tokenizer)
+    path = existing_tokenizer(tokenizer)
     if path.is_dir():
         return _copy_hf(path, directory, max_length)
-    if path.is_file():
-        return _convert_sentencepiece(path, directory, max_length)
-    raise LongRopeError(
-        f"{path}: no such tokenizer; give a SentencePiece .model file or a Hugging Face folder"
-    )
+    return _convert_sentencepiece(path, directory, max_length)
 
 
 def copy_tokenizer(folder: Path, directory: Path, max_length: int) -> bool:
@@ -71,7 +85,7 @@ def copy_tokenizer(folder: Path, directory: Path, max_length: int) -> bool:
         bool: Whether there are any.
     """
     found = copy_companions(folder, directory, TOKENIZER_FILES)
-    _raise_window(directory / "tokenizer_config.json", max_length)
+    raise_limit(directory / "tokenizer_config.json", "model_max_length", max_length)
     return bool(found)
 
 
@@ -107,17 +121,6 @@ def _check_sentencepiece_ids(path: Path, loaded: Any) -> None:
                 f"({ids[:4]} instead of {expected[:4]} for {text!r}); give --tokenizer {file}, "
                 "which writes a tokenizer.json with sentencepiece's ids"
             )
-
-
-def _raise_window(path: Path, max_length: int) -> None:
-    """The tokenizer of the short model states its window, at which vLLM would stop."""
-    if not path.is_file():
-        return
-    config = read_json(path)
-    stated = config.get("model_max_length")
-    # transformers takes anything that is no number, such as null, as no limit.
-    if isinstance(stated, int | float) and stated < max_length:
-        write_json_atomic(path, {**config, "model_max_length": max_length})
 
 
 def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> TokenizerInfo:

@@ -113,6 +113,16 @@ def test_a_path_without_a_tokenizer_is_refused(tmp_path):
         write_tokenizer(tmp_path / "text.model", tmp_path, 64)
 
 
+def test_an_export_with_a_tokenizer_that_is_not_there_is_refused_in_the_same_sentence(
+    untied_gqa, tmp_path
+):
+    with pytest.raises(ValueError, match=r"meta-llama/Llama: no such tokenizer; give a Sent"):
+        write_hf_folder(
+            untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer="meta-llama/Llama"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_folder_knows_the_tokenizer_and_its_special_tokens(untied_gqa, config, tmp_path):
     path = train(tmp_path, vocab_size=100, model_type="bpe")
     write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config, tokenizer=path)

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import make_megatron_checkpoint as maker
@@ -197,3 +198,30 @@ def test_a_shorter_target_exports_the_set_that_covers_it(untied_gqa, config, tmp
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert written["max_position_embeddings"] == 128
     assert math.isclose(written["rope_parameters"]["factor"], 2.0)
+
+
+@pytest.mark.parametrize(("stated", "expected"), [(64, 256), (None, None), (4096, 4096)])
+def test_a_generation_config_that_stops_below_the_window_is_raised(
+    untied_gqa, config, tmp_path, stated, expected
+):
+    """As transformers' generate refuses a longer prompt under such a max_length."""
+    save = shutil.copytree(untied_gqa.path, tmp_path / "save")
+    beside = save / "hf"  # as an import leaves it
+    beside.mkdir()
+    (beside / "config.json").write_text("{}")
+    (beside / "generation_config.json").write_text(json.dumps({"top_k": 5, "max_length": stated}))
+    write_hf_folder(save, tmp_path / "hf", longrope_config=config)
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written == {"top_k": 5, "max_length": expected}
+
+
+def test_a_folder_named_hf_beside_a_checkpoint_is_no_companion_unless_an_import_wrote_it(
+    untied_gqa, config, tmp_path
+):
+    save = shutil.copytree(untied_gqa.path, tmp_path / "save")
+    write_hf_folder(save, save / "hf", longrope_config=config)
+    generation = save / "hf" / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": 77}))
+    write_hf_folder(save, tmp_path / "second", longrope_config=config)
+    written = json.loads((tmp_path / "second" / "generation_config.json").read_text())
+    assert written["eos_token_id"] is None
