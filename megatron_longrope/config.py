@@ -20,6 +20,7 @@ from megatron_longrope.config_rules import (
     check_keys,
     check_positive,
     extension_ratio,
+    is_number,
     unusual_factor,
     validate_factor_sets,
     validate_factors,
@@ -363,6 +364,7 @@ def _scaled_base(
 ) -> LongRopeConfig:
     rotary_dim = rotary_dim or rotated_dimensions(hf_config, rope)
     base = {"rope_type": rope.rope_type, **rope.parameters}
+    _warn_of_yarn_by_ratio(rope, hf_config)
     if rope.original_max_position_embeddings is not None:
         base["original_max_position_embeddings"] = rope.original_max_position_embeddings
     try:
@@ -371,6 +373,23 @@ def _scaled_base(
         raise LongRopeError(
             str(error).replace("base_frequencies", f"config.json's {rope.holder}")
         ) from None
+
+
+def _warn_of_yarn_by_ratio(rope: HfRope, hf_config: Mapping[str, Any]) -> None:
+    """Warn of a YaRN that transformers' releases scale by different factors."""
+    window = hf_config.get("max_position_embeddings")
+    original = hf_config[rope.holder].get("original_max_position_embeddings")
+    factor = rope.parameters.get("factor")
+    if rope.rope_type != "yarn" or not (is_number(original) and is_number(factor) and window):
+        return
+    if not math.isclose(factor * original, window):
+        warnings.warn(
+            f"config.json has {rope.holder}.factor {factor:g}, which is used here and in "
+            "transformers 5, while 4.57 scales by max_position_embeddings / "
+            f"original_max_position_embeddings = {window / original:g}; for one model in both "
+            f"write max_position_embeddings {factor * original:g}",
+            stacklevel=3,
+        )
 
 
 def _warn_of_unusual_factors(source: str, names: Sequence[str], config: LongRopeConfig) -> None:

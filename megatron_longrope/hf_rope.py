@@ -2,7 +2,8 @@
 
 transformers 4.57 reads `rope_scaling` and the keys beside it at the top, 5.x copies a non-empty
 `rope_scaling` over `rope_parameters` and prefers the keys inside. A file that the two would read
-differently, because it states a value twice, is refused by the names of both keys.
+differently, because it states a value twice, is refused by the names of both keys. YaRN's factor,
+which 4.57 replaces by a ratio of two windows, is warned of in :meth:`.LongRopeConfig.from_hf`.
 """
 
 from __future__ import annotations

@@ -222,7 +222,8 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         """
         if self._document_scale is not None:
             self._document_scale.capacity = None  # these kernels have one scale for all documents
-        key = (max_seq_len, offset, self.mode, self.hf_parity, self._device())
+        pinned = self.selection.pinned_length
+        key = (max_seq_len, offset, self.mode, pinned, self.hf_parity, self._device())
         if key not in self._cos_sin:
             freqs = self.get_freqs_non_repeated(max_seq_len, offset)
             factor = self.attention_factor(offset + max_seq_len) if self.factor_in_cos_sin else 1.0

@@ -55,6 +55,17 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(base):
     torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
 
 
+def test_a_yarn_that_transformers_4_scales_by_another_factor_is_warned_of(recwarn):
+    """4.57 takes max_position_embeddings over a stated original window in place of the factor."""
+    LongRopeConfig.from_hf(hf_config(YARN))
+    without = {key: value for key, value in YARN.items() if "original" not in key}
+    LongRopeConfig.from_hf({**hf_config(without), "max_position_embeddings": 32768})
+    assert not recwarn
+    with pytest.warns(match=r"factor 4, .* 4\.57 .* = 1; .*write max_position_embeddings 131072"):
+        read = LongRopeConfig.from_hf({**hf_config(YARN), "max_position_embeddings": 32768})
+    assert read.base_frequencies["factor"] == 4.0
+
+
 def test_megatrons_rope_scaling_is_llama3():
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 

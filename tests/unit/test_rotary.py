@@ -459,6 +459,14 @@ def test_flash_decoding_gets_the_factor_with_cos_and_sin_where_nothing_else_carr
         assert np.abs(ours.numpy() - factor * function(expected)).max() < 1e-6
 
 
+def test_cosines_and_sines_follow_the_length_that_the_factors_are_pinned_to():
+    rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM)
+    for length, factors in ((0, SHORT), (512, LONG)):
+        rotary.selection = replace(rotary.selection, pinned_length=length)
+        expected = np.cos(angles_in_numpy(range(60), factors))
+        assert np.abs(rotary.get_cos_sin(60)[0].numpy() - expected).max() < 1e-6
+
+
 # Mixed windows
 
 
