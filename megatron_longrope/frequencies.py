@@ -20,9 +20,6 @@ from megatron_longrope.errors import LongRopeError
 
 ATTENTION_FACTOR_POLICIES = ("su", "yarn", "none")
 
-# Rows computed at once: bounds the fp64 scratch at 32 MiB for d = 128.
-_ROWS_PER_BLOCK = 65536
-
 
 def inv_freq(rotary_base: float, rotary_dim: int) -> Tensor:
     """Base inverse frequencies 1 / beta_i of RoPE.
@@ -112,52 +109,11 @@ def angles(
     rescaled = base
     if rescale_factors is not None:
         rescaled = base / rescale_factors.to(device=device, dtype=torch.float64)
-    result = torch.empty(len(positions), rotary_dim // 2, dtype=torch.float32, device=device)
-    for start in range(0, len(positions), _ROWS_PER_BLOCK):
-        block = positions[start : start + _ROWS_PER_BLOCK]
-        # [r] x [d/2] -> [r, d/2]
-        exact = torch.outer(block.to(torch.float64), rescaled)
-        if num_start_tokens > 0:
-            kept = block < num_start_tokens
-            exact[kept] = torch.outer(block[kept].to(torch.float64), base)
-        # Reduced before the cast: fp32 holds 1e-7 near zero but only 0.1 near 2^21.
-        exact -= torch.round(exact / (2 * math.pi)) * (2 * math.pi)
-        result[start : start + len(block)] = exact
-    return result
-
-
-def angles_fp32(
-    positions: Tensor,
-    rotary_base: float,
-    rotary_dim: int,
-    rescale_factors: Tensor | None = None,
-    num_start_tokens: int = 0,
-) -> Tensor:
-    """The plain fp32 product n * inv_freq of transformers and megatron-core, bit for bit.
-
-    Returns:
-        Tensor: `[s, rotary_dim / 2]`, fp32, not reduced.
-    """
-    device = positions.device
-    rescaled = inv_freq_fp32(rotary_base, rotary_dim, rescale_factors).to(device)
-    result = product_fp32(positions, rescaled)
+    # [s] x [d/2] -> [s, d/2]
+    exact = torch.outer(positions.to(torch.float64), rescaled)
     if num_start_tokens > 0:
         kept = positions < num_start_tokens
-        base = inv_freq_fp32(rotary_base, rotary_dim).to(device)
-        result[kept] = product_fp32(positions[kept], base)
-    return result
-
-
-def product_fp32(positions: Tensor, frequencies: Tensor, out: Tensor | None = None) -> Tensor:
-    """The one operation behind :func:`angles_fp32`, for tables that place the columns themselves.
-
-    Args:
-        positions (Tensor): `[s]`, integer token positions.
-        frequencies (Tensor): `[n]`, from :func:`inv_freq_fp32`, in the order of the columns.
-        out (Tensor, optional): `[s, n]`, fp32; where to write.
-
-    Returns:
-        Tensor: `[s, n]`, fp32; `out` when given.
-    """
-    # [s, 1] x [n] -> [s, n]
-    return torch.mul(positions.to(torch.float32)[:, None], frequencies, out=out)
+        exact[kept] = torch.outer(positions[kept].to(torch.float64), base)
+    # Reduced before the cast: fp32 holds 1e-7 near zero but only 0.1 near 2^21.
+    exact -= torch.round(exact / (2 * math.pi)) * (2 * math.pi)
+    return exact.to(torch.float32)

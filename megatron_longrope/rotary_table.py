@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.frequencies import angles, inv_freq_fp32, product_fp32
+from megatron_longrope.frequencies import angles, inv_freq_fp32
 
 # An exact angle is the sum of that of a multiple of this many positions and that of an offset below
 # it. Offsets (256 KiB at d = 128) stay in a core's cache; multiples take 2 MiB at 2^21 positions.
@@ -147,7 +147,12 @@ def _fp32_writer(frequencies: Tensor, interleaved: bool, device: torch.device) -
         for start in range(part.start, part.stop, _ROWS):
             positions = torch.arange(start, min(start + _ROWS, part.stop), device=device)
             row = start - part.start
-            product_fp32(positions, frequencies, out=rows[row : row + len(positions)])
+            # [r, 1] x [d] -> [r, d]
+            torch.mul(
+                positions.to(torch.float32)[:, None],
+                frequencies,
+                out=rows[row : row + len(positions)],
+            )
 
     return write
 

@@ -6,16 +6,15 @@ the local spec names them differently in memory. :mod:`.layout` knows how, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from megatron_longrope.checkpoint.layout import TensorLayout
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import TensorInfo
+from megatron_longrope.checkpoint.tensor_parallel import slice_of_rank
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 
@@ -98,7 +97,7 @@ def load_into(
                 target[len(part) :] = 0  # rows that pad the vocabulary
                 target = target[: len(part)]
             elif tp_size > 1:
-                part = _tensor_parallel_slice(part, disk, tp_rank, tp_size)
+                part = slice_of_rank(part, disk, tp_rank, tp_size)
             if part.shape != target.shape:
                 raise LongRopeError(
                     f"{disk} has shape {tuple(part.shape)} for tensor-parallel rank {tp_rank} of "
@@ -145,34 +144,3 @@ def _vocab_rows(
             f"{name}: the model has {rows * tp_size} rows, fewer than the vocabulary's {vocab_size}"
         )
     return value[:vocab_size][tp_rank * rows : (tp_rank + 1) * rows]
-
-
-def _rows(value: Tensor, rank: int, size: int) -> Tensor:
-    return value.chunk(size, dim=0)[rank]
-
-
-def _columns(value: Tensor, rank: int, size: int) -> Tensor:
-    return value.chunk(size, dim=1)[rank]
-
-
-def _gate_and_up(value: Tensor, rank: int, size: int) -> Tensor:
-    """[2f, ...] holds [gate; up]; every rank has its part of both."""
-    return torch.cat([_rows(half, rank, size) for half in value.chunk(2, dim=0)])
-
-
-# The rows of qkv lie group by group, so a contiguous part is a set of whole query groups.
-_SLICES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
-    "linear_qkv.weight": _rows,
-    "linear_qkv.bias": _rows,
-    "linear_proj.weight": _columns,
-    "linear_fc1.weight": _gate_and_up,
-    "linear_fc1.bias": _gate_and_up,
-    "linear_fc2.weight": _columns,
-}
-
-
-def _tensor_parallel_slice(value: Tensor, name: str, rank: int, size: int) -> Tensor:
-    for suffix, cut in _SLICES.items():
-        if name.endswith(suffix):
-            return cut(value, rank, size)
-    return value

@@ -1,10 +1,13 @@
-"""How the tensor-parallel ranks' parts of a tensor make up the whole."""
+"""How the tensor-parallel ranks' parts of a tensor make up the whole, and which part is whose."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from typing import Protocol
+
+import torch
+from torch import Tensor
 
 from megatron_longrope.checkpoint.layered import Joined, LazyTensor
 from megatron_longrope.errors import LongRopeError
@@ -66,3 +69,20 @@ def join_ranks(name: str, parts: Sequence[RankPart], is_gated: bool) -> LazyTens
         f"holds {name} in {len(parts)} tensor-parallel parts, and how those fit together is not "
         "known here; save the checkpoint with --ckpt-format torch_dist"
     )
+
+
+def slice_of_rank(value: Tensor, name: str, rank: int, size: int) -> Tensor:
+    """What one rank holds of a tensor that does not depend on the vocabulary.
+
+    Args:
+        value (Tensor): The whole; of one layer and, of experts, of one expert.
+        name (str): Its name on disk, in a gated model: linear_fc1 holds the gate, then the up
+            projection.
+        rank (int): The tensor-parallel rank.
+        size (int): Tensor-parallel ranks.
+    """
+    if _FC1.fullmatch(name):
+        return torch.cat([half.chunk(size)[rank] for half in value.chunk(2)])
+    if _ROWS.fullmatch(name):
+        return value.chunk(size)[rank]
+    return value.chunk(size, dim=1)[rank] if _COLUMNS.fullmatch(name) else value

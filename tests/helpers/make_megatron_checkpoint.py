@@ -115,7 +115,7 @@ class Rotary(torch.nn.Module):
         return hidden.shape[0]
 
     def forward(self, length, *args, **kwargs):
-        from megatron_longrope.frequencies import angles_fp32
+        from fp32_angles import angles_fp32
 
         item = self.config.factor_set_for(length)
         factors = torch.tensor(item.rescale_factors)

@@ -10,11 +10,12 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
+from fp32_angles import angles_fp32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.frequencies import angles_fp32, inv_freq_fp32
+from megatron_longrope.frequencies import inv_freq_fp32
 
 DIM = 8
 SHORT = (1.0, 1.0, 1.05, 1.25)

@@ -6,14 +6,13 @@ from itertools import pairwise
 import mpmath
 import pytest
 import torch
+from fp32_angles import angles_fp32
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_longrope import frequencies
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.frequencies import (
     angles,
-    angles_fp32,
     attention_factor,
     inv_freq,
     inv_freq_fp32,
@@ -228,35 +227,24 @@ def test_both_formulas_agree_at_short_positions():
     assert distance_on_the_circle(plain, exact) < 1e-4
 
 
-@pytest.mark.parametrize("formula", [angles, angles_fp32])
-def test_start_tokens_keep_the_original_rotation_and_the_next_one_does_not(formula):
+def test_start_tokens_keep_the_original_rotation_and_the_next_one_does_not():
     positions, factors = torch.arange(8), longrope_factors(64, 8.0)
-    original = formula(positions, 1e4, 64, torch.ones(32))
-    rescaled = formula(positions, 1e4, 64, factors)
-    mixed = formula(positions, 1e4, 64, factors, 4)
+    original = angles(positions, 1e4, 64, torch.ones(32))
+    rescaled = angles(positions, 1e4, 64, factors)
+    mixed = angles(positions, 1e4, 64, factors, 4)
     assert torch.equal(mixed[:4], original[:4])
     assert torch.equal(mixed[4:], rescaled[4:])
     assert not torch.equal(original[4:], rescaled[4:])
 
 
-@pytest.mark.parametrize("formula", [angles, angles_fp32])
-def test_start_tokens_are_counted_by_position_and_not_by_row(formula):
+def test_start_tokens_are_counted_by_position_and_not_by_row():
     positions, factors = torch.tensor([9, 2, 4, 3, 100, 0]), longrope_factors(64, 8.0)
-    whole = formula(torch.arange(101), 1e4, 64, factors, 4)
-    assert torch.equal(formula(positions, 1e4, 64, factors, 4), whole[positions])
+    whole = angles(torch.arange(101), 1e4, 64, factors, 4)
+    assert torch.equal(angles(positions, 1e4, 64, factors, 4), whole[positions])
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64])
-def test_the_size_of_a_block_does_not_change_the_angles(monkeypatch, rows):
-    positions, factors = torch.arange(64).flip(0), longrope_factors(32)
-    whole = angles(positions, 1e4, 32, factors, 10)
-    monkeypatch.setattr(frequencies, "_ROWS_PER_BLOCK", rows)
-    assert torch.equal(angles(positions, 1e4, 32, factors, 10), whole)
-
-
-@pytest.mark.parametrize("formula", [angles, angles_fp32])
-def test_no_positions_give_no_angles(formula):
-    result = formula(torch.arange(0), 1e4, 32, torch.ones(16), 4)
+def test_no_positions_give_no_angles():
+    result = angles(torch.arange(0), 1e4, 32, torch.ones(16), 4)
     assert result.shape == (0, 16)
 
 

@@ -5,13 +5,13 @@ import math
 import mpmath
 import pytest
 import torch
+from fp32_angles import angles_fp32
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_longrope import rotary_table
 from megatron_longrope.context_parallel import zigzag_positions
-from megatron_longrope.frequencies import angles_fp32
 from megatron_longrope.rotary_table import build_table
 
 DIM = 16
