@@ -275,7 +275,8 @@ class LongRopeConfig:
                 raise LongRopeError(
                     f"the {name} factor set (max_length {item.max_length}) has num_start_tokens "
                     f"{item.num_start_tokens}; transformers' longrope cannot express start tokens, "
-                    "search again with --start-tokens 0"
+                    "search again with --start-tokens 0, or export without them (convert to-hf "
+                    "--drop-start-tokens)"
                 )
         short_value, long_value = map(self.attention_factor_for, (short_length, long_length))
         if not math.isclose(short_value, long_value, rel_tol=1e-12):

@@ -8,8 +8,6 @@ from typing import Any
 
 from megatron_longrope.checkpoint.hf.families import Family
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion.start_tokens import drop_start_tokens
-from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import attention_factor
 
 _MSCALES = ("short_mscale", "long_mscale")
@@ -46,16 +44,8 @@ def export_rope(
         target_length (int, optional): Window whose set becomes long_factor.
 
     Raises:
-        LongRopeError: A set has start tokens, or transformers cannot hold the factors for another
-            reason; see :meth:`.LongRopeConfig.to_hf`.
+        LongRopeError: transformers cannot hold the factors; see :meth:`.LongRopeConfig.to_hf`.
     """
-    for item in drop_start_tokens(config, short_length, target_length)[1]:
-        raise LongRopeError(
-            f"the {item.window} factor set (max_length {item.factor_set.max_length}) has "
-            f"num_start_tokens {item.factor_set.num_start_tokens}, which transformers' longrope "
-            "cannot express; search again with --start-tokens 0, or export without them with "
-            "--drop-start-tokens"
-        )
     if is_bare_base(config) and not family.bare_longrope:
         return _bare_base(config)
     keys = config.to_hf(short_length, target_length)

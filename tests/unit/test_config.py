@@ -514,7 +514,8 @@ def test_start_tokens_are_refused_at_export(index, name):
         exportable(factor_sets=sets).to_hf()
     assert str(caught.value) == (
         f"the {name} factor set (max_length {sets[index].max_length}) has num_start_tokens 4; "
-        "transformers' longrope cannot express start tokens, search again with --start-tokens 0"
+        "transformers' longrope cannot express start tokens, search again with --start-tokens 0, "
+        "or export without them (convert to-hf --drop-start-tokens)"
     )
 
 
