@@ -36,6 +36,7 @@ from megatron_longrope.checkpoint.hf.rules import (
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.hf_rope import read_hf_rope
+from megatron_longrope.options import DTYPES
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,6 @@ _CONFIG_KEYS = {
     "rope_theta": "rotary_base",
 }
 
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
 
 def select_family(
     shape: ModelShape, args: argparse.Namespace | None = None, name: str | None = None
@@ -269,11 +264,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     Raises:
         LongRopeError: Another dtype.
     """
-    if dtype not in _DTYPE_NAMES:
-        raise LongRopeError(
-            f"dtype {dtype} is not supported; choose {', '.join(_DTYPE_NAMES.values())}"
-        )
-    return _DTYPE_NAMES[dtype]
+    name = str(dtype).removeprefix("torch.")
+    dtype_named(name)
+    return name
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -282,12 +275,9 @@ def dtype_named(name: str) -> torch.dtype:
     Raises:
         LongRopeError: Another name.
     """
-    for dtype, known in _DTYPE_NAMES.items():
-        if name == known:
-            return dtype
-    raise LongRopeError(
-        f"dtype {name!r} is not supported; choose {', '.join(_DTYPE_NAMES.values())}"
-    )
+    if name not in DTYPES:
+        raise LongRopeError(f"dtype {name!r} is not supported; choose {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def to_hf_config(
