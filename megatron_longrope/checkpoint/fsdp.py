@@ -74,7 +74,7 @@ class FsdpCheckpoint(LayeredCheckpoint):
             name = key.removeprefix(_MODEL)
             while name.startswith(_WRAPPER):
                 name = name.removeprefix(_WRAPPER)
-            tensor = _Stored(self._shards, key, TensorInfo(*info))
+            tensor = _Stored(self._shards, key, info)
             if match := _HALF.fullmatch(name):
                 halves.setdefault(match[1], {})[match[2]] = tensor
             else:

@@ -7,7 +7,6 @@ right into its place, so that peak memory is the tensor that was asked for.
 
 from __future__ import annotations
 
-import math
 import re
 from abc import abstractmethod
 from collections import defaultdict
@@ -18,11 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_longrope.checkpoint.layout import disk_name
+from megatron_longrope.checkpoint.layout import LAYER, disk_name
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
 from megatron_longrope.errors import LongRopeError
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # A layer's experts are numbered by one of two classes of megatron-core; torch_dist stacks them.
 _EXPERTS = (
     re.compile(r"(?P<head>.*mlp\.experts)\.local_experts\.(?P<number>\d+)\.(?P<tail>.+)"),
@@ -131,7 +129,7 @@ class LayeredCheckpoint(MegatronCheckpoint):
             raise LongRopeError(message if known else f"{self.directory}: {message}") from None
 
     def _check_layers(self, names: Iterable[str]) -> None:
-        numbers = {int(match[1]) for match in map(_LAYER.fullmatch, names) if match}
+        numbers = {int(match[1]) for match in map(LAYER.fullmatch, names) if match}
         pattern = self.shape.hybrid_layer_pattern
         wanted = self.shape.num_layers if pattern is None else len(pattern.partition("/")[0])
         if numbers != set(range(wanted)):
@@ -159,6 +157,11 @@ class LayeredCheckpoint(MegatronCheckpoint):
         return result
 
 
+def match_expert(name: str) -> re.Match[str] | None:
+    """Find the `number` of an expert in a tensor's name, and what stands around it."""
+    return next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERTS)), None)
+
+
 def stack_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Put the experts of each layer into one tensor `[experts, ...]`.
 
@@ -168,7 +171,7 @@ def stack_experts(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     result: dict[str, LazyTensor] = {}
     experts: defaultdict[str, dict[int, LazyTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        match = next(filter(None, (pattern.fullmatch(name) for pattern in _EXPERTS)), None)
+        match = match_expert(name)
         if match is None:
             result[name] = tensor
         else:
@@ -208,7 +211,7 @@ def stack_layers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     result: dict[str, LazyTensor] = {}
     layers: defaultdict[str, dict[int, LazyTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        match = _LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         if match is None:
             result[name] = tensor
         else:
@@ -233,8 +236,3 @@ def _in_order(
 
 def _told(infos: Iterable[TensorInfo]) -> str:
     return ", ".join(f"{info.shape} {str(info.dtype).removeprefix('torch.')}" for info in infos)
-
-
-def num_bytes(info: TensorInfo) -> int:
-    """Size in memory."""
-    return math.prod(info.shape) * info.dtype.itemsize

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+"""A tensor of a layer that has a number: the number, and the rest of the name."""
 _STACKED = re.compile(r"decoder\.layers\.(?!\d)")
 # In memory, layers without Transformer Engine keep their norms outside of the linear layers. Before
 # a router, Transformer Engine does so too, also on disk.
@@ -110,7 +111,7 @@ def disk_name(name: str) -> Address:
         name = name.removeprefix("module.")
     if name.startswith(_HYBRID_FINAL_NORM):
         name = _FINAL_NORM + name.removeprefix(_HYBRID_FINAL_NORM)
-    match = _LAYER.fullmatch(name)
+    match = LAYER.fullmatch(name)
     if not match and not _STACKED.match(name):
         return name, None
     rest = match[2] if match else name.removeprefix("decoder.layers.")

@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.checkpoint.folders import TORCH
-from megatron_longrope.checkpoint.layered import LayeredCheckpoint, LazyTensor
+from megatron_longrope.checkpoint.layered import LayeredCheckpoint, LazyTensor, match_expert
+from megatron_longrope.checkpoint.layout import LAYER
 from megatron_longrope.checkpoint.rank_file import Mappings, RankFile, StoredPart
 from megatron_longrope.checkpoint.tensor_parallel import join_ranks
 from megatron_longrope.errors import LongRopeError
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE = "model_optim_rng.pt"
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"(?P<head>.*\.mlp\.experts\.local_experts\.)(?P<number>\d+)(?P<tail>\..+)")
-_GROUPED_EXPERT = re.compile(
-    r"(?P<head>.*\.mlp\.experts\.linear_fc[12]\.(?:weight|bias))(?P<number>\d+)(?P<tail>)"
-)
 # Before this version the rows of qkv had another order.
 _OLDEST_VERSION = 2.0
 
@@ -96,7 +92,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
                 stage = self._stage(chunk, pipeline_rank)
                 numbers = [-1]
                 for name, tensor in stage.items():
-                    match = _LAYER.fullmatch(name)
+                    match = LAYER.fullmatch(name)
                     if match is None:
                         # The last stage repeats what it shares with the first.
                         tensors.setdefault(name, tensor)
@@ -137,7 +133,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
         ]
         stage: dict[str, LazyTensor] = {}
         for name in _shared_names(dense, chunk):
-            if not _expert(name):
+            if not match_expert(name):
                 parts = [StoredPart(file, chunk, name) for file in dense]
                 stage[name] = join_ranks(name, parts, is_gated)
         for rank in range(sizes.expert):
@@ -145,13 +141,16 @@ class LegacyCheckpoint(LayeredCheckpoint):
             if sizes.expert_tensor == 1:
                 members = members[:1]  # each of them has its experts whole
             names = {
-                name: match for name in _shared_names(members, chunk) if (match := _expert(name))
+                name: match
+                for name in _shared_names(members, chunk)
+                if (match := match_expert(name))
             }
             count = len({match["number"] for match in names.values()})
             for name, match in names.items():
                 number = rank * count + int(match["number"])
+                before, after = name[: match.start("number")], name[match.end("number") :]
                 parts = [StoredPart(file, chunk, name) for file in members]
-                stage[f"{match['head']}{number}{match['tail']}"] = join_ranks(name, parts, is_gated)
+                stage[f"{before}{number}{after}"] = join_ranks(name, parts, is_gated)
         return stage
 
 
@@ -223,10 +222,6 @@ class _Sizes:
         parts += [f"pipeline rank {pipeline}"] if self.pipeline > 1 else []
         parts += [f"expert rank {expert}"] if self.expert > 1 and expert is not None else []
         return ", ".join(parts)
-
-
-def _expert(name: str) -> re.Match[str] | None:
-    return _EXPERT.fullmatch(name) or _GROUPED_EXPERT.fullmatch(name)
 
 
 def _shared_names(files: Sequence[RankFile], chunk: str) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_longrope.checkpoint.layered import num_bytes
 from megatron_longrope.checkpoint.pickles import load_common
 from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.errors import LongRopeError
@@ -99,7 +98,7 @@ class RankFile:
 
     def tensor(self, chunk: str, name: str, info: TensorInfo) -> Tensor:
         """A tensor of `chunks`, mapped: valid until the next call, and not to be written to."""
-        self._mappings.read(self, num_bytes(info))
+        self._mappings.read(self, info.num_bytes)
         if self._models is None:
             state = load_common(self.path, str(self.path))
             self._models = {key: state[key] for key in self.chunks}

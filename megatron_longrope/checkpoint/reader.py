@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,11 @@ class TensorInfo:
 
     dtype: torch.dtype
     """Dtype on disk."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class MegatronCheckpoint(ABC):
@@ -153,10 +158,6 @@ class MegatronCheckpoint(ABC):
         See :mod:`megatron_longrope.integration.provenance` for what a stage holds.
         """
         return list(getattr(self.args, "longrope_lineage", None) or [])
-
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Load several tensors to the CPU."""
-        return {name: self.tensor(name) for name in names}
 
     def _no_tensor(self, name: str) -> LongRopeError:
         return LongRopeError(f"{self.directory}: has no tensor {name!r}")

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_longrope.checkpoint.pickles import load_metadata
+from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.errors import LongRopeError
 
 
@@ -44,10 +45,10 @@ class Shards:
         return name in self._items
 
     @cached_property
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def tensors(self) -> dict[str, TensorInfo]:
         """Name -> full shape and dtype."""
         return {
-            name: (tuple(item.size), item.properties.dtype)
+            name: TensorInfo(tuple(item.size), item.properties.dtype)
             for name, item in self._items.items()
             if isinstance(item, TensorStorageMetadata)
         }

@@ -50,7 +50,7 @@ class TorchDistCheckpoint(MegatronCheckpoint):
     def keys(self) -> dict[str, TensorInfo]:
         """Name -> shape and dtype of every model tensor (no optimizer or extra state)."""
         return {
-            name: TensorInfo(*info)
+            name: info
             for name, info in self._shards.tensors.items()
             if not name.startswith(_NOT_MODEL_PREFIXES) and "_extra_state" not in name
         }
@@ -60,10 +60,9 @@ class TorchDistCheckpoint(MegatronCheckpoint):
         found = self._shards.tensors.get(name)
         if found is None:
             raise self._no_tensor(name)
-        shape, dtype = found
-        offsets, sizes = [0] * len(shape), list(shape)
+        offsets, sizes = [0] * len(found.shape), list(found.shape)
         if layer is not None:
-            self._check_layer(name, shape, layer)
+            self._check_layer(name, found.shape, layer)
             offsets[0], sizes[0] = layer, 1
-        result = self._shards.read(name, sizes, dtype, offsets)
+        result = self._shards.read(name, sizes, found.dtype, offsets)
         return result if layer is None else result[0]

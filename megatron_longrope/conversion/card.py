@@ -80,7 +80,7 @@ def model_card(
             "every token attends to all before it.",
             "",
         ]
-    if longrope_config is None or rope is None or is_bare_base(longrope_config):
+    if not has_factors or rope is None:
         return "\n".join(lines)
     lines += _about_factors(longrope_config, rope, short_length, target_length)
     if dropped:

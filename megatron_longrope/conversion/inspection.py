@@ -33,7 +33,7 @@ def inspect(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
         "parallel": _parallel(checkpoint),
         "tokens": _tokens(checkpoint),
         "num_parameters": sum(math.prod(info.shape) for info in tensors.values()),
-        "num_bytes": sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors.values()),
+        "num_bytes": sum(info.num_bytes for info in tensors.values()),
         "model": {name: _plain(value) for name, value in vars(checkpoint.shape).items()},
         "longrope": None if longrope is None else longrope.to_dict(),
         "lineage": checkpoint.lineage,

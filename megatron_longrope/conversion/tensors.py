@@ -107,7 +107,7 @@ class TensorSource:
 
     def _planned(self, rule: TensorRule, dtype: torch.dtype | None) -> list[PlannedTensor]:
         shape = self._shape
-        layers: list[int | None] = list(range(shape.num_layers)) if rule.is_stacked else [None]
+        layers = rule.layers(shape.num_layers)
         name, index = self._layout.places[rule.disk, layers[0]]
         info = self._checkpoint.keys()[name]
         stored = info.shape if index is None else info.shape[1:]

@@ -39,6 +39,10 @@ class TensorRule:
         """True for tensors with layers on dimension 0."""
         return "{layer}" in self.hf[0]
 
+    def layers(self, count: int) -> list[int | None]:
+        """Each of `count` layers of a stacked tensor; None, once, of another."""
+        return list(range(count)) if self.is_stacked else [None]
+
     def of_experts(self, count: int) -> TensorRule:
         """The same with the tensors of every expert by name, where a table says `{expert}`.
 

@@ -149,15 +149,12 @@ class HfSource:
         value = join(parts, rule, self.shape)
         return value if self._dtype is None else value.to(self._dtype)
 
-    def _layers(self, rule: TensorRule) -> list[int | None]:
-        return list(range(self.shape.num_layers)) if rule.is_stacked else [None]
-
     def _check_names(self) -> tuple[str, ...]:
         """Compare the names in the folder with the family's; gives those that are derived."""
         wanted = {
             name.format(layer=layer)
             for rule in self._rules.values()
-            for layer in self._layers(rule)
+            for layer in rule.layers(self.shape.num_layers)
             for name in rule.hf
         }
         head, embedding = OUTPUT_LAYER.hf[0], self._rules[EMBEDDING].hf[0]
@@ -191,7 +188,7 @@ class HfSource:
         sizes = dimensions(self.shape)
         rest = tuple(sizes[name] for name in rule.dims[1:])
         columns = rest[1:] if rule.split == "experts" else rest
-        layers = self._layers(rule)
+        layers = rule.layers(self.shape.num_layers)
         first = rule.hf[0].format(layer=layers[0])
         dtype = self._folder.tensors[first].dtype
         for layer in layers:
