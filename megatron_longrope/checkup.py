@@ -21,14 +21,11 @@ class SymbolState:
 
     symbol: str
     """Dotted name."""
-
     role: str
     """`hook` when the plugin replaces it, `patched` when Megatron's source already calls the plugin
     (see patches/), `stand-in` when one of the plugin's classes takes its place."""
-
     state: str
     """`found`, `MISSING` or `SIGNATURE CHANGED`."""
-
     detail: str | None = None
     """What changed."""
 
@@ -44,28 +41,20 @@ class Checkup:
 
     versions: dict[str, str | None]
     """Distribution to version, None when it is not installed."""
-
     gpu: str | None
     """Name of the first GPU."""
-
     locations: dict[str, str | None]
     """Package to the folder that it is imported from."""
-
     helpers: str
     """State of Megatron's compiled dataset helpers."""
-
     attention: dict[str, str]
     """`--transformer-impl` to the core attention that `--longrope-attention auto` takes."""
-
     rope: str
     """Kernel that rotates queries and keys."""
-
     symbols: list[SymbolState]
     """What the plugin replaces or stands in for."""
-
     problems: list[str]
     """Why the plugin would not work, one sentence each."""
-
     notes: list[str]
     """What is worth knowing, one sentence each."""
 

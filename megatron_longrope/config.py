@@ -47,15 +47,12 @@ class FactorSet:
 
     max_length: int
     """Longest sequence, in tokens, that this set serves."""
-
     rescale_factors: tuple[float, ...]
     """lambda_i of equation 3, one per frequency (rotary_dim / 2), > 0.
 
     A search proposes them at 1 or above and never decreasing; published ones may differ."""
-
     num_start_tokens: int = 0
     """n_hat: positions below it keep the original rotation."""
-
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Where the factors come from (method, checkpoint, data hash, seed, ...); free-form JSON."""
 
@@ -78,22 +75,16 @@ class LongRopeConfig:
 
     rotary_base: float
     """Base of RoPE (HF `rope_theta`, Megatron `--rotary-base`)."""
-
     rotary_dim: int
     """Rotated dimensions of a head: head_dim * rotary_percent; even."""
-
     original_max_position_embeddings: int
     """Window, in tokens, of the pre-trained model."""
-
     factor_sets: tuple[FactorSet, ...]
     """Sorted by max_length; a sequence uses the first set that covers it."""
-
     attention_factor: float | None = None
     """One value for every window, or None to follow `attention_factor_policy` set by set."""
-
     attention_factor_policy: str = "su"
     """`su`, `yarn` or `none`; see :func:`megatron_longrope.frequencies.attention_factor`."""
-
     base_frequencies: Mapping[str, Any] | None = None
     """How the model itself scales RoPE, as :mod:`.base_frequencies` describes it; the factors
     multiply its scaling. None for plain RoPE."""

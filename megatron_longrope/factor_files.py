@@ -27,13 +27,10 @@ class Geometry:
 
     rotary_base: float | None = None
     """Base of RoPE."""
-
     original_max_position_embeddings: int | None = None
     """Window, in tokens, of the pre-trained model."""
-
     attention_factor: float | None = None
     """One value for every window; None follows the policy."""
-
     attention_factor_policy: str = "su"
     """`su`, `yarn` or `none`."""
 

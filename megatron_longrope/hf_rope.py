@@ -41,25 +41,18 @@ class HfRope:
 
     rope_type: str
     """A key of :data:`ROPE_KEYS`."""
-
     stated_type: str
     """The same by the name that stands in the file, which may be an old one."""
-
     rope_theta: float
     """Base of the geometric progression."""
-
     partial_rotary_factor: float
     """Share of a head that rotates."""
-
     original_max_position_embeddings: int | None
     """Window, in tokens, before the extension; None for types without."""
-
     parameters: Mapping[str, Any]
     """What the type reads beside these, by transformers' names."""
-
     holder: str
     """Where they stand: `rope_scaling` or `rope_parameters`."""
-
     ignored: tuple[str, ...]
     """Keys in `holder` that the type does not read."""
 

@@ -21,13 +21,10 @@ class Method:
 
     label: str
     """What tables and figures call it."""
-
     look: str
     """One of :data:`megatron_longrope.report.style.LOOKS`, the same in every figure."""
-
     factors: Callable[[int, float, float, int, Sequence[float] | None], list[float]]
     """Factors of (rotary_dim, extension ratio, rotary base, window, factors of the window)."""
-
     policy: str = "none"
     """Attention-factor policy that belongs to it."""
 

@@ -112,7 +112,6 @@ class OneModel(Options):
 
     load: str | None = flag(None, metavar="CKPT", exclusive="model", required=True)
     """Megatron checkpoint: a run's --save directory"""
-
     hf: str | None = flag(None, metavar="DIR", exclusive="model", required=True)
     """local Hugging Face folder, read as it is"""
 
@@ -125,7 +124,6 @@ class SeveralModels(Options):
 
     load: tuple[str, ...] = flag((), action="append", metavar="[LABEL=]CKPT")
     """Megatron checkpoint: a run's --save directory; may be given several times"""
-
     hf: tuple[str, ...] = flag((), action="append", metavar="[LABEL=]DIR")
     """local Hugging Face folder, read as it is; may be given several times"""
 
@@ -140,12 +138,9 @@ class Loading(Options):
 
     iteration: int | None = flag(None, type=int)
     """iteration to load (default: the latest)"""
-
     tensor_model_parallel_size: int = flag(1, type=int, metavar="TP")
     """under torchrun"""
-
     context_parallel_size: int = flag(1, type=int, metavar="CP")
     """under torchrun"""
-
     dtype: str | None = flag(None, choices=DTYPES)
     """computation type (default: float32 on a CPU, the checkpoint's on a GPU)"""

@@ -20,16 +20,13 @@ class FactorSelection:
 
     config: LongRopeConfig
     """Factor sets."""
-
     mode: str = "auto"
     """`auto`: the smallest set that covers the sequence. `long`: always the largest. `short`:
     always the original window's. `mixed`: documents within the original window use its set, longer
     ones the set of the run (mixed-window training of LongRoPE2)."""
-
     run_length: int = 0
     """Sequence length, in tokens, of a training run: shorter sequences and packed documents do not
     switch to another set batch by batch. 0 when there is no run."""
-
     pinned_length: int = 0
     """Length, in tokens, whose factors every sequence uses, whatever its own. 0: its own."""
 

@@ -48,7 +48,6 @@ class TensorLayout:
 
     pattern: str
     """Attention (`*`) and MLPs (`-`) in the order in which the model runs them."""
-
     places: Mapping[Address, Address]
     """Address -> the tensor's name and, if it is stacked over layers, the index there."""
 

@@ -19,98 +19,68 @@ class ModelShape:
     num_layers: int
     """Transformer layers; of a HybridModel, which counts attention and MLPs one by one, its
     attention layers."""
-
     hidden_size: int
     """Width of the residual stream."""
-
     ffn_hidden_size: int
     """Width of the MLP, of one half for gated activations; of no effect in a mixture of experts."""
-
     num_attention_heads: int
     """Query heads."""
-
     num_query_groups: int
     """Key/value heads; equal to num_attention_heads without grouped queries."""
-
     head_dim: int
     """Width of a head (Megatron `kv_channels`)."""
-
     vocab_size: int
     """Tokens of the vocabulary without padding, or padded_vocab_size where it was not stored."""
-
     padded_vocab_size: int
     """Rows of the embedding."""
-
     norm_epsilon: float
     """Epsilon of the norms."""
-
     rotary_base: float
     """Base of RoPE."""
-
     rotary_percent: float
     """Fraction of head_dim that is rotated."""
-
     rotary_interleaved: bool
     """True when pairs are neighbours instead of halves."""
-
     untie_embeddings: bool
     """True when the output layer has its own weight."""
-
     qk_layernorm: bool
     """Norms on q and k."""
-
     add_qkv_bias: bool
     """Bias on the q, k, v projection."""
-
     add_bias_linear: bool
     """Biases on every linear layer."""
-
     swiglu: bool
     """Gated SiLU in the MLP."""
-
     normalization: str
     """`RMSNorm` or `LayerNorm`."""
-
     max_position_embeddings: int
     """Longest window, in tokens, that the model was configured for."""
-
     seq_length: int
     """Sequence length, in tokens, of the run that saved it."""
-
     params_dtype: torch.dtype
     """Dtype of the parameters in that run."""
-
     softmax_scale: float | None = None
     """Custom scale of the attention logits; None is 1 / sqrt(head_dim). LongRoPE's attention
     factor, which a run carries there, is not part of it: it belongs to the factors."""
-
     sliding_window: int | None = None
     """Keys, its own included, that a query sees in every layer (Megatron's `--window-size` less the
     counting: (sliding_window - 1, 0)); None for all before it."""
-
     hybrid_layer_pattern: str | None = None
     """Layers of a HybridModel, a letter each, without the borders of pipeline stages; None for
     GPTModel."""
-
     num_experts: int | None = None
     """Experts of each layer's MLP, every one of which routes among as many; None for dense MLPs."""
-
     moe_ffn_hidden_size: int | None = None
     """Width of an expert, as ffn_hidden_size counts it."""
-
     moe_router_topk: int | None = None
     """Experts that a token is sent to."""
-
     moe_normalized_gates: bool | None = None
     """True where the weights of a token's experts add up to 1 (softmax over the chosen ones), False
     where they are their part of all (Megatron `--moe-router-pre-softmax`)."""
-
     moe_aux_loss_coeff: float | None = None
     """Weight of the load-balancing loss in training, 0 without; the outputs do not depend on it."""
-
     other_moe: str | None = None
     """An argument, with its value, that asks for experts that this package does not know."""
-
     other_architecture: str | None = None
     """The same of anything else, such as positions or norms: the tensors may look like any other
     model's."""

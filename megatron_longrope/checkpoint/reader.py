@@ -34,7 +34,6 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     """Full, unsharded shape; layers are stacked on dimension 0."""
-
     dtype: torch.dtype
     """Dtype on disk."""
 

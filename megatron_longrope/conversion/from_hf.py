@@ -41,34 +41,24 @@ class ImportReport:
 
     output_dir: Path
     """Megatron's `--load` directory."""
-
     family: str
     """`model_type` in config.json."""
-
     shape: ModelShape
     """The model."""
-
     longrope_config: LongRopeConfig | None
     """Factors that config.json states."""
-
     dropped_window: int | None
     """Sliding window, in tokens, that the model lost (`sliding_window="drop"`)."""
-
     num_tensors: int
     """Tensors read."""
-
     num_bytes: int
     """Bytes of tensor data written."""
-
     left_out: tuple[str, ...]
     """Tensors that Megatron does not store because others determine them."""
-
     args: argparse.Namespace
     """The model's arguments, as Megatron finds them in the checkpoint."""
-
     verification: Any = None
     """What the `check` returned."""
-
     resumed: bool = False
     """Whether an interrupted conversion was continued."""
 

@@ -64,13 +64,10 @@ class TensorChunk:
 
     tensor: StoredTensor
     """Of which it is a chunk."""
-
     layer: int | None
     """Which layer, None if the tensor is not stacked."""
-
     start: int
     """First row."""
-
     stop: int
     """One past the last row."""
 

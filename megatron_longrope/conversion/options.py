@@ -28,16 +28,12 @@ class ExportedFactors(Options):
 
     iteration: int | None = flag(None, type=int)
     """iteration (default: the latest)"""
-
     longrope_config: str | None = flag(None, metavar="F")
     """factors to export (default: those stored in the checkpoint)"""
-
     short_length: int | None = flag(None, type=parse_length, metavar="N")
     """window, in tokens, whose set becomes short_factor (default: the original window)"""
-
     target_length: int | None = flag(None, type=parse_length, metavar="N")
     """window, in tokens, whose set becomes long_factor (default: the largest)"""
-
     drop_start_tokens: bool = flag(False)
     """take factor sets with start tokens, which transformers cannot express, without them"""
 
@@ -46,13 +42,10 @@ class ExportedFactors(Options):
 class _Folder(Options):
     output: str = flag(metavar="DIR")
     """folder to write"""
-
     tokenizer: str | None = flag(None, metavar="T")
     """SentencePiece .model file or Hugging Face folder to include"""
-
     family: str | None = flag(None)
     """model family (default: the one converted from, else the first that fits)"""
-
     overwrite: bool = flag(False)
     """replace an existing folder"""
 
@@ -64,10 +57,8 @@ class _Effect(Options):
     data: str | None = flag(None, metavar="PREFIX|TEXT")
     """held-out documents to measure it on: a prepared set, or a .txt, .jsonl or .jsonl.gz file or
     directory, for which --tokenizer is needed (default: it is not measured)"""
-
     num_documents: int = flag(10, type=int, metavar="K")
     """documents (default: 10)"""
-
     data_length: int | None = flag(None, type=parse_length, metavar="N")
     """longest window, in tokens, to measure (default: those exported for)"""
 
@@ -78,7 +69,6 @@ class _Written(Options):
 
     dtype: str = flag("keep", choices=(*DTYPES, "keep"))
     """dtype of the weights (default: as on disk)"""
-
     no_verify: bool = flag(False)
     """do not compare logits before finishing, which holds the model in memory twice, in fp32"""
 
@@ -106,16 +96,12 @@ class ToHfOptions(_Tolerance, _Written, _Effect, _Folder, ExportedFactors, _Chec
 class _Import(Options):
     hf: str = flag(metavar="DIR")
     """Hugging Face folder to read"""
-
     output: str = flag(metavar="CKPT")
     """Megatron --load directory to write"""
-
     make_vocab_size_divisible_by: int = flag(128, type=int, metavar="N")
     """pad the vocabulary to a multiple of N rows per rank (default: 128)"""
-
     tensor_model_parallel_size: int = flag(1, type=int, metavar="N")
     """ranks to pad the vocabulary for; tensors are not split (default: 1)"""
-
     sliding_window: str = sliding_window_flag()
 
 
@@ -128,7 +114,6 @@ class FromHfOptions(_Tolerance, _Written, _Import):
 class _Compared(Options):
     hf: str = flag(metavar="DIR")
     """Hugging Face folder"""
-
     sliding_window: str = sliding_window_flag()
 
     json: bool = flag(False)
@@ -146,9 +131,7 @@ class InspectCheckpointOptions(Options):
 
     checkpoint: str = flag(positional=True, metavar="CKPT")
     """--save or iter_XXXXXXX directory"""
-
     iteration: int | None = flag(None, type=int)
     """iteration (default: the latest)"""
-
     json: bool = flag(False)
     """print one JSON object"""

@@ -19,10 +19,8 @@ class ExportedRope:
 
     keys: dict[str, Any]
     """Keys of config.json, in place of those of plain RoPE."""
-
     attention_factor: float
     """Multiplier of q and k in both windows."""
-
     remarks: tuple[str, ...] = ()
     """Sentences about what some readers cannot do."""
 

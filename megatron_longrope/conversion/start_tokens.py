@@ -14,13 +14,10 @@ class PerplexityEffect:
 
     length: int
     """Window, in tokens."""
-
     num_documents: int
     """Documents, one window each."""
-
     before: float
     """Perplexity with the start tokens."""
-
     after: float
     """Perplexity without them."""
 
@@ -31,10 +28,8 @@ class DroppedStartTokens:
 
     window: str
     """`short` or `long`: which of transformers' two vectors it becomes."""
-
     factor_set: FactorSet
     """The set as it was searched."""
-
     effect: PerplexityEffect | None = None
     """What that does; None if it was not measured."""
 

@@ -24,19 +24,14 @@ class PlannedTensor:
 
     name: str
     """Hugging Face name."""
-
     shape: tuple[int, ...]
     """Shape to write."""
-
     dtype: torch.dtype
     """Dtype to write."""
-
     rule: TensorRule
     """Where it comes from."""
-
     part: int
     """Which of `rule.hf` it is."""
-
     layer: int | None
     """Layer of a stacked tensor."""
 

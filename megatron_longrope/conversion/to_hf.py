@@ -57,37 +57,26 @@ class ConversionReport:
 
     output_dir: Path
     """The Hugging Face folder."""
-
     family: str
     """`model_type` in config.json."""
-
     dtype: str
     """Dtype in config.json."""
-
     num_tensors: int
     """Tensors written."""
-
     num_bytes: int
     """Bytes of tensor data."""
-
     files: tuple[str, ...]
     """Names of the safetensors files."""
-
     vocab_size: int
     """Rows of the embedding, padding removed."""
-
     max_position_embeddings: int
     """Window, in tokens."""
-
     verification: Any = None
     """What the `check` returned."""
-
     dropped_start_tokens: tuple[DroppedStartTokens, ...] = ()
     """Factor sets that were exported without their start tokens."""
-
     remarks: tuple[str, ...] = ()
     """Sentences about what some readers of the folder cannot do."""
-
     resumed: bool = False
     """Whether an interrupted conversion was continued."""
 
@@ -185,13 +174,10 @@ class _Factors:
 
     config: LongRopeConfig | None
     """As exported; None for plain RoPE."""
-
     lengths: tuple[int | None, int | None] = (None, None)
     """Windows whose sets become short_factor and long_factor, as asked for."""
-
     rope: ExportedRope | None = None
     """How transformers is told."""
-
     dropped: tuple[DroppedStartTokens, ...] = ()
     """Sets that lost their start tokens."""
 
@@ -237,16 +223,12 @@ class _Export:
 
     checkpoint: MegatronCheckpoint
     """The source."""
-
     family: Family
     """What transformers has for it."""
-
     factors: _Factors
     """What the folder says of RoPE."""
-
     dtype: torch.dtype | None
     """What tensors are converted to; None for their own."""
-
     tokenizer: Path | None
     """As given."""
 

@@ -33,13 +33,10 @@ class TokenizerInfo:
 
     vocab_size: int | None = None
     """Largest token id plus one; ids may have holes."""
-
     bos_token_id: int | None = None
     """Beginning of sequence, if any."""
-
     eos_token_id: int | None = None
     """End of sequence, if any."""
-
     pad_token_id: int | None = None
     """Padding, if any."""
 

@@ -41,16 +41,12 @@ class WindowDifference:
     window: str
     """`short` (the original window's factors), `long`, or another limit of config.json past which
     the models might part, such as `sliding_window`."""
-
     num_tokens: int
     """Length of the input."""
-
     max_abs_diff: float
     """Largest difference of a logit."""
-
     mean_kl: float
     """Mean over tokens of KL(Megatron || transformers), in nats."""
-
     top1_agreement: float
     """Fraction of tokens with the same most likely next token."""
 
@@ -61,7 +57,6 @@ class VerificationReport:
 
     windows: tuple[WindowDifference, ...]
     """One entry for each window."""
-
     tolerance: float
     """Largest max_abs_diff that passes."""
 

@@ -45,37 +45,26 @@ class Family:
 
     name: str
     """Its name on our command line and `model_type` in config.json."""
-
     architecture: str
     """Class in transformers."""
-
     rules: tuple[TensorRule, ...] = decoder(QKV, MLP)
     """Every tensor but the output layer, which is there when embeddings are untied."""
-
     qkv_bias: bool = False
     """Whether q, k and v have biases (Megatron `--add-qkv-bias`)."""
-
     qk_layernorm: bool = False
     """Whether q and k are normalized (Megatron `--qk-layernorm`)."""
-
     experts: bool = False
     """Whether each MLP is a mixture of experts (Megatron `--num-experts`)."""
-
     keys: Mapping[str, str] = field(default_factory=dict)
     """Further keys of config.json, and others than usual: key -> field of ModelShape."""
-
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of ModelShape that are the same for every model of the family."""
-
     config: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json that are the same for every model of the family."""
-
     bare_longrope: bool = False
     """Whether transformers 4.57 accepts no key in `rope_scaling` beside type and factor lists."""
-
     partial_rotary: bool = False
     """Whether transformers rotates a part of each head where `partial_rotary_factor` says so."""
-
     absent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that a config.json lacks, where the families differ."""
 

@@ -19,18 +19,14 @@ class TensorRule:
 
     disk: str
     """Name in the Megatron checkpoint."""
-
     hf: tuple[str, ...]
     """Names in the Hugging Face folder; `{layer}` where the disk tensor is stacked over layers."""
-
     dims: tuple[str, ...]
     """Its dimensions without that of layers, by the names of :func:`dimensions`."""
-
     split: str = "whole"
     """How the tensors of `hf` lie in it: `whole` (as it is), `vocab` (below its padding rows),
     `qkv` (group by group: queries, key, value; one or three tensors), `gate_up` (two) or `experts`
     (expert by expert, on a dimension of its own; the rows of each are those of its tensors)."""
-
     also: tuple[str, ...] = ()
     """Names of the same tensor in models of other specs; written as well, none has to be there."""
 

@@ -34,16 +34,12 @@ class StoredTensor:
 
     name: str
     """Its key."""
-
     shape: tuple[int, ...]
     """Shape, of one layer if `num_layers` is given."""
-
     dtype: torch.dtype
     """Its dtype."""
-
     num_layers: int | None = None
     """Layers that are stacked on dimension 0, or None."""
-
     in_blocks: bool = False
     """Whether `load` gives some of the rows at a time."""
 
