@@ -84,7 +84,7 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
     from megatron_longrope.engine import process_groups
     from megatron_longrope.engine.loading import load_engine_for
     from megatron_longrope.evaluation.records import Records, write_csv
-    from megatron_longrope.evaluation.session import Limit, Session
+    from megatron_longrope.evaluation.session import Session
     from megatron_longrope.evaluation.targets import open_models
     from megatron_longrope.files import check_folder
 
@@ -102,9 +102,10 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
     session = Session(
         Records(output / f"{kind.name}.jsonl", kind.cell_fields),
         lambda model: load_engine_for(options, model.checkpoint, replicas=True),
-        Limit(options.max_hours, options.yes),
         kind.name,
         kind.unit,
+        options.max_hours,
+        options.yes,
     )
     session.run(plan)
     if rank() != 0:

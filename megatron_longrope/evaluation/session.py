@@ -86,24 +86,15 @@ class Plan:
     cells: Sequence[Cell]
 
     measure: Callable[..., Mapping[str, Any]]
-    """See :meth:`Session.run_each` and :meth:`Session.run_shared`."""
+    """Gives a cell's other fields: of a shared plan `(engine, cell) -> fields`, called on the ranks
+    of one copy of the model; else `(engine, cell, on_forward) -> fields`, called on every rank."""
 
     shared: bool
-    """Whether a cell is one forward pass, so that copies of the model take different cells."""
+    """Whether a cell is one forward pass, so that copies of the model take different cells; else
+    all of them work on the same one."""
 
     trial: Trial | None = None
     """What `measure` does with the engine and tokens, to be timed; by default their loss."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """How long an evaluation may take without being asked about."""
-
-    hours: float
-    """Expected hours."""
-
-    confirmed: bool = False
-    """The user has agreed to more."""
 
 
 @dataclass(frozen=True)
@@ -116,88 +107,65 @@ class Session:
     load: Callable[[NamedModel], Any]
     """Gives the engine of a model."""
 
-    limit: Limit
-    """When to ask first."""
-
     label: str
     """What is measured, for the progress."""
 
     unit: str
     """Name of a forward pass there."""
 
+    max_hours: float
+    """Expected hours, above which the user is asked."""
+
+    confirmed: bool = False
+    """The user has agreed to more."""
+
     def run(self, plan: Plan) -> None:
-        """Measure the cells that are not recorded yet."""
-        run = self.run_shared if plan.shared else self.run_each
-        run(plan.cells, plan.measure, plan.trial)
-
-    def run_each(
-        self,
-        cells: Sequence[Cell],
-        measure: Callable[[Any, Cell, Callable[[], None]], Mapping[str, Any]],
-        trial: Trial | None = None,
-    ) -> None:
-        """Measure cell by cell; all copies of the model work on the same one.
-
-        Args:
-            measure (Callable): `(engine, cell, on_forward) -> fields`, called on every rank.
-            trial (Callable, optional): See :attr:`Plan.trial`.
-        """
-        for engine, pending, progress in self._models(cells, trial):
-            for cell in pending:
-                note = _note(cell)
-                engine.set_config(cell.target.config)
-                with _named_memory_error(cell):
-                    found = measure(engine, cell, partial(progress.update, note))
-                self.records.append({**cell.record, **found})
-
-    def run_shared(
-        self,
-        cells: Sequence[Cell],
-        measure: Callable[[Any, Cell], Mapping[str, Any]],
-        trial: Trial | None = None,
-    ) -> None:
-        """Measure cells of one forward pass each; copies of the model take different ones.
-
-        Args:
-            measure (Callable): `(engine, cell) -> fields`, called on the ranks of one copy.
-            trial (Callable, optional): See :attr:`Plan.trial`.
-        """
-        for engine, pending, progress in self._models(cells, trial):
-
-            def one(cell: Cell, engine: Any = engine) -> Mapping[str, Any]:
-                engine.set_config(cell.target.config)
-                with _named_memory_error(cell):
-                    return measure(engine, cell)
-
-            for cell, found in share(pending, one):
-                self.records.append({**cell.record, **found})
-                progress.update(_note(cell))
-
-    def _models(
-        self, cells: Sequence[Cell], trial: Trial | None
-    ) -> Iterator[tuple[Any, list[Cell], Progress]]:
-        """Load each model with something left to do, one after the other, never side by side."""
+        """Measure the cells that are not recorded yet, model by model, never two in memory."""
         from megatron_longrope.engine.process_groups import from_first_rank
 
-        self._update_found(cells)
-        found = from_first_rank([self.records.find(cell.record) is not None for cell in cells])
-        pending = [cell for cell, is_found in zip(cells, found, strict=True) if not is_found]
-        with Progress(sum(cell.num_forwards for cell in cells), self.label, self.unit) as progress:
-            if done := sum(c.num_forwards for c, f in zip(cells, found, strict=True) if f):
+        self._update_found(plan.cells)
+        found = from_first_rank([self.records.find(cell.record) is not None for cell in plan.cells])
+        pending = [cell for cell, is_found in zip(plan.cells, found, strict=True) if not is_found]
+        total = sum(cell.num_forwards for cell in plan.cells)
+        with Progress(total, self.label, self.unit) as progress:
+            if done := total - sum(cell.num_forwards for cell in pending):
                 progress.update("already measured", done, resumed=True)
-            asked = False
-            for model, group in groupby(pending, key=lambda cell: cell.target.model):
-                part, engine = list(group), self.load(model)
-                if not asked:
-                    self._present_cost(engine, trial, part, pending)
-                    asked = True
-                yield engine, part, progress
-                del engine
+            unasked: Sequence[Cell] = pending
+            for _, cells in groupby(pending, key=lambda cell: cell.target.model):
+                self._run_model(plan, list(cells), unasked, progress)
+                unasked = ()
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
             if done and not pending and rank() == 0:
                 print(f"{self.label}: everything was already measured", flush=True)
+
+    def _run_model(
+        self, plan: Plan, cells: Sequence[Cell], unasked: Sequence[Cell], progress: Progress
+    ) -> None:
+        """Load a model and measure its cells; nothing refers to the engine afterwards.
+
+        Args:
+            plan (Plan): Says how.
+            cells (Sequence[Cell]): Of this model.
+            unasked (Sequence[Cell]): Of all models, if their cost has not been said yet.
+            progress (Progress): Of all models.
+        """
+        engine = self.load(cells[0].target.model)
+        if unasked:
+            self._present_cost(engine, plan.trial, cells, unasked)
+
+        def one(cell: Cell) -> Mapping[str, Any]:
+            engine.set_config(cell.target.config)
+            more = () if plan.shared else (partial(progress.update, _note(cell)),)
+            with _named_memory_error(cell):
+                return plan.measure(engine, cell, *more)
+
+        results = share(cells, one) if plan.shared else ((cell, one(cell)) for cell in cells)
+        for cell, fields in results:
+            self.records.append({**cell.record, **fields})
+            if plan.shared:
+                progress.update(_note(cell))
 
     def _update_found(self, cells: Sequence[Cell]) -> None:
         """Bring fields that are no part of the key, such as a threshold, up to date in records."""
@@ -244,15 +212,15 @@ class Session:
         )
         if rank() == 0:
             print(cost, flush=True)
-        if seconds <= 3600 * self.limit.hours or self.limit.confirmed:
+        if seconds <= 3600 * self.max_hours or self.confirmed:
             return
         if "RANK" not in os.environ and sys.stdin.isatty():
-            question = f"This is above --max-hours {self.limit.hours:g}. Go on? [y/N] "
+            question = f"This is above --max-hours {self.max_hours:g}. Go on? [y/N] "
             if input(question).strip().lower() in ("y", "yes"):
                 return
             raise LongRopeError("not confirmed; nothing was measured")
         raise LongRopeError(
-            f"{cost}, which is above --max-hours {self.limit.hours:g}; give --yes to go on, or "
+            f"{cost}, which is above --max-hours {self.max_hours:g}; give --yes to go on, or "
             "fewer lengths, documents or trials, or a longer stride"
         )
 

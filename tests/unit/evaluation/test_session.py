@@ -1,5 +1,6 @@
 """What is measured, in which order, and when the user is asked."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from megatron_longrope.config import identity_config
 from megatron_longrope.evaluation import session as session_module
 from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.records import Records
-from megatron_longrope.evaluation.session import Cell, Limit, Session
+from megatron_longrope.evaluation.session import Cell, Plan, Session
 from megatron_longrope.evaluation.targets import NamedModel, Target
 
 SHAPE = SimpleNamespace(
@@ -58,27 +59,40 @@ def cells(*labels, lengths=(64, 128), forwards=1):
 def make(tmp_path):
     """A session and the labels of the models that it loaded."""
 
-    def session(limit=None):
-        loaded = []
+    def session(**limit):
+        loaded, engines = [], []
 
         def load(model):
+            assert not any(engine() for engine in engines), "two models in memory"
             loaded.append(model.label)
-            return FakeEngine()
+            engine = FakeEngine()
+            engines.append(weakref.ref(engine))
+            return engine
 
         records = Records(tmp_path / "cells.jsonl", (*TARGET_KEY, "length"))
-        return Session(records, load, limit or Limit(1.0), "fake", "passes"), loaded
+        return Session(records, load, "fake", "passes", max_hours=1.0, **limit), loaded
 
     return session
 
 
-def measure_each(engine, cell, on_forward):
-    on_forward()
-    return {"value": cell.fields["length"] * 2}
+def each(cells):
+    """All copies of the model work on the same cell."""
+
+    def measure(engine, cell, on_forward):
+        on_forward()
+        return {"value": cell.fields["length"] * 2}
+
+    return Plan(cells, measure, shared=False)
+
+
+def shared(cells, measure):
+    """Copies of the model take different cells."""
+    return Plan(cells, measure, shared=True)
 
 
 def test_every_cell_is_recorded_with_its_subject_under_the_subjects_factors(make):
     session, loaded = make()
-    session.run_each(cells("a", "b"), measure_each)
+    session.run(each(cells("a", "b")))
     assert loaded == ["a", "b"]
     assert [(row["model"], row["length"], row["value"]) for row in session.records.rows] == [
         ("a", 64, 128), ("a", 128, 256), ("b", 64, 128), ("b", 128, 256),
@@ -89,13 +103,20 @@ def test_every_cell_is_recorded_with_its_subject_under_the_subjects_factors(make
 
 def test_a_model_with_nothing_left_to_measure_is_not_loaded(make, capsys):
     session, _ = make()
-    session.run_each(cells("a"), measure_each)
+    session.run(each(cells("a")))
     again, loaded = make()
-    again.run_each(cells("a", "b"), measure_each)
+    again.run(each(cells("a", "b")))
     assert loaded == ["b"]
     nothing, loaded = make()
-    nothing.run_shared(cells("a", "b"), pytest.fail)
+    nothing.run(shared(cells("a", "b"), pytest.fail))
     assert loaded == [] and "already measured" in capsys.readouterr().out
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(make):
+    for plan in (each(cells("a", "b", "c")), shared(cells("d", "e"), lambda *_: {"value": 1})):
+        session, loaded = make()
+        session.run(plan)
+        assert len(loaded) == len(plan.cells) / 2
 
 
 def test_a_crash_loses_only_the_cell_in_flight(make):
@@ -109,17 +130,17 @@ def test_a_crash_loses_only_the_cell_in_flight(make):
         return {"value": 1}
 
     with pytest.raises(KeyboardInterrupt):
-        session.run_shared(cells("a", "b"), dies_at_the_third)
+        session.run(shared(cells("a", "b"), dies_at_the_third))
     again, _ = make()
     assert len(again.records.rows) == 2
     measured = []
-    again.run_shared(cells("a", "b"), lambda engine, cell: measured.append(cell) or {"value": 2})
+    again.run(shared(cells("a", "b"), lambda engine, cell: measured.append(cell) or {"value": 2}))
     assert len(measured) == 2 and len(again.records.rows) == 4
 
 
 def test_other_factors_under_the_same_label_are_measured_anew(make):
     session, _ = make()
-    session.run_each(cells("a"), measure_each)
+    session.run(each(cells("a")))
     others = [
         Cell(
             Target(cell.target.model, "pi", extended_config("ntk", PLAIN, 128)),
@@ -129,22 +150,22 @@ def test_other_factors_under_the_same_label_are_measured_anew(make):
         for cell in cells("a")
     ]
     again, loaded = make()
-    again.run_each(others, measure_each)
+    again.run(each(others))
     assert loaded == ["a"] and len(again.records.rows) == 4
 
 
 def test_the_bill_counts_only_what_is_left(make, capsys):
     session, _ = make()
-    session.run_each(cells("a", lengths=(64,)), measure_each)
+    session.run(each(cells("a", lengths=(64,))))
     capsys.readouterr()
     again, _ = make()
-    again.run_each(cells("a", forwards=3), measure_each)
+    again.run(each(cells("a", forwards=3)))
     assert "3 forward passes of up to 128 tokens" in capsys.readouterr().out
 
 
 def test_trial_passes_are_no_longer_than_what_comes(make, capsys):
     session, _ = make()
-    session.run_each(cells("a", lengths=(64, 2), forwards=3), measure_each)
+    session.run(each(cells("a", lengths=(64, 2), forwards=3)))
     assert "trial passes of up to 64 tokens" in capsys.readouterr().out
 
 
@@ -152,10 +173,10 @@ def test_more_than_the_limit_is_refused_where_nobody_can_answer(make, monkeypatc
     monkeypatch.setattr(session_module, "_timed", lambda *_: 1e6)  # seconds
     session, _ = make()
     with pytest.raises(ValueError, match=r"above --max-hours 1; give --yes"):
-        session.run_each(cells("a"), measure_each)
+        session.run(each(cells("a")))
     assert not session.records.rows
-    confirmed, _ = make(Limit(1.0, confirmed=True))
-    confirmed.run_each(cells("a"), measure_each)
+    confirmed, _ = make(confirmed=True)
+    confirmed.run(each(cells("a")))
     assert len(confirmed.records.rows) == 2
 
 
@@ -166,10 +187,10 @@ def test_in_a_terminal_the_user_is_asked(make, monkeypatch, answer, measured):
     monkeypatch.setattr("builtins.input", lambda question: answer)
     session, _ = make()
     if measured:
-        session.run_each(cells("a"), measure_each)
+        session.run(each(cells("a")))
     else:
         with pytest.raises(ValueError, match="not confirmed; nothing was measured"):
-            session.run_each(cells("a"), measure_each)
+            session.run(each(cells("a")))
     assert len(session.records.rows) == measured
 
 
@@ -179,4 +200,4 @@ def test_running_out_of_memory_names_the_cell_and_the_remedy(make):
 
     session, _ = make()
     with pytest.raises(RuntimeError, match=r"out of memory for a pi at 64 tokens: .*--context"):
-        session.run_shared(cells("a"), too_much)
+        session.run(shared(cells("a"), too_much))
