@@ -255,7 +255,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = make_tokenizer(Path(directory))
-        print(f"tokenizer: {check_tokenizer(tokenizer).describe()}", flush=True)
+        print(f"tokenizer: {check_tokenizer(tokenizer)}", flush=True)
         folder = Path(directory) / "model"
         make_model(folder, plan.geometry, lengths[-1])
         model = AutoModelForCausalLM.from_pretrained(

@@ -300,6 +300,17 @@ def bos_prefix(bos_id: int | None) -> list[int]:
     return [] if bos_id is None else [bos_id]
 
 
+def decode_generated(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Return the text that a model generated, without special tokens.
+
+    A model may have more tokens than its tokenizer, and an untrained one may choose them.
+    """
+    special = {tokenizer.bos_id, tokenizer.eos_id}
+    return tokenizer.decode(
+        [token for token in ids if token < tokenizer.vocab_size and token not in special]
+    )
+
+
 def train_sentencepiece(
     texts: Iterable[str],
     output: str | Path,

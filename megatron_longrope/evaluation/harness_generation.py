@@ -15,7 +15,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.data.tokenizer import Tokenizer, decode_generated
 from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
 
@@ -136,18 +136,12 @@ def continuations(
     """
     from megatron_longrope.engine.generation import generate
 
-    decoding, special = prompts[0].decoding, {tokenizer.bos_id, tokenizer.eos_id}
-
-    def text(ids: Sequence[int]) -> str:
-        # Models may have more tokens than their tokenizer, and untrained ones may choose them.
-        known = (token for token in ids if token < tokenizer.vocab_size)
-        return tokenizer.decode([token for token in known if token not in special])
-
+    decoding = prompts[0].decoding
     # A stop sequence that was just completed lies in these last tokens: four bytes a character.
     tail = 4 * max(map(len, decoding.stop), default=0) + 4
 
     def stopped(new: list[int]) -> bool:
-        end = text(new[-tail:])
+        end = decode_generated(tokenizer, new[-tail:])
         return any(stop in end for stop in decoding.stop)
 
     rows = generate(
@@ -163,4 +157,5 @@ def continuations(
         stop=stopped if decoding.stop else None,
     )
     # Whatever ended the row, the text must end at the first stop sequence in it.
-    return [postprocess_generated_text(text(row), list(decoding.stop), None) for row in rows]
+    texts = [decode_generated(tokenizer, row) for row in rows]
+    return [postprocess_generated_text(text, list(decoding.stop), None) for text in texts]

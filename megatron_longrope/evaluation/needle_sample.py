@@ -42,9 +42,6 @@ _BESIDE = 8  # tokens on either side, with which a needle must decode to itself
 class NeedleSample:
     """One document with its needles, the question and the answer."""
 
-    task: str
-    """One of :data:`TASKS`."""
-
     tokens: Tensor
     """`[1, length]`, int64: BOS if any, instruction, document with needles, question and answer."""
 
@@ -65,30 +62,6 @@ class NeedleSample:
 
     depths: tuple[float, ...]
     """Where each needle stands: the share of the document's tokens that come before it."""
-
-    @property
-    def num_needles(self) -> int:
-        """Needles in the document."""
-        return len(self.keys)
-
-    @property
-    def num_queries(self) -> int:
-        """Numbers asked for."""
-        return len(self.spans)
-
-
-@dataclass(frozen=True)
-class NeedleScore:
-    """How well one sample was answered."""
-
-    recall: float
-    """Share of the numbers asked for whose every token is the greedy choice."""
-
-    nll: float
-    """Mean nats over the tokens of these numbers; needle perplexity is exp of it."""
-
-    nll_per_value: tuple[float, ...]
-    """Mean nats over the tokens of each number, in the order of the question."""
 
 
 def prepare_documents(
@@ -119,14 +92,9 @@ def prepare_documents(
         limit (int): Most documents to use; each is encoded up to the largest length.
 
     Raises:
-        LongRopeError: There is no document, none is long enough, or none of the long ones makes
-            every sample; the last refusal is raised.
+        LongRopeError: No document is long enough, or none of the long ones makes every sample; the
+            last refusal is raised.
     """
-    for name, given in (("lengths", lengths), ("tasks", tasks), ("documents", documents)):
-        if not len(given):
-            raise LongRopeError(
-                f"needle samples need {name}, but there are none; give at least one"
-            )
     if limit < 1:
         raise LongRopeError(f"limit is {limit!r}; at least 1 document is needed")
     need, longest, refusal = max(lengths), 0, None
@@ -198,7 +166,7 @@ def make_sample(
         LongRopeError: An argument is out of its range; the document has too few tokens or places
             between sentences; the tokenizer merges question and answer or loses digits.
     """
-    _check(task, length, depth, seed, trial, num_needles, num_queries)
+    _check(task, depth, num_needles, num_queries)
     count = 1 if task == "single" else num_needles
     asked = num_queries if task == "multi_query" else 1
     # One integer for each depth; a list that ends in 0 would seed like one without it.
@@ -232,7 +200,6 @@ def make_sample(
         around = ids[max(at - _BESIDE, len(front)) : at + len(own) + _BESIDE]
         _check_readable(tokenizer, needle, around.tolist())
     return NeedleSample(
-        task=task,
         tokens=torch.from_numpy(ids)[None],
         num_answer_tokens=len(answer),
         spans=spans,
@@ -267,7 +234,9 @@ def _insert(
     return [*parts, tokens[done:]], positions
 
 
-def score(sample: NeedleSample, predicted: Sequence[int], nll: Sequence[float]) -> NeedleScore:
+def score(
+    sample: NeedleSample, predicted: Sequence[int], nll: Sequence[float]
+) -> tuple[float, float]:
     """Compare what a model answered with what was hidden.
 
     The forward is teacher-forced: every token is judged with the right ones before it, so in
@@ -279,23 +248,16 @@ def score(sample: NeedleSample, predicted: Sequence[int], nll: Sequence[float]) 
             one may follow and is not looked at.
         nll (Sequence[float]): Nats of each answer token.
 
-    Raises:
-        LongRopeError: There are not as many predictions or losses as answer tokens.
+    Returns:
+        tuple[float, float]: Recall, the share of the numbers asked for whose every token is the
+        greedy choice; and mean nats over their tokens, of which needle perplexity is exp.
     """
     count = sample.num_answer_tokens
-    if len(predicted) not in (count, count + 1) or len(nll) != count:
-        raise LongRopeError(
-            f"{len(predicted)} predictions and {len(nll)} losses for an answer of {count} tokens; "
-            "give one of each for every answer token"
-        )
+    assert len(predicted) in (count, count + 1) and len(nll) == count
     answer = sample.tokens[0, -count:].tolist()
     right = [list(predicted[span]) == answer[span] for span in sample.spans]
-    losses = [nll[span] for span in sample.spans]
-    return NeedleScore(
-        recall=sum(right) / len(right),
-        nll=float(np.mean(np.concatenate(losses))),
-        nll_per_value=tuple(float(np.mean(loss)) for loss in losses),
-    )
+    losses = np.concatenate([nll[span] for span in sample.spans])
+    return sum(right) / len(right), float(losses.mean())
 
 
 def _choose(
@@ -330,16 +292,11 @@ def _choose(
     return [nearest, *rng.choice(others, count - 1, replace=False).tolist()]
 
 
-def _check(
-    task: str, length: int, depth: float, seed: int, trial: int, needles: int, queries: int
-) -> None:
+def _check(task: str, depth: float, needles: int, queries: int) -> None:
     if task not in TASKS:
         raise LongRopeError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     if not 0 <= depth <= 1:
         raise LongRopeError(f"depth is {depth!r}; it must be between 0 and 1")
-    for name, value, least in (("length", length, 1), ("seed", seed, 0), ("trial", trial, 0)):
-        if value < least:
-            raise LongRopeError(f"{name} is {value!r}; it must be at least {least}")
     if task != "single" and not 2 <= needles <= NUM_KEYS:
         raise LongRopeError(f"num_needles is {needles!r}; {task} takes 2 to {NUM_KEYS}")
     if task == "multi_query" and not 2 <= queries <= needles:

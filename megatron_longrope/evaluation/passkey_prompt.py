@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longrope.config_rules import check_int
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
 
@@ -34,9 +33,9 @@ _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
-_FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""What the number is hidden in, many times with a space between; RULER's noise, too."""
+
 _QUESTION = "What is the pass key? The pass key is"
 _LARGEST_KEY = 50_000
 # Both ends of each number of digits, and some between.
@@ -45,7 +44,7 @@ _CHECKED_KEYS = (
     *(10000, 12345, 31806, 48277, 49999, 50000),
 )
 
-_PERIOD = len(_FILLER)
+_PERIOD = len(FILLER) + 1
 _KEPT_PERIODS = 2  # of a stretch of filler, when it only stands for a longer one
 # Characters that the filler may have more or less than expected, with those by which the key may
 # move, likely ones first. Words that end at the same letters before and behind the key come in
@@ -74,9 +73,6 @@ class PasskeyTrial:
     depth: float
     """Share of the filler's characters that stand before the key, 0 to 1."""
 
-    requested_depth: float | None
-    """The share asked for, None for a random one."""
-
     num_characters: int
     """Characters of filler."""
 
@@ -97,32 +93,6 @@ class PasskeyTrial:
     def text(self) -> str:
         """Return prompt and answer, written anew at each call."""
         return f"{prompt(self.key, self.num_characters, self.num_before)} {self.key}"
-
-
-@dataclass(frozen=True)
-class TokenizerReport:
-    """How a tokenizer writes passkey prompts and answers."""
-
-    min_answer_tokens: int
-    """Tokens of the shortest answer that was tried."""
-
-    max_answer_tokens: int
-    """Tokens of the longest."""
-
-    separate_space: str
-    """Whether the space before the number is a token of its own: `always`, `never`, `sometimes`."""
-
-    tokens_per_character: float
-    """Of filler."""
-
-    def describe(self) -> str:
-        """Return one line for whoever reads the results."""
-        return (
-            f"answers of {self.min_answer_tokens} to {self.max_answer_tokens} tokens, the space "
-            f"before the number {self.separate_space} a token of its own; "
-            f"{1 / self.tokens_per_character:.2f} characters of filler a token; prompt and answer "
-            "split between tokens, so that teacher forcing equals generation"
-        )
 
 
 def prompt(key: int, num_characters: int, num_before: int) -> str:
@@ -162,14 +132,12 @@ def make_trial(
             key and random depth stay those of the full length. Defaults to 0.
 
     Raises:
-        LongRopeError: An argument is out of its range, `length` is shorter than the prompt without
-            filler or cannot be hit exactly, or the tokenizer fails :func:`check_tokenizer` for
-            this key.
+        LongRopeError: `depth` is out of its range, `length` is shorter than the prompt without
+            filler or cannot be hit exactly, or the tokenizer fails :func:`check_tokenizer` for this
+            key.
     """
     if depth is not None and not 0 <= depth <= 1:
         raise LongRopeError(f"depth {depth!r} must be between 0 and 1; None draws a random one")
-    for name, value in (("length", length), ("seed", seed), ("trial", trial), ("spare", spare)):
-        check_int(name, value, 0)
     # One integer for each depth; a list that ends in 0 would seed like one without it.
     place = 1 if depth is None else 2 + round(depth * 2**31)
     rng = np.random.default_rng([seed, length, trial, place])
@@ -197,14 +165,16 @@ def make_trial(
         num_answer_tokens=len(tail) - _TAIL,
         key=key,
         depth=before / total if total else 0.0,
-        requested_depth=depth,
         num_characters=total,
         num_before=before,
     )
 
 
-def check_tokenizer(tokenizer: Tokenizer) -> TokenizerReport:
+def check_tokenizer(tokenizer: Tokenizer) -> str:
     """Make sure that teacher forcing would equal generation, before any model is loaded.
+
+    Returns:
+        str: How the tokenizer writes prompts and answers, in one line for whoever reads results.
 
     Raises:
         LongRopeError: For an answer of 1 to 5 digits, the tokens of prompt and answer do not start
@@ -217,8 +187,12 @@ def check_tokenizer(tokenizer: Tokenizer) -> TokenizerReport:
         sizes.append(len(answer))
         separate.append(not tokenizer.decode(answer[:1]).strip())
     spaces = {(True,): "always", (False,): "never"}.get(tuple(set(separate)), "sometimes")
-    rate = _Prompts(tokenizer, _LARGEST_KEY).tokens_per_period / _PERIOD
-    return TokenizerReport(min(sizes), max(sizes), spaces, rate)
+    characters = _PERIOD / _Prompts(tokenizer, _LARGEST_KEY).tokens_per_period
+    return (
+        f"answers of {min(sizes)} to {max(sizes)} tokens, the space before the number {spaces} a "
+        f"token of its own; {characters:.2f} characters of filler a token; prompt and answer split "
+        "between tokens, so that teacher forcing equals generation"
+    )
 
 
 def is_retrieved(predicted: Sequence[int], trial: PasskeyTrial, tokenizer: Tokenizer) -> bool:
@@ -229,16 +203,9 @@ def is_retrieved(predicted: Sequence[int], trial: PasskeyTrial, tokenizer: Token
             token, given those before it, and the greedy successor of the last one.
         trial (PasskeyTrial): What was asked.
         tokenizer (Tokenizer): The one that made the trial.
-
-    Raises:
-        LongRopeError: There are not `num_answer_tokens + 1` predictions.
     """
     *answer, following = map(int, predicted)
-    if len(answer) != trial.num_answer_tokens:
-        raise LongRopeError(
-            f"got {len(predicted)} predictions for an answer of {trial.num_answer_tokens} tokens; "
-            "give one for each token and one for what follows"
-        )
+    assert len(answer) == trial.num_answer_tokens
     if answer != trial.answer:
         return False
     # Models may have more rows than the tokenizer has tokens; those have no text.
@@ -342,7 +309,7 @@ def _answer_with_tail(tokenizer: Tokenizer, text: str, key: int) -> list[int]:
 
 
 def _filler(num_characters: int) -> str:
-    return (_FILLER * (num_characters // _PERIOD + 1))[:num_characters]
+    return (f"{FILLER} " * (num_characters // _PERIOD + 1))[:num_characters]
 
 
 def _shortened(num_characters: int) -> int:

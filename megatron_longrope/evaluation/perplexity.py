@@ -19,9 +19,8 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -138,10 +137,6 @@ class PerplexityResult:
 
     seconds: float = 0.0
     """Wall time."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
 
 
 def perplexity(

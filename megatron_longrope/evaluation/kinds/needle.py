@@ -99,12 +99,12 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
             num_queries=options.num_queries,
         )
         answer = engine.answer(sample.tokens, sample.num_answer_tokens)
-        score = needle_sample.score(sample, answer.predicted, answer.nll)
+        recall, nll = needle_sample.score(sample, answer.predicted, answer.nll)
         return {
             "depth": sample.depths[0],
             "depths": list(sample.depths),
-            "recall": score.recall,
-            "nll": score.nll,
+            "recall": recall,
+            "nll": nll,
             "num_tokens": sample.tokens.shape[1],
         }
 

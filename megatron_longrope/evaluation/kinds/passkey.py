@@ -58,7 +58,7 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.evaluation.prompts import open_prompts
 
     prompts = open_prompts(options, models, options.trials)
-    report = passkey_prompt.check_tokenizer(prompts.tokenizer)
+    answers = passkey_prompt.check_tokenizer(prompts.tokenizer)
     generates = options.scoring == "generate"
     # Ten new tokens must fit behind a prompt that is to be continued.
     spare = passkey_prompt.MAX_NEW_TOKENS - 1 if generates else 0
@@ -71,17 +71,20 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
 
     make_trial(min(options.lengths), 0.0, 0)
     if rank() == 0:
-        print(f"tokenizer: {report.describe()}", flush=True)
+        print(f"tokenizer: {answers}", flush=True)
 
     def measure(engine: Any, fields: Row) -> Row:
         trial = make_trial(fields["length"], fields["requested_depth"], fields["trial"])
-        score = _generated if generates else _teacher_forced
+        if generates:
+            found = _generated(engine, trial, prompts.tokenizer, fields["length"])
+        else:
+            found = _teacher_forced(engine, trial, prompts.tokenizer)
         return {
             "depth": trial.depth,
             "key": trial.key,
             "num_tokens": len(trial.tokens),
             "num_answer_tokens": trial.num_answer_tokens,
-            **score(engine, trial, prompts.tokenizer),
+            **found,
         }
 
     cells = [
@@ -117,15 +120,23 @@ def _teacher_forced(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer) -> R
     }
 
 
-def _generated(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer) -> Row:
+def _generated(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer, length: int) -> Row:
     import torch
 
+    from megatron_longrope.data.tokenizer import decode_generated
     from megatron_longrope.engine.generation import generate
     from megatron_longrope.evaluation.passkey_prompt import MAX_NEW_TOKENS, parse_answer
 
-    (new,) = generate(engine, torch.tensor([trial.prompt_tokens]), MAX_NEW_TOKENS)
-    known = [token for token in new if token < tokenizer.vocab_size]
-    text = tokenizer.decode(known)
+    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    # An answer may leave the sequence shorter than the length, whose factors are asked about.
+    (new,) = generate(
+        engine,
+        torch.tensor([trial.prompt_tokens]),
+        MAX_NEW_TOKENS,
+        factor_length=length,
+        eos_ids=ends,
+    )
+    text = decode_generated(tokenizer, new)
     return {"correct": parse_answer(text) == trial.key, "nll": None, "text": text}
 
 
@@ -143,20 +154,16 @@ def _summary(rows: Sequence[Row]) -> list[Row]:
 def _sections(rows: Rows, window: int | None) -> list[Section]:
     """Return a section for each way of scoring, and each tokenizer where a model has several."""
     parts: dict[str, Rows] = {}
-    for scoring, some in sorted(_by_scoring(rows).items(), reverse=True):
+    by_scoring = defaultdict(list)
+    for series, row in rows:
+        by_scoring[row["scoring"]].append((series, row))
+    for scoring, some in sorted(by_scoring.items(), reverse=True):
         place = ("length", "requested_depth", "seed", "trial")
         for detail, part in split_repeats(
             some, place, ("tokenizer_sha256", "requested_bos")
         ).items():
             parts[joined(scoring, detail)] = part
     return [_section(number, *part, window) for number, part in enumerate(parts.items(), 1)]
-
-
-def _by_scoring(rows: Rows) -> dict[str, list]:
-    parts = defaultdict(list)
-    for series, row in rows:
-        parts[row["scoring"]].append((series, row))
-    return parts
 
 
 def _section(number: int, words: str, rows: Rows, window: int | None) -> Section:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
@@ -156,7 +156,7 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
             places=places,
             on_window=on_window,
         )
-        return result.to_dict()
+        return asdict(result)
 
     cells = [_cell(options, length, target, documents, places) for length, target in targets]
     return Plan(cells, measure, shared=False)

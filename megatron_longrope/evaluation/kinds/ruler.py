@@ -146,16 +146,14 @@ def generated_text(
     """
     import torch
 
+    from megatron_longrope.data.tokenizer import decode_generated
     from megatron_longrope.engine.generation import generate
 
     ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     (new,) = generate(
         engine, torch.tensor([tokens]), task.num_new_tokens, factor_length=length, eos_ids=ends
     )
-    # A model may have more tokens than its tokenizer, and an untrained one may choose them.
-    special = {tokenizer.bos_id, tokenizer.eos_id}
-    known = [token for token in new if token < tokenizer.vocab_size and token not in special]
-    return tokenizer.decode(known), len(new)
+    return decode_generated(tokenizer, new), len(new)
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:

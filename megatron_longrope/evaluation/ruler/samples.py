@@ -17,11 +17,9 @@ from itertools import pairwise
 
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.passkey_prompt import FILLER
 from megatron_longrope.evaluation.ruler.sources import Questions, Sources, Words
 from megatron_longrope.evaluation.ruler.tasks import Task
-
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""Haystack of `niah_single_1` and `vt`, sentence for sentence the filler of the passkey prompt."""
 
 _NEEDLE = "One of the special magic {what}s for {key} is: {value}."
 _DEPTHS = [round(100 * index / 39) for index in range(40)]
@@ -213,7 +211,7 @@ def _needles(draft: _Draft) -> Sample:
         text = " ".join(_between_sentences(draft.sources.essays.first(draft.size), needles, rng))
     else:
         lines = (
-            [NOISE] * draft.size
+            [FILLER] * draft.size
             if task.haystack == "noise"
             else [_other_needle(task, rng, words, keys) for _ in range(draft.size)]
         )
@@ -286,7 +284,7 @@ def _assignments(draft: _Draft, size: int, letters: int) -> Sample:
     value = str(rng.randrange(10_000, 99_999))
     chain = [f"VAR {names[0]} = {value}"]
     chain += [f"VAR {b} = VAR {a} " for a, b in pairwise(names)]
-    lines = [NOISE] * size
+    lines = [FILLER] * size
     places = sorted(rng.sample(range(size), len(chain)))
     for index, (place, assignment) in enumerate(zip(places, chain, strict=True)):
         lines.insert(place + index, assignment)

@@ -152,7 +152,6 @@ def test_a_trial_has_exactly_the_length_asked_for_at_the_depth_asked_for(tokeniz
         assert question == f"What is the pass key? The pass key is {trial.key}"
         assert not re.search(r"\d", before + after)
         assert trial.depth == len(before) / len(before + after)
-        assert trial.requested_depth == depth
         # An exact count may move the key by characters, never by words.
         assert depth is None or abs(trial.depth - depth) * len(before + after) < 4
 
@@ -263,9 +262,7 @@ def test_a_length_below_the_bare_prompt_is_refused_with_the_minimum(tokenizers, 
         ({"depth": -0.1}, "depth -0.1 must be between 0 and 1"),
         ({"depth": 1.5}, "depth 1.5 must be between 0 and 1"),
         ({"depth": float("nan")}, "depth nan must be"),
-        ({"seed": -1}, "seed is -1; it must be an integer of at least 0"),
-        ({"length": 600.0}, "length is 600.0; it must be an integer"),
-        ({"trial": -1}, "trial is -1; it must be"),
+        ({"length": -1}, "length -1 is too short"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
@@ -308,29 +305,22 @@ def test_tokenizers_under_which_scores_would_mean_nothing_are_refused(tokenizer,
             trial_of(tokenizer, trial=number)
 
 
-def test_the_check_reports_how_answers_are_written(tokenizers):
-    report = check_tokenizer(CharacterTokenizer())
-    assert (report.min_answer_tokens, report.max_answer_tokens) == (2, 6)
-    assert report.separate_space == "always"
-    assert report.tokens_per_character == 1
-    assert report.describe().startswith("answers of 2 to 6 tokens, the space before the number")
-    assert "\n" not in report.describe()
-
-    # sentencepiece with single digits: Llama 2's way of writing numbers.
-    report = check_tokenizer(tokenizers["sentencepiece"])
-    assert (report.min_answer_tokens, report.max_answer_tokens) == (2, 6)
-    assert report.separate_space == "always"
-
-    report = check_tokenizer(tokenizers["digit groups"])
-    assert report.separate_space == "always"
-    assert 2 == report.min_answer_tokens < report.max_answer_tokens
-
-    report = check_tokenizer(tokenizers["byte-level"])
-    assert report.separate_space == "never"
-    assert 1 == report.min_answer_tokens < report.max_answer_tokens
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        # sentencepiece with single digits: Llama 2's way of writing numbers.
+        ("sentencepiece", "answers of 2 to 6 tokens, the space before the number always a token"),
+        ("digit groups", r"answers of 2 to [3-5] tokens, the space before the number always"),
+        ("byte-level", r"answers of 1 to [2-5] tokens, the space before the number never a token"),
+    ],
+)
+def test_the_check_says_how_answers_are_written(tokenizers, kind, words):
+    said = check_tokenizer(tokenizers[kind])
+    assert re.match(words, said) and "\n" not in said
     text = prompt(1, 20_000, 20_000)
-    expected = len(tokenizers["byte-level"].encode(text)) / len(text)
-    assert report.tokens_per_character == pytest.approx(expected, rel=0.1)
+    expected = len(text) / len(tokenizers[kind].encode(text))
+    found = float(re.search(r"([\d.]+) characters of filler a token", said)[1])
+    assert found == pytest.approx(expected, rel=0.1)
 
 
 def test_retrieval_needs_every_answer_token_and_no_further_digit():
@@ -348,12 +338,6 @@ def test_retrieval_needs_every_answer_token_and_no_further_digit():
 def test_a_token_of_a_padded_vocabulary_ends_the_number():
     trial = trial_of(CharacterTokenizer())
     assert is_retrieved([*trial.answer, 128], trial, CharacterTokenizer())
-
-
-def test_predictions_for_another_number_of_tokens_are_refused():
-    trial = trial_of(CharacterTokenizer())
-    with pytest.raises(ValueError, match=f"answer of {trial.num_answer_tokens} tokens"):
-        is_retrieved(trial.answer, trial, CharacterTokenizer())
 
 
 @pytest.mark.parametrize(
