@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.kinds.passkey import PasskeyOptions
     from megatron_longrope.evaluation.kinds.ppl import PerplexityOptions
     from megatron_longrope.evaluation.kinds.ruler import RulerOptions
-    from megatron_longrope.evaluation.kinds.short import BenchmarkOptions
-    from megatron_longrope.evaluation.kinds.tasks import TaskOptions
+    from megatron_longrope.evaluation.kinds.tasks import BenchmarkOptions, TaskOptions
     from megatron_longrope.factor_search.options import SearchOptions
     from megatron_longrope.integration.arguments import add_longrope_args
     from megatron_longrope.integration.hooks import apply, enable, remove
@@ -52,7 +51,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "BenchmarkOptions": "evaluation.kinds.short",
+    "BenchmarkOptions": "evaluation.kinds.tasks",
     "FactorSet": "config",
     "FromHfOptions": "conversion.options",
     "LongRopeConfig": "config",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron_longrope.evaluation.kind import NUMBER, TEXT, Row, Section
-from megatron_longrope.evaluation.options import EvaluationOptions, flag
+from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.kind import COUNT, NUMBER, TEXT, Row, Section
+from megatron_longrope.evaluation.options import EvaluationOptions
 from megatron_longrope.evaluation.series import Rows, distinct, joined, span, split_repeats
-from megatron_longrope.evaluation.table import Column, Table, Value, format_score
+from megatron_longrope.evaluation.table import Column, Table, Value
 from megatron_longrope.lengths import parse_length
+from megatron_longrope.options import flag
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
@@ -31,12 +31,13 @@ _NOTE = (
 REQUIRED = {"task": TEXT, "metric": TEXT, "value": NUMBER}
 """Fields of every record."""
 
-OPTIONAL = {"stderr": NUMBER, "truncated": NUMBER}
+OPTIONAL = {"stderr": NUMBER, "truncated": NUMBER, "requests": COUNT, "longest": COUNT}
 """Fields that a record may have."""
 
 COLUMNS = (
     "model", "label", "iteration", "task", "num_fewshot", "metric", "value", "stderr", "samples",
-    "truncated", "limit", "max_length", "lm_eval_version", "seconds",
+    "truncated", "limit", "max_length", "window", "long_prompts", "requests", "shortest", "longest",
+    "lm_eval_version", "seconds",
 )  # fmt: skip
 """Of the CSV."""
 
@@ -65,7 +66,7 @@ class HarnessOptions(EvaluationOptions):
     """rows of a forward pass, fewer of rows beyond the original window (default: 8)"""
 
     seed: int = flag(1234, type=int)
-    """of few-shot examples"""
+    """of few-shot examples and of sampled text (default: 1234)"""
 
     allow_download: bool = flag(False)
     """let data sets be fetched from the Hub"""
@@ -77,11 +78,10 @@ def plan_tasks(
     targets: Sequence[Target],
     window_of: Callable[[Target], int | None],
     *,
-    long_prompts: str = "truncate",
+    long_prompts: str,
     metadata: Mapping[str, Any] | None = None,
-    counted: bool = False,
 ) -> Plan:
-    """Make a cell of each target and task.
+    """Make a cell of each target and task; its requests are built before a weight is loaded.
 
     Args:
         options (HarnessOptions): With a list of `tasks`.
@@ -89,25 +89,22 @@ def plan_tasks(
         targets (Sequence[Target]): Under which factors.
         window_of (Callable): The length whose factors a target's sequences get; None for their own.
         long_prompts (str): See :class:`.harness_requests.RequestReader`.
-        metadata (Mapping, optional): See :func:`.harness.check_tasks`; the tokenizer is added.
-        counted (bool): Build all requests beforehand: refuses what is too long before a weight is
-            loaded, tells the cost, and records lengths and a hash. Defaults to False.
+        metadata (Mapping, optional): See :func:`.harness_tasks.check_tasks`; the tokenizer is
+            added.
 
     Raises:
-        LongRopeError: Tasks, their data, tokenizer or factors are missing or do not fit.
+        LongRopeError: A number is out of its range; or tasks, their data, tokenizer or factors are
+            missing or do not fit.
     """
     from megatron_longrope.data.tokenizer import load_tokenizer
-    from megatron_longrope.evaluation.harness import (
-        check_tasks,
-        count_requests,
-        harness_lm,
-        parse_tasks,
-        run_tasks,
-    )
+    from megatron_longrope.evaluation.harness import count_requests, measure_task
+    from megatron_longrope.evaluation.harness_tasks import check_tasks, parse_tasks
     from megatron_longrope.evaluation.session import Cell, Plan
     from megatron_longrope.evaluation.targets import check_tokenizer_fits, prompt_tokenizer
 
     specs = parse_tasks(options.tasks)
+    longest = [window_of(target) or target.config.max_length for target in targets]
+    _check(options, min(longest))
     tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models))
     check_tokenizer_fits(tokenizer.vocab_size, f"tokenizer {tokenizer.path}", models)
     loaded = check_tasks(
@@ -117,8 +114,6 @@ def plan_tasks(
         allow_download=options.allow_download,
     )
     tasks = {task.spec.name: task for task in loaded}
-    # Where requests are not built beforehand, the files say whether a task has changed.
-    included = None if counted else _folder_sha256(options.include_path)
     asked = {"limit": options.limit, "seed": options.seed, "allow_download": options.allow_download}
 
     @cache
@@ -127,22 +122,17 @@ def plan_tasks(
             tokenizer, tasks[task], max_length, long_prompts=long_prompts, **asked
         )
 
-    def cell_of(target: Target, name: str) -> Cell:
-        spec = tasks[name].spec
-        longest = window_of(target) or target.config.max_length
+    def cell_of(target: Target, window: int, name: str) -> Cell:
+        spec, max_length = tasks[name].spec, options.max_length or window
+        found = requests(name, max_length)
         fields = {
             "task": name,
             "num_fewshot": spec.num_fewshot,
             "metric": spec.metric,
             "limit": options.limit,
-            "max_length": options.max_length or longest,
+            "max_length": max_length,
             "seed": options.seed,
             "tokenizer_sha256": tokenizer.sha256,
-        }
-        if not counted:
-            return Cell(target, {**fields, "include_sha256": included})
-        found = requests(name, fields["max_length"])
-        fields |= {
             "window": window_of(target) or "by length",
             "long_prompts": long_prompts,
             "requests_sha256": found.sha256,
@@ -150,31 +140,44 @@ def plan_tasks(
         return Cell(target, fields, found.lengths, found.num_new_tokens)
 
     def measure(engine: Any, cell: Cell, on_task: Callable[..., None]) -> Row:
-        lm = harness_lm(
+        from megatron_longrope.evaluation.harness_model import EngineLM
+
+        window = window_of(cell.target)
+        lm = EngineLM(
             engine,
             tokenizer,
-            window=window_of(cell.target),
+            window=window,
             max_length=cell.fields["max_length"],
             batch_size=options.batch_size,
+            seed=options.seed,
             long_prompts=long_prompts,
         )
-        (record,) = run_tasks(lm, [tasks[cell.fields["task"]]], **asked)
+        record = measure_task(lm, tasks[cell.fields["task"]], **asked)
         on_task(count=cell.num_forwards)
-        return record | (_lengths(cell, window_of(cell.target)) if counted else {})
+        return record | _lengths(cell, window)
 
-    cells = [cell_of(target, name) for target in targets for name in tasks]
+    cells = [
+        cell_of(target, window, name)
+        for target, window in zip(targets, longest, strict=True)
+        for name in tasks
+    ]
     return Plan(cells, measure, shared=False)
 
 
-def _folder_sha256(folder: str | None) -> str | None:
-    """Hash the names and contents of a folder's files; of no folder None."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(item for item in Path(folder).rglob("*") if item.is_file()):
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _check(options: Any, window: int) -> None:
+    """Refuse numbers that are out of their range; the window is the shortest of all targets."""
+    limit, max_length = options.limit, options.max_length
+    if limit is not None and not 0 < limit < math.inf:
+        raise LongRopeError(f"--limit {limit:g} leaves no question; give a number above 0")
+    if options.batch_size < 1:
+        raise LongRopeError(f"--batch-size {options.batch_size} must be at least 1")
+    if not 0 <= options.seed < 2**32:
+        raise LongRopeError(f"--seed {options.seed} must be from 0 to {2**32 - 1}")
+    if max_length is not None and not 2 <= max_length <= window:
+        raise LongRopeError(
+            f"--max-length {max_length} must be from 2 to the window of {window} tokens; leave it "
+            "out to use the window"
+        )
 
 
 def _lengths(cell: Any, window: int | None) -> Row:
@@ -188,6 +191,12 @@ def _lengths(cell: Any, window: int | None) -> Row:
         "longest": max(cell.forwards),
         "factor_sets": {str(reach): sets[reach] for reach in sorted(sets)},
     }
+
+
+def restore(row: Row) -> None:
+    """Records hold null where a value is not finite, for which JSON has no word."""
+    if "value" in row and row["value"] is None:
+        row["value"] = math.nan
 
 
 def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) -> list[Section]:
@@ -236,7 +245,7 @@ def _value(row: Row, *, low: bool) -> Value:
     """Return value and standard error; shares of examples as percentages."""
     value, error = float(row["value"]), row.get("stderr")
     if not math.isfinite(value):
-        return Value(format_score(value), value)
+        return Value("not finite", value)
     scale, digits = (1.0, 3) if low or not 0 <= value <= 1 else (100.0, 1)
     below = [] if error is None else [f"\N{PLUS-MINUS SIGN} {scale * error:.{digits}f}"]
     if row.get("samples"):

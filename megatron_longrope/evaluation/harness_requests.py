@@ -8,6 +8,7 @@ beginning is cut off, where that is wanted at all.
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from array import array
 from collections import Counter
@@ -26,8 +27,7 @@ from megatron_longrope.evaluation.harness_generation import Decoding, Prompt, pa
 from megatron_longrope.local_folder import LOCAL_ONLY
 from megatron_longrope.ranks import rank
 
-LONG_PROMPTS = ("error", "truncate")
-"""What happens to a prompt that is longer than the window."""
+_MAX_NEW_TOKENS = 256  # where a task names no limit, as in lm-eval
 
 
 @dataclass(frozen=True)
@@ -70,30 +70,22 @@ class Question:
 class RequestReader(TemplateLM):
     """A model as lm-evaluation-harness knows it, but for the answers, which subclasses give.
 
-    The names of special tokens in a text are ordinary text, as everywhere in this package.
+    The names of special tokens in a text are ordinary text, as everywhere in this package. BOS
+    stands before every context where the Hugging Face tokenizer puts it by itself; of a
+    sentencepiece model where it has one, as in the folders that `longrope convert to-hf` writes.
 
     Args:
         tokenizer (Tokenizer): The model's.
         max_length (int): Longest model input in tokens.
-        add_bos (bool, optional): Put BOS before every context. Defaults to what the Hugging Face
-            tokenizer does by itself; for a sentencepiece model to whether it has a BOS, as in the
-            folders that `longrope convert to-hf` writes.
-        max_gen_toks (int): New tokens where a task names no limit. Defaults to 256, lm-eval's.
         long_prompts (str): `truncate` cuts off the beginning of what is longer than `max_length`
             and counts it, `error` refuses it. Defaults to "truncate", lm-eval's way.
 
     Raises:
-        LongRopeError: The tokenizer has neither BOS nor EOS, or no BOS to add.
+        LongRopeError: The tokenizer has neither BOS nor EOS.
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        max_length: int,
-        *,
-        add_bos: bool | None = None,
-        max_gen_toks: int = 256,
-        long_prompts: str = "truncate",
+        self, tokenizer: Tokenizer, max_length: int, *, long_prompts: str = "truncate"
     ) -> None:
         super().__init__()
         if tokenizer.bos_id is None and tokenizer.eos_id is None:
@@ -103,12 +95,7 @@ class RequestReader(TemplateLM):
             )
         self._text = tokenizer  # `tokenizer` is where lm-eval looks for one of transformers
         self.max_length, self._long_prompts = max_length, long_prompts
-        self._add_bos = adds_bos(tokenizer) if add_bos is None else add_bos
-        if self._add_bos and tokenizer.bos_id is None:
-            raise LongRopeError(
-                f"the tokenizer {tokenizer.path} has no BOS to add; leave add_bos off"
-            )
-        self.max_gen_toks = max_gen_toks
+        self._add_bos = _adds_bos(tokenizer)
         self.num_truncated = 0
         """Requests so far that lost their beginning."""
 
@@ -195,7 +182,7 @@ class RequestReader(TemplateLM):
         return Scored(packed(kept), len(continuation))
 
     def _prompt(self, index: int, context: str, arguments: Mapping[str, Any]) -> Prompt:
-        decoding = Decoding.from_arguments(arguments, self.max_gen_toks)
+        decoding = Decoding.from_arguments(arguments, _MAX_NEW_TOKENS)
         new = decoding.max_new_tokens
         room = self.max_length - new
         if room < 1 or new < 1:
@@ -250,9 +237,13 @@ class RequestCounter(RequestReader):
     def _report_truncated(self, before: int, total: int) -> None:
         """Leave it to the model, which reads the same requests."""
 
+    def add_document(self, document: Any) -> None:
+        """Hash what a request is made of: the right answer stands there, not in the request."""
+        self._digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+
     @property
     def sha256(self) -> str:
-        """Hash of all requests, in their order."""
+        """Hash of all documents and requests, in their order."""
         return self._digest.hexdigest()
 
     def likelihoods(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:
@@ -291,7 +282,7 @@ def questions_of(rows: Sequence[Scored]) -> tuple[list[Question], list[Scored]]:
     )
 
 
-def adds_bos(tokenizer: Tokenizer) -> bool:
+def _adds_bos(tokenizer: Tokenizer) -> bool:
     """Whether transformers would put BOS before a text, which is what lm-eval's hf model does."""
     if not Path(tokenizer.path).is_dir():
         return tokenizer.bos_id is not None

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
@@ -227,27 +228,13 @@ def downloads(allowed: bool) -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    switches = [
-        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
-        (datasets.config, "HF_HUB_OFFLINE"),
-        (datasets.config, "HF_DATASETS_OFFLINE"),
-    ]
-    before = [getattr(module, name) for module, name in switches]
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")  # for processes that are started meanwhile
-    environment = {name: os.environ.get(name) for name in names}
-    try:
-        os.environ.update(dict.fromkeys(names, "1"))
-        for module, name in switches:
-            setattr(module, name, True)
+    with (
+        mock.patch.dict(os.environ, dict.fromkeys(names, "1")),
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.multiple(datasets.config, HF_HUB_OFFLINE=True, HF_DATASETS_OFFLINE=True),
+    ):
         yield
-    finally:
-        for (module, name), value in zip(switches, before, strict=True):
-            setattr(module, name, value)
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def quiet_other_ranks() -> contextlib.AbstractContextManager:
@@ -257,16 +244,11 @@ def quiet_other_ranks() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stderr(io.StringIO())
 
 
-def check_original_factors(config: LongRopeConfig, max_length: int | None = None) -> None:
+def check_original_factors(config: LongRopeConfig) -> None:
     """Refuse factors under which short benchmarks would not measure the original window.
 
-    Args:
-        config (LongRopeConfig): Factors to measure.
-        max_length (int, optional): Longest model input wanted, in tokens.
-
     Raises:
-        LongRopeError: The original window has no factor set of its own, or `max_length` is beyond
-            it.
+        LongRopeError: The original window has no factor set of its own.
     """
     original = config.original_max_position_embeddings
     if (reach := config.factor_set_for(original).max_length) > original:
@@ -274,9 +256,4 @@ def check_original_factors(config: LongRopeConfig, max_length: int | None = None
             f"the smallest factor set that covers the original window of {original} tokens "
             f"reaches to {reach}, so that short benchmarks would measure long factors; use "
             f"factors with a set of their own for {original} tokens"
-        )
-    if max_length is not None and not 2 <= max_length <= original:
-        raise LongRopeError(
-            f"max_length {max_length} must be from 2 to the original window of {original} "
-            "tokens, whose factors short benchmarks are for; leave it out to use the window"
         )

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -40,8 +40,8 @@ class Cell:
     fields: Mapping[str, Any]
     """Fields that tell it from the target's other cells."""
 
-    forwards: Mapping[int, int] = field(default_factory=dict)
-    """Number of forward passes of each length in tokens; empty where it is not known before."""
+    forwards: Mapping[int, int]
+    """Number of forward passes of each length in tokens."""
 
     num_new_tokens: int = 0
     """Tokens generated behind each of them, at most."""
@@ -53,8 +53,8 @@ class Cell:
 
     @property
     def num_forwards(self) -> int:
-        """Count the forward passes; 1 where it is not known."""
-        return sum(self.forwards.values()) or 1
+        """Count the forward passes."""
+        return sum(self.forwards.values())
 
     @property
     def flops(self) -> float:
@@ -192,10 +192,8 @@ class Session:
             LongRopeError: Above the limit, and not confirmed.
         """
         lengths = sum((Counter(cell.forwards) for cell in pending), Counter())
-        if not lengths:
-            return
         flops, count = sum(cell.flops for cell in pending), sum(lengths.values())
-        longest = max(first, key=lambda cell: max(cell.forwards, default=0))
+        longest = max(first, key=lambda cell: max(cell.forwards))
         engine.set_config(longest.target.config)
         generated = max(cell.num_new_tokens for cell in pending)
         run = partial(_timed, engine, trial, generated > 0)

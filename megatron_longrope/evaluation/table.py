@@ -142,6 +142,8 @@ class Table:
             return f"{self.title}: {len(self.rows)} {things}, measured on different tokens."
         index = max(ranked, key=lambda index: (len(self._ranks(index)), index))
         column, ranks = self.columns[index], self._ranks(index)
+        if not ranks:
+            return f"{self.title}: no value is finite."
         order = sorted(ranks, key=ranks.__getitem__, reverse=column.best == "highest")
         texts = {name: values[index].text for name, values in self.rows.items() if values[index]}
         if len(order) == 1:

@@ -5,6 +5,8 @@ from pathlib import Path
 import make_megatron_checkpoint as maker
 import pytest
 
+from megatron_longrope.evaluation.harness import measure_task
+
 WORDS = ["window", "rotary", "position", "context", "length", "factor", "search", "segment", "of"]
 SYLLABLES = [
     "win",
@@ -63,6 +65,18 @@ def hf_model(folder: Path, max_length: int):
         max_length=max_length,
         batch_size=1,
     )
+
+
+def engine_lm(engine, tokenizer, **options):
+    """Our model as lm-eval knows it; imported late, because lm-eval may be missing."""
+    from megatron_longrope.evaluation.harness_model import EngineLM
+
+    return EngineLM(engine, tokenizer, **options)
+
+
+def run_tasks(lm, tasks, **how):
+    """The records of what `check_tasks` returned."""
+    return [measure_task(lm, task, **how) for task in tasks]
 
 
 def requests(kind, arguments):

@@ -220,6 +220,26 @@ def test_generated_answers_are_judged_by_the_papers_parse(untied_gqa, data, fact
     assert len(row["text"]) <= 10 and row["num_tokens"] <= 512
 
 
+def test_generated_answers_have_the_factors_of_their_length(
+    untied_gqa, data, tmp_path, monkeypatch
+):
+    """The answer may leave the sequence a few tokens shorter, within the set below."""
+    from megatron_longrope.engine import generation
+
+    given, original = [], generation.generate
+    monkeypatch.setattr(
+        generation, "generate",
+        lambda *words, **more: given.append(more) or original(*words, **more),
+    )  # fmt: skip
+    longrope_config().save(tmp_path / "f.json")
+    evaluate(
+        "passkey", tmp_path, "--load", untied_gqa.path, "--longrope-config", tmp_path / "f.json",
+        "--tokenizer", data["tokenizer"], "--lengths", "515", "--trials", 1,
+        "--scoring", "generate",
+    )  # fmt: skip
+    assert given[-1]["factor_length"] == 515
+
+
 @pytest.mark.parametrize("trial", range(3))
 def test_teacher_forcing_passes_exactly_when_greedy_decoding_writes_the_answer(
     untied_gqa, data, trial
@@ -275,14 +295,19 @@ def test_short_benchmarks_are_measured_once_and_alike_from_both_formats(
     assert all(row["max_length"] == maker.ORIGINAL and row["samples"] == 4 for row in rows)
     for ours, theirs in zip(rows[:2], rows[2:], strict=True):
         assert ours["metrics"] == theirs["metrics"]
-    assert "4 questions" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "4 questions" in shown and "forward passes of up to" in shown  # the cost
     before = (tmp_path / "short.jsonl").read_bytes()
     evaluate("short", tmp_path, *arguments)
     assert (tmp_path / "short.jsonl").read_bytes() == before
-    # A task that has changed is another one.
-    description = tasks / "tiny_letters.yaml"
-    description.write_text(description.read_text() + "\n")
-    assert len(evaluate("short", tmp_path, *arguments)) == 2 * len(rows)
+    # A task is another one when a right answer has changed, which no request holds.
+    questions = tasks / "letters.jsonl"
+    questions.write_text(questions.read_text().replace('"answer": 2', '"answer": 1', 1))
+    rows = evaluate("short", tmp_path, *arguments)
+    assert [row["task"] for row in rows[4:]] == ["tiny_letters"] * 2
+    limited = ("--output", tmp_path / "more", *arguments, "--max-hours", "1e-9")
+    assert main(["eval", "short", *map(str, limited)]) == 2
+    assert "which is above --max-hours 1e-09; give --yes" in capsys.readouterr().err
 
 
 # Bad input, before the model is loaded

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness at any length."""
+"""Tasks of lm-evaluation-harness: short benchmarks in the original window, and at any length."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from megatron_longrope.evaluation.harness_kind import (
     REQUIRED,
     HarnessOptions,
     plan_tasks,
+    restore,
     task_sections,
 )
-from megatron_longrope.evaluation.kind import COUNT, Kind
-from megatron_longrope.evaluation.options import flag
+from megatron_longrope.evaluation.kind import Kind, Row
 from megatron_longrope.lengths import parse_length
+from megatron_longrope.options import flag
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _SETTINGS = (
     "limit", "window", "max_length", "long_prompts", "seed", "tokenizer_sha256", "requests_sha256",
 )  # fmt: skip
-_COLUMNS = (*COLUMNS, "window", "long_prompts", "requests", "shortest", "longest")
+_SHORT_SETTINGS = ("limit", "max_length", "seed", "tokenizer_sha256", "requests_sha256")
 
 
 def _parse_metadata(text: str) -> dict[str, Any]:
@@ -42,6 +43,17 @@ def _parse_metadata(text: str) -> dict[str, Any]:
             '\'{"max_seq_lengths": "64k"}\' as the README of the task says'
         )
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(HarnessOptions):
+    """What `longrope eval short` is told."""
+
+    GROUP: ClassVar[str] = "benchmarks"
+
+    tasks: str = flag("paper", metavar="LIST")
+    """NAME[:SHOTS[:METRIC]],... of lm-evaluation-harness or --include-path; `paper` is
+    arc_challenge:25:acc_norm,hellaswag:10:acc_norm,mmlu:5:acc,truthfulqa_mc2:0:acc (default)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,26 +78,59 @@ class TaskOptions(HarnessOptions):
     added"""
 
 
-def _plan(options: TaskOptions, models: Sequence[NamedModel]) -> Plan:
+def _plan_short(options: BenchmarkOptions, models: Sequence[NamedModel]) -> Plan:
+    from megatron_longrope.evaluation.harness_tasks import check_original_factors
     from megatron_longrope.evaluation.targets import targets_at
 
-    window, longest = options.window, options.max_length
-    targets = targets_at(models, options.longrope_config, [n for n in (window, longest) if n])
-    if window is not None and longest is not None and longest > window:
-        raise LongRopeError(
-            f"--max-length {longest} is beyond --window {window}; give one of them, or a shorter "
-            "--max-length"
-        )
+    targets = targets_at(models, options.longrope_config)
+    for target in targets:
+        check_original_factors(target.config)
     return plan_tasks(
         options,
         models,
         targets,
-        lambda _: window,
-        long_prompts=options.long_prompts,
-        metadata=options.metadata,
-        counted=True,
+        lambda target: target.config.original_max_position_embeddings,
+        long_prompts="truncate",
     )
 
+
+def _plan(options: TaskOptions, models: Sequence[NamedModel]) -> Plan:
+    from megatron_longrope.evaluation.targets import targets_at
+
+    lengths = [] if options.window is None else [options.window]
+    return plan_tasks(
+        options,
+        models,
+        targets_at(models, options.longrope_config, lengths),
+        lambda _: options.window,
+        long_prompts=options.long_prompts,
+        metadata=options.metadata,
+    )
+
+
+def _summary(rows: Sequence[Row]) -> list[Row]:
+    return [{name: row.get(name) for name in COLUMNS} for row in rows]
+
+
+SHORT = Kind(
+    "short",
+    help="short benchmarks through lm-evaluation-harness",
+    description="The paper's Open LLM leaderboard tasks, or any other of lm-evaluation-harness "
+    "(pip install lm-eval), scored by the engine with the factors of the original window. Longer "
+    "prompts lose their beginning, are counted and reported. Nothing is downloaded unless "
+    "--allow-download is given.",
+    options=BenchmarkOptions,
+    plan=_plan_short,
+    unit="requests",
+    summary=_summary,
+    key=("task", "num_fewshot", "metric", *_SHORT_SETTINGS),
+    required=REQUIRED,
+    optional=OPTIONAL,
+    restore=restore,
+    sections=lambda rows, _: task_sections(
+        rows, "short_benchmarks", "Short benchmarks", _SHORT_SETTINGS
+    ),
+)
 
 TASKS = Kind(
     "tasks",
@@ -97,9 +142,10 @@ TASKS = Kind(
     options=TaskOptions,
     plan=_plan,
     unit="requests",
-    summary=lambda rows: [{name: row.get(name) for name in _COLUMNS} for row in rows],
+    summary=_summary,
     key=("task", "num_fewshot", "metric", *_SETTINGS),
     required=REQUIRED,
-    optional={**OPTIONAL, "requests": COUNT, "longest": COUNT},
+    optional=OPTIONAL,
+    restore=restore,
     sections=lambda rows, _: task_sections(rows, "tasks", "Tasks", _SETTINGS),
 )

@@ -15,10 +15,12 @@ from harness_cases import (
     WORDS,
     assert_same,
     assert_same_scores,
+    engine_lm,
     generated,
     hf_model,
     likelihoods,
     rolling,
+    run_tasks,
     train_tokenizer,
 )
 from hypothesis import given, settings
@@ -30,14 +32,12 @@ from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation import harness_tasks
-from megatron_longrope.evaluation.harness import (
+from megatron_longrope.evaluation.harness_tasks import (
     PAPER_TASKS,
     TaskSpec,
     check_original_factors,
     check_tasks,
-    harness_lm,
     parse_tasks,
-    run_tasks,
 )
 
 pytest.importorskip("lm_eval")
@@ -67,7 +67,7 @@ def tokenizer_file(tmp_path_factory):
 
 def short_lm(engine, tokenizer, **options):
     """As short benchmarks are scored: always with the factors of the original window."""
-    return harness_lm(engine, tokenizer, window=maker.ORIGINAL, **options)
+    return engine_lm(engine, tokenizer, window=maker.ORIGINAL, **options)
 
 
 def load(path, config=None, **options):
@@ -281,7 +281,6 @@ def test_bos_is_added_where_the_hugging_face_tokenizer_adds_it(
     theirs.save_pretrained(tmp_path)
     lm = short_lm(ours.engine, load_tokenizer(tmp_path))
     assert lm.tok_encode("the") == load_tokenizer(tokenizer_file).encode("the")
-    assert short_lm(ours.engine, load_tokenizer(tmp_path), add_bos=True).tok_encode("the")[0] == 1
 
 
 def test_sampling_is_repeated_by_its_seed_whatever_the_batch(engine, tokenizer_file):
@@ -315,15 +314,9 @@ def test_a_continuation_that_cannot_be_scored_is_refused(ours, continuation):
 
 def test_factor_files_are_checked_without_a_model():
     config = maker.longrope_config()
-    check_original_factors(config, 64)
+    check_original_factors(config)
     with pytest.raises(ValueError, match="set of their own for 64 tokens"):
         check_original_factors(replace(config, factor_sets=config.factor_sets[1:]))
-
-
-def test_an_engine_that_always_uses_long_factors_is_refused(megatron_runs, ours):
-    engine = load(megatron_runs["untied_gqa"].path, mode="long")
-    with pytest.raises(ValueError, match=r"mode long.* load it with mode auto"):
-        short_lm(engine, ours._text)
 
 
 def test_a_set_beside_the_original_window_changes_nothing(own_config, ours):
@@ -352,18 +345,9 @@ class Untokened:
     path, bos_id, eos_id = "t.model", None, None
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"max_length": 65}, "max_length 65 must be from 2 to the window of 64"),
-        ({"max_length": 1}, "max_length 1 must be from 2"),
-        ({"batch_size": 0}, "batch size 0 must be at least 1"),
-        ({"tokenizer": Untokened()}, "t.model has neither BOS nor EOS"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(ours, options, message):
-    with pytest.raises(ValueError, match=message):
-        short_lm(ours.engine, options.pop("tokenizer", ours._text), **options)
+def test_a_tokenizer_without_bos_and_eos_is_refused(ours):
+    with pytest.raises(ValueError, match=r"t\.model has neither BOS nor EOS"):
+        short_lm(ours.engine, Untokened())
 
 
 TINY = [("tiny_endings", 0), ("tiny_endings", 3), ("tiny_letters",), ("tiny_texts",)]
@@ -373,16 +357,14 @@ TINY += [("tiny_continue",), ("tiny_board",)]
 @pytest.mark.parametrize("task", TINY, ids=lambda task: "-".join(map(str, task)))
 def test_a_task_scores_as_with_lm_evals_own_model(ours, theirs, task):
     loaded = load_one(*task)
-    (mine,), (other,) = (list(run_tasks(lm, loaded, limit=8)) for lm in (ours, theirs))
+    (mine,), (other,) = (run_tasks(lm, loaded, limit=8) for lm in (ours, theirs))
     assert math.isfinite(mine["value"])
     assert_same_scores(mine, other, rel=1e-4)
 
 
 def test_a_record_says_how_it_was_measured(ours):
     specs = [TaskSpec("tiny_endings", 2, "acc"), TaskSpec("tiny_board")]
-    seen = []
-    first, second = run_tasks(ours, specs, include_path=TASKS, limit=5, on_result=seen.append)
-    assert seen == [first, second]
+    first, second = run_tasks(ours, check_tasks(specs, include_path=TASKS), limit=5)
     assert (first["task"], first["num_fewshot"], first["metric"]) == ("tiny_endings", 2, "acc")
     assert first["value"] == first["metrics"]["acc"] and "acc_norm" in first["metrics"]
     assert isinstance(first["stderr"], float)
@@ -403,13 +385,13 @@ def test_prompts_that_lost_their_beginning_are_counted(ours):
 
 def test_loaded_tasks_can_be_measured_again_with_the_same_result(ours):
     loaded = load_one("tiny_endings", 3)
-    first, second = (next(run_tasks(ours, loaded, limit=8)) for _ in range(2))
+    first, second = (run_tasks(ours, loaded, limit=8)[0] for _ in range(2))
     assert_same_scores(first, second, rel=0)
 
 
 def test_another_seed_draws_other_examples(ours):
     loaded = load_one("tiny_endings", 1)
-    first, second = (next(run_tasks(ours, loaded, seed=seed)) for seed in (1, 2))
+    first, second = (run_tasks(ours, loaded, seed=seed)[0] for seed in (1, 2))
     assert first["metrics"] != second["metrics"]
 
 
@@ -514,12 +496,6 @@ def test_a_folder_of_tasks_that_is_none_is_refused(tmp_path):
         load_one("tiny_endings", include_path=tmp_path / "absent")
 
 
-@pytest.mark.parametrize("limit", [0, -1, float("nan")])
-def test_a_limit_that_leaves_nothing_is_refused_at_once(ours, limit):
-    with pytest.raises(ValueError, match=r"limit .* leaves no question"):
-        run_tasks(ours, [TaskSpec("tiny_endings")], limit=limit)
-
-
 def test_downloads_are_off_while_tasks_load_and_as_before_afterwards(monkeypatch):
     import datasets
     import huggingface_hub
@@ -542,18 +518,18 @@ def test_downloads_are_off_while_tasks_load_and_as_before_afterwards(monkeypatch
         assert state() == before
 
 
-def test_without_lm_eval_the_extra_is_named(ours, monkeypatch):
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    for use in (lambda: harness_lm(ours.engine, ours._text), lambda: check_tasks(PAPER_TASKS)):
-        with pytest.raises(ValueError, match=r'pip install "megatron-longrope\[eval\]"$'):
-            use()
+    with pytest.raises(ValueError, match=r'pip install "megatron-longrope\[eval\]"$'):
+        check_tasks(PAPER_TASKS)
 
 
 @pytest.mark.slow
 def test_the_module_imports_without_lm_eval():
     code = (
         "import sys; sys.modules['lm_eval'] = None; "
-        "from megatron_longrope.evaluation.harness import parse_tasks; print(parse_tasks('paper'))"
+        "from megatron_longrope.evaluation.harness_tasks import parse_tasks; "
+        "print(parse_tasks('paper'))"
     )
     root = Path(harness_tasks.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
@@ -593,7 +569,7 @@ def run_rank(rank, directory, checkpoint, tokenizer):
             checkpoint, tensor_parallel=layout[0], context_parallel=layout[1], replicas=True
         )
         lm = short_lm(engine, load_tokenizer(tokenizer), batch_size=4)
-        (record,) = run_tasks(lm, [TaskSpec("tiny_endings", 2)], include_path=TASKS)
+        (record,) = run_tasks(lm, load_one("tiny_endings", 2))
         results[layout] = {
             "replica": engine.replica,
             "likelihoods": likelihoods(lm, PAIRS),

@@ -12,10 +12,12 @@ import pytest
 from harness_cases import (
     WORDS,
     assert_same_scores,
+    engine_lm,
     generated,
     hf_model,
     likelihoods,
     rolling,
+    run_tasks,
     train_tokenizer,
 )
 
@@ -23,7 +25,7 @@ from megatron_longrope.cli import main
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
-from megatron_longrope.evaluation.harness import check_tasks, harness_lm, parse_tasks, run_tasks
+from megatron_longrope.evaluation.harness_tasks import check_tasks, parse_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -138,7 +140,7 @@ def measure(command, output, *more):
 
 
 def scores_of(lm, folder):
-    return list(run_tasks(lm, check_tasks(parse_tasks(NAMES), include_path=folder)))
+    return run_tasks(lm, check_tasks(parse_tasks(NAMES), include_path=folder))
 
 
 # Parity, on both sides of the original window
@@ -165,7 +167,7 @@ def test_every_type_of_task_scores_as_with_lm_evals_own_model_of_the_exported_fo
 
 
 def test_requests_of_any_length_are_those_of_lm_evals_own_model(engine, tokenizer, theirs):
-    ours = harness_lm(engine, load_tokenizer(tokenizer))
+    ours = engine_lm(engine, load_tokenizer(tokenizer))
     texts = [" ".join(WORDS[k % 9] for k in range(count)) for count in (3, 59, 61, 62, 63, 64, 150)]
     pairs = [(text, end) for text in texts for end in (" of the window", " rotary")]
     for (value, greedy), (other, same) in zip(
@@ -211,10 +213,10 @@ def test_lm_evals_own_long_benchmarks_score_as_with_its_own_model(
     )
     folder = Path(lm_eval.__file__).parent / "tasks" / family
     loaded = check_tasks(parse_tasks(name), include_path=folder, metadata=metadata)
-    ours = harness_lm(engine, load_tokenizer(tokenizer))
+    ours = engine_lm(engine, load_tokenizer(tokenizer))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* requests are longer than the window")
-        (mine,), (other,) = (list(run_tasks(lm, loaded)) for lm in (ours, theirs))
+        (mine,), (other,) = (run_tasks(lm, loaded) for lm in (ours, theirs))
     assert_same_scores(mine, other, rel=1e-6)
     assert mine["samples"] == 2
 
@@ -232,12 +234,12 @@ def test_a_task_that_runs_what_the_model_writes_is_refused(folder, tmp_path):
 def test_a_pinned_window_gives_every_sequence_its_factors(engine, tokenizer):
     text = load_tokenizer(tokenizer)
     pairs = [("the window of", " the length"), (" ".join(WORDS * 3), " factor search")]
-    own = likelihoods(harness_lm(engine, text), pairs)
-    pinned = likelihoods(harness_lm(engine, text, window=maker.TARGET), pairs)
+    own = likelihoods(engine_lm(engine, text), pairs)
+    pinned = likelihoods(engine_lm(engine, text, window=maker.TARGET), pairs)
     config = engine.config
     engine.set_config(replace(config, factor_sets=config.factor_sets[1:]))
     try:
-        alone = likelihoods(harness_lm(engine, text), pairs)
+        alone = likelihoods(engine_lm(engine, text), pairs)
     finally:
         engine.set_config(config)
     assert pinned == alone
@@ -253,11 +255,11 @@ def test_generation_is_pinned_by_prompt_and_room_for_the_answer(engine, tokenize
         lambda *given, **more: pinned.append(more["factor_length"]) or original(*given, **more),
     )  # fmt: skip
     text = load_tokenizer(tokenizer)
-    lm = harness_lm(engine, text)
+    lm = engine_lm(engine, text)
     length = len(lm.tok_encode("the window"))
     for new in (maker.ORIGINAL - length, maker.ORIGINAL - length + 1):
         generated(lm, [("the window", {"until": [], "max_gen_toks": new})])
-    generated(harness_lm(engine, text, window=100), [("the", {"max_gen_toks": 2})])
+    generated(engine_lm(engine, text, window=100), [("the", {"max_gen_toks": 2})])
     assert pinned == [maker.ORIGINAL, maker.ORIGINAL + 1, 100]
 
 
@@ -268,11 +270,30 @@ def test_a_pass_has_no_more_tokens_than_a_batch_of_the_original_window(
     monkeypatch.setattr(
         engine, "score", lambda tokens, start: shapes.append(tokens.shape) or score(tokens, start)
     )
-    lm = harness_lm(engine, load_tokenizer(tokenizer), batch_size=4)
+    lm = engine_lm(engine, load_tokenizer(tokenizer), batch_size=4)
     tokens = [([1] * n, [2 + n % 7, 3]) for n in (240, 241, 120, 121, 50, 51, 52, 53, 54)]
     lm._loglikelihood_tokens([(None, *pair) for pair in tokens])
     assert [shape[0] for shape in shapes] == [1, 1, 2, 4, 1]
     assert Counter(n for n, _ in shapes for _ in range(n))[4] == 4
+
+
+def test_the_seed_of_the_command_draws_sampled_text(command, folder, tmp_path):
+    text = (folder / "long_continue.yaml").read_text().replace("long_continue", "sampled")
+    arguments = "{until: [], max_gen_toks: 8, do_sample: true, temperature: 1.5}"
+    text = text.replace('{until: ["."], max_gen_toks: 8}', arguments)
+    (tmp_path / "sampled.yaml").write_text(text)
+    seeds = []
+    with pytest.MonkeyPatch.context() as patch:
+        from megatron_longrope.engine import generation
+
+        original = generation.generate
+        patch.setattr(
+            generation, "generate",
+            lambda *given, **more: seeds.append(more["seed"]) or original(*given, **more),
+        )  # fmt: skip
+        given = ["--include-path", str(tmp_path), "--tasks", "sampled", "--limit", "2"]
+        measure(command, tmp_path, *given, "--seed", 7)
+    assert set(seeds) == {7, 8}  # and the request's number
 
 
 # Prompts beyond the window
@@ -322,9 +343,14 @@ def test_another_window_or_other_data_is_another_column(command, folder, tmp_pat
     ("given", "message"),
     [
         (["--window", "512"], "sequence length 512 exceeds 256"),
-        (["--max-length", "512"], "sequence length 512 exceeds 256"),
-        (["--window", "100", "--max-length", "101"], "--max-length 101 is beyond --window 100"),
-        (["--limit", "0"], "limit 0.0 leaves no question"),
+        (["--max-length", "512"], "--max-length 512 must be from 2 to the window of 256 tokens"),
+        (["--max-length", "1"], "--max-length 1 must be from 2"),
+        (["--window", "100", "--max-length", "101"], "101 must be from 2 to the window of 100"),
+        (["--limit", "0"], "--limit 0 leaves no question"),
+        (["--limit", "nan"], "--limit nan leaves no question"),
+        (["--limit", "inf"], "--limit inf leaves no question"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--seed", "-1"], "--seed -1 must be from 0 to 4294967295"),
     ],
 )
 def test_settings_that_contradict_are_refused_before_a_weight_is_loaded(
@@ -333,6 +359,9 @@ def test_settings_that_contradict_are_refused_before_a_weight_is_loaded(
     whole = [*command, "--tasks", "long_letters", "--output", str(tmp_path), *given]
     assert main(whole) == 2
     assert message in capsys.readouterr().err
+    if "--window" not in given:
+        assert main([*whole[:1], "short", *whole[2:]]) == 2
+        assert message.replace("of 256", "of 64") in capsys.readouterr().err
 
 
 def test_metadata_must_be_a_json_object(command, tmp_path, capsys):

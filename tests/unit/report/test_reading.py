@@ -423,6 +423,7 @@ def test_a_table_is_one_for_terminal_and_csv():
         (table("highest", a=2.0, b=2.0), "At 4,096 tokens all 2 models have a perplexity of 2."),
         (table("lowest", a=2.0), "At 4,096 tokens a has a perplexity of 2."),
         (table("", a=2.0, b=3.0), "T: 2 models, measured on different tokens."),
+        (table("lowest", a=math.nan), "T: no value is finite."),
     ],
 )  # fmt: skip
 def test_a_sentence_compares_the_rows_at_the_last_column_that_most_have(made, said):
@@ -446,4 +447,17 @@ def test_a_perplexity_that_was_recorded_as_not_finite_is_infinite_in_the_report(
         records.append(row)
     assert '"ppl_window_mean": null' in records.path.read_text()
     assert perplexities(tmp_path) == {"base": {"4k": 3.0, "16k": math.inf}}
+    assert write_report(tmp_path).is_file()
+
+
+@pytest.mark.parametrize("kind", ["short", "tasks"])
+def test_a_benchmark_that_was_recorded_as_not_finite_is_shown_as_such(tmp_path, kind):
+    records = Records(tmp_path / f"{kind}.jsonl", KINDS[kind].cell_fields)
+    row = short("texts", math.inf, math.nan, metric="bits_per_byte")
+    records.append(row)
+    assert '"value": null' in records.path.read_text()
+    ((value,),) = tables(tmp_path)[0].rows.values()
+    assert value.text == "not finite"
+    (section,) = KINDS[kind].sections_of(records.rows)  # as at the end of a command
+    assert "not finite" in section.tables[0].text()
     assert write_report(tmp_path).is_file()
