@@ -8,21 +8,7 @@ from typing import Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_lengths
-from megatron_longrope.options import Loading, SeveralModels, bos_flag, flag
-
-__all__ = [
-    "EvaluationOptions",
-    "bos_flag",
-    "depths_flag",
-    "flag",
-    "parse_choices",
-    "parse_depths",
-    "parse_hours",
-    "seed_flag",
-    "text_key_flag",
-    "tokenizer_flag",
-    "trials_flag",
-]
+from megatron_longrope.options import Loading, SeveralModels, flag
 
 
 def parse_hours(text: str) -> float:
@@ -34,12 +20,16 @@ def parse_hours(text: str) -> float:
 
 
 def parse_choices(*allowed: str) -> Callable[[str], list[str]]:
-    """Return the parser of a comma-separated choice among `allowed`."""
+    """Return the parser of a comma-separated choice among `allowed`: at least one, none twice."""
 
     def parse(text: str) -> list[str]:
         values = [part.strip() for part in text.split(",") if part.strip()]
         if wrong := [value for value in values if value not in allowed]:
             raise LongRopeError(f"{wrong[0]!r} is unknown; choose among {', '.join(allowed)}")
+        if not values:
+            raise LongRopeError(f"{text!r} names nothing; choose among {', '.join(allowed)}")
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise LongRopeError(f"{twice[0]!r} is named twice; name it once")
         return values
 
     return parse

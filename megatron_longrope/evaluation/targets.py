@@ -89,18 +89,6 @@ class Target:
             "requested_dtype": self.model.dtype,
         }
 
-    def check_lengths(self, lengths: Sequence[int]) -> None:
-        """Refuse a length that the factors do not cover.
-
-        Raises:
-            LongRopeError: No factor set reaches so far.
-        """
-        try:
-            self.config.factor_set_for(max(lengths))
-        except ValueError as error:
-            where = self.path or self.model.path
-            raise LongRopeError(f"{where}: {error}") from None
-
 
 def config_sha256(config: LongRopeConfig) -> str:
     """Hash everything that changes a result: not where the factors come from."""
@@ -150,29 +138,6 @@ def open_models(
     return models
 
 
-def targets_of(model: NamedModel, factor_files: Sequence[str]) -> list[Target]:
-    """Return the model under each factor file, or under its own factors without one.
-
-    Args:
-        factor_files (Sequence[str]): `[LABEL=]PATH` of LongRoPE JSON files.
-
-    Raises:
-        LongRopeError: A file is damaged or for another model, or a label stands for two.
-    """
-    from megatron_longrope.checkpoint.opening import check_fits
-
-    targets = []
-    for label, path in labelled(factor_files):
-        config = LongRopeConfig.load(path)
-        try:
-            check_fits(config, model.checkpoint.shape, model.checkpoint.longrope)
-        except ValueError as error:
-            raise LongRopeError(f"{path} with {model.path}: {error}") from None
-        targets.append(Target(model, label, config, path))
-    _check_distinct([target.label for target in targets], "factor files")
-    return targets or [Target(model, OWN, model.config())]
-
-
 def targets_at(
     models: Sequence[NamedModel], factor_files: Sequence[str], lengths: Sequence[int] = ()
 ) -> list[Target]:
@@ -180,16 +145,32 @@ def targets_at(
 
     Args:
         models (Sequence[NamedModel]): From :func:`open_models`.
-        factor_files (Sequence[str]): As in :func:`targets_of`.
+        factor_files (Sequence[str]): `[LABEL=]PATH` of LongRoPE JSON files.
         lengths (Sequence[int]): To be measured, in tokens.
 
     Raises:
-        LongRopeError: As :func:`targets_of`; or the factors do not cover a length.
+        LongRopeError: A file is damaged or for another model, a label stands for two, or the
+            factors do not cover a length.
     """
-    targets = [target for model in models for target in targets_of(model, factor_files)]
-    for target in targets:
-        if lengths:
-            target.check_lengths(lengths)
+    from megatron_longrope.checkpoint.opening import check_fits
+
+    files = [(label, path, LongRopeConfig.load(path)) for label, path in labelled(factor_files)]
+    _check_distinct([label for label, *_ in files], "factor files")
+    targets = []
+    for model in models:
+        for label, path, config in files:
+            try:
+                check_fits(config, model.checkpoint.shape, model.checkpoint.longrope)
+            except ValueError as error:
+                raise LongRopeError(f"{path} with {model.path}: {error}") from None
+            targets.append(Target(model, label, config, path))
+        if not files:
+            targets.append(Target(model, OWN, model.config()))
+    for target in targets if lengths else ():
+        try:
+            target.config.factor_set_for(max(lengths))
+        except ValueError as error:
+            raise LongRopeError(f"{target.path or target.model.path}: {error}") from None
     return targets
 
 
@@ -270,11 +251,15 @@ def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[NamedModel
 
 
 def labelled(items: Sequence[str]) -> list[tuple[str, str]]:
-    """Split `LABEL=PATH`; without a label, the name of the file or directory."""
+    """Split `LABEL=PATH`; without a label, the name of the file or directory.
+
+    An equals sign may be a part of the path, as in `runs/lr=2e-5`: a path that exists has no label,
+    and a label has no slash.
+    """
     pairs = []
     for item in items:
         label, separator, path = item.partition("=")
-        if not separator:
+        if not separator or "/" in label or Path(item).exists():
             path = item
             label = Path(path).stem if Path(path).suffix == ".json" else Path(path).resolve().name
         if not label or not path:

@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from megatron_longrope.evaluation import trials
 from megatron_longrope.evaluation.kind import COUNT, Kind
-from megatron_longrope.evaluation.options import EvaluationOptions, flag, seed_flag, trials_flag
+from megatron_longrope.evaluation.options import EvaluationOptions, seed_flag, trials_flag
 from megatron_longrope.evaluation.table import Value
+from megatron_longrope.options import flag
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,7 @@ from megatron_longrope.evaluation import trials
 from megatron_longrope.evaluation.kind import SHARE, TEXT, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
-    bos_flag,
     depths_flag,
-    flag,
     parse_choices,
     seed_flag,
     text_key_flag,
@@ -25,6 +23,7 @@ from megatron_longrope.evaluation.options import (
 from megatron_longrope.evaluation.series import Rows, joined, split_repeats
 from megatron_longrope.evaluation.statistics import Tally, perplexity_of
 from megatron_longrope.evaluation.table import Value, format_score
+from megatron_longrope.options import bos_flag, flag
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan

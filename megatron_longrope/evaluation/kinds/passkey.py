@@ -12,9 +12,7 @@ from megatron_longrope.evaluation import trials
 from megatron_longrope.evaluation.kind import TEXT, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
-    bos_flag,
     depths_flag,
-    flag,
     seed_flag,
     tokenizer_flag,
     trials_flag,
@@ -22,6 +20,7 @@ from megatron_longrope.evaluation.options import (
 from megatron_longrope.evaluation.series import Rows, joined, split_repeats
 from megatron_longrope.evaluation.statistics import Tally
 from megatron_longrope.evaluation.table import Value
+from megatron_longrope.options import bos_flag, flag
 from megatron_longrope.ranks import rank
 
 if TYPE_CHECKING:

@@ -12,8 +12,6 @@ from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import COUNT, TEXT, Kind, Row, Section, is_number
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
-    bos_flag,
-    flag,
     parse_choices,
     text_key_flag,
     tokenizer_flag,
@@ -30,6 +28,7 @@ from megatron_longrope.evaluation.series import (
 from megatron_longrope.evaluation.table import Table, Value, format_score, length_column
 from megatron_longrope.lengths import format_length, parse_length
 from megatron_longrope.methods import METHODS
+from megatron_longrope.options import bos_flag, flag
 from megatron_longrope.ranks import rank
 
 if TYPE_CHECKING:

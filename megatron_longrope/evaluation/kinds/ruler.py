@@ -11,8 +11,6 @@ from megatron_longrope.evaluation.figure import Bars, Grid
 from megatron_longrope.evaluation.kind import COUNT, NUMBER, SHARE, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
-    bos_flag,
-    flag,
     parse_choices,
     tokenizer_flag,
 )
@@ -22,6 +20,7 @@ from megatron_longrope.evaluation.statistics import Tally
 from megatron_longrope.evaluation.table import Column, Table, Value, length_column
 from megatron_longrope.evaluation.trials import summary
 from megatron_longrope.lengths import format_length
+from megatron_longrope.options import bos_flag, flag
 
 if TYPE_CHECKING:
     from megatron_longrope.data.tokenizer import Tokenizer

@@ -15,8 +15,9 @@ from megatron_longrope.evaluation.scored_documents import read_scored_documents
 from megatron_longrope.evaluation.targets import (
     check_tokenizer_fits,
     config_sha256,
+    labelled,
     open_models,
-    targets_of,
+    targets_at,
 )
 
 
@@ -25,7 +26,7 @@ def test_models_are_called_by_their_label_or_their_directory(untied_gqa, tmp_pat
     write_hf_folder(untied_gqa.path, tmp_path / "exported", longrope_config=config)
     models = open_models([f"mine={untied_gqa.path}"], [str(tmp_path / "exported")])
     assert [model.label for model in models] == ["mine", "exported"]
-    (target,) = targets_of(models[1], [])
+    (target,) = targets_at(models[1:], [])
     assert target.label == "checkpoint" and target.config.max_length == maker.TARGET
     with pytest.raises(ValueError, match="'mine' stands for two models"):
         open_models([f"mine={untied_gqa.path}"], [f"mine={tmp_path / 'exported'}"])
@@ -35,6 +36,17 @@ def test_models_are_called_by_their_label_or_their_directory(untied_gqa, tmp_pat
 def test_a_label_without_a_path_is_refused(item):
     with pytest.raises(ValueError, match="write LABEL=PATH"):
         open_models([item], [])
+
+
+def test_an_equals_sign_may_be_a_part_of_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=2e-5" / "ckpt").mkdir(parents=True)
+    assert labelled(["lr=2e-5/ckpt", "best=lr=2e-5/ckpt"]) == [
+        ("ckpt", "lr=2e-5/ckpt"),
+        ("best", "lr=2e-5/ckpt"),
+    ]
+    with pytest.raises(ValueError, match="runs/lr=2e-5/typo"):
+        open_models(["runs/lr=2e-5/typo"], [])
 
 
 def test_no_model_at_all_is_refused():
@@ -47,16 +59,16 @@ def test_factors_of_another_model_are_refused_naming_both(untied_gqa, tmp_path):
     config = replace(maker.longrope_config(), rotary_base=10000.0)
     config.save(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"other.json with .*rotary_base 10000"):
-        targets_of(model, [str(tmp_path / "other.json")])
+        targets_at([model], [str(tmp_path / "other.json")])
 
 
 def test_a_length_beyond_the_factor_sets_is_refused_naming_the_file(untied_gqa, tmp_path):
     (model,) = open_models([str(untied_gqa.path)], [])
     maker.longrope_config().save(tmp_path / "f.json")
-    (target,) = targets_of(model, [str(tmp_path / "f.json")])
-    target.check_lengths([64, 256])
+    files = [str(tmp_path / "f.json")]
+    assert targets_at([model], files, [64, 256])[0].path == files[0]
     with pytest.raises(ValueError, match=r"f.json: sequence length 257 exceeds 256"):
-        target.check_lengths([64, 257])
+        targets_at([model], files, [64, 257])
 
 
 def test_the_hash_of_factors_ignores_where_they_come_from():
