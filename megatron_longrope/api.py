@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
     from megatron_longrope.evaluation.records import Records, write_csv
     from megatron_longrope.evaluation.session import Session
     from megatron_longrope.evaluation.targets import open_models
-    from megatron_longrope.files import check_folder
+    from megatron_longrope.files import check_folder, hold
 
     kind = kind_of(options)
     output = Path(options.output)
@@ -95,27 +96,34 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
         options.load, options.hf, options.iteration, options.sliding_window, options.dtype
     )
     plan = kind.plan(options, models)
-    if "RANK" in os.environ:
-        process_groups.initialize(
-            options.tensor_model_parallel_size, options.context_parallel_size, replicas=True
+    if not plan.cells:
+        raise LongRopeError("nothing is to be measured; give at least one length, task and trial")
+    with contextlib.ExitStack() as held:
+        if rank() == 0:  # what another process adds meanwhile would be missing in the table
+            output.mkdir(parents=True, exist_ok=True)
+            what, remedy = f"{output / kind.name}.jsonl", "wait for it or give another --output"
+            held.callback(hold(output / f".{kind.name}.lock", what, remedy).release)
+        if "RANK" in os.environ:
+            process_groups.initialize(
+                options.tensor_model_parallel_size, options.context_parallel_size, replicas=True
+            )
+        session = Session(
+            Records(output / f"{kind.name}.jsonl", kind.cell_fields),
+            lambda model: load_engine_for(options, model.checkpoint, replicas=True),
+            kind.name,
+            kind.unit,
+            options.max_hours,
+            options.yes,
         )
-    session = Session(
-        Records(output / f"{kind.name}.jsonl", kind.cell_fields),
-        lambda model: load_engine_for(options, model.checkpoint, replicas=True),
-        kind.name,
-        kind.unit,
-        options.max_hours,
-        options.yes,
-    )
-    session.run(plan)
-    if rank() != 0:
-        return []
-    rows = [dict(row) for row in session.records.rows]
-    for row in rows:
-        kind.restore(row)
-    summary = kind.summary(rows)
-    write_csv(output / f"{kind.name}.csv", summary, list(summary[0]))
-    return [session.records.find(cell.record) or {} for cell in plan.cells]
+        session.run(plan)
+        if rank() != 0:
+            return []
+        rows = [dict(row) for row in session.records.rows]
+        for row in rows:
+            kind.restore(row)
+        summary = kind.summary(rows)
+        write_csv(output / f"{kind.name}.csv", summary, list(summary[0]))
+        return [session.records.find(cell.record) or {} for cell in plan.cells]
 
 
 def kind_of(options: EvaluationOptions) -> Kind:

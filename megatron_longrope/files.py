@@ -160,3 +160,30 @@ def read_json(path: str | Path) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise LongRopeError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def json_lines(path: Path) -> tuple[list[tuple[int, Any]], int]:
+    """Read a file with a JSON value on each line; what a crash left of the last is passed over.
+
+    Returns:
+        tuple[list[tuple[int, Any]], int]: Number and value of every line that is not empty; and the
+        bytes up to the end of the last of them, behind which the file may go on torn.
+
+    Raises:
+        LongRopeError: A line before the last is not JSON.
+    """
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append((number, json.loads(line)))
+        except ValueError:
+            if number == len(lines):
+                return found, sum(len(whole) + 1 for whole in lines[:-1])
+            raise LongRopeError(
+                f"{path}, line {number}: not JSON; the file is damaged, repair the line or move "
+                "the file away"
+            ) from None
+    return found, sum(len(whole) + 1 for whole in lines) - 1

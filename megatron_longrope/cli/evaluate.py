@@ -27,6 +27,5 @@ def run(options: EvaluationOptions) -> None:
     if rows := api.evaluate(options):
         kind = api.kind_of(options)
         for section in kind.sections_of(rows):
-            for table in section.tables:
-                print("\n".join([table.text(details=True), *section.warnings, ""]))
+            print(f"{section.text(details=True)}\n")
         print(f"wrote {options.output}/{kind.name}.jsonl and {kind.name}.csv beside it")

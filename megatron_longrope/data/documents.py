@@ -77,9 +77,15 @@ def read_window_documents(
         None for a tokenizer without one.
 
     Raises:
-        LongRopeError: Too few documents are that long, or `bos` is no token.
+        LongRopeError: It is a set for training, too few documents are that long, or `bos` is no
+            token.
     """
     manifest = read_manifest(prefix)
+    if manifest["mode"] != "whole":
+        raise LongRopeError(
+            f"{prefix} is a set for training, whose entries have BOS and EOS in them; give one of "
+            "`longrope data prepare --whole-documents`"
+        )
     bos_id = manifest["bos_id"] if bos is None else bos
     if bos is not None:
         check_bos(bos, manifest["vocab_size"])

@@ -49,6 +49,15 @@ class Section:
     facts: Mapping[str, str] = field(default_factory=dict)
     """Data, seeds and versions behind it; empty values are left out."""
 
+    def text(self, *, details: bool = False) -> str:
+        """Return the tables for a terminal, and once below them what must not be overlooked.
+
+        Args:
+            details (bool): See :meth:`.table.Table.text`.
+        """
+        tables = "\n\n".join(table.text(details=details) for table in self.tables)
+        return "\n".join([tables, *self.warnings])
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -104,7 +113,7 @@ class Kind:
         series = name_series(
             [(identify(row), Path(), key, row) for row, key in zip(rows, keys, strict=True)]
         )
-        windows = {row["original_length"] for row in rows}
+        windows = {row.get("original_length") for row in rows}
         window = windows.pop() if len(windows) == 1 else None
         return self.sections(list(zip(series, rows, strict=True)), window)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import cell_key
-from megatron_longrope.files import finite_json, write_text_atomic
+from megatron_longrope.files import finite_json, json_lines, write_text_atomic
 from megatron_longrope.ranks import rank
 
 
@@ -29,7 +29,7 @@ class Records:
         key (Sequence[str]): Fields that identify a cell.
 
     Raises:
-        LongRopeError: A line before the last is not JSON.
+        LongRopeError: A line before the last is not JSON, or one is no object.
     """
 
     def __init__(self, path: Path, key: Sequence[str]) -> None:
@@ -44,22 +44,23 @@ class Records:
         return list(self._found.values())
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        whole, _, torn = content.rpartition(b"\n")
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise LongRopeError("no JSON object")
-            except ValueError as error:
+        rows, whole = json_lines(self.path)
+        for number, row in rows:
+            if not isinstance(row, dict):
                 raise LongRopeError(
-                    f"{self.path}, line {number}: not a record ({error}); move the file away"
-                ) from None
-            self._found[self._key_of(row)] = row
-        if torn and rank() == 0:  # cut off by a crash; the next line must not be appended to it
-            os.truncate(self.path, len(content) - len(torn))
+                    f"{self.path}, line {number}: not a record but {type(row).__name__}; move the "
+                    "file away"
+                )
+            self._found[self.key_of(row)] = row
+        if rank() == 0:  # the next line must stand alone
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+                file.seek(max(0, whole - 1))
+                if file.read(1) not in (b"\n", b""):
+                    file.write(b"\n")
 
-    def _key_of(self, row: Mapping[str, Any]) -> str:
+    def key_of(self, row: Mapping[str, Any]) -> str:
+        """Return what two records of one cell have in common."""
         return cell_key(row, self._key)
 
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -67,13 +68,13 @@ class Records:
 
         That of an older version, which did not hash the checkpoint, is found by its path.
         """
-        found = self._found.get(self._key_of(cell))
-        return found or self._found.get(self._key_of({**cell, "checkpoint_sha256": None}))
+        found = self._found.get(self.key_of(cell))
+        return found or self._found.get(self.key_of({**cell, "checkpoint_sha256": None}))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record and flush it to disk; only the first rank does."""
         plain: dict[str, Any] = finite_json(record)
-        self._found[self._key_of(plain)] = plain
+        self._found[self.key_of(plain)] = plain
         if rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,11 @@ from megatron_longrope.data.sources import (
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix, load_tokenizer
 from megatron_longrope.errors import LongRopeError
 
+_TEXT_KEY = (
+    "name the key or column of the text: --text-key of `longrope eval` or of `longrope data "
+    "prepare --whole-documents`"
+)
+
 
 @dataclass(frozen=True)
 class ScoredDocuments:
@@ -33,9 +38,6 @@ class ScoredDocuments:
 
     vocab_size: int
     """Largest token id that the tokenizer has, plus one."""
-
-    source: str
-    """As given."""
 
     sha256: str
     """Of the tokens."""
@@ -73,39 +75,37 @@ def read_scored_documents(
         raise LongRopeError(f"--num-documents {count} must be at least 1")
     if is_prepared(data):
         manifest = read_manifest(data)
-        _check_tokenizer(data, manifest["tokenizer_sha256"], tokenizer)
+        if tokenizer and load_tokenizer(tokenizer).sha256 != manifest["tokenizer_sha256"]:
+            raise LongRopeError(
+                f"{data} was made with another tokenizer than {tokenizer}; leave --tokenizer out "
+                "or give the one that made it"
+            )
         tokens, bos_id = read_window_documents(data, window, count, bos=bos)
         vocab_size = int(manifest["vocab_size"])
     else:
-        loaded = tokenizer_for(tokenizer, data, bos)
-        least = window - len(bos_prefix(loaded.bos_id))
-        tokens = _tokenize(read_texts(data, text_key), data, loaded, least, count)
-        bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
-    return ScoredDocuments(tokens, bos_id, vocab_size, data, _sha256(tokens))
-
-
-def tokenizer_for(path: str | None, data: str, bos: int | None = None) -> Tokenizer:
-    """Load the tokenizer of a text, with `bos` as its BOS if given.
-
-    Raises:
-        LongRopeError: None was given, or it cannot be read.
-    """
-    if path is None:
-        if not Path(data).exists():
+        if tokenizer is None:
+            if Path(data).exists():
+                raise LongRopeError(f"{data} is text; give the model's tokenizer with --tokenizer")
             raise LongRopeError(
                 f"{data}: neither a prepared set (no {output_paths(data)[1].name}) nor a text "
                 "file; check the path"
             )
-        raise LongRopeError(f"{data} is text; give the model's tokenizer with --tokenizer")
-    return load_tokenizer(path, bos)
+        loaded = load_tokenizer(tokenizer, bos)
+        least = window - len(bos_prefix(loaded.bos_id))
+        tokens = _tokenize(read_texts(data, text_key), data, loaded, least, count)
+        bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
+    return ScoredDocuments(tokens, bos_id, vocab_size, _sha256(tokens))
 
 
-def read_texts(data: str, text_key: str = "text") -> Iterator[Document]:
+def read_texts(
+    data: str, text_key: str = "text", without_text: str = _TEXT_KEY
+) -> Iterator[Document]:
     """Read the documents of whatever `longrope data prepare` reads.
 
     Args:
         data (str): A .txt, .jsonl (.gz, .zst) or .parquet file, a dataset's folder, or a directory.
         text_key (str): Key or column of the text. Defaults to `text`.
+        without_text (str): What helps where that is missing.
 
     Raises:
         LongRopeError: A path does not exist, or a document cannot be read; evaluations skip
@@ -113,10 +113,7 @@ def read_texts(data: str, text_key: str = "text") -> Iterator[Document]:
     """
 
     def refuse(skipped: SkippedDocument) -> None:
-        remedy = "repair the file or take it out"
-        if skipped.lacks_text:
-            remedy = "name the key or column of the text: --text-key of `longrope eval` or of " \
-                     "`longrope data prepare --whole-documents`"  # fmt: skip
+        remedy = without_text if skipped.lacks_text else "repair the file or take it out"
         raise LongRopeError(f"{skipped}; {remedy}")
 
     return iterate_documents(find_source_files([data]), text_key, on_skip=refuse)
@@ -139,14 +136,6 @@ def _tokenize(
         f"{data} holds {len(found)} documents of at least {min_tokens} tokens, {count} needed "
         f"(it has {seen} documents, the longest of {longest} tokens); ask for fewer or shorter ones"
     )
-
-
-def _check_tokenizer(data: str, sha256: str, tokenizer: str | None) -> None:
-    if tokenizer is not None and load_tokenizer(tokenizer).sha256 != sha256:
-        raise LongRopeError(
-            f"{data} was made with another tokenizer than {tokenizer}; leave --tokenizer out or "
-            "give the one that made it"
-        )
 
 
 def _sha256(documents: Sequence[np.ndarray]) -> str:

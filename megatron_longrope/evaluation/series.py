@@ -291,7 +291,7 @@ def distinct(rows: Iterable[Row], name: str) -> str:
 
 def span(rows: Iterable[Row], name: str) -> str:
     """Return the values of a field as `10`, or as `10 to 2,000` where they differ."""
-    values = [row[name] for row in rows if name in row]
+    values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return ""
     low, high = min(values), max(values)

@@ -123,6 +123,7 @@ class Session:
         """Measure the cells that are not recorded yet, model by model, never two in memory."""
         from megatron_longrope.engine.process_groups import from_first_rank
 
+        self._check_distinct(plan.cells)
         self._update_found(plan.cells)
         found = from_first_rank([self.records.find(cell.record) is not None for cell in plan.cells])
         pending = [cell for cell, is_found in zip(plan.cells, found, strict=True) if not is_found]
@@ -167,12 +168,32 @@ class Session:
             if plan.shared:
                 progress.update(_note(cell))
 
-    def _update_found(self, cells: Sequence[Cell]) -> None:
-        """Bring fields that are no part of the key, such as a threshold, up to date in records."""
+    def _check_distinct(self, cells: Sequence[Cell]) -> None:
+        """Refuse to measure anything twice, of which one record would be left.
+
+        Raises:
+            LongRopeError: Two models have the same content, or a cell was asked for twice.
+        """
+        known: dict[str, Cell] = {}
         for cell in cells:
+            key = self.records.key_of(cell.record)
+            if key in known:
+                first, second = known[key].target.model.label, cell.target.model.label
+                if first != second:
+                    raise LongRopeError(
+                        f"{first} and {second} are the same model (their content is); give one of "
+                        "them"
+                    )
+                raise LongRopeError(f"{_note(cell)} was asked for twice; ask for it once")
+            known[key] = cell
+
+    def _update_found(self, cells: Sequence[Cell]) -> None:
+        """Bring fields that are no part of the key up to date: a model's label, a threshold."""
+        for cell in cells:
+            now = {"model": cell.target.model.label, **cell.fields}
             old = self.records.find(cell.record)
-            if old and any(old.get(name) != value for name, value in cell.fields.items()):
-                self.records.append({**old, **cell.fields})
+            if old and any(old.get(name) != value for name, value in now.items()):
+                self.records.append({**old, **now})
 
     def _present_cost(
         self,

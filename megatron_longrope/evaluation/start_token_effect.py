@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.start_tokens import DroppedStartTokens, PerplexityEffect
-from megatron_longrope.errors import LongRopeError
 
 
 def measured(
@@ -45,8 +44,10 @@ def measured(
     from megatron_longrope.engine import load_engine
     from megatron_longrope.evaluation.perplexity import perplexity
     from megatron_longrope.evaluation.scored_documents import read_scored_documents
+    from megatron_longrope.evaluation.targets import NamedModel, check_tokenizer_fits
 
     checkpoint = MegatronCheckpoint.open(load, iteration)
+    model = NamedModel(load, load, checkpoint)
     windows = {
         "short": config.original_max_position_embeddings,
         "long": target_length or config.max_length,
@@ -57,11 +58,7 @@ def measured(
     for item in dropped:
         length = min(windows[item.window], data_length or windows[item.window])
         documents = read_scored_documents(data, tokenizer, length, num_documents)
-        if documents.vocab_size > checkpoint.shape.vocab_size:
-            raise LongRopeError(
-                f"the tokenizer of {data} has {documents.vocab_size} tokens, the model's "
-                f"vocabulary {checkpoint.shape.vocab_size}; give the model's own --tokenizer"
-            )
+        check_tokenizer_fits(documents.vocab_size, f"the tokenizer of {data}", [model])
         values = []
         for count in (item.factor_set.num_start_tokens, 0):
             pinned = _pinned(config, item.factor_set, count, factor)

@@ -6,17 +6,16 @@ that would be called the same get names that tell them apart.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.kind import Kind, Row, cell_key
+from megatron_longrope.evaluation.kind import Row, cell_key
 from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.series import Identity, Rows, Series, identify, name_series
-from megatron_longrope.files import read_json
+from megatron_longrope.files import json_lines, read_json
 
 FACTS = "facts.json"
 """Further facts about a run: `{title: {name: value}}`."""
@@ -69,10 +68,11 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
             if (kind := names.get(path.name)) is None:
                 continue
             if path.resolve() not in found:
-                folder = path.parent.resolve()
-                found[path.resolve()] = [
-                    (identify(row), folder, kind.name, row) for row in _read(path, kind)
+                rows = [
+                    kind.check(row, f"{path}, line {number}") for number, row in json_lines(path)[0]
                 ]
+                folder = path.parent.resolve()
+                found[path.resolve()] = [(identify(row), folder, kind.name, row) for row in rows]
             some += found[path.resolve()]
         if not some:
             raise LongRopeError(
@@ -97,24 +97,6 @@ def files_below(directory: Path, suffix: str) -> list[tuple[Path, str]]:
     return sorted(
         (path, path.relative_to(directory).as_posix()) for path in found if path.is_file()
     )
-
-
-def _read(path: Path, kind: Kind) -> Iterator[Row]:
-    """Yield the checked rows of a file; what a crash left of the last line is passed over."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                return
-            raise LongRopeError(
-                f"{where}: not JSON; the file is damaged, repair the line or move the file away"
-            ) from None
-        yield kind.check(row, where)
 
 
 def _facts(directory: Path) -> Mapping[str, Mapping[str, Any]]:

@@ -16,6 +16,8 @@ from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.documents import read_documents
+from megatron_longrope.data.prepare import prepare
+from megatron_longrope.data.segments import FixedSegments
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine.generation import generate
@@ -340,8 +342,34 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
     (tmp_path / "notes.txt").write_text("mine")
     where = ("--lengths", "1k", "--output", tmp_path / "notes.txt")
     assert "notes.txt is a file" in refused(capsys, "ppl", *load, *heldout, *where)
+    segments = tmp_path / "segments"
+    prepare([f"{data['heldout']}.jsonl"], segments, data["tokenizer"], FixedSegments(128, "pack"))
+    training = refused(capsys, "ppl", *load, "--data", segments, "--lengths", "64", *output)
+    assert "is a set for training, whose entries have BOS and EOS" in training
+    essays = tmp_path / "essays.jsonl"
+    essays.write_text('{"content": "Text."}\n')
+    keyed = refused(
+        capsys, "ruler", *load, *tokenizer, "--lengths", "1k", "--tasks", "niah_single_2",
+        "--essays", essays, *output,
+    )  # fmt: skip
+    assert "call the key or column of the text `text`" in keyed and "--text-key" not in keyed
     lost = ("--attention-factor-policy", "su", "--lengths", "1k", *output)
     assert "give --baselines" in refused(capsys, "ppl", *load, *heldout, *lost)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("ruler", "--tasks", ","), "',' names nothing; choose among niah_single_1"),
+        (("ruler", "--tasks", "vt,vt"), "'vt' is named twice; name it once"),
+        (("ppl", "--data", "x", "--baselines", ""), "'' names nothing; choose among"),
+        (("ppl", "--data", "x", "--baselines", "yarn,yarn"), "'yarn' is named twice"),
+    ],
+)
+def test_a_choice_names_something_and_nothing_twice(capsys, given, message):
+    with pytest.raises(SystemExit):
+        main(["eval", *given, "--load", "x", "--lengths", "4k", "--output", "y"])
+    assert message in capsys.readouterr().err
 
 
 def test_depths_are_how_many_a_list_or_random(capsys):

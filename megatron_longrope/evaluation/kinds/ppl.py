@@ -200,7 +200,7 @@ def _cell(
             "random_windows": options.random_windows,
             # Places are drawn for the longest window, so that they depend on it.
             "seed": None if places is None else f"{options.seed} at {max(options.lengths)}",
-            "sources": f"{documents.source}:{len(documents.tokens)}",
+            "sources": f"{options.data}:{len(documents.tokens)}",
             "documents_sha256": documents.sha256,
             "bos": bos_name(documents.bos_id),
             "requested_bos": options.bos,

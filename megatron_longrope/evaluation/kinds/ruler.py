@@ -178,7 +178,8 @@ def _section(number: int, words: str, rows: Rows, window: int | None) -> Section
     for series, row in rows:
         scores[series][row["length"]][row["task"]].add(row["score"], None)
     records = [row for _, row in rows]
-    limit = records[-1].get("threshold", THRESHOLD)
+    given = records[-1].get("threshold")
+    limit = THRESHOLD if given is None else given
     measured = [tasks for of_series in scores.values() for tasks in of_series.values()]
     missing = [task for task in TASKS if any(task not in tasks for tasks in measured)]
     warnings = (

@@ -327,7 +327,10 @@ def _frequent_words(draft: _Draft) -> Sample:
 
 
 def _documents(draft: _Draft) -> Sample:
-    """The documents of a question among others, those of the same article first."""
+    """The documents of a question among others, those of the same article first.
+
+    Where there are too few, others repeat; without others those of the article, or its own.
+    """
     rng, found = draft.rng, getattr(draft.sources, draft.task.data)
     question = _question(found, draft.task, draft.index)
     wanted = draft.size - len(question.documents)
@@ -336,8 +339,9 @@ def _documents(draft: _Draft) -> Sample:
     else:
         taken = {*question.documents, *question.related}
         rest = [place for place in range(len(found.documents)) if place not in taken]
+        rest = rest or [*(question.related or question.documents)]
         wanted -= len(question.related)
-        rounds, more = divmod(wanted, len(rest)) if rest else (0, 0)
+        rounds, more = divmod(wanted, len(rest))
         others = [*question.related, *rest * rounds, *rng.sample(rest, more)]
     places = [*question.documents, *others]
     rng.shuffle(places)

@@ -145,7 +145,8 @@ def read_essays(path: str) -> Essays:
     """
     from megatron_longrope.data.sentences import iterate_sentence_ends, train_splitter
 
-    texts = [document.text for document in read_texts(path)]
+    remedy = "call the key or column of the text `text`, or give files of plain text"
+    texts = [document.text for document in read_texts(path, without_text=remedy)]
     splitter = train_splitter(texts)
     text = " ".join(" ".join(texts).split())
     ends = [0, *iterate_sentence_ends(text, splitter), len(text)]

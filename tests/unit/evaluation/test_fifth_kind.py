@@ -14,7 +14,10 @@ from megatron_longrope.cli import main
 from megatron_longrope.config import identity_config
 from megatron_longrope.engine import loading
 from megatron_longrope.evaluation import targets
+from megatron_longrope.evaluation.kind import Section
 from megatron_longrope.evaluation.kinds import KINDS
+from megatron_longrope.evaluation.table import Column, Table, Value
+from megatron_longrope.files import hold
 
 
 class Engine(FakeEngine):
@@ -65,3 +68,26 @@ def test_its_flags_are_the_fields_of_its_options(added, capsys):
         main(["eval", "copying", "--help"])
     assert "--distance D" in (shown := capsys.readouterr().out)
     assert "tokens between the two (default: 4)" in shown and "copying:" in shown
+
+
+def test_two_commands_that_write_the_same_records_exclude_each_other(added, tmp_path, capsys):
+    command = ["eval", "copying", "--load", "x", "--lengths", "64", "--output", str(tmp_path)]
+    held = hold(tmp_path / ".copying.lock", "", "")
+    assert main(command) == 2 and not added
+    error = capsys.readouterr().err
+    assert "copying.jsonl is being written by process" in error
+    assert "wait for it or give another --output" in error
+    held.release()
+    assert main(command) == 0
+
+
+def test_an_evaluation_of_nothing_is_refused(added, tmp_path, capsys):
+    command = ["eval", "copying", "--load", "x", "--lengths", "64", "--output", str(tmp_path)]
+    assert main([*command, "--trials", "0"]) == 2
+    assert "nothing is to be measured; give at least one" in capsys.readouterr().err
+
+
+def test_what_must_not_be_overlooked_stands_once_below_the_tables_of_its_section():
+    columns = [Column("4k")]
+    two = [Table(name, name, columns, {"a": [Value("1")]}) for name in ("first", "second")]
+    assert Section("S", two, warnings=["mind this"]).text().count("mind this") == 1

@@ -26,10 +26,35 @@ def test_a_torn_last_line_is_dropped_and_the_next_record_stands_alone(tmp_path):
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b"]
 
 
+def test_a_whole_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"name": "a"}\n{"name": "b"}')
+    records = Records(path, ("name",))
+    assert records.find({"name": "b"})
+    records.append({"name": "c"})
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
+
+
+def test_a_line_that_is_no_object_is_refused(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"name": "a"}\n[1]\n')
+    with pytest.raises(ValueError, match=r"cells.jsonl, line 2: not a record but list; move"):
+        Records(path, ("name",))
+
+
+@pytest.mark.parametrize(("kind", "row"), [
+    ("ppl", {k: v for k, v in evaluated.ppl(4096, 3.0).items() if k != "original_length"}),
+    ("ruler", evaluated.ruler("vt", 4096, 1.0) | {"threshold": None}),
+    ("ruler", evaluated.ruler("vt", 4096, 1.0) | {"num_tokens": None}),
+])  # fmt: skip
+def test_what_a_record_may_lack_does_not_keep_the_tables_from_being_shown(kind, row):
+    assert KINDS[kind].sections_of([row])
+
+
 def test_a_corrupt_line_in_the_middle_is_an_error_with_its_number(tmp_path):
     path = tmp_path / "cells.jsonl"
     path.write_text('{"name": "a"}\nnonsense\n{"name": "b"}\n')
-    with pytest.raises(ValueError, match="line 2: not a record"):
+    with pytest.raises(ValueError, match="line 2: not JSON"):
         Records(path, ("name",))
 
 

@@ -110,6 +110,16 @@ def test_a_sample_can_be_solved_fits_and_fills_its_length(sources, task, length,
     assert len(tokens) + task.num_new_tokens > 0.9 * length - 150
 
 
+@pytest.mark.parametrize(("name", "write"), [("squad", write_squad), ("hotpotqa", write_hotpotqa)])
+def test_documents_repeat_where_there_are_no_others(tmp_path, name, write):
+    task = TASKS[{"squad": "qa_1", "hotpotqa": "qa_2"}[name]]
+    files = dict.fromkeys(("essays", "words", "squad", "hotpotqa"))
+    few = read_sources([task], **files | {name: write(tmp_path / "few.json", 1)})
+    sample, tokens = Sampler(WordTokenizer(), few, 0).make(task, 4096, 0)
+    assert 0.9 * 4096 - 150 < len(tokens) + task.num_new_tokens <= 4096
+    assert score(task, sample.prompt, sample.answers) == 1.0
+
+
 def test_a_sample_depends_on_seed_length_and_number_alone(sources):
     def prompt(seed=1, length=2048, index=3, before=()):
         sampler = Sampler(WordTokenizer(), sources, seed)

@@ -119,6 +119,31 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(make):
         assert len(loaded) == len(plan.cells) / 2
 
 
+def test_a_model_that_is_called_otherwise_now_is_called_so_in_its_records(make, tmp_path):
+    session, _ = make()
+    session.run(each(cells("a")))
+    for cell in (renamed := cells("b")):
+        vars(cell.target.model)["content_sha256"] = "content of a"
+    again, loaded = make()
+    again.run(each(renamed))
+    assert loaded == [] and {row["model"] for row in again.records.rows} == {"b"}
+    before = again.records.path.read_bytes()
+    make()[0].run(each(renamed))
+    assert again.records.path.read_bytes() == before
+
+
+def test_nothing_is_measured_twice(make):
+    session, loaded = make()
+    same = cells("a", "b")
+    for cell in same:
+        vars(cell.target.model)["content_sha256"] = "one"
+    with pytest.raises(ValueError, match=r"a and b are the same model .*; give one of them"):
+        session.run(each(same))
+    with pytest.raises(ValueError, match="a pi at 64 was asked for twice; ask for it once"):
+        session.run(each(cells("a")[:1] * 2))
+    assert loaded == []
+
+
 def test_a_crash_loses_only_the_cell_in_flight(make):
     session, _ = make()
     seen = []
