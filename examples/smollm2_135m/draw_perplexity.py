@@ -23,7 +23,7 @@ with (DOCS / "results" / "smollm2_135m" / "perplexity.csv").open(newline="") as 
             points[label][int(row["length"])] = float(row["ppl_token_weighted"])
 
 series = {
-    label: Series(NAMES[label], Identity("SmolLM2-135M", label, config=config), "", WINDOW)
+    label: Series(NAMES[label], Identity("SmolLM2-135M", label, config=config), WINDOW)
     for label, config in (("none", None), ("yarn", None), ("longrope", "longrope_16k.json"))
 }
 figure = Lines(

@@ -47,12 +47,12 @@ class ByteProgress:
             self._shown.update(count=megabytes, resumed=True)
 
 
-def interruptible(run: Callable[[Any], int]) -> Callable[[Any], int]:
+def interruptible(run: Callable[[Any], None]) -> Callable[[Any], None]:
     """Say what an interrupted conversion leaves behind."""
 
-    def wrapped(options: Any) -> int:
+    def wrapped(options: Any) -> None:
         try:
-            return run(options)
+            run(options)
         except KeyboardInterrupt as error:
             for note in getattr(error, "__notes__", ()):
                 print(f"longrope convert: {note}", file=sys.stderr)

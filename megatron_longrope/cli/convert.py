@@ -58,7 +58,7 @@ def add_parser(commands: Any, about: str | None = None) -> None:
     )
 
 
-def _run_to_hf(options: ToHfOptions) -> int:
+def _run_to_hf(options: ToHfOptions) -> None:
     _say_factors(options)
     if not options.no_verify:
         _say_memory(options.load, None, options.iteration)
@@ -67,26 +67,19 @@ def _run_to_hf(options: ToHfOptions) -> int:
         print(item.describe())
     for remark in report.remarks:
         print(f"note: {remark}")
-    if report.verification is None:
-        print("not verified (--no-verify)")
-    else:
-        _print_verification(report.verification)
+    _print_verification(report.verification)
     print(
         f"wrote {report.output_dir}: {report.family}, {report.num_tensors} tensors, "
         f"{report.num_bytes} bytes in {len(report.files)} file(s), {report.dtype}, "
         f"vocabulary {report.vocab_size}, window {report.max_position_embeddings} tokens"
     )
-    return 0
 
 
-def _run_from_hf(options: FromHfOptions) -> int:
+def _run_from_hf(options: FromHfOptions) -> None:
     if not options.no_verify:
         _say_memory(None, options.hf, sliding_window=options.sliding_window)
     report = api.convert_from_hf(options, ByteProgress("writing"))
-    if report.verification is None:
-        print("not verified (--no-verify)")
-    else:
-        _print_verification(report.verification)
+    _print_verification(report.verification)
     shape = report.shape
     print(
         f"wrote {report.output_dir}: {report.family}, {report.num_tensors} tensors, "
@@ -116,10 +109,9 @@ def _run_from_hf(options: FromHfOptions) -> int:
     print(" \\\n".join((f"--load {shlex.quote(str(report.output_dir.resolve()))}", *report.flags)))
     beside = " ".join(report.flags_beside_checkpoint_args)
     print(f"\nor, read from the checkpoint:\n\n--use-checkpoint-args {beside}")
-    return 0
 
 
-def _run_verify(options: VerifyOptions) -> int:
+def _run_verify(options: VerifyOptions) -> None:
     from megatron_longrope.conversion.start_tokens import drop_start_tokens
     from megatron_longrope.conversion.verify import verify
 
@@ -142,16 +134,14 @@ def _run_verify(options: VerifyOptions) -> int:
         print(json.dumps(report.to_dict()))
     else:
         _print_verification(report)
-    return 0
 
 
-def _run_inspect(options: InspectCheckpointOptions) -> int:
+def _run_inspect(options: InspectCheckpointOptions) -> None:
     from megatron_longrope.checkpoint import MegatronCheckpoint
     from megatron_longrope.conversion.inspection import as_text, inspect
 
     content = inspect(MegatronCheckpoint.open(options.checkpoint, options.iteration))
     print(json.dumps(content) if options.json else as_text(content))
-    return 0
 
 
 def _say_factors(
@@ -182,7 +172,10 @@ def _say_memory(*opened: Any, **how: Any) -> None:
     )
 
 
-def _print_verification(report: Any) -> None:
+def _print_verification(report: Any | None) -> None:
+    if report is None:
+        print("not verified (--no-verify)")
+        return
     for item in report.windows:
         print(
             f"verified {item.window:5} {item.num_tokens:7} tokens: max |logit difference| "

@@ -50,8 +50,8 @@ def run(options: DoctorOptions) -> int:
 
 def _lines(checkup: Checkup) -> list[str]:
     versions = {name: version or "not installed" for name, version in checkup.versions.items()}
-    cuda = versions.pop("cuda") if checkup.versions["cuda"] else "none"
-    versions.pop("cuda", None)
+    del versions["cuda"]
+    cuda = checkup.versions["cuda"] or "none"
     versions["torch"] += f" (CUDA {cuda}, GPU {checkup.gpu or 'none'})"
     rows = list(versions.items())
     rows += [(name, f"from {path or 'nowhere'}") for name, path in checkup.locations.items()]

@@ -112,13 +112,10 @@ class DiffOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SortOptions(Options):
+class SortOptions(_Output):
     """What `longrope factors sort` is told."""
 
     file: str = _file()
-
-    output: str = flag(metavar="F.json")
-    """file to write"""
 
 
 @dataclass(frozen=True, kw_only=True)

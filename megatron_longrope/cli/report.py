@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.cli.flags import add_command
+from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.options import Options, flag
 
 
@@ -14,9 +15,15 @@ from megatron_longrope.options import Options, flag
 class ReportOptions(Options):
     """What `longrope report` is told."""
 
-    directory: tuple[Path, ...] = flag(positional=True, type=Path, nargs="+", metavar="DIR")
-    """holds, at any depth, what `longrope eval` wrote (ppl.jsonl, passkey.jsonl, needle.jsonl,
-    short.jsonl); also LongRoPE JSON files, *.journal.jsonl and, at its top, facts.json"""
+    directory: tuple[Path, ...] = flag(
+        positional=True,
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="holds, at any depth, what `longrope eval` wrote "
+        f"({', '.join(f'{kind}.jsonl' for kind in KINDS)}); also LongRoPE JSON files, "
+        "*.journal.jsonl and, at its top, facts.json",
+    )
 
     output: str | None = flag(None, metavar="FILE")
     """the page to write (default: DIR/report.html, and with several DIR ./report.html)"""
@@ -42,12 +49,8 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 def run(options: ReportOptions) -> None:
     """Run the command."""
-    from megatron_longrope.report.page import report_tables, write_report
-    from megatron_longrope.report.reading import read_measurements
+    from megatron_longrope.report.page import write_report
 
-    measurements = read_measurements(options.directory)
-    output = None if options.output is None else Path(options.output)
-    both = {"measurements": measurements, "expected": options.expect}
-    page = write_report(options.directory, output, **both)
-    print(report_tables(options.directory, **both))
+    page, tables = write_report(options.directory, options.output, options.expect)
+    print(tables)
     print(f"wrote {page}, {page.parent / 'figures'} and {page.parent / 'tables'}")

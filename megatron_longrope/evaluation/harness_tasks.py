@@ -229,12 +229,19 @@ def downloads(allowed: bool) -> Iterator[None]:
     import huggingface_hub
 
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")  # for processes that are started meanwhile
+    # Not patch.dict, which would take back what others write into the environment meanwhile.
+    before = {name: os.environ[name] for name in names if name in os.environ}
     with (
-        mock.patch.dict(os.environ, dict.fromkeys(names, "1")),
         mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
         mock.patch.multiple(datasets.config, HF_HUB_OFFLINE=True, HF_DATASETS_OFFLINE=True),
     ):
-        yield
+        try:
+            os.environ.update(dict.fromkeys(names, "1"))
+            yield
+        finally:
+            for name in names:
+                os.environ.pop(name, None)
+            os.environ.update(before)
 
 
 def quiet_other_ranks() -> contextlib.AbstractContextManager:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,15 +62,8 @@ class Series:
     identity: Identity
     """What it is."""
 
-    folder: str
-    """Where its records lie."""
-
     original_length: int | None = None
     """Pre-trained window in tokens."""
-
-    def with_window(self, original_length: int | None) -> Series:
-        """The same with a pre-trained window."""
-        return replace(self, original_length=original_length)
 
 
 Entry = tuple[Identity, Path, Hashable, Mapping[str, Any]]
@@ -108,11 +102,11 @@ def name_series(entries: Sequence[Entry]) -> list[Series]:
         for identity, indices in by_identity.items()
         for part in _apart(entries, indices)
     ]
-    folders = [_common([entries[index][1] for index in part]) for _, part in groups]
+    folders = [_common(entries, part) for _, part in groups]
     names = _names([identity for identity, _ in groups], folders)
     owners: dict[int, Series] = {}
-    for (identity, part), folder, name in zip(groups, folders, names, strict=True):
-        owners |= dict.fromkeys(part, Series(name, identity, str(folder)))
+    for (identity, part), name in zip(groups, names, strict=True):
+        owners |= dict.fromkeys(part, Series(name, identity))
     return [owners[index] for index in range(len(entries))]
 
 
@@ -129,7 +123,7 @@ def _apart(entries: Sequence[Entry], indices: Sequence[int]) -> list[list[int]]:
         if len(of_folders) > 1
     ):
         return [list(indices)]
-    root = _common([entries[index][1] for index in indices])
+    root = _common(entries, indices)
     branches: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index in indices:
         branches[entries[index][1].relative_to(root).parts[:1]].append(index)
@@ -207,13 +201,9 @@ def _distinct_parts(paths: Sequence[Path]) -> list[str]:
     return ["/".join(item[start : len(item) - stop]) for item in parts]
 
 
-def _common(folders: Sequence[Path]) -> Path:
-    common: list[str] = []
-    for parts in zip(*(folder.parts for folder in folders), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return Path(*common)
+def _common(entries: Sequence[Entry], indices: Sequence[int]) -> Path:
+    """Return the folder that all of these lie in."""
+    return Path(os.path.commonpath([entries[index][1] for index in indices]))
 
 
 def identify(row: Row) -> Identity:

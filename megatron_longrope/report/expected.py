@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_longrope.errors import LongRopeError
@@ -49,8 +49,8 @@ def read_expected(path: str | Path) -> list[Expected]:
     """Read a CSV file with the columns :data:`FIELDS`; lines that begin with # are comments.
 
     Raises:
-        LongRopeError: It cannot be read, a column is missing, or a value is neither a number nor a
-            bound.
+        LongRopeError: It cannot be read, a column is missing, a value is neither a number nor a
+            bound, or a source has two of a cell.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -71,7 +71,13 @@ def read_expected(path: str | Path) -> list[Expected]:
                 f"{path}: {','.join(map(str, line.values()))} is not {','.join(FIELDS)} with a "
                 "number or a bound such as >1e4 as its value"
             )
-        found.append(Expected(**line))
+        item = Expected(**line)
+        if any(replace(other, value=item.value) == item for other in found):
+            raise LongRopeError(
+                f"{path}: {item.source} has two values of {item.table}: {item.row}, {item.column}; "
+                "give one of them"
+            )
+        found.append(item)
     return found
 
 
@@ -94,10 +100,12 @@ def compare(expected: Sequence[Expected], tables: Sequence[Table], name: str) ->
         shown = difference = None
         if ours is not None:
             shown = Value(ours.text, below=ours.below)
-            number = re.match(r"-?[\d.]+", ours.text)  # as shown: published values are rounded too
+            # As shown, in the same unit: published values are rounded, too.
+            number = re.match(r"-?[\d,]+(\.\d+)?(e[+-]?\d+)?", ours.text)
             if number and item.number:
-                difference = Value(f"{100 * (float(number[0]) / item.number - 1):+.1f} %")
-        name_of_cell = f"{item.row}, {item.column}"
+                ratio = float(number[0].replace(",", "")) / item.number
+                difference = Value(f"{100 * (ratio - 1):+.1f} %")
+        name_of_cell = f"{item.table}: {item.row}, {item.column}"
         if name_of_cell in rows:
             name_of_cell += f" ({item.source})"
         rows[name_of_cell] = [shown, Value(item.value), difference, Value(item.source)]

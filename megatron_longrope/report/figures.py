@@ -29,11 +29,13 @@ from megatron_longrope.report.style import (
     blank_figure,
     finish,
     label_ends,
+    panels,
     plot_line,
     score_axis,
     swatch,
 )
 
+_LENGTH = "Sequence length (tokens)"
 _END_LABEL = 26  # characters that fit beside a line's end
 _SHARES = LinearSegmentedColormap.from_list(
     "shares", ["#f4f1ea", "#cfdfe6", "#8fbdd6", "#3f8cbb", "#0a5a93", "#07305a"]
@@ -89,12 +91,13 @@ def _draw_grid(figure: Grid) -> Drawing:
     lengths = sorted({length for row in figure.cells.values() for length, _ in row})
     columns = 1 if len(figure.cells) == 1 or len(lengths) * _POINTS_PER_CELL > 200 else 2
     high = max(0.2 * len(figure.rows), 0.8) + 0.75
+    sizes: dict[str, Any] = {"columns": columns, "high": high, "head": 0.55}
     room = _room(columns, lengths)
     size = min(8.0, room / 2.4)
     tallies = [tally for row in figure.cells.values() for tally in row.values()]
     counted = all(tally.trials < 10 and tally.whole for tally in tallies)
-    with _panels(figure.title, len(figure.cells), columns, high) as (canvas, panels):
-        for axes, (series, cells) in zip(panels, figure.cells.items(), strict=True):
+    with panels(figure.title, len(figure.cells), _LENGTH, **sizes) as (canvas, grid):
+        for axes, (series, cells) in zip(grid, figure.cells.items(), strict=True):
             _fill_grid(axes, cells, lengths, figure.rows, room, counted=counted, size=size)
             axes.set_ylabel(figure.ylabel, labelpad=3)
             tried = sum(tally.trials for tally in cells.values())
@@ -115,9 +118,10 @@ def _draw_bars(figure: Bars) -> Drawing:
     lengths = sorted({length for row in figure.bars.values() for length in row})
     columns = 1 if len(figure.bars) == 1 or len(lengths) > 12 else 2
     room = _room(columns, lengths)
+    sizes: dict[str, Any] = {"columns": columns, "high": 2.3, "head": 0.55}
     certain = any(tally.interval for row in figure.bars.values() for tally in row.values())
-    with _panels(figure.title, len(figure.bars), columns, 2.3) as (canvas, panels):
-        for axes, (series, row) in zip(panels, figure.bars.items(), strict=True):
+    with panels(figure.title, len(figure.bars), _LENGTH, **sizes) as (canvas, grid):
+        for axes, (series, row) in zip(grid, figure.bars.items(), strict=True):
             _fill_bars(axes, row, lengths, room)
             within = sum(n <= figure.window for n in lengths) if figure.window else 0
             if 0 < within < len(lengths):
@@ -172,21 +176,6 @@ def _lines_figure(
 
 def _position(value: float, _: Any) -> str:
     return format_length(round(value)) if value else "0"
-
-
-@contextmanager
-def _panels(
-    title: str, count: int, columns: int, high: float
-) -> Iterator[tuple[Canvas, list[Axes]]]:
-    """Make a blank figure with `count` axes of `high` inches, their titles included."""
-    lines = math.ceil(count / columns)
-    with blank_figure(title, 0.55 + high * lines) as figure:
-        grid = list(figure.subplots(lines, columns, squeeze=False).flatten())
-        for index, axes in enumerate(grid):
-            axes.set_visible(index < count)
-            if index + columns >= count:
-                axes.set_xlabel("Sequence length (tokens)")
-        yield figure, grid[:count]
 
 
 def _room(columns: int, lengths: Sequence[int]) -> float:

@@ -57,10 +57,8 @@ class _Drawn:
 def write_report(
     directories: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
-    *,
-    measurements: Measurements | None = None,
     expected: str | Path | None = None,
-) -> Path:
+) -> tuple[Path, str]:
     """Write the report of a run, or of several models in comparison.
 
     Args:
@@ -69,11 +67,10 @@ def write_report(
         output (str | Path | None): The page; by default `report.html` in the directory if there is
             one, and where the program runs if there are several. `figures/` and `tables/` go beside
             it.
-        measurements (Measurements, optional): Of these directories, if they have been read.
         expected (str | Path, optional): CSV file of published values to set beside ours.
 
     Returns:
-        Path: The page.
+        tuple[Path, str]: The page, and its tables as plain text.
 
     Raises:
         LongRopeError: A directory is missing or has nothing to report, or a file in it is
@@ -85,7 +82,7 @@ def write_report(
     )  # fmt: skip
     if page.is_dir():
         raise LongRopeError(f"{page} is a directory; give the name of the HTML file to write")
-    measurements = measurements or read_measurements(folders)
+    measurements = read_measurements(folders)
     sets, notes = _factor_sets(folders)
     sections = sections_of(measurements, expected)
     drawn = [*_draw(sections, measurements), *_draw_searches(sets, _histories(folders, sets))]
@@ -110,26 +107,7 @@ def write_report(
         absent=ABSENT,
     )
     write_text_atomic(page, text)
-    return page
-
-
-def report_tables(
-    directories: str | Path | Sequence[str | Path],
-    *,
-    measurements: Measurements | None = None,
-    expected: str | Path | None = None,
-) -> str:
-    """Return the report's tables as plain text.
-
-    Raises:
-        LongRopeError: As :func:`write_report`.
-    """
-    measurements = measurements or read_measurements(_listed(directories))
-    return "\n\n".join(
-        "\n".join([table.text(), *section.warnings])
-        for section in sections_of(measurements, expected)
-        for table in section.tables
-    )
+    return page, "\n\n".join(section.text() for section in sections)
 
 
 def sections_of(measurements: Measurements, expected: str | Path | None = None) -> list[Section]:

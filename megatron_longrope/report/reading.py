@@ -7,7 +7,7 @@ that would be called the same get names that tell them apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _gather(found: Sequence[Found], facts: Mapping[str, Mapping[str, Any]]) -> M
     for series, key, (_, _, kind, row) in zip(owners, keys, found, strict=True):
         cells[kind][series, key] = (series, row)
         windows[series] = row.get("original_length") or windows.get(series)
-    known = {series: series.with_window(window) for series, window in windows.items()}
+    known = {series: replace(series, original_length=window) for series, window in windows.items()}
     rows = {
         kind: [(known[series], row) for series, row in kept.values()]
         for kind, kept in cells.items()

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from scipy.optimize import isotonic_regression
 
 from megatron_longrope.evaluation.series import Series
 from megatron_longrope.evaluation.table import shorten
@@ -148,31 +150,15 @@ def series_styles(every: Sequence[Series]) -> dict[Series, Style]:
     return {series: styles[series] for series in every}
 
 
-def spread_labels(places: Sequence[float], gap: float, top: float = 1.0) -> list[float]:
-    """Move places in [0, top] apart to at least `gap`, as little as possible, keeping their order.
-
-    Overlapping neighbours merge into a block that is centred on their mean.
-    """
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    blocks: list[list[int]] = []
-    starts: list[float] = []
-    for index in order:
-        blocks.append([index])
-        while True:
-            block = blocks[-1]
-            half = gap * (len(block) - 1) / 2
-            middle = sum(places[item] for item in block) / len(block)
-            start = max(min(middle - half, top - 2 * half), 0.0)
-            if len(blocks) == 1 or starts[-1] + gap * len(blocks[-2]) <= start + 1e-12:
-                break
-            blocks[-2:] = [blocks[-2] + block]
-            starts.pop()
-        starts.append(start)
-    result = [0.0] * len(places)
-    for start, block in zip(starts, blocks, strict=True):
-        for offset, index in enumerate(block):
-            result[index] = start + gap * offset
-    return result
+def spread_labels(places: Sequence[float], gap: float) -> list[float]:
+    """Move places in [0, 1] apart to at least `gap`, as little as possible, keeping their order."""
+    order = np.argsort(places, kind="stable")
+    steps = gap * np.arange(len(places))
+    # Less its steps the order need only not fall.
+    fitted = isotonic_regression(np.asarray(places, float)[order] - steps).x
+    found = np.empty(len(places))
+    found[order] = np.clip(fitted, 0, max(1 - steps[-1], 0)) + steps
+    return found.tolist()
 
 
 @contextmanager
@@ -198,17 +184,36 @@ def blank_figure(title: str, height: float) -> Iterator[Figure]:
 
 
 @contextmanager
-def panels(title: str, count: int, xlabel: str, ylabel: str) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Make a blank figure with `count` axes in two columns, named along the outer edges."""
-    columns = min(2, count)
+def panels(
+    title: str,
+    count: int,
+    xlabel: str,
+    ylabel: str = "",
+    *,
+    columns: int | None = None,
+    high: float = 2.9,
+    head: float = 0.9,
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Make a blank figure with `count` axes, named along the outer edges.
+
+    Args:
+        title (str): Of the figure.
+        count (int): How many axes.
+        xlabel (str): What is to the right.
+        ylabel (str): What is upwards. Defaults to nothing.
+        columns (int, optional): Axes side by side. Defaults to two, of one axes to one.
+        high (float): Inches of an axes, its title included.
+        head (float): Inches above and below all of them.
+    """
+    columns = columns or min(2, count)
     lines = math.ceil(count / columns)
-    with blank_figure(title, 0.9 + 2.9 * lines) as figure:
+    with blank_figure(title, head + high * lines) as figure:
         grid = list(figure.subplots(lines, columns, squeeze=False).flatten())
         for index, axes in enumerate(grid):
             axes.set_visible(index < count)
             if index + columns >= count:
                 axes.set_xlabel(xlabel)
-            if index % columns == 0:
+            if ylabel and index % columns == 0:
                 axes.set_ylabel(ylabel)
         yield figure, grid[:count]
 
@@ -261,7 +266,7 @@ def score_axis(
     around: Sequence[float] | None = None,
     bottom: float = 0.0,
 ) -> None:
-    """Set limits with some air, logarithmic where the values span more than a factor of ten.
+    """Set limits with some air, logarithmic where positive values span more than a factor of ten.
 
     Args:
         values (Sequence[float]): All of them are within the frame.
@@ -269,7 +274,7 @@ def score_axis(
         bottom (float): Further room below, as a part of the span.
     """
     low, high = min([*values, *(around or [])]), max(values)
-    if high > 10 * low:
+    if high > 10 * low > 0:
         axes.set_yscale("log")
         air = (high / low) ** 0.05
         axes.set_ylim(low / air / (high / low) ** bottom, high * air)
@@ -277,7 +282,7 @@ def score_axis(
         axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        air = max((high - low) * 0.07, high * 0.002)
+        air = max((high - low) * 0.07, high * 0.002) or 0.1
         axes.set_ylim(low - air - bottom * (high - low), high + air)
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
 

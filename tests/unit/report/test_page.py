@@ -11,7 +11,7 @@ from strict_page import StrictPage
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.report.page import report_tables, write_report
+from megatron_longrope.report.page import write_report
 from megatron_longrope.report.style import LOOKS, NEUTRALS
 
 LENGTHS, DEPTHS = (4096, 16384), (0.0, 0.5, 1.0)
@@ -35,7 +35,8 @@ def text(run):
 
 
 def page_of(directory, *more):
-    return write_report([directory, *more], directory / "page.html").read_text(encoding="utf-8")
+    page, _ = write_report([directory, *more], directory / "page.html")
+    return page.read_text(encoding="utf-8")
 
 
 def table_after(text, heading):
@@ -112,7 +113,7 @@ def test_values_on_other_tokens_are_warned_of_and_none_is_called_the_best(tmp_pa
     assert 'class="warning">Not all rows were measured on the same tokens at 8k' in text
     assert bold_in(table_after(text, "Perplexity by sequence length")) == ["3.00"]
     assert "At 4,096 tokens, within the original window, a has the lowest perplexity" in text
-    assert report_tables(tmp_path).count("3.00*") == 1
+    assert write_report(tmp_path)[1].count("3.00*") == 1
 
 
 def test_infinite_and_undefined_perplexities_are_shown_and_not_drawn(tmp_path):
@@ -208,7 +209,7 @@ def test_facts_of_a_run_stand_beside_its_numbers(tmp_path):
 
 def test_the_output_can_lie_elsewhere(tmp_path):
     save(tmp_path / "run", "short", [short("arc", 0.5)])
-    page = write_report(tmp_path / "run", tmp_path / "site" / "index.html")
+    page, _ = write_report(tmp_path / "run", tmp_path / "site" / "index.html")
     assert page == tmp_path / "site" / "index.html" and page.is_file()
     assert (tmp_path / "site" / "tables" / "short_benchmarks.csv").is_file()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["short.jsonl"]
@@ -270,8 +271,8 @@ def test_published_values_stand_beside_ours_with_the_difference(tmp_path, capsys
     command = ["report", str(tmp_path / "runs"), "--expect", str(tmp_path / "table5.csv")]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"No extension, 4k +3\.80 +3\.58 +\+6\.1 % +table 5", shown)
-    assert re.search("ft=128k, 8k +3.33 +>1e4 +\N{EN DASH} +table 5", shown)
+    assert re.search(r"perplexity: No extension, 4k +3\.80 +3\.58 +\+6\.1 % +table 5", shown)
+    assert re.search("perplexity: ft=128k, 8k +3.33 +>1e4 +\N{EN DASH} +table 5", shown)
     assert "1 of 3 published values were not measured here" in shown
     page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
     assert "+6.1 %" in table_after(page, "Beside table5.csv")
@@ -280,3 +281,40 @@ def test_published_values_stand_beside_ours_with_the_difference(tmp_path, capsys
     )
     assert main(command) == 2
     assert "is not table,row,column,value,source with a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "shown", "difference"),
+    [(1234.5, "1,234", r"\+15402.5 %"), (2.1e7, r"2.1e\+07", r"\+263818995.5 %")],
+)
+def test_the_difference_is_of_the_number_as_a_whole(tmp_path, value, shown, difference):
+    save(tmp_path / "runs", "ppl", [ppl(4096, value)])
+    (tmp_path / "e.csv").write_text(
+        "table,row,column,value,source\nperplexity,base,4k,7.96,table 5\n"
+    )
+    _, tables = write_report(tmp_path / "runs", expected=tmp_path / "e.csv")
+    assert re.search(rf"base, 4k +{shown} +7.96 +{difference}", tables)
+
+
+def test_one_place_in_several_tables_is_several_lines(tmp_path):
+    save(tmp_path / "runs", "ppl", [ppl(8192, 4.0)])
+    save(tmp_path / "runs", "passkey", [passkey(8192, True)])
+    lines = ["table,row,column,value,source", "perplexity,base,8k,4.0,t5", "passkey,base,8k,80,t5"]
+    (tmp_path / "e.csv").write_text("\n".join(lines) + "\n")
+    _, tables = write_report(tmp_path / "runs", expected=tmp_path / "e.csv")
+    assert re.search(r"perplexity: base, 8k +4.00 +4.0 +\+0.0 %", tables)
+    assert re.search(r"passkey: base, 8k +100 % +80 +\+25.0 %", tables)
+    (tmp_path / "e.csv").write_text("\n".join([*lines, lines[1]]) + "\n")
+    with pytest.raises(ValueError, match=r"e.csv: t5 has two values of perplexity: base, 8k; give"):
+        write_report(tmp_path / "runs", expected=tmp_path / "e.csv")
+
+
+def test_a_part_of_the_window_without_any_loss_is_drawn(tmp_path):
+    row = ppl(4096, 3.0)
+    row["nll_by_position"][0]["nll"] = 0.0
+    save(tmp_path, "ppl", [row])
+    assert "perplexity_by_position.png" in page_of(tmp_path)
+    for bucket in row["nll_by_position"]:
+        bucket["nll"] = 0.0
+    save(tmp_path, "ppl", [row])
+    assert "perplexity_by_position.png" in page_of(tmp_path)
