@@ -52,12 +52,13 @@ class Records:
                     "file away"
                 )
             self._found[self.key_of(row)] = row
-        if rank() == 0:  # the next line must stand alone
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
-                file.seek(max(0, whole - 1))
-                if file.read(1) not in (b"\n", b""):
-                    file.write(b"\n")
+        if rank() != 0:
+            return
+        if whole < self.path.stat().st_size:
+            os.truncate(self.path, whole)
+        elif whole and not self.path.read_bytes().endswith(b"\n"):  # the next line stands alone
+            with self.path.open("ab") as file:
+                file.write(b"\n")
 
     def key_of(self, row: Mapping[str, Any]) -> str:
         """Return what two records of one cell have in common."""
