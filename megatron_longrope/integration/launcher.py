@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import sys
@@ -39,8 +40,8 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
     if not path.is_file():
         raise LongRopeError(f"script {script} does not exist; give the path of a pretrain script")
     arguments = list(arguments)
-    if rank() == 0 and "--save" in arguments[:-1]:
-        hold_folder(Path(arguments[arguments.index("--save") + 1]))
+    if rank() == 0 and (folder := save_folder(arguments)):
+        hold_folder(Path(folder))
     _default_rendezvous()
     # The script's neighbours (gpt_builders.py, model_provider.py) and its Megatron come first.
     sys.path.insert(0, str(path.resolve().parent))
@@ -68,6 +69,13 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         # What fails inside the script is the script's: its traceback is the message.
         traceback.print_exc()
         raise SystemExit(1) from None
+
+
+def save_folder(arguments: Sequence[str]) -> str | None:
+    """The folder that Megatron will save to, as its own parser reads it, or None."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--save", nargs="?")  # that a value is missing, Megatron says itself
+    return parser.parse_known_args(arguments)[0].save
 
 
 def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:

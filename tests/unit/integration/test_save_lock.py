@@ -2,7 +2,7 @@ import fcntl
 
 import pytest
 
-from megatron_longrope.integration.launcher import hold_folder
+from megatron_longrope.integration.launcher import hold_folder, save_folder
 
 pytestmark = pytest.mark.one_release
 
@@ -18,3 +18,17 @@ def test_a_second_training_into_a_folder_is_refused_and_named(tmp_path):
     hold_folder(tmp_path, wait=0)  # its own
     with (tmp_path / ".longrope.lock").open() as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("--save a", "a"),
+        ("--save=a", "a"),
+        ("--save a --save-interval 5 --save=b", "b"),
+        ("--save", None),
+        ("--save-interval 5", None),
+    ],
+)
+def test_the_folder_that_is_locked_is_the_one_that_megatron_saves_to(words, folder):
+    assert save_folder(words.split()) == folder
