@@ -11,6 +11,7 @@ import argparse
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -179,15 +180,21 @@ def with_agreement(initialize_distributed: Callable) -> Callable:
     def initialize(*rest: Any, **options: Any) -> Any:
         result = initialize_distributed(*rest, **options)
         agreement.settle()
-        args = _megatron_args()
-        if _run is None and getattr(args, "longrope_config", None):
+        if _run is None and (flag := _unread_flag()):
             agreement.stop(
-                "--longrope-config was given but Megatron did not validate its arguments "
-                "(--yaml-cfg skips that); give the settings as flags"
+                f"{flag} was given but Megatron did not validate its arguments (--yaml-cfg skips "
+                "that); give all settings as flags"
             )
         return result
 
     return initialize
+
+
+def _unread_flag() -> str | None:
+    """A flag of the plugin that was given, or None; --yaml-cfg replaces all parsed arguments."""
+    given = (word.partition("=")[0] for word in sys.argv if word.startswith("--longrope-"))
+    setting = getattr(_megatron_args(), "longrope_config", None)
+    return next(given, "--longrope-config" if setting else None)
 
 
 def _megatron_args() -> argparse.Namespace:

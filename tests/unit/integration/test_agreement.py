@@ -1,11 +1,12 @@
 """One sentence, and every rank ends: the words here, the processes below."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from launching import TIMEOUT_S, Command, Ranks
 
-from megatron_longrope.integration import agreement
+from megatron_longrope.integration import agreement, wrappers
 from megatron_longrope.integration.agreement import Finding, disagreement
 
 
@@ -66,6 +67,22 @@ def test_a_single_process_without_an_error_goes_on():
     agreement.record(Finding(fingerprint="a"))
     agreement.settle()
     agreement.decide(None)
+
+
+@pytest.mark.parametrize("word", ["--longrope-config=f.json", "--longrope-chunked-loss"])
+def test_flags_that_a_yaml_file_has_replaced_end_the_run(monkeypatch, word):
+    # Megatron's --yaml-cfg puts the file's settings in the place of all parsed arguments.
+    monkeypatch.setattr(wrappers, "_megatron_args", lambda: Namespace(rank=0))
+    initialize = wrappers.with_agreement(lambda: "groups")
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", "--yaml-cfg", "f.yaml"])
+    assert initialize() == "groups"
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", "--yaml-cfg", "f.yaml", word])
+    with pytest.raises(SystemExit) as error:
+        initialize()
+    assert error.value.code == (
+        f"longrope: error: {word.partition('=')[0]} was given but Megatron did not validate its "
+        "arguments (--yaml-cfg skips that); give all settings as flags"
+    )
 
 
 # Several processes
