@@ -200,6 +200,7 @@ def settings_from_args(
         hf_parity=args.longrope_hf_parity,
         mode_is_chosen=mode_is_chosen,
     )
+    _check_start_tokens(args, config)
     _check_kernels(args, settings)
     _check_fused_rope(args)
     if selection.mode == "mixed":
@@ -219,10 +220,9 @@ def settings_from_args(
 
 
 def is_packed(args: argparse.Namespace) -> bool:
-    """True when the data loader packs documents (THD format)."""
-    return bool(
-        getattr(args, "sft", False) or getattr(args, "dataloader_inter_document_masking", False)
-    )
+    """True when a batch is several documents (THD format)."""
+    flags = ("sft", "dataloader_inter_document_masking", "rl_use_sequence_packing")
+    return any(getattr(args, name, False) for name in flags)
 
 
 def _carrier(args: argparse.Namespace, factor: float, *, whole_head: bool) -> str:
@@ -249,6 +249,23 @@ def _softmax_obstacle(args: argparse.Namespace, whole_head: bool) -> str | None:
     if getattr(args, "flash_decode", False):
         return "--flash-decode ignores the softmax scale"
     return None
+
+
+def _check_start_tokens(args: argparse.Namespace, config: LongRopeConfig) -> None:
+    """Refuse positions that are not those of a document: start tokens are the first of each.
+
+    Megatron's bins name their own length as that of the longest sequence. Their rotary table has a
+    row for each token of the bin, which megatron-core reads as positions of the whole bin.
+    """
+    if not getattr(args, "rl_use_sequence_packing", False):
+        return
+    count = max(item.num_start_tokens for item in config.factor_sets)
+    if count:
+        raise LongRopeError(
+            f"the factors have {count} start tokens, and --rl-use-sequence-packing counts "
+            "positions from the start of a bin, so that only its first sequence would have any; "
+            "remove that flag, or use factors without (longrope search --start-tokens 0)"
+        )
 
 
 def _check_kernels(args: argparse.Namespace, settings: LongRopeSettings) -> None:
@@ -294,6 +311,11 @@ def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention
             f"{mode} cannot follow --sft, whose data set counts the padding of a pack to its last "
             "conversation; pack with --dataloader-inter-document-masking (megatron-core 0.19), or "
             "give --longrope-mode auto"
+        )
+    if getattr(args, "rl_use_sequence_packing", False):
+        raise LongRopeError(
+            f"{mode} cannot follow --rl-use-sequence-packing, whose empty bins are batches without "
+            "documents; give --longrope-mode auto"
         )
     if not is_packed(args):
         raise LongRopeError(

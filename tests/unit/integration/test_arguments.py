@@ -58,7 +58,7 @@ def namespace(path, **changes) -> argparse.Namespace:
     optional = {
         "softmax_scale", "dataloader_inter_document_masking", "sft", "apply_rope_fusion",
         "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
-        "rotary_interleaved", "dynamic_context_parallel",
+        "rotary_interleaved", "dynamic_context_parallel", "rl_use_sequence_packing", "window_size",
     }  # fmt: skip
     assert not changes.keys() - vars(args).keys() - optional
     return argparse.Namespace(**{**vars(args), **changes})
@@ -445,6 +445,11 @@ def test_flash_decoding_carries_the_factor_by_rope(path):
             "packed sequences; add --no-rope-fusion",
         ),
         (
+            {"rl_use_sequence_packing": True, "apply_rope_fusion": True},
+            "attention factor 1.08012 on cos and sin is ignored by the fused RoPE kernel for "
+            "packed sequences; add --no-rope-fusion",
+        ),
+        (
             {"fused_single_qkv_rope": True},
             "attention factor 1.08012 on cos and sin is ignored by --fused-single-qkv-rope; remove "
             "that flag",
@@ -452,10 +457,21 @@ def test_flash_decoding_carries_the_factor_by_rope(path):
     ],
 )
 def test_kernels_that_ignore_the_rope_carrier_are_refused(path, changes, message):
+    replace(CONFIG, factor_sets=CONFIG.factor_sets[:2]).save(path)
     with pytest.raises(ValueError) as error:
         read(namespace(path, longrope_attention_factor_carrier="rope", **changes))
     assert str(error.value) == message
     read(namespace(path, **changes))  # the softmax scale is safe there
+
+
+def test_start_tokens_are_refused_where_positions_are_those_of_a_bin(path):
+    with pytest.raises(ValueError) as error:
+        read(namespace(path, rl_use_sequence_packing=True))
+    assert str(error.value) == (
+        "the factors have 4 start tokens, and --rl-use-sequence-packing counts positions from the "
+        "start of a bin, so that only its first sequence would have any; remove that flag, or use "
+        "factors without (longrope search --start-tokens 0)"
+    )
 
 
 def test_fused_rope_that_cannot_index_the_tokens_of_a_rank_is_refused(path):
@@ -495,11 +511,13 @@ def test_mixed_mode_scales_the_softmax_of_documents_within_the_original_window(p
         ({"dataloader_inter_document_masking": False}, "chooses factors by packed document, and"),
         ({"sft": True}, "cannot follow --sft, whose data set counts the padding of a pack to its"),
         ({"apply_rope_fusion": True}, "needs a table row per token, and the fused RoPE kernel"),
+        ({"rl_use_sequence_packing": True}, "cannot follow --rl-use-sequence-packing, whose empty"),
         ({"longrope_attention": "local"}, "needs another softmax scale for short documents, which"),
         ({"longrope_attention_factor_carrier": "rope"}, "carries the attention factor of a docume"),
     ],
 )
 def test_mixed_mode_refuses_runs_in_which_documents_cannot_differ(path, changes, message):
+    replace(CONFIG, factor_sets=CONFIG.factor_sets[:2]).save(path)
     with pytest.raises(ValueError, match=f"^--longrope-mode mixed {message}"):
         read(mixed(path, **changes))
 
