@@ -99,7 +99,7 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         left, right = config.window_size or (-1, 0)
         skipped = getattr(config, "window_attn_skip_freq", None)
-        if right != 0 or (left >= 0 and (not self.windows or skipped is not None)):
+        if right != 0 or (left >= 0 and skipped is not None):
             raise self._unsupported(
                 f"window_size {config.window_size}"
                 f"{'' if skipped is None else f' with window_attn_skip_freq {skipped}'}"
@@ -120,6 +120,8 @@ class SdpaCoreAttention(MegatronModule):
             self.cp_group = parallel_state.get_context_parallel_group(check_initialized=False)
         if self.window is not None and self._cp_size() > 1:
             raise self._unsupported(f"window_size {config.window_size} with context parallelism")
+        if self.window is not None and not self.windows:
+            raise self._unsupported(f"window_size {config.window_size}", remedy="sdpa")
 
     def forward(
         self,
@@ -376,9 +378,9 @@ class SdpaCoreAttention(MegatronModule):
     def _dropout(self) -> float:
         return self.attention_dropout if self.training else 0.0
 
-    def _unsupported(self, what: str) -> LongRopeError:
+    def _unsupported(self, what: str, remedy: str = "te") -> LongRopeError:
         return LongRopeError(
-            f"{what} is not supported by {self.kernel} attention; use --longrope-attention te"
+            f"{what} is not supported by {self.kernel} attention; use --longrope-attention {remedy}"
         )
 
 

@@ -129,6 +129,8 @@ def flash_obstacle() -> str | None:
 def _flash_attention_fits(args: argparse.Namespace) -> bool:
     import torch
 
+    if getattr(args, "window_size", None) is not None:
+        return False  # see FlashCoreAttention.windows
     half = getattr(args, "bf16", False) or getattr(args, "fp16", False)
     return bool(half and torch.cuda.is_available() and flash_obstacle() is None)
 

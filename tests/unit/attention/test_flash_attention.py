@@ -114,5 +114,7 @@ def test_its_refusals_name_it(flash_attn):
     with pytest.raises(ValueError) as error:
         core_attention(FlashCoreAttention, config_options={"window_size": (128, 0)})
     assert str(error.value) == (
-        "window_size (128, 0) is not supported by flash attention; use --longrope-attention te"
+        "window_size (128, 0) is not supported by flash attention; use --longrope-attention sdpa"
     )
+    with pytest.raises(ValueError, match=r"\(128, 4\) is not .* use --longrope-attention te"):
+        core_attention(FlashCoreAttention, config_options={"window_size": (128, 4)})

@@ -365,6 +365,8 @@ def test_auto_attention_is_flash_for_half_precision_where_it_can_run(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert attention_from_args(namespace(None, bf16=True)) == "flash"
     assert attention_from_args(namespace(None)) == "sdpa"
+    # Sliding windows are sdpa's.
+    assert attention_from_args(namespace(None, bf16=True, window_size=(4095, 0))) == "sdpa"
 
 
 def test_flash_attention_that_cannot_run_is_refused_with_the_reason(monkeypatch):
