@@ -62,6 +62,14 @@ def test_every_cell_is_a_measured_number(output):
     }  # fmt: skip
 
 
+def test_every_training_has_an_index_of_samples_of_its_own(output):
+    # Megatron knows it by the data's path alone: `begin` moves it aside with the training.
+    folders = {path.relative_to(output).as_posix() for path in output.glob("**/*.cache")}
+    assert folders == {"checkpoints/base.cache", "checkpoints/finetuned.cache"}
+    assert all(any((output / folder).iterdir()) for folder in folders)
+    assert not (output / "cache").exists()
+
+
 def test_context_parallel_training_gives_the_loss_of_one_process(output):
     parity = json.loads((output / "parity.json").read_text())
     assert parity["cp2_loss"] == pytest.approx(parity["cp1_loss"], rel=1e-6)
