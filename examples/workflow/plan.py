@@ -101,7 +101,8 @@ def list_commands(snakefile: str, config: dict[str, Any]) -> list[Command]:
         raise ValueError(f"Snakemake refuses {snakefile}:\n{done.stdout}{done.stderr}")
     # The Snakefile itself stands in for inputs that are not there, see common.smk.
     listing = (done.stdout + done.stderr).replace(snakefile, MISSING)
-    return sorted(set(commands_of(listing, config["nodes"])), key=lambda command: command.rule)
+    found = set(commands_of(listing, config.get("nodes", 1)))
+    return sorted(found, key=lambda command: command.rule)
 
 
 def plan_table(commands: Sequence[Command], gpu: str) -> str:
