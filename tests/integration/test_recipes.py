@@ -22,6 +22,7 @@ import rehearse  # noqa: E402
 from forked_commands import forked_commands  # noqa: E402
 
 from megatron_longrope.cli import build_parser  # noqa: E402
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config  # noqa: E402
 from megatron_longrope.integration.arguments import add_longrope_args  # noqa: E402
 from megatron_longrope.methods import METHODS  # noqa: E402
 from megatron_longrope.report.expected import read_expected  # noqa: E402
@@ -78,8 +79,20 @@ def test_the_task_of_a_rehearsal_finds_its_questions_from_any_folder(tmp_path, m
     assert files == {"test": str(tmp_path / "tasks/questions.jsonl")}
 
 
-def test_the_papers_tables_are_commands_that_the_command_line_takes():
-    found = commands("paper")
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """Settings of the papers' tables, whose models are folders, and all commands."""
+    config = yaml.safe_load((ROOT / "examples/paper/config.yaml").read_text())
+    folder = tmp_path_factory.mktemp("models")
+    for name, entry in config["models"].items():
+        if "hf" in entry:
+            entry["hf"] = str(folder / name)
+            (folder / name).mkdir()
+    return config, plan.list_commands(str(ROOT / "examples/paper/Snakefile"), config)
+
+
+def test_the_papers_tables_are_commands_that_the_command_line_takes(paper):
+    _, found = paper
     for command in found:
         args = build_parser().parse_args(command.words[1:])
         assert args.command in ("data", "search", "eval", "report")
@@ -92,8 +105,57 @@ def test_the_papers_tables_are_commands_that_the_command_line_takes():
     assert {item.row for items in files.values() for item in items} <= names
 
 
+def test_every_model_of_the_papers_tables_is_measured_with_its_own_tokenizer(paper):
+    config, found = paper
+    families = {name: entry.get("family", name) for name, entry in config["models"].items()}
+    assert families["LongRoPE2-LLaMA3-8B"] == "LLaMA3-8B"
+    assert all("Mistral" in name for name in families if families[name] == "Mistral-7B")
+    assert all("Mistral" in families[name] for name in families if name.startswith("YaRN-Mistral"))
+    tokenizers = {}
+    for command in found:
+        if command.words[1:3] == ("data", "prepare"):
+            args = build_parser().parse_args(command.words[1:])
+            tokenizers[args.output] = Path(args.tokenizer).name
+    for command in found:
+        if command.words[1] == "eval":
+            values = dict(zip(command.words, command.words[1:], strict=False))
+            name = (values.get("--load") or values["--hf"]).partition("=")[0]
+            if "--data" in values:
+                assert tokenizers[values["--data"]] == families[name]
+            else:
+                assert Path(values["--tokenizer"]).name in (name, families[name])
+
+
+def test_a_model_whose_tokenizer_nobody_names_is_refused():
+    # Snakemake itself says it, in a process of its own.
+    models = {"mine": {"load": "checkpoints/mine"}}
+    message = "the model mine of the settings .* set its `family` to the name of a model"
+    with pytest.raises(ValueError, match=message):
+        plan.list_commands(str(ROOT / "examples/paper/Snakefile"), {"models": models})
+
+
+def test_before_the_recovery_every_length_has_the_factors_of_the_longest(paper, tmp_path):
+    # Snakemake runs the rule, in a process of its own.
+    ones = identity_config(10000.0, 8, 4096)
+    long = FactorSet(2097152, (1.0, 2.0, 300.0, 512.0))
+    ones.with_factor_set(long).save(tmp_path / "extended.json")
+    settings = {"output": str(tmp_path), "recovery": {"extended": str(tmp_path / "extended.json")}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    target = "factors/before_recovery.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-s", "examples/paper/Snakefile", "--cores", "1",
+         "--configfile", str(tmp_path / "config.json"), "--", target],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = LongRopeConfig.load(tmp_path / target)
+    assert config.factor_set_for(4096) == config.factor_set_for(2097152) == long
+    wanted = [word for command in paper[1] for word in command.words if "before=" in word]
+    assert wanted == [f"before={target}"]
+
+
 def test_the_claims_are_commands_that_the_command_line_takes():
-    found = commands("claims", nodes=1, gpus=0, tuning_seeds=(0, 1))
+    found = commands("claims")
     for command in found:
         build_parser().parse_args(command.words[1:])
     rules = {command.rule.split()[0] for command in found}
@@ -112,6 +174,13 @@ def test_the_claims_are_commands_that_the_command_line_takes():
         for name in ("longrope", "pi", "ntk", "yarn"):
             assert tokens[f"{name}_{seed}"] == whole
         assert tokens[f"half_{seed}"] + tokens[f"progressive_{seed}"] == whole
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "claims", "quickstart"])
+def test_every_training_has_an_index_of_samples_that_begin_moves_aside_with_it(name):
+    for command in of_kind(name, "pretrain"):
+        values = dict(zip(command.words, command.words[1:], strict=False))
+        assert values["--data-cache-path"] == f"{values['--save']}.cache"
 
 
 @pytest.mark.parametrize("name", RECIPES)
