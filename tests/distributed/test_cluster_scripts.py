@@ -61,6 +61,7 @@ def training(tmp_path, python):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "latest_checkpointed_iteration.txt").write_text("9")
     (tmp_path / "script.py").touch()
+    (tmp_path / "data.idx").touch()
     return {**NEEDED, "PYTHON": python, "SCRIPT": "script.py", "LONGROPE_DEVICE": "cpu"}
 
 
@@ -127,6 +128,19 @@ def test_training_starts_from_the_base_saves_in_time_and_takes_more_flags_last(t
         assert part in text
 
 
+def test_samples_are_indexed_anew_for_another_set_under_the_same_name(tmp_path, training):
+    for lengths in ("one", "another", "one"):
+        (tmp_path / "data.idx").write_text(lengths)
+        run("finetune.sh", tmp_path, **training)
+    caches = [words[words.index("--data-cache-path") + 1] for words in called(tmp_path)]
+    assert caches[0] == caches[2] != caches[1]
+    assert all(cache.startswith("save/cache/") for cache in caches)
+    (tmp_path / "data.idx").unlink()
+    done = run("finetune.sh", tmp_path, **training)
+    assert done.returncode == 2
+    assert "error: DATA data has no .idx; it must be the prefix of a set that" in done.stderr
+
+
 def test_the_exit_status_tells_a_complete_run_from_one_that_goes_on(tmp_path, training):
     def ends(**variables):
         return run("finetune.sh", tmp_path, **training, TRAIN_ITERS=6, **variables)
@@ -175,6 +189,17 @@ def test_words_that_begin_with_m_run_under_one_agent_per_node(tmp_path, python):
     assert one == two
     assert one[-4:] == list(words)
     assert f"--rdzv-id {job.id}-0" in shlex.join(one)
+
+
+def test_a_search_is_a_job_on_all_nodes_too(tmp_path, python):
+    job = Job(
+        tmp_path, "stage.sbatch", "search", PYTHON=python, LOAD="base", DATA="data/search",
+        TARGET_LENGTH="128k", OUTPUT="factors/f.json", LONGROPE_DEVICE="cpu",
+    )  # fmt: skip
+    assert job.wait(30) == 0, job.log
+    one, two = called(tmp_path)
+    assert one == two
+    assert "megatron_longrope search --load base" in shlex.join(one)
 
 
 @pytest.mark.parametrize("last", [0, 4])

@@ -163,8 +163,8 @@ def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_with_the_same_cu
 ):
     port = rendezvous()[0]["RDZV_ENDPOINT"].partition(":")[2]
     job = Job(
-        tmp_path, "finetune.sbatch", **inputs, NPROC_PER_NODE=1, SAVE="save", SAVE_INTERVAL=1000,
-        RDZV_PORT=port,
+        tmp_path, "stage.sbatch", "finetune", **inputs, NPROC_PER_NODE=1, SAVE="save",
+        SAVE_INTERVAL=1000, RDZV_PORT=port,
     )  # fmt: skip
     wait_until(lambda: 7 in curve(job.log), 300, lambda: job.log)
     job.signal(signal.SIGUSR1)

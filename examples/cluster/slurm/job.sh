@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts: run a command on the nodes of the job, and requeue the job until the
+# Sourced by stage.sbatch: run a command on the nodes of the job, and requeue the job until the
 # command has really ended.
 #
 # SIGUSR1 (from Slurm, before the time limit): stop, saving what can be saved, and requeue.

@@ -70,7 +70,7 @@ memory=(
   --longrope-chunked-loss # no [sequence, vocabulary] logits, forward or backward
 )
 training=(
-  --data-path "$DATA" --data-cache-path "$SAVE/cache" --split '1000,0,0'
+  --data-path "$DATA" --split '1000,0,0'
   --train-iters "$TRAIN_ITERS" --global-batch-size "$GLOBAL_BATCH"
   --lr "$LEARNING_RATE" --min-lr 0 --lr-decay-style linear --lr-warmup-iters "$WARMUP"
   --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.999 --clip-grad 1.0
@@ -104,7 +104,10 @@ fi
 [[ -f $BASE/latest_checkpointed_iteration.txt ]] ||
   die "BASE $BASE has no latest_checkpointed_iteration.txt; it must be the --save folder of a Megatron run"
 [[ -f $SCRIPT ]] || die "SCRIPT $SCRIPT does not exist; give the path of Megatron-LM's pretrain_gpt.py"
+[[ -f $DATA.idx ]] || die "DATA $DATA has no .idx; it must be the prefix of a set that longrope data prepare wrote"
 mkdir -p "$SAVE"
+# Megatron's index of the samples, which it finds by the set's path: one for each list of documents.
+training+=(--data-cache-path "$SAVE/cache/$(cksum <"$DATA.idx" | tr ' ' -)")
 
 read -ra extra <<<"$EXTRA_ARGS"
 trap 'kill -TERM "$agent" 2>/dev/null; interrupted=yes' TERM INT USR1
