@@ -89,8 +89,6 @@ def examine() -> Checkup:
         if not item.fits
     ]
     notes += [f"{item.symbol} {item.detail}" for item in symbols if item.fits and item.detail]
-    if has_core and compat.output_layer_casts():
-        notes.append("--longrope-chunked-loss refuses --output-logit-dtype of this release")
     return Checkup(
         versions=_versions(),
         gpu=_gpu(),

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.integration import agreement
 from megatron_longrope.training_loss import chunked_linear_cross_entropy
 
 FLAG = "--longrope-chunked-loss"
@@ -134,22 +133,6 @@ def defer(model: Any, chunk_tokens: int) -> None:
 def is_deferred(model: Any) -> bool:
     """True when :func:`defer` has changed the model."""
     return hasattr(model, "longrope_chunk_tokens")
-
-
-def check_models(chunks: list) -> None:
-    """A run with the flag must compute its loss in chunks; every model chunk is asked.
-
-    Raises:
-        SystemExit: A chunk of the last pipeline stage has kept Megatron's loss.
-    """
-    from megatron.core.utils import unwrap_model
-
-    for chunk in unwrap_model(chunks):
-        if getattr(chunk, "post_process", True) and not is_deferred(chunk):
-            agreement.stop(
-                f"the model {type(chunk).__name__} has not taken {FLAG}; the plugin supports "
-                "GPTModel and HybridModel: remove the flag"
-            )
 
 
 def _describe(layer: Any) -> str:

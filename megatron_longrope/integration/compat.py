@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import inspect
 import os
 import shutil
 import subprocess
@@ -137,12 +136,6 @@ def output_layer_symbol() -> Symbol:
         "LanguageModule.setup_embeddings_and_output_layer",
         ("self",),
     )
-
-
-def output_layer_casts() -> bool:
-    """True when the output layer may give logits in a type of their own (since 0.20)."""
-    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
-    return "output_dtype" in inspect.signature(layers.ColumnParallelLinear.__init__).parameters
 
 
 def stand_in_symbols() -> list[Symbol]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_longrope.integration import agreement, compat
+from megatron_longrope.integration import agreement, chunked_loss, compat
 from megatron_longrope.integration.settings import OURS
 from megatron_longrope.ranks import rank
 
 
-def check_models(chunks: list, attention: str, *, has_factors: bool) -> None:
+def check_models(
+    chunks: list, attention: str, *, has_factors: bool, loss_chunk: int | None = None
+) -> None:
     """Compare a run's model chunks with what its flags announced.
 
     A model type or a layer spec may choose its modules by itself (VLMs copy the language model's
@@ -21,9 +23,11 @@ def check_models(chunks: list, attention: str, *, has_factors: bool) -> None:
         chunks (list): Megatron's model chunks, wrapped or not.
         attention (str): Of :class:`.wrappers.Run`.
         has_factors (bool): Whether the run has LongRoPE factors.
+        loss_chunk (int, optional): Of :class:`.wrappers.Run`.
 
     Raises:
-        SystemExit: The factors would not act, or on more than the language model.
+        SystemExit: The factors would not act, or on more than the language model; or a chunk of the
+            last pipeline stage has kept Megatron's loss.
     """
     from megatron.core.utils import unwrap_model
 
@@ -34,6 +38,12 @@ def check_models(chunks: list, attention: str, *, has_factors: bool) -> None:
             chunk = chunk.module
         if has_factors:
             _check_rotary(chunk)
+        is_last = getattr(chunk, "post_process", True)
+        if loss_chunk is not None and is_last and not chunked_loss.is_deferred(chunk):
+            agreement.stop(
+                f"the model {type(chunk).__name__} has not taken {chunked_loss.FLAG}; the plugin "
+                "supports GPTModel and HybridModel: remove the flag"
+            )
         built |= _other_attention(chunk) if attention in OURS else set()
     if not built:
         return

@@ -351,9 +351,12 @@ def with_model_check(setup_model_and_optimizer: Callable) -> Callable:
     def setup(*rest: Any, **options: Any) -> Any:
         result = setup_model_and_optimizer(*rest, **options)
         if _run is not None:
-            model_check.check_models(result[0], _run.attention, has_factors=_settings() is not None)
-            if _run.loss_chunk is not None:
-                chunked_loss.check_models(result[0])
+            model_check.check_models(
+                result[0],
+                _run.attention,
+                has_factors=_settings() is not None,
+                loss_chunk=_run.loss_chunk,
+            )
         return result
 
     return setup

@@ -13,6 +13,7 @@ pytest.importorskip("megatron.training")
 from megatron_longrope.integration import chunked_loss, hooks, wrappers
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.chunked_loss import chunk_tokens_from_args
+from megatron_longrope.integration.model_check import check_models
 from megatron_longrope.training_loss import DEFAULT_CHUNK
 
 CHUNK = 24  # tokens of 2 x 64
@@ -108,7 +109,7 @@ def test_only_the_last_pipeline_stage_is_changed():
     wrappers.activate(wrappers.Run(None, "sdpa", CHUNK))
     model = tiny_gpt.build(tiny_gpt.run_arguments(), model_options={"post_process": False})
     assert not chunked_loss.is_deferred(model)
-    chunked_loss.check_models([model])
+    check_models([model], "local", has_factors=False, loss_chunk=CHUNK)
 
 
 # The flag
@@ -180,8 +181,8 @@ def test_a_model_without_an_output_layer_is_refused():
 
 def test_a_model_that_has_kept_its_loss_ends_the_run():
     with pytest.raises(SystemExit, match="the model GPTModel has not taken --longrope-chunked"):
-        chunked_loss.check_models([gpt(None)])
-    chunked_loss.check_models([gpt(CHUNK)])
+        check_models([gpt(None)], "local", has_factors=False, loss_chunk=CHUNK)
+    check_models([gpt(CHUNK)], "local", has_factors=False, loss_chunk=CHUNK)
 
 
 def test_a_loss_of_gathered_logits_is_refused():
