@@ -123,6 +123,15 @@ def find(capability: tuple[int, int] | None) -> FlashKernels:
     raise LongRopeError("; ".join(reasons))
 
 
+def obstacle(capability: tuple[int, int] | None) -> str | None:
+    """Why no package suits a GPU of this compute capability, or None."""
+    try:
+        find(capability)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def capability() -> tuple[int, int] | None:
     """Compute capability of this process' GPU, None without one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

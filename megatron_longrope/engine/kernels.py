@@ -72,8 +72,4 @@ def _no_half_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _flash_obstacle(device: torch.device) -> str | None:
-    try:
-        flash_kernels.find(torch.cuda.get_device_capability(device))
-    except ValueError as error:
-        return str(error)
-    return None
+    return flash_kernels.obstacle(torch.cuda.get_device_capability(device))

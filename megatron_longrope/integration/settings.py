@@ -119,11 +119,7 @@ def flash_obstacle() -> str | None:
     """Why no flash-attention package can run here, or None."""
     from megatron_longrope.attention import flash_kernels
 
-    try:
-        flash_kernels.find(flash_kernels.capability())
-    except ValueError as error:
-        return str(error)
-    return None
+    return flash_kernels.obstacle(flash_kernels.capability())
 
 
 def _flash_attention_fits(args: argparse.Namespace) -> bool:
