@@ -7,7 +7,7 @@ and rotary tables must follow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -30,6 +30,19 @@ def check_divisible(length: int, cp_size: int) -> None:
         )
 
 
+def check_documents(lengths: Iterable[int], cp_size: int) -> None:
+    """Refuse packed documents, each of which is split by itself, as :func:`check_divisible` does.
+
+    Raises:
+        LongRopeError: A length is no multiple of 2 * cp_size.
+    """
+    for index, length in enumerate(lengths):
+        try:
+            check_divisible(length, cp_size)
+        except ValueError as error:
+            raise LongRopeError(f"packed document {index}: {error}") from None
+
+
 def zigzag_chunks(cp_rank: int, cp_size: int) -> tuple[int, int]:
     """Indices of the two chunks, out of 2 * cp_size, that `cp_rank` holds."""
     return cp_rank, 2 * cp_size - 1 - cp_rank
@@ -43,16 +56,7 @@ def zigzag_positions(
     Returns:
         Tensor: `[length / cp_size]`, int64.
     """
-    if cp_size == 1:
-        return torch.arange(length, device=device)
-    check_divisible(length, cp_size)
-    chunk = length // (2 * cp_size)
-    return torch.cat(
-        [
-            torch.arange(index * chunk, (index + 1) * chunk, device=device)
-            for index in zigzag_chunks(cp_rank, cp_size)
-        ]
-    )
+    return shard(torch.arange(length, device=device), cp_rank, cp_size, dim=0)
 
 
 def shard(tensor: Tensor, cp_rank: int, cp_size: int, dim: int) -> Tensor:
@@ -91,11 +95,7 @@ def shard_documents(
         LongRopeError: A document is no multiple of 2 * cp_size.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    for index, length in enumerate(lengths):
-        try:
-            check_divisible(length, cp_size)
-        except ValueError as error:
-            raise LongRopeError(f"packed document {index}: {error}") from None
+    check_documents(lengths, cp_size)
     return torch.cat(
         [shard(part, cp_rank, cp_size, dim) for part in tensor.split(lengths, dim=dim)], dim=dim
     )

@@ -17,7 +17,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_longrope.context_parallel import check_divisible, zigzag_chunks
+from megatron_longrope.context_parallel import check_divisible, check_documents, zigzag_chunks
 from megatron_longrope.errors import LongRopeError
 
 
@@ -194,7 +194,7 @@ def _read_documents(packed: PackedSeqParams, cp_size: int) -> tuple[Documents, D
             f"cu_seqlens_q has {len(queries.rows)} documents and cu_seqlens_kv {len(keys.rows)}; "
             "give queries and keys the same documents"
         )
-    _check_shards(queries, cp_size)
+    check_documents(queries.rows, cp_size)
     # Megatron fills a cu_seqlens tensor of fixed size with its last entry.
     used = [i for i in range(len(keys.rows)) if queries.rows[i] or keys.rows[i]]
     return _select(queries, used), _select(keys, used)
@@ -226,14 +226,6 @@ def _differences(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
         if min(lengths, default=0) >= 0:
             return lengths
     raise LongRopeError(f"{name} is {offsets}; give one row that starts at 0 and never decreases")
-
-
-def _check_shards(documents: Documents, cp_size: int) -> None:
-    for index, rows in enumerate(documents.rows):
-        try:
-            check_divisible(rows, cp_size)
-        except ValueError as error:
-            raise LongRopeError(f"document {index} of the pack: {error}") from None
 
 
 def _select(documents: Documents, indices: list[int]) -> Documents:

@@ -212,7 +212,7 @@ def test_a_pack_of_several_rows_is_refused():
 
 def test_a_document_that_does_not_split_over_the_ranks_is_refused():
     assert refusal(packed_params([0, 4, 14, 22, 30]), cp_size=2) == (
-        "document 1 of the pack: sequence length 10 is not divisible by 2 x context parallel size "
+        "packed document 1: sequence length 10 is not divisible by 2 x context parallel size "
         "2 = 4; use 12 or another context parallel size"
     )
 
