@@ -51,7 +51,7 @@ def generate_across(model, engine, tokens, window):
     )
     ids, agree = generated[0].tolist(), 0
     for end in range(start.shape[1], len(ids)):
-        agree += int(engine.predictions(generated[:, :end], end - 1)[0, 0]) == ids[end]
+        agree += int(engine.answer(generated[:, :end], 1).predicted[-1] == ids[end])
     return ids, agree / (len(ids) - start.shape[1])
 
 

@@ -78,9 +78,6 @@ class SdpaCoreAttention(MegatronModule):
     staticmethod. Padding counts, as it does where RoPE is applied, so that one length decides both.
     A batch that is not packed is one document of its global length."""
 
-    ring: ClassVar[bool] = True
-    """Whether work without gradients passes keys around instead of gathering them."""
-
     windows: ClassVar[bool] = True
     """Whether sliding windows are supported."""
 
@@ -197,7 +194,7 @@ class SdpaCoreAttention(MegatronModule):
             return padding_alone(query, value.shape[-1], key, value)
         scales = [self._scale_of(rows) for rows in keys.rows]
         if self._cp_size() > 1:
-            if self.ring and not torch.is_grad_enabled() and not self.training:
+            if not torch.is_grad_enabled() and not self.training:
                 form, kernel = attend_ring, self._tile
             else:
                 form, kernel = attend_gathered, self._attend

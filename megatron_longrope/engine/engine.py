@@ -191,27 +191,6 @@ class Engine:
         flat = loss.map_logits(self.model, hidden.flatten(0, 1), self._real_tokens, lambda x: x)
         return flat[:, : self.shape.vocab_size].view(*tokens.shape, -1)
 
-    @torch.no_grad()
-    def predictions(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """Greedy next tokens, teacher-forced: entry i is the most likely successor of token i.
-
-        Args:
-            tokens (Tensor): `[b, n]`, int64.
-            start (int): Skip positions before it (their logits are not computed). Defaults to 0.
-
-        Returns:
-            Tensor: `[b, n - start]`, int64, on every rank, on the CPU.
-        """
-        (values,) = self._of_positions(
-            tokens,
-            start,
-            tokens.shape[-1],
-            lambda hidden, _: (
-                loss.greedy_tokens(self.model, hidden, self._real_tokens, self._first_token),
-            ),
-        )
-        return values
-
     def _nll_and_greedy(self, tokens: Tensor, start: int, stop: int) -> list[Tensor]:
         return self._of_positions(
             tokens,

@@ -43,10 +43,8 @@ def logits_by_chunk(
 
 def token_nll(model: nn.Module, hidden: Tensor, labels: Tensor, real_tokens: int) -> Tensor:
     """Negative log-likelihood of each label: `[n, h], [n] -> [n]`, fp32, in nats."""
-    result = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-    for span, logits in logits_by_chunk(model, hidden, real_tokens):
-        result[span] = _nll(model, logits, labels[span])
-    return result
+    chunks = logits_by_chunk(model, hidden, real_tokens)
+    return torch.cat([_nll(model, logits, labels[span]) for span, logits in chunks])
 
 
 def greedy_tokens(model: nn.Module, hidden: Tensor, real_tokens: int, first_token: int) -> Tensor:
@@ -65,12 +63,11 @@ def token_nll_and_greedy(
     model: nn.Module, hidden: Tensor, labels: Tensor, real_tokens: int, first_token: int
 ) -> tuple[Tensor, Tensor]:
     """Both of the above from the same logits."""
-    nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-    greedy = torch.empty(len(labels), dtype=torch.int64, device=hidden.device)
+    nll, greedy = [], []
     for span, logits in logits_by_chunk(model, hidden, real_tokens):
-        greedy[span] = _greedy(model, logits, first_token)  # first: Megatron's loss overwrites
-        nll[span] = _nll(model, logits, labels[span])
-    return nll, greedy
+        greedy.append(_greedy(model, logits, first_token))  # first: Megatron's loss overwrites
+        nll.append(_nll(model, logits, labels[span]))
+    return torch.cat(nll), torch.cat(greedy)
 
 
 def _nll(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

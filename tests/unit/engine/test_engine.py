@@ -117,11 +117,12 @@ def test_padding_rows_of_the_vocabulary_get_no_probability(engines):
     torch.testing.assert_close(nll[0], expected, atol=1e-5, rtol=0)
 
 
-def test_predictions_are_the_argmax_from_the_start_position(engines):
+def test_predicted_tokens_are_the_argmax_from_the_start_position(engines):
     tokens = random_tokens(maker.VOCAB, 50, 5)
     engine = engines["tied_mha"]
     expected = engine.logits(tokens)[:, 40:].argmax(-1)
-    assert torch.equal(engine.predictions(tokens, 40), expected)
+    assert torch.equal(engine.score(tokens, 40)[1], expected[:, :-1])
+    assert engine.answer(tokens, 9).predicted == expected[0].tolist()
 
 
 def test_swapping_factors_changes_the_losses_and_swapping_back_restores_them(engines):
