@@ -44,10 +44,8 @@ class Command:
 
     rule: str
     """Its name, with its wildcards."""
-
     gpus: int
     """GPUs it runs on."""
-
     words: tuple[str, ...]
     """`longrope`, the subcommand, its flags."""
 
@@ -141,16 +139,12 @@ class Cost:
 
     peak_bytes: int
     """Per GPU at the worst moment."""
-
     fits: bool
     """Whether a GPU has them."""
-
     flops: float
     """Of the command."""
-
     hours: float
     """Of the command."""
-
     note: str
     """What it was computed with."""
 

@@ -34,10 +34,8 @@ class Finding:
 
     verdict: str
     """`ok`, `look` (it may work) or `FAIL`."""
-
     subject: str
     """The rule or the file."""
-
     text: str
     """What was found, and what helps."""
 

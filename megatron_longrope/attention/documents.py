@@ -27,7 +27,6 @@ class Documents:
 
     lengths: tuple[int, ...]
     """Tokens of each document."""
-
     rows: tuple[int, ...]
     """Rows that each document occupies: its tokens, then padding."""
 

@@ -35,10 +35,8 @@ class FlashKernels:
 
     name: str
     """For messages, such as `flash-attn 3`."""
-
     dense: Callable[..., Any]
     """Its `flash_attn_func`."""
-
     varlen: Callable[..., Any]
     """Its `flash_attn_varlen_func`."""
 

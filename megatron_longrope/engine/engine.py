@@ -28,7 +28,6 @@ class Answer:
 
     predicted: list[int]
     """The greedy choice in place of each answer token, and behind the last one."""
-
     nll: list[float]
     """Loss of each answer token, in nats."""
 

@@ -26,7 +26,6 @@ class Finding:
 
     error: str | None = None
     """Sentence to end the run with."""
-
     fingerprint: str | None = None
     """Hash of the factors, or None without any."""
 

@@ -70,10 +70,8 @@ class DeferredLogits:
 
     layer: Any
     """Megatron's output layer."""
-
     hidden: Tensor
     """[s, b, h], or a rank's part of the sequence."""
-
     weight: Tensor
     """[V / tp, h]."""
 

@@ -68,10 +68,8 @@ class CpuArguments:
 
     arguments: list[str]
     """The new command line."""
-
     supplied: list[str]
     """Flags that were added, with their values."""
-
     dropped: list[str]
     """Flags that were taken away, with their values."""
 

@@ -29,7 +29,6 @@ class Verdict:
 
     lineage: list[dict[str, Any]]
     """What the run's own checkpoints shall hold as `longrope_lineage`; empty without LongRoPE."""
-
     remark: str | None = None
     """One line for the log, or None when the run goes on as the checkpoint's did."""
 

@@ -17,13 +17,10 @@ class Window:
 
     rescale_factors: tuple[float, ...]
     """Of the factor set, times the model's own scaling of RoPE."""
-
     num_start_tokens: int
     """Of the factor set."""
-
     attention_factor: float
     """Multiplier of q and k, to 12 digits: the last ones differ between math libraries."""
-
     max_length: int
     """Of the factor set."""
 
@@ -34,19 +31,14 @@ class InUse:
 
     rotary_base: float
     """Base of RoPE."""
-
     rotary_dim: int
     """Rotated dimensions of a head."""
-
     original_max_position_embeddings: int
     """Window of the pre-trained model."""
-
     sequence: Window
     """Of a sample, or a document as long as a sample."""
-
     document: Window
     """Of a short packed document: the same, but for mode `mixed`."""
-
     hf_parity: bool
     """fp32 angles as transformers computes them."""
 
@@ -57,16 +49,12 @@ class Rotary:
 
     config: LongRopeConfig
     """Factor sets."""
-
     mode: str
     """See :class:`FactorSelection`."""
-
     seq_length: int
     """Sequence length, in tokens, of the run."""
-
     hf_parity: bool
     """fp32 angles as transformers computes them."""
-
     attention_factor: float | None = None
     """What a checkpoint's run stored, in case that another release computed another value."""
 

@@ -25,16 +25,12 @@ class LongRopeSettings:
 
     selection: FactorSelection
     """Factor sets and which one a sequence uses."""
-
     carrier: str = "softmax"
     """`softmax` or `rope`: where the attention factor is applied."""
-
     attention_factor: float = 1.0
     """Multiplier of q and k at the run's sequence length."""
-
     hf_parity: bool = False
     """fp32 angles as transformers computes them."""
-
     mode_is_chosen: bool = False
     """Whether the mode was asked for or restored, rather than left to the default."""
 

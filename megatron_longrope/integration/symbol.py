@@ -31,10 +31,8 @@ class Symbol:
 
     module: str
     """Dotted module path."""
-
     name: str
     """Attribute of the module, or `Class.attribute`."""
-
     parameters: tuple[str | EllipsisType, ...] = (...,)
     """Parameters that the plugin relies on, in their order. A last `...` stands for any others,
     which the plugin passes on as they are; without it there should be none."""

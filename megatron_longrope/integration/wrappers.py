@@ -45,10 +45,8 @@ class Run:
 
     settings: LongRopeSettings | None = None
     """None leaves RoPE stock."""
-
     attention: str = "te"
     """`te`, `flash`, `sdpa` or `local`; see :func:`.settings.attention_from_args`."""
-
     loss_chunk: int | None = None
     """Tokens whose logits exist at the same time in the training loss; None leaves it stock."""
 
