@@ -102,7 +102,8 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
         if rank() == 0:  # what another process adds meanwhile would be missing in the table
             output.mkdir(parents=True, exist_ok=True)
             what, remedy = f"{output / kind.name}.jsonl", "wait for it or give another --output"
-            held.callback(hold(output / f".{kind.name}.lock", what, remedy).release)
+            wait = 3.0  # seconds: workers of a run that was killed may still be ending
+            held.callback(hold(output / f".{kind.name}.lock", what, remedy, wait).release)
         if "RANK" in os.environ:
             process_groups.initialize(
                 options.tensor_model_parallel_size, options.context_parallel_size, replicas=True

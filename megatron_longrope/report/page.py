@@ -20,7 +20,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_longrope import __version__
-from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import Section
 from megatron_longrope.evaluation.kinds import KINDS
@@ -85,7 +84,7 @@ def write_report(
     measurements = read_measurements(folders)
     sets, notes = _factor_sets(folders)
     sections = sections_of(measurements, expected)
-    drawn = [*_draw(sections, measurements), *_draw_searches(sets, _histories(folders, sets))]
+    drawn = [*_draw(sections, measurements), *_draw_searches(sets, _histories(folders))]
     for part in drawn:
         for drawing in part.drawings:
             drawing.save(page.parent / "figures")
@@ -252,12 +251,11 @@ def _factor_sets(folders: Sequence[Path]) -> tuple[list[NamedSet], list[str]]:
     return sets, notes
 
 
-def _histories(folders: Sequence[Path], sets: Sequence[NamedSet]) -> list[SearchHistory]:
-    configs: list[LongRopeConfig] = [config for _, config, _ in sets]
+def _histories(folders: Sequence[Path]) -> list[SearchHistory]:
     return [
         replace(history, name=_prefix(folder, folders) + history.name)
         for folder in folders
-        for history in find_search_histories(folder, configs)
+        for history in find_search_histories(folder)
     ]
 
 

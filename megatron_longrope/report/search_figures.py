@@ -63,8 +63,7 @@ def draw_search_figures(
         winner (Candidate | GivenFactors): The result.
         directory (str | Path): Where the files go; made if it does not exist.
         name (str): What the search is called; the files start with it.
-        seeds (Mapping, optional): Perplexity of each named starting point. Defaults to what the
-            records say of the problem's seeds.
+        seeds (Mapping, optional): Perplexity of each named starting point.
 
     Returns:
         list[Path]: `<name>_search_progress`, `<name>_rescale_factors` and `<name>_start_tokens`,
@@ -73,7 +72,7 @@ def draw_search_figures(
     names: dict[tuple[float, ...], str] = {}
     for seed, candidate in problem.seeds.items():
         names.setdefault(problem.factor_set(candidate).rescale_factors, seed)
-    history = SearchHistory(name, records, names, seeds)
+    history = SearchHistory(name, records, names, seeds or {})
     config = problem.config(winner)
     drawings = [draw_factors([(name, config, config.factor_set_for(problem.target_length))])]
     if any(map(is_complete, history.records)):

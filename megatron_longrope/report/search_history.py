@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.evaluation.statistics import is_finite
 from megatron_longrope.factor_search.journal import (
     Evaluation,
     fresh_samples,
@@ -22,8 +24,8 @@ from megatron_longrope.report.reading import files_below
 
 _LARGEST_JSON = 16 * 2**20
 """Bytes above which a JSON file is no LongRoPE file; tokenizers and weight indices can be huge."""
-_SEEDS_SEARCHED = 64
-"""Records at the start of a journal among which the published methods are looked for."""
+
+_JOURNAL = ".journal.jsonl"
 
 NamedSet = tuple[str, LongRopeConfig, FactorSet]
 """A factor set with the file and the configuration that it comes from."""
@@ -42,14 +44,13 @@ class SearchHistory:
     names: Mapping[tuple[float, ...], str] = field(default_factory=dict)
     """Rescale factors, as recorded, that have a name (`pi`, `ntk`, `yarn`, ...)."""
 
-    seeds: Mapping[str, float] | None = None
-    """Perplexity of each named starting point; None looks them up in the records."""
+    seeds: Mapping[str, float | None] = field(default_factory=dict)
+    """Perplexity of each named starting point; those without a finite one are left out here."""
 
     def __post_init__(self) -> None:
         records = tuple(sorted(self.records, key=lambda record: record.index))
         object.__setattr__(self, "records", records)
-        seeds = self._named_scores() if self.seeds is None else dict(self.seeds)
-        finite = {name: score for name, score in seeds.items() if math.isfinite(score)}
+        finite = {name: score for name, score in self.seeds.items() if is_finite(score)}
         object.__setattr__(self, "seeds", finite)
 
     @property
@@ -67,18 +68,6 @@ class SearchHistory:
         counted: dict[Any, int] = {}
         total = 0
         return [total := total + fresh_samples(record, counted) for record in self.records]
-
-    def _named_scores(self) -> dict[str, float]:
-        """Return of each name its completely scored record with the fewest start tokens."""
-        found: dict[str, Evaluation] = {}
-        for record in filter(is_complete, self.records):
-            name = self.names.get(tuple(record.rescale_factors))
-            if name is not None and (
-                name not in found or record.num_start_tokens < found[name].num_start_tokens
-            ):
-                found[name] = record
-        order = dict.fromkeys(self.names.values())
-        return {name: found[name].score for name in order if name in found}
 
 
 @dataclass(frozen=True)
@@ -169,43 +158,34 @@ def find_factor_sets(
     return sorted(found.values(), key=lambda entry: (entry[2].max_length, entry[0])), notes
 
 
-def find_search_histories(
-    directory: str | Path, configs: Sequence[LongRopeConfig] = ()
-) -> list[SearchHistory]:
+def find_search_histories(directory: str | Path) -> list[SearchHistory]:
     """Read every search journal below `directory` that scored a candidate completely.
 
-    Lines that cannot be read are passed over. `configs` tell which geometry the seeds may have.
+    Lines that cannot be read are passed over. What its starting points scored says the factor file
+    that the search wrote beside it.
     """
     histories = []
-    for path, name in files_below(Path(directory), ".journal.jsonl"):
+    for path, name in files_below(Path(directory), _JOURNAL):
         records = read_records(path)
         if any(map(is_complete, records)):
-            first = sorted(records, key=lambda record: record.index)[:_SEEDS_SEARCHED]
-            name = name.removesuffix(".journal.jsonl")
-            histories.append(SearchHistory(name, records, _recognise(first, configs)))
+            seeds = _starting_points(path)
+            histories.append(SearchHistory(name.removesuffix(_JOURNAL), records, seeds=seeds))
     return histories
 
 
-def _recognise(
-    records: Sequence[Evaluation], configs: Sequence[LongRopeConfig]
-) -> dict[tuple[float, ...], str]:
-    """Find factors of the records that are PI's, NTK's or YaRN's up to the search grid."""
-    known = dict.fromkeys(
-        (name, tuple(factors))
-        for config in configs
-        for item in config.factor_sets
-        for name, factors in reference_factors(
-            config, item.max_length / config.original_max_position_embeddings
-        ).items()
-    )
-    found: dict[tuple[float, ...], str] = {}
-    for name, factors in known:
-        for values in (record.rescale_factors for record in records):
-            if name not in found.values() and len(values) == len(factors) and all(
-                abs(ours - theirs) <= 0.011 for ours, theirs in zip(values, factors, strict=True)
-            ):  # fmt: skip
-                found.setdefault(values, name)
-    return found
+def _starting_points(journal: Path) -> dict[str, Any]:
+    """Return the perplexities in the origin of the searched set; nothing without a factor file."""
+    try:
+        with journal.open(encoding="utf-8") as file:
+            length = json.loads(file.readline())["settings"]["target_length"]
+        config = LongRopeConfig.load(
+            journal.with_name(f"{journal.name.removesuffix(_JOURNAL)}.json")
+        )
+    except (ValueError, TypeError, KeyError):  # of an older version, or the search has not ended
+        return {}
+    origins = [item.origin for item in config.factor_sets]
+    found = [origin for origin in origins if origin.get("target_length") == length]
+    return dict(found[0].get("seed_perplexity") or {}) if found else {}
 
 
 def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[float]]:

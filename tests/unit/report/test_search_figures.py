@@ -94,12 +94,9 @@ def test_without_a_complete_candidate_progress_is_not_drawn(tmp_path):
     ]
 
 
-def test_seeds_come_from_the_records_unless_given():
-    names = {PI: "pi", NTK: "ntk", YARN: "yarn"}
-    records = [*SEEDED, record(6, 60.0, PI, start_tokens=4), record(7, 1.0, NTK, stopped="budget")]
-    assert SearchHistory("x", records, names).seeds == {"pi": 61.0, "ntk": 71.0, "yarn": 43.0}
-    given = SearchHistory("x", records, names, {"pi": 3.0, "none": math.inf})
-    assert given.seeds == {"pi": 3.0}
+def test_starting_points_without_a_finite_score_have_no_line():
+    history = SearchHistory("x", SEEDED, {}, {"pi": 3.0, "none": math.inf, "yarn": None})
+    assert history.seeds == {"pi": 3.0}
 
 
 def test_the_curve_compares_on_the_samples_that_all_share():
@@ -141,15 +138,16 @@ def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
 # Found in a folder
 
 
-def save_config(path, factors=FACTORS):
-    sets = (FactorSet(256, (1.0,) * 8), FactorSet(2048, factors, 4))
+def save_config(path, factors=FACTORS, **origin):
+    sets = (FactorSet(256, (1.0,) * 8), FactorSet(2048, factors, 4, origin))
     LongRopeConfig(10000.0, 16, 256, sets).save(path)
 
 
 def save_journal(path, scores=(61.0, 71.2, 42.9, 40.0, math.inf, 38.5), extra=()):
     """A journal of the first version, which knew no index and no stopping."""
     seeds = [named_factors(name, *GEOMETRY) for name in ("pi", "ntk", "yarn")]
-    lines = [{"journal": 1, "settings": {"seed": 1}, "settings_sha256": ""}]
+    settings = {"seed": 1, "target_length": 2048}
+    lines = [{"journal": 1, "settings": settings, "settings_sha256": ""}]
     for index, score in enumerate(scores):
         values = seeds[index] if index < 3 else FACTORS
         lines.append({
@@ -192,19 +190,21 @@ def test_factor_sets_are_found_once_and_broken_files_are_named(tmp_path):
     assert len(notes) == 1 and notes[0].startswith("broken.json was left out: factor_sets[1]")
 
 
-def test_seeds_are_recognised_and_damaged_lines_passed_over(tmp_path):
+def test_starting_points_are_those_of_the_factor_file_and_damaged_lines_are_passed_over(tmp_path):
     path = tmp_path / "first.journal.jsonl"
-    save_config(tmp_path / "first.json")
+    scores = {"pi": 61.0, "ntk": 71.2, "near-yarn": 42.9, "base": None}
     save_journal(path)
     with path.open("a") as file:
         file.write('[]\n{"score": "x", "rescale_factors": [1]}\n{"score": 3, "resc')
     (tmp_path / "empty.journal.jsonl").write_text("")
-    configs = [config for _, config, _ in find_factor_sets(tmp_path)[0]]
-    (history,) = find_search_histories(tmp_path, configs)
-    assert history.name == "first"
-    scores = [record.score for record in history.records]
-    assert scores == [61.0, 71.2, 42.9, 40.0, math.inf, 38.5]
-    assert history.seeds == {"pi": 61.0, "ntk": 71.2, "yarn": 42.9}
+    (history,) = find_search_histories(tmp_path)  # the search has not ended
+    assert history.name == "first" and history.seeds == {}
+    found = [record.score for record in history.records]
+    assert found == [61.0, 71.2, 42.9, 40.0, math.inf, 38.5]
+    save_config(tmp_path / "first.json", target_length=2048, seed_perplexity=scores)
+    (history,) = find_search_histories(tmp_path)
+    assert history.seeds == {"pi": 61.0, "ntk": 71.2, "near-yarn": 42.9}
+    save_config(tmp_path / "first.json", target_length=4096, seed_perplexity=scores)
     assert find_search_histories(tmp_path)[0].seeds == {}
 
 
