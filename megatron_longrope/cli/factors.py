@@ -30,7 +30,6 @@ class ShowOptions(Options):
 
     all: bool = flag(False)
     """every factor (default: three of each)"""
-
     json: bool = flag(False)
     """as JSON, a list of files"""
 
@@ -53,13 +52,10 @@ class ImportOptions(_Output, _Sources):
 
     rotary_base: float | None = flag(None, type=float, metavar="B")
     """base of RoPE of the model"""
-
     original_length: int | None = flag(None, type=parse_length, metavar="N")
     """pre-trained window in tokens"""
-
     attention_factor: float | None = flag(None, type=float, metavar="X")
     """one value for every window (default: by the policy)"""
-
     attention_factor_policy: str = flag("su", choices=("su", "yarn", "none"))
     """of files other than config.json (default: su, the authors')"""
 
@@ -72,13 +68,10 @@ class MakeOptions(OneModel, _Output):
 
     method: str = flag(positional=True, choices=tuple(METHODS), metavar="METHOD")
     """none, pi, ntk, yarn, dynamic-ntk or base-ntk"""
-
     target_length: int = flag(type=parse_length, metavar="N")
     """window in tokens"""
-
     original_length: int | None = flag(None, type=parse_length, metavar="N")
     """pre-trained window in tokens (default: the model's)"""
-
     attention_factor_policy: str | None = flag(None, choices=("su", "yarn", "none"))
     """attention factor of longer windows (default: the method's own, yarn for YaRN and none for the
     others)"""
@@ -92,14 +85,11 @@ class ExportOptions(Options):
 
     output: str = flag(metavar="PATH")
     """file to write"""
-
     format: str = flag("hf", choices=("hf", "csv", "list", "json"))
     """hf: fields for config.json; csv: as the authors' code reads; list: numbers as JSON; json: a
     factor file (default: hf)"""
-
     window: int | None = flag(None, type=parse_length, metavar="N")
     """whose factors, hf: the long ones (default: the longest)"""
-
     layers: int = flag(32, type=int, metavar="N")
     """rows of a CSV (default: 32)"""
 

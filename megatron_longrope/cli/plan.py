@@ -18,22 +18,16 @@ _SIZES = ("tensor", "context", "pipeline", "expert")
 class _Run(Options):
     model: str | None = flag(None, metavar="NAME", exclusive="model", required=True)
     """llama2-7b, llama3-8b, mistral-7b, ..."""
-
     load: str | None = flag(None, metavar="CKPT", exclusive="model", required=True)
     """Megatron checkpoint: its --save directory"""
-
     hf: str | None = flag(None, metavar="DIR", exclusive="model", required=True)
     """local Hugging Face folder"""
-
     length: int = flag(type=parse_length, metavar="N")
     """tokens of a sequence"""
-
     global_batch_size: int = flag(32, type=int, metavar="B")
     """default 32"""
-
     steps: int = flag(600, type=int, metavar="K")
     """default: 600"""
-
     chunked_loss: bool = flag(True, action=argparse.BooleanOptionalAction)
     """with --longrope-chunked-loss (default), or with the logits of all tokens at once"""
 
@@ -44,7 +38,6 @@ class _Generation(Options):
 
     generate: int | None = flag(None, type=parse_positive, metavar="K")
     """of the tokens of --length, K are generated"""
-
     samples: int = flag(1, type=parse_positive, metavar="N")
     """prompts in all (default: 1)"""
 
@@ -55,16 +48,12 @@ class _Cluster(Options):
 
     gpus: int = flag(type=int, metavar="G")
     """GPUs of the run"""
-
     gpu: str = flag("h100", metavar="NAME")
     """a100-80, h100, ... or TFLOPS:GIB, with --generate TFLOPS:GIB:TB/s"""
-
     memory: float | None = flag(None, type=float, metavar="GIB")
     """of a GPU (default: its own)"""
-
     gpus_per_node: int = flag(8, type=int, metavar="G")
     """default: 8"""
-
     mfu: float | None = flag(None, type=float, metavar="U")
     """part of the peak that all operations run at (default: measured by others, by GPU)"""
 
@@ -94,7 +83,6 @@ class PlanOptions(_Layout, _Cluster, _Generation, _Run):
 
     json: bool = flag(False)
     """print one JSON object instead"""
-
     all: bool = flag(False)
     """list every layout that fits, too"""
 

@@ -27,7 +27,6 @@ class ReportOptions(Options):
 
     output: str | None = flag(None, metavar="FILE")
     """the page to write (default: DIR/report.html, and with several DIR ./report.html)"""
-
     expect: str | None = flag(None, metavar="F.csv")
     """published values to set beside ours, with the difference: lines of
     table,row,column,value,source that name a cell of tables/"""

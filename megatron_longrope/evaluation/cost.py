@@ -24,10 +24,8 @@ class Speed:
 
     weights: float
     """Seconds of an operation in products with weights."""
-
     attention: float
     """Seconds of an operation in attention."""
-
     longest: int
     """Tokens of the longest trial pass."""
 
@@ -95,7 +93,6 @@ class StepSpeed:
 
     fixed: float
     """Seconds."""
-
     per_token: float
     """Seconds for each token of the prompt."""
 

@@ -14,10 +14,8 @@ from megatron_longrope.evaluation.statistics import Tally
 class _Figure:
     name: str
     """File name without suffix, unique in a report."""
-
     title: str
     """What it shows, in a few words."""
-
     caption: str
     """How to read it."""
 
@@ -28,19 +26,15 @@ class Lines(_Figure):
 
     lines: Mapping[Series, Mapping[float, float]]
     """Of each series its points, x ascending; finite numbers."""
-
     xlabel: str
     ylabel: str
 
     lengths: bool
     """Whether x is a sequence length, on a logarithmic axis; else a place in a window."""
-
     window: int | None
     """Pre-trained window in tokens, marked among lengths; of places the last one."""
-
     header: Sequence[str]
     """Columns of its CSV file, after those of the series."""
-
     data: Sequence[tuple[Series, Sequence[Any]]]
     """Rows of its CSV file, those of what could not be drawn among them."""
 
@@ -51,7 +45,6 @@ class Bars(_Figure):
 
     bars: Mapping[Series, Mapping[int, Tally]]
     """By sequence length in tokens."""
-
     window: int | None
     """Pre-trained window in tokens."""
 
@@ -62,10 +55,8 @@ class Grid(_Figure):
 
     cells: Mapping[Series, Mapping[tuple[int, Any], Tally]]
     """By (sequence length in tokens, row)."""
-
     rows: Mapping[Any, str]
     """Rows from top to bottom, and what stands beside each."""
-
     ylabel: str
     """What a row is."""
 

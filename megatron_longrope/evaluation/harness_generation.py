@@ -38,16 +38,12 @@ class Decoding:
 
     max_new_tokens: int
     """At most so many tokens."""
-
     stop: tuple[str, ...]
     """Texts that end the continuation and are no part of it."""
-
     temperature: float = 0.0
     """0 is greedy."""
-
     top_k: int | None = None
     """Sample among the k most likely tokens."""
-
     top_p: float | None = None
     """Sample among the most likely tokens that together have this probability."""
 
@@ -84,10 +80,8 @@ class Prompt:
 
     index: int
     """Place among the requests; sampling is seeded by it, whatever batch it falls into."""
-
     data: bytes
     """Its tokens, packed, already cut to what leaves room for the continuation."""
-
     decoding: Decoding
     """How."""
 

@@ -52,22 +52,16 @@ class HarnessOptions(EvaluationOptions):
 
     tokenizer: str | None = flag(None, metavar="T")
     """the models' tokenizer (default: of --hf)"""
-
     include_path: str | None = flag(None, metavar="DIR")
     """directory with YAML files of tasks of your own"""
-
     limit: float | None = flag(None, type=float, metavar="K")
     """only the first K questions of each task, or a share below 1: for trials, no result"""
-
     max_length: int | None = flag(None, type=parse_length, metavar="N")
     """longest prompt in tokens, at most and by default the window"""
-
     batch_size: int = flag(8, type=int, metavar="B")
     """rows of a forward pass, fewer of rows beyond the original window (default: 8)"""
-
     seed: int = flag(1234, type=int)
     """of few-shot examples and of sampled text (default: 1234)"""
-
     allow_download: bool = flag(False)
     """let data sets be fetched from the Hub"""
 

@@ -36,7 +36,6 @@ class Scored:
 
     data: bytes
     """Context and continuation, packed."""
-
     num_scored: int
     """Tokens of the continuation."""
 
@@ -52,7 +51,6 @@ class Question:
 
     context: bytes
     """Model input, packed."""
-
     candidates: tuple[int, ...]
     """Token ids."""
 

@@ -25,10 +25,8 @@ class TaskSpec:
 
     name: str
     """As `lm_eval ls tasks` lists it, or as a local YAML file calls itself."""
-
     num_fewshot: int | None = None
     """Solved examples before each question; None is the task's own choice."""
-
     metric: str | None = None
     """The number to report; None is acc_norm, acc or the first that the task has."""
 
@@ -48,7 +46,6 @@ class LoadedTask:
 
     spec: TaskSpec
     """As asked for, metric and few-shot examples filled in."""
-
     content: Any
     """What lm-eval's TaskManager loads: tasks and groups by name."""
 

@@ -36,13 +36,10 @@ class NeedleDocument:
 
     name: str
     """What errors call it."""
-
     tokens: np.ndarray
     """`[n]`, int64, without special tokens."""
-
     places: np.ndarray
     """`[p]`, int64: how many tokens stand before each place, increasing from 0."""
-
     forms: tuple[str, ...]
     """`p` patterns of a needle, one for each place: `{}` with white space on one side."""
 

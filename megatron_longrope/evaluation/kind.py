@@ -45,7 +45,6 @@ class Section:
 
     warnings: Sequence[str] = ()
     """What must not be overlooked."""
-
     facts: Mapping[str, str] = field(default_factory=dict)
     """Data, seeds and versions behind it; empty values are left out."""
 
@@ -65,39 +64,28 @@ class Kind:
 
     name: str
     """Of the command and of its files: `longrope eval <name>` writes `<name>.jsonl`."""
-
     key: tuple[str, ...]
     """Fields that, with :data:`TARGET_KEY`, identify a cell. The recorder, which resumes by it, and
     the report read this one tuple: a setting that is missing here is overwritten without a word."""
-
     required: Mapping[str, Check]
     """Fields that a record must hold."""
-
     help: str
     """One line about the command."""
-
     description: str
     """A few sentences about it."""
-
     options: type[EvaluationOptions]
     """What it can be told; the flags and their help are made from it."""
-
     plan: Callable[[Any, Sequence[NamedModel]], Plan]
     """Makes cells of options and models, and what measures them. Refuses bad input with one
     sentence before a weight is loaded."""
-
     unit: str
     """What the progress counts."""
-
     summary: Callable[[Sequence[Row]], list[Row]]
     """Lines of `<name>.csv`, made of all records."""
-
     sections: Callable[[Rows, int | None], list[Section]]
     """Tables and figures of records; given the pre-trained window in tokens where all share it."""
-
     optional: Mapping[str, Check] = field(default_factory=dict)
     """Fields that may be absent or null."""
-
     restore: Callable[[Row], Any] = lambda row: None
     """Completes a record that was read: what JSON has no word for, what old versions left out."""
 

@@ -44,22 +44,16 @@ class NeedleSample:
 
     tokens: Tensor
     """`[1, length]`, int64: BOS if any, instruction, document with needles, question and answer."""
-
     num_answer_tokens: int
     """Tokens at the end that are the answer: numbers, and the spaces and commas before them."""
-
     spans: tuple[slice, ...]
     """For each number asked for, its tokens among the answer's."""
-
     keys: tuple[str, ...]
     """Objects of all needles; those asked for come first, in the order of the question."""
-
     values: tuple[int, ...]
     """Their numbers."""
-
     positions: tuple[int, ...]
     """Index of each needle's first token in `tokens[0]`."""
-
     depths: tuple[float, ...]
     """Where each needle stands: the share of the document's tokens that come before it."""
 

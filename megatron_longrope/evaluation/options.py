@@ -62,16 +62,12 @@ class EvaluationOptions(Loading, SeveralModels):
     longrope_config: Sequence[str] = flag((), action="append", metavar="[LABEL=]F.json")
     """factor file, for every model; may be given several times (default: each model's own
     factors)"""
-
     lengths: Sequence[int] = flag(type=parse_lengths, metavar="LIST")
     """4k,8k,... tokens (1k = 1024)"""
-
     output: str = flag(metavar="DIR")
     """directory for the results"""
-
     max_hours: float = flag(12.0, type=parse_hours, metavar="H")
     """ask, or refuse where nobody can answer, when more hours are expected (default: 12)"""
-
     yes: bool = flag(False)
     """go on whatever it is expected to take"""
 

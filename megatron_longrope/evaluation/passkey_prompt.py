@@ -63,19 +63,14 @@ class PasskeyTrial:
 
     tokens: list[int]
     """BOS (where there is one), prompt and answer: exactly the length asked for, less `spare`."""
-
     num_answer_tokens: int
     """Tokens at the end that are the answer, those of the space before the number included."""
-
     key: int
     """The hidden number, 1 to 50,000."""
-
     depth: float
     """Share of the filler's characters that stand before the key, 0 to 1."""
-
     num_characters: int
     """Characters of filler."""
-
     num_before: int
     """How many of them stand before the key."""
 

@@ -41,10 +41,8 @@ class ScoredSpan:
 
     start: int
     """First document token in the window (BOS, if there is one, stands before it)."""
-
     end: int
     """One past the last token."""
-
     num_scored: int
     """How many of the window's last tokens count."""
 
@@ -101,40 +99,28 @@ class PerplexityResult:
 
     length: int
     """Window N in tokens."""
-
     stride: int
     """Advance of the window in tokens; the window itself when truncated or drawn."""
-
     protocol: str
     """`truncated`, `sliding`, `sampled` or `random`; see :func:`protocol_of`."""
-
     num_windows: int
     """Forward passes."""
-
     num_tokens: int
     """Scored tokens."""
-
     ppl_window_mean: float
     """exp of the unweighted mean over windows: the paper's number."""
-
     ppl_token_weighted: float
     """exp of the mean over tokens."""
-
     ppl_window_mean_interval: list[float] | None = None
     """95 % confidence interval with documents as units; None for one document."""
-
     ppl_token_weighted_interval: list[float] | None = None
     """The same of the mean over tokens."""
-
     nll_per_document: list[float] = field(default_factory=list)
     """Mean over a document's windows, in nats."""
-
     nll_by_position: list[dict[str, float]] = field(default_factory=list)
     """Mean NLL of tokens by position in the window, in eighths."""
-
     sha256: str = ""
     """Of the scored token ids."""
-
     seconds: float = 0.0
     """Wall time."""
 

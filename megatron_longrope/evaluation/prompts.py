@@ -28,10 +28,8 @@ class Prompts:
 
     targets: Sequence[Target]
     """Models under their factors."""
-
     tokenizer: Tokenizer
     """Makes the prompts of all of them."""
-
     fields: Mapping[str, Any]
     """What every record has of seed and tokenizer."""
 

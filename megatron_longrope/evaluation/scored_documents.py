@@ -32,13 +32,10 @@ class ScoredDocuments:
 
     tokens: list[np.ndarray]
     """int64 `[n]` each."""
-
     bos_id: int | None
     """Put before every window; None for a tokenizer without BOS."""
-
     vocab_size: int
     """Largest token id that the tokenizer has, plus one."""
-
     sha256: str
     """Of the tokens."""
 

@@ -22,27 +22,20 @@ class Identity:
 
     model: str
     """Label of the checkpoint."""
-
     label: str | None = None
     """Label of the factor file, name of the baseline, `checkpoint`, or None if nothing says."""
-
     policy: str | None = None
     """Attention-factor policy of a baseline."""
-
     checkpoint: str | None = field(default=None, compare=False)
     """The path as it was typed."""
-
     content: str | None = None
     """Hash of the checkpoint's content; of records that have none, the path."""
-
     iteration: str | None = None
     sliding_window: int | None = None
     dtype: str | None = None
     """As asked for."""
-
     config: str | None = field(default=None, compare=False)
     """The factor file; its content counts, not how its path was written."""
-
     config_sha256: str = ""
     """Of the factors; empty for baselines, which have others at every length."""
 
@@ -58,10 +51,8 @@ class Series:
 
     name: str
     """Unique in the report."""
-
     identity: Identity
     """What it is."""
-
     original_length: int | None = None
     """Pre-trained window in tokens."""
 

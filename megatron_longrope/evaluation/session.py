@@ -36,13 +36,10 @@ class Cell:
 
     target: Target
     """Model and factors."""
-
     fields: Mapping[str, Any]
     """Fields that tell it from the target's other cells."""
-
     forwards: Mapping[int, int]
     """Number of forward passes of each length in tokens."""
-
     num_new_tokens: int = 0
     """Tokens generated behind each of them, at most."""
 
@@ -88,11 +85,9 @@ class Plan:
     measure: Callable[..., Mapping[str, Any]]
     """Gives a cell's other fields: of a shared plan `(engine, cell) -> fields`, called on the ranks
     of one copy of the model; else `(engine, cell, on_forward) -> fields`, called on every rank."""
-
     shared: bool
     """Whether a cell is one forward pass, so that copies of the model take different cells; else
     all of them work on the same one."""
-
     trial: Trial | None = None
     """What `measure` does with the engine and tokens, to be timed; by default their loss."""
 
@@ -103,19 +98,14 @@ class Session:
 
     records: Records
     """Where they go."""
-
     load: Callable[[NamedModel], Any]
     """Gives the engine of a model."""
-
     label: str
     """What is measured, for the progress."""
-
     unit: str
     """Name of a forward pass there."""
-
     max_hours: float
     """Expected hours, above which the user is asked."""
-
     confirmed: bool = False
     """The user has agreed to more."""
 

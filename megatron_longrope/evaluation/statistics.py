@@ -59,12 +59,10 @@ class Tally:
 
     hits: float = 0.0
     """Sum of what the trials found, each from 0 to 1."""
-
     trials: int = 0
 
     whole: bool = True
     """Whether every trial found all or nothing, as an interval for proportions supposes."""
-
     nlls: list[float] = field(default_factory=list)
     """Mean loss over the answer's tokens of each trial, in nats."""
 

@@ -24,10 +24,8 @@ class Value:
 
     text: str
     """As shown."""
-
     rank: float | None = None
     """Number by which its column is ranked, if it takes part."""
-
     below: tuple[str, ...] = ()
     """Lines in small print under it."""
 
@@ -40,13 +38,10 @@ class Column:
 
     below: str = ""
     """A line in small print under the title."""
-
     best: str = ""
     """Which value is marked: `lowest`, `highest`, or none."""
-
     place: str = ""
     """How a sentence about the column begins: `At 8,192 tokens`."""
-
     is_text: bool = False
     """Whether it holds words, which stand on the left."""
 
@@ -57,20 +52,16 @@ class Table:
 
     name: str
     """File name without suffix, unique in a report."""
-
     title: str
 
     columns: Sequence[Column]
 
     rows: Mapping[str, Sequence[Value | None]]
     """Of each row a value per column; None where nothing was measured."""
-
     quantity: str = ""
     """What a sentence calls its values: `perplexity`."""
-
     note: str = ""
     """How to read it."""
-
     corner: str = "Model"
     """Title of the rows' names."""
 

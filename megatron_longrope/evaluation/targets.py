@@ -27,16 +27,12 @@ class NamedModel:
 
     label: str
     """What it is called in tables and figures."""
-
     path: str
     """As given."""
-
     checkpoint: Checkpoint
     """Megatron checkpoint or Hugging Face folder."""
-
     hugging_face: bool = False
     """Whether it is a Hugging Face folder, which has its tokenizer beside it."""
-
     dtype: str | None = None
     """Of the weights, as asked for; None for the device's default."""
 
@@ -60,16 +56,12 @@ class Target:
 
     model: NamedModel
     """The model."""
-
     label: str
     """Name of the factors: a file's label, a published method, or :data:`OWN`."""
-
     config: LongRopeConfig
     """The factors."""
-
     path: str | None = None
     """Factor file, if they come from one."""
-
     policy: str | None = None
     """Attention-factor policy of a published method."""
 

@@ -36,10 +36,8 @@ class Trials:
 
     by_length: Mapping[Series, Mapping[int, Tally]]
     """All of them."""
-
     by_depth: Mapping[Series, Mapping[tuple[int, float], Tally]]
     """Those that were asked for at a depth, by (length, depth)."""
-
     random: set[Series]
     """Series with trials at random depths."""
 

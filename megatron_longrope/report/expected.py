@@ -23,16 +23,12 @@ class Expected:
 
     table: str
     """Name of the report's table: `perplexity`, `passkey`, `short_benchmarks`."""
-
     row: str
     """Name of the row, or a part of it that no other row has."""
-
     column: str
     """Title of the column, such as 8k."""
-
     value: str
     """As published: a number, or a bound such as >1e4."""
-
     source: str
     """Where it was published."""
 

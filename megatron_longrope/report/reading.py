@@ -30,10 +30,8 @@ class Measurements:
 
     series: list[Series]
     """What was measured, in the order of reading."""
-
     rows: Mapping[str, Rows]
     """Records of each kind with their series; of a repeated cell the last record."""
-
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Named values of every :data:`FACTS` file by title."""
 

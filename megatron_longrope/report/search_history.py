@@ -37,13 +37,10 @@ class SearchHistory:
 
     name: str
     """What the search is called in a figure."""
-
     records: Sequence[Evaluation]
     """The journal's records, sorted by index here."""
-
     names: Mapping[tuple[float, ...], str] = field(default_factory=dict)
     """Rescale factors, as recorded, that have a name (`pi`, `ntk`, `yarn`, ...)."""
-
     seeds: Mapping[str, float | None] = field(default_factory=dict)
     """Perplexity of each named starting point; those without a finite one are left out here."""
 
@@ -76,16 +73,12 @@ class StartTokenCurve:
 
     name: str
     """Name of the search."""
-
     factors: tuple[float, ...]
     """The rescale factors that all points share."""
-
     whose: str | None
     """Name of the factors, `best` for those of the best candidate, or None."""
-
     num_samples: int
     """Samples behind each point: those that every one of them has scored."""
-
     points: Mapping[int, float]
     """Perplexity of each n_hat, ascending in n_hat."""
 

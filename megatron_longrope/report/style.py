@@ -77,17 +77,13 @@ class Drawing:
 
     name: str
     """File name without suffix."""
-
     title: str
     """What it shows, in a few words."""
-
     caption: str
     """How to read it."""
-
     png: bytes
     svg: str
     """`<svg>` element for inlining, with the width of its container."""
-
     csv: str
     """The data behind it."""
 

@@ -41,23 +41,18 @@ class NeedleOptions(EvaluationOptions):
 
     data: str = flag(metavar="TEXT")
     """text as `longrope data prepare` reads it: .txt, .jsonl (.gz, .zst), .parquet, a directory"""
-
     text_key: str = text_key_flag()
     tokenizer: str | None = tokenizer_flag()
     bos: int | None = bos_flag()
 
     tasks: Sequence[str] = flag(TASKS, type=parse_choices(*TASKS), metavar="LIST")
     """single,multi_key,multi_query (default: all)"""
-
     num_documents: int = flag(10, type=int, metavar="K")
     """the first K documents that fill the longest length, in turn (default: 10)"""
-
     num_needles: int = flag(4, type=int, metavar="K")
     """in multi_key and multi_query (default: 4)"""
-
     num_queries: int = flag(2, type=int, metavar="Q")
     """asked for in multi_query (default: 2)"""
-
     depths: Sequence[float] = depths_flag("5")
     trials: int = trials_flag("task, length and depth")
     seed: int = seed_flag()

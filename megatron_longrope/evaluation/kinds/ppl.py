@@ -64,36 +64,29 @@ class PerplexityOptions(EvaluationOptions):
     data: str = flag(metavar="PREFIX|TEXT")
     """held-out documents: a prepared set, or text as `longrope data prepare` reads it: .txt, .jsonl
     (.gz, .zst), .parquet, or a directory"""
-
     text_key: str = text_key_flag()
     tokenizer: str | None = tokenizer_flag()
     bos: int | None = bos_flag()
 
     num_documents: int = flag(10, type=int, metavar="K")
     """the first K documents that fill the longest window (default: 10)"""
-
     stride: int | str | None = flag(None, type=_parse_stride, metavar="S")
     """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by
     side, so that every length scores the same tokens (default: one window per document,
     `truncated`)"""
-
     random_windows: int | None = flag(None, type=int, metavar="W")
     """W windows at random places of these documents instead (`random`), the same places at every
     length"""
-
     seed: int = flag(42, type=int)
     """of the random windows (default: 42)"""
-
     baselines: Sequence[str] = flag((), type=parse_choices(*METHODS), metavar="LIST")
     """published methods to measure: none,pi,ntk,yarn,dynamic-ntk,base-ntk; on a model with factors
     they multiply those of its longest window"""
-
     attention_factor_policy: Sequence[str] | None = flag(
         None, type=parse_choices("su", "yarn", "none"), metavar="LIST"
     )
     """attention-factor policies of the baselines: su,yarn,none (default: each method's own, yarn
     for YaRN and none for the others, on top of what the model has)"""
-
     original_length: int | None = flag(None, type=parse_length, metavar="N")
     """pre-trained window of the baselines in tokens (default: from the checkpoint)"""
 

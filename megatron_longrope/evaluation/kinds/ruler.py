@@ -59,28 +59,21 @@ class RulerOptions(EvaluationOptions):
     tasks: Sequence[str] = flag(tuple(TASKS), type=parse_choices(*TASKS), metavar="LIST")
     """of niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe,
     qa_1, qa_2 (default: all, of which an average is RULER's)"""
-
     samples: int = flag(500, type=int, metavar="K")
     """samples of each task and length (default: 500, as published)"""
-
     essays: str | None = flag(None, metavar="TEXT")
     """the haystack of five niah tasks: text files as `longrope data prepare` reads them
     (published: Paul Graham's essays); repeated where it is too short"""
-
     squad: str | None = flag(None, metavar="JSON")
     """questions of qa_1: SQuAD 2.0's dev-v2.0.json, or a file in its format"""
-
     hotpotqa: str | None = flag(None, metavar="JSON")
     """questions of qa_2: hotpot_dev_distractor_v1.json, or a file in its format"""
-
     words: str | None = flag(None, metavar="FILE")
     """words of needles and of cwe, one on each line (default: the lists of the package
     wonderwords, as published, enough for cwe up to some 128k)"""
-
     threshold: float = flag(THRESHOLD, type=float, metavar="P")
     """percentage above which the average of a length makes it effective (default: 85.6, Llama2-7B
     at 4k)"""
-
     seed: int = flag(42, type=int)
     """of all samples (default: 42)"""
 

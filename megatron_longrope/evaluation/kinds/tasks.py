@@ -64,15 +64,12 @@ class TaskOptions(HarnessOptions):
 
     tasks: str = flag(metavar="LIST")
     """NAME[:SHOTS[:METRIC]],... of lm-evaluation-harness or --include-path"""
-
     window: int | None = flag(None, type=parse_length, metavar="N")
     """give every sequence the factors of N tokens, such as 128k, and take no longer ones (default:
     each sequence those of its own length, prompt and answer; up to the longest factor set)"""
-
     long_prompts: str = flag("error", choices=("error", "truncate"))
     """prompts longer than the window: refuse to begin (default), or let them lose their beginning,
     which is counted in record, table and CSV"""
-
     metadata: Mapping[str, Any] | None = flag(None, type=_parse_metadata, metavar="JSON")
     """for tasks that make their data themselves, as lm-eval's own --metadata; the tokenizer is
     added"""

@@ -36,10 +36,8 @@ class Sample:
 
     input: str
     """Task and text."""
-
     answer_prefix: str
     """How the answer begins, which the model continues."""
-
     answers: tuple[str, ...]
 
     @property

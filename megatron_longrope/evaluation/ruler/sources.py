@@ -48,10 +48,8 @@ class Question:
 
     answers: tuple[str, ...]
     """Spellings, one of which suffices."""
-
     documents: tuple[int, ...]
     """Those that it was asked about."""
-
     related: tuple[int, ...] = ()
     """Those of the same article, which come before others."""
 

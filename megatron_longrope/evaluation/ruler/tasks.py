@@ -59,32 +59,23 @@ class Task:
 
     name: str
     """As published."""
-
     family: str
     """`niah`, `vt`, `cwe`, `fwe` or `qa`."""
-
     wording: tuple[str, str]
     """Prompt, and how the answer begins."""
-
     num_new_tokens: int
     """Room for the answer, which counts as a part of the length."""
-
     haystack: str = ""
     """Of needles: `noise`, `essay`, or `needle` for other needles."""
-
     keys: str = "words"
     """What a needle is asked for by: `words` or `uuids`."""
-
     values: str = "number"
     """What a needle holds: `number` or `uuid`."""
-
     num_keys: int = 1
     num_values: int = 1
     """Of each key."""
-
     num_queries: int = 1
     """Keys asked for."""
-
     data: str = ""
     """Of questions: `squad` or `hotpotqa`."""
 
