@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate, combinations_with_replacement
 from typing import ClassVar
 
+from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
 
@@ -24,42 +25,47 @@ _MIN_SEEDS = 8  # starting points of the released code for its single critical d
 _SEED_RATIOS = 8
 
 
-def critical_dimension(
-    rotary_dim: int, rotary_base: float, original_length: int, periods: float = 1.0
-) -> int:
-    """First dimension with fewer than `periods` periods in the pre-training window.
+def first_incomplete(
+    base: LongRopeConfig, window: int, factors: Sequence[float], periods: float = 1.0
+) -> int | None:
+    """Find the first dimension that completes fewer than `periods` periods in a window.
 
-    ceil(d/2 * log_base(L / (2 pi periods))), half of section 3.1's d_tcd for one period: 31 for
-    Phi3-mini (d = 96, base 1e4, L = 2048), 35 for LLaMA3-8B (128, 5e5, 8192).
+    On plain RoPE and for one period half of section 3.1's d_tcd: 31 for Phi3-mini (d = 96, base
+    1e4, 2048 tokens), 35 for LLaMA3-8B (128, 5e5, 8192).
 
     Args:
-        original_length (int): Pre-training window L in tokens.
-        periods (float): Periods in the window; 10 gives the lower end of algorithm 1.
+        base (LongRopeConfig): Has the rotary base and dimensions.
+        window (int): In tokens.
+        factors (Sequence[float]): `[rotary_dim / 2]`, by what each frequency is slowed.
+        periods (float): 10 gives the lower end of algorithm 1. Defaults to 1.
 
     Returns:
-        int: At least 0.
-
-    Raises:
-        LongRopeError: Every dimension completes that many periods.
+        int | None: An index of frequencies; None where every dimension completes that many.
     """
-    ratio = math.log(original_length / (2 * math.pi * periods)) / math.log(rotary_base)
-    dimension = max(math.ceil(rotary_dim / 2 * ratio), 0)
-    if dimension >= rotary_dim // 2:
-        raise LongRopeError(
-            f"all {rotary_dim // 2} dimensions complete {periods:g} periods in the original window "
-            f"of {original_length} tokens, so that none is critical; search the full space"
-        )
-    return dimension
+    for index, factor in enumerate(factors):
+        period = 2 * math.pi * factor * base.rotary_base ** (2 * index / base.rotary_dim)
+        if periods * period > window:
+            return index
+    return None
 
 
-def critical_choices(rotary_dim: int, rotary_base: float, original_length: int) -> tuple[int, ...]:
-    """Critical dimensions of algorithm 1: from ten periods in the window to one.
+def critical_choices(base: LongRopeConfig) -> tuple[int, ...]:
+    """Return algorithm 1's critical dimensions: from ten periods in the trained window to one.
+
+    The periods are those of the model as it was trained, which may scale RoPE itself.
 
     Raises:
         LongRopeError: No dimension is critical.
     """
-    highest = critical_dimension(rotary_dim, rotary_base, original_length)
-    lowest = critical_dimension(rotary_dim, rotary_base, original_length, periods=10.0)
+    window = base.original_max_position_embeddings
+    factors = base.base_factors or (1.0,) * (base.rotary_dim // 2)
+    lowest = first_incomplete(base, window, factors, periods=10.0)
+    highest = first_incomplete(base, window, factors)
+    if lowest is None or highest is None:
+        raise LongRopeError(
+            f"all {len(factors)} dimensions complete their period in the original window of "
+            f"{window} tokens, so that none is critical; search the full space"
+        )
     return tuple(range(lowest, highest + 1))
 
 

@@ -20,7 +20,12 @@ from typing import Any
 from megatron_longrope.baselines import extension
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.factor_search.critical import CriticalSpace, critical_choices, critical_seeds
+from megatron_longrope.factor_search.critical import (
+    CriticalSpace,
+    critical_choices,
+    critical_seeds,
+    first_incomplete,
+)
 from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.methods import named_factors
 
@@ -150,7 +155,10 @@ def make_problem(
         start_tokens = start_tokens or (base.factor_sets[-1].num_start_tokens,)
         dimension = critical_dimension
         if space == "floored" and dimension is None:
-            dimension = _first_incomplete(base)
+            # Slowed frequencies in the window that they were tuned for.
+            longest = base.factor_sets[-1]
+            factors = base.plain_factors(longest)
+            dimension = first_incomplete(base, longest.max_length, factors)
         return _extension(base, target_length, upper, start_tokens, named, dimension)
     if warm_start is not None:
         raise LongRopeError(
@@ -220,11 +228,7 @@ def _critical_extension(
             f"not above the extension ratio {scale:g} that starts the critical space; "
             "search the full space"
         )
-    choices = (
-        critical_choices(base.rotary_dim, base.rotary_base, base.original_max_position_embeddings)
-        if dimension is None
-        else (dimension,)
-    )
+    choices = critical_choices(base) if dimension is None else (dimension,)
     space = CriticalSpace(
         base.rotary_dim // 2,
         scale,
@@ -349,16 +353,6 @@ def _further(base: LongRopeConfig, target_length: int) -> tuple[str, float, tupl
             stacklevel=4,
         )
     return "second", scale, multiplier
-
-
-def _first_incomplete(base: LongRopeConfig) -> int | None:
-    """First dimension that completes no period in the base's window, at its slowed frequency."""
-    longest = base.factor_sets[-1]
-    for index, factor in enumerate(base.plain_factors(longest)):
-        period = 2 * math.pi * factor * base.rotary_base ** (2 * index / base.rotary_dim)
-        if period > longest.max_length:
-            return index
-    return None
 
 
 def _limit(base: LongRopeConfig, target_length: int, multiplier: tuple[float, ...]) -> float:

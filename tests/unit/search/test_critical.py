@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.config import identity_config
 from megatron_longrope.factor_search.critical import (
     CriticalSpace,
     critical_choices,
-    critical_dimension,
     critical_seeds,
+    first_incomplete,
 )
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate, unique
@@ -49,10 +50,21 @@ seeds = st.integers(0, 2**32)
 def test_the_critical_dimensions_are_the_papers(
     rotary_dim, rotary_base, window, one_period, ten_periods
 ):
-    assert critical_dimension(rotary_dim, rotary_base, window) == one_period
-    assert critical_dimension(rotary_dim, rotary_base, window, periods=10) == ten_periods
-    choices = critical_choices(rotary_dim, rotary_base, window)
-    assert choices == tuple(range(ten_periods, one_period + 1))
+    base = identity_config(rotary_base, rotary_dim, window)
+    assert critical_choices(base) == tuple(range(ten_periods, one_period + 1))
+
+
+def test_the_critical_dimensions_of_a_model_that_scales_rope_itself_are_those_of_its_own_periods():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    base = identity_config(5e5, 128, 131072, scaling)
+    periods = [
+        131072 / (2 * math.pi * factor * 5e5 ** (i / 64))
+        for i, factor in enumerate(base.base_factors)
+    ]
+    choices = critical_choices(base)
+    assert choices[-1] == 39 and periods[38] >= 1 > periods[39]
+    assert periods[choices[0] - 1] >= 10 > periods[choices[0]]
 
 
 @QUICK
@@ -68,11 +80,11 @@ def test_the_critical_dimension_is_the_first_that_misses_its_periods(
     def count(i: int) -> float:
         return window / (2 * math.pi * rotary_base ** (i / half))
 
-    if count(half - 1) >= periods:
-        with pytest.raises(ValueError, match="search the full space"):
-            critical_dimension(2 * half, rotary_base, window, periods)
+    base = identity_config(rotary_base, 2 * half, window)
+    found = first_incomplete(base, window, (1.0,) * half, periods)
+    if found is None:
+        assert count(half - 1) >= periods * (1 - 1e-9)
         return
-    found = critical_dimension(2 * half, rotary_base, window, periods)
     assert count(found) < periods * (1 + 1e-9)
     assert found == 0 or count(found - 1) > periods * (1 - 1e-9)
 
