@@ -166,7 +166,7 @@ def _run_generation(options: PlanOptions) -> int:
     )  # fmt: skip
     ranked = rank_generation(first, options.gpus, options.gpus_per_node, fixed)
     best, others = ranked[0], [plan for plan in ranked if plan.fits]
-    larger = None if best.fits else enough_gpus(first, options.gpus, options.gpus_per_node)
+    larger = None if best.fits else enough_gpus(first, options.gpus, options.gpus_per_node, fixed)
     if options.json:
         answer = best.as_dict()
         if options.all:

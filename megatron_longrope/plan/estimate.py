@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length
-from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, parse, render
+from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, fuses_rope, parse, render
 from megatron_longrope.plan.hardware import GIB, GPUS, USABLE, Gpu, parse_gpu
 from megatron_longrope.plan.layouts import (
     FULL,
@@ -307,8 +307,7 @@ def plan_command(
     model, training, layout = parse(words, gpus)
     if broken := problem(model, training, layout):
         raise LongRopeError(f"Megatron would refuse the command: {broken}; change the size")
-    is_fused = not {"--no-rope-fusion", "local"} & set(words)
-    if is_fused and (overflow := rope_overflow(model, training, layout)):
+    if fuses_rope(words) and (overflow := rope_overflow(model, training, layout)):
         raise LongRopeError(overflow)
     return Estimate(model, training, layout, with_memory(parse_gpu(gpu), memory))
 

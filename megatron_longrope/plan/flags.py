@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.options import parse_positive
 from megatron_longrope.plan.layouts import FULL, Layout, Training, rope_overflow
 from megatron_longrope.plan.model import MODELS, Model
 
@@ -106,21 +107,29 @@ class _Parser(argparse.ArgumentParser):
         raise LongRopeError(f"the Megatron command does not parse ({message}); correct its flags")
 
 
+def _positive(text: str) -> int:
+    try:
+        return parse_positive(text)
+    except LongRopeError as error:  # of which argparse would show the function's name
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
-    integers = (
+    sizes = (
         "num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups",
-        "kv-channels", "vocab-size", "num-experts", "moe-ffn-hidden-size", "moe-router-topk",
-        "seq-length", "global-batch-size", "train-iters", "train-samples", "recompute-num-layers",
-        "expert-tensor-parallel-size",
+        "kv-channels", "vocab-size", "moe-ffn-hidden-size", "moe-router-topk", "seq-length",
+        "global-batch-size", "recompute-num-layers", "expert-tensor-parallel-size",
     )  # fmt: skip
-    for name in integers:
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=_positive)
+    for name in ("num-experts", "train-iters", "train-samples"):  # Megatron takes 0
         parser.add_argument(f"--{name}", type=int)
     ones = ("tensor-model", "context", "pipeline-model", "expert-model")
     for name in ones:
-        parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128)
+        parser.add_argument(f"--{name}-parallel-size", type=_positive, default=1)
+    parser.add_argument("--micro-batch-size", type=_positive, default=1)
+    parser.add_argument("--make-vocab-size-divisible-by", type=_positive, default=128)
     parser.add_argument("--rotary-percent", type=float, default=1.0)
     parser.add_argument("--hidden-dropout", type=float, default=0.1)
     parser.add_argument("--recompute-granularity", choices=("full", "selective"))
@@ -130,13 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cp-comm-type", nargs="+", choices=kinds, default=["p2p"])
     parser.add_argument("--transformer-impl", default="transformer_engine")
     parser.add_argument("--longrope-attention", default="auto")
-    parser.add_argument("--longrope-chunked-loss", nargs="?", type=int, const=DEFAULT_CHUNK)
+    parser.add_argument("--longrope-chunked-loss", nargs="?", type=_positive, const=DEFAULT_CHUNK)
     for name in ("load", "pretrained-checkpoint", "tokenizer-model", "tokenizer-type"):
         parser.add_argument(f"--{name}")
     switches = (
         "group-query-attention", "untie-embeddings-and-output-weights", "swiglu", "add-qkv-bias",
         "qk-layernorm", "bf16", "fp16", "grad-reduce-in-bf16", "sequence-parallel",
-        "use-distributed-optimizer", "recompute-activations", "use-checkpoint-args",
+        "use-distributed-optimizer", "recompute-activations", "use-checkpoint-args", "no-rope-fusion",
     )  # fmt: skip
     for name in switches:
         parser.add_argument(f"--{name}", action="store_true")
@@ -171,6 +180,12 @@ def parse(words: Sequence[str], gpus: int) -> tuple[Model, Training, Layout]:
         vocab_divisor=args.make_vocab_size_divisible_by,
     )
     return model, training, layout
+
+
+def fuses_rope(words: Sequence[str]) -> bool:
+    """Return whether a Megatron training command rotates with the fused kernel."""
+    args, _ = _parser().parse_known_args(list(words))
+    return not args.no_rope_fusion and args.transformer_impl != "local"
 
 
 def _needed(args: argparse.Namespace, name: str) -> Any:
@@ -250,21 +265,30 @@ def _model(args: argparse.Namespace) -> Model:
 
 
 def _vocabulary(args: argparse.Namespace, geometry: tuple[int, ...]) -> int:
-    """The tokenizer's, if it is there; else that of the known model of the same geometry."""
+    """The tokenizer's, if it is there; else that of the known models of the same geometry.
+
+    Raises:
+        LongRopeError: No model is known, or some that differ in their vocabulary.
+    """
     if args.tokenizer_model and Path(args.tokenizer_model).exists():
         from megatron_longrope.data.tokenizer import load_tokenizer
 
         return int(load_tokenizer(args.tokenizer_model).vocab_size)
-    for known in MODELS.values():
-        if geometry == (
-            known.num_layers,
-            known.hidden_size,
-            known.ffn_hidden_size,
-            known.num_attention_heads,
-            known.num_query_groups,
-        ):
-            return known.vocab_size
-    return int(_needed(args, "vocab_size"))
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+             "num_query_groups", "num_experts")  # fmt: skip
+    wanted = (*geometry, args.num_experts or None)
+    known = {
+        name: model.vocab_size
+        for name, model in MODELS.items()
+        if tuple(getattr(model, field) for field in names) == wanted
+    }
+    if len(set(known.values())) > 1:
+        sizes = ", ".join(f"{size} ({name})" for name, size in known.items())
+        raise LongRopeError(
+            f"the Megatron command has no --vocab-size, and models of its shape have {sizes}; add "
+            "it, or give a --tokenizer-model that is there"
+        )
+    return next(iter(known.values())) if known else int(_needed(args, "vocab_size"))
 
 
 def _checkpoint(args: argparse.Namespace) -> Model:

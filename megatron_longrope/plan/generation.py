@@ -243,6 +243,8 @@ def rank_generation(
             rounded = Training(-(-plan.length // (2 * tensor * context)) * 2 * tensor * context)
             if gpus % (tensor * context) or problem(plan.model, rounded, layout, gpus_per_node):
                 continue
+            if plan.model.num_query_groups % tensor:
+                continue  # Megatron would copy groups, the engine gives every rank its own
             if (tensor, context) == (
                 fixed.get("tensor", tensor),
                 fixed.get("context", context),
@@ -252,7 +254,7 @@ def rank_generation(
     if not found:
         raise LongRopeError(
             f"no layout of {gpus} GPUs keeps the rules: tensor x context parallel must divide the "
-            f"GPUs, and tensor parallel the {plan.model.num_attention_heads} heads; change the "
+            f"GPUs, and tensor parallel the {plan.model.num_query_groups} query groups; change the "
             "number of GPUs or the sizes that are fixed"
         )
 
@@ -265,12 +267,21 @@ def rank_generation(
     return sorted(found, key=key)
 
 
-def enough_gpus(plan: GenerationPlan, gpus: int, gpus_per_node: int = 8) -> GenerationPlan | None:
-    """The first plan that fits when the number of GPUs is doubled, if any."""
+def enough_gpus(
+    plan: GenerationPlan,
+    gpus: int,
+    gpus_per_node: int = 8,
+    fixed: Mapping[str, int] | None = None,
+) -> GenerationPlan | None:
+    """The first plan that fits when the number of GPUs is doubled, if any.
+
+    Args:
+        See :func:`rank_generation`.
+    """
     while 2 * gpus <= _MOST_GPUS:
         gpus *= 2
         try:
-            best = rank_generation(plan, gpus, gpus_per_node)[0]
+            best = rank_generation(plan, gpus, gpus_per_node, fixed)[0]
         except LongRopeError:
             continue
         if best.fits:

@@ -119,6 +119,9 @@ def test_fused_rope_that_cannot_index_the_tokens_is_named_and_left_out():
         plan_command(length(174763), gpus=1)
     plan_command([*length(174763), "--no-rope-fusion"], gpus=1)
     plan_command([*length(174763), "--transformer-impl", "local"], gpus=1)
+    plan_command([*length(174763), "--transformer-impl=local"], gpus=1)
+    with pytest.raises(ValueError, match="32-bit offsets"):  # a folder's name is no implementation
+        plan_command([*length(174763), "--load", "local"], gpus=1)
 
 
 def test_the_chunk_without_a_number_is_the_plugins():
@@ -176,6 +179,17 @@ def test_the_vocabulary_is_the_flags_the_tokenizers_or_that_of_the_known_model(t
     assert parse([*unknown, "--tokenizer-model", str(path)], 1)[0].vocab_size == 290
 
 
+def test_a_vocabulary_that_known_models_of_one_shape_disagree_on_has_to_be_given():
+    small = "--seq-length 4096 --train-iters 1 --swiglu --num-attention-heads 32"
+    grouped = f"{small} --group-query-attention --num-query-groups 8"
+    eight = f"{grouped} --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336"
+    with pytest.raises(ValueError, match=r"128256 \(llama3-8b\), 32000 \(mistral-7b\); add it"):
+        parse(eight.split(), 1)
+    assert parse([*eight.split(), "--vocab-size", "32000"], 1)[0].vocab_size == 32000
+    experts = [*eight.split(), "--num-experts", "8"]  # of which only one is known
+    assert parse(experts, 1)[0].vocab_size == 32000
+
+
 def test_a_model_that_stands_in_the_checkpoint_is_read_from_it(untied_gqa, tmp_path):
     words = shlex.split("--use-checkpoint-args --seq-length 128 --train-iters 2")
     there = [
@@ -193,7 +207,13 @@ def test_a_model_that_stands_in_the_checkpoint_is_read_from_it(untied_gqa, tmp_p
 @pytest.mark.parametrize(
     ("change", "gpus", "message"),
     [
-        ("--num-layers many", 32, r"does not parse \(argument --num-layers: invalid int"),
+        ("--num-layers many", 32, r"does not parse \(argument --num-layers: 'many' is not a"),
+        ("--micro-batch-size 0", 32, "argument --micro-batch-size: '0' is not a positive integer"),
+        (
+            "--num-experts 8 --expert-model-parallel-size 0",
+            32,
+            "argument --expert-model-parallel-size: '0' is not a positive",
+        ),
         ("--cp-comm-type magic", 32, r"does not parse \(argument --cp-comm-type: invalid choice"),
         ("", 20, "20 GPUs are no multiple of the command's tensor x context x pipeline .* 32"),
         (

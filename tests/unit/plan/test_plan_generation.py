@@ -114,6 +114,20 @@ def test_generation_that_does_not_fit_says_on_how_many_gpus_it_would(capsys):
     assert "does NOT fit" in shown and "What would fit: 4 GPUs" in shown
 
 
+def test_layouts_that_the_engine_refuses_are_not_proposed():
+    few_groups = replace(LLAMA3, num_attention_heads=16, num_query_groups=2)
+    found = rank_generation(planned(few_groups, length=2**20), 8)
+    assert {plan.tensor for plan in found} == {1, 2}
+    with pytest.raises(LongRopeError, match="tensor parallel the 2 query groups"):
+        rank_generation(planned(few_groups), 8, fixed={"tensor": 4})
+
+
+def test_what_would_fit_keeps_the_sizes_that_are_fixed(capsys):
+    given = "--model llama3-70b --length 128k --gpus 1 --generate 128"
+    assert run(f"{given} --tensor-model-parallel-size 1") == 1
+    assert "What would fit" not in capsys.readouterr().out  # the weights of 70 B, on any GPU
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
