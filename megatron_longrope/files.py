@@ -133,7 +133,8 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file; every failure is one sentence that names the file and the reason.
 
     Raises:
-        LongRopeError: The file is missing, unreadable, empty, not UTF-8 or not JSON.
+        LongRopeError: The file is missing, unreadable, empty, not UTF-8 or not JSON, or an object
+            in it has one key twice, of which JSON would keep the last.
     """
     path = Path(path)
     try:
@@ -145,7 +146,9 @@ def read_json(path: str | Path) -> Any:
     if not text.strip():
         raise LongRopeError(f"{path}: the file is empty; expected a JSON object")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
+    except LongRopeError as error:
+        raise LongRopeError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
         content = text.strip()
         # A cut within a string, number or word stops the parser at the start of that token.
@@ -187,3 +190,13 @@ def json_lines(path: Path) -> tuple[list[tuple[int, Any]], int]:
                 "the file away"
             ) from None
     return found, sum(len(whole) + 1 for whole in lines) - 1
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without a key that stands twice."""
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise LongRopeError(f"the key {key!r} stands twice in one object; rename or drop one")
+        value[key] = item
+    return value

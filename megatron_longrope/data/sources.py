@@ -155,16 +155,25 @@ def _is_source(path: Path) -> bool:
     return path.name.endswith(SUFFIXES) if path.is_file() else is_dataset_folder(path)
 
 
-def _walk(directory: Path, on_hidden: Callable[[Path], object] | None) -> Iterator[Path]:
-    """Everything below a directory that is not hidden, but nothing from within a saved dataset."""
+def _walk(
+    directory: Path,
+    on_hidden: Callable[[Path], object] | None,
+    above: frozenset[Path] = frozenset(),
+) -> Iterator[Path]:
+    """Everything below a directory that is not hidden, but nothing from within a saved dataset.
+
+    Links are followed, but for one to a directory that it lies in (`above`), which holds nothing
+    else.
+    """
+    above |= {directory.resolve()}
     for item in directory.iterdir():
         if item.name.startswith("."):
             if on_hidden is not None:
                 on_hidden(item)
             continue
         yield item
-        if item.is_dir() and not item.is_symlink() and not is_dataset_folder(item):
-            yield from _walk(item, on_hidden)
+        if item.is_dir() and not is_dataset_folder(item) and item.resolve() not in above:
+            yield from _walk(item, on_hidden, above)
 
 
 def _reader(path: Path) -> Callable[[Path, str], _Rows]:

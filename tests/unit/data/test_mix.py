@@ -182,6 +182,12 @@ def test_a_mix_that_breaks_a_rule_is_refused(tmp_path, content, message):
         load_mix(tmp_path / "mix.json")
 
 
+def test_a_mix_in_which_a_name_stands_twice_is_refused(tmp_path):
+    (tmp_path / "mix.json").write_text('{"a": {"paths": ["x"]}, "a": {"paths": ["y"]}}')
+    with pytest.raises(ValueError, match="mix.json: the key 'a' stands twice in one object"):
+        load_mix(tmp_path / "mix.json")
+
+
 def test_sources_that_contradict_each_other_are_refused(two_sources, model_path):
     books = source(two_sources, "books")
     with pytest.raises(ValueError, match="'books' stands twice"):

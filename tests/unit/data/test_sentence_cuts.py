@@ -8,6 +8,7 @@ from toy_tokenizers import save_fast, train_byte_level
 from megatron_longrope.data.documents import check_set, read_documents
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments
+from megatron_longrope.data.stream import make_encoder
 from megatron_longrope.data.tokenizer import load_tokenizer
 
 TEXTS = [
@@ -43,6 +44,18 @@ def test_starts_belong_to_the_same_tokens_and_cut_the_text_where_they_say(tokeni
             before = tokenizer.decode(ids[:k])
             assert starts[k] - len(before) in (0, 1)  # a leading space may not be counted
             assert text.startswith(before)
+
+
+def test_sentence_ends_are_learned_from_all_of_a_long_document_beside_short_ones(tmp_path):
+    """Abbreviations that stand behind the place where an equal share of the texts would end."""
+    long = "A plain word. " * 2000 + TEXTS[0]
+    texts = [long, *["Nothing to see here. Go on."] * 60]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    packing = FixedSegments(128, "pad", cut="sentences")
+    splitter = make_encoder(None, packing, [[source]], "text", "fail").splitter
+    (whole,) = splitter.span_tokenize("It was Dr. Smith who measured it.")
+    assert whole == (0, 33)
 
 
 def test_every_piece_but_the_tail_ends_with_a_sentence(tmp_path, tokenizer_path):

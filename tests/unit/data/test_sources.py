@@ -46,6 +46,22 @@ def test_hidden_files_and_folders_are_passed_over_unless_they_are_given_themselv
     assert [path.name for path in find_source_files(given)] == [".b.txt", "c.txt"]
 
 
+def test_linked_folders_are_read_and_a_link_back_up_ends_nothing(tmp_path):
+    for name in ("far/b.txt", "here/a.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    (tmp_path / "here" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "here")
+    found = find_source_files([tmp_path / "here"])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "here/a.txt",
+        "here/linked/b.txt",
+    ]
+    (tmp_path / "here" / "again").symlink_to(tmp_path / "far")
+    with pytest.raises(ValueError, match="given twice"):
+        find_source_files([tmp_path / "here"])
+
+
 def test_a_json_file_is_read_as_json_lines_where_it_is_named(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
