@@ -63,9 +63,9 @@ def _read(item: Field[Any], value: Any) -> Any:
         value = (value,) if isinstance(value, str) else tuple(value)
         if isinstance(how.get("nargs"), int) and len(value) != how["nargs"]:
             raise LongRopeError(f"{item.name} has {len(value)} values; give {how['nargs']}")
-    elif isinstance(value, str) and "type" in how:
+    elif "type" in how and isinstance(value, str | int) and not isinstance(value, bool):
         try:
-            value = how["type"](value)
+            value = how["type"](str(value))
         except ValueError as error:
             raise LongRopeError(f"{item.name}: {error}") from None
     if "choices" in how and value not in how["choices"]:
@@ -138,9 +138,9 @@ class Loading(Options):
 
     iteration: int | None = flag(None, type=int)
     """iteration to load (default: the latest)"""
-    tensor_model_parallel_size: int = flag(1, type=int, metavar="TP")
+    tensor_model_parallel_size: int = flag(1, type=parse_positive, metavar="TP")
     """under torchrun"""
-    context_parallel_size: int = flag(1, type=int, metavar="CP")
+    context_parallel_size: int = flag(1, type=parse_positive, metavar="CP")
     """under torchrun"""
     dtype: str | None = flag(None, choices=DTYPES)
     """computation type (default: float32 on a CPU, the checkpoint's on a GPU)"""

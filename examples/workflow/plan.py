@@ -35,6 +35,8 @@ from megatron_longrope.progress import format_duration
 MISSING = "missing"
 """Stands in commands for an input that does not exist yet."""
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 HEADER = ("rule", "GPU memory", "fits", "FLOP", "time", "")
 
 
@@ -200,7 +202,7 @@ def _evaluation(command: Command, gpu: str, commands: Sequence[Command]) -> Cost
             tensor_parallel=args.tensor_model_parallel_size,
             context_parallel=args.context_parallel_size,
             replicas=command.gpus // _ranks(command, args),
-            dtype=args.dtype or "bfloat16",
+            dtype=args.dtype or _shape(commands).params_dtype,
         )
         for length in args.lengths
     ]
@@ -229,13 +231,14 @@ def _shape(commands: Sequence[Command]) -> SimpleNamespace:
     """The model's shape, from the flags of a training: its checkpoint need not be there yet."""
     for command in commands:
         if command.words[1] == "pretrain":
-            model, _, _ = parse(command.words, command.gpus)
+            model, training, _ = parse(command.words, command.gpus)
             shape = {field.name: getattr(model, field.name) for field in fields(model)}
             return SimpleNamespace(
                 **shape,
                 hybrid_layer_pattern=model.hybrid_layer_pattern,
                 rotary_dim=model.rotary_dim,
                 padded_vocab_size=model.rows(),
+                params_dtype=_DTYPES[training.precision],
             )
     raise ValueError("no training's flags say the model's shape")
 

@@ -69,9 +69,10 @@ class KnownScores:
         key = record.rescale_factors, record.num_start_tokens, record.block
         if key != self._key(trial.candidate, trial.block):
             raise LongRopeError(
-                f"evaluation {trial.index} of the journal is not the candidate that this search "
-                "asks for; it comes from another release of this package or of numpy and scipy: "
-                "go on with that one, or discard the journal with --overwrite"
+                f"evaluation {trial.index}, of the journal or of another replica, is not the "
+                "candidate that this search asks for; it comes from another release of this "
+                "package or of numpy and scipy: go on with that one on every node, or discard the "
+                "journal with --overwrite"
             )
         return record
 

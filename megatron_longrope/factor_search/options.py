@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import Loading, OneModel, Options, bos_flag, flag
+from megatron_longrope.options import Loading, OneModel, Options, bos_flag, flag, parse_positive
 
 if TYPE_CHECKING:
     from megatron_longrope.factor_search.cma import CmaParameters
@@ -190,7 +190,7 @@ class _Estimate(Options):
     gpu: str = flag("h100", metavar="NAME")
     """a100-80, h100, ... or TFLOPS:GIB, for --dry-run"""
 
-    num_gpus: int | None = flag(None, type=int, metavar="G")
+    num_gpus: int | None = flag(None, type=parse_positive, metavar="G")
     """GPUs of the job, for --dry-run (default: TP x CP, one replica)"""
 
     mfu: float = flag(0.4, type=float, metavar="U")

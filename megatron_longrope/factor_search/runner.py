@@ -125,9 +125,10 @@ def run_search(
         while trials := search.trials():
             arrived = [record for trial in trials if (record := scores.find(trial))]
             if not arrived:
-                arrived = _score_next(
+                _score_next(
                     trials, problem, blocks or (objective,), anchor, run.race, scores, queue
                 )
+                continue  # and find there whether it is what was asked for
             trials_by_index = {trial.index: trial for trial in trials}
             for record in sorted(arrived, key=lambda item: item.index):
                 search.tell([trials_by_index[record.index].candidate], [record.score])
@@ -177,31 +178,31 @@ def _outcome(
 def _score_next(
     trials: Sequence[Trial], problem: SearchProblem, blocks: Sequence[Objective],
     anchor: Anchor | None, race: Race, scores: KnownScores, queue: TrialQueue,
-) -> list[Evaluation]:  # fmt: skip
-    """Score one trial, or wait for the other replicas; returns what is new."""
+) -> None:  # fmt: skip
+    """Add another replica's results to `scores`, or else that of one trial; or wait for either."""
     arrived = [record for trial in trials if (record := queue.fetch(trial.index))]
-    if not arrived:
-        trial = next((trial for trial in trials if queue.claim(trial.index)), None)
-        if trial is None:
-            queue.wait()
-            return []
-        objective, incumbent = blocks[trial.block], None
-        # An incumbent that was itself stopped has no score to compare with.
-        if trial.incumbent is not None and (trial.certain or race.rule == "paired"):
-            score = scores.score(trial.incumbent)
-            if score is not None and anchor is None:
-                incumbent = scores.losses(trial.incumbent)
-            elif score is not None:
-                incumbent = anchor.losses_of(score, trial.block)
-        known = scores.losses(trial.candidate, trial.block)
-        record = score_trial(
-            trial, problem, objective, race, known=known, incumbent=incumbent, anchor=anchor
-        )
-        queue.publish(record)
-        arrived = [record]
     for record in arrived:
         scores.add(record)
-    return arrived
+    if arrived:
+        return
+    trial = next((trial for trial in trials if queue.claim(trial.index)), None)
+    if trial is None:
+        queue.wait()
+        return
+    incumbent = None
+    # An incumbent that was itself stopped has no score to compare with.
+    if trial.incumbent is not None and (trial.certain or race.rule == "paired"):
+        score = scores.score(trial.incumbent)
+        if score is not None and anchor is None:
+            incumbent = scores.losses(trial.incumbent)
+        elif score is not None:
+            incumbent = anchor.losses_of(score, trial.block)
+    known = scores.losses(trial.candidate, trial.block)
+    record = score_trial(
+        trial, problem, blocks[trial.block], race, known=known, incumbent=incumbent, anchor=anchor
+    )
+    queue.publish(record)
+    scores.add(record)
 
 
 def _named_scores(problem: SearchProblem, records: Iterable[Evaluation]) -> dict[str, float]:

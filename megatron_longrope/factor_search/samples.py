@@ -57,10 +57,17 @@ def read_samples(args: SearchOptions, prefix: str, objective: str, num_documents
         raise LongRopeError(
             f"--objective {objective} writes text into documents: give their --tokenizer"
         )
+    depths = _depths(args.needle_depths) or _even(args.num_samples)
+    if args.pool is not None and len(depths) > args.num_samples:
+        raise LongRopeError(
+            f"--needle-depths has {len(depths)} depths, and with --pool a generation sees "
+            f"--num-samples {args.num_samples} documents, each at one; give fewer depths or more "
+            "samples"
+        )
+    tokenizer = _tokenizer(args.tokenizer, prefix)
     samples = needle_samples(
-        documents, _tokenizer(args.tokenizer, prefix), length, bos_id=bos_id,
-        depths=_depths(args.needle_depths) or _even(args.num_samples), seed=args.seed,
-    )  # fmt: skip
+        documents, tokenizer, length, bos_id=bos_id, depths=depths, seed=args.seed
+    )
     weights = mean_over(samples.scored)
     if objective == "joint":
         weights = mean_over(samples.text) + args.needle_weight * weights

@@ -161,7 +161,7 @@ def estimate_command(
         context_parallel=context,
         replicas=gpus // (tensor * context),
         batch=min(samples, max(1, options.tokens_per_forward // options.target_length)),
-        dtype=options.dtype or "bfloat16",
+        dtype=options.dtype or str(shape.params_dtype).removeprefix("torch."),
         utilisation=utilisation,
     )
 

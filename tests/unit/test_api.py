@@ -98,6 +98,15 @@ def test_prepare_data_returns_the_manifest(data, tmp_path):
             ),
             "applies only with --whole-documents",
         ),
+        *(
+            (
+                lambda name=name: longrope.PrepareOptions(
+                    input="a", tokenizer="b", output="c", **{"segment_length": 64, name: 0}
+                ),
+                f"{name}: .*0.* is not a positive integer",
+            )
+            for name in ("joined", "short_window", "short_multiple", "segment_length")
+        ),
         (
             lambda: longrope.convert_to_hf(longrope.ToHfOptions(load="absent", output="o")),
             "absent",

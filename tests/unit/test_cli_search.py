@@ -124,6 +124,32 @@ def test_a_dry_run_says_what_the_search_costs_without_loading_it(options, no_wei
         assert part in lines, lines
 
 
+@pytest.mark.parametrize(
+    "flag", ["--num-gpus", "--tensor-model-parallel-size", "--context-parallel-size"]
+)
+def test_a_number_of_gpus_is_positive(options, capsys, flag):
+    with pytest.raises(SystemExit):
+        main([*options, "--dry-run", flag, "0"])
+    assert f"argument {flag}: '0' is not a positive integer" in capsys.readouterr().err
+
+
+def test_more_needle_depths_than_a_generation_has_documents_are_refused(
+    options, data, no_weights, capsys
+):
+    needles = ["--objective", "needle", "--tokenizer", data["tokenizer"], "--pool", "4",
+               "--num-samples", "2", "--target-length", "640"]  # fmt: skip
+    assert main([*options, *needles, "--needle-depths", "0,0.5,1"]) == 2
+    assert "--needle-depths has 3 depths" in capsys.readouterr().err
+    assert main([*options, *needles, "--needle-depths", "0,1", "--dry-run"]) == 0
+
+
+def test_a_dry_run_assumes_the_checkpoints_own_type(options, no_weights, capsys):
+    assert main([*options, "--dry-run"]) == 0
+    assert "memory per GPU in float32" in capsys.readouterr().out
+    assert main([*options, "--dry-run", "--dtype", "bfloat16"]) == 0
+    assert "memory per GPU in bfloat16" in capsys.readouterr().out
+
+
 def test_a_dry_run_counts_the_evaluations_that_settle_the_attention_factor(
     options, no_weights, capsys
 ):
