@@ -29,7 +29,7 @@ from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.plan import plan_command
 from megatron_longrope.plan.flags import parse
 from megatron_longrope.plan.hardware import GIB, parse_gpu
-from megatron_longrope.plan.search_cost import estimate, estimate_command
+from megatron_longrope.plan.search_cost import SearchCost, estimate_command
 from megatron_longrope.progress import format_duration
 
 MISSING = "missing"
@@ -193,7 +193,7 @@ def _evaluation(command: Command, gpu: str, commands: Sequence[Command]) -> Cost
     else:
         raise ValueError(f"what `eval {kind}` takes follows from its data")
     found = [
-        estimate(
+        SearchCost(
             _shape(commands),
             target_length=length,
             samples=1,

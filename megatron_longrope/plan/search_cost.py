@@ -7,7 +7,6 @@ docs/scoring.md says which tensors exist at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,15 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class SearchCost:
-    """An estimate; every number follows from the arguments of :func:`estimate`."""
+    """An estimate of a search.
+
+    Raises:
+        LongRopeError: A count below 1, a dtype or utilisation out of range, or sizes that do not
+            divide what they split.
+    """
+
+    shape: ModelShape
+    """The model's geometry."""
 
     target_length: int
     """Tokens of a sample."""
@@ -40,35 +47,85 @@ class SearchCost:
     evaluations: int
     """Evaluations of the search."""
 
-    tensor_parallel: int
+    gpu: Gpu
+    """The GPU assumed; see :func:`megatron_longrope.plan.hardware.parse_gpu`."""
+
+    tensor_parallel: int = 1
     """GPUs that share a layer."""
 
-    context_parallel: int
+    context_parallel: int = 1
     """GPUs that share a sequence."""
 
-    replicas: int
+    replicas: int = 1
     """Copies of the model that score candidates side by side."""
 
-    gpu: Gpu
-    """The GPU assumed."""
+    batch: int = 1
+    """Samples that are scored together."""
 
-    dtype: str
-    """Of weights and activations."""
+    dtype: str = "bfloat16"
+    """`bfloat16`, `float16` or `float32`, of weights and activations. Peak TFLOP/s are those of half
+    precision nevertheless."""
 
-    utilisation: float
+    utilisation: float = 0.4
     """Assumed share of the GPU's peak."""
 
-    sample_flops: float
-    """Floating-point operations of one sample's forward pass."""
+    def __post_init__(self) -> None:
+        for name in ("target_length", "samples", "evaluations", "tensor_parallel",
+                     "context_parallel", "replicas", "batch"):  # fmt: skip
+            if (value := getattr(self, name)) < 1:
+                raise LongRopeError(f"{name} is {value}; give 1 or more")
+        if not 0 < self.utilisation <= 1:
+            raise LongRopeError(
+                f"utilisation {self.utilisation} is not in (0, 1]; give a share such as 0.4"
+            )
+        if self.dtype not in _BYTES:
+            raise LongRopeError(
+                f"dtype {self.dtype!r} is unknown; choose among {', '.join(_BYTES)}"
+            )
+        if self.shape.num_query_groups % self.tensor_parallel:
+            raise LongRopeError(
+                f"tensor parallel size {self.tensor_parallel} does not divide the "
+                f"{self.shape.num_query_groups} query groups; use a divisor"
+            )
+        # Each rank takes a chunk from the front and one from the end, to balance causal attention.
+        chunks = 2 * self.context_parallel
+        if self.context_parallel > 1 and self.target_length % chunks:
+            raise LongRopeError(
+                f"target length {self.target_length} does not split into {chunks} chunks for "
+                f"context parallel {self.context_parallel}; use a multiple of {chunks}"
+            )
 
-    attention_share: float
-    """The part of them that is attention, 0 to 1."""
+    @property
+    def sample_flops(self) -> float:
+        """Floating-point operations of one sample's forward pass."""
+        return float(sum(forward_flops(self.shape, self.target_length)))
 
-    memory: Mapping[str, int]
-    """Bytes per GPU by part. Not all parts exist at once."""
+    @property
+    def attention_share(self) -> float:
+        """The part of them that is attention, 0 to 1."""
+        return forward_flops(self.shape, self.target_length)[1] / self.sample_flops
 
-    peak_bytes: int
-    """Bytes per GPU at the worst moment."""
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes per GPU by part, see docs/scoring.md. Not all parts exist at once."""
+        return _memory(
+            self.shape,
+            tokens=self.batch * self.target_length // self.context_parallel,
+            width=_BYTES[self.dtype],
+            tensor_parallel=self.tensor_parallel,
+            context_parallel=self.context_parallel,
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes per GPU at the worst moment."""
+        parts = self.memory
+
+        def total(*beginnings: str) -> int:
+            return sum(size for part, size in parts.items() if part.startswith(beginnings))
+
+        always = total("weights", "rotary", "hidden")
+        return always + max(total("attention"), total("MLP"), total("logits"))
 
     @property
     def evaluation_flops(self) -> float:
@@ -144,21 +201,21 @@ def estimate_command(
     gpu: Gpu,
     utilisation: float = 0.4,
 ) -> SearchCost:
-    """:func:`estimate` of a `longrope search` command.
+    """The cost of a `longrope search` command.
 
     Args:
         options (SearchOptions): Its options.
         gpus (int): GPUs of the job, a multiple of the command's TP x CP.
     """
     tensor, context = options.tensor_model_parallel_size, options.context_parallel_size
-    return estimate(
+    return SearchCost(
         shape,
-        target_length=options.target_length,
-        samples=samples,
-        evaluations=evaluations,
-        gpu=gpu,
-        tensor_parallel=tensor,
-        context_parallel=context,
+        options.target_length,
+        samples,
+        evaluations,
+        gpu,
+        tensor,
+        context,
         replicas=gpus // (tensor * context),
         batch=min(samples, max(1, options.tokens_per_forward // options.target_length)),
         dtype=options.dtype or str(shape.params_dtype).removeprefix("torch."),
@@ -166,102 +223,10 @@ def estimate_command(
     )
 
 
-def estimate(
-    shape: ModelShape,
-    *,
-    target_length: int,
-    samples: int,
-    evaluations: int,
-    gpu: Gpu,
-    tensor_parallel: int = 1,
-    context_parallel: int = 1,
-    replicas: int = 1,
-    batch: int = 1,
-    dtype: str = "bfloat16",
-    utilisation: float = 0.4,
-) -> SearchCost:
-    """Estimate a search.
-
-    Args:
-        shape (ModelShape): The model's geometry.
-        target_length (int): Tokens of a sample.
-        samples (int): Samples of an evaluation.
-        evaluations (int): Evaluations of the search.
-        gpu (Gpu): See :func:`megatron_longrope.plan.hardware.parse_gpu`.
-        tensor_parallel (int): GPUs that share a layer. Defaults to 1.
-        context_parallel (int): GPUs that share a sequence. Defaults to 1.
-        replicas (int): Copies of the model. Defaults to 1.
-        batch (int): Samples that are scored together. Defaults to 1.
-        dtype (str): `bfloat16`, `float16` or `float32`. Peak TFLOP/s are those of half precision
-            nevertheless. Defaults to "bfloat16".
-        utilisation (float): Share of the peak that the model reaches. Defaults to 0.4.
-
-    Raises:
-        LongRopeError: A count below 1, a dtype or utilisation out of range, or sizes that do not
-            divide what they split.
-    """
-    for name, value in (
-        ("target_length", target_length),
-        ("samples", samples),
-        ("evaluations", evaluations),
-        ("tensor_parallel", tensor_parallel),
-        ("context_parallel", context_parallel),
-        ("replicas", replicas),
-        ("batch", batch),
-    ):
-        if value < 1:
-            raise LongRopeError(f"{name} is {value}; give 1 or more")
-    if not 0 < utilisation <= 1:
-        raise LongRopeError(f"utilisation {utilisation} is not in (0, 1]; give a share such as 0.4")
-    if dtype not in _BYTES:
-        raise LongRopeError(f"dtype {dtype!r} is unknown; choose among {', '.join(_BYTES)}")
-    _check_divides(shape, target_length, tensor_parallel, context_parallel)
-    linear, attention = forward_flops(shape, target_length)
-    memory, peak = _memory(
-        shape,
-        tokens=batch * target_length // context_parallel,
-        width=_BYTES[dtype],
-        tensor_parallel=tensor_parallel,
-        context_parallel=context_parallel,
-    )
-    return SearchCost(
-        target_length=target_length,
-        samples=samples,
-        evaluations=evaluations,
-        tensor_parallel=tensor_parallel,
-        context_parallel=context_parallel,
-        replicas=replicas,
-        gpu=gpu,
-        dtype=dtype,
-        utilisation=utilisation,
-        sample_flops=float(linear + attention),
-        attention_share=attention / (linear + attention),
-        memory=memory,
-        peak_bytes=peak,
-    )
-
-
-def _check_divides(
-    shape: ModelShape, target_length: int, tensor_parallel: int, context_parallel: int
-) -> None:
-    """Refuse parallel sizes that the heads or the tokens cannot be split by."""
-    if shape.num_query_groups % tensor_parallel:
-        raise LongRopeError(
-            f"tensor parallel size {tensor_parallel} does not divide the "
-            f"{shape.num_query_groups} query groups; use a divisor"
-        )
-    # Each rank takes a chunk from the front and one from the end, which balances causal attention.
-    if context_parallel > 1 and target_length % (2 * context_parallel):
-        raise LongRopeError(
-            f"target length {target_length} does not split into {2 * context_parallel} chunks for "
-            f"context parallel {context_parallel}; use a multiple of {2 * context_parallel}"
-        )
-
-
 def _memory(
     shape: ModelShape, *, tokens: int, width: int, tensor_parallel: int, context_parallel: int
-) -> tuple[dict[str, int], int]:
-    """Bytes by part and at the worst moment of one rank, see docs/scoring.md.
+) -> dict[str, int]:
+    """Bytes by part of one rank, see docs/scoring.md.
 
     Args:
         tokens (int): Tokens of this rank.
@@ -293,7 +258,7 @@ def _memory(
     rows = min(tokens, max(1, LOGITS_PER_CHUNK // vocab))
     # Logits in the model's dtype and in fp32, and what the softmax makes of those.
     per_logit = 8 if width == 4 else 8 + width
-    parts = {
+    return {
         "weights": weights * width,
         "rotary table": tokens * shape.rotary_dim * 12,  # fp32, with its cosines and sines
         "hidden states": tokens * width * 3 * hidden,
@@ -307,12 +272,6 @@ def _memory(
         * width,
         "logits: chunk": rows * vocab * per_logit,
     }
-
-    def total(*beginnings: str) -> int:
-        return sum(size for part, size in parts.items() if part.startswith(beginnings))
-
-    always = total("weights", "rotary", "hidden")
-    return parts, always + max(total("attention"), total("MLP"), total("logits"))
 
 
 def _count(number: int, noun: str) -> str:

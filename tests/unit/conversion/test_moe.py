@@ -30,7 +30,7 @@ from megatron_longrope.engine import load_engine
 from megatron_longrope.engine import mlp as mlp_module
 from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import parse_gpu
-from megatron_longrope.plan.search_cost import estimate
+from megatron_longrope.plan.search_cost import SearchCost
 
 ROUTING = ("num_local_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef")
 WIDTHS = ("intermediate_size", "moe_intermediate_size")
@@ -372,7 +372,7 @@ def test_mixtral_8x7b_has_its_published_numbers_of_weights():
     assert sum(layer_weights(shape, active=True)) + embeddings == pytest.approx(12.9e9, rel=2e-3)
     products, _ = forward_flops(shape, 1)
     assert products == 2 * (sum(layer_weights(shape, active=True)) + 32000 * 4096)
-    cost = estimate(
+    cost = SearchCost(
         shape, target_length=4096, samples=1, evaluations=1, gpu=parse_gpu("h100"), batch=1
     )
     assert cost.memory["weights"] == pytest.approx(2 * 46.7e9, rel=1e-3)
