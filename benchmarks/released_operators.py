@@ -24,7 +24,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_longrope.factor_search.evolution import EvolutionParameters, checked_seeds
+from megatron_longrope.factor_search.evolution import EvolutionParameters
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
 from megatron_longrope.factor_search.operators import unique
 from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
@@ -142,7 +142,7 @@ class ReleasedSearch(GenerationalSearch):
     ) -> None:
         super().__init__(space, max_evaluations=max_evaluations)
         check_int("rng_seed", rng_seed, 0)
-        self._seeds = checked_seeds(space, seeds)
+        self._seeds = list(dict.fromkeys(seeds))
         self.parameters = parameters
         self.num_capped = 0
         """Mutations that were ended at `MAX_SWEEPS` and repaired; 0 says that nothing was added."""

@@ -31,7 +31,6 @@ import numpy as np
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.coordinates import Coordinates, moved_candidate
-from megatron_longrope.factor_search.evolution import checked_seeds
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
 from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
 from megatron_longrope.factor_search.surrogate import Surrogate
@@ -102,9 +101,6 @@ class CmaSearch(GenerationalSearch):
         lookahead (int): See :class:`GenerationalSearch`; applies to the generations of CMA-ES.
         patience (int, optional): See :class:`GenerationalSearch`.
         blocks (int): See :class:`GenerationalSearch`.
-
-    Raises:
-        LongRopeError: No seed, or one outside the space.
     """
 
     def __init__(
@@ -120,7 +116,7 @@ class CmaSearch(GenerationalSearch):
     ) -> None:
         super().__init__(space, lookahead=lookahead, patience=patience, blocks=blocks)
         check_int("rng_seed", rng_seed, 0)
-        self._seeds = checked_seeds(space, seeds)
+        self._seeds = list(dict.fromkeys(seeds))
         self.parameters = parameters
         self._rng = np.random.default_rng(rng_seed)
         self._left = parameters.max_evaluations * parameters.num_samples  # sample-forwards

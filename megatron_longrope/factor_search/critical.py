@@ -12,9 +12,9 @@ Dimensions are indices i of frequencies, 0 .. d/2 - 1, half of the paper's d_tcd
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, combinations_with_replacement
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import ClassVar
 
 from megatron_longrope.config import LongRopeConfig
@@ -73,9 +73,7 @@ def critical_choices(base: LongRopeConfig) -> tuple[int, ...]:
 class CriticalSpace(SearchSpace):
     """Factors on [s, 2 s] from a critical dimension up, NTK below it.
 
-    The steps of a candidate below its critical dimension are no genes and hold `min_step`. Where
-    two critical dimensions give the very same factors, the higher one stands for both; so different
-    candidates never decode to the same factors, and no evaluation is repeated.
+    The steps of a candidate below its critical dimension are no genes and hold `min_step`.
 
     Raises:
         LongRopeError: A field breaks its rule; the message names field, value and rule.
@@ -93,8 +91,8 @@ class CriticalSpace(SearchSpace):
         super().__post_init__()
         if self.start_tokens != (0,):
             raise LongRopeError(
-                f"start_tokens is {self.start_tokens!r}; LongRoPE2's space has none: "
-                "give (0,), or search the full space"
+                f"start_tokens {self.start_tokens!r} cannot be searched in the critical space, "
+                "which has none; leave them out or search the full space"
             )
         if self.max_step < self.min_step:
             raise LongRopeError(
@@ -129,7 +127,7 @@ class CriticalSpace(SearchSpace):
 
     @property
     def size(self) -> int:
-        """Number of candidates, or a few more: coinciding ones are not subtracted."""
+        """Number of candidates."""
         levels = self.max_step - self.min_step
         genes = [self.num_factors - first for first in self.critical_dimensions]
         return sum(math.comb(levels + count, count) for count in genes)
@@ -139,56 +137,33 @@ class CriticalSpace(SearchSpace):
         return self.critical_dimensions[start_index]
 
     def canonical(self, candidate: Candidate) -> Candidate:
-        """The representative of all candidates with the same factors.
+        """The representative of all candidates with the same genes: the lowest step below them.
 
         Args:
             candidate (Candidate): Monotone from its critical dimension up; anything below it.
         """
-        ours = self._without_dormant(candidate.steps, candidate.start_index)
-        for index in range(self.num_choices - 1, candidate.start_index, -1):
-            higher = self.critical_dimensions[index]
-            # A cheap test comes first: the neighbour below already lies on the other's NTK curve.
-            expected = _ntk(self._factor(ours.steps[higher]), higher - 1, higher)
-            if self._factor(ours.steps[higher - 1]) == expected:
-                theirs = self._without_dormant(ours.steps, index)
-                if self.decode(theirs) == self.decode(ours):
-                    return theirs
-        return ours
+        first = self.critical_dimensions[candidate.start_index]
+        return replace(candidate, steps=(self.min_step,) * first + candidate.steps[first:])
 
-    def encode(
-        self,
-        rescale_factors: Sequence[float],
-        num_start_tokens: int = 0,
-        *,
-        critical_dimension: int | None = None,
-    ) -> Candidate:
+    def encode(self, rescale_factors: Sequence[float], num_start_tokens: int = 0) -> Candidate:
         """Nearest candidate: of every choice's rounded factors, the closest in log(lambda).
 
         Args:
             rescale_factors (Sequence[float]): `[rotary_dim / 2]`.
             num_start_tokens (int): Without effect, as the space has no start tokens.
-            critical_dimension (int, optional): Only candidates of this choice. Defaults to all.
 
         Raises:
-            LongRopeError: Wrong number of factors, one that is not finite, or an unknown choice.
+            LongRopeError: Wrong number of factors, or one that is not finite.
         """
         check_int("num_start_tokens", num_start_tokens, 0)
         nearest = self._nearest_steps(rescale_factors)
-        if critical_dimension is None:
-            indices = range(self.num_choices)
-        elif critical_dimension in self.critical_dimensions:
-            indices = [self.critical_dimensions.index(critical_dimension)]
-        else:
-            raise LongRopeError(
-                f"critical_dimension {critical_dimension!r} is not one of this space's choices "
-                f"{self.critical_dimensions}"
-            )
         wanted = [math.log(max(value, 1.0)) for value in rescale_factors]
 
         def distance(candidate: Candidate) -> float:
             return math.dist(wanted, [math.log(value) for value in self.decode(candidate)[0]])
 
-        return min((self._rounded(nearest, index) for index in indices), key=distance)
+        candidates = [self._rounded(nearest, index) for index in range(self.num_choices)]
+        return min(candidates, key=distance)
 
     def decode(self, candidate: Candidate) -> tuple[tuple[float, ...], int]:
         """Rescale factors and num_start_tokens (0) of a candidate.
@@ -199,34 +174,6 @@ class CriticalSpace(SearchSpace):
         first = self.critical_dimensions[candidate.start_index]
         factors = [self._factor(k) for k in candidate.steps[first:]]
         return (*(_ntk(factors[0], i, first) for i in range(first)), *factors), 0
-
-    def check(self, candidate: Candidate) -> None:
-        """Refuse a candidate from outside this space, or one that is not canonical.
-
-        Raises:
-            LongRopeError: Wrong number of genes, out of bounds, decreasing, or not canonical.
-        """
-        super().check(candidate)
-        canonical = self.canonical(candidate)
-        if candidate != canonical:
-            raise LongRopeError(
-                f"the candidate {candidate} stands for the same factors as {canonical}; "
-                "give the latter, which `canonical` returns"
-            )
-
-    def enumerate(self) -> Iterator[Candidate]:
-        """Every candidate once, by critical dimension, then in lexicographic order."""
-        levels = range(self.min_step, self.max_step + 1)
-        for index, first in enumerate(self.critical_dimensions):
-            dormant = (self.min_step,) * first
-            for genes in combinations_with_replacement(levels, self.num_factors - first):
-                candidate = Candidate(dormant + genes, index)
-                if self.canonical(candidate) == candidate:
-                    yield candidate
-
-    def genes(self, candidate: Candidate) -> range:
-        """Indices from the candidate's critical dimension up."""
-        return range(self.first_gene(candidate.start_index), self.num_factors)
 
     def with_factors(
         self, candidate: Candidate, genes: Sequence[int], factors: Sequence[float]
@@ -252,11 +199,7 @@ class CriticalSpace(SearchSpace):
         """The candidate with these steps, made non-decreasing, at the genes of a choice."""
         first = self.critical_dimensions[start_index]
         genes = accumulate(steps[first:], max)
-        return self.canonical(Candidate((self.min_step,) * first + tuple(genes), start_index))
-
-    def _without_dormant(self, steps: tuple[int, ...], start_index: int) -> Candidate:
-        first = self.critical_dimensions[start_index]
-        return Candidate((self.min_step,) * first + steps[first:], start_index)
+        return Candidate((self.min_step,) * first + tuple(genes), start_index)
 
 
 def critical_seeds(space: CriticalSpace) -> dict[str, Candidate]:
@@ -272,9 +215,8 @@ def critical_seeds(space: CriticalSpace) -> dict[str, Candidate]:
     for index in range(max(_MIN_SEEDS, space.num_choices)):
         dimension = space.critical_dimensions[index % space.num_choices]
         ratio = 1.0 + index % _SEED_RATIOS / _SEED_RATIOS
-        candidate = space.encode(
-            (ratio * space.scale,) * space.num_factors, critical_dimension=dimension
-        )
+        steps = space._nearest_steps((ratio * space.scale,) * space.num_factors)
+        candidate = space._rounded(steps, index % space.num_choices)
         if candidate not in seeds.values():
             seeds[f"cd{dimension}x{ratio:g}"] = candidate
     return seeds

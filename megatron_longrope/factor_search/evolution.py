@@ -91,7 +91,7 @@ class EvolutionSearch(GenerationalSearch):
         blocks (int): See :class:`GenerationalSearch`.
 
     Raises:
-        LongRopeError: No seed, more seeds than the population holds, or a seed outside the space.
+        LongRopeError: There are more seeds than the population holds.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class EvolutionSearch(GenerationalSearch):
             blocks=blocks,
         )
         check_int("rng_seed", rng_seed, 0)
-        self._seeds = checked_seeds(space, seeds)
+        self._seeds = list(dict.fromkeys(seeds))
         if len(self._seeds) > parameters.population_size:
             raise LongRopeError(
                 f"population_size is {parameters.population_size}, below the {len(self._seeds)} "
@@ -187,17 +187,3 @@ class EvolutionSearch(GenerationalSearch):
 
     def _mutated(self, parent: Candidate) -> Candidate:
         return mutate(parent, self.space, self._rng, self.parameters.mutation_prob)
-
-
-def checked_seeds(space: SearchSpace, seeds: Sequence[Candidate]) -> list[Candidate]:
-    """The different seeds, in order.
-
-    Raises:
-        LongRopeError: There is none, or one lies outside the space.
-    """
-    seeds = list(dict.fromkeys(seeds))
-    if not seeds:
-        raise LongRopeError("seeds is empty; give at least one starting candidate")
-    for seed in seeds:
-        space.check(seed)
-    return seeds

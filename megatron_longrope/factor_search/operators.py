@@ -87,11 +87,10 @@ def unique(
     seen: Set[Candidate],
     prob: float = MUTATION_PROB,
 ) -> Candidate | None:
-    """`child`, or one near it that is not in `seen`; None when every candidate is in `seen`.
+    """`child`, or one near it that is not in `seen`; None where the space seems used up.
 
     Mutates up to 20 times with a probability that rises from `prob` to 1, then draws up to 20
-    candidates from anywhere, then enumerates the space. The enumeration meets each candidate once,
-    so it ends after at most len(seen) + 1 of them.
+    candidates from anywhere, which fails in spaces of a few dozen candidates at most.
     """
     for attempt in range(_UNIQUE_TRIES):
         if child not in seen:
@@ -101,4 +100,4 @@ def unique(
         if child not in seen:
             return child
         child = random_candidate(space, rng)
-    return next((item for item in space.enumerate() if item not in seen), None)
+    return None if child in seen else child

@@ -215,11 +215,6 @@ def _critical_extension(
     named: Mapping[str, GivenFactors],
 ) -> SearchProblem:
     """First or second search in LongRoPE2's space."""
-    if tuple(start_tokens) != (0,):
-        raise LongRopeError(
-            f"start_tokens {tuple(start_tokens)} cannot be searched in the critical space, which "
-            "has none; leave them out or search the full space"
-        )
     stage, scale, multiplier = _further(base, target_length)
     limit = _limit(base, target_length, multiplier)
     if upper is None and limit < scale + SearchSpace.step:
@@ -233,6 +228,7 @@ def _critical_extension(
         base.rotary_dim // 2,
         scale,
         upper=_bounded(upper, CriticalSpace.upper_ratio * scale, limit),
+        start_tokens=start_tokens,
         critical_dimensions=choices,
     )
     return _problem(stage, base, target_length, space, multiplier, named, critical_seeds(space))

@@ -8,9 +8,9 @@ exact, so a candidate can be hashed and is never evaluated twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, combinations_with_replacement
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
@@ -48,8 +48,8 @@ class SearchSpace:
     """Bounds, grid and start-token choices of a search.
 
     :class:`.critical.CriticalSpace` narrows it to LongRoPE2's. Operators and algorithms know a
-    space by `min_step`, `max_step`, `num_choices`, `first_gene`, `canonical` and `enumerate`, and
-    treat both alike.
+    space by `min_step`, `max_step`, `num_choices`, `first_gene` and `canonical`, and treat both
+    alike.
 
     Raises:
         LongRopeError: A field breaks its rule; the message names field, value and rule.
@@ -179,40 +179,6 @@ class SearchSpace:
         factors = tuple(self._factor(k) for k in candidate.steps)
         return factors, self.start_tokens[candidate.start_index]
 
-    def check(self, candidate: Candidate) -> None:
-        """Refuse a candidate from outside this space.
-
-        Raises:
-            LongRopeError: Wrong number of genes, out of bounds, or decreasing.
-        """
-        steps = candidate.steps
-        if len(steps) != self.num_factors:
-            raise LongRopeError(
-                f"the candidate has {len(steps)} factors; this search space has {self.num_factors}"
-            )
-        previous = self.min_step
-        for index, value in enumerate(steps):
-            previous = max(previous, self.lowest(index))
-            if not previous <= value <= self.max_step:
-                raise LongRopeError(
-                    f"steps[{index}] of the candidate is {value}; it must lie between its "
-                    f"predecessor or the floor, {previous}, and {self.max_step}"
-                )
-            previous = value
-        if not 0 <= candidate.start_index < self.num_choices:
-            raise LongRopeError(
-                f"start_index {candidate.start_index} of the candidate is not an index into this "
-                f"space's {self.num_choices} choices"
-            )
-
-    def enumerate(self) -> Iterator[Candidate]:
-        """Every candidate once, from plain RoPE upwards in lexicographic order."""
-        for steps in combinations_with_replacement(range(self.max_step + 1), self.num_factors):
-            if any(k < self.lowest(gene) for gene, k in enumerate(steps)):
-                continue
-            for start_index in range(len(self.start_tokens)):
-                yield Candidate(steps, start_index)
-
     def _factor(self, k: int) -> float:
         return round(1.0 + k * self.step, 10)
 
@@ -235,7 +201,7 @@ class SearchSpace:
 
     def genes(self, candidate: Candidate) -> range:
         """Indices of the factors that may be changed one by one."""
-        return range(self.num_factors)
+        return range(self.first_gene(candidate.start_index), self.num_factors)
 
     def with_factors(
         self, candidate: Candidate, genes: Sequence[int], factors: Sequence[float]

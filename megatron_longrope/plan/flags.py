@@ -145,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     switches = (
         "group-query-attention", "untie-embeddings-and-output-weights", "swiglu", "add-qkv-bias",
         "qk-layernorm", "bf16", "fp16", "grad-reduce-in-bf16", "sequence-parallel",
-        "use-distributed-optimizer", "recompute-activations", "use-checkpoint-args", "no-rope-fusion",
+        "use-distributed-optimizer", "recompute-activations", "use-checkpoint-args",
+        "no-rope-fusion",
     )  # fmt: skip
     for name in switches:
         parser.add_argument(f"--{name}", action="store_true")

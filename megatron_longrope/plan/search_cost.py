@@ -63,7 +63,7 @@ class SearchCost:
     """Samples that are scored together."""
 
     dtype: str = "bfloat16"
-    """`bfloat16`, `float16` or `float32`, of weights and activations. Peak TFLOP/s are those of half
+    """`bfloat16`, `float16` or `float32`, of weights and activations; peak TFLOP/s are those of half
     precision nevertheless."""
 
     utilisation: float = 0.4

@@ -184,7 +184,7 @@ def test_a_mix_that_breaks_a_rule_is_refused(tmp_path, content, message):
 
 def test_a_mix_in_which_a_name_stands_twice_is_refused(tmp_path):
     (tmp_path / "mix.json").write_text('{"a": {"paths": ["x"]}, "a": {"paths": ["y"]}}')
-    with pytest.raises(ValueError, match="mix.json: the key 'a' stands twice in one object"):
+    with pytest.raises(ValueError, match=r"mix\.json: the key 'a' stands twice in one object"):
         load_mix(tmp_path / "mix.json")
 
 
