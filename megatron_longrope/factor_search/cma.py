@@ -25,7 +25,7 @@ import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -98,9 +98,8 @@ class CmaSearch(GenerationalSearch):
         parameters (CmaParameters): Sizes of the search.
         seeds (Sequence[Candidate]): Starting points; the best of them is where it starts.
         rng_seed (int): Seed of every random choice.
-        lookahead (int): See :class:`GenerationalSearch`; applies to the generations of CMA-ES.
-        patience (int, optional): See :class:`GenerationalSearch`.
-        blocks (int): See :class:`GenerationalSearch`.
+        shared: See :class:`GenerationalSearch`; `max_evaluations` is one of the parameters here. A
+            lookahead applies to the generations of CMA-ES.
     """
 
     def __init__(
@@ -109,12 +108,9 @@ class CmaSearch(GenerationalSearch):
         parameters: CmaParameters,
         seeds: Sequence[Candidate],
         rng_seed: int,
-        *,
-        lookahead: int = 0,
-        patience: int | None = None,
-        blocks: int = 1,
+        **shared: Any,
     ) -> None:
-        super().__init__(space, lookahead=lookahead, patience=patience, blocks=blocks)
+        super().__init__(space, **shared)
         check_int("rng_seed", rng_seed, 0)
         self._seeds = list(dict.fromkeys(seeds))
         self.parameters = parameters
@@ -283,7 +279,7 @@ class CmaSearch(GenerationalSearch):
     def _barrier(self) -> Iterator[Generation]:
         """Wait for every trial: an empty generation that knows all the others."""
         before, self._synchronous = self._synchronous, True
-        yield Generation(self._num_asked, ())
+        yield Generation(())
         self._synchronous = before
 
     def _strategy(self, size: int, deviation: float) -> cma.CMAEvolutionStrategy:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,18 +64,6 @@ class EvolutionParameters:
             self.num_mutations + self.num_crossovers
         )
 
-    def halved(self) -> EvolutionParameters:
-        """P, N1 and N2 halved, as in the paper for targets of 512k and above (section 4.1).
-
-        The published values become 32, 8 and 8; odd values round up, T and the top-k stay.
-        """
-        return replace(
-            self,
-            population_size=(self.population_size + 1) // 2,
-            num_mutations=(self.num_mutations + 1) // 2,
-            num_crossovers=(self.num_crossovers + 1) // 2,
-        )
-
 
 class EvolutionSearch(GenerationalSearch):
     """Algorithm 1 with ask and tell; no candidate is ever asked for twice.
@@ -85,10 +74,7 @@ class EvolutionSearch(GenerationalSearch):
         seeds (Sequence[Candidate]): Starting points, such as PI, NTK and YaRN. The rest of the
             initial population are mutations of them, in turn.
         rng_seed (int): Seed of every random choice.
-        max_evaluations (int, optional): Stop after so many evaluations.
-        lookahead (int): See :class:`GenerationalSearch`; 0 is the algorithm of the paper.
-        patience (int, optional): See :class:`GenerationalSearch`.
-        blocks (int): See :class:`GenerationalSearch`.
+        shared: See :class:`GenerationalSearch`; a lookahead of 0 is the algorithm of the paper.
 
     Raises:
         LongRopeError: There are more seeds than the population holds.
@@ -100,19 +86,9 @@ class EvolutionSearch(GenerationalSearch):
         parameters: EvolutionParameters,
         seeds: Sequence[Candidate],
         rng_seed: int,
-        *,
-        max_evaluations: int | None = None,
-        lookahead: int = 0,
-        patience: int | None = None,
-        blocks: int = 1,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            space,
-            max_evaluations=max_evaluations,
-            lookahead=lookahead,
-            patience=patience,
-            blocks=blocks,
-        )
+        super().__init__(space, **shared)
         check_int("rng_seed", rng_seed, 0)
         self._seeds = list(dict.fromkeys(seeds))
         if len(self._seeds) > parameters.population_size:
@@ -124,22 +100,10 @@ class EvolutionSearch(GenerationalSearch):
         self._rng = np.random.default_rng(rng_seed)
         self._advance()
 
-    @property
-    def total_evaluations(self) -> int:
-        """Upper bound of the number of evaluations of the whole search."""
-        bounds = [self.parameters.total_evaluations, self.space.size]
-        if self._max_evaluations is not None:
-            bounds.append(self._max_evaluations)
-        return min(bounds)
-
     def total_samples(self, num_samples: int) -> int:
         """Upper bound of the sample-forwards of the whole search."""
-        return num_samples * self.total_evaluations
-
-    @property
-    def population(self) -> list[tuple[Candidate, float]]:
-        """The top-k told so far, best first; equal scores stand in the order of asking."""
-        return self._ranked()[: self.parameters.num_parents]
+        evaluations = min(self.parameters.total_evaluations, self.space.size)
+        return num_samples * min(evaluations, self._max_evaluations or evaluations)
 
     def _draw(self, number: int) -> Generation | None:
         if number == 0:

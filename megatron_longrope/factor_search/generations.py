@@ -2,8 +2,7 @@
 
 The caller owns the loop, so that trials can be scored on any number of ranks, in any order:
 
-    while not search.done:
-        candidates = search.ask()
+    while candidates := search.ask():
         search.tell(candidates, [objective(*search.space.decode(item)) for item in candidates])
     candidate, score = search.best
 
@@ -52,25 +51,10 @@ class Trial:
 
 @dataclass
 class Generation:
-    """Trials that are asked for together."""
+    """Trials that are asked for together, of different candidates."""
 
-    first: int
-    """Index of the first trial."""
-
-    candidates: tuple[Candidate, ...]
-    """One for each trial."""
-
-    samples: int | None = None
-    """See :class:`Trial`."""
-
-    incumbent: Candidate | None = None
-    """See :class:`Trial`."""
-
-    certain: bool = True
-    """See :class:`Trial`."""
-
-    block: int = 0
-    """See :class:`Trial`."""
+    trials: tuple[Trial, ...]
+    """In order of asking."""
 
     scores: dict[Candidate, float] = field(default_factory=dict)
     """Told so far."""
@@ -78,7 +62,12 @@ class Generation:
     @property
     def complete(self) -> bool:
         """Whether every trial has its score."""
-        return len(self.scores) == len(self.candidates)
+        return len(self.scores) == len(self.trials)
+
+    @property
+    def waiting(self) -> list[Trial]:
+        """Trials without a score, in order of asking."""
+        return [trial for trial in self.trials if trial.candidate not in self.scores]
 
 
 class GenerationalSearch(ABC):
@@ -142,24 +131,6 @@ class GenerationalSearch(ABC):
     # What the caller sees.
 
     @property
-    def num_evaluations(self) -> int:
-        """Trials told so far."""
-        return sum(len(generation.scores) for generation in self._generations)
-
-    @property
-    def iteration(self) -> int:
-        """Number of the generation in progress: 0 for the initial population."""
-        for number, generation in enumerate(self._generations):
-            if not generation.complete:
-                return number
-        return max(0, len(self._generations) - 1)
-
-    @property
-    def done(self) -> bool:
-        """True when nothing is left to evaluate: iterations, budget or space are used up."""
-        return not self.ask()
-
-    @property
     def best(self) -> tuple[Candidate, float]:
         """The best candidate told so far and its score (infinite when every evaluation failed).
 
@@ -179,19 +150,7 @@ class GenerationalSearch(ABC):
 
     def trials(self) -> list[Trial]:
         """The same, with all that the scorer needs to know, in order of asking."""
-        return [
-            Trial(
-                generation.first + offset,
-                candidate,
-                generation.samples,
-                generation.incumbent,
-                generation.certain,
-                generation.block,
-            )
-            for generation in self._open()
-            for offset, candidate in enumerate(generation.candidates)
-            if candidate not in generation.scores
-        ]
+        return [trial for generation in self._generations for trial in generation.waiting]
 
     def tell(self, candidates: Sequence[Candidate], scores: Sequence[float]) -> None:
         """Record scores, lower is better; NaN and infinite scores rank last.
@@ -207,10 +166,9 @@ class GenerationalSearch(ABC):
         if len(candidates) != len(scores):
             raise LongRopeError(f"{len(candidates)} candidates came with {len(scores)} scores")
         waiting = {
-            candidate: generation
-            for generation in self._open()
-            for candidate in generation.candidates
-            if candidate not in generation.scores
+            trial.candidate: (generation, trial)
+            for generation in self._generations
+            for trial in generation.waiting
         }
         targets = []
         for candidate in candidates:
@@ -223,11 +181,11 @@ class GenerationalSearch(ABC):
                     "seed, seeds and settings)"
                 )
             targets.append(waiting.pop(candidate))
-        for candidate, score, generation in zip(candidates, scores, targets, strict=True):
+        for (generation, trial), score in zip(targets, scores, strict=True):
             value = float(score) if math.isfinite(score) else math.inf
-            generation.scores[candidate] = value
-            if generation.samples is None:
-                self._scores[candidate] = value
+            generation.scores[trial.candidate] = value
+            if trial.samples is None:
+                self._scores[trial.candidate] = value
         self._advance()
 
     # What subclasses use.
@@ -241,18 +199,21 @@ class GenerationalSearch(ABC):
         certain: bool = True,
     ) -> Generation | None:
         """A generation of `candidates`, cut to the budget; None when nothing is left of it."""
-        chosen = tuple(candidates)
+        chosen = list(candidates)
         if self._max_evaluations is not None:
             chosen = chosen[: self._max_evaluations - self._num_asked]
         if not chosen:
             return None
         block = len(self._generations) % self._blocks
-        generation = Generation(self._num_asked, chosen, samples, incumbent, certain, block)
-        self._num_asked += len(chosen)
+        trials = tuple(
+            Trial(index, candidate, samples, incumbent, certain, block)
+            for index, candidate in enumerate(chosen, start=self._num_asked)
+        )
+        self._num_asked += len(trials)
         if samples is None:
-            for offset, candidate in enumerate(chosen):
-                self._asked.setdefault(candidate, generation.first + offset)
-        return generation
+            for trial in trials:
+                self._asked.setdefault(trial.candidate, trial.index)
+        return Generation(trials)
 
     def _known(self, number: int) -> int:
         """How many generations, from the first, generation `number` may know the scores of."""
@@ -267,10 +228,10 @@ class GenerationalSearch(ABC):
         scores = self._scores
         if generations is not None and generations < len(self._generations):
             scores = {
-                candidate: score
+                trial.candidate: generation.scores[trial.candidate]
                 for generation in self._generations[:generations]
-                if generation.samples is None
-                for candidate, score in generation.scores.items()
+                for trial in generation.trials
+                if trial.samples is None and trial.candidate in generation.scores
             }
         return sorted(scores.items(), key=lambda item: (item[1], self._asked[item[0]]))
 
@@ -290,12 +251,10 @@ class GenerationalSearch(ABC):
         """Whether patience has run out, by complete generations in the order of asking."""
         best, unimproved = math.inf, 0
         for generation in generations if self._patience else ():
-            for score in [generation.scores[item] for item in generation.candidates]:
-                if generation.samples is not None:
+            for trial in generation.trials:
+                if trial.samples is not None:
                     continue
+                score = generation.scores[trial.candidate]
                 better = score < best * (1 - WORTHWHILE) or best == math.inf > score
                 best, unimproved = (score, 0) if better else (best, unimproved + 1)
         return self._patience is not None and unimproved >= self._patience
-
-    def _open(self) -> Iterable[Generation]:
-        return (item for item in self._generations if not item.complete)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,16 +15,6 @@ if TYPE_CHECKING:
     from megatron_longrope.factor_search.evolution import EvolutionParameters
 
 _HALVED_FROM = 512 * 1024  # tokens; section 4.1 of the paper
-
-_EVOLUTION = {
-    "population_size": "--population-size",
-    "num_mutations": "--num-mutations",
-    "num_crossovers": "--num-crossovers",
-    "num_parents": "--num-parents",
-    "max_iterations": "--iterations",
-    "mutation_prob": "--mutation-prob",
-}
-_CMA = {"population_size": "--population-size", "initial_deviation": "--initial-deviation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,11 +226,17 @@ class SearchOptions(
         from megatron_longrope.factor_search.cma import CmaParameters
         from megatron_longrope.factor_search.evolution import EvolutionParameters
 
-        ours, theirs = (_CMA, _EVOLUTION) if self.algorithm == "cma" else (_EVOLUTION, _CMA)
-        for name in theirs.keys() - ours.keys():
+        flags = {item.name: item for item in fields(_Algorithm)}
+        names = {
+            kind: {item.name for item in fields(sizes)} & (flags.keys() - {"max_evaluations"})
+            for kind, sizes in (("cma", CmaParameters), ("evolution", EvolutionParameters))
+        }
+        ours = names[self.algorithm]
+        for name in sorted((names["cma"] | names["evolution"]) - ours):
             if getattr(self, name) is not None:
+                flag_name = flags[name].metadata.get("name", f"--{name.replace('_', '-')}")
                 raise LongRopeError(
-                    f"{theirs[name]} has no meaning with --algorithm {self.algorithm}; leave it "
+                    f"{flag_name} has no meaning with --algorithm {self.algorithm}; leave it "
                     "out or choose the other algorithm"
                 )
         given = {name: value for name in ours if (value := getattr(self, name)) is not None}
@@ -250,8 +246,7 @@ class SearchOptions(
             samples = self.num_samples * self.windows_per_document
             budget = default if self.max_evaluations is None else self.max_evaluations
             return CmaParameters(max_evaluations=budget, num_samples=max(samples, 1), **given)
-        defaults = EvolutionParameters().halved() if halved else EvolutionParameters()
-        values = {name: getattr(defaults, name) for name in _EVOLUTION}
+        defaults = EvolutionParameters(32, 8, 8) if halved else EvolutionParameters()
         if "population_size" in given and "num_parents" not in given:
-            values["num_parents"] = min(values["num_parents"], given["population_size"])
-        return EvolutionParameters(**{**values, **given})
+            given["num_parents"] = min(defaults.num_parents, given["population_size"])
+        return replace(defaults, **given)

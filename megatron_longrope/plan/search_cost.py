@@ -63,8 +63,8 @@ class SearchCost:
     """Samples that are scored together."""
 
     dtype: str = "bfloat16"
-    """`bfloat16`, `float16` or `float32`, of weights and activations; peak TFLOP/s are those of half
-    precision nevertheless."""
+    """`bfloat16`, `float16` or `float32`, of weights and activations; peak TFLOP/s are always those
+    of half precision."""
 
     utilisation: float = 0.4
     """Assumed share of the GPU's peak."""

@@ -211,8 +211,7 @@ def test_a_search_evaluates_no_factors_twice_and_reproduces_itself(scale, rng_se
     def run() -> list:
         search = EvolutionSearch(space, parameters, list(critical_seeds(space).values()), rng_seed)
         told = []
-        while not search.done:
-            candidates = search.ask()
+        while candidates := search.ask():
             decoded = [space.decode(item) for item in candidates]
             search.tell(candidates, [abs(math.log(item[0][5] / scale)) + 1 for item in decoded])
             told += decoded

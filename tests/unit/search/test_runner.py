@@ -66,7 +66,7 @@ def test_the_winner_is_at_least_as_good_as_every_seed(problem, new_search, tmp_p
     outcome = run_search(search, problem, Synthetic(), SearchRun(tmp_path / "j.jsonl"))
     assert set(outcome.seed_scores) == {"pi", "ntk", "yarn"}
     assert outcome.score < min(outcome.seed_scores.values())
-    assert outcome.num_evaluations == search.num_evaluations == len(outcome.records)
+    assert outcome.num_evaluations == len(outcome.records)
 
 
 def test_an_evolution_scores_what_its_parameters_say(problem, tmp_path):
@@ -242,7 +242,7 @@ def test_exact_racing_changes_neither_the_winner_nor_the_population(problem, tmp
         objective = Synthetic(offset=0.0)
         run = SearchRun(tmp_path / f"{rule}.jsonl", race=Race(rule))
         outcome = run_search(search, problem, objective, run)
-        results[rule] = outcome.candidate, outcome.score, search.population
+        results[rule] = outcome.candidate, outcome.score, search._ranked()[:4]
         if rule == "exact":
             assert outcome.sample_forwards_saved > 0
             assert outcome.sample_forwards + outcome.sample_forwards_saved == 32 * 5
