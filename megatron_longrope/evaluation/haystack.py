@@ -16,6 +16,7 @@ from itertools import chain
 
 import numpy as np
 
+from megatron_longrope.data.answers import encode_within
 from megatron_longrope.data.sentences import Splitter, iterate_sentence_ends
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.errors import LongRopeError
@@ -82,28 +83,6 @@ class NeedleDocument:
         digest.update(self.places[:count].tobytes())
         digest.update(self.tokens[:length].tobytes())
         return digest.hexdigest()
-
-
-def encode_within(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text` as it is spelled behind other text.
-
-    Some tokenizers put a space before whatever they encode (sentencepiece's dummy prefix). It
-    belongs to the beginning of a sequence; here it would be a space too many.
-
-    Raises:
-        LongRopeError: `text` is merged with whatever is put before it.
-    """
-    # A letter or a full stop before white space, the end of a line before all else: what most
-    # tokenizers keep apart.
-    anchors = ("a", ".", "\n") if text[:1].isspace() else ("\n", ".", "a")
-    for anchor in anchors:
-        before, both = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
-        if both[: len(before)] == before:
-            return both[len(before) :]
-    raise LongRopeError(
-        f"the tokenizer {tokenizer.path} merges {text[:40]!r} with whatever stands before it, so "
-        "that samples cannot be put together from tokens; use a tokenizer with stable prefixes"
-    )
 
 
 def _seam(tokenizer: Tokenizer, gap: str) -> tuple[int, str]:

@@ -19,17 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_longrope.data.answers import encode_within, question_and_answer
 from megatron_longrope.data.sentences import Splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
+from megatron_longrope.evaluation.haystack import NeedleDocument
 from megatron_longrope.evaluation.needle_text import (
     INSTRUCTION,
     NUM_KEYS,
     draw_keys,
     needle_text,
-    question_and_answer,
+    question_text,
 )
 
 TASKS = ("single", "multi_key", "multi_query")
@@ -169,7 +170,8 @@ def make_sample(
 
     front = bos_prefix(bos_id)
     begin = [*front, *tokenizer.encode(INSTRUCTION)]
-    question, answer, spans = question_and_answer(tokenizer, keys[:asked], values[:asked])
+    asked_for = question_text(keys[:asked])
+    question, answer, spans = question_and_answer(tokenizer, asked_for, values[:asked])
     needles = [needle_text(*pair) for pair in zip(keys, values, strict=True)]
     ways = [
         {form: encode_within(tokenizer, form.format(needle)) for form in set(document.forms)}

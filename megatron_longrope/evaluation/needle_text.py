@@ -6,10 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_longrope.data.tokenizer import Tokenizer
-from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.haystack import encode_within
-
 INSTRUCTION = (
     "While reading, watch for sentences that say in which locker an object is kept. A question "
     "about that follows the last page.\n\n"
@@ -55,41 +51,9 @@ def needle_text(key: str, value: int) -> str:
     return _NEEDLE.format(key=key, value=value)
 
 
-def question_and_answer(
-    tokenizer: Tokenizer, keys: Sequence[str], values: Sequence[int]
-) -> tuple[list[int], list[int], tuple[slice, ...]]:
-    """Return the tokens of a question for `keys`, of its answer, and of each number in it.
-
-    Raises:
-        LongRopeError: The tokenizer merges the question with the answer, or a number with what
-            follows it, so that scoring would not equal generation; or it does not keep the digits.
-    """
+def question_text(keys: Sequence[str]) -> str:
+    """Return the question for the lockers of `keys`, up to where the first number follows."""
     *others, last = keys
-    text = _QUESTION.format(keys=last)
-    if others:
-        text = _QUESTION_OF_MANY.format(keys=f"{', the '.join(others)} and the {last}")
-    question = encode_within(tokenizer, text)
-    ids, spans = question, []
-    for value in values:
-        lead = f"{text}," if spans else text
-        text = f"{lead} {value}"
-        before, whole = encode_within(tokenizer, lead), encode_within(tokenizer, text)
-        if before[: len(ids)] != ids or whole[: len(before)] != before:
-            raise LongRopeError(
-                f"the tokenizer {tokenizer.path} merges the end of {lead[-40:]!r} with what "
-                "follows, so that scoring would not equal generation; use a tokenizer with stable "
-                "prefixes"
-            )
-        first = len(before)
-        # The space before a number is no part of it, where it is a token of its own.
-        while first < len(whole) and not tokenizer.decode(whole[first : first + 1]).strip():
-            first += 1
-        read = tokenizer.decode(whole[first:]).strip()
-        if read != str(value):
-            raise LongRopeError(
-                f"the tokenizer {tokenizer.path} reads {read!r} where the answer {value} was "
-                "written; use a tokenizer that keeps digits"
-            )
-        spans.append(slice(first - len(question), len(whole) - len(question)))
-        ids = whole
-    return question, ids[len(question) :], tuple(spans)
+    if not others:
+        return _QUESTION.format(keys=last)
+    return _QUESTION_OF_MANY.format(keys=f"{', the '.join(others)} and the {last}")

@@ -10,6 +10,7 @@ answer as its last tokens: a text cut to the window afterwards would lose the an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_longrope.data.answers import encode_within, question_and_answer
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.space import check_int
@@ -61,7 +63,7 @@ class NeedleSamples:
     """The hidden numbers."""
 
     def describe(self) -> dict[str, Any]:
-        """Wording and places, as plain JSON for a journal or a result's origin."""
+        """Wording, places and a hash of the tokens, as plain JSON for a journal or an origin."""
         return {
             "instruction": _INSTRUCTION,
             "needle": _NEEDLE,
@@ -69,6 +71,7 @@ class NeedleSamples:
             "depths": list(self.depths),
             "positions": list(self.positions),
             "numbers": list(self.numbers),
+            "token_sha256": hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest(),
         }
 
 
@@ -146,26 +149,12 @@ class _Parts:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, bos_id: int | None, number: int) -> _Parts:
-        question, after = tokenizer.encode(_QUESTION), tokenizer.encode(f"{_QUESTION} {number}")
-        if after[: len(question)] != question:
-            raise LongRopeError(
-                "the tokenizer merges the end of the question with the answer, so that scoring "
-                "would not equal generation; use a tokenizer with stable prefixes"
-            )
-        answer = after[len(question) :]
-        # The space before the number is no part of it, where it is a token of its own.
-        while answer and not tokenizer.decode(answer[:1]).strip():
-            answer = answer[1:]
-        if tokenizer.decode(answer).strip() != str(number):
-            raise LongRopeError(
-                f"the tokenizer reads {tokenizer.decode(answer)!r} where the answer {number} was "
-                "written; use a tokenizer that keeps digits"
-            )
+        question, answer, (span,) = question_and_answer(tokenizer, _QUESTION, [number])
         return cls(
             [*bos_prefix(bos_id), *tokenizer.encode(_INSTRUCTION)],
-            tokenizer.encode(_NEEDLE.format(number=number)),
-            after,
-            len(answer),
+            encode_within(tokenizer, _NEEDLE.format(number=number)),
+            [*question, *answer],
+            span.stop - span.start,
         )
 
 

@@ -18,10 +18,11 @@ from toy_tokenizers import (
     train_byte_level,
 )
 
+from megatron_longrope.data.answers import encode_within
 from megatron_longrope.data.sentences import iterate_sentence_ends, train_splitter
 from megatron_longrope.data.sources import Document
 from megatron_longrope.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_longrope.evaluation.haystack import NeedleDocument, encode_within
+from megatron_longrope.evaluation.haystack import NeedleDocument
 from megatron_longrope.evaluation.needle_sample import (
     TASKS,
     make_sample,

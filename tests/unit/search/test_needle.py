@@ -178,6 +178,19 @@ def test_a_space_that_belongs_to_the_first_digit_is_scored_with_it():
     assert samples.scored.sum() == 7  # here the space stands alone and is not scored
 
 
+def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_within_a_sample():
+    class PrefixTokenizer(CharacterTokenizer):
+        """As sentencepiece's dummy prefix does."""
+
+        def encode(self, text):
+            return super().encode(f" {text}")
+
+    samples = needle_samples([characters("a b\n" * 200)], PrefixTokenizer(), 700, bos_id=BOS)
+    text = PrefixTokenizer().decode(samples.tokens[0, 1:].tolist())
+    assert text.startswith(" Somewhere in this text") and " \n" not in text
+    assert "\nThe registration number" in text and samples.scored.sum() == 7
+
+
 def test_a_document_that_is_too_short_is_named_with_its_tokens(tokenizer, documents):
     short = [documents[0], documents[1][:500]]
     with pytest.raises(ValueError, match=r"document 1 has 500 tokens; .* of 2000 tokens needs 1"):
@@ -197,7 +210,7 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (MergingTokenizer, "merges the end of the question"),
+        (MergingTokenizer, "merges '.*' with what"),
         (ForgetfulTokenizer, "keeps digits"),
     ],
 )
