@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.factor_search.generations import Trial
-from megatron_longrope.factor_search.objective import Objective
+from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.retrieval import Retrieval, RetrievalVerdict
@@ -86,7 +86,7 @@ def settle_attention(
 def attention_scores(
     problem: SearchProblem,
     winner: Candidate | GivenFactors,
-    objective: Objective,
+    objective: PerplexityObjective,
     own_score: float | None = None,
 ) -> dict[float, float]:
     """Score a winner under attention factors between none and twice what `su` adds.
@@ -94,7 +94,7 @@ def attention_scores(
     Args:
         problem (SearchProblem): What was searched, under the attention factor of the search.
         winner (Candidate | GivenFactors): What is to be written.
-        objective (Objective): Windows of text.
+        objective (PerplexityObjective): Windows of text.
         own_score (float, optional): Of the winner on these windows under the search's own value,
             where that is known. Defaults to one evaluation more.
 

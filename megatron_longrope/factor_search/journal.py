@@ -7,18 +7,20 @@ seed and the scores told, so replaying the records resumes it exactly.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.factor_search.space import GivenFactors
 from megatron_longrope.files import hold
 
 JOURNAL_VERSION = 2
@@ -255,35 +257,30 @@ class Journal:
 
 
 def read_records(path: str | Path) -> list[Evaluation]:
-    """Read every readable record of a journal of any version; damaged lines are passed over.
+    """Read every readable record of a journal of this version; damaged lines are passed over.
 
     For whoever looks at a search: a search that goes on opens a :class:`Journal`, which refuses
-    damage. The first version of journals had no index and stopped no candidate early.
+    damage.
     """
     records: list[Evaluation] = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-            score, nlls = value["score"], value.get("sample_nlls") or ()
-            stopped = value.get("stopped")
-            record = Evaluation(
-                value["rescale_factors"],
-                value.get("num_start_tokens", 0),
-                math.inf if score is None else score,
-                tuple(math.inf if item is None else item for item in nlls),
-                index=value.get("index", len(records)),
-                stopped=None if stopped is None else str(stopped),
-                block=value.get("block", 0),
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            continue  # the header, a torn last line, or damage
-        records.append(record)
+        # The header, a torn last line, or damage.
+        with contextlib.suppress(ValueError, OverflowError, RecursionError):
+            records.append(Evaluation.from_dict(json.loads(line)))
     return records
 
 
 def is_complete(record: Evaluation) -> bool:
     """Return whether the record's score is a perplexity over every sample."""
     return record.stopped is None and math.isfinite(record.score)
+
+
+def best_scores(records: Iterable[Evaluation]) -> dict[GivenFactors, float]:
+    """Return the lowest complete score of all factors that have one, the best first."""
+    best: dict[GivenFactors, float] = {}
+    for record in sorted(filter(is_complete, records), key=lambda item: item.score):
+        best.setdefault(GivenFactors(record.rescale_factors, record.num_start_tokens), record.score)
+    return best
 
 
 def is_failed(record: Evaluation) -> bool:

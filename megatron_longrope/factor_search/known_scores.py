@@ -17,11 +17,7 @@ from megatron_longrope.factor_search.generations import Trial
 from megatron_longrope.factor_search.journal import Evaluation, Journal, is_complete
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.space import Candidate
-from megatron_longrope.factor_search.trial_queue import (
-    LocalTrialQueue,
-    SharedTrialQueue,
-    TrialQueue,
-)
+from megatron_longrope.factor_search.trial_queue import SharedTrialQueue, TrialQueue
 
 Key = tuple[tuple[float, ...], int, int]
 """Factors, start tokens and the block of a rotating pool."""
@@ -121,7 +117,7 @@ def open_journal(
     """
     if team.store is None or team.count == 1:
         with Journal(path, settings, resume=resume, overwrite=overwrite) as journal:
-            yield KnownScores(problem, journal.records), LocalTrialQueue(journal.append)
+            yield KnownScores(problem, journal.records), TrialQueue(journal.append)
         return
     store = dist.PrefixStore(str(path), team.store)
     with contextlib.ExitStack() as stack:

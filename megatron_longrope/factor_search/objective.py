@@ -3,49 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.data.tokenizer import bos_prefix
 from megatron_longrope.errors import LongRopeError
 
+if TYPE_CHECKING:
+    from megatron_longrope.engine import Engine
+    from megatron_longrope.factor_search.replicas import Replica
+
 # Short samples go through the model together, up to this many tokens.
 TOKENS_PER_FORWARD = 8192
-
-
-class Objective(Protocol):
-    """Scores a configuration sample by sample."""
-
-    num_samples: int
-    """Samples of a full evaluation."""
-
-    samples_per_forward: int
-    """How many of them share a forward pass."""
-
-    def losses(self, config: LongRopeConfig, first: int) -> list[float]:
-        """Mean loss in nats of sample `first`, a multiple of `samples_per_forward`, and those that
-        share its forward pass."""
-
-
-class TokenModel(Protocol):
-    """What an objective needs of :class:`.engine.Engine`."""
-
-    def set_config(self, config: LongRopeConfig) -> None:
-        """Swap the factors."""
-
-    def nll(self, tokens: Tensor, start: int = 0) -> Tensor:
-        """`[b, n] -> [b, n - 1 - start]` losses."""
 
 
 class PerplexityObjective:
     """Mean or weighted loss of samples of `target_length` tokens.
 
     Args:
-        engine (TokenModel): Resident model; only its factors change.
+        engine (Engine | Replica): Resident model; only its factors change.
         samples (Tensor): `[k, target_length]`, int64, BOS included.
         weights (Tensor, optional): `[k, target_length - 1]`, what the loss of each target (of
             sample position 1, 2, ...) counts in the sample's sum. Defaults to the mean over all.
@@ -58,7 +39,7 @@ class PerplexityObjective:
 
     def __init__(
         self,
-        engine: TokenModel,
+        engine: Engine | Replica,
         samples: Tensor,
         *,
         weights: Tensor | None = None,
@@ -136,7 +117,8 @@ def window_samples(
     evaluation are the same number.
 
     Args:
-        documents (Sequence[np.ndarray]): Token ids without special tokens.
+        documents (Sequence[np.ndarray]): Token ids, int64, without special tokens, that fill the
+            windows; see :func:`.documents.read_window_documents`.
         bos_id (int, optional): Put before every sample; None for nothing.
         length (int): Sample length in tokens.
         windows_per_document (int): Consecutive windows taken from each document; more of them make
@@ -144,23 +126,8 @@ def window_samples(
 
     Returns:
         Tensor: `[documents * windows_per_document, length]`, int64.
-
-    Raises:
-        LongRopeError: A document is too short.
     """
-    front = np.asarray(bos_prefix(bos_id), np.int64)
-    content = length - len(front)
-    for index, document in enumerate(documents):
-        if len(document) < windows_per_document * content:
-            raise LongRopeError(
-                f"document {index} has {len(document)} tokens; {windows_per_document} windows "
-                f"of {length} need {windows_per_document * content}"
-                f"{' (BOS is added)' if len(front) else ''}"
-            )
-    return torch.stack(
-        [
-            torch.from_numpy(np.concatenate((front, document[i * content : (i + 1) * content])))
-            for document in documents
-            for i in range(windows_per_document)
-        ]
-    )
+    content = length - len(bos_prefix(bos_id))
+    texts = [torch.from_numpy(item[: windows_per_document * content]) for item in documents]
+    rows = torch.stack(texts).view(-1, content)
+    return rows if bos_id is None else functional.pad(rows, (1, 0), value=bos_id)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_longrope import __version__
 from megatron_longrope.factor_search.generations import Trial
-from megatron_longrope.factor_search.objective import Objective
+from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.retrieval import RetrievalVerdict
@@ -23,7 +23,7 @@ from megatron_longrope.integration.compat import megatron_version
 
 
 def scores_on(
-    objective: Objective,
+    objective: PerplexityObjective,
     problem: SearchProblem,
     candidates: Mapping[str, Candidate | GivenFactors],
 ) -> dict[str, float | None]:
@@ -53,14 +53,14 @@ def write(
 def export_notes(
     problem: SearchProblem,
     outcome: SearchOutcome,
-    objective: Objective,
+    objective: PerplexityObjective,
     *,
     is_scored: bool = True,
 ) -> list[str]:
     """What keeps the result from Hugging Face, and what it costs to do without; [] if nothing.
 
     Args:
-        objective (Objective): Windows of text.
+        objective (PerplexityObjective): Windows of text.
         is_scored (bool): Whether the outcome's score is of these windows; a pool's is not, and is
             then computed. Defaults to True.
     """

@@ -10,12 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.factor_search.journal import is_complete
+from megatron_longrope.factor_search.journal import best_scores
 from megatron_longrope.factor_search.needle import NeedleSamples
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.runner import SearchOutcome
@@ -23,20 +21,10 @@ from megatron_longrope.factor_search.space import Candidate, GivenFactors
 from megatron_longrope.progress import Progress
 
 if TYPE_CHECKING:
-    from megatron_longrope.engine import Answer
+    from megatron_longrope.factor_search.replicas import Replica
 
 # Three answers are few: among equal numbers of right ones a clearly higher loss is worse, too.
 _TOLERANCE = 0.2  # nats per token of an answer
-
-
-class AnsweringModel(Protocol):
-    """What retrieval needs of :class:`.engine.Engine`."""
-
-    def set_config(self, config: LongRopeConfig) -> None:
-        """Swap the factors."""
-
-    def answer(self, tokens: Tensor, num_answer_tokens: int) -> Answer:
-        """Loss and greedy choice of the last tokens of `[1, n]`."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +50,7 @@ class Retrieval:
         return f"{self.correct} of {self.trials} answers (loss {self.loss:.3g})"
 
 
-def measure_retrieval(
-    model: AnsweringModel, samples: NeedleSamples, config: LongRopeConfig
-) -> Retrieval:
+def measure_retrieval(model: Replica, samples: NeedleSamples, config: LongRopeConfig) -> Retrieval:
     """Ask for each sample's number, one forward pass each."""
     model.set_config(config)
     losses, correct = [], 0
@@ -77,7 +63,7 @@ def measure_retrieval(
 
 
 def check_retrieval(
-    model: AnsweringModel,
+    model: Replica,
     samples: NeedleSamples,
     problem: SearchProblem,
     outcome: SearchOutcome,
@@ -176,7 +162,11 @@ def choose_by_retrieval(
     fallback = min(fitting, key=fitting.__getitem__)
     target = problem.factor_set(outcome.candidate)
     won_given = GivenFactors(target.rescale_factors, target.num_start_tokens)
-    ranked = [item for item in _ranked(outcome, fitting[fallback]) if item[0] != won_given]
+    ranked = [
+        (given, score)
+        for given, score in best_scores(outcome.records).items()
+        if score < fitting[fallback] and given != won_given
+    ]
     place = 1
     while place <= len(ranked):
         given, score = ranked[place - 1]
@@ -188,17 +178,6 @@ def choose_by_retrieval(
     reason += f"; in its place stands {fallback}"
     given, score = problem.references[fallback], fitting[fallback]
     return RetrievalVerdict(_with(outcome, given, score), measured, measured[fallback], reason)
-
-
-def _ranked(outcome: SearchOutcome, limit: float) -> list[tuple[GivenFactors, float]]:
-    """Every completely scored candidate below `limit`, best first."""
-    scores: dict[GivenFactors, float] = {}
-    for record in filter(is_complete, outcome.records):
-        scores.setdefault(
-            GivenFactors(record.rescale_factors, record.num_start_tokens), record.score
-        )
-    found = [(given, score) for given, score in scores.items() if score < limit]
-    return sorted(found, key=lambda item: item[1])
 
 
 def _with(

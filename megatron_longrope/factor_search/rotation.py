@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Trial
-from megatron_longrope.factor_search.journal import Evaluation, is_complete
+from megatron_longrope.factor_search.journal import Evaluation, best_scores, is_complete
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
@@ -98,10 +98,7 @@ def validate(
         tuple: The winner, the score that the search gave it, and the perplexities of the winner
         and of the anchor on these windows.
     """
-    best: dict[GivenFactors, float] = {}
-    for record in sorted(filter(is_complete, records), key=lambda item: item.score):
-        given = GivenFactors(record.rescale_factors, record.num_start_tokens)
-        best.setdefault(given, record.score)
+    best = best_scores(records)
     finalists = [item for item in best if item != anchor.given][:FINALISTS]
     race = Race("paired")
     winner = anchor.given

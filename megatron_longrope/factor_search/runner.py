@@ -12,7 +12,7 @@ from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch, Trial
 from megatron_longrope.factor_search.journal import Evaluation, is_complete
 from megatron_longrope.factor_search.known_scores import KnownScores, Team, open_journal
-from megatron_longrope.factor_search.objective import Objective
+from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.rotation import Anchor
@@ -81,12 +81,12 @@ class SearchRun:
 def run_search(
     search: GenerationalSearch,
     problem: SearchProblem,
-    objective: Objective,
+    objective: PerplexityObjective,
     run: SearchRun,
     *,
     label: str = "search",
     known: Sequence[Evaluation] = (),
-    blocks: Sequence[Objective] = (),
+    blocks: Sequence[PerplexityObjective] = (),
     anchor: Anchor | None = None,
 ) -> SearchOutcome:
     """Score what `search` asks for until it is done.
@@ -94,14 +94,14 @@ def run_search(
     Args:
         search (GenerationalSearch): A new one; the journal brings it up to date.
         problem (SearchProblem): What the candidates mean.
-        objective (Objective): Scores a sample.
+        objective (PerplexityObjective): Scores a sample.
         run (SearchRun): Where and how.
         label (str): Of the progress line.
         known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
             another search: what they scored costs nothing here. Complete ones are incumbents of the
             winner.
-        blocks (Sequence[Objective]): Of a rotating pool, all of the same size; a trial is scored on
-            its own. Defaults to `objective` for all.
+        blocks (Sequence[PerplexityObjective]): Of a rotating pool, all of the same size; a trial is
+            scored on its own. Defaults to `objective` for all.
         anchor (Anchor, optional): What scores on different blocks are relative to.
 
     Raises:
@@ -140,7 +140,7 @@ def run_search(
                     status.note(), status.sample_forwards + status.avoided - done, resumed=resumed
                 )
                 if not resumed:
-                    telemetry.evaluated(record, status.best and status.best.score, status)
+                    telemetry.evaluated(record, status)
         bar.finish(status.note())
     return _outcome(search, problem, run, known, records, status)
 
@@ -176,7 +176,7 @@ def _outcome(
 
 
 def _score_next(
-    trials: Sequence[Trial], problem: SearchProblem, blocks: Sequence[Objective],
+    trials: Sequence[Trial], problem: SearchProblem, blocks: Sequence[PerplexityObjective],
     anchor: Anchor | None, race: Race, scores: KnownScores, queue: TrialQueue,
 ) -> None:  # fmt: skip
     """Add another replica's results to `scores`, or else that of one trial; or wait for either."""
@@ -240,25 +240,17 @@ class SeedSearch(GenerationalSearch):
 
 
 def score_references(
-    problem: SearchProblem, objective: Objective, run: SearchRun, label: str
+    problem: SearchProblem, objective: PerplexityObjective, run: SearchRun
 ) -> SearchOutcome:
-    """Score the problem's references, all samples of each.
-
-    Args:
-        run (SearchRun): Of the search that follows. The journal is another, `<journal>.<label>`
-            before its suffix.
-        label (str): Of the journal and the progress line.
-    """
-    path = run.journal.with_suffix(f".{label.replace(' ', '-')}.jsonl")
-    part = replace(run, journal=path, race=Race("off"), tensorboard=None)
-    search = SeedSearch(problem.space, list(problem.references.values()))
-    return run_search(search, problem, objective, part, label=label)
+    """Score the problem's references, all samples of each; `run` is that of the search."""
+    given = list(problem.references.values())
+    return _score_given(given, problem, (objective,), run, "references")
 
 
 def score_anchor(
     given: GivenFactors,
     problem: SearchProblem,
-    blocks: Sequence[Objective],
+    blocks: Sequence[PerplexityObjective],
     run: SearchRun,
     known: Sequence[Evaluation],
 ) -> Anchor:
@@ -266,20 +258,29 @@ def score_anchor(
 
     Args:
         given (GivenFactors): A reference of the problem.
-        run (SearchRun): Of the search that follows; the journal is another.
+        run (SearchRun): Of the search that follows.
         known (Sequence[Evaluation]): Scores on the first block, which are not repeated.
     """
-    path = run.journal.with_suffix(".anchor.jsonl")
-    part = replace(run, journal=path, race=Race("off"), tensorboard=None)
-    search = SeedSearch(problem.space, [given], len(blocks))
-    outcome = run_search(
-        search, problem, blocks[0], part, label="anchor", known=known, blocks=blocks
-    )
-    losses: dict[int, tuple[float, ...]] = {
-        record.block: record.sample_nlls for record in outcome.records if is_complete(record)
-    }
+    records = _score_given([given], problem, blocks, run, "anchor", known).records
+    losses = {record.block: record.sample_nlls for record in records if is_complete(record)}
     if len(losses) < len(blocks):
+        path = _journal_beside(run, "anchor")
         raise LongRopeError(
             f"the anchor could not be scored on every block; see the error fields in {path}"
         )
     return Anchor(given, tuple(losses[block] for block in range(len(blocks))))
+
+
+def _score_given(
+    given: Sequence[GivenFactors], problem: SearchProblem, blocks: Sequence[PerplexityObjective],
+    run: SearchRun, label: str, known: Sequence[Evaluation] = (),
+) -> SearchOutcome:  # fmt: skip
+    """Score factors on every block, with a journal of their own beside the search's."""
+    journal = _journal_beside(run, label)
+    part = replace(run, journal=journal, race=Race("off"), tensorboard=None)
+    search = SeedSearch(problem.space, given, len(blocks))
+    return run_search(search, problem, blocks[0], part, label=label, known=known, blocks=blocks)
+
+
+def _journal_beside(run: SearchRun, label: str) -> Path:
+    return run.journal.with_suffix(f".{label}.jsonl")

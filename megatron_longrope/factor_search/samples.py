@@ -14,8 +14,6 @@ from megatron_longrope.factor_search.needle import NeedleSamples, needle_samples
 from megatron_longrope.factor_search.objective import mean_over, window_samples
 from megatron_longrope.factor_search.options import SearchOptions
 
-OBJECTIVES = ("ppl", "needle", "joint")
-
 
 @dataclass(frozen=True, eq=False)
 class Samples:
@@ -38,7 +36,7 @@ class Samples:
 
 
 def read_samples(args: SearchOptions, prefix: str, objective: str, num_documents: int) -> Samples:
-    """Samples of a data set for one of :data:`OBJECTIVES`.
+    """Samples of a data set for `ppl`, `needle` or `joint`.
 
     `joint` is the loss of the document's tokens plus --needle-weight x the loss of the answer's, in
     nats, both from one forward pass. What the best seed has of either would only be subtracted from

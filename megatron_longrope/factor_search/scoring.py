@@ -11,7 +11,7 @@ import torch
 
 from megatron_longrope.factor_search.generations import Trial
 from megatron_longrope.factor_search.journal import Evaluation
-from megatron_longrope.factor_search.objective import Objective
+from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.out_of_memory import is_out_of_memory
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def score_trial(
     trial: Trial,
     problem: SearchProblem,
-    objective: Objective,
+    objective: PerplexityObjective,
     race: Race,
     *,
     known: Sequence[float] = (),

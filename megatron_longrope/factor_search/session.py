@@ -36,7 +36,6 @@ from megatron_longrope.factor_search.problem import SearchProblem, make_problem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.replicas import Replica
 from megatron_longrope.factor_search.retrieval import (
-    RetrievalVerdict,
     check_retrieval,
     measure_retrieval,
 )
@@ -166,7 +165,7 @@ class SearchPlan:
             options, parameters, checkpoint, problem, race, samples, held_out, rotating,
             needles_or_reason(args, checkpoint.shape.vocab_size),
         )  # fmt: skip
-        _algorithm(plan, problem)  # seeds that do not fit its sizes
+        plan._algorithm()  # seeds that do not fit its sizes
         return plan
 
     @property
@@ -176,6 +175,16 @@ class SearchPlan:
             return len(self.samples)
         return self.options.num_samples * self.options.windows_per_document
 
+    def _algorithm(self) -> CmaSearch | EvolutionSearch:
+        args, space, seeds = self.options, self.problem.space, list(self.problem.seeds.values())
+        shared: dict[str, Any] = {
+            "lookahead": args.lookahead, "patience": args.patience, "blocks": self.rotating
+        }  # fmt: skip
+        if isinstance(self.parameters, CmaParameters):
+            return CmaSearch(space, self.parameters, seeds, args.seed, **shared)
+        shared["max_evaluations"] = args.max_evaluations
+        return EvolutionSearch(space, self.parameters, seeds, args.seed, **shared)
+
     def estimate(self) -> Sequence[str]:
         """Return FLOPs, memory and hours in words."""
         from megatron_longrope.plan.hardware import parse_gpu
@@ -184,7 +193,7 @@ class SearchPlan:
         args = self.options
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
         count = self.num_samples
-        forwards = _algorithm(self, self.problem).total_samples(count)
+        forwards = self._algorithm().total_samples(count)
         forwards += count * (self.rotating - 1)
         kept = len(self.samples) - self.rotating * count  # the validation windows of a pool
         forwards += kept * (FINALISTS + 1)
@@ -247,8 +256,11 @@ class SearchPlan:
         if found is None:
             return None
         problem, outcome = found.problem, found.outcome
-        verdict = self._check_retrieval(model, problem, outcome)
-        if verdict is not None:
+        verdict = None
+        if not isinstance(self.needles, str):
+            verdict = check_retrieval(
+                model, self.needles, problem, outcome, accept_worse=args.accept_worse_retrieval
+            )
             outcome = verdict.outcome
         settled = None
         if args.attention_factor == "search":
@@ -313,13 +325,13 @@ class SearchPlan:
         )  # fmt: skip
         count = self.num_samples
         blocks = [objective.part(i * count, count) for i in range(self.rotating)]
-        references = score_references(problem, blocks[0], run, "references")
+        references = score_references(problem, blocks[0], run)
         known, anchor = references.records, None
         if args.pool:
             anchor = score_anchor(references.candidate, problem, blocks, run, known)
             known = anchor.adjusted(known)
         outcome = run_search(
-            _algorithm(self, problem), problem, blocks[0], run,
+            self._algorithm(), problem, blocks[0], run,
             known=known, blocks=blocks, anchor=anchor,
         )  # fmt: skip
         if rank() != 0:
@@ -359,15 +371,6 @@ class SearchPlan:
             **outcome_files.scores_on(objective, problem, problem.references),
             **outcome_files.scores_on(objective, written, {"longrope": outcome.candidate}),
         }
-
-    def _check_retrieval(
-        self, model: Replica, problem: SearchProblem, outcome: SearchOutcome
-    ) -> RetrievalVerdict | None:
-        """What may be written of the outcome; None where retrieval is not measured."""
-        if isinstance(self.needles, str):
-            return None
-        accept_worse = self.options.accept_worse_retrieval
-        return check_retrieval(model, self.needles, problem, outcome, accept_worse=accept_worse)
 
     def _objective(self, model: Replica, samples: Samples) -> PerplexityObjective:
         return PerplexityObjective(
@@ -428,20 +431,6 @@ class SearchPlan:
         # LongRoPE's formula, as the one value that Hugging Face's longrope and its readers hold.
         value = base.attention_factor_by("su", self.problem.target_length)
         return self.problem.with_attention(value, "su")
-
-
-def _algorithm(plan: SearchPlan, problem: SearchProblem) -> CmaSearch | EvolutionSearch:
-    args, seeds = plan.options, list(problem.seeds.values())
-    if isinstance(plan.parameters, CmaParameters):
-        return CmaSearch(
-            problem.space, plan.parameters, seeds, args.seed,
-            lookahead=args.lookahead, patience=args.patience, blocks=plan.rotating,
-        )  # fmt: skip
-    return EvolutionSearch(
-        problem.space, plan.parameters, seeds, args.seed,
-        max_evaluations=args.max_evaluations, lookahead=args.lookahead, patience=args.patience,
-        blocks=plan.rotating,
-    )  # fmt: skip
 
 
 def num_journaled(journal: Path) -> int:

@@ -23,8 +23,6 @@ class SearchStatus:
     """
 
     def __init__(self, num_samples: int) -> None:
-        if num_samples < 1:
-            raise LongRopeError(f"num_samples is {num_samples}; it must be at least 1")
         self.num_samples = num_samples
         self.evaluations = 0
         """Records counted, those replayed from a journal included."""
@@ -97,12 +95,11 @@ class Telemetry:
         self._directory = None if directory is None or rank() != 0 else Path(directory)
         self._writer: Any = None
 
-    def evaluated(self, record: Any, best: float | None, counters: SearchStatus) -> None:
+    def evaluated(self, record: Any, counters: SearchStatus) -> None:
         """Write the scalars of one new evaluation; those replayed from a journal need none.
 
         Args:
             record (Evaluation): The evaluation.
-            best (float, optional): Best perplexity so far; left out while None or infinite.
             counters (SearchStatus): The search with `record` counted; its number of evaluations is
                 the step.
         """
@@ -116,7 +113,7 @@ class Telemetry:
         # What was stopped early has no perplexity over all samples; it gets a curve of its own.
         kind = "perplexity" if record.stopped is None else "perplexity_stopped_early"
         values = {
-            "best_perplexity": best,
+            "best_perplexity": counters.best and counters.best.score,
             kind: record.score,
             "evaluations": counters.evaluations,
             "sample_forwards": counters.sample_forwards,

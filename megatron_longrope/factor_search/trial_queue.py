@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
 
 import torch.distributed as dist
 
@@ -26,46 +25,34 @@ SILENCE_SECONDS = 120.0
 """A replica that shows no sign of life for so long is taken for dead."""
 
 
-class TrialQueue(Protocol):
-    """Trials of a search that several replicas take from, and what came out of each."""
-
-    def claim(self, index: int) -> bool:
-        """Whether this replica is the first to ask for the trial."""
-
-    def publish(self, record: Evaluation) -> None:
-        """Share a result; the journal has it, or soon will."""
-
-    def fetch(self, index: int) -> Evaluation | None:
-        """Another replica's result, if it is there."""
-
-    def wait(self) -> None:
-        """Nothing can be claimed: pause until something may have changed."""
-
-
-class LocalTrialQueue:
-    """One replica: everything is its own.
+class TrialQueue:
+    """Trials of a search, and what came out of each: here of one replica, where all is its own.
 
     Args:
         write (Callable): Puts a result into the journal.
     """
 
     def __init__(self, write: Callable[[Evaluation], None]) -> None:
-        self.publish = write
+        self._write = write
 
     def claim(self, index: int) -> bool:
-        """Always."""
+        """Whether this replica is the first to ask for the trial."""
         return True
 
+    def publish(self, record: Evaluation) -> None:
+        """Share a result; the journal has it, or soon will."""
+        self._write(record)
+
     def fetch(self, index: int) -> Evaluation | None:
-        """Never anything."""
+        """Another replica's result, if it is there."""
         return None
 
     def wait(self) -> None:
-        """Never called while there is something to claim."""
+        """Nothing can be claimed: pause until something may have changed."""
         raise RuntimeError("a search of one replica has nothing to wait for")
 
 
-class SharedTrialQueue:
+class SharedTrialQueue(TrialQueue):
     """Several replicas around a key-value store.
 
     The replica that has the journal writes it from a thread, so that a result is on disk within a

@@ -30,7 +30,7 @@ class Synthetic:
             n-th to be started: an exception to raise, or a loss.
         offset (float): Loss of the best candidate.
         noise (float): Spread of the samples around a candidate's loss.
-        samples_per_forward (int): See :class:`Objective`.
+        samples_per_forward (int): See :class:`PerplexityObjective`.
         seconds (float): How long a sample takes.
     """
 

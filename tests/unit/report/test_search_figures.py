@@ -144,16 +144,17 @@ def save_config(path, factors=FACTORS, **origin):
 
 
 def save_journal(path, scores=(61.0, 71.2, 42.9, 40.0, math.inf, 38.5), extra=()):
-    """A journal of the first version, which knew no index and no stopping."""
+    """A journal; factors are rounded as on the grid."""
     seeds = [named_factors(name, *GEOMETRY) for name in ("pi", "ntk", "yarn")]
     settings = {"seed": 1, "target_length": 2048}
-    lines = [{"journal": 1, "settings": settings, "settings_sha256": ""}]
+    lines = [{"journal": 2, "settings": settings, "settings_sha256": ""}]
     for index, score in enumerate(scores):
         values = seeds[index] if index < 3 else FACTORS
         lines.append({
             "rescale_factors": [round(value, 2) for value in values], "num_start_tokens": 0,
             "score": score if math.isfinite(score) else None, "sample_nlls": [], "seconds": 0.5,
-            "error": None if math.isfinite(score) else "out of memory",
+            "error": None if math.isfinite(score) else "out of memory", "index": index,
+            "stopped": None,
         })  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *extra]))
 

@@ -48,7 +48,7 @@ def covariance(blocks):
 
 def rotate(search, run, fail_after=None):
     blocks = [Block(offset) for offset in OFFSETS]
-    references = score_references(PROBLEM, blocks[0], run, "references")
+    references = score_references(PROBLEM, blocks[0], run)
     anchor = score_anchor(references.candidate, PROBLEM, blocks, run, references.records)
     blocks[1] = Block(OFFSETS[1], fail_after=fail_after)
     known = anchor.adjusted(references.records)

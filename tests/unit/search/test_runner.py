@@ -177,11 +177,11 @@ def test_a_search_in_which_every_evaluation_fails_says_so(problem, new_search, t
 def test_what_the_references_scored_is_not_scored_again(problem, new_search, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl", resume=True)
     objective = Synthetic()
-    references = score_references(problem, objective, run, "references")
+    references = score_references(problem, objective, run)
     assert set(references.seed_scores) == {"pi", "ntk", "yarn"}
     assert objective.calls == 3 * Synthetic.num_samples
     again = Synthetic()
-    assert score_references(problem, again, run, "references") == references and not again.calls
+    assert score_references(problem, again, run) == references and not again.calls
     outcome = run_search(new_search(problem), problem, objective, run, known=references.records)
     # The whole search, references included, costs what the search alone did.
     alone = Synthetic()
@@ -209,7 +209,7 @@ def test_a_recovery_keeps_the_tuned_factors_that_nothing_beats(new_search, tmp_p
     problem = make_problem(plain.with_factor_set(FactorSet(2048, tuned)), 256, upper=upper)
     run = SearchRun(tmp_path / "j.jsonl")
     objective = OnlyOneIsGood(tuned)
-    known = score_references(problem, objective, run, "references").records
+    known = score_references(problem, objective, run).records
     outcome = run_search(new_search(problem), problem, objective, run, known=known)
     assert problem.factor_set(outcome.candidate).rescale_factors == tuned
     assert outcome.seed_scores["longest"] == outcome.score == pytest.approx(math.exp(2.0))
