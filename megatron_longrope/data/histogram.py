@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.data.outputs import staged_outputs
+from megatron_longrope.data.writer import refuse_existing
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.files import atomic_file
 from megatron_longrope.lengths import format_length
 
 
@@ -50,6 +51,7 @@ def draw_histogram(manifest: dict[str, Any], path: Path, overwrite: bool = False
     """
     if path.suffix != ".png":
         raise LongRopeError(f"figure {path} must end in .png; give it that suffix")
+    refuse_existing([path], overwrite)
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     histograms = source_histograms(manifest)
@@ -65,8 +67,8 @@ def draw_histogram(manifest: dict[str, Any], path: Path, overwrite: bool = False
     panels[-1].set_xticks(range(len(classes)), [_label(low) for low in classes], rotation=45)
     panels[-1].set_xlabel("length in tokens")
     figure.set_layout_engine("constrained")
-    with staged_outputs([path], overwrite) as (temporary,):
-        figure.savefig(temporary, format="png", dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _label(low: int) -> str:

@@ -125,7 +125,8 @@ class Encoder:
 def parts_directory(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output` for parts: kept when the block fails, removed when it ends.
 
-    One run at a time has it. What a killed run has left half written is removed.
+    One run at a time has it. What a failed or killed run has left half written, as `*.tmp`, is
+    removed.
 
     Args:
         output (Path): Prefix of the set.
@@ -137,10 +138,10 @@ def parts_directory(output: Path) -> Iterator[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     lock = hold(directory / "lock", f"{output}", "wait for it or choose another name")
     try:
-        for leftover in directory.glob("*.tmp"):
-            leftover.unlink()
+        _remove_unfinished(directory)
         yield directory
     except BaseException:
+        _remove_unfinished(directory)
         if not any(directory.glob("*.npz")):
             shutil.rmtree(directory)
         raise
@@ -148,3 +149,8 @@ def parts_directory(output: Path) -> Iterator[Path]:
         shutil.rmtree(directory)
     finally:
         lock.release()
+
+
+def _remove_unfinished(directory: Path) -> None:
+    for leftover in directory.glob("*.tmp"):
+        leftover.unlink()

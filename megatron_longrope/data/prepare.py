@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import shutil
 import sys
@@ -14,18 +13,15 @@ from typing import Any
 from megatron_longrope.data.columns import source_size
 from megatron_longrope.data.counts import Counts
 from megatron_longrope.data.mix import Source, as_sources
-from megatron_longrope.data.outputs import refuse_existing, staged_outputs
 from megatron_longrope.data.parts import parts_directory
 from megatron_longrope.data.segments import FixedSegments, Packing, WholeDocuments
 from megatron_longrope.data.sources import find_source_files
 from megatron_longrope.data.stream import DocumentStream, Split, make_encoder
 from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_longrope.data.writer import SetWriter, output_paths
+from megatron_longrope.data.writer import SetWriter, output_paths, publish, refuse_existing
 from megatron_longrope.errors import LongRopeError
 
 MANIFEST_SCHEMA = 1
-
-ON_ERROR = ("fail", "skip")
 
 
 def prepare(
@@ -65,15 +61,12 @@ def prepare(
     Raises:
         LongRopeError: An input, the tokenizer or the output is unfit, or nothing is left to write.
     """
-    if on_error not in ON_ERROR:
-        raise LongRopeError(f"on_error is {on_error!r}; it must be one of {', '.join(ON_ERROR)}")
     if workers < 1:
         raise LongRopeError(f"workers is {workers}; tokenizing needs at least 1")
     split = split or Split()
     packings = _packings(packing, split)
     paths = {suffix: output_paths(f"{output}{suffix}") for suffix in packings}
-    for each in paths.values():
-        refuse_existing(each, overwrite)
+    refuse_existing([path for each in paths.values() for path in each], overwrite)
     sources = as_sources(inputs)
     hidden: list[Path] = []
     files = [find_source_files(source.paths, hidden.append) for source in sources]
@@ -81,7 +74,6 @@ def prepare(
     loaded = _load_tokenizer(tokenizer, bos, packings)
     with ExitStack() as stack:
         directory = stack.enter_context(parts_directory(Path(output)))
-        _remove_leftovers(paths.values())
         sizes = {path: source_size(path) for group in files for path in group}
         stream = DocumentStream(
             sources,
@@ -91,8 +83,7 @@ def prepare(
             split,
             stack.enter_context(_progress_bar(sum(sizes.values()), progress)),
         )
-        # Sets beside the main one are published first: its manifest says that all are there.
-        staged = {key: stack.enter_context(staged_outputs(paths[key], overwrite)) for key in paths}
+        staged = {key: [directory / f"{path.name}.tmp" for path in paths[key]] for key in paths}
         writers = {
             key: stack.enter_context(SetWriter(staged[key][0], loaded.vocab_size)) for key in paths
         }
@@ -104,7 +95,11 @@ def prepare(
             suffix: _finish(writer, staged[suffix], packings[suffix], suffix, common, stream.counts)
             for suffix, writer in writers.items()
         }
+        refuse_existing([path for each in paths.values() for path in each], overwrite)
         _remove_sample_indices(f"{output}{suffix}" for suffix in packings)
+        # Sets beside the main one are published first: its manifest says that all are there.
+        for suffix in reversed(paths):
+            publish(staged[suffix], paths[suffix])
     return manifests[""]
 
 
@@ -190,14 +185,6 @@ def _refuse_shared(sources: Sequence[Source], files: Sequence[Sequence[Path]]) -
                     f"{path} belongs to the sources {first!r} and {source.name!r}; put it in one "
                     "of them and repeat it by weight"
                 )
-
-
-def _remove_leftovers(paths: Iterable[Sequence[Path]]) -> None:
-    """Staging folders of a killed run of this set; the lock on its parts says that it is over."""
-    for bin_path, *_ in paths:
-        pattern = f".{glob.escape(bin_path.name)}.*.tmp"
-        for leftover in bin_path.parent.glob(pattern):
-            shutil.rmtree(leftover)
 
 
 def _remove_sample_indices(prefixes: Iterable[str]) -> None:

@@ -37,12 +37,10 @@ def train_splitter(texts: Sequence[str], max_characters: int = 1_000_000) -> Spl
         max_characters (int): Bounds time and memory.
 
     Raises:
-        LongRopeError: There is no text, or `max_characters` is not positive.
+        LongRopeError: There is no text.
     """
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTrainer
 
-    if max_characters < 1:
-        raise LongRopeError(f"max_characters is {max_characters!r}; it must be at least 1")
     trainer = PunktTrainer()
     left, used = max_characters, 0
     for index, text in enumerate(texts):

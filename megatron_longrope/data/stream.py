@@ -191,5 +191,5 @@ def make_encoder(
             if not left:
                 break
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    splitter = train_splitter(texts, max(1, len(texts)) * _PUNKT_CHARACTERS)  # all of them
+    splitter = train_splitter(texts, len(texts) * _PUNKT_CHARACTERS)  # all of them
     return Encoder(tokenizer, splitter, digest)

@@ -85,17 +85,7 @@ def read_batches(
         skip_errors (bool): Count unreadable documents; else the first of them ends the stream as
             `Batch.error`.
     """
-    for source, paths in enumerate(files):
-        for batch in _batches_of(source, paths, text_key, skip_errors):
-            yield batch
-            if batch.error is not None:
-                return
-
-
-def _batches_of(
-    source: int, paths: Sequence[Path], text_key: str, skip_errors: bool
-) -> Iterator[Batch]:
-    batch, characters = Batch(source), 0
+    batch = Batch(0)
 
     def skip(item: SkippedDocument) -> None:
         batch.skips.add(item)
@@ -103,20 +93,21 @@ def _batches_of(
     def read(count: int) -> None:
         batch.bytes_read += count
 
-    reader = iterate_documents(paths, text_key, skip if skip_errors else None, read)
-    error = None
-    try:
-        for document in reader:
-            batch.documents.append(document)
-            characters += len(document.text)
-            if characters >= _CHARACTERS or len(batch.documents) >= _DOCUMENTS:
-                yield batch
-                batch, characters = Batch(source), 0
-    except ValueError as caught:
-        error = caught
-    yield batch
-    if error is not None:
-        yield Batch(source, error=error)
+    for source, paths in enumerate(files):
+        batch, characters, error = Batch(source), 0, None
+        try:
+            for document in iterate_documents(paths, text_key, skip if skip_errors else None, read):
+                batch.documents.append(document)
+                characters += len(document.text)
+                if characters >= _CHARACTERS or len(batch.documents) >= _DOCUMENTS:
+                    yield batch
+                    batch, characters = Batch(source), 0
+        except ValueError as caught:
+            error = caught
+        yield batch
+        if error is not None:
+            yield Batch(source, error=error)
+            return
 
 
 def store_batches(

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_longrope.data.outputs import refuse_existing, staged_outputs
+from megatron_longrope.data.writer import refuse_existing
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.files import write_bytes_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 # Files that define a Hugging Face tokenizer, in the order in which transformers prefers them.
@@ -95,11 +96,6 @@ class SentencePieceTokenizer:
 
     def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
         """The same token ids, and the character at which each begins."""
-        if not hasattr(self._processor, "EncodeAsOffsetMapping"):
-            raise LongRopeError(
-                f"{self.path}: this sentencepiece does not say where tokens begin, which cutting "
-                "at sentence ends needs; upgrade it to 0.2.3 or give a Hugging Face tokenizer"
-            )
         encoded = self._processor.EncodeAsOffsetMapping(text)
         return encoded["ids"], [start for start, _ in encoded["offsets"]]
 
@@ -318,7 +314,6 @@ def train_sentencepiece(
     *,
     max_sentences: int = 500_000,
     seed: int = 0,
-    num_threads: int = 2,
     overwrite: bool = False,
 ) -> SentencePieceTokenizer:
     """Train a lossless BPE model: byte fallback, single digits, newlines and indentation kept.
@@ -333,7 +328,6 @@ def train_sentencepiece(
         max_sentences (int): Train on a random sample of at most this many lines, which bounds
             memory (about 3 KB a line of source code). Defaults to 500,000.
         seed (int): Seed of that sample. Defaults to 0.
-        num_threads (int): Threads of the trainer. Defaults to 2.
         overwrite (bool): Replace an existing file.
 
     Raises:
@@ -365,7 +359,7 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             max_sentence_length=4 * _CHUNK_CHARACTERS,
-            num_threads=num_threads,
+            num_threads=2,
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -375,8 +369,7 @@ def train_sentencepiece(
             "it must cover 260 fixed tokens and the alphabet, and needs enough text to fill the "
             "rest: choose another size or give more text"
         ) from None
-    with staged_outputs([output], overwrite) as (temporary,):
-        temporary.write_bytes(model.getvalue())
+    write_bytes_atomic(output, model.getvalue())
     return SentencePieceTokenizer(output)
 
 

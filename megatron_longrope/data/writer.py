@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,34 @@ def output_paths(prefix: str | Path) -> list[Path]:
             f"{prefix} is not a prefix; give the path of the data set without .bin, .idx or .json"
         )
     return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
+
+
+def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse when one of `paths` exists, unless `overwrite` is set."""
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise LongRopeError(
+                f"{path} exists; outputs are not replaced silently, "
+                "pass --overwrite or choose another name"
+            )
+
+
+def publish(staged: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Give the files of a complete set their names.
+
+    The manifest comes last and marks the set as complete: an old one is removed before the first
+    file is renamed, so that it never describes new data.
+
+    Args:
+        staged (Sequence[Path]): The files, in the file system of `paths`.
+        paths (Sequence[Path]): From :func:`output_paths`.
+    """
+    for path in staged:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    paths[-1].unlink(missing_ok=True)
+    for source, target in zip(staged, paths, strict=True):
+        os.replace(source, target)
 
 
 def update_digest(digest: Any, tokens: np.ndarray) -> None:

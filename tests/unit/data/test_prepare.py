@@ -224,6 +224,22 @@ module.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], FixedSegments(64))
     assert {path.name for path in prefix.parent.iterdir()} == set(names(prefix))
 
 
+def test_a_set_that_appears_while_another_run_makes_it_too_is_not_replaced(
+    corpus, model_path, prefix, monkeypatch
+):
+    finish, beside = prepare_module._finish, f"{prefix}_heldout"
+
+    def meanwhile(*args):
+        monkeypatch.setattr(prepare_module, "_finish", finish)
+        prepare([corpus], beside, model_path, WholeDocuments())
+        return finish(*args)
+
+    monkeypatch.setattr(prepare_module, "_finish", meanwhile)
+    with pytest.raises(ValueError, match=r"set\.v1_heldout\.bin exists; .*not replaced silently"):
+        prepare([corpus], prefix, model_path, WholeDocuments(), split=Split(held_out=0.5))
+    assert check_set(beside) == [] and len(names(prefix)) == 3
+
+
 def test_nothing_to_write_is_an_error_with_the_longest_length(corpus, model_path, prefix):
     with pytest.raises(ValueError, match=r"none of the 12 documents .* longest has \d+ tokens"):
         prepare([corpus], prefix, model_path, FixedSegments(100_000))
@@ -233,7 +249,5 @@ def test_nothing_to_write_is_an_error_with_the_longest_length(corpus, model_path
 
 
 def test_bad_options_are_refused(corpus, model_path, prefix):
-    with pytest.raises(ValueError, match="on_error is 'ignore'"):
-        prepare([corpus], prefix, model_path, WholeDocuments(), on_error="ignore")
     with pytest.raises(ValueError, match=r"x\.bin is not a prefix"):
         prepare([corpus], "x.bin", model_path, WholeDocuments())

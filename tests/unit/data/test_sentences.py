@@ -130,11 +130,6 @@ def test_nothing_to_learn_from_is_refused(texts):
         train_splitter(texts)
 
 
-def test_a_splitter_needs_a_positive_number_of_characters():
-    with pytest.raises(ValueError, match="max_characters is 0"):
-        train_splitter([PROSE], 0)
-
-
 @pytest.mark.slow
 def test_every_process_learns_the_same():
     # Ranks compute on their own what they must agree on, and sets have another order in each.
