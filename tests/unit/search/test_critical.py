@@ -160,7 +160,10 @@ def test_encode_always_lands_inside_the_space(space, data):
     check_candidate(space, candidate)
     for other in space.choices(candidate):
         check_candidate(space, other)
-        assert log_distance(space, candidate, factors) <= log_distance(space, other, factors) + 1e-9
+    nearest = space._nearest_steps(factors)
+    for index in range(space.num_choices):
+        other = space._rounded(nearest, index)
+        assert log_distance(space, candidate, factors) <= log_distance(space, other, factors)
 
 
 def log_distance(space, candidate, factors) -> float:
