@@ -9,7 +9,7 @@ from typing import Any, cast
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length
 from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, fuses_rope, parse, render
-from megatron_longrope.plan.hardware import GIB, GPUS, USABLE, Gpu, parse_gpu
+from megatron_longrope.plan.hardware import GIB, GPUS, MOST_GPUS, USABLE, Gpu, parse_gpu
 from megatron_longrope.plan.layouts import (
     FULL,
     Fixed,
@@ -25,7 +25,6 @@ from megatron_longrope.plan.model import Model
 from megatron_longrope.plan.time import Flops, rates, step_flops, step_seconds
 from megatron_longrope.progress import format_duration
 
-_MOST_GPUS = 4096
 _PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -121,20 +120,13 @@ class Estimate:
 
     def text(self) -> str:
         """The estimate for people, several lines."""
-        parts, training = self.memory, self.training
-        room = self.gpu.gib - parts.total / GIB
-        verdict = f"fits, {room:.1f} GiB free" if self.fits else f"does NOT fit, {-room:.1f} over"
-        step = self.step
+        training, step = self.training, self.step
         lines = [
             f"{self.model.parameters / 1e9:.2f} B parameters, {training.length} tokens "
             f"({format_length(training.length)}), batch {training.global_batch_size}, "
             f"{training.steps} steps on {self.layout.gpus} x {self.gpu.name} "
             f"({self.gpu.gib:g} GiB): {self.short()}",
-            f"memory per GPU: {parts.total / GIB:.1f} GiB at the worst moment, {verdict}",
-            *(
-                f"  {name:<40}{getattr(parts, part) / GIB:8.2f} GiB"
-                for part, name in _PARTS.items()
-            ),
+            *self.memory.lines(self.gpu, _PARTS),
             "  (loss and a layer's backward pass are not at work at the same time)",
             *self._activations(),
             f"operations of a step: {step.model:.2e} FLOP, {step.hardware:.2e} with recomputation, "
@@ -277,7 +269,7 @@ def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> li
     if not found and (other := fitting(chunked, fixed={})):
         found.append(f"--chunked-loss, and leaving everything to choose ({other.short()})")
     gpus = 2 * cluster.gpus
-    while gpus <= _MOST_GPUS:
+    while gpus <= MOST_GPUS:
         if other := fitting(cluster=replace(cluster, gpus=gpus)):
             found.append(f"{gpus} GPUs ({other.short()})")
             break

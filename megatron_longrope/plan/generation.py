@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops
 from megatron_longrope.lengths import PREFILL_TOKENS, format_length
-from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
+from megatron_longrope.plan.hardware import GIB, MOST_GPUS, USABLE, Gpu
 from megatron_longrope.plan.layouts import Layout, Training, problem
-from megatron_longrope.plan.memory import rank_parameters
+from megatron_longrope.plan.memory import Parts, rank_parameters
 from megatron_longrope.plan.model import Model
 from megatron_longrope.plan.time import rates
 from megatron_longrope.progress import format_duration
@@ -20,7 +20,6 @@ from megatron_longrope.progress import format_duration
 _SLICE = 4096  # tokens that an MLP of the engine takes at once
 _READING = 0.6  # part of the memory's bandwidth that weights and keys are read at; assumed
 _WIDTH = 2  # bytes of a value, half precision
-_MOST_GPUS = 4096
 _NAMES = {
     "weights": "weights",
     "cache": "keys and values",
@@ -31,7 +30,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class GenerationMemory:
+class GenerationMemory(Parts):
     """Bytes per GPU."""
 
     weights: int
@@ -48,11 +47,6 @@ class GenerationMemory:
 
     reserve: int = 0
     """CUDA context, communication buffers, gaps between tensors."""
-
-    @property
-    def total(self) -> int:
-        """Bytes at the worst moment."""
-        return sum(getattr(self, item.name) for item in fields(self))
 
 
 @dataclass(frozen=True)
@@ -148,9 +142,9 @@ class GenerationPlan:
     @property
     def prefill_seconds(self) -> float:
         """Expected seconds of reading a prompt."""
-        rate, prompt = rates(self.gpu, self.mfu), self.length - self.num_new_tokens
-        attention = forward_flops(self.model, prompt)[1]
-        busy = (self.prefill_flops - attention) / rate.matmul + attention / rate.attention
+        of_matmul, of_attention = rates(self.gpu, self.mfu)
+        attention = forward_flops(self.model, self.length - self.num_new_tokens)[1]
+        busy = (self.prefill_flops - attention) / of_matmul + attention / of_attention
         return busy / (self.gpu.tflops * 1e12 * self.tensor * self.context)
 
     @property
@@ -177,18 +171,12 @@ class GenerationPlan:
 
     def text(self) -> str:
         """The plan for people, several lines."""
-        parts, gpus = self.memory, self.tensor * self.context * self.copies
-        room = self.gpu.gib - parts.total / GIB
-        verdict = f"fits, {room:.1f} GiB free" if self.fits else f"does NOT fit, {-room:.1f} over"
+        gpus = self.tensor * self.context * self.copies
         lines = [
             f"{self.model.parameters / 1e9:.2f} B parameters, {self.samples} x {self.length} "
             f"tokens ({format_length(self.length)}), {self.num_new_tokens} of them generated, on "
             f"{gpus} x {self.gpu.name} ({self.gpu.gib:g} GiB): {self.short()}",
-            f"memory per GPU: {parts.total / GIB:.1f} GiB, {verdict}",
-            *(
-                f"  {name:<40}{getattr(parts, part) / GIB:8.2f} GiB"
-                for part, name in _NAMES.items()
-            ),
+            *self.memory.lines(self.gpu, _NAMES),
             f"expected: {format_duration(self.prefill_seconds)} to read a prompt "
             f"({self.prefill_flops:.2e} FLOP), {1000 * self.token_seconds:.1f} ms a new token, "
             f"{format_duration(self.seconds)} in all",
@@ -202,8 +190,6 @@ class GenerationPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: sizes in GiB."""
-        parts = self.memory
-        sizes = {name: round(getattr(parts, name) / GIB, 3) for name in (*_NAMES, "total")}
         return {
             "fits": self.fits,
             "gpu": asdict(self.gpu),
@@ -211,7 +197,7 @@ class GenerationPlan:
             "length": self.length,
             "num_new_tokens": self.num_new_tokens,
             "samples": self.samples,
-            "memory_gib": sizes,
+            "memory_gib": self.memory.gib(),
             "prefill_flops": self.prefill_flops,
             "prefill_seconds": self.prefill_seconds,
             "token_seconds": self.token_seconds,
@@ -278,7 +264,7 @@ def enough_gpus(
     Args:
         See :func:`rank_generation`.
     """
-    while 2 * gpus <= _MOST_GPUS:
+    while 2 * gpus <= MOST_GPUS:
         gpus *= 2
         try:
             best = rank_generation(plan, gpus, gpus_per_node, fixed)[0]

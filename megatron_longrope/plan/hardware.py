@@ -14,6 +14,10 @@ USABLE = 0.9
 NCCL, gaps between tensors. An assumption, not a measurement."""
 
 
+MOST_GPUS = 4096
+"""Up to so many are tried where a plan does not fit."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What matters of a GPU."""
@@ -30,18 +34,22 @@ class Gpu:
     tb_per_s: float | None = None
     """Bandwidth of the memory, TB/s; generating text needs it."""
 
+    attention_rate: float = 0.27
+    """Part of the peak that attention runs at, forward and backward, with the communication of
+    context parallelism; its causal half counts. The default is Hopper's."""
+
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", 312, 40, 1.555),
-        Gpu("a100-80", 312, 80, 2.039),
+        Gpu("a100-40", 312, 40, 1.555, 0.50),
+        Gpu("a100-80", 312, 80, 2.039, 0.50),
         Gpu("h100", 989, 80, 3.35),
         Gpu("h200", 989, 141, 4.8),
-        Gpu("b200", 2250, 180, 8.0),
+        Gpu("b200", 2250, 180, 8.0, 0.36),
     )
 }
-"""NVIDIA's data sheets, SXM versions, without sparsity."""
+"""NVIDIA's data sheets, SXM versions, without sparsity; docs/plan.md calibrates the rates."""
 
 
 def parse_gpu(text: str) -> Gpu:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from megatron_longrope.plan.hardware import GIB
+from megatron_longrope.plan.hardware import GIB, Gpu
 from megatron_longrope.plan.layouts import FULL, Layout, Training
 from megatron_longrope.plan.model import Model
 
@@ -24,7 +25,31 @@ STAGES = ("first", "last")
 
 
 @dataclass(frozen=True)
-class Memory:
+class Parts:
+    """Bytes per GPU by part."""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the worst moment."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def gib(self) -> dict[str, float]:
+        """Parts and total in GiB."""
+        names = [field.name for field in fields(self)] + ["total"]
+        return {name: round(getattr(self, name) / GIB, 3) for name in names}
+
+    def lines(self, gpu: Gpu, names: Mapping[str, str]) -> list[str]:
+        """The total with a verdict, and the parts by their names for people."""
+        room = gpu.gib - self.total / GIB
+        verdict = f"fits, {room:.1f} GiB free" if room >= 0 else f"does NOT fit, {-room:.1f} over"
+        return [
+            f"memory per GPU: {self.total / GIB:.1f} GiB at the worst moment, {verdict}",
+            *(f"  {name:<40}{getattr(self, part) / GIB:8.2f} GiB" for part, name in names.items()),
+        ]
+
+
+@dataclass(frozen=True)
+class Memory(Parts):
     """Bytes per GPU. Loss and layer are not at work at the same time: the larger one counts."""
 
     weights: int
@@ -57,8 +82,7 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes at the worst moment."""
-        parts: int = sum(getattr(self, field.name) for field in fields(self))
-        return parts - min(self.loss, self.layer)
+        return super().total - min(self.loss, self.layer)
 
     @property
     def allocated(self) -> int:
@@ -69,11 +93,6 @@ class Memory:
     def largest(self) -> str:
         """Name of the largest part."""
         return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
-
-    def gib(self) -> dict[str, float]:
-        """Parts and total in GiB."""
-        names = [field.name for field in fields(self)] + ["total"]
-        return {name: round(getattr(self, name) / GIB, 3) for name in names}
 
 
 def memory(model: Model, training: Training, layout: Layout, reserve: int = 0) -> Memory:

@@ -10,35 +10,24 @@ from megatron_longrope.plan.hardware import Gpu
 from megatron_longrope.plan.layouts import FULL, Layout, Training
 from megatron_longrope.plan.model import Model
 
-
-@dataclass(frozen=True)
-class Rates:
-    """Parts of a GPU's bf16 peak that model FLOPs run at; attention counts its causal half."""
-
-    matmul: float
-    """Products with weights."""
-
-    attention: float
-    """Attention, forward and backward, with the communication of context parallelism."""
+_MATMUL_RATE = 0.45
 
 
-_A100 = Rates(0.45, 0.50)
-_HOPPER = Rates(0.45, 0.27)
-_BLACKWELL = Rates(0.45, 0.36)
-_RATES = {"a100-40": _A100, "a100-80": _A100, "h100": _HOPPER, "h200": _HOPPER, "b200": _BLACKWELL}
+def rates(gpu: Gpu, mfu: float | None = None) -> tuple[float, float]:
+    """Parts of a GPU's bf16 peak that products with weights and attention run at.
 
-
-def rates(gpu: Gpu, mfu: float | None = None) -> Rates:
-    """The anchors of a GPU, those of Hopper for one without; `mfu` takes the place of both.
+    Args:
+        gpu (Gpu): Has its own for attention.
+        mfu (float, optional): In place of both.
 
     Raises:
         LongRopeError: `mfu` is not in (0, 1].
     """
     if mfu is None:
-        return _RATES.get(gpu.name, _HOPPER)
+        return _MATMUL_RATE, gpu.attention_rate
     if not 0 < mfu <= 1:
         raise LongRopeError(f"--mfu {mfu} is not in (0, 1]; give a part of the peak such as 0.4")
-    return Rates(mfu, mfu)
+    return mfu, mfu
 
 
 @dataclass(frozen=True)
@@ -95,9 +84,11 @@ def step_flops(model: Model, training: Training, layout: Layout) -> Flops:
     )
 
 
-def step_seconds(flops: Flops, training: Training, layout: Layout, gpu: Gpu, rate: Rates) -> float:
-    """Seconds of a step: operations at their rates, and the pipeline's bubble (p - 1) / m."""
-    peak = gpu.tflops * 1e12 * layout.gpus
-    busy = (flops.matmul + flops.recomputed_matmul) / (peak * rate.matmul)
-    busy += (flops.attention + flops.recomputed_attention) / (peak * rate.attention)
+def step_seconds(
+    flops: Flops, training: Training, layout: Layout, gpu: Gpu, rate: tuple[float, float]
+) -> float:
+    """Seconds of a step: operations at their :func:`rates`, and the pipeline's bubble (p - 1) / m."""
+    peak, (matmul, attention) = gpu.tflops * 1e12 * layout.gpus, rate
+    busy = (flops.matmul + flops.recomputed_matmul) / (peak * matmul)
+    busy += (flops.attention + flops.recomputed_attention) / (peak * attention)
     return busy * (1 + (layout.pipeline - 1) / layout.microbatches(training))

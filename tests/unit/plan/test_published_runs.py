@@ -10,7 +10,7 @@ import pytest
 from megatron_longrope.plan import MODELS, Cluster, Estimate, Layout, Training, rank
 from megatron_longrope.plan.hardware import GPUS
 from megatron_longrope.plan.layouts import problem
-from megatron_longrope.plan.time import Rates, rates, step_flops, step_seconds
+from megatron_longrope.plan.time import rates, step_flops, step_seconds
 
 K = 1024
 # NeMo ran matrix products in FP8; these are their rates as parts of the bf16 peak.
@@ -52,7 +52,7 @@ def test_a_published_layout_keeps_the_rules_and_fits_without_recomputation(run):
 @pytest.mark.parametrize(("run", "theirs"), NEMO, ids=[run.short() for run, _ in NEMO])
 def test_the_rates_reproduce_nemos_published_throughput(run, theirs):
     flops = step_flops(run.model, run.training, run.layout)
-    rate = Rates(FP8[run.gpu.name], rates(run.gpu).attention)
+    rate = FP8[run.gpu.name], rates(run.gpu)[1]
     seconds = step_seconds(flops, run.training, run.layout, run.gpu, rate)
     # NeMo counted the whole square of attention, of which causal attention computes half.
     ours = (flops.matmul + 2 * flops.attention) / seconds / run.layout.gpus / 1e12
