@@ -87,7 +87,7 @@ def step_flops(model: Model, training: Training, layout: Layout) -> Flops:
 def step_seconds(
     flops: Flops, training: Training, layout: Layout, gpu: Gpu, rate: tuple[float, float]
 ) -> float:
-    """Seconds of a step: operations at their :func:`rates`, and the pipeline's bubble (p - 1) / m."""
+    """Seconds of a step: operations at their rates, and the pipeline's bubble (p - 1) / m."""
     peak, (matmul, attention) = gpu.tflops * 1e12 * layout.gpus, rate
     busy = (flops.matmul + flops.recomputed_matmul) / (peak * matmul)
     busy += (flops.attention + flops.recomputed_attention) / (peak * attention)
