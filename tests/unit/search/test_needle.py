@@ -185,7 +185,7 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_within_a_samp
         def encode(self, text):
             return super().encode(f" {text}")
 
-    samples = needle_samples([characters("a b\n" * 200)], PrefixTokenizer(), 700, bos_id=BOS)
+    samples = needle_samples([characters("ab\n" * 300)], PrefixTokenizer(), 700, bos_id=BOS)
     text = PrefixTokenizer().decode(samples.tokens[0, 1:].tolist())
     assert text.startswith(" Somewhere in this text") and " \n" not in text
     assert "\nThe registration number" in text and samples.scored.sum() == 7
