@@ -49,29 +49,31 @@ READER := build/readers/4.57/.installed
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
+# Of a recipe's configuration, such as SETTINGS="trials=3 depths=0,0.5,1".
+SETTINGS ?=
 RUN := PYTHON=$(PYTHON) examples/run.sh
 
 quickstart: $(STAMP)
-	$(RUN) quickstart build/quickstart
+	$(RUN) quickstart build/quickstart $(SETTINGS)
 
 quickstart-full: $(STAMP)
-	$(RUN) quickstart-full build/quickstart_full
+	$(RUN) quickstart-full build/quickstart_full $(SETTINGS)
 
 real: $(VENV)/.installed-gguf
-	$(RUN) smollm2_135m build/smollm2_135m
+	$(RUN) smollm2_135m build/smollm2_135m $(SETTINGS)
 
 claims: $(STAMP)
-	$(RUN) claims build/claims
+	$(RUN) claims build/claims $(SETTINGS)
 
 plan: $(STAMP)
-	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) --quiet all -- plan
+	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) $(SETTINGS) --quiet all -- plan
 
 # These two with the `dev` extra, for lm-evaluation-harness.
 preflight: $(DEV)
-	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) --quiet all -- preflight
+	@$(RUN) plan-$(RECIPE) build/plan/$(RECIPE) $(SETTINGS) --quiet all -- preflight
 
 rehearse: $(DEV)
-	$(RUN) rehearse-$(RECIPE) build/rehearsal/$(RECIPE)
+	$(RUN) rehearse-$(RECIPE) build/rehearsal/$(RECIPE) $(SETTINGS)
 
 test: $(DEV) $(READER)
 	$(PYTEST) --release $(RELEASE)
