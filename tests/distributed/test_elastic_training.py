@@ -14,7 +14,6 @@ import pytest
 from fake_slurm import CLUSTER, Job, end_processes_in, environment, wait_until
 from forked_commands import forked_commands
 from launching import ROOT, SCRIPT, free_port, pretrain_command, train
-from search_data import make_search_data
 from synthetic_search import drop_seconds
 from tiny_training import MODEL, yarn_config
 
@@ -25,7 +24,7 @@ pytest.importorskip("megatron.training")
 pytestmark = [pytest.mark.slow, pytest.mark.one_release]
 
 ITERATIONS = 24
-NUM_EVALUATIONS = 60
+NUM_EVALUATIONS = 120
 _ITERATION = re.compile(r" iteration +(\d+)/.*?lm loss: (\S+) \|.*?grad norm: (\S+) \|")
 # Of MODEL, what the script does not set itself, or sets for a larger model.
 TINY = shlex.join(MODEL[: MODEL.index("--micro-batch-size")]) + (
@@ -34,10 +33,9 @@ TINY = shlex.join(MODEL[: MODEL.index("--micro-batch-size")]) + (
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tmp_path_factory, data):
     """Variables of the scripts: a model pre-trained on 64 tokens, its data, factors for 128."""
     directory = tmp_path_factory.mktemp("inputs")
-    data = make_search_data(directory)
     yarn_config(2).save(directory / "factors.json")
     words = [*MODEL, "--seq-length", "64", "--max-position-embeddings", "64", "--vocab-size", "127"]
     train(
@@ -178,14 +176,13 @@ def test_a_job_saves_at_its_time_limit_requeues_itself_and_ends_with_the_same_cu
 
 
 @pytest.mark.release
-@pytest.mark.real_process
-def test_a_search_whose_first_rank_is_killed_ends_with_the_same_factors(inputs, tmp_path):
+def test_a_search_whose_first_rank_is_killed_ends_with_the_same_factors(inputs, agents, tmp_path):
     flags = f"--max-evaluations {NUM_EVALUATIONS} --original-length 64 --num-samples 3 "
     flags += "--tokens-per-forward 256 --start-tokens 0,4 --attention-factor-policy su --no-figures"
     whole = tmp_path / "whole.json"
     words = ["--load", inputs["LOAD"], "--data", inputs["DATA"], "--target-length", "128"]
     assert main(["search", *map(str, words), "--output", str(whole), *flags.split()]) == 0
-    variables = {**inputs, "CP": 1, "TARGET_LENGTH": 128, "EXTRA_ARGS": flags}
+    variables = {**inputs, "PYTHON": agents, "CP": 1, "TARGET_LENGTH": 128, "EXTRA_ARGS": flags}
     variables["OUTPUT"] = tmp_path / "f.json"
     journal = tmp_path / "f.journal.jsonl"
     first, second = rendezvous()

@@ -8,13 +8,11 @@ this module.
 from __future__ import annotations
 
 import contextlib
-import random
 import shlex
 import shutil
 import signal
 import subprocess
 import sysconfig
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,21 +227,20 @@ class Trainer:
         return self.run(name, layout, *flags, steps=STAGE_STEPS, start=start)
 
     def kill_after_save(self, name: str, layout: Layout = ONE) -> None:
-        """Start a run and kill -9 all its processes at a random moment after its first save."""
+        """Start a run and kill -9 all its processes two steps after its first save."""
         directory = self.directory / "logs" / f"{name}-killed"
         directory.mkdir(parents=True, exist_ok=True)
-        saved = self.checkpoint(name) / "latest_checkpointed_iteration.txt"
-        with (directory / "log.txt").open("w") as log:
+        path, reached = directory / "log.txt", f" iteration {self.saved_at + 2:8d}/"
+        with path.open("w") as log:
             ranks = launching.Ranks(self.command(name, layout), directory, log, log)
-            while not saved.exists():
+            while reached not in path.read_text():
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    ranks.wait(0.05)
+                    ranks.wait(0.02)
                     break
-            time.sleep(random.uniform(0, 0.5))
             ranks.kill()
             status = ranks.wait(launching.TIMEOUT_S)
         assert status == (1 if layout.processes > 1 else -signal.SIGKILL)
-        assert not self.is_done(name), (directory / "log.txt").read_text()[-3000:]
+        assert not self.is_done(name), path.read_text()[-3000:]
 
     def curve(self, name: str) -> Curve:
         """What the runs of that name logged."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from megatron_longrope.config import FactorSet, identity_config
 
@@ -35,7 +36,7 @@ FAMILIES = {
 }
 
 
-def make_hf_folder(path, family, **changes):
+def make_hf_folder(path, family, dtype=torch.float32, **changes):
     """Write a model with random weights, none of which is a default; gives its config."""
     name, own = FAMILIES[family]
     config = getattr(transformers, name)(**{**GEOMETRY, **own, **changes})
@@ -43,8 +44,17 @@ def make_hf_folder(path, family, **changes):
     model = transformers.AutoModelForCausalLM.from_config(config)
     for key, parameter in model.named_parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape) + ("norm" in key)
-    model.save_pretrained(path)
+    model.to(dtype).save_pretrained(path)
     return config
+
+
+def tensors(folder):
+    """What all safetensors files of a folder hold."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    assert found
+    return found
 
 
 def factors(stored, rotary_dim, attention):

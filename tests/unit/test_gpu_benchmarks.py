@@ -49,12 +49,12 @@ def test_a_part_that_fails_or_hangs_leaves_its_results_and_the_others(tmp_path, 
             f"import sys\nopen(sys.argv[sys.argv.index('--output') + 1], 'a').write('{{}}\\n')\n"
             f"{ending}\n"
         )
-        scripts[name] = ((str(script),), 5)
+        scripts[name] = ((str(script),), 2 if name == "hangs" else 60)
     monkeypatch.setattr(gpu_run, "PARTS", scripts)
     ended = {name: gpu_run.run_part(name, tmp_path, False) for name in parts}
     assert {name: part["ended"] for name, part in ended.items()} == {
         "fails": "exit status 3",
-        "hangs": "stopped after its 5 s",
+        "hangs": "stopped after its 2 s",
         "works": "done",
     }
     assert all(part["results"] == 1 for part in ended.values())

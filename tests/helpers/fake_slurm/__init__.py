@@ -30,7 +30,9 @@ def environment(directory: Path, **variables: object) -> dict[str, str]:
     }
 
 
-def wait_until(condition: Callable[[], object], seconds: float, told: Callable[[], str]) -> None:
+def wait_until(
+    condition: Callable[[], object], seconds: float, told: Callable[[], str] = str
+) -> None:
     """Until the condition holds; `told` is the text of the failure."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -54,7 +56,7 @@ class Job:
         command = ["sbatch", "--parsable", str(CLUSTER / "slurm" / script), *map(str, arguments)]
         done = subprocess.run(
             command, cwd=directory, env=self._environment, capture_output=True, text=True,
-            check=True, timeout=30,
+            check=True, timeout=120,
         )  # fmt: skip
         self.id = done.stdout.strip()
         self._folder = directory / self.id

@@ -16,7 +16,7 @@ import read_hf_folders
 import tiny_hf
 import torch
 import transformers
-from safetensors.torch import load_file
+from tiny_hf import tensors
 from transformers.utils import logging as hf_logging
 
 from megatron_longrope import published
@@ -76,10 +76,6 @@ def exports(tmp_path_factory):
             torch.save([random_tokens(250, length, 0) for length in LENGTHS], output / "inputs.pt")
             made[name, kind] = source, output, longrope, report
     return made
-
-
-def tensors(folder):
-    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
 
 
 @pytest.mark.parametrize("name", MODELS)

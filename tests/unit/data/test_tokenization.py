@@ -5,9 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from fake_slurm import wait_until
 from tiny_corpus import make_text
 
 from megatron_longrope.data import parts, tokenization
@@ -163,20 +163,13 @@ def test_a_killed_run_leaves_no_process_and_is_taken_up_again(corpus, model_path
     command = [sys.executable, str(script), str(corpus), str(prefix), str(model_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    until(lambda: len(parts_of(prefix)) > 2)
+    wait_until(lambda: len(parts_of(prefix)) > 2, 120)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until(lambda: not group_alive(process.pid))
+    wait_until(lambda: not group_alive(process.pid), 120)
     assert sets(prefix) == {}
     assert run(corpus, model_path, prefix, workers=2) == expected
     assert {path.name[0] for path in prefix.parent.iterdir()} == {"s"}
-
-
-def until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 def group_alive(group):
