@@ -131,8 +131,10 @@ $(MATRIX:%=build/matrix/%/.installed): build/matrix/%/.installed: | $(DEV)
 
 readers: $(READER)
 
-# All that the tests need beside the environment.
-prepare: $(READER) $(MATRIX:%=build/matrix/%/.installed)
+# All that the tests need beside the environment. What --no-compile left is compiled once, before
+# two test processes import it at the same time.
+prepare: $(READER) $(MATRIX:%=build/matrix/%/.installed) | $(DEV)
+	CUDA_VISIBLE_DEVICES= $(PYTHON) -W ignore -c "import megatron.training, transformers"
 
 $(READER): | $(DEV)
 	rm -rf $(@D)
