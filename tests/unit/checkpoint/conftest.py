@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, VOCAB, PADDED = 2, 32, 48, 4, 2, 8, 50, 64
@@ -100,6 +101,12 @@ def make_checkpoint(tmp_path):
         return save
 
     return make
+
+
+@pytest.fixture(name="arguments")
+def arguments_read(make_checkpoint):
+    """What torch_dist gives back of a run's arguments."""
+    return lambda **changes: MegatronCheckpoint.open(make_checkpoint(**changes)).args
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """fsdp_dtensor and torch_dcp, in checkpoints that are synthetic: see make_fsdp_checkpoint.py."""
 
 import itertools
-import os
 import pickle
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import launching
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from malicious import Malicious
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
@@ -21,12 +21,6 @@ FC1 = "decoder.layers.mlp.linear_fc1.weight"
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("fsdp")
-
-
-@pytest.fixture
-def arguments(make_checkpoint):
-    """What torch_dist gives back of a run's arguments."""
-    return lambda **changes: MegatronCheckpoint.open(make_checkpoint(**changes)).args
 
 
 @pytest.fixture
@@ -199,14 +193,6 @@ def test_torch_dist_without_its_description_is_recognised(make_checkpoint):
     (directory / "metadata.json").unlink()
     with pytest.raises(ValueError, match=r"if it is torch_dist, copy metadata\.json"):
         MegatronCheckpoint.open(directory)
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def test_malicious_arguments_do_not_run(write, tensors, arguments, tmp_path):

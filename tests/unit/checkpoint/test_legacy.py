@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from legacy_ranks import edit, write_legacy
+from malicious import Malicious
 
 import megatron_longrope
 from megatron_longrope.checkpoint import MegatronCheckpoint
@@ -16,12 +17,6 @@ from megatron_longrope.checkpoint.rank_file import RankFile
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
-
-
-@pytest.fixture
-def arguments(make_checkpoint):
-    """What torch_dist gives back of a run's arguments."""
-    return lambda **changes: MegatronCheckpoint.open(make_checkpoint(**changes)).args
 
 
 @pytest.fixture
@@ -156,42 +151,33 @@ def test_tensors_are_copies_that_outlive_the_file(write, tensors):
     assert torch.equal(checkpoint.tensor(FC1), tensors[FC1])
 
 
-def test_reading_needs_no_megatron(write):
-    code = (
-        "import sys; from megatron_longrope.checkpoint import MegatronCheckpoint as M; "
-        "c = M.open(sys.argv[1]); [c.tensor(name) for name in c.keys()]; "
-        "assert not any(m.startswith('megatron.') for m in sys.modules)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(write(tp=2))],
-        check=True,
-        cwd=Path(megatron_longrope.__file__).parents[1],
-    )
-
-
 @pytest.mark.slow
 def test_the_optimizer_is_not_read_and_memory_stays_bounded(tmp_path, write):
-    """A file of 1.2 GiB, of which 0.4 GiB are the model: less than that is ever in memory."""
+    """Of a file of 304 MiB, the model's 104 MiB: less than the whole is ever in memory.
+
+    A process of its own, whose peak no other test has raised.
+    """
     directory = write()
 
     def enlarge(state):
-        state["model"]["embedding.word_embeddings.weight"] = torch.zeros(13 << 20, 8)
-        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(800 << 18)
+        state["model"]["embedding.word_embeddings.weight"] = torch.zeros(13 << 18, 8)
+        state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(200 << 18)
 
     edit(directory / "mp_rank_00", enlarge)
     code = """
 import sys
-from megatron_longrope.checkpoint import MegatronCheckpoint as M
+from megatron_longrope.checkpoint import MegatronCheckpoint as M, rank_file
+rank_file._MAPPED_BYTES = 64 << 20
 def peak():
     status = open("/proc/self/status").read()
     return int(status.partition("VmHWM:")[2].split()[0]) >> 10
 import torch.distributed.checkpoint
 before = peak()
 checkpoint = M.open(sys.argv[1])
-assert checkpoint.keys() and peak() - before < 64, ("keys", peak() - before)
+assert checkpoint.keys() and peak() - before < 32, ("keys", peak() - before)
 for _ in range(4):  # what was read is unmapped now and then
     checkpoint.tensor("embedding.word_embeddings.weight")
-assert peak() - before < 2 * 416 + 128, ("tensors", peak() - before)
+assert peak() - before < 2 * 104 + 64, ("tensors", peak() - before)
 """
     subprocess.run(
         [sys.executable, "-c", code, str(directory)],
@@ -297,14 +283,6 @@ def test_a_file_that_is_no_archive_is_named(write):
     path.write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"model_optim_rng\.pt: not an archive of torch\.save"):
         MegatronCheckpoint.open(path.parents[1])
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 class MaliciousTensor(torch.Tensor):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from legacy_ranks import write_legacy
+from malicious import Malicious
 
 import megatron_longrope
 from megatron_longrope.checkpoint import MegatronCheckpoint, shards
@@ -198,13 +200,18 @@ def test_the_nested_fields_of_megatron_bridges_newest_recipes_are_read(bridge):
         _ = bridge.read({**model, "transformer": nested}).shape
 
 
-def test_reading_needs_no_megatron(make_checkpoint):
+def test_reading_needs_no_megatron(make_checkpoint, tensors, tmp_path):
+    """In a process of its own: other tests have imported it."""
+    torch_dist = make_checkpoint()
+    args = MegatronCheckpoint.open(torch_dist).args
+    legacy = write_legacy(tmp_path / "legacy", tensors, args, tp=2)
     code = (
         "import sys; from megatron_longrope.checkpoint import MegatronCheckpoint as M; "
-        "M.open(sys.argv[1]).args; assert not any(m.startswith('megatron.') for m in sys.modules)"
+        "[(c.args, *map(c.tensor, c.keys())) for c in map(M.open, sys.argv[1:])]; "
+        "assert not any(m.startswith('megatron.') for m in sys.modules)"
     )
     subprocess.run(
-        [sys.executable, "-c", code, str(make_checkpoint())],
+        [sys.executable, "-c", code, str(torch_dist), str(legacy)],
         check=True,
         cwd=Path(megatron_longrope.__file__).parents[1],
     )
@@ -281,14 +288,6 @@ def test_enums_of_classes_that_are_not_imported_are_inert(make_checkpoint):
     value = MegatronCheckpoint.open(save).args.exit_signal
     # Megatron, where another test has imported it, declares this enum safe; then it is itself.
     assert value == signal.SIGTERM or value.arguments == (signal.SIGTERM.value,)
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 @pytest.mark.parametrize("layout", ["0.18", "0.19"])
