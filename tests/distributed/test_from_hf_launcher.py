@@ -1,12 +1,12 @@
 """Megatron's own training loop loads what `longrope convert from-hf` writes."""
 
-import json
 import shlex
 
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import SCRIPT, pretrain_command, train
+from launching import pretrain_command, train
+from recorded_batches import RECORDER, first_loss
 from transformers import AutoModelForCausalLM, Phi3Config, Qwen3Config
 
 from megatron_longrope.conversion.from_hf import write_checkpoint
@@ -39,25 +39,6 @@ RUN = shlex.split(
     "--tokenizer-type NullTokenizer --vocab-size 299 --eval-iters 0 --eval-interval 100 "
     "--log-interval 1 --seed 1"
 )
-# A script as users have one, which also writes down what it trains on.
-RECORDER = f"""
-import functools, json, os, runpy, sys
-import megatron.core.utils as utils
-
-original = utils.get_batch_on_this_cp_rank
-
-@functools.wraps(original)  # the script looks at its parameters
-def recorded(batch, *args, **kwargs):
-    if os.environ["RANK"] == "0":
-        with open("batches.jsonl", "a") as file:
-            keys = ("tokens", "labels", "loss_mask")
-            print(json.dumps({{key: batch[key].tolist() for key in keys}}), file=file)
-    return original(batch, *args, **kwargs)
-
-utils.get_batch_on_this_cp_rank = recorded
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
-"""
 
 
 def hf_folder(directory, config):
@@ -70,27 +51,18 @@ def hf_folder(directory, config):
 
 
 def loss_of_transformers(folder, directory, padding=0):
-    """Mean loss of the batches that the run in `directory` read for its first iteration.
-
-    Megatron's softmax is over all rows, so those that pad the vocabulary count with a logit of 0.
-    """
+    """Megatron's softmax is over all rows: those that pad the vocabulary have a logit of 0."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    lines = (directory / "batches.jsonl").read_text().splitlines()[:2]  # micro-batches
-    total = count = 0.0
-    for batch in map(json.loads, lines):
-        tokens, labels, mask = (
-            torch.tensor(batch[key]) for key in ("tokens", "labels", "loss_mask")
-        )
+
+    def logits(tokens):
         assert tokens.shape == (2, WINDOW)
-        with torch.no_grad():
-            logits = F.pad(model(tokens, use_cache=False).logits, (0, padding))
-        losses = F.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="none")
-        total += (losses * mask.flatten()).sum().item()
-        count += mask.sum().item()
-    return total / count
+        return F.pad(model(tokens, use_cache=False).logits, (0, padding))
+
+    with torch.no_grad():
+        return first_loss(logits, directory, micro_batches=2)
 
 
-def first_loss(arguments, directory, processes=1):
+def run_once(arguments, directory, processes=1):
     directory.mkdir()
     script = directory / "pretrain.py"
     script.write_text(RECORDER)
@@ -106,7 +78,7 @@ def test_the_printed_flags_load_it_on_one_process_with_another_padding(tmp_path)
     flags = shlex.split(" ".join(report.flags))
     flags[flags.index("--make-vocab-size-divisible-by") + 1] = "16"
     arguments = ["--load", str(tmp_path / "megatron"), *flags, *RUN]
-    ours, log = first_loss(arguments, tmp_path / "run")
+    ours, log = run_once(arguments, tmp_path / "run")
     assert "(new size: 304)" in log
     theirs = loss_of_transformers(folder, tmp_path / "run", padding=304 - VOCAB)
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -122,6 +94,6 @@ def test_checkpoint_args_load_it_with_its_factors_at_tensor_parallel_2(tmp_path)
     rest = shlex.split(" ".join(report.flags_beside_checkpoint_args))
     arguments = ["--load", str(tmp_path / "megatron"), "--use-checkpoint-args", "--finetune", *rest]
     layout = ["--tensor-model-parallel-size", "2"]
-    ours, log = first_loss([*arguments, *layout, *RUN], tmp_path / "run", processes=2)
+    ours, log = run_once([*arguments, *layout, *RUN], tmp_path / "run", processes=2)
     assert f"attention factor {report.longrope_config.attention_factor:.6g} by softmax" in log
     assert ours == pytest.approx(loss_of_transformers(folder, tmp_path / "run"), rel=1e-5)
