@@ -292,9 +292,9 @@ def worker(rank: int, directory: str) -> None:
     cases = [(variant, form) for variant in VARIANTS for form in FORMATS]
 
     lay_out(tensor_model_parallel_size=WORLD)
-    for case in cases:
-        results[TENSOR, *case] = tensor_parallel(weights, *case, False)
-        results[SEQUENCE, *case] = tensor_parallel(weights, *case, True)
+    for form in FORMATS:  # heads are shared out, each of which is rotated as on one rank
+        results[TENSOR, form] = tensor_parallel(weights, "softmax", form, False)
+        results[SEQUENCE, form] = tensor_parallel(weights, "softmax", form, True)
 
     lay_out(context_parallel_size=WORLD)
     full = {"recompute_granularity": "full", "recompute_method": "uniform"}
@@ -366,12 +366,12 @@ every_case = pytest.mark.parametrize(
 )
 
 
-@every_case
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("layout", [TENSOR, SEQUENCE])
-def test_tensor_parallel_ranks_train_like_one_process(ranks, reference, layout, variant, form):
-    losses, gradients = reference(variant, form)
+def test_tensor_parallel_ranks_train_like_one_process(ranks, reference, layout, form):
+    losses, gradients = reference("softmax", form)
     for rank, results in enumerate(ranks):
-        ours = results[layout, variant, form]
+        ours = results[layout, form]
         assert_losses(ours["losses"], losses)
         theirs = {n: local_part(n, value, rank, WORLD) for n, value in gradients.items()}
         assert_gradients(ours["gradients"], theirs)

@@ -168,11 +168,11 @@ def _of_rank(rank, folder, directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_tensor_parallel_ranks_share_every_expert(folders, tmp_path, name):
-    spawn(_of_rank, (folders[name], tmp_path), 2)
+def test_tensor_parallel_ranks_share_every_expert(folders, tmp_path):
+    folder = folders["qwen3_moe"]
+    spawn(_of_rank, (folder, tmp_path), 2)
     tokens = random_tokens(moe_models.VOCAB, 60, 0)
-    whole = load_engine(HfCheckpoint(folders[name]), device="cpu").nll(tokens)
+    whole = load_engine(HfCheckpoint(folder), device="cpu").nll(tokens)
     for rank in range(2):
         shared = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(shared, whole, atol=2e-5, rtol=0)

@@ -216,6 +216,7 @@ def parity(megatron_runs):
     )
 
 
+@pytest.mark.one_release
 @pytest.mark.parametrize(("length", "new"), [INSIDE, (80, 12)], ids=["short set", "long set"])
 def test_inside_one_set_transformers_generates_the_same(exported, parity, length, new):
     theirs = exported.generate(
@@ -229,6 +230,7 @@ def test_inside_one_set_transformers_generates_the_same(exported, parity, length
     assert generate(parity, prompt(length), new) == theirs[:, length:].tolist()
 
 
+@pytest.mark.one_release
 @torch.no_grad()
 def test_across_the_original_window_we_agree_with_transformers_without_its_cache(exported, parity):
     length, new = CROSSING
@@ -248,8 +250,8 @@ def test_across_the_original_window_we_agree_with_transformers_without_its_cache
 
 
 @pytest.mark.one_release
-@pytest.mark.parametrize("chunk", [1, 7, 55, 56, 1000])
-def test_a_prompt_in_chunks_gives_the_tokens_of_the_whole_prompt(engine, chunk):
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_prompts_in_chunks_give_the_tokens_of_whole_prompts(engine, chunk):
     whole = generate(engine, prompt(56, 4, 5), 10)
     assert generate(engine, prompt(56, 4, 5), 10, prefill_chunk=chunk) == whole
 

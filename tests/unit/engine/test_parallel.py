@@ -14,7 +14,7 @@ from megatron_longrope.engine import load_engine, process_groups
 from megatron_longrope.engine import mlp as mlp_module
 
 WORLD = 4
-LAYOUTS = ((1, 4), (2, 2), (1, 2), (2, 1), (1, 1))  # (tensor parallel, context parallel)
+LAYOUTS = ((1, 4), (2, 2), (2, 1), (1, 1))  # (tensor parallel, context parallel)
 START = 37
 RUN = "untied_gqa"
 
