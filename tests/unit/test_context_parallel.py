@@ -44,16 +44,6 @@ def test_positions_are_integers_so_that_none_is_rounded():
     assert zigzag_positions(8, 0, 1).dtype == torch.int64
 
 
-def test_zigzag_positions_equal_megatrons_own_slicing_of_a_table():
-    rope_utils = pytest.importorskip("megatron.core.models.common.embeddings.rope_utils")
-    table = torch.arange(24)
-    for rank in range(3):
-        # Megatron's formula (rope_utils.get_pos_emb_on_this_cp_rank), which itself needs CUDA.
-        theirs = table.view(6, 4)[torch.tensor([rank, 5 - rank])].flatten()
-        assert torch.equal(zigzag_positions(24, rank, 3), theirs)
-    assert hasattr(rope_utils, "get_pos_emb_on_this_cp_rank")
-
-
 @settings(deadline=None)
 @given(
     cp_size=st.integers(1, 6),

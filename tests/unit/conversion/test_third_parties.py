@@ -1,7 +1,7 @@
 """What other programs make of an exported folder.
 
-transformers and lm-eval run. vLLM and llama.cpp cannot run here: their sources say which fields
-they read (docs/conversion.md), and the tests compute what they would from these fields alone.
+lm-eval runs here, transformers in test_readers.py. vLLM and llama.cpp cannot: their sources say
+which fields they read (docs/conversion.md), and the tests compute what they would from these alone.
 """
 
 import json
@@ -11,24 +11,14 @@ from pathlib import Path
 
 import launching
 import make_megatron_checkpoint as maker
-import numpy as np
 import pytest
-import torch
 import transformers
-from search_data import make_search_data
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.tokenizer import write_tokenizer
-from megatron_longrope.engine import load_engine
-from megatron_longrope.evaluation.perplexity import perplexity
 
 TASKS = Path(__file__).parents[2] / "helpers" / "harness_tasks"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_search_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -43,83 +33,11 @@ def exported(megatron_runs, data, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def model(exported):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        str(exported), dtype=torch.float32
-    ).eval()
-
-
-@pytest.fixture(scope="module")
-def engine(megatron_runs):
-    return load_engine(
-        megatron_runs["untied_gqa"].path,
-        longrope_config=maker.longrope_config(),
-        dtype=torch.float32,
-        hf_parity=True,
-    )
-
-
-# transformers
-
-
-@pytest.mark.parametrize("length", [20, 100], ids=["short", "long"])
-def test_transformers_generates_what_the_engine_generates(model, engine, length):
-    """Greedily, and without leaving the window of one factor set."""
-    generator = torch.Generator().manual_seed(length)
-    prompt = torch.randint(maker.VOCAB, (1, length), generator=generator)
-    theirs = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=12,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, length:]
-    ours, tokens = [], prompt
-    for _ in range(12):
-        following = engine.logits(tokens)[0, -1, : maker.VOCAB].argmax()
-        ours.append(int(following))
-        tokens = torch.cat([tokens, following.view(1, 1)], dim=1)
-    assert theirs.tolist() == ours
-
-
-@pytest.mark.parametrize("length", [64, 200])
-def test_its_perplexity_is_the_engines(model, engine, length):
-    rng = np.random.default_rng(length)
-    documents = [rng.integers(3, maker.VOCAB, length) for _ in range(3)]
-
-    def theirs(tokens):
-        with torch.no_grad():
-            logits = model(tokens, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="none")[
-            None
-        ]
-
-    first, second = (
-        perplexity(nll, documents, 1, length).ppl_window_mean for nll in (engine.nll, theirs)
-    )
-    assert first == pytest.approx(second, rel=1e-5)
-
-
-def test_both_generations_of_transformers_find_the_same_factors(exported):
-    """4.57 reads rope_scaling, rope_theta and the original window at the top; 5.x one dict."""
-    written = json.loads((exported / "config.json").read_text())
-    new = written["rope_parameters"]
-    old = written["rope_scaling"] | {"rope_theta": written["rope_theta"]}
-    assert old == new
-    assert written["original_max_position_embeddings"] == new["original_max_position_embeddings"]
-    assert new["rope_type"] == "longrope"
-    assert new["factor"] == written["max_position_embeddings"] / maker.ORIGINAL
-    loaded = transformers.AutoConfig.from_pretrained(str(exported))
-    for key in ("short_factor", "long_factor", "attention_factor", "rope_theta"):
-        assert loaded.rope_parameters[key] == new[key]
-
-
 # lm-eval
 
 
 @pytest.mark.slow
+@pytest.mark.release  # in this process, test_ruler.py has lm-eval's model on such a folder
 def test_lm_evals_own_command_runs_on_the_folder(exported, tmp_path):
     pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")

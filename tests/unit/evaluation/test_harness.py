@@ -1,7 +1,6 @@
 import importlib.metadata
 import math
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,7 +24,7 @@ from harness_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import spawn
+from launching import python, spawn
 
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
@@ -525,18 +524,20 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_module_imports_without_lm_eval():
-    code = (
-        "import sys; sys.modules['lm_eval'] = None; "
-        "from megatron_longrope.evaluation.harness_tasks import parse_tasks; "
+def test_the_module_imports_without_lm_eval(tmp_path):
+    """In another process: this one has imported lm-eval, and the module."""
+    script = tmp_path / "imports.py"
+    script.write_text(
+        "import sys; sys.modules['lm_eval'] = None\n"
+        "from megatron_longrope.evaluation.harness_tasks import parse_tasks\n"
         "print(parse_tasks('paper'))"
     )
-    root = Path(harness_tasks.__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    done = python(script)
     assert done.returncode == 0 and "truthfulqa_mc2" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.release  # lm-eval reads the files of all its tasks
 def test_every_task_of_the_papers_board_is_known_to_lm_eval():
     from lm_eval.tasks import TaskManager
 

@@ -22,7 +22,6 @@ from megatron_longrope.evaluation.passkey_prompt import (
     parse_answer,
     prompt,
 )
-from megatron_longrope.evaluation.statistics import wilson_interval
 
 TEXTS = [make_text(seed, 100) for seed in range(10)]
 TEXTS += [prompt(key, 200, 100) for key in range(1, 50000, 997)]
@@ -138,7 +137,7 @@ def test_the_prompt_has_the_five_lines_of_the_papers_code():
 def test_a_trial_has_exactly_the_length_asked_for_at_the_depth_asked_for(tokenizers, kind):
     tokenizer = tokenizers[kind]
 
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(length=st.integers(500, 3000), depth=DEPTHS, seed=st.integers(0, 9))
     def check(length, depth, seed):
         trial = trial_of(tokenizer, length, depth, seed)
@@ -378,7 +377,7 @@ def test_teacher_forcing_agrees_with_generation(tokenizers, kind):
     trials = [trial_of(tokenizer, trial=number) for number in range(20)]
     seen = set()
 
-    @settings(max_examples=300)
+    @settings(max_examples=100)
     @given(
         trial=st.sampled_from(trials),
         luck=st.sampled_from((0.5, 0.9, 1.0)),
@@ -413,8 +412,3 @@ def test_generation_accepts_other_words_and_spellings_that_teacher_forcing_does_
         assert parse_answer(tokenizer.decode(generated)) == trial.key
         predicted = [*generated, ord(".")][: trial.num_answer_tokens + 1]
         assert not is_retrieved(predicted, trial, tokenizer)
-
-
-def test_nine_of_ten_has_the_published_wilson_interval():
-    low, high = wilson_interval(0.9, 10)
-    assert (round(low, 2), round(high, 2)) == (0.60, 0.98)

@@ -47,17 +47,18 @@ def test_megatrons_configuration_accepts_every_layout(model):
     config = pytest.importorskip("megatron.core.transformer.transformer_config")
     import torch
 
-    for layout in layouts(model, TRAINING, 64, 8, {}):
+    found = layouts(model, TRAINING, 64, 8, {})
+    for tensor, context, pipeline in {(i.tensor, i.context, i.pipeline) for i in found}:
         config.TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,
-            tensor_model_parallel_size=layout.tensor,
-            context_parallel_size=layout.context,
-            pipeline_model_parallel_size=layout.pipeline,
+            tensor_model_parallel_size=tensor,
+            context_parallel_size=context,
+            pipeline_model_parallel_size=pipeline,
             pipeline_dtype=torch.bfloat16,
-            sequence_parallel=layout.tensor > 1,
+            sequence_parallel=tensor > 1,
         )
 
 

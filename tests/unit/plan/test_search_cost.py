@@ -1,6 +1,5 @@
 """The cost of a search: operations, memory, hours."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -271,8 +270,3 @@ def test_an_unknown_gpu_is_refused_with_those_known(text):
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         seven_b(**changes)
-
-
-def test_an_estimate_does_not_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        seven_b().samples = 3

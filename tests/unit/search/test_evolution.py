@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.factor_search.journal import Evaluation, Journal
 from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 SMALL = EvolutionParameters(
@@ -133,17 +132,16 @@ def test_a_space_smaller_than_the_budget_is_searched_until_nothing_new_is_found(
     assert search.ask() == []
 
 
-@pytest.mark.parametrize("rng_seed", range(3))
-def test_it_improves_on_its_seeds_and_on_as_many_plain_mutations_of_them(rng_seed):
+def test_it_improves_on_its_seeds_and_on_as_many_plain_mutations_of_them():
     # Measured over seeds: 0.64 to 0.70 of the best seed's score, plain mutations 0.97. Slow is what
     # the paper's algorithm is: a gene moves only between its neighbours.
     space = SearchSpace(64, 16.0)
     objective = smooth_objective(space)
     seeds = pi_and_ntk(space)
-    search = EvolutionSearch(space, EvolutionParameters(), seeds, rng_seed)
+    search = EvolutionSearch(space, EvolutionParameters(), seeds, 0)
     assert len(run(search, objective)) == 1344
     only_mutations = EvolutionParameters(population_size=1344, max_iterations=0)
-    plain = EvolutionSearch(space, only_mutations, seeds, rng_seed)
+    plain = EvolutionSearch(space, only_mutations, seeds, 0)
     assert len(run(plain, objective)) == 1344
 
     best_seed = min(objective(*space.decode(seed)) for seed in seeds)
@@ -288,30 +286,3 @@ def test_no_iterations_means_the_initial_population_only():
     parameters = EvolutionParameters(population_size=5, max_iterations=0)
     search = EvolutionSearch(space, parameters, pi_and_ntk(space), 0)
     assert len(run(search, lambda *_: 1.0)) == 5
-
-
-# Journal
-
-
-@pytest.mark.parametrize("crash_after", [0, 1, 12, 20, 65, 66])
-def test_replaying_a_journal_resumes_the_identical_trajectory(tmp_path, crash_after):
-    path, setting = tmp_path / "journal.jsonl", {"seed": 5}
-    space = SearchSpace(8, 8.0)
-    objective = smooth_objective(space)
-    uninterrupted = run(small_search(rng_seed=5), objective)
-
-    with Journal(path, setting) as journal:
-        for candidate, score in uninterrupted[:crash_after]:
-            factors, num_start_tokens = space.decode(candidate)
-            journal.append(Evaluation(factors, num_start_tokens, score, (score,), 0.1))
-    with open(path, "a") as file:
-        file.write('{"rescale_factors": [1.0, 1.')  # the crash
-
-    resumed = small_search(rng_seed=5)
-    with Journal(path, setting, resume=True) as journal:
-        told = []
-        for record in journal.records:
-            candidate = space.encode(record.rescale_factors, record.num_start_tokens)
-            resumed.tell([candidate], [record.score])
-            told.append((candidate, record.score))
-    assert told + run(resumed, objective) == uninterrupted

@@ -87,8 +87,10 @@ def test_the_journal_holds_every_samples_loss_of_every_candidate(problem, tmp_pa
             assert record.score == math.exp(math.fsum(record.sample_nlls) / 5)
 
 
-@pytest.mark.parametrize("rule", ["exact", "paired", "off"])
-@pytest.mark.parametrize("stop", [0, 7, 38, 77])
+@pytest.mark.parametrize(
+    ("rule", "stop"),
+    [("exact", 0), ("exact", 38), ("paired", 7), ("paired", 77), ("off", 7), ("off", 38)],
+)
 def test_an_interrupted_search_resumes_to_the_same_journal_without_repeating_work(
     problem, new_search, tmp_path, rule, stop
 ):
