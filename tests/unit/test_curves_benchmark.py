@@ -54,8 +54,8 @@ def test_the_figures_data_hold_every_value_of_every_run():
 
 @pytest.mark.slow
 @pytest.mark.release  # tests/distributed/test_training_curves.py walks the same way
+@pytest.mark.usefixtures("benchmark_results_stay")
 def test_the_training_curves_benchmark_ends_with_its_result(tmp_path):
-    before = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
     script = BENCHMARKS / "training_curves.py"
     done = launching.python(script, "--quick", "--output", tmp_path / "runs")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -63,4 +63,3 @@ def test_the_training_curves_benchmark_ends_with_its_result(tmp_path):
     assert result["benchmark"] == "training_curves"
     assert [row["run"] for row in result["rows"]] == ["CP2", CONTROL]
     assert 0 < result["ratio"] < 0.1
-    assert {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")} == before

@@ -6,6 +6,7 @@ from itertools import pairwise
 import mpmath
 import pytest
 import torch
+from angles import distance_on_the_circle
 from fp32_angles import angles_fp32
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -52,12 +53,6 @@ def theirs_from_transformers(rope_type: str, config, **kwargs):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     return ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", **kwargs)
-
-
-def distance_on_the_circle(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference of two angle tensors modulo 2 pi."""
-    difference = ours.to(torch.float64) - theirs.to(torch.float64)
-    return (difference - torch.round(difference / (2 * math.pi)) * 2 * math.pi).abs().max().item()
 
 
 # transformers

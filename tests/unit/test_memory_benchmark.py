@@ -72,8 +72,8 @@ def test_what_cannot_be_measured_is_refused(options, sentence, capsys):
 
 @pytest.mark.slow
 @pytest.mark.release  # it starts a process for every peak of memory
+@pytest.mark.usefixtures("benchmark_results_stay")
 def test_both_arms_do_the_same_work_and_the_benchmark_ends_with_its_result():
-    stored = {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")}
     tiny = ("--lengths", "1024", "2048", "--hidden-size", "64", "--vocab-size", "4096")
     done = launching.python(BENCHMARKS / "ppl_memory.py", *tiny)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -87,4 +87,3 @@ def test_both_arms_do_the_same_work_and_the_benchmark_ends_with_its_result():
     assert all(row["ppl"] > 4096 for row in result["peaks"])  # far from uniform predictions
     # Memory is no matter of speed: transformers holds logits and their log-softmax.
     assert result["slope_bytes_per_token"]["theirs"] == pytest.approx(8 * 4096, rel=0.05)
-    assert {path: path.read_bytes() for path in BENCHMARKS.glob("results/*")} == stored

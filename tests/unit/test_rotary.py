@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from angles import distance_on_the_circle
 
 pytest.importorskip("megatron.core")
 
@@ -58,11 +59,6 @@ def angles_in_numpy(positions, factors, num_start_tokens=0, dim=DIM, base=10000.
             beta = base ** (2 * i / dim)
             table[row, i] = n / beta if n < num_start_tokens else n / (factors[i] * beta)
     return table
-
-
-def distance_on_the_circle(ours: torch.Tensor, theirs: np.ndarray) -> float:
-    difference = ours.double().numpy() - theirs
-    return float(np.abs(difference - 2 * np.pi * np.round(difference / (2 * np.pi))).max())
 
 
 # Against megatron-core

@@ -5,6 +5,7 @@ import math
 import mpmath
 import pytest
 import torch
+from angles import distance_on_the_circle
 from fp32_angles import angles_fp32
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -42,12 +43,6 @@ def fp64_angles(positions, base=10000.0, dim=DIM, factors=FACTORS, start_tokens=
     scale = torch.tensor(factors or (1.0,) * (dim // 2), dtype=torch.float64)
     slowed = positions / (scale * beta)
     return torch.where(positions < start_tokens, positions / beta, slowed)
-
-
-def distance_on_the_circle(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    difference = ours.double() - theirs
-    turn = 2 * math.pi
-    return (difference - torch.round(difference / turn) * turn).abs().max().item()
 
 
 def positions_of(chunks) -> list[int]:
@@ -194,9 +189,9 @@ def megatron_rotary(monkeypatch, *args, **options):
     return module.RotaryEmbedding(*args, use_cpu_initialization=True, **options)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("base", [10000, 500000])
-@pytest.mark.parametrize("start_tokens", [0, 50])
+@pytest.mark.parametrize(
+    ("base", "interleaved", "start_tokens"), [(10000, False, 50), (500000, True, 0)]
+)
 def test_factors_of_one_give_megatron_cores_table_bit_for_bit(
     monkeypatch, base, interleaved, start_tokens
 ):
