@@ -10,6 +10,7 @@ import make_megatron_checkpoint as maker
 import pytest
 import tiny_hf
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.cli import main
@@ -246,6 +247,22 @@ def test_verify_allows_an_import_in_a_narrower_dtype_its_rounding(hf, tmp_path):
     narrow = ("--dtype", "bfloat16", "--no-verify")
     assert convert("from-hf", "--hf", hf, "--output", tmp_path / "imported", *narrow) == 0
     assert convert("verify", "--load", tmp_path / "imported", "--hf", hf) == 0
+
+
+def test_an_import_that_rounds_only_some_of_the_tensors_is_allowed_their_rounding(hf, tmp_path):
+    mixed = shutil.copytree(hf, tmp_path / "mixed")
+    for path in mixed.glob("*.safetensors"):
+        tensors = load_file(path)
+        narrow = {name: value for name, value in tensors.items() if "norm" not in name}
+        tensors |= {name: value.to(torch.bfloat16) for name, value in narrow.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    arguments = ("--hf", mixed, "--output", tmp_path / "imported", "--dtype", "bfloat16")
+    assert convert("from-hf", *arguments) == 0
+    kept = tmp_path / "kept"
+    assert convert("from-hf", "--hf", mixed, "--output", kept, "--no-verify") == 0
+    dtypes = {info.dtype for info in MegatronCheckpoint.open(kept).keys().values()}
+    assert dtypes == {torch.bfloat16, torch.float32}
+    assert convert("verify", "--load", kept, "--hf", mixed) == 0
 
 
 @pytest.mark.parametrize("way", ["drop", "keep"])
