@@ -178,12 +178,17 @@ class Session:
             known[key] = cell
 
     def _update_found(self, cells: Sequence[Cell]) -> None:
-        """Bring fields that are no part of the key up to date: a model's label, a threshold."""
+        """Bring what is no part of a key up to date: such as a threshold, and labels of models."""
+        labels: dict[tuple[Any, ...], str] = {}
         for cell in cells:
-            now = {"model": cell.target.model.label, **cell.fields}
+            labels[_loaded(cell.record)] = cell.target.model.label
             old = self.records.find(cell.record)
-            if old and any(old.get(name) != value for name, value in now.items()):
-                self.records.append({**old, **now})
+            if old and any(old.get(name) != value for name, value in cell.fields.items()):
+                self.records.append({**old, **cell.fields})
+        for row in self.records.rows:
+            label = labels.get(_loaded(row), row.get("model"))
+            if row.get("model") != label:
+                self.records.append({**row, "model": label})
 
     def _present_cost(
         self,
@@ -254,6 +259,11 @@ def _timed(
     else:
         engine.nll(tokens)
     return from_first_rank(time.perf_counter() - started)
+
+
+def _loaded(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return which model a record is of, and how it was loaded."""
+    return tuple(record.get(n) for n in ("checkpoint_sha256", "sliding_window", "requested_dtype"))
 
 
 def _note(cell: Cell) -> str:
