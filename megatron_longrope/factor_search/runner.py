@@ -81,12 +81,11 @@ class SearchRun:
 def run_search(
     search: GenerationalSearch,
     problem: SearchProblem,
-    objective: PerplexityObjective,
+    blocks: Sequence[PerplexityObjective],
     run: SearchRun,
     *,
     label: str = "search",
     known: Sequence[Evaluation] = (),
-    blocks: Sequence[PerplexityObjective] = (),
     anchor: Anchor | None = None,
 ) -> SearchOutcome:
     """Score what `search` asks for until it is done.
@@ -94,21 +93,20 @@ def run_search(
     Args:
         search (GenerationalSearch): A new one; the journal brings it up to date.
         problem (SearchProblem): What the candidates mean.
-        objective (PerplexityObjective): Scores a sample.
+        blocks (Sequence[PerplexityObjective]): What a trial is scored on, by its block: of a
+            rotating pool several of the same size, else one.
         run (SearchRun): Where and how.
         label (str): Of the progress line.
         known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
             another search: what they scored costs nothing here. Complete ones are incumbents of the
             winner.
-        blocks (Sequence[PerplexityObjective]): Of a rotating pool, all of the same size; a trial is
-            scored on its own. Defaults to `objective` for all.
         anchor (Anchor, optional): What scores on different blocks are relative to.
 
     Raises:
         LongRopeError: The journal exists and is not to be resumed, or belongs to other settings.
         LongRopeError: No candidate could be scored, or a replica died.
     """
-    num_samples = objective.num_samples
+    num_samples = blocks[0].num_samples
     status = SearchStatus(num_samples)
     records: dict[int, Evaluation] = {}
     settings = {**run.settings, "racing": [run.race.rule, run.race.significance]}
@@ -125,9 +123,7 @@ def run_search(
         while trials := search.trials():
             arrived = [record for trial in trials if (record := scores.find(trial))]
             if not arrived:
-                _score_next(
-                    trials, problem, blocks or (objective,), anchor, run.race, scores, queue
-                )
+                _score_next(trials, problem, blocks, anchor, run.race, scores, queue)
                 continue  # and find there whether it is what was asked for
             trials_by_index = {trial.index: trial for trial in trials}
             for record in sorted(arrived, key=lambda item: item.index):
@@ -279,7 +275,7 @@ def _score_given(
     journal = _journal_beside(run, label)
     part = replace(run, journal=journal, race=Race("off"), tensorboard=None)
     search = SeedSearch(problem.space, given, len(blocks))
-    return run_search(search, problem, blocks[0], part, label=label, known=known, blocks=blocks)
+    return run_search(search, problem, blocks, part, label=label, known=known)
 
 
 def _journal_beside(run: SearchRun, label: str) -> Path:

@@ -330,10 +330,7 @@ class SearchPlan:
         if args.pool:
             anchor = score_anchor(references.candidate, problem, blocks, run, known)
             known = anchor.adjusted(known)
-        outcome = run_search(
-            self._algorithm(), problem, blocks[0], run,
-            known=known, blocks=blocks, anchor=anchor,
-        )  # fmt: skip
+        outcome = run_search(self._algorithm(), problem, blocks, run, known=known, anchor=anchor)
         if rank() != 0:
             return None
         if anchor is None:

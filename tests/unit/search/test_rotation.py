@@ -52,7 +52,7 @@ def rotate(search, run, fail_after=None):
     anchor = score_anchor(references.candidate, PROBLEM, blocks, run, references.records)
     blocks[1] = Block(OFFSETS[1], fail_after=fail_after)
     known = anchor.adjusted(references.records)
-    found = run_search(search, PROBLEM, blocks[0], run, known=known, blocks=blocks, anchor=anchor)
+    found = run_search(search, PROBLEM, blocks, run, known=known, anchor=anchor)
     return found, anchor
 
 
@@ -61,7 +61,7 @@ def rotate(search, run, fail_after=None):
 def test_blocks_of_other_difficulty_change_nothing(new, rule, tmp_path):
     found, anchor = rotate(new(3), SearchRun(tmp_path / "rotating.jsonl", race=Race(rule)))
     run = SearchRun(tmp_path / "fixed.jsonl", race=Race(rule))
-    fixed = run_search(new(1), PROBLEM, Block(0.0), run)
+    fixed = run_search(new(1), PROBLEM, [Block(0.0)], run)
     assert {record.block for record in found.records} == {0, 1, 2}
     assert PROBLEM.factor_set(found.candidate) == PROBLEM.factor_set(fixed.candidate)
     # Scores are perplexities at the anchor's mean level over the whole pool.
