@@ -18,22 +18,16 @@ class SourceCounts:
 
     documents: int = 0
     """Documents read, each once."""
-
     source_tokens: int = 0
     """Their tokens."""
-
     longest_document: int = 0
     """Tokens of the longest."""
-
     held_out_documents: int = 0
     """Those that went to the held-out set."""
-
     used_documents: int = 0
     """Documents that were handed on, each as often as it was: the mix."""
-
     used_tokens: int = 0
     """Their tokens, before they are cut, filled up or discarded."""
-
     histogram: Counter[int] = field(default_factory=Counter)
     """Documents read, by :func:`length_bucket`."""
 

@@ -32,16 +32,12 @@ class Source:
 
     name: str
     """Its name in the manifest."""
-
     paths: tuple[str, ...]
     """Files or directories."""
-
     weight: float = 1.0
     """How often the source is passed through: 2 repeats all, 0.5 takes every second at random."""
-
     long_above: int | None = None
     """Documents of more than this many tokens are repeated `long_factor` times as often."""
-
     long_factor: float = 1.0
     """See `long_above`."""
 

@@ -32,10 +32,8 @@ class _Mix(Options):
 class _Reading(Options):
     text_key: str = flag("text", metavar="KEY")
     """key of the text in JSON lines, or column (default: text)"""
-
     on_error: str = flag("fail", choices=("fail", "skip"))
     """at a document that cannot be read: stop, or count it and go on (default: fail)"""
-
     overwrite: bool = flag(False)
     """replace existing output"""
 
@@ -46,14 +44,11 @@ class TokenizerOptions(_Reading, _Input):
 
     vocab_size: int = flag(type=parse_positive, metavar="N")
     """tokens in the vocabulary, of which 260 are fixed (special tokens, newline, bytes)"""
-
     output: str = flag(metavar="X.model")
     """the model file to write"""
-
     max_sentences: int = flag(500_000, type=parse_positive, metavar="N")
     """train on a random sample of at most N lines, which bounds memory, about 3 KB a line (default:
     500000)"""
-
     seed: int = flag(0, type=int, metavar="N")
     """seed of that sample (default: 0)"""
 
@@ -64,61 +59,46 @@ class PrepareOptions(_Reading, _Mix, _Input):
 
     tokenizer: str = flag(metavar="PATH")
     """sentencepiece .model file or Hugging Face tokenizer folder"""
-
     bos: int | None = bos_flag()
 
     output: str = flag(metavar="PREFIX")
     """path of the set, without suffix"""
-
     segment_length: int | None = flag(
         None, type=parse_length, metavar="S", exclusive="mode", required=True
     )
     """training data: segments of exactly S tokens, BOS and EOS included; use it with Megatron's
     --seq-length S"""
-
     whole_documents: bool = flag(False, exclusive="mode", required=True)
     """search and evaluation data: whole documents without special tokens"""
-
     tail: str | None = flag(None, choices=("drop", "pad", "pack"))
     """with --segment-length, the tokens after a document's last full segment: discard, fill up with
     EOS, or join with the tails of other documents (default: drop)"""
-
     min_length: int | None = flag(None, type=parse_length, metavar="N")
     """with --whole-documents, keep documents of at least N tokens (default: 1)"""
-
     max_length: int | None = flag(None, type=parse_length, metavar="N")
     """with --whole-documents, truncate documents to N tokens (default: keep them whole)"""
-
     max_documents: int | None = flag(None, type=parse_positive, metavar="K")
     """with --whole-documents, stop after K kept documents (default: keep all)"""
-
     joined: int | None = flag(None, type=parse_positive, metavar="K")
     """with --segment-length, make every entry of K consecutive segments; --seq-length is then K x S
     (default: 1)"""
-
     cut: str | None = flag(None, choices=("tokens", "sentences"))
     """with --segment-length, cut documents anywhere, or at sentence ends, which Punkt learns from
     the text itself, and fill up with EOS (default: tokens)"""
-
     short_window: int | None = flag(None, type=parse_length, metavar="W")
     """with --segment-length, write documents of at most W tokens, BOS and EOS included, one by one
     to PREFIX_short, for mixed-window training (default: treat all alike)"""
-
     short_multiple: int | None = flag(None, type=parse_positive, metavar="M")
     """with --short-window, fill those up with EOS to a multiple of M tokens; 2 x context-parallel
     size must divide it (default: 16)"""
-
     held_out: float = flag(0.0, type=float, metavar="SHARE")
     """share of the documents, chosen by a hash of the text, that goes whole to PREFIX_heldout
     (default: none)"""
-
     upsample_long: tuple[str, str] | None = flag(None, nargs=2, metavar=("N", "FACTOR"))
     """with --input, repeat documents of more than N tokens FACTOR times; a mix says it for each
     source (default: all once)"""
-
     seed: int = flag(0, type=int, metavar="N")
     """decides which documents are held out or repeated once more (default: 0)"""
-
     workers: int = flag(1, type=parse_positive, metavar="N")
     """processes that tokenize; the output is the same for any number (default: 1)"""
 
@@ -180,9 +160,7 @@ class InspectSetOptions(Options):
 
     prefix: str = flag(positional=True, metavar="PREFIX")
     """path of the set, without suffix"""
-
     figure: str | None = flag(None, metavar="X.png")
     """draw the length histogram (default: none)"""
-
     overwrite: bool = flag(False)
     """replace an existing figure"""

@@ -34,10 +34,8 @@ class Encoder:
 
     tokenizer: Tokenizer
     """Adds no special tokens."""
-
     splitter: Splitter | None = None
     """Where sentences end; None when nothing asks for it."""
-
     splitter_sha256: str = ""
     """Hash of what the splitter was trained on."""
 

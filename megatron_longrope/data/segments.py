@@ -34,10 +34,8 @@ class TokenizedDocument:
 
     tokens: np.ndarray
     """int64 [n], without special tokens."""
-
     ends: np.ndarray | None = None
     """int64 [m], increasing: tokens at which a sentence begins that is not the first one."""
-
     digest: bytes = b""
     """Hash of the text."""
 
@@ -54,7 +52,6 @@ class FixedSegments:
 
     segment_length: int
     """S, tokens in every segment, BOS and EOS included; Megatron's --seq-length."""
-
     tail: str = "drop"
     """What becomes of the tokens after a document's last full piece.
 
@@ -63,14 +60,12 @@ class FixedSegments:
     on in the next segment, behind a new BOS. Two places too few for another token, and the end of
     the corpus, are filled with EOS.
     """
-
     joined: int = 1
     """K > 1 makes every entry of K consecutive segments, K * S tokens; --seq-length is then K * S.
 
     Consecutive means in the order of the corpus: where a document's segments are used up, those of
     the next one follow. Fewer than K at the end of the corpus are discarded.
     """
-
     cut: str = "tokens"
     """Where a document is cut. `tokens`: anywhere, pieces are full.
 
@@ -78,7 +73,6 @@ class FixedSegments:
     there is none; the rest of the piece's segment is filled with EOS and the next piece begins
     with the next sentence. Tails that `pack` joins are still cut anywhere.
     """
-
     mode: ClassVar[str] = "segments"
     needs_special_tokens: ClassVar[bool] = True
 
@@ -158,13 +152,10 @@ class WholeDocuments:
 
     min_length: int = 1
     """Only documents of at least this many tokens are kept."""
-
     max_length: int | None = None
     """Documents are truncated to this many tokens; None keeps them whole."""
-
     max_documents: int | None = None
     """Stop after this many kept documents; None keeps all."""
-
     mode: ClassVar[str] = "whole"
     needs_special_tokens: ClassVar[bool] = False
     needs_sentences: ClassVar[bool] = False
@@ -215,13 +206,11 @@ class ShortDocuments:
 
     window: int
     """Longest entry in tokens, BOS and EOS included; the model's original window."""
-
     multiple: int = 16
     """Entries are filled with EOS to a multiple of this; 2 x context-parallel size must divide it.
 
     As --seq-length has to be a multiple too, no cut breaks the rule.
     """
-
     mode: ClassVar[str] = "short"
     needs_special_tokens: ClassVar[bool] = True
     needs_sentences: ClassVar[bool] = False

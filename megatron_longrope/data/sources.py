@@ -35,7 +35,6 @@ class Document:
 
     id: str
     """`FILE` for a text file, `FILE:LINE` for a line of JSON, `FILE:ROW` for a row of a column."""
-
     text: str
     """The text, newlines and all white space as they stand in the file."""
 
@@ -46,10 +45,8 @@ class SkippedDocument:
 
     file: str
     """Source file."""
-
     line: int
     """Line or row of the problem, counted from 1."""
-
     reason: str
     """What is wrong with it."""
 

@@ -30,10 +30,8 @@ class Split:
 
     held_out: float = 0.0
     """Share of the documents, by hash of the text, that goes whole to `PREFIX_heldout`."""
-
     short: ShortDocuments | None = None
     """Documents within a short window go to `PREFIX_short`; None leaves them in the set."""
-
     seed: int = 0
     """Decides which documents are held out and which fractions of a weight are copies."""
 

@@ -37,7 +37,6 @@ class Skips:
 
     count: int = 0
     """How many."""
-
     listed: list[SkippedDocument] = field(default_factory=list)
     """The first ones."""
 
@@ -54,22 +53,16 @@ class Batch:
 
     source: int
     """Index of its source."""
-
     documents: list[Document] = field(default_factory=list)
     """Emptied once they are stored."""
-
     skips: Skips = field(default_factory=Skips)
     """Unreadable documents among them."""
-
     bytes_read: int = 0
     """What reading them took from disk."""
-
     error: ValueError | None = None
     """Why reading ended here; comes alone, behind all documents before the error."""
-
     part: Path | None = None
     """Where they are stored; None when there is none."""
-
     found: bool = False
     """An earlier run had stored them."""
 

@@ -51,16 +51,12 @@ class Tokenizer(Protocol):
 
     path: str
     """The file or folder it was loaded from."""
-
     sha256: str
     """Hash of what decides the ids: the sentencepiece model or the tokenizer's defining files."""
-
     vocab_size: int
     """Largest token id plus one."""
-
     bos_id: int | None
     """Begin-of-sequence token, None when the tokenizer has none (stock Qwen2, Qwen2.5, Qwen3)."""
-
     eos_id: int | None
     """End-of-sequence token, None when the tokenizer has none."""
 

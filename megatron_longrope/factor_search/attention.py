@@ -32,16 +32,12 @@ class SettledAttention:
     problem: SearchProblem
     """What was searched, under the value that is written; the same object where that is the
     search's own."""
-
     scores: dict[float, float]
     """Of :func:`attention_scores`."""
-
     gain: float
     """Perplexity under the value that is written, as a share of that under the search's own."""
-
     verdict: RetrievalVerdict | None
     """Retrieval under the value that is written; None where it was not measured."""
-
     note: str
     """The above in a sentence."""
 

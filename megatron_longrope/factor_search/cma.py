@@ -58,20 +58,15 @@ class CmaParameters:
     max_evaluations: int = 336
     """Budget, in evaluations of all samples: a quarter of the evolution's 1,344. An evaluation of
     fewer samples, in successive halving, counts as its share."""
-
     population_size: int | None = None
     """Candidates of a CMA-ES generation; None is the package's 4 + 3 ln n. Give a multiple of the
     number of replicas, or a lookahead, to keep many of them busy."""
-
     initial_deviation: float = 0.1
     """Of the logarithm of the factors, relative to that of the largest factor of the best seed."""
-
     polish_share: float = 0.25
     """Share of the budget kept for the coordinate polish."""
-
     polish_step: float = 0.04
     """First step of the polish, of the logarithm of a factor; halved four times at most."""
-
     num_samples: int = 5
     """Samples of a full evaluation, which bound the rounds of successive halving."""
 

@@ -81,10 +81,8 @@ class CriticalSpace(SearchSpace):
 
     start_tokens: tuple[int, ...] = (0,)
     """LongRoPE2 has none."""
-
     critical_dimensions: tuple[int, ...] = ()
     """Choices of the critical dimension, ascending indices of frequencies."""
-
     upper_ratio: ClassVar[float] = 2.0
 
     def __post_init__(self) -> None:

@@ -25,19 +25,14 @@ class EvolutionParameters:
 
     population_size: int = 64
     """P: candidates of the initial population, seeds included."""
-
     num_mutations: int = 16
     """N1: mutated children per iteration."""
-
     num_crossovers: int = 16
     """N2: crossover children per iteration."""
-
     mutation_prob: float = MUTATION_PROB
     """p: probability that a gene is redrawn."""
-
     max_iterations: int = 40
     """T: generations of children after the initial population."""
-
     num_parents: int = 32
     """Size of the top-k that children descend from."""
 

@@ -30,21 +30,16 @@ class Trial:
 
     index: int
     """Order of asking, from 0; the same whatever the order in which scores arrive."""
-
     candidate: Candidate
     """What to score."""
-
     samples: int | None = None
     """How many samples the score covers, from the first one; None for all of them."""
-
     incumbent: Candidate | None = None
     """A candidate, scored on all samples, that this one must beat to matter; scoring may stop as
     soon as it cannot. None: its score is needed whatever it is."""
-
     certain: bool = True
     """Whether losing to the incumbent means for certain that it does not matter. Where it is only
     likely, as in CMA-ES, the exact rule stops nobody."""
-
     block: int = 0
     """Of a rotating pool: which samples."""
 
@@ -55,7 +50,6 @@ class Generation:
 
     trials: tuple[Trial, ...]
     """In order of asking."""
-
     scores: dict[Candidate, float] = field(default_factory=dict)
     """Told so far."""
 

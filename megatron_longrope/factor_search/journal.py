@@ -33,32 +33,24 @@ class Evaluation:
 
     rescale_factors: tuple[float, ...]
     """lambda_i as evaluated."""
-
     num_start_tokens: int
     """n_hat as evaluated."""
-
     score: float
     """Perplexity, which the search minimises. Of a candidate that a race stopped, a bound or an
     estimate that its incumbent beats; infinity when the evaluation failed."""
-
     sample_nlls: tuple[float, ...] = ()
     """Mean negative log-likelihood per token of each sample scored, from the first one."""
-
     seconds: float = 0.0
     """Wall-clock time of the evaluation."""
-
     error: str | None = None
     """Why the evaluation failed, or None; always set when the score is infinite."""
-
     index: int = 0
     """Order of asking. Lines stand in the order in which scores arrived, which depends on the
     number and speed of the replicas; apart from that and from `seconds`, journals of one seed are
     the same."""
-
     stopped: str | None = None
     """Why samples are missing: `exact` or `paired`, a race was lost; `budget`, only so many were
     asked for. None when every sample was scored."""
-
     block: int = 0
     """Of a rotating pool: which samples these are. Left out of the file where it is 0."""
 

@@ -91,10 +91,8 @@ class Team:
 
     index: int = 0
     """This one; replica 0 writes the journal."""
-
     count: int = 1
     """How many there are."""
-
     store: dist.Store | None = None
     """What they share; None for a single one."""
 

@@ -46,19 +46,14 @@ class NeedleSamples:
 
     tokens: Tensor
     """`[k, n]`, int64: BOS if any, instruction, document with the needle, question and answer."""
-
     scored: Tensor
     """`[k, n - 1]`, bool: True at j where tokens[:, j + 1] belongs to the answer."""
-
     text: Tensor
     """`[k, n - 1]`, bool: True at j where tokens[:, j + 1] belongs to the document."""
-
     depths: tuple[float, ...]
     """Where each needle was to stand: 0 before the document's text, 1 behind it."""
-
     positions: tuple[int, ...]
     """Index of each needle's first token in its row."""
-
     numbers: tuple[int, ...]
     """The hidden numbers."""
 

@@ -22,31 +22,23 @@ class _InputsAndOutputs(Options):
     attention: str = flag("auto", choices=("auto", "sdpa", "flash", "te"))
     """kernels: a flash-attention package, torch SDPA or Transformer Engine (default: auto, flash
     where one can run, else sdpa; `longrope doctor` says which)"""
-
     data: str = flag(metavar="PREFIX")
     """search documents (longrope data prepare)"""
-
     bos: int | None = bos_flag()
 
     target_length: int = flag(type=parse_length, metavar="N")
     """window in tokens"""
-
     output: str = flag(metavar="F.json")
     """LongRoPE config to write"""
-
     base_config: str | None = flag(None, metavar="F.json")
     """factors of the fine-tuned model (default: those that the model carries; `none` searches from
     plain RoPE all the same)"""
-
     original_length: int | None = flag(None, type=parse_length, metavar="N")
     """pre-trained window in tokens (default: the checkpoint's max_position_embeddings)"""
-
     held_out: str | None = flag(None, metavar="PREFIX")
     """other documents, to compare the winner on at the end"""
-
     tensorboard_dir: str | None = flag(None, metavar="DIR")
     """write scalars while the search runs"""
-
     no_figures: bool = flag(False)
     """write no PNG and CSV files"""
 
@@ -59,36 +51,27 @@ class _Objective(Options):
     """ppl: perplexity of all tokens. needle: of a hidden number's tokens when it is asked for at
     the end (LongRoPE2). joint: the loss of the document's tokens plus --needle-weight x that of the
     number's, from one pass. The latter two need --tokenizer (default: ppl)"""
-
     needle_weight: float = flag(0.1, type=float, metavar="W")
     """of the number's loss in the joint objective (default: 0.1)"""
-
     num_samples: int = flag(5, type=int, metavar="K")
     """documents per evaluation"""
-
     pool: int | None = flag(None, type=int, metavar="N")
     """documents that generations take in turn, K each, instead of the same K for all; a quarter is
     kept to choose among the best at the end (default: no rotation)"""
-
     windows_per_document: int = flag(1, type=int, metavar="W")
     """consecutive windows per document; useful for short windows (default: 1)"""
-
     tokenizer: str | None = flag(None, metavar="T")
     """the data's tokenizer, to hide numbers in it (default, for the closing table only: where the
     data's manifest says)"""
-
     needle_depths: str | None = flag(None, metavar="LIST")
     """where needles stand, from 0 (start; all of them in the LongRoPE2 paper) to 1, for example
     0,0.5,1 (default: evenly spread over the documents)"""
-
     tokens_per_forward: int = flag(8192, type=parse_length, metavar="N")
     """shorter samples share a forward pass up to so many tokens (default: 8k)"""
-
     retrieval_trials: int = flag(3, type=int, metavar="N")
     """numbers that the references and the winner are asked for at the end; a winner that finds
     fewer than the best reference gives way to the best that does not; 0 asks for none (default:
     3)"""
-
     accept_worse_retrieval: bool = flag(False)
     """write the winner even so"""
 
@@ -102,15 +85,12 @@ class _Space(Options):
     critical dimension on, the first that completes no period in the trained window; less is hardly
     seen by perplexity and loses retrieval. critical: factors in [s, 2 s] from the critical
     dimension up, NTK below (LongRoPE2) (default: floored)"""
-
     critical_dimension: int | None = flag(None, type=int, metavar="I")
     """fix it, as an index of frequencies (default: floored: by the trained window; critical:
     searched)"""
-
     start_tokens: str | None = flag(None, metavar="LIST")
     """choices of n_hat, for example 0,1,2,4, or `paper` for its fourteen; export to Hugging Face
     needs 0 (default: the base's, 0 for plain RoPE)"""
-
     upper: float | None = flag(None, type=float)
     """largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s) or the base's
     largest)"""
@@ -123,50 +103,36 @@ class _Algorithm(Options):
     algorithm: str = flag("cma", choices=("cma", "evolution"))
     """cma: CMA-ES with start tokens by successive halving and a coordinate polish. evolution:
     algorithm 1 of the paper with its numbers (default: cma)"""
-
     max_evaluations: int | None = flag(None, type=int, metavar="K")
     """stop after so many candidates (default: cma 336, evolution 1344; half at 512k and above)"""
-
     patience: int | None = flag(None, type=int, metavar="K")
     """stop when K evaluations in a row have not lowered the best score by more than 0.1 % (default:
     use the whole budget)"""
-
     warm_start: str | None = flag(None, metavar="F.json")
     """factors for a near window of the same model, such as another second search's result: one more
     starting point"""
-
     population_size: int | None = flag(None, type=int, metavar="P")
     """evolution: 64; cma: 4 + 3 ln n"""
-
     num_mutations: int | None = flag(None, type=int, metavar="N1")
     """evolution: 16"""
-
     num_crossovers: int | None = flag(None, type=int, metavar="N2")
     """evolution: 16"""
-
     num_parents: int | None = flag(None, type=int, metavar="K")
     """evolution: top 32 kept"""
-
     max_iterations: int | None = flag(None, type=int, metavar="T", name="--iterations")
     """evolution: 40"""
-
     mutation_prob: float | None = flag(None, type=float, metavar="p")
     """evolution: 0.3 per gene"""
-
     initial_deviation: float | None = flag(None, type=float, metavar="D")
     """cma: of log factors, relative to the largest seed factor's (default: 0.1)"""
-
     racing: str = flag("exact", choices=("exact", "paired", "off"))
     """when to stop scoring a candidate. exact: when it certainly cannot survive; the result stays
     the same. paired: also when a paired t-test says so (default: exact)"""
-
     racing_significance: float = flag(0.05, type=float, metavar="A")
     """of the paired test"""
-
     lookahead: int = flag(0, type=int, metavar="G")
     """generations that may start before an earlier one is complete, so that replicas do not wait
     for the slowest; 0 is the published algorithm (default: 0)"""
-
     seed: int = flag(0, type=int)
 
 
@@ -176,13 +142,10 @@ class _Estimate(Options):
 
     dry_run: bool = flag(False)
     """print FLOPs, memory and hours, and stop; loads no weights"""
-
     gpu: str = flag("h100", metavar="NAME")
     """a100-80, h100, ... or TFLOPS:GIB, for --dry-run"""
-
     num_gpus: int | None = flag(None, type=parse_positive, metavar="G")
     """GPUs of the job, for --dry-run (default: TP x CP, one replica)"""
-
     mfu: float = flag(0.4, type=float, metavar="U")
     """part of the GPU's peak, for --dry-run"""
 
@@ -200,15 +163,12 @@ class SearchOptions(
     )
     """su (LongRoPE's formula), yarn or none, with 1 in the original window, which Hugging Face
     cannot hold (default: the base's; in a first search su's value for every window)"""
-
     attention_factor: str | None = flag(None, metavar="F", exclusive="attention factor")
     """one value for every window; `longest` takes the base config's value at its largest window,
     which is what Hugging Face applies to both windows; `search`, of a first search, searches
     under the default and then looks for the value that the winner is best with"""
-
     resume: bool = flag(False, exclusive="journal")
     """continue from the journal if any"""
-
     overwrite: bool = flag(False, exclusive="journal")
     """discard an existing journal"""
 

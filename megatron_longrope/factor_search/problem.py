@@ -44,27 +44,20 @@ class SearchProblem:
 
     stage: str
     """`first`, `second` or `recovery`."""
-
     base: LongRopeConfig
     """Configuration that the result extends."""
-
     target_length: int
     """Window, in tokens, that is searched for."""
-
     space: SearchSpace
     """What a candidate may be."""
-
     multiplier: tuple[float, ...]
     """Factors that a candidate multiplies; ones except in the second search."""
-
     seeds: Mapping[str, Candidate]
     """Named starting points; `near-X` is the candidate nearest to a reference X that the space does
     not hold."""
-
     references: Mapping[str, GivenFactors]
     """Absolute factors that are always scored, as they are: one of them is the result if nothing
     beats it."""
-
     exact: Mapping[Candidate, GivenFactors] = field(default_factory=dict)
     """References that stand for the candidate of their grid cell, so that starting from one loses
     nothing to rounding."""

@@ -31,7 +31,6 @@ class Race:
     sum has lost; nothing changes in the result. `paired`: also when a one-sided paired t-test on
     the differences says so, which the search may pay for with a lost candidate now and then. `off`:
     score every sample."""
-
     significance: float = 0.05
     """Of the paired test, each time it looks."""
 

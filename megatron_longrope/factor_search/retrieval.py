@@ -33,10 +33,8 @@ class Retrieval:
 
     loss: float
     """Mean loss of the answers' tokens, in nats."""
-
     correct: int
     """Answers whose every token is the greedy choice."""
-
     trials: int
     """Numbers asked for."""
 
@@ -92,13 +90,10 @@ class RetrievalVerdict:
 
     outcome: SearchOutcome
     """The search's own, or another of its candidates in its place."""
-
     measured: Mapping[str, Retrieval]
     """Of each reference and, as `longrope`, of the search's own winner."""
-
     written: Retrieval
     """Of the outcome."""
-
     reason: str | None
     """Why the outcome is not the search's own, or why it would not be; None if it retrieves."""
 

@@ -48,7 +48,6 @@ class Anchor:
 
     given: GivenFactors
     """The factors whose losses they are."""
-
     losses: tuple[tuple[float, ...], ...]
     """Of each sample of each rotating block."""
 

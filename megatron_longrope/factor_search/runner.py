@@ -29,25 +29,18 @@ class SearchOutcome:
 
     candidate: Candidate | GivenFactors
     """Best candidate, or the reference that none of them beats."""
-
     score: float
     """Its perplexity on the search samples."""
-
     seed_scores: dict[str, float]
     """Perplexity of each named starting point and each reference that was scored."""
-
     num_evaluations: int
     """Trials, resumed ones included."""
-
     sample_forwards: int
     """Samples that went through the model for them."""
-
     sample_forwards_saved: int
     """Samples that racing made unnecessary."""
-
     num_failed: int
     """Trials without a score."""
-
     records: tuple[Evaluation, ...] = field(repr=False, compare=False, default=())
     """All evaluations, in the order of asking."""
 
@@ -58,22 +51,16 @@ class SearchRun:
 
     journal: Path
     """One line per evaluation; see :class:`Journal`."""
-
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What must not change between a run and its resumption."""
-
     race: Race = field(default_factory=Race)
     """When a candidate is given up."""
-
     resume: bool = False
     """Continue the journal, if there is one."""
-
     overwrite: bool = False
     """Discard the journal, if there is one."""
-
     team: Team = field(default_factory=Team)
     """Replicas that share the work."""
-
     tensorboard: Path | None = None
     """Directory for TensorBoard scalars."""
 

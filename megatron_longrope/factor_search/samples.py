@@ -21,13 +21,10 @@ class Samples:
 
     tokens: Tensor
     """`[k, n]`, int64, BOS included where there is one."""
-
     bos: str | int
     """What stands before every window; see :func:`.tokenizer.bos_name`."""
-
     weights: Tensor | None = None
     """`[k, n - 1]`, what the loss of each target counts; None for the mean over all."""
-
     needles: dict[str, Any] | None = None
     """Wording and places of the needles, if there are any."""
 

@@ -59,19 +59,14 @@ class _Found:
 
     problem: SearchProblem
     """What was searched, under the attention factor of the search."""
-
     outcome: SearchOutcome
     """The winner; of a pool, the one on its validation windows."""
-
     settings: dict[str, Any]
     """What it was made with."""
-
     block: PerplexityObjective
     """The windows that the search saw; of a pool, the first of them."""
-
     judge: PerplexityObjective
     """The windows that a decision about the winner is made on."""
-
     validation: dict[str, float] | None
     """Of :func:`.rotation.validate`; None without a pool."""
 
@@ -82,28 +77,20 @@ class SearchPlan:
 
     options: SearchOptions
     """What it was told."""
-
     parameters: CmaParameters | EvolutionParameters
     """Sizes of the algorithm."""
-
     checkpoint: Checkpoint
     """Whose model is searched for; only its metadata has been read."""
-
     problem: SearchProblem
     """What is searched, under the base's attention factor."""
-
     race: Race
     """When candidates are given up."""
-
     samples: Samples
     """What candidates are scored on."""
-
     held_out: Samples | None
     """Windows of the held-out documents, if there are any; perplexity is measured on them."""
-
     rotating: int
     """Blocks of samples that generations take in turn; 1 without --pool."""
-
     needles: NeedleSamples | str
     """What references and winner are asked for at the end, or why they are not."""
 

@@ -27,7 +27,6 @@ class Candidate:
 
     steps: tuple[int, ...]
     """k_i >= 0, non-decreasing, one for each of the rotary_dim / 2 frequencies."""
-
     start_index: int = 0
     """Index into the space's start_tokens; in a critical space, into its critical_dimensions."""
 
@@ -38,7 +37,6 @@ class GivenFactors:
 
     rescale_factors: tuple[float, ...]
     """lambda_i, `[rotary_dim / 2]`."""
-
     num_start_tokens: int = 0
     """n_hat."""
 
@@ -57,24 +55,18 @@ class SearchSpace:
 
     num_factors: int
     """Number of rescale factors: rotary_dim / 2."""
-
     scale: float
     """Extension ratio s that the search covers (target length / the model's window)."""
-
     step: float = 0.01
     """Grid distance of the factors (table 4: 0.01)."""
-
     upper: float | None = None
     """Largest factor; None becomes 1.25 * scale (table 4)."""
-
     start_tokens: tuple[int, ...] = START_TOKENS
     """Choices for n_hat, ascending; `(0,)` leaves start tokens out of the search."""
-
     floor_dimension: int | None = None
     """First dimension whose factors are at least `scale`; None leaves all of them free. A dimension
     that completes no period in the trained window meets unseen angles under a smaller factor, which
     perplexity hardly sees and retrieval does (LongRoPE2, section 3.1)."""
-
     upper_ratio: ClassVar[float] = 1.25
     """Default of `upper` in units of `scale`."""
 

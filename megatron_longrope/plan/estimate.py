@@ -52,16 +52,12 @@ class Estimate:
 
     model: Model
     """What is trained."""
-
     training: Training
     """How long, in which batches."""
-
     layout: Layout
     """How it is spread."""
-
     gpu: Gpu
     """The GPU assumed."""
-
     mfu: float | None = None
     """Part of the peak in place of the anchors of :func:`.time.rates`."""
 
@@ -180,13 +176,10 @@ class Cluster:
 
     gpu: Gpu
     """One of them."""
-
     gpus: int
     """How many."""
-
     gpus_per_node: int = 8
     """How many NVLink joins."""
-
     mfu: float | None = None
     """See :class:`Estimate`."""
 

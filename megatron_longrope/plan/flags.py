@@ -23,7 +23,6 @@ class Flag:
 
     words: tuple[str, ...]
     """The flag and its values."""
-
     reason: str
     """Why it is there."""
 

@@ -35,16 +35,12 @@ class GenerationMemory(Parts):
 
     weights: int
     """Parameters, in half precision."""
-
     cache: int
     """Keys and values of this rank's tokens, in all layers."""
-
     activations: int
     """A layer at work on a chunk of the prompt."""
-
     rotary: int
     """Angles of the whole sequence, fp32, on every rank."""
-
     reserve: int = 0
     """CUDA context, communication buffers, gaps between tensors."""
 
@@ -55,28 +51,20 @@ class GenerationPlan:
 
     model: Model
     """What generates."""
-
     length: int
     """Tokens of prompt and continuation."""
-
     num_new_tokens: int
     """Tokens of the continuation."""
-
     samples: int
     """Prompts in all."""
-
     tensor: int
     """GPUs that share a layer."""
-
     context: int
     """GPUs that share a sequence."""
-
     copies: int
     """Copies of the model, each with prompts of its own."""
-
     gpu: Gpu
     """The GPU assumed."""
-
     mfu: float | None = None
     """Part of the peak in place of the anchors of :func:`.time.rates`."""
 

@@ -24,16 +24,12 @@ class Gpu:
 
     name: str
     """As printed."""
-
     tflops: float
     """Peak of dense bf16 matrix products, TFLOP/s."""
-
     gib: float
     """Memory, GiB."""
-
     tb_per_s: float | None = None
     """Bandwidth of the memory, TB/s; generating text needs it."""
-
     attention_rate: float = 0.27
     """Part of the peak that attention runs at, forward and backward, with the communication of
     context parallelism; its causal half counts. The default is Hopper's."""

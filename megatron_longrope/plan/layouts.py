@@ -23,25 +23,18 @@ class Training:
 
     length: int
     """Tokens of a sequence."""
-
     global_batch_size: int = 32
     """Sequences of a step; 32 is the paper's (section 4.1)."""
-
     steps: int = 600
     """Steps of the run."""
-
     loss_chunk: int | None = 1024
     """Tokens whose logits exist at a time (`--longrope-chunked-loss`); None: of all tokens."""
-
     precision: str = "bf16"
     """`bf16`, `fp16` or `fp32`."""
-
     half_gradients: bool = False
     """Gradients are summed in half precision (`--grad-reduce-in-bf16`)."""
-
     hidden_dropout: bool = False
     """Dropout on the residual branches, whose masks are kept."""
-
     vocab_divisor: int = 128
     """`--make-vocab-size-divisible-by`."""
 
@@ -52,42 +45,30 @@ class Layout:
 
     tensor: int = 1
     """Tensor-parallel size: GPUs that share a layer."""
-
     context: int = 1
     """Context-parallel size: GPUs that share a sequence."""
-
     pipeline: int = 1
     """Pipeline-parallel size: GPUs with different layers."""
-
     data: int = 1
     """Data-parallel size; follows from the number of GPUs."""
-
     expert: int = 1
     """Expert-parallel size: GPUs with different experts."""
-
     expert_tensor: int = 1
     """GPUs that share an expert; Megatron's default is the tensor-parallel size."""
-
     recompute: tuple[str, ...] = ()
     """Modules recomputed in the backward pass (`--recompute-modules`), :data:`FULL` for whole
     layers, empty for none."""
-
     recompute_method: str = "uniform"
     """Of full recomputation: `uniform` keeps the input of every group of layers, `block` recomputes
     the first layers of a stage alone."""
-
     recompute_num_layers: int = 1
     """Layers of a group, or of a stage that are recomputed."""
-
     micro_batch_size: int = 1
     """Sequences of a microbatch."""
-
     sequence_parallel: bool = True
     """Norms are split over tensor-parallel ranks too; without effect for one rank."""
-
     distributed_optimizer: bool = True
     """The optimizer's state is split over data- and context-parallel ranks."""
-
     cp_comm_type: str = "p2p"
     """`p2p`, `all_gather` or `a2a` of Transformer Engine; `gathered` is this package's own
     attention, which gathers keys and values once per layer."""

@@ -54,28 +54,20 @@ class Memory(Parts):
 
     weights: int
     """Parameters."""
-
     gradients: int
     """Gradients that are summed over microbatches."""
-
     optimizer: int
     """Adam's moments and, in half precision, the fp32 weights."""
-
     activations: int
     """What forward passes keep for backward passes, of all microbatches under way."""
-
     kv: int
     """Keys and values, and their gradients, that context parallelism brings together."""
-
     rotary: int
     """The rotary table with its cosines and sines."""
-
     loss: int
     """Logits, and the sum of the output layer's gradient; 0 on all stages but the last."""
-
     layer: int
     """One layer's backward pass: what it recomputes, and gradients."""
-
     reserve: int = 0
     """CUDA context, communication buffers, gaps between tensors."""
 

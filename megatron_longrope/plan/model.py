@@ -23,46 +23,32 @@ class Model:
 
     num_layers: int
     """Transformer layers."""
-
     hidden_size: int
     """Width of the residual stream."""
-
     ffn_hidden_size: int
     """Width of the gated MLP; without effect in a mixture of experts."""
-
     num_attention_heads: int
     """Query heads."""
-
     num_query_groups: int
     """Key/value heads."""
-
     vocab_size: int
     """Tokens of the vocabulary; rows are padded to what Megatron pads them to, see :meth:`rows`."""
-
     head_dim: int
     """Width of a head."""
-
     untie_embeddings: bool = True
     """The output layer has a weight of its own."""
-
     add_qkv_bias: bool = False
     """Bias on the q, k, v projection."""
-
     qk_layernorm: bool = False
     """Norms on q and k."""
-
     rotary_percent: float = 1.0
     """Part of head_dim that is rotated."""
-
     num_experts: int | None = None
     """Experts of each layer's MLP; None for dense MLPs."""
-
     moe_ffn_hidden_size: int = 0
     """Width of an expert; 0 without experts."""
-
     moe_router_topk: int = 0
     """Experts that a token is sent to; 0 without experts."""
-
     hybrid_layer_pattern: ClassVar[None] = None
     """None; see :meth:`from_shape`."""
 

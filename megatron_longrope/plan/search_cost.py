@@ -37,35 +37,25 @@ class SearchCost:
 
     shape: ModelShape
     """The model's geometry."""
-
     target_length: int
     """Tokens of a sample."""
-
     samples: int
     """Samples of an evaluation."""
-
     evaluations: int
     """Evaluations of the search."""
-
     gpu: Gpu
     """The GPU assumed; see :func:`megatron_longrope.plan.hardware.parse_gpu`."""
-
     tensor_parallel: int = 1
     """GPUs that share a layer."""
-
     context_parallel: int = 1
     """GPUs that share a sequence."""
-
     replicas: int = 1
     """Copies of the model that score candidates side by side."""
-
     batch: int = 1
     """Samples that are scored together."""
-
     dtype: str = "bfloat16"
     """`bfloat16`, `float16` or `float32`, of weights and activations; peak TFLOP/s are always those
     of half precision."""
-
     utilisation: float = 0.4
     """Assumed share of the GPU's peak."""
 

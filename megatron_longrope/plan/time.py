@@ -36,13 +36,10 @@ class Flops:
 
     matmul: float
     """Products with weights, forward and backward."""
-
     attention: float
     """Attention, forward and backward as twice the forward pass."""
-
     recomputed_matmul: float
     """Products that the backward pass repeats."""
-
     recomputed_attention: float
     """Attention that it repeats (what a flash kernel repeats inside is in its rate)."""
 
