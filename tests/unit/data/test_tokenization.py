@@ -163,10 +163,10 @@ def test_a_killed_run_leaves_no_process_and_is_taken_up_again(corpus, model_path
     command = [sys.executable, str(script), str(corpus), str(prefix), str(model_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    wait_until(lambda: len(parts_of(prefix)) > 2, 120)
+    wait_until(lambda: len(parts_of(prefix)) > 2, 600)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    wait_until(lambda: not group_alive(process.pid), 120)
+    wait_until(lambda: not group_alive(process.pid), 600)
     assert sets(prefix) == {}
     assert run(corpus, model_path, prefix, workers=2) == expected
     assert {path.name[0] for path in prefix.parent.iterdir()} == {"s"}
