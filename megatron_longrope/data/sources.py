@@ -82,7 +82,9 @@ def find_source_files(
         if path.is_dir():
             found = [path]
             if not is_dataset_folder(path):
-                found = sorted(filter(_is_source, _walk(path, on_hidden)))
+                below = sorted(filter(_is_source, _walk(path, on_hidden)))
+                # What a link shows a second time is one source.
+                found = list({item.resolve(): item for item in reversed(below)}.values())[::-1]
             if not found:
                 raise LongRopeError(
                     f"directory {path} holds no {', '.join(SUFFIXES)} file and no saved dataset; "

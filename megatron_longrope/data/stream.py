@@ -188,6 +188,8 @@ def make_encoder(
             left -= len(texts[-1])
             if not left:
                 break
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    splitter = train_splitter(texts, len(texts) * _PUNKT_CHARACTERS)  # all of them
+    read = len(texts) * _PUNKT_CHARACTERS  # all of them
+    # Parts that another splitter cut are not gone on with: its hash knows how much it learned from.
+    digest = hashlib.sha256("\0".join([str(read), *texts]).encode()).hexdigest()
+    splitter = train_splitter(texts, read)
     return Encoder(tokenizer, splitter, digest)

@@ -365,6 +365,7 @@ def train_sentencepiece(
             "it must cover 260 fixed tokens and the alphabet, and needs enough text to fill the "
             "rest: choose another size or give more text"
         ) from None
+    refuse_existing([output], overwrite)  # training takes long enough for another one to end
     write_bytes_atomic(output, model.getvalue())
     return SentencePieceTokenizer(output)
 

@@ -148,6 +148,8 @@ def series_styles(every: Sequence[Series]) -> dict[Series, Style]:
 
 def spread_labels(places: Sequence[float], gap: float) -> list[float]:
     """Move places in [0, 1] apart to at least `gap`, as little as possible, keeping their order."""
+    if not len(places):
+        return []
     order = np.argsort(places, kind="stable")
     steps = gap * np.arange(len(places))
     # Less its steps the order need only not fall.

@@ -121,7 +121,7 @@ def test_factors_change_the_losses(from_scratch, extended):
 @pytest.mark.parametrize(
     ("layout", "flags_of_a_gpu"),
     [
-        ("--context-parallel-size 2", "--bf16"),
+        ("--context-parallel-size 2", "--bf16 --sequence-parallel"),
         ("--pipeline-model-parallel-size 2", "--fp16"),
         pytest.param(  # data parallel
             "", "--use-distributed-optimizer --overlap-grad-reduce", marks=pytest.mark.one_release

@@ -1,7 +1,8 @@
 """What other programs make of an exported folder.
 
-lm-eval runs here, transformers in test_readers.py. vLLM and llama.cpp cannot: their sources say
-which fields they read (docs/conversion.md), and the tests compute what they would from these alone.
+lm-eval's command runs here, as a release test, transformers in test_readers.py. vLLM and llama.cpp
+cannot: their sources say which fields they read (docs/conversion.md), and the tests compute what
+they would from these alone.
 """
 
 import json

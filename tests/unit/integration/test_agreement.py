@@ -131,6 +131,7 @@ os.environ.update(RANK=sys.argv[3], WORLD_SIZE="2")
 rank, cases = int(sys.argv[3]), {
     "agreement": [Finding(fingerprint="a"), Finding(fingerprint="a")],
     "one error": [Finding(fingerprint="a"), Finding(error="no file")],
+    "difference": [Finding(fingerprint="a"), Finding(fingerprint="b")],
     "later": [None, "no factors"],
 }
 mine = cases[sys.argv[1]][rank]
@@ -155,6 +156,7 @@ dist.destroy_process_group()
     [
         ("agreement", None),
         ("one error", "no file (rank 1)"),
+        ("difference", "the LongRoPE factors of rank 1 differ from those of rank 0; give"),
         ("later", "no factors (rank 1)"),
     ],
 )

@@ -431,6 +431,7 @@ def test_a_sentence_compares_the_rows_at_the_last_column_that_most_have(made, sa
 
 
 def test_labels_move_apart_as_little_as_possible():
+    assert spread_labels([], 0.1) == []
     assert spread_labels([0.2, 0.9, 0.5], 0.1) == pytest.approx([0.2, 0.9, 0.5])
     assert spread_labels([0.52, 0.5], 0.1) == pytest.approx([0.56, 0.46])
     assert spread_labels([1.0, 1.0, 0.0], 0.1) == pytest.approx([0.9, 1.0, 0.0])
