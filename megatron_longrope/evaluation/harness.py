@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.harness_definition import definition
 from megatron_longrope.evaluation.harness_tasks import (
     LoadedTask,
     TaskSpec,
@@ -43,7 +44,7 @@ def count_requests(
         limit (int | float, optional): As in :func:`measure_task`, as are seed and allow_download.
 
     Returns:
-        RequestCounter: Lengths, truncated requests and a hash of all of them.
+        RequestCounter: Lengths, truncated requests, and a hash of all that the score depends on.
 
     Raises:
         LongRopeError: A request could not be asked, such as one that is too long.
@@ -55,6 +56,7 @@ def count_requests(
     _seed(task, seed)
     requests: dict[str, list[Any]] = defaultdict(list)
     counter = RequestCounter(tokenizer, max_length, long_prompts=long_prompts)
+    counter.add_definition(definition(task.content))
     with downloads(allow_download), quiet_other_ranks():
         for leaf in task.content["tasks"].values():
             leaf.build_all_requests(limit=get_sample_size(leaf, limit))

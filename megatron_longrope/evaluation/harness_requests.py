@@ -235,13 +235,17 @@ class RequestCounter(RequestReader):
     def _report_truncated(self, before: int, total: int) -> None:
         """Leave it to the model, which reads the same requests."""
 
+    def add_definition(self, definition: bytes) -> None:
+        """Hash how answers are scored; see :func:`.harness_definition.definition`."""
+        self._digest.update(definition)
+
     def add_document(self, document: Any) -> None:
-        """Hash what a request is made of: the right answer stands there, not in the request."""
+        """Hash what requests are made of: the right answer is read from it, not from them."""
         self._digest.update(json.dumps(document, sort_keys=True, default=str).encode())
 
     @property
     def sha256(self) -> str:
-        """Hash of all documents and requests, in their order."""
+        """Hash of the definition, documents and requests that were added, in their order."""
         return self._digest.hexdigest()
 
     def likelihoods(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:

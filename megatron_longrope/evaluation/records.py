@@ -72,15 +72,15 @@ class Records:
         found = self._found.get(self.key_of(cell))
         return found or self._found.get(self.key_of({**cell, "checkpoint_sha256": None}))
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Write a record and flush it to disk; only the first rank does."""
-        plain: dict[str, Any] = finite_json(record)
-        self._found[self.key_of(plain)] = plain
-        if rank() != 0:
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Write records and flush them to disk, once; only the first rank does."""
+        plain: list[dict[str, Any]] = [finite_json(record) for record in records]
+        self._found |= {self.key_of(row): row for row in plain}
+        if rank() != 0 or not plain:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in plain)
             file.flush()
             os.fsync(file.fileno())
 

@@ -179,16 +179,20 @@ class Session:
 
     def _update_found(self, cells: Sequence[Cell]) -> None:
         """Bring what is no part of a key up to date: such as a threshold, and labels of models."""
-        labels: dict[tuple[Any, ...], str] = {}
+        labels: dict[str, str] = {}
+        fields: dict[str, Mapping[str, Any]] = {}
         for cell in cells:
-            labels[_loaded(cell.record)] = cell.target.model.label
-            old = self.records.find(cell.record)
-            if old and any(old.get(name) != value for name, value in cell.fields.items()):
-                self.records.append({**old, **cell.fields})
+            labels[cell.target.model.content_sha256] = cell.target.model.label
+            if old := self.records.find(cell.record):
+                fields[self.records.key_of(old)] = cell.fields
+        changed = []
         for row in self.records.rows:
-            label = labels.get(_loaded(row), row.get("model"))
-            if row.get("model") != label:
-                self.records.append({**row, "model": label})
+            now = {**row, **fields.get(self.records.key_of(row), {})}
+            if label := labels.get(row.get("checkpoint_sha256", "")):
+                now["model"] = label
+            if now != row:
+                changed.append(now)
+        self.records.append(*changed)
 
     def _present_cost(
         self,
@@ -259,11 +263,6 @@ def _timed(
     else:
         engine.nll(tokens)
     return from_first_rank(time.perf_counter() - started)
-
-
-def _loaded(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return which model a record is of, and how it was loaded."""
-    return tuple(record.get(n) for n in ("checkpoint_sha256", "sliding_window", "requested_dtype"))
 
 
 def _note(cell: Cell) -> str:

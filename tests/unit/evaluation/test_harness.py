@@ -1,6 +1,7 @@
 import importlib.metadata
 import math
 import os
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +32,7 @@ from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation import harness_tasks
+from megatron_longrope.evaluation.harness import count_requests
 from megatron_longrope.evaluation.harness_tasks import (
     PAPER_TASKS,
     TaskSpec,
@@ -318,6 +320,22 @@ def test_factor_files_are_checked_without_a_model():
         check_original_factors(replace(config, factor_sets=config.factor_sets[1:]))
 
 
+def test_an_engine_that_always_uses_long_factors_is_refused(megatron_runs, ours):
+    engine = load(megatron_runs["untied_gqa"].path, mode="long")
+    with pytest.raises(ValueError, match=r"mode long.* load it with mode auto"):
+        short_lm(engine, ours._text)
+
+
+@pytest.mark.parametrize("given", [
+    {"window": maker.ORIGINAL, "max_length": maker.ORIGINAL + 1},
+    {"max_length": maker.TARGET + 1}, {"max_length": 1},
+])  # fmt: skip
+def test_a_maximum_length_beyond_window_or_factors_is_refused(ours, given):
+    longest = given.get("window", maker.TARGET)
+    with pytest.raises(ValueError, match=f"{given['max_length']} must be .* window of {longest} "):
+        engine_lm(ours.engine, ours._text, **given)
+
+
 def test_a_set_beside_the_original_window_changes_nothing(own_config, ours):
     config = maker.longrope_config()
     before = likelihoods(ours, PAIRS[:6])
@@ -392,6 +410,45 @@ def test_another_seed_draws_other_examples(ours):
     loaded = load_one("tiny_endings", 1)
     first, second = (run_tasks(ours, loaded, seed=seed)[0] for seed in (1, 2))
     assert first["metrics"] != second["metrics"]
+
+
+def hashed(ours, folder, name="tiny_endings"):
+    (loaded,) = load_one(name, include_path=folder)
+    return count_requests(ours._text, loaded, maker.ORIGINAL, limit=2).sha256
+
+
+SCORER = "def right(doc, results):\n    return {'acc': WORTH, 'acc_norm': worth()}\n"
+
+
+@pytest.mark.parametrize(("file", "old", "new"), [
+    ("tiny_endings.yaml", "doc_to_target: answer", "doc_to_target: 0"),
+    ("tiny_endings.yaml", "higher_is_better: true", "higher_is_better: false"),
+    ("tiny_endings.yaml", "output_type", """\
+filter_list: [{name: first, filter: [{function: take_first}]}]
+output_type"""),
+    ("scorer.py", "return 1", "return 2"),  # of a function that the named one calls
+])  # fmt: skip
+def test_a_task_that_is_scored_otherwise_has_another_hash(ours, tmp_path, file, old, new):
+    folder = shutil.copytree(TASKS, tmp_path / "one")
+    (folder / "scorer.py").write_text(f"{SCORER}WORTH = 0\ndef worth():\n    return 1\n")
+    task = folder / "tiny_endings.yaml"
+    task.write_text(task.read_text() + "process_results: !function scorer.right\n")
+    # From elsewhere, so that all functions are loaded anew and have other addresses.
+    other = shutil.copytree(folder, tmp_path / "other")
+    before = hashed(ours, folder)
+    assert hashed(ours, other) == before
+    text = (other / file).read_text()
+    assert old in text
+    (other / file).write_text(text.replace(old, new))
+    assert hashed(ours, other) != before
+
+
+def test_a_group_that_weighs_its_tasks_otherwise_has_another_hash(ours, tmp_path):
+    folder = shutil.copytree(TASKS, tmp_path / "tasks")
+    before = hashed(ours, folder, "tiny_board")
+    group = folder / "tiny_board.yaml"
+    group.write_text(group.read_text().replace("by_size: true", "by_size: false"))
+    assert hashed(ours, folder, "tiny_board") != before == hashed(ours, TASKS, "tiny_board")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.config import identity_config
+from megatron_longrope.evaluation import records as records_module
 from megatron_longrope.evaluation import session as session_module
 from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.records import Records
@@ -39,18 +40,18 @@ class FakeEngine:
         return torch.zeros(1, tokens.shape[1] - 1)
 
 
-def model(label):
+def model(label, dtype=None):
     checkpoint = SimpleNamespace(iteration=3, shape=SHAPE)
-    named = NamedModel(label, f"/runs/{label}", checkpoint)
+    named = NamedModel(label, f"/runs/{label}", checkpoint, dtype=dtype)
     vars(named)["content_sha256"] = f"content of {label}"  # there are no files to hash
     return named
 
 
-def cells(*labels, lengths=(64, 128), forwards=1):
+def cells(*labels, lengths=(64, 128), forwards=1, dtype=None):
     config = extended_config("pi", PLAIN, 128)
     return [
         Cell(Target(model, "pi", config), {"length": length}, {length: forwards})
-        for model in map(model, labels)
+        for model in [model(label, dtype) for label in labels]
         for length in lengths
     ]
 
@@ -131,6 +132,19 @@ def test_a_model_that_is_called_otherwise_now_is_called_so_in_all_its_records(ma
     before = again.records.path.read_bytes()
     make()[0].run(each(renamed[:1]))
     assert again.records.path.read_bytes() == before
+
+
+def test_records_are_renamed_at_once_and_whatever_the_weights_were_loaded_as(make, monkeypatch):
+    make()[0].run(each(cells("a")))
+    for cell in (renamed := cells("b", dtype="bfloat16")):
+        vars(cell.target.model)["content_sha256"] = "content of a"
+    syncs = []
+    monkeypatch.setattr(records_module.os, "fsync", syncs.append)
+    session, loaded = make()
+    session.run(each(renamed))
+    assert loaded == ["b"]
+    assert [row["model"] for row in make()[0].records.rows] == ["b"] * 4
+    assert len(syncs) == 1 + len(renamed)
 
 
 def test_nothing_is_measured_twice(make):

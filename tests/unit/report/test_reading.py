@@ -167,7 +167,7 @@ SAMPLES = {
     "ppl": ppl(4096, 3.0),
     "passkey": passkey(4096, True, requested=0.5),
     "needle": needle(4096, 1.0, nll=None),
-    "short": short("arc", 0.5),
+    "short": short("arc", 0.5, requests_sha256="r0"),
     "tasks": short("arc", 0.5, window=None, long_prompts="error", requests_sha256="r0"),
     "ruler": ruler("vt", 4096, 0.5),
 }
@@ -188,6 +188,17 @@ def test_no_field_of_a_key_can_be_lost_in_the_tables(tmp_path, kind, field):
              for values in table.rows.values() for value in values if value]  # fmt: skip
     pooled = [int(value.below[0].split(" ")[-1]) for value in shown if kind in POOLED]
     assert (sum(pooled) if pooled else len(shown)) == 2
+
+
+def test_a_task_measured_again_has_one_column_without_the_records_of_an_older_version(tmp_path):
+    save(tmp_path, "short", [
+        short("arc", 0.5), short("arc", 0.4, limit=20), short("board", 0.3),
+        short("arc", 0.6, requests_sha256="r0"),
+    ])  # fmt: skip
+    assert shown_in(tmp_path, "short") == [
+        ("acc_norm, 10-shot, limit 20", 0.4), ("acc_norm, 10-shot, no limit", 0.6),
+        ("acc_norm, 10-shot", 0.3),
+    ]  # fmt: skip
 
 
 def test_another_tokenizer_of_another_model_splits_nothing(tmp_path):
