@@ -262,7 +262,7 @@ class LongRopeConfig:
             )
         short, long = self.factor_set_for(short_length), self.factor_set_for(long_length)
         for name, item in (("short", short), ("long", long)):
-            if item.num_start_tokens > 0:
+            if item.num_start_tokens > 0 and not item.is_identity:
                 raise LongRopeError(
                     f"the {name} factor set (max_length {item.max_length}) has num_start_tokens "
                     f"{item.num_start_tokens}; transformers' longrope cannot express start tokens, "
@@ -372,7 +372,9 @@ def _warn_of_yarn_by_ratio(rope: HfRope, hf_config: Mapping[str, Any]) -> None:
     window = hf_config.get("max_position_embeddings")
     original = hf_config[rope.holder].get("original_max_position_embeddings")
     factor = rope.parameters.get("factor")
-    if rope.rope_type != "yarn" or not (is_number(original) and is_number(factor) and window):
+    if rope.rope_type != "yarn" or not (
+        is_number(original) and is_number(factor) and is_number(window)
+    ):
         return
     if not math.isclose(factor * original, window):
         warnings.warn(

@@ -66,7 +66,8 @@ class StagingFolder:
         if known.is_file() and self.result.is_dir():
             with suppress(ValueError):  # damaged, so not known to be the same
                 if read_json(known) == identity:
-                    for half in self.result.rglob(".*.tmp"):  # of a process that was killed
+                    # Of a process that was killed; until 29 November 2026 they were `.part`.
+                    for half in (*self.result.rglob(".*.tmp"), *self.result.rglob("*.part")):
                         half.unlink()
                     return self.has_data()
         for name in (_RESULT, _SHARDS, _REPLACED):

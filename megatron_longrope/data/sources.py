@@ -83,8 +83,8 @@ def find_source_files(
             found = [path]
             if not is_dataset_folder(path):
                 below = sorted(filter(_is_source, _walk(path, on_hidden)))
-                # What a link shows a second time is one source.
-                found = list({item.resolve(): item for item in reversed(below)}.values())[::-1]
+                # What a link shows a second time is one source, under its first name.
+                found = sorted({item.resolve(): item for item in reversed(below)}.values())
             if not found:
                 raise LongRopeError(
                     f"directory {path} holds no {', '.join(SUFFIXES)} file and no saved dataset; "

@@ -2,7 +2,7 @@
 
 A factor lambda_i lies in [1, 1.25 s] at multiples of 0.01 above 1 and never decreases with i; n_hat
 is one of 14 start-token counts. Working on the integers k_i = (lambda_i - 1) / step makes equality
-exact, so a candidate can be hashed and is never evaluated twice.
+exact, so a candidate can be hashed and its factors are never scored twice.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class SearchSpace:
         return 0
 
     def canonical(self, candidate: Candidate) -> Candidate:
-        """The one representative of all candidates with the same factors: here itself."""
+        """The one representative of candidates whose genes mean the same: here itself."""
         return candidate
 
     def encode(self, rescale_factors: Sequence[float], num_start_tokens: int = 0) -> Candidate:

@@ -69,8 +69,10 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
                 rows = [
                     kind.check(row, f"{path}, line {number}") for number, row in json_lines(path)[0]
                 ]
+                # The last record of a cell knows what its model is called by now.
+                last = {cell_key(row, kind.cell_fields): row for row in rows}.values()
                 folder = path.parent.resolve()
-                found[path.resolve()] = [(identify(row), folder, kind.name, row) for row in rows]
+                found[path.resolve()] = [(identify(row), folder, kind.name, row) for row in last]
             some += found[path.resolve()]
         if not some:
             raise LongRopeError(

@@ -197,7 +197,7 @@ def test_a_search_is_a_job_on_all_nodes_too(tmp_path, python):
         tmp_path, "stage.sbatch", "search", PYTHON=python, LOAD="base", DATA="data/search",
         TARGET_LENGTH="128k", OUTPUT="factors/f.json", LONGROPE_DEVICE="cpu",
     )  # fmt: skip
-    assert job.wait(30) == 0, job.log
+    assert job.wait(PATIENCE_S) == 0, job.log
     one, two = called(tmp_path)
     assert one == two
     assert "megatron_longrope search --load base" in shlex.join(one)

@@ -504,7 +504,8 @@ def test_an_export_can_choose_its_two_windows():
 @pytest.mark.parametrize(("index", "name"), [(0, "short"), (1, "long")])
 def test_start_tokens_are_refused_at_export(index, name):
     sets = list(exportable().factor_sets)
-    sets[index] = replace(sets[index], num_start_tokens=4)
+    factors = (1.0, 1.5, 2.0, 4.0)
+    sets[index] = replace(sets[index], num_start_tokens=4, rescale_factors=factors)
     with pytest.raises(ValueError) as caught:
         exportable(factor_sets=sets).to_hf()
     assert str(caught.value) == (
@@ -512,6 +513,13 @@ def test_start_tokens_are_refused_at_export(index, name):
         "transformers' longrope cannot express start tokens, search again with --start-tokens 0, "
         "or export without them (convert to-hf --drop-start-tokens)"
     )
+
+
+def test_start_tokens_of_a_set_of_ones_do_nothing_and_are_exported():
+    long = exportable().factor_sets[1]
+    ones, started = (FactorSet(4096, (1.0,) * (DIM // 2), count) for count in (0, 4))
+    config = exportable(factor_sets=(started, long))
+    assert config.to_hf() == exportable(factor_sets=(ones, long)).to_hf()
 
 
 def test_differing_attention_factors_are_refused_at_export():

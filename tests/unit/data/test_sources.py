@@ -57,8 +57,11 @@ def test_linked_folders_are_read_and_a_link_back_up_ends_nothing(tmp_path):
         "here/a.txt",
         "here/linked/b.txt",
     ]
-    (tmp_path / "here" / "now").symlink_to(tmp_path / "far")  # as `latest` beside a version
+    # Other names of what is there, such as `latest` beside versions: one source, in order.
+    (tmp_path / "here" / "now").symlink_to(tmp_path / "far")
     assert find_source_files([tmp_path / "here"]) == found
+    (tmp_path / "here" / "a").symlink_to(tmp_path / "far")
+    assert [path.name for path in find_source_files([tmp_path / "here"])] == ["b.txt", "a.txt"]
 
 
 def test_a_json_file_is_read_as_json_lines_where_it_is_named(tmp_path):

@@ -57,6 +57,14 @@ def perplexities(*directories) -> dict[str, dict[str, float]]:
 # Reading
 
 
+def test_a_model_has_the_name_that_its_last_records_have(tmp_path):
+    first, second = ppl(4096, 3.0), ppl(8192, 4.0)
+    renamed = [{**row, "model": "tuned"} for row in (first, second)]
+    save(tmp_path, "ppl", [first, second, *renamed])
+    assert len(names_of(tmp_path)) == 1
+    assert len(read_measurements([tmp_path]).rows["ppl"]) == 2
+
+
 def test_records_are_found_at_any_depth_and_read_once(tmp_path):
     save(tmp_path / "a" / "deep" / "er", "ppl", [ppl(4096, 3.0)])
     save(tmp_path / "a", "short", [short("arc", 0.5)])
