@@ -369,14 +369,12 @@ def _scaled_base(
 
 def _warn_of_yarn_by_ratio(rope: HfRope, hf_config: Mapping[str, Any]) -> None:
     """Warn of a YaRN that transformers' releases scale by different factors."""
-    window = hf_config.get("max_position_embeddings")
+    window: Any = hf_config.get("max_position_embeddings")
     original = hf_config[rope.holder].get("original_max_position_embeddings")
     factor = rope.parameters.get("factor")
-    if rope.rope_type != "yarn" or not (
-        is_number(original) and is_number(factor) and is_number(window)
-    ):
+    if rope.rope_type != "yarn" or not (is_number(original) and is_number(factor)):
         return
-    if not math.isclose(factor * original, window):
+    if is_number(window) and not math.isclose(factor * original, window):
         warnings.warn(
             f"config.json has {rope.holder}.factor {factor:g}, which is used here and in "
             "transformers 5, while 4.57 scales by max_position_embeddings / "
