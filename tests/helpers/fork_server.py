@@ -135,8 +135,10 @@ class ForkedProcess:
 
     def send_signal(self, number: int) -> None:
         """Send a signal, if the process runs still."""
+        # Its server may have reaped it and not told of it yet.
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""
