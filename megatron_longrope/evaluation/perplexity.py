@@ -116,7 +116,10 @@ class PerplexityResult:
     ppl_token_weighted_interval: list[float] | None = None
     """The same of the mean over tokens."""
     nll_per_document: list[float] = field(default_factory=list)
-    """Mean over a document's windows, in nats."""
+    """Mean over a document's windows, in nats. Of windows side by side the last, however short,
+    counts as much as the others."""
+    nll_per_document_token_weighted: list[float] = field(default_factory=list)
+    """Mean over a document's scored tokens, in nats."""
     nll_by_position: list[dict[str, float]] = field(default_factory=list)
     """Mean NLL of tokens by position in the window, in eighths."""
     sha256: str = ""
@@ -188,6 +191,7 @@ def perplexity(
         ),
         ppl_token_weighted_interval=_interval(*zip(*totals.values(), strict=True)),
         nll_per_document=[sum(row) / len(row) for row in means.values()],
+        nll_per_document_token_weighted=[float(s / n) for s, n in totals.values()],
         nll_by_position=[
             {"from": -(-i * (length - 1) // _BUCKETS), "nll": float(s / n), "tokens": int(n)}
             for i, (s, n) in enumerate(buckets)

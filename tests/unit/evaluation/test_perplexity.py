@@ -97,6 +97,8 @@ def test_the_papers_number_is_the_unweighted_mean_over_windows():
     assert result.ppl_window_mean == pytest.approx(math.exp((2.5 + 3.5 * 3) / 4))
     assert result.ppl_token_weighted == pytest.approx(math.exp((10 + 7 * 3) / 10))
     assert result.protocol == "sliding" and result.stride == 2
+    assert result.nll_per_document == pytest.approx([(2.5 + 3.5 * 3) / 4])
+    assert result.nll_per_document_token_weighted == pytest.approx([(10 + 7 * 3) / 10])
 
 
 def test_the_truncated_form_scores_the_first_window_with_bos_in_front():
