@@ -5,7 +5,7 @@
 # make preflight RECIPE=llama2_7b what would stop it late: data, tokenizer, tasks, disk, memory, kernels
 # make rehearse RECIPE=llama2_7b  the recipe's rules with a toy model on a CPU (or mistral_7b, llama3_8b)
 # make test         CPU only;  make test-fast: the fast ones;  make test-all: the long repetitions too
-# make test-matrix  the tests of the Megatron wrappers on older releases (3 to 4 minutes each on 2 cores)
+# make test-matrix  the tests of the Megatron wrappers on older releases (2 minutes each on 2 cores)
 # make test-gpu    tests/gpu, on a machine with a CUDA device
 # make test-te      what Megatron builds from Transformer Engine's specs; compiles it first
 # make test-serving what vLLM's CPU build makes of exported folders; installs it in build/
