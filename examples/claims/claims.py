@@ -27,6 +27,7 @@ SECOND = (4, 8, 16)  # of the tuned window
 RIVALS = {"pi": "PI", "ntk": "NTK", "yarn": "YaRN"}
 VARIANTS = ("joint", "needle", "full", "critical", "start_tokens")
 BASE = ("untuned", "base", "checkpoint")  # as it is, without a factor file
+SECOND_BASE = ("second", "base", "checkpoint")  # of the run that the second searches are of
 RETRIEVES = 0.8  # passkeys inside the window, of a base model whose passkeys mean something
 NOT_SHOWN = "Not shown at this size"
 LOST = 0.01  # nats: what may be lost inside the window before it counts
@@ -178,13 +179,22 @@ def progressive(results):
 
 
 def second(results, scale):
-    """Claim 6 at one scale."""
+    """Claim 6 at one scale.
+
+    YaRN multiplies the tuned attention factor by a temperature of its own; the searches keep the
+    tuned one, as a file for Hugging Face must, and score YaRN's factors under it, too.
+    """
     length = TARGET * scale
     names = results.seeds(f"second_{scale}x")
     ours = [results.losses["second", "second", name, length] for name in names]
     for key in ("pi", "yarn"):
         theirs = [results.losses["second", "second", key, length]]
         yield compare(f"{scale}x, {RIVALS[key]}", ours, theirs)
+    searches = [results.searches[name] for name in names]
+    cells = [
+        [[math.log(row[f"held_out_{key}"])] for row in searches] for key in ("longrope", "yarn")
+    ]
+    yield compare(f"{scale}x, YaRN under the tuned attention factor, first windows", *cells)
 
 
 def recovery(results):
@@ -216,24 +226,24 @@ def retrieval(results, stage, length):
     yield compare(f"{length} tokens, against 90 %", ours, units, higher_is_better=True)
 
 
-def against_base(results, what, ours):
+def against_base(results, what, ours, base):
     """Claim 10: the base model at its window, with what may be lost."""
     name = f"{WINDOW} tokens, {what}, against the base model and {100 * LOST:.0f} %"
-    return compare(name, ours, [results.losses[*BASE, WINDOW]], margin=LOST)
+    return compare(name, ours, [results.losses[*base, WINDOW]], margin=LOST)
 
 
 def inside_untuned(results):
     """Claim 10 before tuning: the factors of 8 times the window, at the window itself."""
     place = ("untuned", "base")
     ours = [results.losses[*place, name, WINDOW] for name in results.seeds("ppl_8x")]
-    yield against_base(results, "not tuned", ours)
+    yield against_base(results, "not tuned", ours, BASE)
 
 
 def inside_tuned(results):
     """Claim 10 after tuning, second search and recovery."""
     names = results.seeds("recovered")
     ours = [results.losses["second", "second", name, WINDOW] for name in names]
-    yield against_base(results, "recovered", ours)
+    yield against_base(results, "recovered", ours, SECOND_BASE)
 
 
 def ablation(results, variant):
@@ -247,8 +257,11 @@ def ablation(results, variant):
 
 
 def tuning_ablation(results, ours, theirs, length, name):
-    """One fine-tuning against another."""
-    cells = [tuned(results, start, length) for start in (ours, theirs)]
+    """One fine-tuning against another, with the orders of the data that both have."""
+    rows = [tuned(results, start, length) for start in (ours, theirs)]
+    seeds = [{cell[1].rpartition("_")[2] for cell in row} for row in rows]
+    both = set.intersection(*seeds)
+    cells = [[cell for cell in row if cell[1].rpartition("_")[2] in both] for row in rows]
     yield from compare_both(results, name, cells)
 
 
@@ -439,10 +452,12 @@ typed by hand.
 {base} {about}
 
 Gains are nats per token for perplexity (0.010 is 1 %) and shares for passkeys; above zero is for
-the claim. Both sides saw the same documents or passkeys. The interval is the wider of those over
+the claim. A document's loss is the mean over its tokens, in windows side by side.{note}
+
+Both sides saw the same documents or passkeys. The interval is the wider of those over
 documents (or passkeys) and over seeds: three of each search, {tuning} of the order of a
-fine-tuning's data, one of the base model. A claim is shown when all of its
-comparisons are above zero, the reverse when all are below, partly run when some are missing.
+fine-tuning's data (claims 12 and 13: {ablated}), one of the base model. A claim is shown when all
+of its comparisons are above zero, the reverse when all are below, partly run when some are missing.
 Comparisons in which neither side finds a passkey count for nothing. At this size a claim that is
 not shown says little about a large model.
 [What was run](../examples/claims/README.md#what-was-run) says how these records were made.
@@ -452,11 +467,20 @@ not shown says little about a large model.
 def page(results: Results) -> str:
     """Return docs/claims.md."""
     about = results.about.get("text", "")
-    try:
-        tuning = len(results.fine_tunings("longrope"))
-    except NotRun:
-        tuning = "none"
-    text = [INTRODUCTION.format(base=base_model(results), about=about, tuning=tuning)]
+    if other := results.about.get("second"):
+        about += (
+            " Claims 6 and 7, and what 9 and 10 say of second searches and recovery, come from "
+            f"another run of the same commands, with a base model of its own. {other}"
+        )
+    counts = {}
+    for name, start in (("tuning", "longrope"), ("ablated", "mixed")):
+        try:
+            counts[name] = len(results.fine_tunings(start))
+        except NotRun:
+            counts[name] = "none"
+    note = results.about.get("note", "")
+    note = note and f" {note}"
+    text = [INTRODUCTION.format(base=base_model(results), about=about, note=note, **counts)]
     text += ["| | claim | |", "|---|---|---|"]
     for number, claim, parts in CLAIMS:
         text.append(f"| {number} | {claim} | {judge(results, parts)[0]} |")
