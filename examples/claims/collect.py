@@ -27,6 +27,8 @@ def _write_csv(path: Path, lines: list[dict]) -> None:
 
 
 def _read_csv(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -51,6 +53,10 @@ def collect(run: Path, output: Path, stages: list[str]) -> None:
             of the others. All of them where this is empty.
     """
     output.mkdir(parents=True, exist_ok=True)
+
+    def is_taken(stage: str) -> bool:
+        return not stages or stage in stages
+
     cells: dict[str, dict] = {"perplexity": {}, "passkey": defaultdict(dict)}
     for stage, row in _records(run, "ppl"):
         name = row["label"] if stage != "tuned" else row["model"]
@@ -62,20 +68,20 @@ def collect(run: Path, output: Path, stages: list[str]) -> None:
         trials = cells["passkey"][stage, row["model"], name, row["length"]]
         trials[row["trial"]] = str(int(row["correct"]))
     for kind, found in cells.items():
-        lines = _read_csv(output / f"{kind}.csv") if stages else []
-        lines = [line for line in lines if line["stage"] not in stages]
+        lines = _read_csv(output / f"{kind}.csv")
+        lines = [line for line in lines if not is_taken(line["stage"])]
         for (stage, model, factors, length), values in found.items():
-            if stages and stage not in stages:
+            if not is_taken(stage):
                 continue
             if isinstance(values, dict):
                 values = [values[trial] for trial in sorted(values)]
             cell = {"stage": stage, "model": model, "factors": factors, "length": length}
             lines.append(cell | {"values": " ".join(values)})
         _write_csv(output / f"{kind}.csv", lines)
-    lines, versions, date = _read_csv(output / "searches.csv") if stages else [], {}, ""
-    lines = [line for line in lines if _stage_of_search(line["name"]) not in stages]
+    lines, versions, date = _read_csv(output / "searches.csv"), {}, ""
+    lines = [line for line in lines if not is_taken(_stage_of_search(line["name"]))]
     for path in sorted((run / "factors").glob("*.json")):
-        if stages and _stage_of_search(path.stem) not in stages:
+        if not is_taken(_stage_of_search(path.stem)):
             continue
         sets = json.loads(path.read_text())["factor_sets"]
         # A recovery's factors are the shortest set, and the others are those of earlier searches.

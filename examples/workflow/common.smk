@@ -29,6 +29,16 @@ def words(*blocks):
     return " ".join(" ".join([block] if isinstance(block, str) else block) for block in blocks)
 
 
+def factor_files(names):
+    """Factor files by their names."""
+    return [f"factors/{name}.json" for name in names]
+
+
+def given_factors(names):
+    """`--longrope-config` for each; the name is the label of the records."""
+    return " ".join(f"--longrope-config {name}=factors/{name}.json" for name in names)
+
+
 # What training computes again in its backward pass instead of keeping it.
 RECOMPUTE = {
     "none": "",
