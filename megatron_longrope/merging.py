@@ -40,7 +40,7 @@ def merge_configs(configs: Mapping[str, LongRopeConfig]) -> LongRopeConfig:
         if _attention(config) != _attention(first):
             raise LongRopeError(
                 f"{name} has {_attention(config)} and {first_name} has {_attention(first)}; "
-                "search all windows with --attention-factor longest"
+                "search all windows with the same --attention-factor"
             )
         for item in config.factor_sets:
             owner = owners.setdefault(item.max_length, name)

@@ -181,8 +181,8 @@ def progressive(results):
 def second(results, scale):
     """Claim 6 at one scale.
 
-    YaRN multiplies the tuned attention factor by a temperature of its own; the searches keep the
-    tuned one, as a file for Hugging Face must, and score YaRN's factors under it, too.
+    YaRN multiplies the tuned attention factor by a temperature of its own; the searches are under
+    LongRoPE's for the new window, and score YaRN's factors under that, too.
     """
     length = TARGET * scale
     names = results.seeds(f"second_{scale}x")
@@ -194,7 +194,7 @@ def second(results, scale):
     cells = [
         [[math.log(row[f"held_out_{key}"])] for row in searches] for key in ("longrope", "yarn")
     ]
-    yield compare(f"{scale}x, YaRN under the tuned attention factor, first windows", *cells)
+    yield compare(f"{scale}x, YaRN under our attention factor, first windows", *cells)
 
 
 def recovery(results):

@@ -162,11 +162,13 @@ class SearchOptions(
         None, choices=("su", "yarn", "none"), exclusive="attention factor"
     )
     """su (LongRoPE's formula), yarn or none, with 1 in the original window, which Hugging Face
-    cannot hold (default: the base's; in a first search su's value for every window)"""
+    cannot hold (default: in a first search su's value of the target for every window; in a second
+one the same by the base's policy, or the base's own value where it is not by the policy; in a
+recovery the base's)"""
     attention_factor: str | None = flag(None, metavar="F", exclusive="attention factor")
-    """one value for every window; `longest` takes the base config's value at its largest window,
-    which is what Hugging Face applies to both windows; `search`, of a first search, searches
-    under the default and then looks for the value that the winner is best with"""
+    """one value for every window; `longest` takes the base config's value at its largest window;
+    `search`, of a first search, searches under the default and then looks for the value that the
+    winner is best with"""
     resume: bool = flag(False, exclusive="journal")
     """continue from the journal if any"""
     overwrite: bool = flag(False, exclusive="journal")

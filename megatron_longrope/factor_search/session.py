@@ -410,11 +410,18 @@ class SearchPlan:
         if args.attention_factor not in (None, "search"):
             value = float(args.attention_factor)
             return self.problem.with_attention(value, base.attention_factor_policy)
-        if self.problem.stage != "first":
-            return self.problem
-        # LongRoPE's formula, as the one value that Hugging Face's longrope and its readers hold.
-        value = base.attention_factor_by("su", self.problem.target_length)
-        return self.problem.with_attention(value, "su")
+        # One value for every window is what Hugging Face's longrope and its readers hold.
+        if self.problem.stage == "first":
+            value = base.attention_factor_by("su", self.problem.target_length)
+            return self.problem.with_attention(value, "su")
+        policy, pinned = base.attention_factor_policy, base.attention_factor
+        # A second search follows the formula that gave the base its value to the longer window;
+        # one that somebody chose stays. Under the shorter window's, YaRN has been better.
+        if self.problem.stage == "second" and pinned is not None:
+            if math.isclose(pinned, base.attention_factor_by(policy, base.max_length), rel_tol=1e-6):
+                value = base.attention_factor_by(policy, self.problem.target_length)
+                return self.problem.with_attention(value, policy)
+        return self.problem
 
 
 def num_journaled(journal: Path) -> int:

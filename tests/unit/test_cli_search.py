@@ -231,18 +231,25 @@ def test_a_second_search_multiplies_and_a_recovery_search_replaces(options, data
     def run(length, output):
         more = ["--base-config", first, "--target-length", str(length), "--output", output]
         assert main([*options, *small, *more]) == 0
-        return json.loads(Path(output).read_text())["factor_sets"]
+        return factors_and_attention(output)
 
-    base = json.loads(Path(first).read_text())["factor_sets"]
-    # LongRoPE's own at the target, one value for both windows, so that the result can be exported.
-    pinned = json.loads(Path(first).read_text())["attention_factor"]
-    assert pinned == pytest.approx(math.sqrt(1 + math.log(2) / math.log(64)))
-    second = run(256, str(tmp_path / "second.json"))
+    def factors_and_attention(path):
+        config = json.loads(Path(path).read_text())
+        return config["factor_sets"], config["attention_factor"]
+
+    def su(ratio):
+        return pytest.approx(math.sqrt(1 + math.log(ratio) / math.log(64)))
+
+    base, pinned = factors_and_attention(first)
+    second, longer = run(256, str(tmp_path / "second.json"))
+    # LongRoPE's own at the target, one value for all windows, so that the result can be exported.
+    assert (pinned, longer) == (su(2), su(4))
     assert [item["max_length"] for item in second] == [64, 128, 256]
     assert second[:2] == base and second[2]["origin"]["stage"] == "second"
     factors = zip(base[1]["rescale_factors"], second[2]["rescale_factors"], strict=True)
     assert all(1 <= longer / shorter <= 2.5 for shorter, longer in factors)
-    recovered = run(64, str(tmp_path / "recovery.json"))
+    recovered, kept = run(64, str(tmp_path / "recovery.json"))
+    assert kept == pinned
     assert recovered[0]["origin"]["stage"] == "recovery" and recovered[1:] == base[1:]
 
 
