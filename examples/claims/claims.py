@@ -452,7 +452,7 @@ typed by hand.
 {base} {about}
 
 Gains are nats per token for perplexity (0.010 is 1 %) and shares for passkeys; above zero is for
-the claim. A document's loss is the mean over its tokens, in windows side by side.{note}
+the claim. A document's loss is the mean over its tokens, in windows side by side.
 
 Both sides saw the same documents or passkeys. The interval is the wider of those over
 documents (or passkeys) and over seeds: three of each search, {tuning} of the order of a
@@ -466,21 +466,13 @@ not shown says little about a large model.
 
 def page(results: Results) -> str:
     """Return docs/claims.md."""
-    about = results.about.get("text", "")
-    if other := results.about.get("second"):
-        about += (
-            " Claims 6 and 7, and what 9 and 10 say of second searches and recovery, come from "
-            f"another run of the same commands, with a base model of its own. {other}"
-        )
-    counts = {}
+    about, counts = results.about.get("text", ""), {}
     for name, start in (("tuning", "longrope"), ("ablated", "mixed")):
         try:
             counts[name] = len(results.fine_tunings(start))
         except NotRun:
             counts[name] = "none"
-    note = results.about.get("note", "")
-    note = note and f" {note}"
-    text = [INTRODUCTION.format(base=base_model(results), about=about, note=note, **counts)]
+    text = [INTRODUCTION.format(base=base_model(results), about=about, **counts)]
     text += ["| | claim | |", "|---|---|---|"]
     for number, claim, parts in CLAIMS:
         text.append(f"| {number} | {claim} | {judge(results, parts)[0]} |")

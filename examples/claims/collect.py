@@ -1,8 +1,6 @@
 """Write the tables that docs/claims.md needs from what a run of `make claims` left.
 
 python examples/claims/collect.py --run build/claims --output docs/results/claims
-
-With `--stages second` the tables keep what they have of other stages, which another run measured.
 """
 
 from __future__ import annotations
@@ -26,37 +24,20 @@ def _write_csv(path: Path, lines: list[dict]) -> None:
         writer.writerows(lines)
 
 
-def _read_csv(path: Path) -> list[dict]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _records(run: Path, kind: str) -> Iterable[tuple[str, dict]]:
     for path in sorted(run.glob(f"records/*/{kind}.jsonl")):
         for line in path.read_text().splitlines():
             yield path.parent.name, json.loads(line)
 
 
-def _stage_of_search(name: str) -> str:
-    return "second" if name.startswith(("second", "recovered")) else "first"
-
-
-def collect(run: Path, output: Path, stages: list[str]) -> None:
+def collect(run: Path, output: Path) -> None:
     """Write the tables that docs/claims.md needs from what a run left.
 
     Args:
         run (Path): Its folder.
         output (Path): Of the tables.
-        stages (list[str]): Folders of records to be taken from it; the tables keep what they have
-            of the others. All of them where this is empty.
     """
     output.mkdir(parents=True, exist_ok=True)
-
-    def is_taken(stage: str) -> bool:
-        return not stages or stage in stages
-
     cells: dict[str, dict] = {"perplexity": {}, "passkey": defaultdict(dict)}
     for stage, row in _records(run, "ppl"):
         name = row["label"] if stage != "tuned" else row["model"]
@@ -68,21 +49,15 @@ def collect(run: Path, output: Path, stages: list[str]) -> None:
         trials = cells["passkey"][stage, row["model"], name, row["length"]]
         trials[row["trial"]] = str(int(row["correct"]))
     for kind, found in cells.items():
-        lines = _read_csv(output / f"{kind}.csv")
-        lines = [line for line in lines if not is_taken(line["stage"])]
+        lines = []
         for (stage, model, factors, length), values in found.items():
-            if not is_taken(stage):
-                continue
             if isinstance(values, dict):
                 values = [values[trial] for trial in sorted(values)]
             cell = {"stage": stage, "model": model, "factors": factors, "length": length}
             lines.append(cell | {"values": " ".join(values)})
         _write_csv(output / f"{kind}.csv", lines)
-    lines, versions, date = _read_csv(output / "searches.csv"), {}, ""
-    lines = [line for line in lines if not is_taken(_stage_of_search(line["name"]))]
+    lines, versions, date = [], {}, ""
     for path in sorted((run / "factors").glob("*.json")):
-        if not is_taken(_stage_of_search(path.stem)):
-            continue
         sets = json.loads(path.read_text())["factor_sets"]
         # A recovery's factors are the shortest set, and the others are those of earlier searches.
         origin = sets[0 if path.stem.startswith("recovered") else -1]["origin"]
@@ -107,10 +82,7 @@ def collect(run: Path, output: Path, stages: list[str]) -> None:
         f"cores, Python {sys.version.split()[0]}, {versions}, transformers "
         f"{importlib.metadata.version('transformers')}."
     )
-    path = output / "about.json"
-    about = json.loads(path.read_text()) if stages else {"text": text}
-    about |= {stage: text for stage in stages}
-    path.write_text(json.dumps(about, indent=1) + "\n")
+    (output / "about.json").write_text(json.dumps({"text": text}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -118,9 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--output", type=Path, required=True, help="folder of the tables")
-    parser.add_argument("--stages", nargs="+", default=[], help="only these (default: all)")
     args = parser.parse_args()
-    collect(args.run, args.output, args.stages)
+    collect(args.run, args.output)
 
 
 if __name__ == "__main__":

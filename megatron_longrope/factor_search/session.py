@@ -401,27 +401,32 @@ class SearchPlan:
 
     def _with_attention(self) -> SearchProblem:
         """The problem under the attention factor that the options ask for."""
-        args, base = self.options, self.problem.base
+        args, problem, base = self.options, self.problem, self.problem.base
+        policy = base.attention_factor_policy
         if args.attention_factor_policy is not None:
-            return self.problem.with_attention(None, args.attention_factor_policy)
+            return problem.with_attention(None, args.attention_factor_policy)
+        # One value for every window is what Hugging Face's longrope and its readers hold.
         if args.attention_factor == "longest":
             value = base.attention_factor_for(base.max_length)
-            return self.problem.with_attention(value, base.attention_factor_policy)
-        if args.attention_factor not in (None, "search"):
+        elif args.attention_factor not in (None, "search"):
             value = float(args.attention_factor)
-            return self.problem.with_attention(value, base.attention_factor_policy)
-        # One value for every window is what Hugging Face's longrope and its readers hold.
-        if self.problem.stage == "first":
-            value = base.attention_factor_by("su", self.problem.target_length)
-            return self.problem.with_attention(value, "su")
-        policy, pinned = base.attention_factor_policy, base.attention_factor
-        # A second search follows the formula that gave the base its value to the longer window;
-        # one that somebody chose stays. Under the shorter window's, YaRN has been better.
-        if self.problem.stage == "second" and pinned is not None:
-            if math.isclose(pinned, base.attention_factor_by(policy, base.max_length), rel_tol=1e-6):
-                value = base.attention_factor_by(policy, self.problem.target_length)
-                return self.problem.with_attention(value, policy)
-        return self.problem
+        elif problem.stage == "first":
+            policy = "su"
+            value = base.attention_factor_by(policy, problem.target_length)
+        elif problem.stage == "second" and _has_the_policys(base):
+            # Under the tuned window's value a second search loses to YaRN (docs/search.md).
+            value = base.attention_factor_by(policy, problem.target_length)
+        else:
+            return problem
+        return problem.with_attention(value, policy)
+
+
+def _has_the_policys(base: LongRopeConfig) -> bool:
+    """Whether the one value for every window is the policy's for the longest, and nobody's own."""
+    value = base.attention_factor_by(base.attention_factor_policy, base.max_length)
+    return base.attention_factor is not None and math.isclose(
+        base.attention_factor, value, rel_tol=1e-6
+    )
 
 
 def num_journaled(journal: Path) -> int:
