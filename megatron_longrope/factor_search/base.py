@@ -62,7 +62,7 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
     if args.attention_factor == "search" and base.max_length != original:
         raise LongRopeError(
             "--attention-factor search would change the value that the base's other windows have: "
-            "it is for a first search; give --attention-factor longest"
+            "it is for a first search; leave it out, or give the value itself"
         )
     return base
 
