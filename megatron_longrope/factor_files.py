@@ -97,7 +97,11 @@ def export_factors(
     """
     window = window or config.max_length
     if kind == "hf":
-        return json.dumps(config.to_hf(long_length=window), indent=2) + "\n"
+        from megatron_longrope.checkpoint.hf.families import FAMILIES
+        from megatron_longrope.conversion.rope_export import export_rope
+
+        keys = export_rope(config, FAMILIES["llama"], target_length=window).keys
+        return json.dumps(keys, indent=2) + "\n"
     item = config.factor_set_for(window)
     if item.num_start_tokens:
         raise LongRopeError(

@@ -274,9 +274,12 @@ def _run_import(options: ImportOptions) -> None:
 
     sources: list[tuple[str, int | None]] = []
     for source in options.sources:
-        window, separator, path = source.rpartition("=")
+        window, _, path = source.partition("=")
+        if not path or Path(source).exists():  # a path may have a = in it
+            sources.append((source, None))
+            continue
         try:
-            sources.append((path, parse_length(window) if separator else None))
+            sources.append((path, parse_length(window)))
         except ValueError as error:
             raise LongRopeError(f"{source}: {error}; write WINDOW=FILE") from None
     geometry = Geometry(

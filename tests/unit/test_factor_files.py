@@ -75,6 +75,23 @@ def test_an_export_for_hugging_face_is_imported_as_it_was(tmp_path):
     assert run("diff", tmp_path / "a.json", tmp_path / "b.json") == 0
 
 
+def test_an_export_has_the_attention_factors_that_vllm_reads(tmp_path):
+    config(attention_factor=1.3).save(tmp_path / "a.json")
+    assert run("export", tmp_path / "a.json", "--output", tmp_path / "config.json") == 0
+    rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    assert rope["short_mscale"] == rope["long_mscale"] == rope["attention_factor"] == 1.3
+
+
+def test_a_path_with_an_equals_sign_has_no_window(tmp_path):
+    folder = tmp_path / "lr=2e-5"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config().to_hf()))
+    (folder / "x.csv").write_text("1,2\n")
+    for source, more in ((folder / "config.json", ()), (f"8k={folder}/x.csv", MODEL)):
+        assert run("import", source, *more, "--output", tmp_path / "o.json") == 0
+    assert LongRopeConfig.load(tmp_path / "o.json").max_length == 8192
+
+
 @pytest.mark.parametrize("kind", ["csv", "list"])
 def test_a_published_vector_goes_out_and_comes_back_to_the_last_digit(tmp_path, kind):
     published = LongRopeConfig.load("published:llama2-256k")
