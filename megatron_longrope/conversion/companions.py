@@ -56,9 +56,9 @@ def companions(tokenizer: str | Path | None, checkpoint: Path) -> Path | None:
     if tokenizer is not None:
         return Path(tokenizer) if Path(tokenizer).is_dir() else None
     folder = checkpoint.parent / FOLDER
-    # An export that somebody wrote there has weights and a model card, too.
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return folder if "config.json" in names and names <= set(_KEPT) else None
+    # An export that somebody wrote there is of another model; it has weights and a model card.
+    foreign = (folder / "README.md").exists() or any(folder.glob("*.safetensors*"))
+    return folder if (folder / "config.json").is_file() and not foreign else None
 
 
 def raise_limit(path: Path, key: str, length: int) -> None:

@@ -27,6 +27,7 @@ from megatron_longrope.conversion.megatron_args import (
 from megatron_longrope.conversion.megatron_writer import TensorChunk, write_release
 from megatron_longrope.conversion.staging import (
     MAX_SHARD_BYTES,
+    check_apart,
     file_identity,
     output_folder,
     staging_folder,
@@ -108,6 +109,7 @@ def write_checkpoint(
             full.
     """
     output_dir = output_folder(output_dir, "give another --output")
+    check_apart(output_dir, [hf_dir])
     folder = open_folder(hf_dir, sliding_window)
     family, shape, longrope_config = read_model(folder)
     rows = padded_vocab_size(

@@ -33,7 +33,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from megatron_longrope.checkpoint.folders import TRACKER
 from megatron_longrope.checkpoint.hf.source import StoredTensor
 from megatron_longrope.conversion.staging import MAX_SHARD_BYTES, StagingFolder, in_shards
-from megatron_longrope.files import atomic_file, read_json, write_json_atomic, write_text_atomic
+from megatron_longrope.files import (
+    atomic_file,
+    read_json,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 # Rows are written in chunks of this size where only some can be had at a time.
 _BLOCK_BYTES = 64 * 2**20
@@ -160,7 +166,7 @@ def write_release(
     infos = [_StorageInfo(name, *place) for name in (*names, last) for place in places[name]]
     with atomic_file(target / ".metadata") as file:
         pickle.dump(_metadata(items, infos, target), file)
-    torch.save(dict(common), target / "common.pt")
+    write_bytes_atomic(target / "common.pt", _serialized(dict(common)))
     write_json_atomic(target / "metadata.json", _BACKENDS)
     write_text_atomic(staging.result / TRACKER, RELEASE)
 

@@ -45,9 +45,10 @@ class _Folder(Options):
     tokenizer: str | None = flag(None, metavar="T")
     """SentencePiece .model file or Hugging Face folder to include"""
     family: str | None = flag(None)
-    """model family (default: the one converted from, else the first that fits)"""
+    """model family (default: that of an import that was not trained since, else the first that
+    fits)"""
     overwrite: bool = flag(False)
-    """replace an existing folder"""
+    """replace an existing folder, unless it holds what is read or a Megatron checkpoint"""
 
 
 @dataclass(frozen=True, kw_only=True)

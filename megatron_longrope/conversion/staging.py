@@ -17,15 +17,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_longrope.checkpoint.folders import TRACKER
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import check_folder, hold, read_json, write_json_atomic
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
+_STAGING = ".converting"
 _FINGERPRINT, _LOCK = "fingerprint.json", "lock"
 _RESULT, _SHARDS, _REPLACED = "result", "shards", "replaced"
 _DATA_FILES = ("*.safetensors", "*.distcp")
+_MEGATRON = (TRACKER, "iter_*", "mp_rank_*", "*.distcp")
 MAX_SHARD_BYTES = 5_000_000_000
 """Size of a file of tensors, unless more is asked for."""
 _HASHED_BYTES = 2**20  # larger files are known by their size and time of change
@@ -47,7 +50,7 @@ class StagingFolder:
     def __init__(self, output_dir: Path, overwrite: bool = False) -> None:
         self.output_dir = output_dir
         self._overwrite = overwrite
-        self.path = output_dir.parent / f".{output_dir.name}.converting"
+        self.path = _staging_path(output_dir)
         self.result = self.path / _RESULT
         self.shards = self.path / _SHARDS
         self._lock: BaseFileLock | None = None
@@ -103,29 +106,47 @@ class StagingFolder:
         """Give the result the output's name; what had it before is removed afterwards.
 
         Raises:
-            OutputAppeared: Something has that name that had not when the conversion began.
+            NotPutInPlace: Something has that name that had not when the conversion began, or the
+                system refuses to rename.
         """
+        complete = f"the result is complete and lies in {self.result}"
         if not self._overwrite and _is_there(self.output_dir):
-            raise OutputAppeared(
-                f"{self.output_dir} appeared during the conversion; the result is complete and "
-                f"lies in {self.result}, so move it to where you want it, or move away what "
-                "appeared and run the same command again"
+            raise NotPutInPlace(
+                f"{self.output_dir} appeared during the conversion; {complete}, so move it to "
+                "where you want it, or move away what appeared and run the same command again"
             )
         replaced = self.path / _REPLACED
-        if self.output_dir.exists():
-            replaced.mkdir(exist_ok=True)
-            self.output_dir.rename(replaced / self.output_dir.name)
         try:
-            self.result.rename(self.output_dir)
-        except BaseException:
-            self._restore()
-            raise
+            if self.output_dir.exists():
+                replaced.mkdir(exist_ok=True)
+                self.output_dir.rename(replaced / self.output_dir.name)
+            try:
+                self.result.rename(self.output_dir)
+            except BaseException:
+                self._restore()
+                raise
+        except OSError as error:
+            raise NotPutInPlace(
+                f"{self.output_dir}: cannot take its name ({error}); {complete}, so move it to "
+                "where you want it, or run the same command again"
+            ) from error
         self.remove()
 
     def remove(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
+
+    def keep(self) -> str:
+        """Close the folder if there is something to continue, else delete it; says so in words."""
+        if not self.has_data():
+            self.remove()
+            return "nothing was left behind"
+        self.close()
+        return (
+            f"complete files are kept in {self.path}; the same command continues after them, and "
+            "removing that folder gives up the conversion"
+        )
 
     def close(self) -> None:
         """Let others have the folder."""
@@ -150,8 +171,8 @@ class StagingFolder:
             replaced.rename(self.output_dir)
 
 
-class OutputAppeared(LongRopeError):
-    """Somebody else took the output's name in the meantime; the staging folder is kept."""
+class NotPutInPlace(LongRopeError):
+    """The complete result could not take the output's name; the staging folder is kept."""
 
 
 def output_folder(output_dir: str | Path, remedy: str | None) -> Path:
@@ -159,7 +180,7 @@ def output_folder(output_dir: str | Path, remedy: str | None) -> Path:
 
     Args:
         remedy (str, optional): What to do about one that is there, unless it is an empty folder.
-            None lets it be replaced.
+            None lets it be replaced, if it holds no Megatron checkpoint.
 
     Raises:
         LongRopeError: It is there; or it cannot take its name at the end, because nobody may write
@@ -174,7 +195,35 @@ def output_folder(output_dir: str | Path, remedy: str | None) -> Path:
         )
     if remedy is not None and _is_there(path):
         raise LongRopeError(f"{output_dir} exists already; {remedy}")
+    for pattern in _MEGATRON:
+        if found := next(path.rglob(pattern), None):
+            raise LongRopeError(
+                f"{output_dir} holds {found}, a part of a Megatron checkpoint, and --overwrite "
+                "would delete all of it; give another --output"
+            )
     return path
+
+
+def check_apart(output_dir: str | Path, inputs: Iterable[str | Path | None]) -> None:
+    """Refuse an output that would take what it is made of with it when it is replaced.
+
+    Args:
+        inputs (Iterable): Paths of files and folders that are read; None for those not given.
+
+    Raises:
+        LongRopeError: The output is one of them, or holds one.
+    """
+    path = Path(output_dir).resolve()
+    for item in filter(None, inputs):
+        source = Path(item).resolve()
+        if {path, _staging_path(path)} & {source, *source.parents}:
+            raise LongRopeError(
+                f"writing {output_dir} would delete {item}, which is read; give another --output"
+            )
+
+
+def _staging_path(output_dir: Path) -> Path:
+    return output_dir.parent / f".{output_dir.name}{_STAGING}"
 
 
 def _is_there(path: Path) -> bool:
@@ -187,8 +236,9 @@ def staging_folder(
 ) -> Iterator[tuple[StagingFolder, bool]]:
     """The staging folder of an output, and whether an earlier run's work is in it.
 
-    What fails leaves nothing. What is interrupted leaves the files that were complete, if any, and
-    the exception carries a note that says so.
+    What fails, or fills the disk, leaves nothing. What is interrupted, be it by an error of the
+    system, leaves the files that were complete, if any; the exception says so, that of Ctrl-C by a
+    note.
 
     Args:
         output_dir (Path): As :func:`output_folder` gives it.
@@ -196,30 +246,23 @@ def staging_folder(
         overwrite (bool): Whether the output may replace what has its name. Defaults to False.
 
     Raises:
-        LongRopeError: The disk is full, another process is converting to the same output, or the
-            output appeared in the meantime.
+        LongRopeError: The system reported an error, such as a full disk, another process is
+            converting to the same output, or the output appeared in the meantime.
     """
     staging = StagingFolder(output_dir, overwrite)
     staging.lock()
     try:
         yield staging, staging.begin(identity)
     except KeyboardInterrupt as error:
-        if not staging.has_data():
-            staging.remove()
-            raise
-        staging.close()
-        error.add_note(
-            f"complete files are kept in {staging.path}; the same command continues after them, "
-            "and removing that folder gives up the conversion"
-        )
+        error.add_note(staging.keep())
         raise
-    except OutputAppeared:
+    except NotPutInPlace:
         staging.close()
         raise
     except OSError as error:
-        staging.remove()
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise LongRopeError(f"{output_dir}: {error}; {staging.keep()}") from error
+        staging.remove()
         raise LongRopeError(
             f"{output_dir.parent}: the disk is full; nothing was left behind, so make room or give "
             "an --output on another disk"
@@ -259,8 +302,13 @@ def file_identity(paths: Iterable[Path]) -> list[list[Any]]:
     files: list[tuple[str, Path]] = []
     for path in paths:
         if path.is_dir():
-            inside = (item for item in path.rglob("*") if item.is_file())
-            files += [(item.relative_to(path).as_posix(), item) for item in inside]
+            inside = ((item.relative_to(path), item) for item in path.rglob("*"))
+            # What is being written is no part of it, wherever that lies.
+            files += [
+                (name.as_posix(), item)
+                for name, item in inside
+                if item.is_file() and not any(part.endswith(_STAGING) for part in name.parts)
+            ]
         else:
             files.append((path.name, path))
     found = []

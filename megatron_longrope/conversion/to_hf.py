@@ -31,6 +31,7 @@ from megatron_longrope.conversion.rope_export import ExportedRope, export_rope, 
 from megatron_longrope.conversion.safetensors_writer import write_safetensors
 from megatron_longrope.conversion.staging import (
     MAX_SHARD_BYTES,
+    check_apart,
     file_identity,
     output_folder,
     staging_folder,
@@ -77,6 +78,8 @@ class ConversionReport:
     """Factor sets that were exported without their start tokens."""
     remarks: tuple[str, ...] = ()
     """Sentences about what some readers of the folder cannot do."""
+    tokenizer: Path | None = None
+    """File or folder that the tokenizer was taken from; None if none is included."""
     resumed: bool = False
     """Whether an interrupted conversion was continued."""
 
@@ -119,10 +122,11 @@ def write_hf_folder(
             express, without them. Defaults to False, which refuses them.
         measure (Callable, optional): Finds out what that does to the perplexity.
         dtype (torch.dtype, optional): Dtype to convert to. Defaults to the one on disk.
-        family (str, optional): One of :data:`.families.FAMILIES`. Defaults to the one the
-            checkpoint was imported from, else the first that fits.
+        family (str, optional): One of :data:`.families.FAMILIES`. Defaults to that of an import
+            that was not trained since, else the first that fits.
         max_shard_bytes (int): Largest safetensors file.
-        overwrite (bool): Replace an existing folder (once the new one is complete).
+        overwrite (bool): Replace an existing folder (once the new one is complete), unless it holds
+            what is read or a Megatron checkpoint.
         check (Callable, optional): Called with the finished folder before it is put in place;
             an exception leaves nothing behind.
         progress (Callable, optional): Called with bytes written and bytes in all; first with those
@@ -136,16 +140,18 @@ def write_hf_folder(
     output_dir = output_folder(output_dir, remedy)
     tokenizer = None if tokenizer is None else existing_tokenizer(tokenizer)
     checkpoint = MegatronCheckpoint.open(checkpoint_path, iteration)
+    beside = companions(tokenizer, checkpoint.directory)
+    check_apart(output_dir, [checkpoint_path, checkpoint.directory, tokenizer, beside])
     chosen = select_family(checkpoint.shape, checkpoint.args, family)
     dtype_name(dtype or checkpoint.shape.params_dtype)  # refuses others before any work
     lengths = short_length, target_length
     factors = _Factors.of(
         checkpoint, chosen, longrope_config, lengths, without_start_tokens, measure
     )
-    export = _Export(checkpoint, chosen, factors, dtype, tokenizer)
+    export = _Export(checkpoint, chosen, factors, dtype, tokenizer, beside)
     identity = export.identity(max_shard_bytes)
     with staging_folder(output_dir, identity, overwrite) as (staging, resumed):
-        source, hf_config = export.write_small_files(staging.result, output_dir.name)
+        source, hf_config, included = export.write_small_files(staging.result, output_dir.name)
         staging.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
         files = write_safetensors(
             staging.result, source.plan, source.load, max_shard_bytes, progress
@@ -164,6 +170,7 @@ def write_hf_folder(
         verification=verification,
         dropped_start_tokens=factors.dropped,
         remarks=() if factors.rope is None else factors.rope.remarks,
+        tokenizer=included,
         resumed=resumed,
     )
 
@@ -231,11 +238,8 @@ class _Export:
     """What tensors are converted to; None for their own."""
     tokenizer: Path | None
     """As given."""
-
-    @property
-    def beside(self) -> Path | None:
-        """Folder with the companions of the model that the checkpoint was imported from."""
-        return companions(self.tokenizer, self.checkpoint.directory)
+    beside: Path | None
+    """Folder whose companions are taken along, from :func:`companions`."""
 
     def identity(self, max_shard_bytes: int) -> dict[str, Any]:
         """Return what an interrupted conversion must agree on to be continued."""
@@ -253,7 +257,9 @@ class _Export:
             "max_shard_bytes": max_shard_bytes,
         }
 
-    def write_small_files(self, directory: Path, name: str) -> tuple[TensorSource, dict[str, Any]]:
+    def write_small_files(
+        self, directory: Path, name: str
+    ) -> tuple[TensorSource, dict[str, Any], Path | None]:
         """Write all but the tensors.
 
         Args:
@@ -261,14 +267,15 @@ class _Export:
             name (str): What it will be called.
 
         Returns:
-            tuple: Where the tensors come from, and the content of config.json without token ids.
+            tuple: Where the tensors come from, the content of config.json without token ids, and
+            where the tokenizer comes from.
         """
         checkpoint, factors, beside = self.checkpoint, self.factors, self.beside
         longest = factors.window or checkpoint.shape.max_position_embeddings
         info = write_tokenizer(self.tokenizer, directory, longest)
-        has_tokenizer = self.tokenizer is not None
-        if beside is not None and not has_tokenizer:
-            has_tokenizer = copy_tokenizer(beside, directory, longest)
+        included = self.tokenizer
+        if included is None and beside is not None and copy_tokenizer(beside, directory, longest):
+            included = beside
         shape = _with_true_vocabulary(checkpoint, info)
         source = TensorSource(checkpoint, self.family, shape, self.dtype)
         dtype = self.dtype or source.plan[0].dtype
@@ -283,12 +290,12 @@ class _Export:
             target_length=factors.lengths[1],
             iteration=checkpoint.iteration,
             version=__version__,
-            has_tokenizer=has_tokenizer,
+            has_tokenizer=included is not None,
             dropped_window=getattr(checkpoint.args, "longrope_dropped_sliding_window", None),
             dropped=factors.dropped,
         )
         write_text_atomic(directory / "README.md", card)
-        return source, hf_config
+        return source, hf_config, included
 
 
 def _write_configs(

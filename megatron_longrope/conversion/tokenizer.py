@@ -55,24 +55,22 @@ def existing_tokenizer(tokenizer: str | Path) -> Path:
     return path
 
 
-def write_tokenizer(
-    tokenizer: str | Path | None, directory: Path, max_length: int
-) -> TokenizerInfo:
+def write_tokenizer(tokenizer: Path | None, directory: Path, max_length: int) -> TokenizerInfo:
     """Put a tokenizer that transformers loads into `directory`.
 
     Args:
-        tokenizer (str | Path, optional): A SentencePiece `.model` file or a Hugging Face folder.
+        tokenizer (Path, optional): A SentencePiece `.model` file or a Hugging Face folder, from
+            :func:`existing_tokenizer`.
         max_length (int): Window of the model, in tokens.
 
     Raises:
-        LongRopeError: The path holds no tokenizer, or the converted one gives different tokens.
+        LongRopeError: It holds no tokenizer, or the converted one gives different tokens.
     """
     if tokenizer is None:
         return TokenizerInfo()
-    path = existing_tokenizer(tokenizer)
-    if path.is_dir():
-        return _copy_hf(path, directory, max_length)
-    return _convert_sentencepiece(path, directory, max_length)
+    if tokenizer.is_dir():
+        return _copy_hf(tokenizer, directory, max_length)
+    return _convert_sentencepiece(tokenizer, directory, max_length)
 
 
 def copy_tokenizer(folder: Path, directory: Path, max_length: int) -> bool:
@@ -131,16 +129,9 @@ def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> Toke
                 f"({ours[:8]}... instead of {theirs[:8]}...); give --tokenizer a Hugging Face "
                 "folder of this tokenizer, or leave it out and add the files by hand"
             )
-    names = {
-        key: model.id_to_piece(index)
-        for key, index in (
-            ("unk_token", model.unk_id()),
-            ("bos_token", model.bos_id()),
-            ("eos_token", model.eos_id()),
-            ("pad_token", model.pad_id()),
-        )
-        if index >= 0
-    }
+    ids = {key: getattr(model, f"{key}_id")() for key in ("unk", "bos", "eos", "pad")}
+    ids = {key: index for key, index in ids.items() if index >= 0}
+    names = {f"{key}_token": model.id_to_piece(index) for key, index in ids.items()}
     _add_special_tokens(fast, names, model)
     fast.save(str(directory / "tokenizer.json"))
     shutil.copyfile(path, directory / "tokenizer.model")
@@ -151,13 +142,7 @@ def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> Toke
         **names,
     }
     write_json_atomic(directory / "tokenizer_config.json", config)
-    return TokenizerInfo(
-        model.vocab_size(),
-        *(
-            index if index >= 0 else None
-            for index in (model.bos_id(), model.eos_id(), model.pad_id())
-        ),
-    )
+    return TokenizerInfo(model.vocab_size(), *map(ids.get, ("bos", "eos", "pad")))
 
 
 def _fast_tokenizer(path: Path) -> Any:

@@ -266,6 +266,8 @@ def test_stop_tokens_sampling_settings_and_templates_come_back(llama, tmp_path):
         (llama / name).write_text(text)
     edit_config(llama, bos_token_id=1, eos_token_id=[0, 2])
     write_checkpoint(llama, tmp_path / "megatron")
+    for stray in (".DS_Store", "LICENSE"):
+        (tmp_path / "megatron" / "hf" / stray).touch()
     for tokenizer in (None, llama):
         if tokenizer is not None:  # transformers must load what the user gives
             for name in ("tokenizer_config.json", "added_tokens.json"):
@@ -274,7 +276,10 @@ def test_stop_tokens_sampling_settings_and_templates_come_back(llama, tmp_path):
             core.save(str(llama / "tokenizer.json"))
             files = {name: files[name] for name in files if (llama / name).exists()}
         output = tmp_path / f"back-{tokenizer is None}"
-        write_hf_folder(tmp_path / "megatron", output, longrope_config=None, tokenizer=tokenizer)
+        report = write_hf_folder(
+            tmp_path / "megatron", output, longrope_config=None, tokenizer=tokenizer
+        )
+        assert report.tokenizer == (tokenizer or tmp_path / "megatron" / "hf")
         assert {name: (output / name).read_text() for name in files} == files
         config = json.loads((output / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, [0, 2])

@@ -8,7 +8,11 @@ from transformers import AutoTokenizer
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.conversion.to_hf import write_hf_folder
-from megatron_longrope.conversion.tokenizer import TokenizerInfo, write_tokenizer
+from megatron_longrope.conversion.tokenizer import (
+    TokenizerInfo,
+    existing_tokenizer,
+    write_tokenizer,
+)
 
 WORDS = ["the", "context", "window", "of", "a", "language", "model", "is", "extended", "rotary"]
 TEXT = [f"{a} {b}, {c}! 12345 (x) Hello" for a in WORDS for b in WORDS for c in WORDS[:3]]
@@ -104,7 +108,7 @@ def test_a_folder_that_transformers_reads_otherwise_than_sentencepiece_is_refuse
 
 def test_a_path_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no such tokenizer"):
-        write_tokenizer(tmp_path / "nothing", tmp_path, 64)
+        existing_tokenizer(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no tokenizer files"):
         write_tokenizer(tmp_path / "empty", tmp_path, 64)

@@ -3,14 +3,17 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import make_megatron_checkpoint as maker
 import pytest
 import torch
 from tiny_hf import tensors
+from tokenizers import Tokenizer, models
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.conversion import megatron_writer
@@ -211,6 +214,56 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_at_the_common_state_is_one_sentence(exported, tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def full(descriptor):
+        if "common.pt" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="the disk is full; nothing was left behind"):
+        write_checkpoint(exported, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_of_the_disk_is_one_sentence_and_keeps_what_is_complete(
+    untied_gqa, config, tmp_path
+):
+    def export(**how):
+        return write_hf_folder(
+            untied_gqa.path, tmp_path / "hf", longrope_config=config, **how, **SHARDS
+        )
+
+    with pytest.raises(ValueError, match=r"Input/output error; complete files are kept in "):
+        export(progress=Interrupt(0.6, OSError(errno.EIO, os.strerror(errno.EIO))))
+    assert export().resumed
+
+
+def test_a_result_that_cannot_take_its_name_is_kept_and_so_is_what_has_it(
+    untied_gqa, config, tmp_path, monkeypatch
+):
+    output = tmp_path / "hf"
+    output.mkdir()
+    (output / "precious").touch()
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name == "result":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return rename(self, target)
+
+    options = {"longrope_config": config, "overwrite": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(ValueError, match=r"cannot take its name .*; the result is complete "):
+            write_hf_folder(untied_gqa.path, output, **options)
+    assert (output / "precious").exists()
+    assert write_hf_folder(untied_gqa.path, output, **options).resumed
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(
     untied_gqa, config, tmp_path, monkeypatch
 ):
@@ -225,6 +278,57 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 
 # The staging folder
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "iteration"])
+def test_an_export_into_a_folder_that_it_reads_is_continued(
+    untied_gqa, config, exported, tmp_path, place
+):
+    save = shutil.copytree(untied_gqa.path, tmp_path / "save")
+    tokenizer = shutil.copytree(exported, tmp_path / "tokenizer")
+    tokens = {f"t{index}": index for index in range(250)}
+    Tokenizer(models.WordLevel(tokens, unk_token="t0")).save(str(tokenizer / "tokenizer.json"))
+    holder = tokenizer if place == "tokenizer" else MegatronCheckpoint.open(save).directory
+    arguments = (save, holder / "long")
+    options = {"longrope_config": config, "tokenizer": tokenizer, **SHARDS}
+    with pytest.raises(KeyboardInterrupt):
+        write_hf_folder(*arguments, progress=Interrupt(0.6), **options)
+    assert write_hf_folder(*arguments, **options).resumed
+
+
+def test_an_output_that_is_or_holds_what_is_read_is_refused(untied_gqa, config, exported, tmp_path):
+    runs = tmp_path / "runs"
+    save = shutil.copytree(untied_gqa.path, runs / "tuned")
+    shutil.copytree(exported, save / "hf", ignore=lambda *_: {"README.md", "model.safetensors"})
+    tokenizer = runs / "tokenizer"
+    shutil.copytree(exported, tokenizer)
+    left = shutil.copytree(exported, tmp_path / ".new.converting" / "result")
+    for output, sources in (
+        (save, {}),
+        (runs, {}),
+        (save / "hf", {}),  # from which the tokenizer would come
+        (tokenizer, {"tokenizer": tokenizer}),
+        (tmp_path / "new", {"tokenizer": left}),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=r"is read; give another --output|Megatron"):
+            write_hf_folder(save, output, longrope_config=config, overwrite=True, **sources)
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match=r"new would delete .*result, which is read"):
+        write_checkpoint(left, tmp_path / "new")
+    assert (left / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "inside", ["latest_checkpointed_iteration.txt", "a/iter_0000001/x", "mp_rank_00/x", "a.distcp"]
+)
+def test_overwrite_does_not_delete_megatron_checkpoints(untied_gqa, config, tmp_path, inside):
+    precious = tmp_path / "runs" / inside
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    with pytest.raises(ValueError, match="a part of a Megatron checkpoint, and --overwrite would"):
+        write_hf_folder(untied_gqa.path, tmp_path / "runs", longrope_config=config, overwrite=True)
+    assert precious.exists()
 
 
 def test_a_process_that_ended_between_two_renames_gives_back_what_was_there(tmp_path):
