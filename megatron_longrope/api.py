@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,36 +146,40 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
         LongRopeError: The checkpoint, the factors or the tokenizer does not fit, the logits differ,
             or the disk is full; the output is as it was.
     """
+    from megatron_longrope.checkpoint.folders import iteration_directory
     from megatron_longrope.checkpoint.hf.families import dtype_named
-    from megatron_longrope.conversion.start_tokens import drop_start_tokens
+    from megatron_longrope.config import LongRopeConfig
+    from megatron_longrope.conversion.staging import check_apart
     from megatron_longrope.conversion.to_hf import write_hf_folder
     from megatron_longrope.conversion.verify import verify
     from megatron_longrope.evaluation.start_token_effect import measured
 
-    config, _ = exported_factors(options)
+    # A training may save a later iteration meanwhile.
+    load = str(iteration_directory(Path(options.load), options.iteration))
+    factors = options.longrope_config or ""  # may be the name of published ones
+    check_apart(options.output, [options.data, factors if os.path.exists(factors) else None])
+    config, _ = exported_factors(replace(options, load=load))
     lengths: dict[str, Any] = {
         "short_length": options.short_length,
         "target_length": options.target_length,
     }
 
     def check(folder: Path) -> Any:
-        exported = config
-        if options.drop_start_tokens and config is not None:
-            exported, _ = drop_start_tokens(config, **lengths)
+        exported = LongRopeConfig.load(folder / "longrope.json") if config else None
         return verify(
-            options.load,
+            load,
             folder,
             longrope_config=exported,
-            iteration=options.iteration,
             tolerance=options.tolerance,
+            remedy="nothing was written",
             **lengths,
         )
 
     def measure(searched: LongRopeConfig, dropped: Any) -> Any:
         assert options.data is not None  # or it is not called
         return measured(
-            options.load,
-            options.iteration,
+            load,
+            None,
             searched,
             dropped,
             data=options.data,
@@ -185,10 +190,9 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
         )
 
     return write_hf_folder(
-        options.load,
+        load,
         options.output,
         longrope_config=config,
-        iteration=options.iteration,
         tokenizer=options.tokenizer,
         without_start_tokens=options.drop_start_tokens,
         measure=measure if options.data else None,

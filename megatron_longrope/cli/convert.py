@@ -67,6 +67,8 @@ def _run_to_hf(options: ToHfOptions) -> None:
         print(item.describe())
     for remark in report.remarks:
         print(f"note: {remark}")
+    included = report.tokenizer
+    print("no tokenizer included" if included is None else f"tokenizer from {included}")
     _print_verification(report.verification)
     print(
         f"wrote {report.output_dir}: {report.family}, {report.num_tensors} tensors, "
@@ -164,10 +166,11 @@ def _say_memory(*opened: Any, **how: Any) -> None:
     from megatron_longrope.checkpoint.opening import open_checkpoint
     from megatron_longrope.conversion.verify import memory_needed
 
-    gib = memory_needed(open_checkpoint(*opened, **how)) / 2**30
+    weights, per_token = memory_needed(open_checkpoint(*opened, **how))
     print(
-        f"verifying: holds the model in memory twice, in fp32, {gib:.1f} GiB of weights; "
-        "--no-verify leaves it out",
+        f"verifying: holds the model in memory twice, in fp32, {weights / 2**30:.1f} GiB of "
+        f"weights, and about {per_token / 2**20:.2f} MiB for each token of an input that is just "
+        "longer than the original window; --no-verify leaves it out",
         flush=True,
     )
 

@@ -1,6 +1,7 @@
 """Compare a Hugging Face folder with a Megatron checkpoint, logit by logit.
 
-Both models are in memory at once, in fp32: :func:`memory_needed` says how much that is.
+Both models are in memory at once, in fp32: :func:`memory_needed` says how much that is. Logits are
+taken of the last tokens only: those of 128k tokens of a large vocabulary are 67 GB.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from megatron_longrope.local_folder import LOCAL_ONLY
 TOLERANCE = 1e-4
 _SHORT_TOKENS = 512
 _TOKENS_PAST_LIMIT = 64
+_COMPARED_TOKENS = 512
 # Keys of config.json that may change the attention of later positions.
 _LIMITS = ("sliding_window", "attention_chunk_size")
 _ROWS_PER_BLOCK = 256
@@ -42,13 +44,13 @@ class WindowDifference:
     """`short` (the original window's factors), `long`, or another limit of config.json past which
     the models might part, such as `sliding_window`."""
     num_tokens: int
-    """Length of the input."""
+    """Length of the input; of a longer one than 512 tokens the last 512 are compared."""
     max_abs_diff: float
     """Largest difference of a logit."""
     mean_kl: float
-    """Mean over tokens of KL(Megatron || transformers), in nats."""
+    """Mean over compared tokens of KL(Megatron || transformers), in nats."""
     top1_agreement: float
-    """Fraction of tokens with the same most likely next token."""
+    """Fraction of compared tokens with the same most likely next token."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def verify(
     tolerance: float = TOLERANCE,
     sliding_window: str = "refuse",
     made_of: str | None = "checkpoint",
+    remedy: str = "do not use this folder",
 ) -> VerificationReport:
     """Run both models in fp32 on random tokens, within and past every limit of config.json.
 
@@ -91,6 +94,7 @@ def verify(
             attends in full.
         made_of (str, optional): What the other of the two was made of, `checkpoint` or `folder`.
             None is for a pair of unknown origin: a checkpoint that was imported may be either.
+        remedy (str): What to do about a difference.
 
     Raises:
         LongRopeError: A window is over the tolerance, or its logits are not finite.
@@ -110,7 +114,7 @@ def verify(
         hf_config["vocab_size"],
         tolerance=tolerance,
         rounding=_allowed_rounding(checkpoint, folder, made_of),
-        remedy="nothing was written" if made_of == "folder" else "do not use this folder",
+        remedy=remedy,
         full_attention=folder.dropped_window is not None,
     )
 
@@ -130,6 +134,7 @@ def verify_import(
         tolerance=tolerance,
         sliding_window=sliding_window,
         made_of="folder",
+        remedy="nothing was written",
     )
 
 
@@ -162,12 +167,13 @@ def compare_models(
     differences = []
     for window, length in windows:
         tokens = random_tokens(vocab_size, length, seed=0)
+        count = min(length, _COMPARED_TOKENS)
         with torch.no_grad():
-            theirs = model(tokens, use_cache=False).logits
-            ours = engine.logits(tokens)[..., :vocab_size].to(device="cpu", dtype=torch.float32)
-        difference = compare(window, ours, theirs)
+            theirs = model(tokens, use_cache=False, logits_to_keep=count).logits
+            ours = engine.logits(tokens, count)[..., :vocab_size].to("cpu", torch.float32)
+        difference = replace(compare(window, ours, theirs), num_tokens=length)
         differences.append(difference)
-        allowed = tolerance + rounding * ours.abs().max().item()
+        allowed = tolerance + rounding * _largest(ours)
         if not difference.max_abs_diff <= allowed:  # also catches NaN
             raise LongRopeError(
                 f"verification failed on {length} tokens ({_describe(window)}): "
@@ -212,11 +218,12 @@ def _describe(window: str) -> str:
 def _how_they_differ(
     difference: WindowDifference, ours: Tensor, theirs: Tensor, allowed: float
 ) -> str:
+    first = difference.num_tokens - ours.shape[1]
     for name, logits in (("transformers", theirs), ("Megatron", ours)):
         if not logits.isfinite().all():
-            position = int((~logits.isfinite()).any(-1).flatten().nonzero()[0])
+            position = first + int((~logits.isfinite()).any(-1).flatten().nonzero()[0])
             return f"the logits of {name} are not finite from position {position} on"
-    position = int(((ours - theirs).abs().amax(-1) > allowed).flatten().nonzero()[0])
+    position = first + int(((ours - theirs).abs().amax(-1) > allowed).flatten().nonzero()[0])
     return (
         "transformers' logits differ from Megatron's by up to "
         f"{difference.max_abs_diff:.3g}, from position {position} on (allowed {allowed:.3g}, mean "
@@ -231,10 +238,15 @@ def _unread(hf_dir: Path) -> str:
     return ""
 
 
-def memory_needed(checkpoint: Checkpoint) -> int:
-    """Bytes of both models' weights; activations come on top."""
+def memory_needed(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bytes of both models' weights, and about those of each token of an input."""
+    shape, size = checkpoint.shape, torch.float32.itemsize
     elements = sum(math.prod(info.shape) for info in checkpoint.keys().values())
-    return 2 * elements * torch.float32.itemsize
+    ffn = shape.ffn_hidden_size
+    if shape.num_experts is not None:
+        ffn = (shape.moe_ffn_hidden_size or ffn) * (shape.moe_router_topk or 1)
+    # transformers holds an MLP's intermediates whole, and some hidden states beside them.
+    return 2 * elements * size, (4 * ffn + 6 * shape.hidden_size) * size
 
 
 def exported_config(
@@ -273,7 +285,7 @@ def compare(window: str, ours: Tensor, theirs: Tensor) -> WindowDifference:
     largest, divergence, agreeing = 0.0, 0.0, 0
     # Blocks bound the fp64 copies for a large vocabulary.
     for left, right in zip(ours.split(_ROWS_PER_BLOCK), theirs.split(_ROWS_PER_BLOCK), strict=True):
-        difference = (left - right).abs().max().item()
+        difference = _largest(left - right)
         largest = difference if difference != difference else max(largest, difference)
         agreeing += int((left.argmax(-1) == right.argmax(-1)).sum())
         left, right = (value.double().log_softmax(-1) for value in (left, right))
@@ -282,6 +294,12 @@ def compare(window: str, ours: Tensor, theirs: Tensor) -> WindowDifference:
             break
     count = len(ours)
     return WindowDifference(window, count, largest, divergence / count, agreeing / count)
+
+
+def _largest(value: Tensor) -> float:
+    """Largest magnitude, NaN if there is one, without a copy of the magnitudes."""
+    low, high = value.aminmax()
+    return max(abs(low.item()), abs(high.item()))
 
 
 def windows_to_compare(

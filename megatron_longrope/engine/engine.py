@@ -182,13 +182,18 @@ class Engine:
         return torch.stack(losses, dim=1).cpu(), greedy.cpu()
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Logits `[b, n, vocab_size]`, fp32, for verification on short inputs; one process."""
+    def logits(self, tokens: Tensor, count: int | None = None) -> Tensor:
+        """Logits `[b, count, vocab_size]` of the last tokens, fp32, for verification; one process.
+
+        Args:
+            tokens (Tensor): `[b, n]`, int64.
+            count (int, optional): Of how many. Defaults to all.
+        """
         self._check_single_process("logits")
         self._check_tokens(tokens)
-        hidden = self._hidden(tokens).transpose(0, 1)
+        hidden = self._hidden(tokens)[-(count or tokens.shape[1]) :].transpose(0, 1)
         flat = loss.map_logits(self.model, hidden.flatten(0, 1), self._real_tokens, lambda x: x)
-        return flat[:, : self.shape.vocab_size].view(*tokens.shape, -1)
+        return flat[:, : self.shape.vocab_size].view(*hidden.shape[:2], -1)
 
     def _nll_and_greedy(self, tokens: Tensor, start: int, stop: int) -> list[Tensor]:
         return self._of_positions(

@@ -1,6 +1,7 @@
 """The Python API as a notebook uses it: options in, results out, no argv, no SystemExit."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -58,6 +59,29 @@ def test_a_conversion_there_and_back_says_what_was_written(untied_gqa, tmp_path)
     )
     assert imported.num_tensors == exported.num_tensors
     assert imported.longrope_config.factor_set_for(256) is not None
+
+
+def test_an_export_is_of_the_iteration_that_was_the_latest_when_it_began(untied_gqa, tmp_path):
+    save = shutil.copytree(untied_gqa.path, tmp_path / "save")
+
+    def train_on(done, total):
+        (save / "latest_checkpointed_iteration.txt").write_text("4")
+
+    options = longrope.ToHfOptions(load=str(save), output=str(tmp_path / "hf"))
+    assert longrope.convert_to_hf(options, train_on).verification is not None
+
+
+def test_an_export_does_not_replace_its_factors_or_documents(untied_gqa, config, tmp_path):
+    config.save(tmp_path / "old" / "f.json")
+    for inside in (
+        {"longrope_config": str(tmp_path / "old" / "f.json")},
+        {"data": str(tmp_path / "old" / "prefix"), "drop_start_tokens": True},
+    ):
+        options = longrope.ToHfOptions(
+            load=str(untied_gqa.path), output=str(tmp_path / "old"), overwrite=True, **inside
+        )
+        with pytest.raises(longrope.LongRopeError, match="which is read; give another --output"):
+            longrope.convert_to_hf(options)
 
 
 def test_prepare_data_returns_the_manifest(data, tmp_path):

@@ -158,8 +158,8 @@ def test_logits_that_differ_leave_the_target_as_it_was(untied_gqa, tmp_path, mon
     output = occupied(tmp_path)
 
     class Wrong:
-        def logits(self, tokens):
-            return torch.zeros(*tokens.shape, maker.PADDED)
+        def logits(self, tokens, count):
+            return torch.zeros(1, count, maker.PADDED)
 
     monkeypatch.setattr(
         "megatron_longrope.conversion.verify.fp32_engine", lambda checkpoint, config: Wrong()
@@ -218,10 +218,17 @@ def test_progress_is_lines_with_a_rate_where_there_is_no_terminal(capsys):
     assert line.endswith(" MB/s")
 
 
-def test_the_memory_of_a_verification_is_stated_and_can_be_spared(untied_gqa, tmp_path, capsys):
+def test_the_memory_of_a_verification_is_stated_and_can_be_spared(
+    untied_gqa, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("megatron_longrope.conversion.verify._COMPARED_TOKENS", 16)
     assert to_hf(untied_gqa.path, tmp_path / "a") == 0
     printed = capsys.readouterr().out
-    assert "verifying: holds the model in memory twice, in fp32, 0.0 GiB of weights" in printed
+    assert (
+        "verifying: holds the model in memory twice, in fp32, 0.0 GiB of weights, and about 0.00 "
+        "MiB for each token of an input that is just longer than the original window"
+    ) in printed
+    assert "no tokenizer included" in printed
     assert "verified long      128 tokens" in printed
     assert to_hf(untied_gqa.path, tmp_path / "b", "--no-verify") == 0
     printed = capsys.readouterr().out

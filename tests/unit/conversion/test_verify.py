@@ -30,9 +30,10 @@ class RecordedEngine:
         self.directory, self.config = checkpoint.directory, config
         return self
 
-    def logits(self, tokens):
-        name = "short" if tokens.shape[1] <= maker.ORIGINAL else "long"
-        return self.recorded[name][:, : tokens.shape[1]] + self.error
+    def logits(self, tokens, count):
+        length = tokens.shape[1]
+        name = "short" if length <= maker.ORIGINAL else "long"
+        return self.recorded[name][:, length - count : length] + self.error
 
 
 @pytest.fixture
@@ -93,6 +94,19 @@ def test_logits_that_are_not_finite_never_pass(untied_gqa, config, folder, lengt
     with pytest.raises(
         ValueError, match="the logits of Megatron are not finite from position 0 on"
     ):
+        verify(untied_gqa.path, folder, longrope_config=config)
+
+
+def test_of_a_long_input_the_last_tokens_are_compared(
+    untied_gqa, config, folder, lengths, monkeypatch
+):
+    monkeypatch.setattr("megatron_longrope.conversion.verify._COMPARED_TOKENS", 32)
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits))
+    report = verify(untied_gqa.path, folder, longrope_config=config)
+    assert [item.num_tokens for item in report.windows] == [48, 160]
+    assert all(item.max_abs_diff < 1e-5 for item in report.windows)
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error=1.0))
+    with pytest.raises(ValueError, match=r"from position 16 on .*; do not use this folder"):
         verify(untied_gqa.path, folder, longrope_config=config)
 
 
@@ -178,7 +192,7 @@ def test_the_command_verifies_before_the_folder_appears(
 ):
     monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error=1.0))
     arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf")
-    with pytest.raises(ValueError, match="verification failed"):
+    with pytest.raises(ValueError, match=r"verification failed .*; nothing was written"):
         run_command(*arguments)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits))
