@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_longrope.errors import LongRopeError
+
+PATIENCE = timedelta(days=30)
+"""How long a rank waits for another that is in a forward pass of its own. Collectives of layers
+have shorter timeouts, so that a job that hangs ends."""
 
 
 def initialize(
@@ -74,9 +80,10 @@ def gather_from_replicas(value: Any) -> list[Any]:
     count = replica()[1]
     if count == 1:
         return [value]
-    values: list[Any] = [None] * count
-    dist.all_gather_object(values, value, group=parallel_state.get_data_parallel_group())
-    return values
+    world = dist.get_world_size()
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value, group=_patient_group(dist.group.WORLD))
+    return values[:: world // count]
 
 
 def from_first_rank(value: Any) -> Any:
@@ -88,8 +95,20 @@ def from_first_rank(value: Any) -> Any:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_patient_group(dist.group.WORLD))
     return values[0]
+
+
+@lru_cache(maxsize=1)
+def _patient_group(world: Any) -> Any:
+    """Return the group over which ranks exchange results; all of them come to the first exchange.
+
+    Gloo: results are no work for a GPU, and NCCL's watchdog ends a job after ten minutes.
+
+    Args:
+        world (ProcessGroup): Torch's, of which there may be another after this one is destroyed.
+    """
+    return dist.new_group(timeout=PATIENCE, backend="gloo")
 
 
 def _check_world(world: int, tensor_parallel: int, context_parallel: int, replicas: bool) -> None:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.engine.process_groups import PATIENCE
 from megatron_longrope.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from megatron_longrope.engine import Answer, Engine
-
-# A rank may wait for its leader as long as the slowest replica takes for a candidate.
-_PATIENCE = timedelta(days=30)
 
 
 class Replica:
@@ -50,7 +47,7 @@ class Replica:
             # and a rank may wait for one longer than NCCL's watchdog allows.
             for first in range(0, world, size):
                 ranks = list(range(first, first + size))
-                group = dist.new_group(ranks, timeout=_PATIENCE, backend="gloo")
+                group = dist.new_group(ranks, timeout=PATIENCE, backend="gloo")
                 if first == self._leader:
                     self._group = group
 

@@ -76,6 +76,7 @@ def run_rank(rank: int, directory: str, checkpoint: str) -> None:
         tokens = tokens_of(engine.replica[0])
         results[tensor_parallel, context_parallel] = {
             "replica": engine.replica,
+            "of replicas": process_groups.gather_from_replicas(engine.replica[0]),
             "nll": engine.nll(tokens),
             "from start": engine.nll(tokens, START),
             **greedy_results(engine, tokens),
@@ -111,6 +112,7 @@ def test_every_rank_has_the_losses_of_one_process(ranks, one_process, layout):
         result = results[layout]
         replica = rank // (layout[0] * layout[1])
         assert result["replica"] == (replica, WORLD // (layout[0] * layout[1]))
+        assert result["of replicas"] == list(range(result["replica"][1]))
         theirs = one_process[replica]["nll"]
         torch.testing.assert_close(result["nll"], theirs, atol=1e-5, rtol=0)
         torch.testing.assert_close(result["from start"], theirs[:, START:], atol=1e-5, rtol=0)
@@ -175,3 +177,22 @@ def test_another_layout_in_the_same_process_is_refused(world):
     world.size = 2
     with pytest.raises(ValueError, match="already runs tensor x context parallel 1 x 1"):
         process_groups.initialize(1, 2, replicas=True)
+
+
+def test_a_rank_waits_longer_for_the_others_results_than_a_pass_over_millions_of_tokens(
+    world, monkeypatch
+):
+    groups = []
+
+    def exchange(values, *_, group=None, **__):
+        groups.append(group._get_backend(torch.device("cpu")))
+
+    process_groups._patient_group.cache_clear()
+    process_groups._patient_group(dist.group.WORLD)  # with the one process that there is
+    world.size = 2
+    monkeypatch.setattr(process_groups, "replica", lambda: (0, 2))
+    monkeypatch.setattr(dist, "all_gather_object", exchange)
+    monkeypatch.setattr(dist, "broadcast_object_list", exchange)
+    process_groups.gather_from_replicas("a loss")
+    process_groups.from_first_rank("a decision")
+    assert [(group.name(), group.options._timeout.days) for group in groups] == [("gloo", 30)] * 2
