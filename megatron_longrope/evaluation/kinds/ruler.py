@@ -88,8 +88,10 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
     tasks = [TASKS[name] for name in options.tasks]
     sources = read_sources(tasks, options.essays, options.squad, options.hotpotqa, options.words)
     sampler = Sampler(prompts.tokenizer, sources, options.seed)
-    for task in tasks:
-        sampler.make(task, min(options.lengths), options.samples - 1 if task.data else 0)
+    # A text may be longer than the shortest length, and words too few for the longest.
+    for length in sorted({min(options.lengths), max(options.lengths)}):
+        for task in tasks:
+            sampler.make(task, length, options.samples - 1 if task.data else 0)
 
     def measure(engine: Any, fields: Row) -> Row:
         task = TASKS[fields["task"]]
@@ -171,13 +173,20 @@ def _section(number: int, words: str, rows: Rows, window: int | None) -> Section
     for series, row in rows:
         scores[series][row["length"]][row["task"]].add(row["score"], None)
     records = [row for _, row in rows]
-    given = records[-1].get("threshold")
-    limit = THRESHOLD if given is None else given
+    given = (row.get("threshold") for row in records)
+    thresholds = [THRESHOLD if threshold is None else threshold for threshold in given]
+    limit = thresholds[-1]
     measured = [tasks for of_series in scores.values() for tasks in of_series.values()]
     missing = [task for task in TASKS if any(task not in tasks for tasks in measured)]
     warnings = (
         [f"Some averages lack {', '.join(missing)}: they are none of RULER's."] if missing else []
     )
+    if len(several := sorted(set(thresholds))) > 1:
+        warnings.append(
+            f"Records hold thresholds of {', '.join(f'{value:g}' for value in several)}; effective "
+            f"lengths are by {limit:g}. Run `longrope eval ruler` for all lengths with one "
+            "--threshold, which measures nothing anew."
+        )
     figures = [
         Grid(
             f"{name}_by_task", f"{title}, by task",

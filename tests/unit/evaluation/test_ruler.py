@@ -19,6 +19,7 @@ from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
+from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.kinds.ruler import generated_text
 from megatron_longrope.evaluation.ruler.samples import Sampler, largest_fit
 from megatron_longrope.evaluation.ruler.sources import read_essays, read_sources, read_words
@@ -297,6 +298,29 @@ def test_the_command_generates_records_and_goes_on(command, tmp_path, capsys):
     assert "everything was already measured" in (shown := capsys.readouterr().out)
     assert re.search(r"effective", shown) and "<1k" not in shown
     assert [row["text"] for row in records(tmp_path)[2:]] == [row["text"] for row in rows]
+
+
+def test_too_few_words_for_the_longest_length_are_said_before_weights_are_loaded(
+    untied_gqa, data, tmp_path, capsys, no_weights
+):
+    maker.longrope_config().with_factor_set(FactorSet(16384, (8.0,) * 8)).save(tmp_path / "f.json")
+    (tmp_path / "words.txt").write_text("\n".join(WORDS[:60]))
+    given = [
+        "eval", "ruler", "--load", untied_gqa.path, "--longrope-config", tmp_path / "f.json",
+        "--tokenizer", data["tokenizer"], "--words", tmp_path / "words.txt", "--tasks", "cwe",
+        "--lengths", "2k,16k", "--output", tmp_path / "out",
+    ]  # fmt: skip
+    assert main(list(map(str, given))) == 2
+    assert "cwe at 16384 tokens needs more than 60 words" in capsys.readouterr().err
+
+
+def test_records_of_several_thresholds_say_by_which_the_effective_lengths_are():
+    rows = [ruler("vt", length, 1.0) for length in (4096, 8192)]
+    found = [row | {"threshold": value} for row, value in zip(rows, (None, 90), strict=True)]
+    (section,) = KINDS["ruler"].sections_of(found)
+    assert "thresholds of 85.6, 90; effective lengths are by 90." in section.warnings[-1]
+    (section,) = KINDS["ruler"].sections_of(rows)
+    assert len(section.warnings) == 1 and "threshold" not in section.warnings[0]
 
 
 def test_the_page_shows_averages_beside_published_ones_and_every_task(tmp_path, capsys):
