@@ -36,19 +36,21 @@ def parse_choices(*allowed: str) -> Callable[[str], list[str]]:
 
 
 def parse_depths(text: str) -> list[float | None]:
-    """Parse depths: `random` is [None], `3` is [0, 0.5, 1], `0,0.25` is itself."""
+    """Parse depths: `random` is [None], `3` is [0, 0.5, 1], `0,0.25` and `1.0` are themselves."""
     if text == "random":
         return [None]
+    is_count = text.isascii() and text.isdigit()
+    if is_count and int(text) > 1:
+        return [index / (int(text) - 1) for index in range(int(text))]
     try:
-        if text.isascii() and text.isdigit() and int(text) > 1:
-            return [index / (int(text) - 1) for index in range(int(text))]
         depths = [float(part) for part in text.split(",")]
     except ValueError:
         depths = [-1.0]
-    if not all(0 <= depth <= 1 for depth in depths) or len(set(depths)) < len(depths):
+    is_list = all(0 <= depth <= 1 for depth in depths) and len(set(depths)) == len(depths)
+    if is_count or not is_list:
         raise LongRopeError(
             f"depths {text!r}: give how many, at least 2, or a list of different numbers from 0 to "
-            "1 such as 0,0.5,1, or random"
+            "1 such as 0,0.5,1 or 1.0, or random"
         )
     return depths
 

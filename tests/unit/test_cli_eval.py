@@ -378,8 +378,8 @@ def test_depths_are_how_many_a_list_or_random(capsys):
     assert parse_depths("random") == [None]
     assert parse_depths("3") == [0.0, 0.5, 1.0]
     assert parse_depths("0,0.25") == [0.0, 0.25]
-    assert parse_depths("1") == [1.0]
-    for text in ("7,8", "0,2", "x", "0,0", ""):
+    assert parse_depths("1.0") == [1.0] and parse_depths("0.0") == [0.0]
+    for text in ("1", "0", "7,8", "0,2", "x", "0,0", ""):
         with pytest.raises(SystemExit):
             main(["eval", "passkey", "--load", "x", "--lengths", "4k", "--output", "y",
                   "--depths", text])  # fmt: skip
