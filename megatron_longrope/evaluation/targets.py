@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig
@@ -42,6 +44,20 @@ class NamedModel:
         from megatron_longrope.checkpoint.fingerprint import content_sha256
 
         return content_sha256(self.checkpoint.directory)
+
+    @cached_property
+    def recorded_dtype(self) -> str | None:
+        """Dtype of the weights as records name it; None for the default of an fp32 checkpoint.
+
+        That is fp32 on every device. Another checkpoint's is its own on a GPU and fp32 on a CPU, of
+        which an older record does not say, so that None must not stand for either.
+        """
+        from megatron_longrope.engine.loading import default_dtype
+
+        shape = self.checkpoint.shape
+        if self.dtype or shape.params_dtype == torch.float32:
+            return self.dtype
+        return str(default_dtype(shape)).removeprefix("torch.")
 
     def config(self) -> LongRopeConfig:
         """Return the checkpoint's own factors, or stock RoPE up to its window."""
@@ -78,7 +94,7 @@ class Target:
             "config_sha256": config_sha256(self.config),
             "original_length": self.config.original_max_position_embeddings,
             "sliding_window": self.model.checkpoint.shape.sliding_window,
-            "requested_dtype": self.model.dtype,
+            "requested_dtype": self.model.recorded_dtype,
         }
 
 
@@ -192,15 +208,23 @@ def baselines_of(
     plain = base.max_length == base.original_max_position_embeddings
     if not plain and rank() == 0:
         print(f"{model.label}: baselines multiply its factors for {base.max_length} tokens")
-    first = True
-    for name in names:
-        for policy in policies:
-            chosen = policy or (method(name).policy if plain else None)
-            for length in lengths:
-                if length > base.max_length or first:
-                    config = extended_config(name, base, length, chosen)
-                    yield length, Target(model, name, config, policy=chosen)
-            first = False
+    pairs = [
+        (name, policy or (method(name).policy if plain else None))
+        for name in names
+        for policy in policies
+    ]
+    name, policy = pairs[0]
+    # On plain RoPE a policy changes nothing within the window but the hash, by which older records
+    # are found; on a model with factors it would change the attention factor.
+    inside = extended_config(name, base, base.max_length, policy if plain else None)
+    for length in lengths:
+        if length <= base.max_length:
+            yield length, Target(model, name, inside, policy=policy)
+    for name, policy in pairs:
+        for length in lengths:
+            if length > base.max_length:
+                config = extended_config(name, base, length, policy)
+                yield length, Target(model, name, config, policy=policy)
 
 
 def own_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str | None:

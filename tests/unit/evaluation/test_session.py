@@ -16,7 +16,7 @@ from megatron_longrope.evaluation.session import Cell, Plan, Session
 from megatron_longrope.evaluation.targets import NamedModel, Target
 
 SHAPE = SimpleNamespace(
-    sliding_window=None,
+    sliding_window=None, params_dtype=torch.float32,
     num_attention_heads=4, head_dim=8, num_query_groups=2, hidden_size=32, ffn_hidden_size=64,
     num_layers=2, vocab_size=100, hybrid_layer_pattern=None, num_experts=None,
 )  # fmt: skip
