@@ -28,13 +28,11 @@ from megatron_longrope.evaluation.haystack import NeedleDocument
 from megatron_longrope.evaluation.needle_text import (
     INSTRUCTION,
     NUM_KEYS,
+    TASKS,
     draw_keys,
     needle_text,
     question_text,
 )
-
-TASKS = ("single", "multi_key", "multi_query")
-"""What can be asked."""
 
 _BESIDE = 8  # tokens on either side, with which a needle must decode to itself
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+
+TASKS = ("single", "multi_key", "multi_query")
+"""What can be asked: one needle, one among others, several at once."""
 
 INSTRUCTION = (
     "While reading, watch for sentences that say in which locker an object is kept. A question "

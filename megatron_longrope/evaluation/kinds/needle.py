@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation import trials
 from megatron_longrope.evaluation.kind import SHARE, TEXT, Kind, Row, Section
+from megatron_longrope.evaluation.needle_text import TASKS
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     depths_flag,
@@ -28,9 +29,6 @@ from megatron_longrope.options import bos_flag, flag
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.targets import NamedModel
-
-TASKS = ("single", "multi_key", "multi_query")
-"""What can be asked: one needle, one among others, several at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
