@@ -122,6 +122,7 @@ def measure_task(
         "num_fewshot": spec.num_fewshot,
         "metric": spec.metric,
         "value": float(metrics[name]),
+        "higher_is_better": results["higher_is_better"].get(spec.name, {}).get(spec.metric),
         "stderr": float(error) if isinstance(error, int | float) else None,
         "metrics": {
             key.removesuffix(",none"): float(value)

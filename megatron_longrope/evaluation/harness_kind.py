@@ -10,7 +10,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.kind import COUNT, NUMBER, TEXT, Row, Section
+from megatron_longrope.evaluation.kind import (
+    BOOLEAN,
+    COUNT,
+    MODEL_COLUMNS,
+    NUMBER,
+    TEXT,
+    Row,
+    Section,
+)
 from megatron_longrope.evaluation.options import EvaluationOptions
 from megatron_longrope.evaluation.series import Rows, distinct, joined, span, split_repeats
 from megatron_longrope.evaluation.table import Column, Table, Value
@@ -31,13 +39,21 @@ _NOTE = (
 REQUIRED = {"task": TEXT, "metric": TEXT, "value": NUMBER}
 """Fields of every record."""
 
-OPTIONAL = {"stderr": NUMBER, "truncated": NUMBER, "requests": COUNT, "longest": COUNT}
+OPTIONAL = {
+    "stderr": NUMBER, "truncated": NUMBER, "requests": COUNT, "longest": COUNT,
+    "higher_is_better": BOOLEAN,
+}  # fmt: skip
 """Fields that a record may have."""
 
+SETTINGS = (
+    "limit", "window", "max_length", "long_prompts", "seed", "tokenizer_sha256", "requests_sha256",
+)  # fmt: skip
+"""Fields by which a model may have several records of a benchmark."""
+
 COLUMNS = (
-    "model", "label", "iteration", "task", "num_fewshot", "metric", "value", "stderr", "samples",
-    "truncated", "limit", "max_length", "window", "long_prompts", "requests", "shortest", "longest",
-    "lm_eval_version", "seconds",
+    *MODEL_COLUMNS, "task", "num_fewshot", "metric", *SETTINGS, "value", "higher_is_better",
+    "stderr", "samples", "truncated", "requests", "shortest", "longest", "lm_eval_version",
+    "seconds",
 )  # fmt: skip
 """Of the CSV."""
 
@@ -208,7 +224,7 @@ def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) ->
         parts[row["task"], row.get("num_fewshot"), row["metric"]].append((series, row))
     columns, cells = [], []
     for (task, shots, metric), pairs in parts.items():
-        low = any(word in metric.lower() for word in _LOW_IS_GOOD)
+        low = _is_low_good(metric, [row for _, row in pairs])
         for detail, some in split_repeats(pairs, (), settings).items():
             below = joined(metric, "" if shots is None else f"{shots}-shot", detail)
             columns.append(Column(task, below, "lowest" if low else "highest", f"In {task}"))
@@ -234,6 +250,14 @@ def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) ->
         "tokens of the longest request": span(records, "longest"),
     }
     return [Section(table.title, [table], (), warnings, facts)]
+
+
+def _is_low_good(metric: str, records: Sequence[Row]) -> bool:
+    """Return what the harness says; of older records, and where its tasks disagree, by the name."""
+    found = {row.get("higher_is_better") for row in records} - {None}
+    if len(found) == 1:
+        return found == {False}
+    return any(word in metric.lower() for word in _LOW_IS_GOOD)
 
 
 def _not_superseded(rows: Rows, settings: Sequence[str]) -> Rows:

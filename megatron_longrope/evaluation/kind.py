@@ -30,7 +30,7 @@ factors. For the checkpoint stands the hash of its content, where the record has
 :func:`cell_key`. What a record lacks was the default."""
 
 MODEL_COLUMNS = ("model", *TARGET_KEY[1:], "checkpoint_sha256")
-"""Of a CSV whose lines are made of several records: what tells one model from another."""
+"""Of every CSV: what tells one model from another."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def _is_count(value: Any) -> bool:
 NUMBER: Check = (is_number, "a number")
 COUNT: Check = (_is_count, "a positive integer")
 SHARE: Check = (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+BOOLEAN: Check = (lambda value: isinstance(value, bool), "true or false")
 TEXT: Check = (lambda value: isinstance(value, str) and value != "", "a text that is not empty")
 ANYTHING: Check = (lambda value: True, "")
 

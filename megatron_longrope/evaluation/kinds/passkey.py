@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.evaluation import trials
-from megatron_longrope.evaluation.kind import TEXT, Kind, Row, Section
+from megatron_longrope.evaluation.kind import BOOLEAN, TEXT, Kind, Row, Section
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     depths_flag,
@@ -214,10 +214,7 @@ PASSKEY = Kind(
         "tokenizer_sha256",
         "requested_bos",
     ),
-    required={
-        **trials.REQUIRED,
-        "correct": (lambda value: isinstance(value, bool), "true or false"),
-    },
+    required={**trials.REQUIRED, "correct": BOOLEAN},
     optional={**trials.OPTIONAL, "scoring": TEXT},
     restore=_restore,
     sections=_sections,

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.kind import COUNT, TEXT, Kind, Row, Section, is_number
+from megatron_longrope.evaluation.kind import (
+    COUNT,
+    MODEL_COLUMNS,
+    TEXT,
+    Kind,
+    Row,
+    Section,
+    is_number,
+)
 from megatron_longrope.evaluation.options import (
     EvaluationOptions,
     parse_choices,
@@ -341,9 +349,12 @@ _BOUNDS = (
 )
 _PERPLEXITY = (lambda value: is_number(value) and not value <= 0, "a number above 0")
 
+_KEY = (
+    "length", "requested_stride", "random_windows", "seed", "documents_sha256", "requested_bos",
+)  # fmt: skip
 _COLUMNS = (
-    "model", "label", "policy", "iteration", "length", "protocol", "stride", "ppl_window_mean",
-    "ppl_window_mean_low", "ppl_window_mean_high", "ppl_token_weighted", "ppl_token_weighted_low",
+    *MODEL_COLUMNS, *_KEY, "protocol", "stride", "ppl_window_mean", "ppl_window_mean_low",
+    "ppl_window_mean_high", "ppl_token_weighted", "ppl_token_weighted_low",
     "ppl_token_weighted_high", "num_windows", "num_tokens", "sha256", "seconds",
 )  # fmt: skip
 
@@ -372,14 +383,7 @@ PPL = Kind(
     plan=_plan,
     unit="windows",
     summary=_summary,
-    key=(
-        "length",
-        "requested_stride",
-        "random_windows",
-        "seed",
-        "documents_sha256",
-        "requested_bos",
-    ),
+    key=_KEY,
     required={
         "length": COUNT,
         "protocol": TEXT,

@@ -12,6 +12,7 @@ from megatron_longrope.evaluation.harness_kind import (
     COLUMNS,
     OPTIONAL,
     REQUIRED,
+    SETTINGS,
     HarnessOptions,
     plan_tasks,
     restore,
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.targets import NamedModel
 
-_SETTINGS = (
-    "limit", "window", "max_length", "long_prompts", "seed", "tokenizer_sha256", "requests_sha256",
-)  # fmt: skip
 _SHORT_SETTINGS = ("limit", "max_length", "seed", "tokenizer_sha256", "requests_sha256")
 
 
@@ -140,9 +138,9 @@ TASKS = Kind(
     plan=_plan,
     unit="requests",
     summary=_summary,
-    key=("task", "num_fewshot", "metric", *_SETTINGS),
+    key=("task", "num_fewshot", "metric", *SETTINGS),
     required=REQUIRED,
     optional=OPTIONAL,
     restore=restore,
-    sections=lambda rows, _: task_sections(rows, "tasks", "Tasks", _SETTINGS),
+    sections=lambda rows, _: task_sections(rows, "tasks", "Tasks", SETTINGS),
 )

@@ -123,6 +123,20 @@ def test_a_line_of_a_csv_never_pools_two_models(kind, field):
     assert len(summary([right, wrong])) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (kind, field)
+        for kind in ("ppl", "short", "tasks")
+        for field in ("checkpoint_sha256", *KINDS[kind].cell_fields[1:])
+    ],
+)
+def test_two_cells_never_have_one_line_of_a_csv(kind, field):
+    row = evaluated.ppl(4096, 3.0) if kind == "ppl" else evaluated.short("arc", 0.5)
+    one, other = KINDS[kind].summary([row | {field: 1}, row | {field: 2}])
+    assert one != other
+
+
 @pytest.mark.parametrize("left_out", ["scoring", "nll"])
 def test_what_an_older_version_left_out_does_not_keep_the_csv_from_being_written(left_out):
     row = evaluated.passkey(4096, True)

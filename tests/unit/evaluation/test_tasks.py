@@ -157,6 +157,7 @@ def test_every_type_of_task_scores_as_with_lm_evals_own_model_of_the_exported_fo
         assert set(row["factor_sets"]) == {str(maker.ORIGINAL), str(maker.TARGET)}
         assert sum(row["factor_sets"].values()) == row["requests"]
     assert [row["requests"] for row in rows] == [12, 6, 6, 6]  # letters share a forward pass
+    assert [row["higher_is_better"] for row in rows] == [True, True, False, True]  # bits per byte
     shown = capsys.readouterr().out
     assert "30 forward passes" in shown and "6 questions" in shown
     with (tmp_path / "tasks.csv").open() as file:

@@ -127,6 +127,21 @@ def test_a_directory_without_records_is_refused(tmp_path):
     assert "empty has no record" in refusal(tmp_path / "good", tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("metric", "higher", "best", "text"),
+    [
+        ("acc_bytes", True, "highest", "50.0"),
+        ("ter", False, "lowest", "0.500"),
+        ("acc", None, "highest", "50.0"),  # of older records the name tells
+        ("bits_per_byte", None, "lowest", "0.500"),
+    ],
+)
+def test_which_scores_are_good_is_what_the_harness_says(metric, higher, best, text):
+    row = short("task", 0.5, metric=metric, higher_is_better=higher)
+    table = KINDS["tasks"].sections_of([row])[0].tables[0]
+    assert table.columns[0].best == best and table.rows["base"][0].text == text
+
+
 def shown_in(directory, kind):
     """Every value of a report's tables with the name of its table or column."""
     found = []
