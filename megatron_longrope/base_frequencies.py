@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _WINDOW = "original_max_position_embeddings"
 _MEGATRONS_FACTOR = 8.0  # RotaryEmbedding's default
+_HYBRID_PATTERNS = ("hybrid_layer_pattern", "hybrid_override_pattern")  # the second is older
 _YARN_ATTENTION = ("attention_factor", "mscale", "mscale_all_dim")
 # type -> (keys that must be there, keys that may be)
 BASE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -76,13 +77,21 @@ def megatron_base_frequencies(args: argparse.Namespace) -> dict[str, Any] | None
     """What `--use-rope-scaling` of Megatron-LM, or `rope_scaling` of Megatron-Bridge, does.
 
     megatron-core's `RotaryEmbedding._apply_scaling` knows Llama 3.1's numbers and a factor. Warns
-    of a factor that Megatron-LM took from its command line and gave to no model.
+    of what Megatron-LM took from its command line and gave to no model: that factor, and any
+    scaling of a HybridModel.
 
     Returns:
         dict[str, Any] | None: A valid description; None where nothing is scaled.
     """
     by_argument = getattr(args, "use_rope_scaling", False)
     if not by_argument and not getattr(args, "rope_scaling", False):
+        return None
+    if any(getattr(args, name, None) is not None for name in _HYBRID_PATTERNS):
+        warnings.warn(
+            "the checkpoint's arguments have use_rope_scaling, but HybridModel of megatron-core "
+            "does not scale RoPE whatever --use-rope-scaling says; it is taken as plain RoPE",
+            stacklevel=2,
+        )
         return None
     factor = float(getattr(args, "rope_scaling_factor", None) or _MEGATRONS_FACTOR)
     if by_argument and factor != _MEGATRONS_FACTOR:

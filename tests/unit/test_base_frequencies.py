@@ -1,6 +1,7 @@
 """Models that scale RoPE already: their frequencies, their file, what factors do to them."""
 
 import argparse
+import inspect
 import math
 
 import pytest
@@ -87,6 +88,16 @@ def test_a_factor_that_megatron_lm_gives_to_no_model_is_warned_of(recwarn):
     args.rope_scaling_factor = 32.0
     with pytest.warns(match=r"rope_scaling_factor 32, .* pretrain_gpt\.py .* scales by 8 whatever"):
         assert megatron_base_frequencies(args)["factor"] == 32.0
+
+
+@pytest.mark.parametrize("name", ["hybrid_layer_pattern", "hybrid_override_pattern"])
+def test_a_hybrid_model_is_plain_rope_whatever_use_rope_scaling_says(name):
+    from megatron_longrope.integration.hybrid_spec import HybridModel
+
+    assert "rope_scaling" not in inspect.signature(HybridModel.__init__).parameters
+    args = argparse.Namespace(use_rope_scaling=True, **{name: "*-*-"})
+    with pytest.warns(match=r"HybridModel .* does not scale RoPE .* taken as plain RoPE"):
+        assert megatron_base_frequencies(args) is None
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base["rope_type"])
