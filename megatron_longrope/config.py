@@ -20,7 +20,6 @@ from megatron_longrope.config_rules import (
     check_keys,
     check_positive,
     extension_ratio,
-    is_number,
     unusual_factor,
     validate_factor_sets,
     validate_factors,
@@ -29,7 +28,13 @@ from megatron_longrope.config_rules import (
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json, write_json_atomic
 from megatron_longrope.frequencies import attention_factor
-from megatron_longrope.hf_rope import HfRope, model_window, read_hf_rope, rotated_dimensions
+from megatron_longrope.hf_rope import (
+    HfRope,
+    model_window,
+    other_in_4_57,
+    read_hf_rope,
+    rotated_dimensions,
+)
 
 SCHEMA_VERSION = 2
 """The second adds `base_frequencies`; a configuration without them is written as the first."""
@@ -326,10 +331,13 @@ class LongRopeConfig:
         assert original is not None  # read_hf_rope refuses this type without it
         value = rope.parameters.get("attention_factor")
         if value is None:
-            ratio = rope.parameters.get("factor") or max_length / original
+            ratio = rope.parameters.get("factor")
+            ratio = max_length / original if ratio is None else ratio
             check_positive("factor", ratio)
             value = attention_factor("su", ratio, original)
         check_positive("attention_factor", value)
+        if difference := other_in_4_57(hf_config, rope):
+            warnings.warn(f"config.json has {difference}", stacklevel=2)
         if rotary_dim is None:
             rotary_dim = 2 * max(map(len, lists.values()))
         windows = {"short_factor": original, "long_factor": max_length}
@@ -356,7 +364,6 @@ def _scaled_base(
 ) -> LongRopeConfig:
     rotary_dim = rotary_dim or rotated_dimensions(hf_config, rope)
     base = {"rope_type": rope.rope_type, **rope.parameters}
-    _warn_of_yarn_by_ratio(rope, hf_config)
     if rope.original_max_position_embeddings is not None:
         base["original_max_position_embeddings"] = rope.original_max_position_embeddings
     try:
@@ -365,23 +372,6 @@ def _scaled_base(
         raise LongRopeError(
             str(error).replace("base_frequencies", f"config.json's {rope.holder}")
         ) from None
-
-
-def _warn_of_yarn_by_ratio(rope: HfRope, hf_config: Mapping[str, Any]) -> None:
-    """Warn of a YaRN that transformers' releases scale by different factors."""
-    window: Any = hf_config.get("max_position_embeddings")
-    original = hf_config[rope.holder].get("original_max_position_embeddings")
-    factor = rope.parameters.get("factor")
-    if rope.rope_type != "yarn" or not (is_number(original) and is_number(factor)):
-        return
-    if is_number(window) and not math.isclose(factor * original, window):
-        warnings.warn(
-            f"config.json has {rope.holder}.factor {factor:g}, which is used here and in "
-            "transformers 5, while 4.57 scales by max_position_embeddings / "
-            f"original_max_position_embeddings = {window / original:g}; for one model in both "
-            f"write max_position_embeddings {factor * original:g}",
-            stacklevel=3,
-        )
 
 
 def _warn_of_unusual_factors(source: str, names: Sequence[str], config: LongRopeConfig) -> None:

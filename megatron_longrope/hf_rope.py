@@ -2,12 +2,13 @@
 
 transformers 4.57 reads `rope_scaling` and the keys beside it at the top, 5.x copies a non-empty
 `rope_scaling` over `rope_parameters` and prefers the keys inside. A file that the two would read
-differently, because it states a value twice, is refused by the names of both keys. YaRN's factor,
-which 4.57 replaces by a ratio of two windows, is warned of in :meth:`.LongRopeConfig.from_hf`.
+differently, because it states a value twice, is refused by the names of both keys. What 4.57 reads
+differently of LongRoPE's own keys (:func:`other_in_4_57`) is warned of.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from megatron_longrope.base_frequencies import BASE_KEYS
 from megatron_longrope.config_rules import check_int, check_positive
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.frequencies import attention_factor
 
 # What transformers takes where no rope_theta is stated; 10000 for the model types that are absent.
 _DEFAULT_ROPE_THETA = {"mixtral": 1e6}
@@ -80,7 +82,6 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
         original = _original_window(config, holder, values, model_type, kind)
     partial = _stated_once("partial_rotary_factor", config, {holder: values})
     check_positive("partial_rotary_factor", 1.0 if partial is None else partial)
-    read = ROPE_KEYS[kind] - {"original_max_position_embeddings"}
     everywhere = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     return HfRope(
         rope_type=kind,
@@ -88,14 +89,57 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
         rope_theta=_rope_theta(config, holder, values, model_type),
         partial_rotary_factor=1.0 if partial is None else float(partial),
         original_max_position_embeddings=original,
-        parameters={
-            key: value
-            for key, value in values.items()
-            if key in read and (kind == "longrope" or value is not None)
-        },
+        parameters=_parameters(values, kind),
         holder=holder,
         ignored=tuple(sorted(values.keys() - ROPE_KEYS[kind] - everywhere)),
     )
+
+
+def other_in_4_57(config: Mapping[str, Any], rope: HfRope) -> str | None:
+    """What transformers 4.57 reads of a longrope otherwise than 5.x, which is followed here.
+
+    Args:
+        config (Mapping): The whole file, with max_position_embeddings.
+
+    Returns:
+        str | None: The difference and the remedy, to follow "config.json has"; None where there is
+        none. 4.57 does not read rope_parameters at all, and of Phi-3 it refuses what would differ.
+    """
+    key, original = "original_max_position_embeddings", rope.original_max_position_embeddings
+    is_phi3 = config.get("model_type") in _DEFAULT_ORIGINAL_WINDOW
+    if rope.rope_type != "longrope" or rope.holder != "rope_scaling" or is_phi3 or original is None:
+        return None
+    window = config["max_position_embeddings"]
+    if config.get(key) is None and window != original:
+        return (
+            f"{key} {original} in rope_scaling alone, where transformers 4.57 does not look for it "
+            f"and takes short_factor up to max_position_embeddings {window}; for one model in both "
+            "releases write the key at the top as well"
+        )
+    factor, ratio = rope.parameters.get("factor"), window / original
+    if factor is None or rope.parameters.get("attention_factor") is not None:
+        return None
+    ours, theirs = (attention_factor("su", item, original) for item in (factor, ratio))
+    if math.isclose(ours, theirs):
+        return None
+    return (
+        f"rope_scaling.factor {factor:g}, which gives attention factor {ours:g} here and in "
+        f"transformers 5, while 4.57 takes {theirs:g}, that of max_position_embeddings / {key} = "
+        f"{ratio:g}; for one model in both releases write attention_factor {ours!r}"
+    )
+
+
+def _parameters(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a type reads beside the original window; null is the default of every key but one."""
+    read = ROPE_KEYS[kind] - {"original_max_position_embeddings"}
+    found = {
+        key: value
+        for key, value in values.items()
+        if key in read and (kind == "longrope" or value is not None)
+    }
+    if "truncate" in read and "truncate" in values:
+        found.setdefault("truncate", False)  # as transformers takes its null
+    return found
 
 
 def _holder(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -56,15 +56,27 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(base):
     torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
 
 
-def test_a_yarn_that_transformers_4_scales_by_another_factor_is_warned_of(recwarn):
-    """4.57 takes max_position_embeddings over a stated original window in place of the factor."""
-    LongRopeConfig.from_hf(hf_config(YARN))
-    without = {key: value for key, value in YARN.items() if "original" not in key}
-    LongRopeConfig.from_hf({**hf_config(without), "max_position_embeddings": 32768})
-    assert not recwarn
-    with pytest.warns(match=r"factor 4, .* 4\.57 .* = 1; .*write max_position_embeddings 131072"):
-        read = LongRopeConfig.from_hf({**hf_config(YARN), "max_position_embeddings": 32768})
+@pytest.mark.parametrize(
+    "key", ["truncate", "attention_factor", "beta_fast", "beta_slow", "mscale"]
+)
+def test_a_null_of_yarn_is_what_transformers_takes_it_for(key):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    stated = hf_config({**YARN, key: None})
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**hf_config({**YARN, key: None})))
+    config = LongRopeConfig.from_hf(stated)
+    assert config.base_frequencies == {**YARN, **({"truncate": False} if key == "truncate" else {})}
+    assert config.attention_factor_for(131072) == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    ours = inv_freq(THETA, DIM) / torch.tensor(config.base_factors, dtype=torch.float64)
+    torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
+
+
+def test_a_yarn_whose_factor_is_not_the_ratio_of_its_windows_keeps_it(recwarn):
+    """transformers 4.57 and 5 take the factor."""
+    read = LongRopeConfig.from_hf({**hf_config(YARN), "max_position_embeddings": 32768})
     assert read.base_frequencies["factor"] == 4.0
+    assert not recwarn
 
 
 def test_megatrons_rope_scaling_is_llama3():

@@ -1,6 +1,7 @@
 """The rotary geometry of a config.json: what is read, and what is refused by the names of keys."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -202,6 +203,38 @@ def test_a_factor_list_is_refused_by_its_own_key(key):
         change(broken["rope_scaling"][key])
         with pytest.raises(ValueError, match=sentence):
             LongRopeConfig.from_hf(broken, rotary_dim=8)
+
+
+def test_a_longrope_that_transformers_4_57_reads_otherwise_is_warned_of(recwarn):
+    rope = {"rope_type": "longrope", **LISTS}
+    top = {**BASE, "original_max_position_embeddings": 64}
+    inside = {**rope, "original_max_position_embeddings": 64}
+    ours = math.sqrt(1 + math.log(32) / math.log(64))
+    for config in (
+        {**top, "rope_scaling": rope},
+        {**top, "rope_scaling": {**rope, "factor": 2.0}},
+        {**top, "rope_scaling": {**inside, "factor": 32.0, "attention_factor": ours}},
+        {**BASE, "rope_parameters": {**inside, "factor": 32.0}},  # which 4.57 does not read
+        {**BASE, "rope_scaling": {**rope, "original_max_position_embeddings": 128}},
+        {**PHI3, "original_max_position_embeddings": 64, "rope_scaling": {**rope, "factor": 32.0}},
+    ):
+        LongRopeConfig.from_hf(config, rotary_dim=8)
+    assert not recwarn
+    factor = rf"factor 32, .* factor {ours:g} here .* 4\.57 takes 1\.08012, .* = 2; .* {ours!r}$"
+    with pytest.warns(match=rf"rope_scaling\.{factor}"):
+        found = LongRopeConfig.from_hf({**top, "rope_scaling": {**rope, "factor": 32.0}}, 8)
+    assert found.attention_factor == ours
+    alone = "original_max_position_embeddings 64 in rope_scaling alone, .* 4.57 .*_embeddings 128"
+    with pytest.warns(match=alone + r"; for one model .* at the top as well$"):
+        LongRopeConfig.from_hf({**BASE, "rope_scaling": {**inside, "attention_factor": 1.2}}, 8)
+
+
+def test_a_factor_of_zero_is_refused():
+    rope = {"rope_type": "longrope", "factor": 0, **LISTS}
+    with pytest.raises(ValueError, match="factor is 0"):
+        LongRopeConfig.from_hf(
+            {**BASE, "original_max_position_embeddings": 64, "rope_scaling": rope}, rotary_dim=8
+        )
 
 
 # Sliding windows
