@@ -4,12 +4,14 @@ Two pickles are met. `.metadata` of torch's distributed checkpoints is a plain p
 dataclasses; `torch.distributed.checkpoint` reads it with `pickle.load`, so it is read here instead.
 The common state (`args`, iteration, ...) is a `torch.save` archive, and so is each rank's file of
 the format `torch`; they are read with `weights_only=True`. Megatron's enums in them become inert
-:class:`Opaque` records, since Megatron need not be installed.
+:class:`Opaque` records, since Megatron need not be installed; so do CUDA's random generators, since
+a GPU need not be there.
 """
 
 from __future__ import annotations
 
 import argparse
+import enum
 import io
 import pathlib
 import pickle
@@ -24,8 +26,9 @@ from megatron_longrope.errors import LongRopeError
 
 _METADATA_CLASSES = {
     "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size"},
+    # torch 2.2 and older
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -46,17 +49,24 @@ _METADATA_CLASSES = {
     "torch.serialization": {"_get_layout"},
 }
 
+_PATH_CLASSES = {
+    f"{module}.{name}": pathlib.PurePosixPath
+    for module in ("pathlib", "pathlib._local")  # the second in Python 3.13
+    for name in ("PosixPath", "PurePosixPath")
+}
 # Real classes that plain arguments need.
 _ARGUMENT_CLASSES = {
     "argparse.Namespace": argparse.Namespace,
     "types.SimpleNamespace": SimpleNamespace,
-    "pathlib.PosixPath": pathlib.PurePosixPath,
-    "pathlib._local.PosixPath": pathlib.PurePosixPath,  # Python 3.13
+    **_PATH_CLASSES,
 }
+# Python 3.11 pickles a member of an enum as a call of it.
+_GETATTR = "builtins.getattr"
 # Classes met in common state of 0.17 to 0.19 whose values nothing here needs.
 _OPAQUE_PREFIXES = ("megatron.", "numpy.", "signal.", "transformer_engine.")
-# Transformer Engine's extra state, in ranks' files of the format `torch`.
-_OPAQUE_CLASSES = ("_io.BytesIO",)
+# The second and third are in ranks' files of the format `torch`: Transformer Engine's extra state,
+# and the random state of runs with CUDA graphs.
+_OPAQUE_CLASSES = (_GETATTR, "_io.BytesIO", "torch._C.Generator")
 
 
 class Opaque:
@@ -78,7 +88,18 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
+        if (path := f"{module}.{name}") in _PATH_CLASSES:
+            return _PATH_CLASSES[path]
+        if path == _GETATTR:
+            return _enum_member
         raise pickle.UnpicklingError(f"class {module}.{name} is not part of checkpoint metadata")
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    """In place of getattr: a member of an enum by its name, and nothing else."""
+    if not isinstance(kind, enum.EnumMeta):
+        raise pickle.UnpicklingError(f"{_GETATTR} of {kind!r}, which is not part of metadata")
+    return kind[name]
 
 
 def load_metadata(path: Path) -> Metadata:
@@ -118,7 +139,17 @@ def load_common(data: bytes | Path, where: str) -> dict[str, Any]:
 
 def load_object(data: bytes | Path, where: str) -> Any:
     """Read whatever a `torch.save` archive holds; arguments and errors as for `load_common`."""
+    # Megatron, where it is imported, declares generators safe, and torch would make them on a GPU.
+    declared = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([x for x in declared if x is not torch._C.Generator])
+    try:
+        return _load_object(data, where)
+    finally:
+        torch.serialization.add_safe_globals(declared)
 
+
+def _load_object(data: bytes | Path, where: str) -> Any:
     def source() -> Any:
         return str(data) if isinstance(data, Path) else io.BytesIO(data)
 
@@ -147,5 +178,6 @@ def load_object(data: bytes | Path, where: str) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """The first line of what torch says, which goes on with advice to load unsafely."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What torch found, without its advice to load unsafely, which stands before and after it."""
+    text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]

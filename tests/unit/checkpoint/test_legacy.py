@@ -285,6 +285,25 @@ def test_a_file_that_is_no_archive_is_named(write):
         MegatronCheckpoint.open(path.parents[1])
 
 
+class CudaGenerator:
+    """Pickled as a generator of the random state of a run with CUDA graphs."""
+
+    def __reduce__(self):
+        state = (1, 2, torch.zeros(16, dtype=torch.uint8))
+        return torch._C.Generator, (torch.device("cuda"),), state
+
+
+@pytest.mark.parametrize("declared", [[], [torch._C.Generator]], ids=["alone", "with-megatron"])
+def test_random_states_of_cuda_graphs_are_read_without_a_gpu(write, tensors, declared):
+    directory = write()
+    states = [{"rng_tracker_states": {"model-parallel-rng": CudaGenerator()}}]
+    edit(directory / "mp_rank_00", lambda state: state.update(rng_state=states))
+    with torch.serialization.safe_globals(declared):
+        checkpoint = MegatronCheckpoint.open(directory)
+        assert torch.equal(checkpoint.tensor(FC1), tensors[FC1])
+        assert set(declared) <= set(torch.serialization.get_safe_globals())
+
+
 class MaliciousTensor(torch.Tensor):
     path = None
 

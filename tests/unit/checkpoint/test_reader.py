@@ -1,4 +1,5 @@
 import argparse
+import enum
 import os
 import pickle
 import shutil
@@ -12,7 +13,8 @@ import pytest
 import torch
 import yaml
 from legacy_ranks import write_legacy
-from malicious import Malicious
+from malicious import Malicious, by_getattr
+from torch.distributed.checkpoint.metadata import Metadata
 
 import megatron_longrope
 from megatron_longrope.checkpoint import MegatronCheckpoint, shards
@@ -290,6 +292,58 @@ def test_enums_of_classes_that_are_not_imported_are_inert(make_checkpoint):
     assert value == signal.SIGTERM or value.arguments == (signal.SIGTERM.value,)
 
 
+class Backend(enum.Enum):
+    """Stands for an enum of Megatron's."""
+
+    auto = 5
+
+
+Backend.__module__ = "megatron.core.transformer.enums"
+
+
+@pytest.mark.parametrize("layout", ["0.18", "0.19"])
+def test_enums_that_python_3_11_pickled_by_getattr_are_read(
+    make_checkpoint, monkeypatch, tensors, layout
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            enum.Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name))
+        )
+        patch.setitem(sys.modules, Backend.__module__, argparse.Namespace(Backend=Backend))
+        save = make_checkpoint(layout=layout, attention_backend=Backend.auto)
+    metadata = (save / "iter_0000003" / ".metadata").read_bytes()
+    assert b"getattr" in metadata and b"TORCH_CONTIGUOUS_FORMAT" in metadata
+    checkpoint = MegatronCheckpoint.open(save)
+    assert checkpoint.args.attention_backend.arguments[1] == "auto"
+    assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in tensors)
+
+
+def test_metadata_with_a_path_of_python_3_13_is_read(make_checkpoint):
+    save = make_checkpoint()
+    path = save / "iter_0000003" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    assert isinstance(metadata.storage_meta.checkpoint_id, Path)
+    written = pickle.dumps(metadata, 2).replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert b"cpathlib._local\n" in written
+    path.write_bytes(written)
+    assert MegatronCheckpoint.open(save).iteration == 3
+
+
+def test_metadata_of_torch_2_2_is_read(make_checkpoint, tensors):
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    save = make_checkpoint()
+    path = save / "iter_0000003" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for item in metadata.state_dict_metadata.values():
+        if hasattr(item, "properties"):
+            item.properties = TensorProperties(dtype=item.properties.dtype)
+    path.write_bytes(pickle.dumps(metadata))
+    assert b"MEM_FORMAT_ENCODING" in path.read_bytes()
+    checkpoint = MegatronCheckpoint.open(save)
+    assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in tensors)
+
+
 @pytest.mark.parametrize("layout", ["0.18", "0.19"])
 def test_a_malicious_pickle_in_the_common_state_does_not_run(make_checkpoint, tmp_path, layout):
     marker = tmp_path / "executed"
@@ -306,6 +360,30 @@ def test_a_malicious_pickle_in_the_metadata_does_not_run(make_checkpoint, tmp_pa
     with pytest.raises(ValueError, match=r"posix\.system is not part of checkpoint metadata"):
         MegatronCheckpoint.open(save)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("layout", ["0.18", "0.19"])
+def test_a_chain_of_getattr_in_the_common_state_does_not_run(make_checkpoint, tmp_path, layout):
+    marker = tmp_path / "executed"
+    chain = by_getattr(argparse.Namespace, "_os", marker)
+    save = make_checkpoint(layout=layout, common={"args": chain, "iteration": 1})
+    with pytest.raises(ValueError, match=r"not readable: Trying to call reduce .* Opaque"):
+        _ = MegatronCheckpoint.open(save).args
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(chain))
+    assert marker.exists()  # it would have
+
+
+def test_a_chain_of_getattr_in_the_metadata_does_not_run(make_checkpoint, tmp_path):
+    marker = tmp_path / "executed"
+    chain = pickle.dumps(by_getattr(Metadata, "os", marker))
+    save = make_checkpoint()
+    (save / "iter_0000003" / ".metadata").write_bytes(chain)
+    with pytest.raises(ValueError, match=r"builtins\.getattr of <class .*Metadata'>, which is not"):
+        MegatronCheckpoint.open(save)
+    assert not marker.exists()
+    pickle.loads(chain)
+    assert marker.exists()
 
 
 def test_metadata_cannot_point_outside_the_checkpoint(make_checkpoint):
