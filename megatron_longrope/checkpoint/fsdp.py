@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_longrope.checkpoint.folders import FSDP_DTENSOR
+from megatron_longrope.checkpoint.hf.rules import EMBEDDING
 from megatron_longrope.checkpoint.layered import Joined, LayeredCheckpoint, LazyTensor
 from megatron_longrope.checkpoint.pickles import load_object
 from megatron_longrope.checkpoint.reader import TensorInfo
@@ -65,15 +66,17 @@ class FsdpCheckpoint(LayeredCheckpoint):
             if name in self._shards
         }
 
+    def _embedding_rows(self) -> int | None:
+        named = {_in_memory(key): info for key, info in self._shards.tensors.items()}
+        return named[EMBEDDING].shape[0] if EMBEDDING in named else None
+
     def _stored_tensors(self) -> Mapping[str, LazyTensor]:
         tensors: dict[str, LazyTensor] = {}
         halves: dict[str, dict[str, LazyTensor]] = {}
         for key, info in self._shards.tensors.items():
-            if not key.startswith(_MODEL) or "_extra_state" in key:
+            name = _in_memory(key)
+            if name is None:
                 continue
-            name = key.removeprefix(_MODEL)
-            while name.startswith(_WRAPPER):
-                name = name.removeprefix(_WRAPPER)
             tensor = _Stored(self._shards, key, info)
             if match := _HALF.fullmatch(name):
                 halves.setdefault(match[1], {})[match[2]] = tensor
@@ -84,6 +87,16 @@ class FsdpCheckpoint(LayeredCheckpoint):
                 raise LongRopeError(f"holds only one half of {name}; the save was incomplete")
             tensors[name] = Joined(name, (found["w"], found["v"]), dim=0)  # gate, then up
         return tensors
+
+
+def _in_memory(key: str) -> str | None:
+    """The name that a tensor of the model has in memory; None for others."""
+    if not key.startswith(_MODEL) or "_extra_state" in key:
+        return None
+    name = key.removeprefix(_MODEL)
+    while name.startswith(_WRAPPER):
+        name = name.removeprefix(_WRAPPER)
+    return name
 
 
 class _Stored:

@@ -110,11 +110,11 @@ class LegacyCheckpoint(LayeredCheckpoint):
                     f"{file.path}: is of iteration {theirs}, {first.path.parent.name} of {ours}; "
                     "the folder mixes several checkpoints"
                 )
-            sizes = _Sizes.of_args(file.common.get("args"))
-            if sizes != self._sizes or set(file.chunks) != set(first.chunks):
+            theirs, ours = (_Sizes.of_args(item.common.get("args")) for item in (file, first))
+            if theirs != ours or set(file.chunks) != set(first.chunks):
                 raise LongRopeError(
-                    f"{file.path}: is of a run that was {sizes} with {len(file.chunks)} chunks, "
-                    f"{first.path.parent.name} of one that was {self._sizes} with "
+                    f"{file.path}: is of a run that was {theirs} with {len(file.chunks)} chunks, "
+                    f"{first.path.parent.name} of one that was {ours} with "
                     f"{len(first.chunks)}; the folder mixes several checkpoints"
                 )
 

@@ -109,8 +109,7 @@ class MegatronCheckpoint(ABC):
             return argparse.Namespace(**vars(args))
         described = self.directory / RUN_CONFIG
         if described.is_file():
-            embedding = self.keys().get("embedding.word_embeddings.weight")
-            return args_from_run_config(described, embedding.shape[0] if embedding else None)
+            return args_from_run_config(described, self._embedding_rows())
         raise LongRopeError(
             f"{self.directory}: the checkpoint stores no arguments; load it once with a Megatron "
             f"script that is given {_MODEL_FLAGS} and save it again, or put Megatron-Bridge's "
@@ -157,6 +156,10 @@ class MegatronCheckpoint(ABC):
         See :mod:`megatron_longrope.integration.provenance` for what a stage holds.
         """
         return list(getattr(self.args, "longrope_lineage", None) or [])
+
+    def _embedding_rows(self) -> int | None:
+        """Rows of the stored embedding, padding included; None where only the arguments tell."""
+        return None
 
     def _no_tensor(self, name: str) -> LongRopeError:
         return LongRopeError(f"{self.directory}: has no tensor {name!r}")

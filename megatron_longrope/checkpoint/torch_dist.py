@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_longrope.checkpoint.folders import TORCH_DIST
+from megatron_longrope.checkpoint.hf.rules import EMBEDDING
 from megatron_longrope.checkpoint.pickles import load_common
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint, TensorInfo
 from megatron_longrope.checkpoint.shards import Shards
@@ -54,6 +55,10 @@ class TorchDistCheckpoint(MegatronCheckpoint):
             for name, info in self._shards.tensors.items()
             if not name.startswith(_NOT_MODEL_PREFIXES) and "_extra_state" not in name
         }
+
+    def _embedding_rows(self) -> int | None:
+        found = self._shards.tensors.get(EMBEDDING)
+        return found and found.shape[0]
 
     def tensor(self, name: str, layer: int | None = None) -> Tensor:
         """Load one tensor to the CPU; see the base class."""

@@ -8,6 +8,7 @@ import launching
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from malicious import Malicious
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -106,6 +107,20 @@ def test_it_converts_to_the_folder_that_torch_dist_converts_to(
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("fsdp", "dist")
     )
     assert ours == theirs
+
+
+def test_megatron_bridges_run_config_describes_it(tensors, tmp_path):
+    directory = tmp_path / "iter_0000003"
+    dcp.save({"model": layered(tensors)}, checkpoint_id=directory, no_dist=True)
+    model = {
+        "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+        "num_query_groups": 2, "kv_channels": 8, "seq_length": 16, "vocab_size": 50,
+        "share_embeddings_and_output_weights": False,
+    }  # fmt: skip
+    (directory / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    checkpoint = MegatronCheckpoint.open(directory)
+    assert (checkpoint.shape.vocab_size, checkpoint.shape.padded_vocab_size) == (50, 64)
+    assert set(checkpoint.keys()) == set(tensors)
 
 
 def test_norms_of_the_local_spec_get_the_fused_names(write, tensors):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from legacy_ranks import edit, write_legacy
 from malicious import Malicious
 
@@ -44,6 +45,21 @@ def test_any_layout_gives_the_names_shapes_and_bits_of_torch_dist(
     assert checkpoint.keys() == torch_dist.keys()
     assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in tensors)
     assert torch.equal(checkpoint.tensor(FC1, layer=1), tensors[FC1][1])
+
+
+def test_a_run_config_describes_ranks_without_arguments(write, tensors):
+    directory = write(tp=2)
+    for rank in range(2):
+        edit(directory / f"mp_rank_{rank:02d}", lambda state: state.pop("args"))
+    model = {
+        "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+        "num_query_groups": 2, "kv_channels": 8, "seq_length": 16, "vocab_size": 50,
+        "share_embeddings_and_output_weights": False, "tensor_model_parallel_size": 2,
+        "gated_linear_unit": True, "activation_func": "silu",
+    }  # fmt: skip
+    (directory / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    checkpoint = MegatronCheckpoint.open(directory)
+    assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in tensors)
 
 
 def test_virtual_stages_come_in_the_order_of_the_model(write, tensors):
