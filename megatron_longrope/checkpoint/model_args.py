@@ -112,7 +112,7 @@ class ModelShape:
             num_attention_heads=heads,
             num_query_groups=_int(args, "num_query_groups") if grouped else heads,
             head_dim=_int(args, "kv_channels", hidden_size // heads),
-            vocab_size=_int(args, "vocab_size", padded),
+            vocab_size=min(_int(args, "vocab_size", padded) + _end_beyond(args), padded),
             padded_vocab_size=padded,
             norm_epsilon=float(epsilon),
             rotary_base=float(_optional(args, "rotary_base", 10000)),
@@ -162,6 +162,11 @@ def _other_architecture(args: argparse.Namespace) -> str | None:
         value = getattr(args, name, None)
         if value is not None and value not in plain:
             return f"{name} = {value!r} ({meaning})"
+    left, right = _optional(args, "window_size", (-1, 0))
+    skipped = _optional(args, "window_attn_skip_freq")
+    if left >= 0 and (right != 0 or skipped is not None):
+        told = f"window_size = {(left, right)} and window_attn_skip_freq = {skipped!r}"
+        return f"{told} (other than a causal window in every layer)"
     return None
 
 
@@ -215,6 +220,15 @@ def _other_moe(args: argparse.Namespace) -> str | None:
     return None
 
 
+def _end_beyond(args: argparse.Namespace) -> bool:
+    """Whether --vocab-size does not count the end of a document, which follows its ids.
+
+    So it was with NullTokenizer before megatron-core 0.18, which has a flag for that id.
+    """
+    is_null = getattr(args, "tokenizer_type", None) == "NullTokenizer"
+    return is_null and not hasattr(args, "null_tokenizer_eod_id")
+
+
 def custom_softmax_scale(args: argparse.Namespace) -> float | None:
     """The run's softmax scale, unless it is what the LongRoPE plugin put there itself."""
     scale = _optional(args, "softmax_scale")
@@ -237,15 +251,7 @@ def _attention_layers(pattern: str) -> int:
 
 def _sliding_window(args: argparse.Namespace) -> int | None:
     size = _optional(args, "window_size")
-    if size is None or size[0] < 0:
-        return None
-    if size[1] != 0 or _optional(args, "window_attn_skip_freq") is not None:
-        raise LongRopeError(
-            f"the checkpoint has window_size {tuple(size)} and window_attn_skip_freq "
-            f"{_optional(args, 'window_attn_skip_freq')}; only a causal window in every layer is "
-            "supported"
-        )
-    return int(size[0]) + 1
+    return None if size is None or size[0] < 0 else int(size[0]) + 1
 
 
 def _optional(args: argparse.Namespace, name: str, default: Any = None) -> Any:
