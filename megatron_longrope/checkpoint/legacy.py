@@ -8,6 +8,7 @@ several chunks in a file; chunk v of pipeline rank p is the (v * ranks + p)-th o
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -199,22 +200,14 @@ class _Sizes:
             )
         for pipeline in range(self.pipeline):
             ranks = {(tensor, expert) for tensor, stage, expert in present if stage == pipeline}
-            # Experts that are whole on a rank need not be in the file of each of them.
-            needed = [
-                (tensor, expert)
-                for tensor in range(self.tensor)
-                for expert in range(self.expert)
-                if self.expert_tensor == self.tensor
-            ]
+            if self.expert_tensor == self.tensor:
+                needed = list(itertools.product(range(self.tensor), range(self.expert)))
+            else:  # experts that are whole on a rank need not be in the file of each of them
+                needed = [(rank, None) for rank in range(self.tensor)]
+                needed += [(None, rank) for rank in range(self.expert)]
             for tensor, expert in needed:
-                if (tensor, expert) not in ranks:
+                if not any(tensor in (None, t) and expert in (None, e) for t, e in ranks):
                     return self._told(tensor, pipeline, expert)
-            for tensor in range(self.tensor):
-                if tensor not in {rank for rank, _ in ranks}:
-                    return self._told(tensor, pipeline, None)
-            for expert in range(self.expert):
-                if expert not in {rank for _, rank in ranks}:
-                    return self._told(None, pipeline, expert)
         return None
 
     def _told(self, tensor: int | None, pipeline: int, expert: int | None) -> str:

@@ -35,13 +35,7 @@ class HfCheckpoint:
 
     def keys(self) -> dict[str, TensorInfo]:
         """Name, shape and dtype of every tensor as a Megatron checkpoint would have it."""
-        return {
-            item.name: TensorInfo(
-                item.shape if item.num_layers is None else (item.num_layers, *item.shape),
-                item.dtype,
-            )
-            for item in self._source.plan
-        }
+        return {item.name: TensorInfo(item.full_shape, item.dtype) for item in self._source.plan}
 
     def tensor(self, name: str, layer: int | None = None) -> Tensor:
         """One tensor, or one layer of a tensor stacked over layers, on the CPU."""

@@ -44,9 +44,14 @@ class StoredTensor:
     """Whether `load` gives some of the rows at a time."""
 
     @property
+    def full_shape(self) -> tuple[int, ...]:
+        """Shape with the layers, if any."""
+        return self.shape if self.num_layers is None else (self.num_layers, *self.shape)
+
+    @property
     def num_bytes(self) -> int:
         """Size on disk."""
-        return (self.num_layers or 1) * math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.full_shape) * self.dtype.itemsize
 
 
 def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
