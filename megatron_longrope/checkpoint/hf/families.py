@@ -65,6 +65,8 @@ class Family:
     """Whether transformers 4.57 accepts no key in `rope_scaling` beside type and factor lists."""
     partial_rotary: bool = False
     """Whether transformers rotates a part of each head where `partial_rotary_factor` says so."""
+    free_head_dim: bool = True
+    """Whether transformers takes a `head_dim` other than hidden_size / heads."""
     absent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that a config.json lacks, where the families differ."""
 
@@ -131,6 +133,7 @@ FAMILIES = {
             rules=decoder(FUSED_QKV, FUSED_MLP),
             bare_longrope=True,
             partial_rotary=True,
+            free_head_dim=False,
             config={"sliding_window": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
         ),
         Family(
@@ -229,9 +232,12 @@ def select_family(
         )
     wanted = (shape.add_qkv_bias, shape.qk_layernorm, shape.num_experts is not None)
     is_partial = shape.rotary_percent != 1
+    is_free = shape.head_dim * shape.num_attention_heads != shape.hidden_size
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
         fixed = all(getattr(shape, key) == value for key, value in family.fixed.items())
         if is_partial and not family.partial_rotary:
+            continue
+        if is_free and not family.free_head_dim:
             continue
         if shape.sliding_window is not None and "sliding_window" not in family.config:
             continue
@@ -242,6 +248,7 @@ def select_family(
         f"no supported family has add_qkv_bias = {wanted[0]} and qk_layernorm = {wanted[1]}"
         f"{f'{experts}{not shape.moe_normalized_gates}' if wanted[2] else ''}"
         f"{f', rotary_percent = {shape.rotary_percent:g}' if is_partial else ''}"
+        f"{f', kv_channels = {shape.head_dim} (not hidden_size / heads)' if is_free else ''}"
         f"{'' if shape.sliding_window is None else f', a window of {shape.sliding_window} tokens'} "
         f"(families: {', '.join(FAMILIES if name is None else (name,))})"
     )
@@ -292,11 +299,11 @@ def to_hf_config(
         **family.config,
     }
     config.update((key, getattr(shape, name)) for key, name in family.config_keys().items())
-    # 4.x reads rope_theta at the top, 5.x in rope_parameters.
     if shape.sliding_window is not None:
         config["sliding_window"] = shape.sliding_window
     if shape.rotary_percent != 1:
         config["partial_rotary_factor"] = shape.rotary_percent
+    # 4.x reads rope_theta at the top, 5.x in rope_parameters.
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rotary_base}}
     return {**config, **(plain if rope is None else rope)}
 
@@ -335,16 +342,14 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     config = {**config, "rope_theta": rope.rope_theta}
     for key, name in keys.items():
         value = defaults.get(key) if config.get(key) is None else config[key]
-        if value is None:
-            other_names = [other for other in keys if keys[other] == name and other != key]
-            if any(config.get(other) is not None for other in other_names):
-                continue
-            raise LongRopeError(f"config.json lacks {key}")
-        if fields.setdefault(name, value) != value:
+        if value is not None and fields.setdefault(name, value) != value:
             raise LongRopeError(
                 f"config.json has {key} = {value!r} and {fields[name]!r} under another name of "
                 "it; make them agree"
             )
+    for key, name in keys.items():
+        if name not in fields:
+            raise LongRopeError(f"config.json lacks {key}")
     fields.setdefault("ffn_hidden_size", fields.get("moe_ffn_hidden_size"))
     check_sliding_window(
         {**family.absent, **config}, fields["num_layers"], fields["max_position_embeddings"]

@@ -51,7 +51,7 @@ class HfFolder:
             raise LongRopeError(f"{self.directory / 'config.json'}: expected a JSON object")
         self.config: dict[str, Any] = config
         self.dropped_window: int | None = None
-        """Sliding window, in tokens, that :func:`.from_hf.open_folder` took out of `config`."""
+        """Sliding window, in tokens, that :func:`.source.open_folder` took out of `config`."""
         self.kept_window: int | None = None
         """The same, for a model that is to keep it."""
         self.tensors: dict[str, TensorInfo] = {}
@@ -131,6 +131,12 @@ class HfFolder:
         return dict(sorted(files.items()))
 
     def _nothing(self) -> str:
+        if found := sorted(path.name for path in self.directory.glob("*.safetensors")):
+            others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            return (
+                f"{self.directory}: holds {found[0]}{others}, but neither {_SINGLE} nor {_INDEX}, "
+                f"which names the files; download {_INDEX} and all that it names"
+            )
         pickles = sorted(self.directory.glob("pytorch_model*.bin"))
         if not pickles:
             return f"{self.directory}: holds neither {_SINGLE} nor {_INDEX}; nothing to convert"

@@ -69,6 +69,15 @@ def test_partly_rotated_heads_are_phi3s():
     assert to_hf_config(partial, FAMILIES["phi3"], torch.float32)["partial_rotary_factor"] == 0.75
 
 
+def test_heads_of_another_width_than_their_part_are_not_phi3s():
+    """Whose config.json transformers checks by hidden_size / heads."""
+    free = replace(SHAPE, head_dim=2 * SHAPE.head_dim)
+    assert select_family(free, ARGS).name == "llama"
+    width = 2 * SHAPE.head_dim
+    with pytest.raises(ValueError, match=rf"kv_channels = {width} ..* \(families: phi3\)"):
+        select_family(free, ARGS, "phi3")
+
+
 def test_a_sliding_window_is_mistrals():
     windowed = replace(SHAPE, sliding_window=128)
     assert select_family(windowed, ARGS).name == "mistral"

@@ -497,6 +497,13 @@ def test_pickles_and_empty_folders_are_refused_with_the_remedy(llama, tmp_path):
     assert_refused(llama, r"pytorch_model.bin, a pickle.*save_pretrained\(other\)")
     (llama / "pytorch_model.bin").unlink()
     assert_refused(llama, "nothing to convert")
+    for name in ("model-00002-of-00002", "model-00001-of-00002"):
+        (llama / f"{name}.safetensors").touch()
+    assert_refused(
+        llama,
+        "holds model-00001-of-00002.safetensors and 1 more, but neither .*download "
+        "model.safetensors.index.json and all that it names",
+    )
     with pytest.raises(ValueError, match="no such folder; give a local Hugging Face folder"):
         write_checkpoint(tmp_path / "absent", tmp_path / "out")
 
