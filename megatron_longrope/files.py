@@ -9,7 +9,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -32,6 +32,20 @@ def check_folder(path: Path) -> None:
         raise LongRopeError(f"{path} cannot be a folder: {existing} is a file; name another one")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise LongRopeError(f"{path}: {existing} lets nobody write there; name another folder")
+
+
+def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
+    """Refuse when one of `paths` exists, unless `overwrite` is set.
+
+    Raises:
+        LongRopeError: One exists.
+    """
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise LongRopeError(
+                f"{path} exists; outputs are not replaced silently, "
+                "pass --overwrite or choose another name"
+            )
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -120,9 +120,10 @@ def _print_facts(prefix: str, manifest: dict[str, Any]) -> None:
         print(f"  {source['name']:<16} {source['documents']:,} documents, "
               f"{source['source_tokens']:,} tokens; used {source['used_documents']:,}, "
               f"{source['used_tokens']:,} ({_share(source, manifest):.1%})")  # fmt: skip
-    hidden = manifest.get("hidden_skipped")
+    hidden, others = manifest.get("hidden_skipped"), manifest.get("other_files")
     print(f"  skipped          {manifest['skipped']['count']} unreadable documents"
-          f"{f', {hidden} hidden files or folders' if hidden else ''}")  # fmt: skip
+          f"{f', {hidden} hidden files or folders' if hidden else ''}"
+          f"{f', {others} files of other kinds' if others else ''}")  # fmt: skip
     for item in manifest["skipped"]["lines"][:10]:
         print(f"    {item['file']}:{item['line']}: {item['reason']}")
     print(f"  tokenizer        {manifest['tokenizer']} ({manifest['vocab_size']} tokens, "

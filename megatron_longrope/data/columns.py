@@ -20,6 +20,9 @@ _STATE = "state.json"
 NO_TEXT = "there is no"
 """How a reason begins that another key or column would mend."""
 
+NO_COLUMN = f"{NO_TEXT} column"
+"""How a reason begins that is true of every row."""
+
 
 def is_dataset_folder(path: Path) -> bool:
     """Whether `path` is a dataset saved by `Dataset.save_to_disk` (one split, not a dict of them).
@@ -127,4 +130,4 @@ def _text_of(value: Any, text_key: str) -> tuple[str, str | None]:
 
 
 def _no_column(text_key: str, names: list[str]) -> str:
-    return f"{NO_TEXT} column {text_key!r} (columns: {sorted(names)[:8]})"
+    return f"{NO_COLUMN} {text_key!r} (columns: {sorted(names)[:8]})"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.data.writer import refuse_existing
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import atomic_file
+from megatron_longrope.files import atomic_file, refuse_existing
 from megatron_longrope.lengths import format_length
 
 

@@ -18,7 +18,7 @@ from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 from megatron_longrope.lengths import parse_length
 
-_KEYS = {"paths", "weight", "upsample_long"}
+_KEYS = {"paths", "text_key", "weight", "upsample_long"}
 _LONG_KEYS = {"above", "factor"}
 
 
@@ -40,6 +40,8 @@ class Source:
     """Documents of more than this many tokens are repeated `long_factor` times as often."""
     long_factor: float = 1.0
     """See `long_above`."""
+    text_key: str | None = None
+    """Key or column of the text; None for that of all sources."""
 
     def __post_init__(self) -> None:
         for field in ("weight", "long_factor"):
@@ -50,6 +52,11 @@ class Source:
                     f"source {self.name!r}: {field} is {value!r}; it must be a number above 0 and "
                     "at most 1000; leave a source out to give it none"
                 )
+        if self.text_key is not None and not (self.text_key and isinstance(self.text_key, str)):
+            raise LongRopeError(
+                f"source {self.name!r}: text_key is {self.text_key!r}; give the name of a key or "
+                "column"
+            )
         if self.long_above is not None and self.long_above < 1:
             raise LongRopeError(
                 f"source {self.name!r}: long documents begin above {self.long_above} tokens; "
@@ -107,9 +114,9 @@ def as_sources(inputs: Iterable[str | Path | Source]) -> list[Source]:
 
 
 def load_mix(path: str | Path) -> list[Source]:
-    """Read a mix: `{"NAME": {"paths": [...], "weight": 1, "upsample_long": {...}}, ...}`.
+    """Read a mix: `{"NAME": {"paths": [...], "text_key": "text", "weight": 1, ...}, ...}`.
 
-    Relative paths start at the directory of the file. `weight` and `upsample_long`
+    Relative paths start at the directory of the file. `text_key`, `weight` and `upsample_long`
     (`{"above": "32k", "factor": 4}`) may be left out.
 
     Args:
@@ -138,7 +145,8 @@ def _source(path: Path, name: str, entry: Any) -> Source:
         above, factor = parse_length(str(upsample["above"])), upsample["factor"]
     resolved = tuple(str(path.parent / item) for item in map(str, paths))
     try:
-        return Source(name, resolved, entry.get("weight", 1.0), above, factor)
+        weight, text_key = entry.get("weight", 1.0), entry.get("text_key")
+        return Source(name, resolved, weight, above, factor, text_key)
     except ValueError as error:
         raise LongRopeError(f"{path}: {error}") from None
 

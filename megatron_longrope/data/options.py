@@ -16,16 +16,16 @@ class _Input(Options):
     input: tuple[str, ...] | None = flag(
         None, nargs="+", metavar="PATH", exclusive="input", required=True
     )
-    """.txt (one document), .jsonl, .jsonl.gz, .jsonl.zst (one document per line) or .parquet files,
-    folders saved by datasets' save_to_disk, or directories of these, which are read recursively in
-    sorted order"""
+    """.txt (one document), .jsonl, also .gz or .zst (one document per line), .json.gz, .json.zst
+    (the same) or .parquet files, folders saved by datasets' save_to_disk, or directories of these,
+    which are read recursively in sorted order"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Mix(Options):
     mix: str | None = flag(None, metavar="FILE.json", exclusive="input", required=True)
-    """several sources: {"NAME": {"paths": [...], "weight": 1, "upsample_long": {"above": "32k",
-    "factor": 4}}, ...}"""
+    """several sources: {"NAME": {"paths": [...], "text_key": "text", "weight": 1, "upsample_long":
+    {"above": "32k", "factor": 4}}, ...}"""
 
 
 @dataclass(frozen=True, kw_only=True)

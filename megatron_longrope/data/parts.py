@@ -7,6 +7,7 @@ is recorded that could be out of date. A part appears under its name only when i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import zipfile
@@ -130,7 +131,7 @@ def parts_directory(output: Path) -> Iterator[Path]:
         output (Path): Prefix of the set.
 
     Raises:
-        LongRopeError: Another run is writing the same set.
+        LongRopeError: Another run is writing the same set, or the disk is full.
     """
     directory = output.parent / f".{output.name}.parts"
     directory.mkdir(parents=True, exist_ok=True)
@@ -138,10 +139,15 @@ def parts_directory(output: Path) -> Iterator[Path]:
     try:
         _remove_unfinished(directory)
         yield directory
-    except BaseException:
+    except BaseException as error:
         _remove_unfinished(directory)
         if not any(directory.glob("*.npz")):
             shutil.rmtree(directory)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LongRopeError(
+                f"{output.parent}: the disk is full; make room and run the command again, which "
+                f"goes on from the finished parts in {directory}, or give an --output elsewhere"
+            ) from None
         raise
     else:
         shutil.rmtree(directory)

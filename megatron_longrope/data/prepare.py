@@ -18,8 +18,9 @@ from megatron_longrope.data.segments import FixedSegments, Packing, WholeDocumen
 from megatron_longrope.data.sources import find_source_files
 from megatron_longrope.data.stream import DocumentStream, Split, make_encoder
 from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_longrope.data.writer import SetWriter, output_paths, publish, refuse_existing
+from megatron_longrope.data.writer import SetWriter, output_paths, publish
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.files import check_folder, read_json, refuse_existing
 
 MANIFEST_SCHEMA = 1
 
@@ -52,7 +53,8 @@ def prepare(
         packing (Packing): Fixed-length segments or whole documents.
         split (Split, optional): What goes to sets beside this one. Defaults to nothing.
         bos (int, optional): Token id that begins segments. Defaults to the tokenizer's, or none.
-        text_key (str): Key of the text in JSON lines, or column. Defaults to "text".
+        text_key (str): Key of the text in JSON lines, or column, of the sources that name none.
+            Defaults to "text".
         on_error (str): `fail` stops at an unreadable document, `skip` counts it and goes on.
         workers (int): Processes that tokenize. Defaults to 1, which is this one.
         overwrite (bool): Replace existing output.
@@ -67,9 +69,11 @@ def prepare(
     packings = _packings(packing, split)
     paths = {suffix: output_paths(f"{output}{suffix}") for suffix in packings}
     refuse_existing([path for each in paths.values() for path in each], overwrite)
+    _refuse_left_beside(output, packings)
+    check_folder(Path(output).parent)
     sources = as_sources(inputs)
-    hidden: list[Path] = []
-    files = [find_source_files(source.paths, hidden.append) for source in sources]
+    unread: list[Path] = []
+    files = [find_source_files(source.paths, unread.append) for source in sources]
     _refuse_shared(sources, files)
     loaded = _load_tokenizer(tokenizer, bos, packings)
     with ExitStack() as stack:
@@ -78,7 +82,7 @@ def prepare(
         stream = DocumentStream(
             sources,
             files,
-            make_encoder(loaded, packing, files, text_key, on_error),
+            make_encoder(loaded, packing, sources, files, text_key, on_error),
             directory,
             split,
             stack.enter_context(_progress_bar(sum(sizes.values()), progress)),
@@ -90,7 +94,7 @@ def prepare(
         training = stream.training(writers, packings, text_key, on_error == "skip", workers)
         with closing(training):
             writers[""].extend(packing.arrange(training, loaded.bos_id, loaded.eos_id))  # type: ignore[arg-type]
-        common = _manifest(loaded, split, stream.counts, len(hidden), sizes)
+        common = _manifest(loaded, split, stream.counts, unread, sizes)
         manifests = {
             suffix: _finish(writer, staged[suffix], packings[suffix], suffix, common, stream.counts)
             for suffix, writer in writers.items()
@@ -152,14 +156,19 @@ def _load_tokenizer(
 
 
 def _manifest(
-    loaded: Tokenizer, split: Split, counts: Counts, hidden: int, files: Mapping[Path, int]
+    loaded: Tokenizer,
+    split: Split,
+    counts: Counts,
+    unread: Sequence[Path],
+    files: Mapping[Path, int],
 ) -> dict[str, Any]:
     """Return what the manifests of all sets say.
 
     Args:
-        hidden (int): Hidden files that were passed over.
+        unread (Sequence[Path]): What was passed over: hidden files, and those of other kinds.
         files (Mapping[Path, int]): Bytes of the files that were read.
     """
+    hidden = sum(path.name.startswith(".") for path in unread)
     return {
         "tokenizer": loaded.path,
         "tokenizer_sha256": loaded.sha256,
@@ -171,6 +180,7 @@ def _manifest(
         "short_window": split.short.window if split.short else None,
         **counts.to_manifest(),
         "hidden_skipped": hidden,
+        "other_files": len(unread) - hidden,
         "source_files": [{"path": str(path), "bytes": size} for path, size in files.items()],
     }
 
@@ -187,6 +197,19 @@ def _refuse_shared(sources: Sequence[Source], files: Sequence[Sequence[Path]]) -
                 )
 
 
+def _refuse_left_beside(output: str | Path, packings: Mapping[str, Packing]) -> None:
+    """Refuse to write a set beside what an earlier run kept out of it and this one does not."""
+    for suffix, key in (("_heldout", "held_out"), ("_short", "short_window")):
+        path = output_paths(f"{output}{suffix}")[2]
+        # A set of this name that was made by itself holds nothing out.
+        if suffix not in packings and path.exists() and read_json(path).get(key):
+            raise LongRopeError(
+                f"{path} and its set are of an earlier run, whose documents would now stand in "
+                f"{output} too; remove that set, pass --{key.replace('_', '-')} again, or choose "
+                "another name"
+            )
+
+
 def _remove_sample_indices(prefixes: Iterable[str]) -> None:
     """Which tokens make a sample, as trainings on earlier sets of these names left them.
 
@@ -201,10 +224,6 @@ def _remove_sample_indices(prefixes: Iterable[str]) -> None:
 
 def _nothing_left(packing: Packing, suffix: str, counts: Counts) -> str:
     total = counts.total()
-    if not total.documents and counts.skips.listed:
-        first = counts.skips.listed[0]
-        remedy = "name the text with --text-key" if first.lacks_text else "repair the input"
-        return f"none of {counts.skips.count} documents can be read, such as {first}; {remedy}"
     read = f"none of the {total.documents} documents read"
     longest = f"the longest has {total.longest_document} tokens"
     if suffix == "_heldout":

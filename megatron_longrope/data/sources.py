@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_longrope.data.columns import (
+    NO_COLUMN,
     NO_TEXT,
     is_dataset_folder,
     read_dataset_folder,
@@ -20,7 +21,9 @@ from megatron_longrope.data.columns import (
 )
 from megatron_longrope.errors import LongRopeError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUFFIXES = (
+    ".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet",
+)  # fmt: skip
 
 # Read as JSON lines where it is named itself; in directories such files are mostly something else.
 _NAMED_SUFFIXES = (*SUFFIXES, ".json")
@@ -58,20 +61,32 @@ class SkippedDocument:
         """Return whether another key or column would have to be named."""
         return self.reason.startswith(NO_TEXT)
 
+    @property
+    def lacks_column(self) -> bool:
+        """Return whether it is a whole file or folder, of which nothing can be read."""
+        return self.reason.startswith(NO_COLUMN)
+
+    @property
+    def remedy(self) -> str:
+        """Return what helps."""
+        if self.lacks_text:
+            return "name the text with --text-key, or with text_key of the source in a mix"
+        return "repair it or pass --on-error skip"
+
 
 def find_source_files(
-    inputs: Iterable[str | Path], on_hidden: Callable[[Path], object] | None = None
+    inputs: Iterable[str | Path], on_unread: Callable[[Path], object] = lambda _: None
 ) -> list[Path]:
     """Expand files and directories (recursively, sorted by path) into source files.
 
-    What begins with a dot in a directory (`.git`, `.ipynb_checkpoints`) is passed over; a path that
-    is given itself is read whatever its name.
+    What begins with a dot in a directory (`.git`, `.ipynb_checkpoints`) is passed over, and so are
+    files of other kinds; a path that is given itself is read whatever its name.
 
     Args:
-        inputs (Iterable[Path]): .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet files, folders
-            written by datasets' `save_to_disk`, or directories that hold some of these; the order
-            is kept. A .json file that is named itself is read as JSON lines.
-        on_hidden (Callable, optional): Receives every path that was passed over.
+        inputs (Iterable[Path]): Files of :data:`SUFFIXES`, folders written by datasets'
+            `save_to_disk`, or directories that hold some of these; the order is kept. A .json file
+            that is named itself is read as JSON lines.
+        on_unread (Callable, optional): Receives every path that was passed over.
 
     Raises:
         LongRopeError: A path does not exist, has another suffix, stands twice, or a directory holds
@@ -82,7 +97,7 @@ def find_source_files(
         if path.is_dir():
             found = [path]
             if not is_dataset_folder(path):
-                below = sorted(filter(_is_source, _walk(path, on_hidden)))
+                below = sorted(_walk(path, on_unread))
                 # What a link shows a second time is one source, under its first name.
                 found = sorted({item.resolve(): item for item in reversed(below)}.values())
             if not found:
@@ -121,17 +136,18 @@ def iterate_documents(
     Args:
         files (Iterable[Path]): Source files, see :func:`find_source_files`.
         text_key (str): Key of the text in each JSON object. Defaults to "text".
-        on_skip (Callable, optional): Receives every unreadable document, which is then skipped.
-            Defaults to raising.
+        on_skip (Callable, optional): Receives every unreadable document, which is then skipped,
+            unless it is a file without the column. Defaults to raising.
         on_bytes (Callable, optional): Receives the bytes read from disk since the last call.
 
     Raises:
-        LongRopeError: A document cannot be read and `on_skip` is None; names file and line.
+        LongRopeError: A document cannot be read and `on_skip` is None, or a file or its column is
+            not there to be read; names file and line.
     """
 
     for path in map(Path, files):
         done = 0
-        for line, text, reason, position in _reader(path)(path, text_key):
+        for line, text, reason, position in _rows(path, text_key):
             if on_bytes is not None:
                 on_bytes(position - done)
                 done = position
@@ -139,27 +155,25 @@ def iterate_documents(
                 yield Document(str(path) if path.name.endswith(".txt") else f"{path}:{line}", text)
                 continue
             skipped = SkippedDocument(str(path), line, reason)
-            if on_skip is None:
-                raise LongRopeError(
-                    f"{skipped}; name the text with --text-key"
-                    if skipped.lacks_text
-                    else f"{skipped}; repair it or pass --on-error skip"
-                )
-            on_skip(skipped)
+            if on_skip is not None:
+                on_skip(skipped)
+            if on_skip is None or skipped.lacks_column:
+                raise LongRopeError(f"{skipped}; {skipped.remedy}")
         if on_bytes is not None:
             on_bytes(source_size(path) - done)
 
 
-def _is_source(path: Path) -> bool:
-    return path.name.endswith(SUFFIXES) if path.is_file() else is_dataset_folder(path)
+def _rows(path: Path, text_key: str) -> _Rows:
+    try:
+        yield from _reader(path)(path, text_key)
+    except OSError as error:
+        raise LongRopeError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _walk(
-    directory: Path,
-    on_hidden: Callable[[Path], object] | None,
-    above: frozenset[Path] = frozenset(),
+    directory: Path, on_unread: Callable[[Path], object], above: frozenset[Path] = frozenset()
 ) -> Iterator[Path]:
-    """Everything below a directory that is not hidden, but nothing from within a saved dataset.
+    """The source files below a directory that are not hidden; a saved dataset counts as one.
 
     Links are followed, but for one to a directory that it lies in (`above`), which holds nothing
     else.
@@ -167,12 +181,13 @@ def _walk(
     above |= {directory.resolve()}
     for item in directory.iterdir():
         if item.name.startswith("."):
-            if on_hidden is not None:
-                on_hidden(item)
-            continue
-        yield item
-        if item.is_dir() and not is_dataset_folder(item) and item.resolve() not in above:
-            yield from _walk(item, on_hidden, above)
+            on_unread(item)
+        elif is_dataset_folder(item) or (item.is_file() and item.name.endswith(SUFFIXES)):
+            yield item
+        elif not item.is_dir():
+            on_unread(item)
+        elif item.resolve() not in above:
+            yield from _walk(item, on_unread, above)
 
 
 def _reader(path: Path) -> Callable[[Path, str], _Rows]:

@@ -139,7 +139,7 @@ class DocumentStream:
         self, text_key: str, skip_errors: bool, workers: int
     ) -> Iterator[tuple[int, TokenizedDocument]]:
         found = 0
-        batches = read_batches(self._files, text_key, skip_errors)
+        batches = read_batches(self._sources, self._files, text_key, skip_errors)
         with closing(store_batches(batches, self._encoder, self._directory, workers)) as stored:
             for batch in stored:
                 if batch.error is not None:
@@ -159,6 +159,7 @@ class DocumentStream:
 def make_encoder(
     tokenizer: Tokenizer,
     packing: Packing,
+    sources: Sequence[Source],
     files: Sequence[Sequence[Path]],
     text_key: str,
     on_error: str,
@@ -168,8 +169,9 @@ def make_encoder(
     Args:
         tokenizer (Tokenizer): Of the set.
         packing (Packing): Says whether sentence ends are needed.
+        sources (Sequence[Source]): The mix.
         files (Sequence[Sequence[Path]]): Of each source.
-        text_key (str): Key or column of the text.
+        text_key (str): Key or column of the text of those that name none.
         on_error (str): `fail` or `skip`.
 
     Raises:
@@ -180,10 +182,10 @@ def make_encoder(
     from megatron_longrope.data.sentences import train_splitter
 
     texts: list[str] = []
-    for group in files:
+    for source, group in zip(sources, files, strict=True):
         left = _PUNKT_CHARACTERS
         skip = (lambda _: None) if on_error == "skip" else None
-        for document in iterate_documents(group, text_key, on_skip=skip):
+        for document in iterate_documents(group, source.text_key or text_key, on_skip=skip):
             texts.append(document.text[:left])
             left -= len(texts[-1])
             if not left:

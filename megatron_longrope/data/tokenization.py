@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+from megatron_longrope.data.mix import Source
 from megatron_longrope.data.parts import Encoder
 from megatron_longrope.data.sources import Document, SkippedDocument, iterate_documents
 from megatron_longrope.data.tokenizer import load_tokenizer
@@ -68,33 +69,42 @@ class Batch:
 
 
 def read_batches(
-    files: Sequence[Sequence[Path]], text_key: str, skip_errors: bool
+    sources: Sequence[Source], files: Sequence[Sequence[Path]], text_key: str, skip_errors: bool
 ) -> Iterator[Batch]:
     """Cut the sources into batches that depend on nothing but their content.
 
+    A source without any document ends the stream as `Batch.error`.
+
     Args:
+        sources (Sequence[Source]): The mix.
         files (Sequence[Sequence[Path]]): Of each source.
-        text_key (str): Key or column of the text.
+        text_key (str): Key or column of the text of those that name none.
         skip_errors (bool): Count unreadable documents; else the first of them ends the stream as
             `Batch.error`.
     """
-    batch = Batch(0)
+    batch, skips = Batch(0), Skips()
 
     def skip(item: SkippedDocument) -> None:
         batch.skips.add(item)
+        skips.add(item)
 
     def read(count: int) -> None:
         batch.bytes_read += count
 
     for source, paths in enumerate(files):
         batch, characters, error = Batch(source), 0, None
+        skips, documents = Skips(), 0
+        key, on_skip = sources[source].text_key or text_key, skip if skip_errors else None
         try:
-            for document in iterate_documents(paths, text_key, skip if skip_errors else None, read):
+            for document in iterate_documents(paths, key, on_skip, read):
                 batch.documents.append(document)
+                documents += 1
                 characters += len(document.text)
                 if characters >= _CHARACTERS or len(batch.documents) >= _DOCUMENTS:
                     yield batch
                     batch, characters = Batch(source), 0
+            if not documents:
+                _refuse_empty(sources[source], skips)
         except ValueError as caught:
             error = caught
         yield batch
@@ -150,6 +160,17 @@ def store_batches(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _refuse_empty(source: Source, skips: Skips) -> None:
+    what = f"source {source.name!r} ({', '.join(source.paths)})"
+    if not skips.count:
+        raise LongRopeError(f"{what} holds no document; leave it out or give other files")
+    first = skips.listed[0]
+    remedy = first.remedy if first.lacks_text else "repair the input"
+    raise LongRopeError(
+        f"{what}: none of {skips.count} documents can be read, such as {first}; {remedy}"
+    )
 
 
 def _finished(batch: Batch, job: Future[tuple[Path, bool]] | None) -> Batch:

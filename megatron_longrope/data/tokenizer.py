@@ -14,9 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_longrope.data.writer import refuse_existing
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import write_bytes_atomic
+from megatron_longrope.files import check_folder, refuse_existing, write_bytes_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 # Files that define a Hugging Face tokenizer, in the order in which transformers prefers them.
@@ -333,6 +332,7 @@ def train_sentencepiece(
 
     output = Path(output)
     refuse_existing([output], overwrite)
+    check_folder(output.parent)
     lines = _sample(_training_lines(texts), max_sentences, seed)
     if not lines:
         raise LongRopeError("the input holds no text; a tokenizer needs some to learn from")

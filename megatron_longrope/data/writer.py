@@ -71,16 +71,6 @@ def output_paths(prefix: str | Path) -> list[Path]:
     return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
 
 
-def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuse when one of `paths` exists, unless `overwrite` is set."""
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise LongRopeError(
-                f"{path} exists; outputs are not replaced silently, "
-                "pass --overwrite or choose another name"
-            )
-
-
 def publish(staged: Sequence[Path], paths: Sequence[Path]) -> None:
     """Give the files of a complete set their names.
 

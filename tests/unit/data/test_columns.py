@@ -93,8 +93,9 @@ def test_rows_without_text_are_named_or_skipped(tmp_path, write):
     skipped = []
     assert read(path, on_skip=skipped.append) == [(":1", "good"), (":3", "last")]
     assert [item.line for item in skipped] == [2]
-    with pytest.raises(ValueError, match=r"no column 'body' \(columns: \['text'\]\)"):
-        read(path, text_key="body")
+    for on_skip in (None, skipped.append):  # a file without the column is no skipped document
+        with pytest.raises(ValueError, match=r"no column 'body' \(columns: \['text'\]\); name the"):
+            read(path, text_key="body", on_skip=on_skip)
 
 
 def test_damage_stops_the_parquet_file_but_not_the_run(tmp_path):

@@ -73,6 +73,38 @@ def test_weights_and_long_documents_decide_how_often_each_text_stands(two_source
     assert all(a != b for a, b in pairwise(order))
 
 
+def test_every_source_has_its_own_text_key(two_sources, model_path):
+    code = two_sources / "code.jsonl"
+    code.write_text(code.read_text().replace('"text"', '"content"'))
+    mix = {"books": {"paths": ["books.jsonl"]}, "code": {"paths": ["code.jsonl"]}}
+    path, packing = two_sources / "mix.json", FixedSegments(64, "pack", cut="sentences")
+
+    def made(on_error="skip"):
+        path.write_text(json.dumps(mix))
+        sources = load_mix(path)
+        return prepare(sources, two_sources / "set", model_path, packing, on_error=on_error)
+
+    # A source of which nothing can be read would be missing from the mix.
+    nothing = (
+        r"source 'code' \(.*code\.jsonl\): none of 40 documents .* with text_key of the source"
+    )
+    with pytest.raises(ValueError, match=nothing):
+        made()
+    mix["code"]["text_key"] = "content"
+    manifest = made("fail")
+    assert [source["documents"] for source in manifest["sources"]] == [40, 40]
+    mix["code"]["text_key"] = 1
+    with pytest.raises(ValueError, match=r"source 'code': text_key is 1; give the name of a key"):
+        made()
+
+
+def test_a_source_without_any_document_is_refused(two_sources, model_path):
+    (two_sources / "code.jsonl").write_text("\n")
+    mix = [source(two_sources, "books"), source(two_sources, "code")]
+    with pytest.raises(ValueError, match=r"source 'code' \(.*\) holds no document; leave it out"):
+        prepare(mix, two_sources / "set", model_path, WholeDocuments())
+
+
 def test_held_out_documents_are_whole_and_in_no_training_segment(two_sources, model_path):
     mix = [source(two_sources, "books", weight=2.0), source(two_sources, "code")]
     prefix, split = two_sources / "set", Split(held_out=0.2, seed=1)
@@ -84,6 +116,27 @@ def test_held_out_documents_are_whole_and_in_no_training_segment(two_sources, mo
     assert len(held_texts) == held["segments"] == manifest["held_out_documents"] > 5
     assert sum(item["held_out_documents"] for item in manifest["sources"]) == len(held_texts)
     assert check_set(prefix) == check_set(f"{prefix}_heldout") == []
+
+
+@pytest.mark.parametrize(
+    ("split", "suffix", "option"),
+    [
+        (Split(held_out=0.2, seed=1), "_heldout", "--held-out"),
+        (Split(short=ShortDocuments(256)), "_short", "--short-window"),
+    ],
+)
+def test_what_was_kept_out_of_a_set_is_not_left_beside_one_that_has_it(
+    two_sources, model_path, split, suffix, option
+):
+    inputs, prefix = [two_sources / "books.jsonl", two_sources / "code.jsonl"], two_sources / "set"
+    packing = FixedSegments(64)
+    prepare(inputs, prefix, model_path, packing, split=split)
+    with pytest.raises(ValueError, match=rf"set{suffix}\.json .* remove that set, pass {option}"):
+        prepare(inputs, prefix, model_path, packing, overwrite=True)
+    assert check_set(prefix) == check_set(f"{prefix}{suffix}") == []
+    # One of this name that was made by itself stays.
+    prepare(inputs, f"{prefix}{suffix}", model_path, WholeDocuments(), overwrite=True)
+    prepare(inputs, prefix, model_path, packing, overwrite=True)
 
 
 def test_equal_texts_are_never_divided_between_training_and_held_out(tmp_path, model_path):

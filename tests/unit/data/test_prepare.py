@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from megatron_longrope.data.documents import check_set, read_documents, read_man
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
 from megatron_longrope.data.stream import Split
-from megatron_longrope.data.tokenizer import load_tokenizer
+from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_longrope.errors import LongRopeError
 
 S = 64
 
@@ -156,8 +158,10 @@ def test_a_wrong_text_key_is_named_with_those_that_are_there(corpus, model_path,
         prepare([corpus], prefix, model_path, WholeDocuments(), text_key="body")
     with pytest.raises(ValueError, match=rf"none of 12 documents can be read, such as .*{keys}"):
         prepare([corpus], prefix, model_path, WholeDocuments(), text_key="body", on_error="skip")
+    (corpus.parent / "README.md").touch()
     manifest = prepare([corpus.parent], prefix, model_path, WholeDocuments())
     assert manifest["hidden_skipped"] == 1 and manifest["documents"] == 12
+    assert manifest["other_files"] == 1
 
 
 def test_many_skipped_lines_are_counted_but_not_all_listed(corpus, model_path, prefix, monkeypatch):
@@ -246,6 +250,28 @@ def test_nothing_to_write_is_an_error_with_the_longest_length(corpus, model_path
     with pytest.raises(ValueError, match="lower --min-length"):
         prepare([corpus], prefix, model_path, WholeDocuments(min_length=100_000))
     assert names(prefix) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, model_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LongRopeError, match=r"cannot be a folder: .*file is a file"):
+        prepare(["absent.txt"], tmp_path / "file/set", model_path, WholeDocuments())
+    texts = iter(["text"])
+    with pytest.raises(LongRopeError, match=r"cannot be a folder: .*file is a file"):
+        train_sentencepiece(texts, tmp_path / "file/x.model", 340)
+    assert list(texts) == ["text"]
+
+
+def test_a_full_disk_is_one_sentence_and_finished_parts_stay(
+    corpus, model_path, prefix, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_module.SetWriter, "extend", full)
+    with pytest.raises(LongRopeError, match=r"the disk is full; make room .* from the finished"):
+        prepare([corpus], prefix, model_path, FixedSegments(S))
+    assert names(prefix) == [] and list((prefix.parent / f".{prefix.name}.parts").glob("*.npz"))
 
 
 def test_bad_options_are_refused(corpus, model_path, prefix):

@@ -6,6 +6,7 @@ import pytest
 from toy_tokenizers import save_fast, train_byte_level
 
 from megatron_longrope.data.documents import check_set, read_documents
+from megatron_longrope.data.mix import Source
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments
 from megatron_longrope.data.stream import make_encoder
@@ -53,7 +54,8 @@ def test_sentence_ends_are_learned_from_all_of_a_long_document_beside_short_ones
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     packing = FixedSegments(128, "pad", cut="sentences")
-    splitter = make_encoder(None, packing, [[source]], "text", "fail").splitter
+    sources = [Source("a", (str(source),))]
+    splitter = make_encoder(None, packing, sources, [[source]], "text", "fail").splitter
     (whole,) = splitter.span_tokenize("It was Dr. Smith who measured it.")
     assert whole == (0, 33)
 

@@ -1,9 +1,11 @@
+import errno
 import gzip
 import json
 
 import pytest
 
 from megatron_longrope.data.sources import find_source_files, iterate_documents
+from megatron_longrope.errors import LongRopeError
 
 
 def read(*paths, **options):
@@ -38,10 +40,11 @@ def test_hidden_files_and_folders_are_passed_over_unless_they_are_given_themselv
     for name in ("a.txt", ".b.txt", ".git/c.txt", "d/.ipynb_checkpoints/e.jsonl", "d/f.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    hidden = []
-    found = find_source_files([tmp_path], hidden.append)
+    (tmp_path / "d/README.md").write_text("of another kind")
+    unread = []
+    found = find_source_files([tmp_path], unread.append)
     assert [path.name for path in found] == ["a.txt", "f.jsonl"]
-    assert {path.name for path in hidden} == {".b.txt", ".git", ".ipynb_checkpoints"}
+    assert {path.name for path in unread} == {".b.txt", ".git", ".ipynb_checkpoints", "README.md"}
     given = [tmp_path / ".b.txt", tmp_path / ".git"]
     assert [path.name for path in find_source_files(given)] == [".b.txt", "c.txt"]
 
@@ -70,6 +73,22 @@ def test_a_json_file_is_read_as_json_lines_where_it_is_named(tmp_path):
     assert read(*find_source_files([path])) == [(f"{path}:1", "one"), (f"{path}:2", "two")]
     with pytest.raises(ValueError, match="holds no"):  # beside text lie manifests and settings
         find_source_files([tmp_path])
+    # A compressed one is data, as C4 and RedPajama have them.
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert [text for _, text in read(*find_source_files([tmp_path]))] == ["one", "two"]
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n')
+
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(path), "open", denied)
+    for on_skip in (None, lambda _: None):
+        with pytest.raises(LongRopeError, match=r"a\.jsonl cannot be read: Permission denied"):
+            read(path, on_skip=on_skip)
 
 
 def test_bytes_reported_add_up_to_the_file_sizes(tmp_path):
