@@ -146,8 +146,8 @@ class _Estimate(Options):
     """a100-80, h100, ... or TFLOPS:GIB, for --dry-run"""
     num_gpus: int | None = flag(None, type=parse_positive, metavar="G")
     """GPUs of the job, for --dry-run (default: TP x CP, one replica)"""
-    mfu: float = flag(0.4, type=float, metavar="U")
-    """part of the GPU's peak, for --dry-run"""
+    mfu: float | None = flag(None, type=float, metavar="U")
+    """part of the GPU's peak, for --dry-run (default: measured by others, as in `longrope plan`)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,7 +202,7 @@ class SearchPlan:
             evaluations=-(-forwards // count),
             gpus=gpus,
             gpu=parse_gpu(args.gpu),
-            utilisation=args.mfu,
+            mfu=args.mfu,
         ).lines()
         rows = len(self.problem.references) + 1
         closing = 0 if self.held_out is None else rows * len(self.held_out)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops, layer_weights
 from megatron_longrope.plan.hardware import GIB, USABLE, Gpu
+from megatron_longrope.plan.time import rates
 from megatron_longrope.progress import format_duration
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class SearchCost:
     """An estimate of a search.
 
     Raises:
-        LongRopeError: A count below 1, a dtype or utilisation out of range, or sizes that do not
-            divide what they split.
+        LongRopeError: A count below 1, a dtype or `mfu` out of range, or sizes that do not divide
+            what they split.
     """
 
     shape: ModelShape
@@ -56,18 +57,15 @@ class SearchCost:
     dtype: str = "bfloat16"
     """`bfloat16`, `float16` or `float32`, of weights and activations; peak TFLOP/s are always those
     of half precision."""
-    utilisation: float = 0.4
-    """Assumed share of the GPU's peak."""
+    mfu: float | None = None
+    """Part of the peak in place of the anchors of :func:`.time.rates`."""
 
     def __post_init__(self) -> None:
         for name in ("target_length", "samples", "evaluations", "tensor_parallel",
                      "context_parallel", "replicas", "batch"):  # fmt: skip
             if (value := getattr(self, name)) < 1:
                 raise LongRopeError(f"{name} is {value}; give 1 or more")
-        if not 0 < self.utilisation <= 1:
-            raise LongRopeError(
-                f"utilisation {self.utilisation} is not in (0, 1]; give a share such as 0.4"
-            )
+        rates(self.gpu, self.mfu)
         if self.dtype not in _BYTES:
             raise LongRopeError(
                 f"dtype {self.dtype!r} is unknown; choose among {', '.join(_BYTES)}"
@@ -135,8 +133,16 @@ class SearchCost:
     @property
     def evaluation_seconds(self) -> float:
         """Expected seconds of one evaluation on one copy of the model."""
-        rate = self.tensor_parallel * self.context_parallel * self.gpu.tflops * 1e12
-        return self.evaluation_flops / (rate * self.utilisation)
+        products, attention = forward_flops(self.shape, self.target_length)
+        of_products, of_attention = rates(self.gpu, self.mfu)
+        busy = self.samples * (products / of_products + attention / of_attention)
+        return busy / (self.gpu.tflops * 1e12 * self.tensor_parallel * self.context_parallel)
+
+    @property
+    def utilisation(self) -> float:
+        """Part of the peak that this is."""
+        gpus = self.tensor_parallel * self.context_parallel
+        return self.evaluation_flops / (self.evaluation_seconds * self.gpu.tflops * 1e12 * gpus)
 
     @property
     def hours(self) -> float:
@@ -189,7 +195,7 @@ def estimate_command(
     evaluations: int,
     gpus: int,
     gpu: Gpu,
-    utilisation: float = 0.4,
+    mfu: float | None = None,
 ) -> SearchCost:
     """The cost of a `longrope search` command.
 
@@ -209,7 +215,7 @@ def estimate_command(
         replicas=gpus // (tensor * context),
         batch=min(samples, max(1, options.tokens_per_forward // options.target_length)),
         dtype=options.dtype or str(shape.params_dtype).removeprefix("torch."),
-        utilisation=utilisation,
+        mfu=mfu,
     )
 
 

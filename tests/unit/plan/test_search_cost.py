@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_longrope.plan import search_cost
+from megatron_longrope.plan.generation import GenerationPlan
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
+from megatron_longrope.plan.model import MODELS
 from megatron_longrope.plan.search_cost import SearchCost
 from megatron_longrope.progress import format_duration
 
@@ -92,7 +94,7 @@ def test_the_papers_search_at_256k():
     assert result.evaluation_flops == 5 * result.sample_flops
     assert f"{result.search_flops:.1e}" == "1.4e+20"
     # "11 days on an A100 at 150 TFLOP/s"
-    a100 = seven_b(gpu=GPUS["a100-80"], utilisation=150 / 312)
+    a100 = seven_b(gpu=GPUS["a100-80"], mfu=150 / 312)
     assert a100.hours / 24 == pytest.approx(11, abs=0.5)
 
 
@@ -101,7 +103,7 @@ def test_the_papers_search_at_256k():
 
 def test_replicas_share_evaluations_and_parallel_ranks_share_one():
     one = seven_b()
-    assert one.hours == pytest.approx(one.search_flops / (989e12 * 0.4) / 3600)
+    assert seven_b(mfu=0.4).hours == pytest.approx(one.search_flops / (989e12 * 0.4) / 3600)
     assert seven_b(replicas=8).hours == pytest.approx(one.hours / 8)
     assert seven_b(context_parallel=8).hours == pytest.approx(one.hours / 8)
     both = seven_b(tensor_parallel=2, context_parallel=2, replicas=2)
@@ -115,8 +117,19 @@ def test_an_evaluation_left_over_takes_a_round_of_its_own():
     )
 
 
-def test_hours_follow_the_assumed_utilisation():
-    assert seven_b(utilisation=0.2).hours == pytest.approx(2 * seven_b(utilisation=0.4).hours)
+@pytest.mark.parametrize("gpu", ["h100", "a100-80", "b200"])
+@pytest.mark.parametrize("mfu", [None, 0.2])
+def test_a_forward_pass_takes_as_long_as_the_same_prompt_of_a_generation(gpu, mfu):
+    length, model = 2097152, MODELS["llama2-7b"]
+    plan = GenerationPlan(model, length + 1, 1, 1, 1, 8, 1, GPUS[gpu], mfu)
+    cost = seven_b(length, samples=1, context_parallel=8, gpu=GPUS[gpu], mfu=mfu)
+    assert cost.evaluation_seconds == pytest.approx(plan.prefill_seconds, rel=1e-3)
+
+
+def test_a_given_utilisation_is_that_of_all_operations():
+    assert seven_b(mfu=0.2).hours == pytest.approx(2 * seven_b(mfu=0.4).hours)
+    assert seven_b(mfu=0.2, tensor_parallel=4).utilisation == pytest.approx(0.2)
+    assert 0.27 < seven_b().utilisation < seven_b(4096).utilisation < 0.45
 
 
 # Memory
@@ -260,8 +273,8 @@ def test_an_unknown_gpu_is_refused_with_those_known(text):
     [
         ({"samples": 0}, "samples is 0; give 1 or more"),
         ({"replicas": -1}, "replicas is -1"),
-        ({"utilisation": 0}, r"utilisation 0 is not in \(0, 1\]"),
-        ({"utilisation": 1.5}, r"utilisation 1\.5 is not in \(0, 1\]"),
+        ({"mfu": 0}, r"--mfu 0 is not in \(0, 1\]"),
+        ({"mfu": 1.5}, r"--mfu 1\.5 is not in \(0, 1\]"),
         ({"dtype": "fp8"}, "'fp8' is unknown; choose among float32, bfloat16, float16"),
         ({"tensor_parallel": 5}, "5 does not divide the 32 query groups"),
         ({"length": 262142, "context_parallel": 4}, "does not split into 8 chunks"),
