@@ -11,7 +11,7 @@ from megatron_longrope.cli.flags import add_command
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
 from megatron_longrope.methods import METHODS
-from megatron_longrope.options import OneModel, Options, flag
+from megatron_longrope.options import OneModel, Options, flag, parse_positive
 
 if TYPE_CHECKING:
     from megatron_longrope.config import LongRopeConfig
@@ -38,6 +38,8 @@ class ShowOptions(Options):
 class _Output(Options):
     output: str = flag(metavar="F.json")
     """file to write"""
+    overwrite: bool = flag(False)
+    """replace an existing file"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +87,14 @@ class ExportOptions(Options):
 
     output: str = flag(metavar="PATH")
     """file to write"""
+    overwrite: bool = flag(False)
+    """replace an existing file"""
     format: str = flag("hf", choices=("hf", "csv", "list", "json"))
     """hf: fields for config.json; csv: as the authors' code reads; list: numbers as JSON; json: a
     factor file (default: hf)"""
     window: int | None = flag(None, type=parse_length, metavar="N")
     """whose factors, hf: the long ones (default: the longest)"""
-    layers: int = flag(32, type=int, metavar="N")
+    layers: int = flag(32, type=parse_positive, metavar="N")
     """rows of a CSV (default: 32)"""
 
 
@@ -288,7 +292,7 @@ def _run_import(options: ImportOptions) -> None:
         options.attention_factor,
         options.attention_factor_policy,
     )
-    _write(import_factors(sources, geometry), options.output)
+    _write(import_factors(sources, geometry), options)
 
 
 def _run_make(options: MakeOptions) -> None:
@@ -304,20 +308,20 @@ def _run_make(options: MakeOptions) -> None:
         )
     plain = base.max_length == base.original_max_position_embeddings
     policy = options.attention_factor_policy or (method(options.method).policy if plain else None)
-    _write(extended_config(options.method, base, options.target_length, policy), options.output)
+    _write(extended_config(options.method, base, options.target_length, policy), options)
 
 
 def _run_export(options: ExportOptions) -> None:
     from megatron_longrope.factor_files import export_factors
-    from megatron_longrope.files import write_text_atomic
+    from megatron_longrope.files import refuse_existing, write_text_atomic
 
     config = _load(options.file)
     if options.format == "json":
-        _write(config, options.output)
+        _write(config, options)
         return
-    write_text_atomic(
-        options.output, export_factors(config, options.format, options.window, options.layers)
-    )
+    text = export_factors(config, options.format, options.window, options.layers)
+    refuse_existing([Path(options.output)], options.overwrite)
+    write_text_atomic(options.output, text)
     print(f"wrote {options.output}")
 
 
@@ -334,17 +338,20 @@ def _run_sort(options: SortOptions) -> None:
     from megatron_longrope.factor_files import sorted_factors
 
     config, changed = sorted_factors(_load(options.file))
-    _write(config, options.output)
+    _write(config, options)
     print(f"changed: {', '.join(map(str, changed)) or 'none'}")
 
 
 def _run_merge(options: MergeOptions) -> None:
     from megatron_longrope.merging import merge_configs
 
-    _write(merge_configs({path: _load(path) for path in options.files}), options.output)
+    _write(merge_configs({path: _load(path) for path in options.files}), options)
 
 
-def _write(config: Any, output: str | Path) -> None:
-    config.save(output)
+def _write(config: LongRopeConfig, options: _Output | ExportOptions) -> None:
+    from megatron_longrope.files import refuse_existing
+
+    refuse_existing([Path(options.output)], options.overwrite)
+    config.save(options.output)
     windows = ", ".join(str(item.max_length) for item in config.factor_sets)
-    print(f"wrote {output}: factors for {windows} tokens")
+    print(f"wrote {options.output}: factors for {windows} tokens")

@@ -151,6 +151,40 @@ def test_differences_are_named_by_window_and_largest_index(capsys, tmp_path):
     assert capsys.readouterr().out.count("\n") == 4
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("import", "{a}"),
+        ("export", "{a}"),
+        ("export", "{a}", "--format", "json"),
+        ("sort", "{a}"),
+        ("merge", "{a}", "{b}"),
+        ("make", "pi", "--hf", "{plain}", "--target-length", 256),
+    ],
+)
+def test_no_file_is_replaced_unless_asked_for(tmp_path, plain, capsys, words):
+    config().save(tmp_path / "a.json")
+    config(FactorSet(262144, VECTOR)).save(tmp_path / "b.json")
+    if words[0] == "import":
+        run("export", tmp_path / "a.json", "--output", tmp_path / "config.json")
+    names = {"a": "config.json" if words[0] == "import" else "a.json", "b": "b.json"}
+    paths = {"plain": plain, **{key: tmp_path / name for key, name in names.items()}}
+    words = [str(word).format(**paths) for word in words]
+    precious = tmp_path / "precious.json"
+    precious.write_text("days of search")
+    assert run(*words, "--output", precious) == 2
+    assert "precious.json exists; outputs are not replaced" in capsys.readouterr().err
+    assert precious.read_text() == "days of search"
+    assert run(*words, "--output", precious, "--overwrite") == 0
+    assert precious.read_text() != "days of search"
+
+
+def test_a_csv_has_rows(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("export", "published:llama2-256k", "--format", "csv", "--layers", 0, "--output", "x")
+    assert "--layers: '0' is not a positive integer" in capsys.readouterr().err
+
+
 def test_sorting_changes_only_sets_that_decrease(tmp_path, capsys):
     mistral = LongRopeConfig.load("published:mistral-128k")
     result, changed = sorted_factors(mistral)
