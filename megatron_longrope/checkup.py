@@ -120,7 +120,7 @@ def _versions() -> dict[str, str | None]:
 def _or_none(version: Callable[[], str]) -> str | None:
     try:
         found = version()
-    except ImportError:  # it is there, but something that it imports is not
+    except Exception:  # it is there, but something that it imports is not, or is broken
         return None
     return None if found == "not installed" else found
 
@@ -141,11 +141,13 @@ def _gpu() -> str | None:
 def _location(package: str, problems: list[str]) -> str | None:
     try:
         importlib.import_module(package)
-    except ImportError as error:
+    except Exception as error:  # a package with compiled parts may raise anything, as OSError
         what = "the plugin" if package == "megatron.core" else "`longrope pretrain`"
+        remedy = 'install "megatron-core[training]" or put a Megatron-LM checkout on PYTHONPATH'
+        if not isinstance(error, ImportError):
+            remedy = f"`python -c 'import {package}'` shows which package to repair or uninstall"
         problems.append(
-            f"{package} cannot be imported ({error}), and {what} needs it; "
-            'install "megatron-core[training]" or put a Megatron-LM checkout on PYTHONPATH'
+            f"{package} cannot be imported ({_one_line(error)}), and {what} needs it; {remedy}"
         )
         return None
     return str(compat.megatron_location(package))
@@ -230,9 +232,14 @@ def _symbols() -> list[SymbolState]:
     for role, symbols in groups:
         try:
             states += [_state(role, symbol) for symbol in symbols()]
-        except ImportError as error:
-            states.append(SymbolState(error.name or "megatron", role, "MISSING", str(error)))
+        except Exception as error:  # as in _location
+            name = getattr(error, "name", None) or "megatron"
+            states.append(SymbolState(name, role, "MISSING", _one_line(error)))
     return states
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _state(role: str, symbol: compat.Symbol) -> SymbolState:

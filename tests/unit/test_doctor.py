@@ -1,6 +1,8 @@
 """`longrope doctor` says what it found and exits with 1 when the plugin would not work."""
 
+import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -86,6 +88,23 @@ def test_megatron_without_its_training_loop_is_a_problem(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "megatron.training", None)
     printed = doctor(capsys, 1)
     assert "the plugin would not work here: megatron.training cannot be imported" in printed
+
+
+def test_a_package_that_breaks_megatrons_import_is_a_problem_and_no_traceback(monkeypatch, capsys):
+    """As a Transformer Engine whose CUDA is not there: an OSError, which Megatron lets through."""
+
+    import_module = importlib.import_module
+
+    def broken(name, *args):
+        if name.startswith("megatron."):
+            raise OSError("libcudart.so.12: cannot open shared object file")
+        return import_module(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    printed = doctor(capsys, 1)
+    assert re.search(r"megatron-core +not installed", printed)
+    reason = r"megatron\.core cannot be imported \(libcudart\.so\.12: cannot open"
+    assert re.search(rf"the plugin would not work here: {reason}.*`python -c 'import", printed)
 
 
 def test_helpers_that_nothing_can_compile_are_a_problem(monkeypatch, capsys):
