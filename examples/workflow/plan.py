@@ -182,16 +182,20 @@ def _search(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
 
 
 def _evaluation(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
-    """One forward pass for each document or prompt of each length."""
+    """One forward pass of each model under its factors for each document or prompt of a length."""
     args, kind = command.args, command.words[2]
+    methods = 0
     if kind == "ppl" and args.stride is None:
-        forwards = args.num_documents
+        forwards = args.random_windows or args.num_documents
+        methods = len(args.baselines) * len(args.attention_factor_policy or [None])
     elif kind == "passkey" and args.scoring == "teacher-forced":
         forwards = args.trials * len(args.depths)
     elif kind == "needle":
         forwards = args.trials * len(args.depths) * len(args.tasks)
     else:
         raise ValueError(f"what `eval {kind}` takes follows from its data")
+    # Without files and methods a model is measured under its own factors.
+    forwards *= len((*args.load, *args.hf)) * (len(args.longrope_config) + methods or 1)
     found = [
         SearchCost(
             _shape(commands),

@@ -19,11 +19,17 @@ from typing import Any
 
 import plan
 
+from megatron_longrope.cli.flags import read_flags
+from megatron_longrope.data.options import PrepareOptions
+from megatron_longrope.data.sources import SkippedDocument
+from megatron_longrope.data.tokenization import Skips
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length, parse_length
 from megatron_longrope.plan.flags import parse
 from megatron_longrope.plan.hardware import GIB
 
 SECONDS_PER_SET = 10  # of reading text, until enough long documents were seen
+MOST_SKIPS = 1000  # documents of a source that cannot be read, before the first that can
 SAMPLE = 20  # documents whose tokens are counted, to know the characters of a token
 BYTES_PER_PARAMETER = 14  # of a checkpoint: the weights in bf16, in fp32, and Adam's two moments
 
@@ -92,70 +98,93 @@ def _model(folder: Path) -> Iterator[Finding]:
 
 
 def _texts(command: plan.Command, commands: Sequence[plan.Command]) -> Finding:
-    """Whether the sources have enough documents of the length, or enough tokens."""
-    from megatron_longrope.data.mix import load_mix
+    """Whether the sources have enough documents of the lengths that are read, or enough tokens."""
+    from megatron_longrope.data.mix import as_sources
     from megatron_longrope.data.sources import find_source_files, iterate_documents
     from megatron_longrope.data.tokenizer import load_tokenizer
 
-    args = command.args
+    options = read_flags(PrepareOptions, command.args)
+    needs = _documents_of(options, commands) if options.whole_documents else {}
+    wanted_tokens = 0 if options.whole_documents else _tokens_of(options.output, commands)
+    documents, tokens, read = dict.fromkeys(needs, 0), 0.0, 0
+    ends, per_token, sampled = time.monotonic() + SECONDS_PER_SET, 4.0, [0, 0]
+    complete, skips = True, Skips()
+
+    def skip(item: SkippedDocument) -> None:
+        skips.add(item)
+        if in_source == 0 and skips.count >= MOST_SKIPS:
+            raise LongRopeError(f"source {source.name!r}: {_unread(skips)}")
+
+    def enough() -> bool:
+        return wanted_tokens <= tokens and all(documents[size] >= needs[size] for size in needs)
+
     try:
-        inputs = (
-            [path for source in load_mix(args.mix) for path in source.paths]
-            if args.mix
-            else args.input
-        )
-        files = find_source_files(inputs)
-        tokenizer = load_tokenizer(args.tokenizer)
+        tokenizer = load_tokenizer(options.tokenizer)
+        for source in as_sources(options.sources()):
+            in_source, skips = 0, Skips()
+            for document in iterate_documents(
+                find_source_files(source.paths),
+                source.text_key or options.text_key,
+                on_skip=skip if options.on_error == "skip" else None,
+            ):
+                in_source, read = in_source + 1, read + 1
+                if read <= SAMPLE:
+                    head = document.text[:20_000]  # all of a book takes longer and says no more
+                    sampled[0] += len(head)
+                    sampled[1] += len(tokenizer.encode(head))
+                    per_token = sampled[0] / max(sampled[1], 1)
+                length = len(document.text) / per_token
+                tokens += length
+                for size in needs:
+                    documents[size] += length >= size
+                complete = time.monotonic() <= ends
+                if enough() or not complete:  # of the other sources one document each
+                    break
+            if not in_source:
+                return Finding("FAIL", command.rule, f"source {source.name!r}: {_unread(skips)}")
     except (ValueError, OSError) as error:
         return Finding("FAIL", command.rule, str(error))
-    documents = tokens = 0
-    ends, per_token, sampled = time.monotonic() + SECONDS_PER_SET, 4.0, [0, 0]
-    wanted_documents = _documents_of(args.output, commands) if args.whole_documents else 0
-    wanted_tokens = 0 if args.whole_documents else _tokens_of(args.output, commands)
-    needed = args.min_length or 0
-    complete = True
-    for read, document in enumerate(
-        iterate_documents(files, args.text_key, on_skip=lambda _: None)
-    ):
-        if read < SAMPLE:
-            head = document.text[:20_000]  # counting all of a book takes longer and says no more
-            sampled = [sampled[0] + len(head), sampled[1] + len(tokenizer.encode(head))]
-            per_token = sampled[0] / max(sampled[1], 1)
-        length = len(document.text) / per_token
-        tokens += length
-        documents += length >= needed
-        if time.monotonic() > ends:
-            complete = False
-            break
-        if wanted_documents <= documents and wanted_tokens <= tokens:
-            break
-    if args.whole_documents:
-        seen = f"{documents} documents of about {format_length(needed)} tokens or more"
-        want, enough = f"{wanted_documents} are needed", documents >= wanted_documents
+    if options.whole_documents:
+        # Of several lengths the one that most is missing of.
+        size = min(needs, key=lambda size: documents[size] - needs[size])
+        seen = f"{documents[size]} documents of about {format_length(size)} tokens or more"
+        want = f"{needs[size]} are needed"
     else:
         seen, want = f"about {tokens:.3g} tokens", f"training reads {wanted_tokens:.3g}"
-        enough = tokens >= wanted_tokens
-    if enough:
+    if enough():
         return Finding("ok", command.rule, f"{seen} seen, {want}")
     if not complete:
         return Finding(
             "look", command.rule, f"{seen} in the first {SECONDS_PER_SET} s of reading; {want}"
         )
-    if args.whole_documents:
+    if options.whole_documents:
         return Finding("FAIL", command.rule, f"{seen}, {want}; add longer ones (docs/datasets.md)")
     return Finding("look", command.rule, f"{seen}, {want}: it will see them several times")
 
 
-def _documents_of(prefix: str, commands: Sequence[plan.Command]) -> int:
-    """The most documents that a search or an evaluation takes from a set."""
-    counts = [0]
+def _unread(skips: Skips) -> str:
+    if not skips.count:
+        return "it holds no document"
+    return f"none of {skips.count} documents can be read, such as {skips.listed[0]}"
+
+
+def _documents_of(options: PrepareOptions, commands: Sequence[plan.Command]) -> dict[int, int]:
+    """The most documents that a search or an evaluation takes from a set, by their least length."""
+    shortest = options.min_length or 1
+    counts = {shortest: 0}
     for command in commands:
-        if command.words[1] in ("search", "eval") and command.words[2] != "short":
-            args = command.args
-            if getattr(args, "data", None) == prefix or getattr(args, "held_out", None) == prefix:
-                count = args.num_samples if command.words[1] == "search" else args.num_documents
-                counts.append(max(count, getattr(args, "pool", None) or 0))
-    return max(counts)
+        if command.words[1] not in ("search", "eval") or command.words[2] == "short":
+            continue
+        args = command.args
+        if options.output in (getattr(args, "data", None), getattr(args, "held_out", None)):
+            if command.words[1] == "search":
+                length = args.target_length * args.windows_per_document
+                count = max(args.num_samples, args.pool or 0)
+            else:
+                length, count = max(args.lengths), args.num_documents
+            length = max(length, shortest)
+            counts[length] = max(counts.get(length, 0), count)
+    return counts
 
 
 def _tokens_of(prefix: str, commands: Sequence[plan.Command]) -> float:

@@ -280,7 +280,7 @@ def test_the_table_of_costs_has_every_training_and_search():
     table = plan.plan_table(commands("llama2_7b"), "h100")
     assert table.count("yes") == 12 and table.count("not estimated") == 1  # short benchmarks
     # Twenty books at 512k, 1024k and 2048k tokens.
-    assert "far_perplexity       58.9 GiB    yes   3.1e+19  2.7 h    60 forward passes" in table
+    assert "far_perplexity       58.9 GiB    yes   3.1e+19  4.0 h    60 forward passes" in table
     assert "finetune 256k        47.0 GiB    yes   1.2e+21" in table
     few = plan.plan_table([replace(item, gpus=2) for item in commands("llama2_7b")], "h100")
     assert "2 GPUs are no multiple of its TP x CP = 8" in few
@@ -308,8 +308,37 @@ def test_preflight_names_everything_that_is_missing(tmp_path):
     assert "`script` of the settings does not exist" in script
 
 
-@pytest.mark.parametrize("length, verdict", [(400, "ok"), (2000, "FAIL")])
-def test_preflight_counts_the_documents_that_are_long_enough(length, verdict, tmp_path):
+SEVEN_B = (
+    "longrope pretrain s.py --data-path data/train --train-iters 4 --global-batch-size 32 "
+    "--seq-length 4096 --num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 "
+    "--num-attention-heads 32 --swiglu --vocab-size 32000 --bf16"
+)
+
+
+@pytest.mark.parametrize(
+    "flags, forwards",
+    [
+        ("ppl --load a --data d --num-documents 10", 20),
+        ("ppl --load a --data d --num-documents 10 --random-windows 7", 14),
+        ("ppl --load a --data d --num-documents 10 --longrope-config f --baselines pi,yarn", 60),
+        ("ppl --load a --data d --num-documents 10 --baselines pi,yarn", 40),
+        (
+            "ppl --load a --hf b --data d --num-documents 10 --longrope-config f "
+            "--baselines pi,yarn --attention-factor-policy su,none",
+            200,
+        ),
+        ("passkey --load a=c --load b=d --hf e --tokenizer t --trials 10 --depths 0,1", 120),
+    ],
+)
+def test_an_evaluation_is_planned_with_all_its_models_and_factors(flags, forwards):
+    words = f"longrope eval {flags} --lengths 4k,8k --output o"
+    found = [plan.Command(text, 1, tuple(text.split())) for text in (words, SEVEN_B)]
+    assert f" {forwards} forward passes" in plan.plan_table(found, "h100").splitlines()[1]
+
+
+@pytest.fixture
+def four_texts(tmp_path):
+    """A folder with four documents, of 20 to 1500 tokens, and their tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -319,19 +348,47 @@ def test_preflight_counts_the_documents_that_are_long_enough(length, verdict, tm
     fast.save_pretrained(tmp_path / "tokenizer")
     texts = [json.dumps({"text": "word " * size}) + "\n" for size in (500, 900, 1500, 20)]
     (tmp_path / "text.jsonl").write_text("".join(texts))
-    prepare = (
-        f"longrope data prepare --input {tmp_path}/text.jsonl --tokenizer {tmp_path}/tokenizer "
-        f"--output data/search --whole-documents --min-length {length}"
-    )
-    search = (
-        "longrope search --load base --data data/search --target-length 1k --num-samples 3 "
-        "--output f.json"
-    )
-    found = [plan.Command(words, 1, tuple(words.split())) for words in (prepare, search)]
-    findings = preflight.examine(found, {"output": str(tmp_path)})
+    return tmp_path
+
+
+def look_at_texts(folder, prepare, *others):
+    given = f"--tokenizer {folder}/tokenizer --output data/set"
+    prepare = f"longrope data prepare {given} {prepare}"
+    found = [plan.Command(words, 1, tuple(words.split())) for words in (prepare, *others)]
+    findings = preflight.examine(found, {"output": str(folder)})
     (texts,) = [finding for finding in findings if finding.subject == prepare]
+    return texts
+
+
+@pytest.mark.parametrize(
+    "least, read, verdict", [(400, 400, "ok"), (2000, 400, "FAIL"), (400, 1000, "FAIL")]
+)
+def test_preflight_counts_the_documents_that_are_long_enough(four_texts, least, read, verdict):
+    texts = look_at_texts(
+        four_texts,
+        f"--input {four_texts}/text.jsonl --whole-documents --min-length {least}",
+        f"longrope search --load base --data data/set --target-length {read} --num-samples 3 "
+        "--output f.json",
+    )
     assert texts.verdict == verdict, texts
     assert "3 are needed" in texts.text
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_preflight_fails_where_no_document_can_be_read(four_texts, on_error):
+    text, wrong = (four_texts / "text.jsonl"), four_texts / "wrong.jsonl"
+    wrong.write_text(text.read_text().replace('"text"', '"content"'))
+    mix = {"right": {"paths": [text.name]}, "wrong": {"paths": [wrong.name]}}
+    path = four_texts / "mix.json"
+    path.write_text(json.dumps(mix))
+    words = f"--mix {path} --segment-length 64 --on-error {on_error}"
+    # All that is needed is in the first source; the second would be missing from the mix.
+    found = look_at_texts(four_texts, words)
+    assert found.verdict == "FAIL", found
+    assert "there is no key 'text' (keys: ['content'])" in found.text
+    mix["wrong"]["text_key"] = "content"
+    path.write_text(json.dumps(mix))
+    assert look_at_texts(four_texts, words).verdict == "ok"
 
 
 @pytest.mark.release
