@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
@@ -29,8 +30,8 @@ def flag(default: Any = MISSING, **how: Any) -> Any:
 class Options:
     """What a command is told: checked in Python as on the command line.
 
-    A text stands for what the flag would make of it, so that `target_length="128k"` is 131072, and
-    one item for a list of one.
+    A text or path stands for what the flag would make of it, so that `target_length="128k"` is
+    131072, and one item for a list of one.
 
     Raises:
         LongRopeError: A value is unknown or cannot be read; too many or too few were given.
@@ -59,8 +60,9 @@ def _read(item: Field[Any], value: Any) -> Any:
     how = item.metadata
     if value is None or value is item.default:
         return value
+    value = _text_of(value)
     if how.get("action") == "append" or "nargs" in how:
-        value = (value,) if isinstance(value, str) else tuple(value)
+        value = (value,) if isinstance(value, str) else tuple(map(_text_of, value))
         if isinstance(how.get("nargs"), int) and len(value) != how["nargs"]:
             raise LongRopeError(f"{item.name} has {len(value)} values; give {how['nargs']}")
     elif "type" in how and isinstance(value, str | int) and not isinstance(value, bool):
@@ -73,6 +75,10 @@ def _read(item: Field[Any], value: Any) -> Any:
             f"{item.name} is {value!r}; it must be one of {', '.join(how['choices'])}"
         )
     return value
+
+
+def _text_of(value: Any) -> Any:
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def bos_flag() -> Any:

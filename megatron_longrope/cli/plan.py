@@ -94,11 +94,15 @@ class PlanOptions(_Layout, _Cluster, _Generation, _Run):
                 flag = item.metadata.get("name", f"--{name.replace('_', '-')}")
                 if value is not None and value < 1:
                     raise LongRopeError(f"{flag} is {value}; give 1 or more")
-        training = ("pipeline", "expert", "recompute")
-        if self.generate is not None and any(getattr(self, name) is not None for name in training):
-            raise LongRopeError(
-                "--generate has no pipeline, expert parallelism or recomputation; leave them out"
-            )
+        training = ("pipeline", "expert", "recompute", "steps", "global_batch_size", "chunked_loss")
+        wrong = ("samples",) if self.generate is None else training
+        for item in fields(self):
+            if item.name in wrong and getattr(self, item.name) != item.default:
+                raise LongRopeError(
+                    f"{item.name} applies only with --generate; leave it out"
+                    if self.generate is None
+                    else f"{item.name} is of a training, and --generate has none; leave it out"
+                )
 
 
 def add_parser(commands: Any, about: str | None = None) -> None:

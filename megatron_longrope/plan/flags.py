@@ -73,6 +73,7 @@ def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
             "a2a": "splits heads: CP divides the key heads of a rank, and less is sent",
             "p2p": "a ring: sends overlap with attention, and heads need not divide",
             "all_gather": "gathers keys and values",
+            "a2a+p2p": "as the command has it, with its --hierarchical-context-parallel-sizes",
         }
         found.append(_flag("cp-comm-type", layout.cp_comm_type, how[layout.cp_comm_type]))
     found += [

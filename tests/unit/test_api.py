@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,11 +90,15 @@ def test_prepare_data_returns_the_manifest(data, tmp_path):
     source.write_text("".join(json.dumps({"text": "a window " * 20}) + "\n" for _ in range(3)))
     manifest = longrope.prepare_data(
         longrope.PrepareOptions(
-            input=str(source), tokenizer=data["tokenizer"], output=str(tmp_path / "set"),
+            input=source, tokenizer=Path(data["tokenizer"]), output=tmp_path / "set",
             segment_length="64",
         )
     )  # fmt: skip
     assert manifest["segments"] == 6 and (tmp_path / "set.bin").is_file()
+    several = longrope.PrepareOptions(
+        input=[source, str(source)], tokenizer="t", output="o", whole_documents=True
+    )
+    assert several.input == (str(source), str(source))
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,16 @@ def test_a_checkpoint_is_planned_from_its_own_shape(untied_gqa, capsys):
         ("--model llama2-7b --gpus 8 --memory -1", "--memory -1.0 is no size"),
         ("--model llama2-7b --gpus 8 --mfu 2", "--mfu 2.0 is not in"),
         ("--model llama2-7b --gpus 7", "no layout of 7 GPUs keeps Megatron's rules"),
+        ("--model llama2-7b --gpus 8 --samples 5", "samples applies only with --generate"),
+        *(
+            (f"--model llama2-7b --gpus 8 --generate 8 {flag}", f"{name} is of a training")
+            for flag, name in (
+                ("--steps 7", "steps"),
+                ("--global-batch-size 5", "global_batch_size"),
+                ("--no-chunked-loss", "chunked_loss"),
+                ("--recompute mlp", "recompute"),
+            )
+        ),
         (
             "--model llama2-7b --gpus 8 --tensor-model-parallel-size 0",
             "--tensor-model-parallel-size is 0",

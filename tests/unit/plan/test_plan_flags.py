@@ -139,6 +139,12 @@ def test_a_whole_command_is_read_and_what_does_not_matter_passed_over():
     assert not plan_command(COMMAND, gpu="h100", gpus=64, memory=40).fits
 
 
+def test_every_communication_that_is_read_is_written():
+    for kind in ("p2p", "all_gather", "a2a", "a2a+p2p"):
+        found = plan_command([*COMMAND, "--cp-comm-type", kind], gpus=64).as_dict()
+        assert f"--cp-comm-type {kind}" in " ".join(map(str, found["flags"]))
+
+
 def test_what_is_missing_is_megatrons_default():
     model, training, layout = parse(
         shlex.split("--num-layers 2 --hidden-size 4096 --num-attention-heads 32 --swiglu "
