@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -108,6 +110,18 @@ def parse_positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise LongRopeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a type whose ValueError argparse shows as it is."""
+
+    def argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return argument
 
 
 @dataclass(frozen=True, kw_only=True)

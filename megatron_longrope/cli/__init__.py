@@ -95,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         # Python flushes once more as it ends, which would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        for note in getattr(error, "__notes__", ()):
+            print(f"longrope {args.command}: {note}", file=sys.stderr)
         print("longrope: interrupted", file=sys.stderr)
         return 130
     except LongRopeError as error:

@@ -1,11 +1,9 @@
-"""Progress of a conversion, and what is said when it is interrupted."""
+"""Progress of a conversion."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 from megatron_longrope.progress import Progress
 
@@ -45,17 +43,3 @@ class ByteProgress:
         if done:
             print(f"continuing an interrupted conversion: {done} bytes are written", flush=True)
             self._shown.update(count=megabytes, resumed=True)
-
-
-def interruptible(run: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Say what an interrupted conversion leaves behind."""
-
-    def wrapped(options: Any) -> None:
-        try:
-            run(options)
-        except KeyboardInterrupt as error:
-            for note in getattr(error, "__notes__", ()):
-                print(f"longrope convert: {note}", file=sys.stderr)
-            raise
-
-    return wrapped

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from megatron_longrope import api
-from megatron_longrope.cli.byte_progress import ByteProgress, interruptible
+from megatron_longrope.cli.byte_progress import ByteProgress
 from megatron_longrope.cli.flags import add_command
 from megatron_longrope.conversion.options import (
     ExportedFactors,
@@ -30,14 +30,14 @@ def add_parser(commands: Any, about: str | None = None) -> None:
         actions,
         "to-hf",
         ToHfOptions,
-        interruptible(_run_to_hf),
+        _run_to_hf,
         help="write a Hugging Face folder and verify it",
     )
     add_command(
         actions,
         "from-hf",
         FromHfOptions,
-        interruptible(_run_from_hf),
+        _run_from_hf,
         help="write a Megatron checkpoint, verify it, print the flags of the model",
     )
     add_command(

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
+from megatron_longrope.options import argument_type
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that says what a mistyped command, flag or choice was probably meant to be."""
@@ -96,7 +98,7 @@ def read_flags(options: type, args: argparse.Namespace) -> Any:
 
 def _add(group: Any, item: Field, how: dict[str, Any]) -> None:
     if how.get("type") not in (None, int, float):
-        how["type"] = _argument_type(how["type"])
+        how["type"] = argument_type(how["type"])
     if how["help"]:
         how["help"] = how["help"].replace("%", "%%")
     if how.pop("positional", False):
@@ -111,18 +113,6 @@ def _add(group: Any, item: Field, how: dict[str, Any]) -> None:
         # argparse appends to a list; the field of a frozen dataclass holds a tuple.
         how["default"] = list(item.default) if how.get("action") == "append" else item.default
     group.add_argument(name, dest=item.name, **how)
-
-
-def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a type whose ValueError argparse shows as it is."""
-
-    def argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return argument
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -123,8 +124,6 @@ def run(options: PlanOptions) -> int:
     """Run the command."""
     if options.generate is not None:
         return _run_generation(options)
-    import json
-
     from megatron_longrope.plan import Cluster, Training, rank, remedies
     from megatron_longrope.plan.estimate import with_memory
     from megatron_longrope.plan.flags import DEFAULT_CHUNK
@@ -155,8 +154,6 @@ def run(options: PlanOptions) -> int:
 
 
 def _run_generation(options: PlanOptions) -> int:
-    import json
-
     from megatron_longrope.plan.estimate import with_memory
     from megatron_longrope.plan.generation import GenerationPlan, enough_gpus, rank_generation
     from megatron_longrope.plan.hardware import parse_gpu

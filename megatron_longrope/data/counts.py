@@ -73,10 +73,9 @@ class Counts:
         """The sum over the sources."""
         total = SourceCounts()
         for counts in self.of:
-            for name in ("documents", "source_tokens", "held_out_documents"):
+            for name in ("documents", "source_tokens", "held_out_documents", "used_documents",
+                         "used_tokens"):  # fmt: skip
                 setattr(total, name, getattr(total, name) + getattr(counts, name))
-            total.used_documents += counts.used_documents
-            total.used_tokens += counts.used_tokens
             total.longest_document = max(total.longest_document, counts.longest_document)
             total.histogram.update(counts.histogram)
         return total

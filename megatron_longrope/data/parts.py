@@ -145,8 +145,8 @@ def parts_directory(output: Path) -> Iterator[Path]:
             shutil.rmtree(directory)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise LongRopeError(
-                f"{output.parent}: the disk is full; make room and run the command again, which "
-                f"goes on from the finished parts in {directory}, or give an --output elsewhere"
+                f"{output.parent}: the disk is full; make room and run the command again, finished "
+                "parts are kept, or give an --output elsewhere"
             ) from None
         raise
     else:

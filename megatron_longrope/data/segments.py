@@ -41,7 +41,16 @@ class TokenizedDocument:
 
 
 @dataclass(frozen=True)
-class FixedSegments:
+class _Described:
+    mode: ClassVar[str]
+
+    def describe(self) -> dict[str, Any]:
+        """The packing as manifest fields."""
+        return {"mode": self.mode, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class FixedSegments(_Described):
     """Cut documents into pieces of S - 2 tokens, each stored as [BOS] piece [EOS].
 
     Without BOS, pieces have S - 1 tokens and are stored as piece [EOS].
@@ -137,13 +146,9 @@ class FixedSegments:
             start = stop
         return pieces, tokens[start:]
 
-    def describe(self) -> dict[str, Any]:
-        """The packing as manifest fields."""
-        return {"mode": self.mode, **asdict(self)}
-
 
 @dataclass(frozen=True)
-class WholeDocuments:
+class WholeDocuments(_Described):
     """Keep whole documents without special tokens: the held-out sets of search and evaluation.
 
     Raises:
@@ -184,13 +189,9 @@ class WholeDocuments:
             if kept == self.max_documents:
                 return
 
-    def describe(self) -> dict[str, Any]:
-        """The packing as manifest fields."""
-        return {"mode": self.mode, **asdict(self)}
-
 
 @dataclass(frozen=True)
-class ShortDocuments:
+class ShortDocuments(_Described):
     """Every document that fits a short window is an entry of its own: [BOS] document [EOS].
 
     A tokenizer without BOS gives document [EOS].
@@ -242,10 +243,6 @@ class ShortDocuments:
             least = len(document.tokens) + num_special(bos_id)
             length = -(-least // self.multiple) * self.multiple
             yield _filled(document.tokens, length, bos_id, eos_id)
-
-    def describe(self) -> dict[str, Any]:
-        """The packing as manifest fields."""
-        return {"mode": self.mode, **asdict(self)}
 
 
 Packing = FixedSegments | WholeDocuments | ShortDocuments

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.options import parse_positive
+from megatron_longrope.options import argument_type, parse_positive
 from megatron_longrope.plan.layouts import FULL, Layout, Training, rope_overflow
 from megatron_longrope.plan.model import MODELS, Model
 
@@ -107,11 +107,7 @@ class _Parser(argparse.ArgumentParser):
         raise LongRopeError(f"the Megatron command does not parse ({message}); correct its flags")
 
 
-def _positive(text: str) -> int:
-    try:
-        return parse_positive(text)
-    except LongRopeError as error:  # of which argparse would show the function's name
-        raise argparse.ArgumentTypeError(str(error)) from None
+_positive = argument_type(parse_positive)
 
 
 def _parser() -> argparse.ArgumentParser:

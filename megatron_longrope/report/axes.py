@@ -56,7 +56,6 @@ def start_token_axis(axes: Axes, counts: Sequence[int], *, narrow: bool = False)
     for count in sorted(counts, key=lambda n: (n not in (counts[0], counts[-1]), n & (n - 1), n)):
         if all(abs(math.log1p(count) - math.log1p(other)) >= room for other in labelled):
             labelled.append(count)
-    axes.xaxis.set_major_locator(FixedLocator(list(counts)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(list(counts), [str(n) if n in labelled else "" for n in counts], fontsize=8.5)
 

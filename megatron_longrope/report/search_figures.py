@@ -177,7 +177,6 @@ def draw_search(histories: Sequence[SearchHistory]) -> Drawing:
 
 def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
     """Draw perplexity against the number of start tokens, the factors held fixed."""
-    style = LONGROPE
     xlabel, ylabel = "Start tokens that keep their positions", "Perplexity"
     rows: list[tuple[Any, ...]] = []
     with panels("Perplexity by start tokens", len(curves), xlabel, ylabel) as (figure, grid):
@@ -188,7 +187,7 @@ def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
             start_token_axis(axes, counts, narrow=len(curves) > 1)
             if 0 in curve.points:
                 axes.axhline(curve.points[0], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            plot_line(axes, counts, values, style, clip_on=False, zorder=3)
+            plot_line(axes, counts, values, LONGROPE, clip_on=False, zorder=3)
             lowest = min(curve.points, key=curve.points.__getitem__)
             _ring(axes, lowest, curve)
             panel_title(axes, curve.name, _curve_detail(curve))
@@ -237,9 +236,8 @@ def _draw_best(axes: Axes, best: Sequence[float]) -> Line2D:
         for index, value in enumerate(best)
         if value < (best[index - 1] if index else math.inf)
     ]
-    style = LONGROPE
     (line,) = axes.step(
-        range(1, len(best) + 1), values, where="post", color=style.color, linewidth=2, zorder=4,
+        range(1, len(best) + 1), values, where="post", color=LONGROPE.color, linewidth=2, zorder=4,
         marker="o", markevery=better, markersize=3.6 if len(better) <= 40 else 2.6, clip_on=False,
     )  # fmt: skip
     return line

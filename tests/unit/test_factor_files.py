@@ -162,13 +162,15 @@ def test_differences_are_named_by_window_and_largest_index(capsys, tmp_path):
         ("make", "pi", "--hf", "{plain}", "--target-length", 256),
     ],
 )
-def test_no_file_is_replaced_unless_asked_for(tmp_path, plain, capsys, words):
+def test_no_file_is_replaced_unless_asked_for(tmp_path, capsys, words):
+    if words[0] == "make":
+        make_hf_folder(tmp_path / "plain", "llama")
     config().save(tmp_path / "a.json")
     config(FactorSet(262144, VECTOR)).save(tmp_path / "b.json")
     if words[0] == "import":
         run("export", tmp_path / "a.json", "--output", tmp_path / "config.json")
     names = {"a": "config.json" if words[0] == "import" else "a.json", "b": "b.json"}
-    paths = {"plain": plain, **{key: tmp_path / name for key, name in names.items()}}
+    paths = {"plain": tmp_path / "plain", **{key: tmp_path / name for key, name in names.items()}}
     words = [str(word).format(**paths) for word in words]
     precious = tmp_path / "precious.json"
     precious.write_text("days of search")

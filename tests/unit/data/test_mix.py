@@ -223,7 +223,7 @@ def test_a_mix_file_names_sources_relative_to_itself(two_sources):
         ([], "is not a mix"),
         ({"a": "x"}, "source 'a' is 'x'; give an object"),
         ({"a": {"paths": "x"}}, "paths is 'x'; give a list"),
-        ({"a": {"paths": ["x"], "wieght": 2}}, "unknown key 'wieght'; known are paths, ups"),
+        ({"a": {"paths": ["x"], "wieght": 2}}, "unknown key 'wieght'; known are paths, tex"),
         ({"a": {"paths": ["x"], "weight": 0}}, "weight is 0; it must be a number above 0"),
         ({"a": {"paths": ["x"], "weight": True}}, "weight is True"),
         ({"a": {"paths": ["x"], "upsample_long": {"above": 9}}}, "needs both above"),

@@ -265,11 +265,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
 def test_a_full_disk_is_one_sentence_and_finished_parts_stay(
     corpus, model_path, prefix, monkeypatch
 ):
-    def full(*_):
+    def full(_, entries):
+        next(entries)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(prepare_module.SetWriter, "extend", full)
-    with pytest.raises(LongRopeError, match=r"the disk is full; make room .* from the finished"):
+    with pytest.raises(LongRopeError, match=r"the disk is full; make room .* finished parts are"):
         prepare([corpus], prefix, model_path, FixedSegments(S))
     assert names(prefix) == [] and list((prefix.parent / f".{prefix.name}.parts").glob("*.npz"))
 

@@ -224,7 +224,7 @@ def test_the_lines_name_every_number_and_the_assumption():
     assert (
         "8 GPUs (h100, 989 TFLOP/s each): tensor parallel 1 x context parallel 4 x 2 repl" in text
     )
-    assert "assuming 40% of peak" in text
+    assert "assuming 29% of peak" in text
     for part in seven_b().memory:
         assert f"  {part}: " in text
 
