@@ -111,7 +111,6 @@ def test_a_checkpoint_is_planned_from_its_own_shape(untied_gqa, capsys):
                 ("--steps 7", "steps"),
                 ("--global-batch-size 5", "global_batch_size"),
                 ("--no-chunked-loss", "chunked_loss"),
-                ("--recompute mlp", "recompute"),
             )
         ),
         (
