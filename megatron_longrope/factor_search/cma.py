@@ -212,9 +212,9 @@ class CmaSearch(GenerationalSearch):
         while self._left > reserve:
             before = self._left
             improved = yield from self._descend(start, deviation, reserve)
-            if self._left == before:
-                return
             other, self._runner_up = self._runner_up, None
+            if self._left == before and other is None:
+                return
             if improved or other is None:
                 start, deviation = self.best[0], deviation if improved else deviation / 2
             else:

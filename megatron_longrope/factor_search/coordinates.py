@@ -33,7 +33,9 @@ class Coordinates:
         self._genes = np.asarray(space.genes(start))
         factors = np.asarray(space.decode(start)[0])
         self._logs = np.log(factors[self._genes])
-        largest = max(self._logs.max(), math.log(space.scale))
+        # A space that extends nothing says only by its bound how large a factor may become.
+        reach = space.scale if space.scale > 1 else space.upper
+        largest = max(self._logs.max(), math.log(reach))
         deviation = largest * _FLAT + (1 - _FLAT) * self._logs
         length = max(1.0, _PRIOR_LENGTH * len(self._genes))
         distance = (self._genes[:, None] - self._genes[None, :]) / length

@@ -253,7 +253,7 @@ def _recovery(
     covering = round(1.0 + step * math.ceil((largest - 1.0) / step - 1e-6), 10)
     default = max(3.0, 1.0 + scale, covering)
     upper = _bounded(upper, default, _limit(base, target_length, ones))
-    space = SearchSpace(len(ones), max(scale, 1.01), upper=upper, start_tokens=start_tokens)
+    space = SearchSpace(len(ones), 1.0, upper=upper, start_tokens=start_tokens)
     return _problem("recovery", base, target_length, space, ones, named)
 
 

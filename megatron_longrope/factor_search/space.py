@@ -56,7 +56,8 @@ class SearchSpace:
     num_factors: int
     """Number of rescale factors: rotary_dim / 2."""
     scale: float
-    """Extension ratio s that the search covers (target length / the model's window)."""
+    """Extension ratio s that the search covers (target length / the model's window); 1 in a
+    recovery, which extends nothing."""
     step: float = 0.01
     """Grid distance of the factors (table 4: 0.01)."""
     upper: float | None = None

@@ -8,10 +8,12 @@ from candidates import check_candidate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.coordinates import Coordinates, moved_candidate
 from megatron_longrope.factor_search.critical import CriticalSpace, critical_seeds
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.problem import make_problem
 from megatron_longrope.factor_search.space import START_TOKENS, SearchSpace
 from megatron_longrope.methods import named_factors
 
@@ -119,6 +121,28 @@ def test_a_best_seed_that_nothing_around_it_beats_is_left_for_the_second_best(rn
     run(search, score)
     assert search.best[1] < valley - 0.02
     assert search.best[0].steps[0] < pi.steps[0] / 2
+
+
+def test_a_recovery_that_starts_from_plain_rope_runs_cma():
+    tuned = FactorSet(2048, tuple(np.linspace(1, 8, 16)))
+    problem = make_problem(identity_config(10000.0, 32, 256).with_factor_set(tuned), 256)
+    target = np.linspace(0.0, 0.4, 16) ** 2
+
+    def score(factors, num_start_tokens):
+        return math.exp(2 + float(np.mean((np.log(factors) - target) ** 2)))
+
+    search = CmaSearch(problem.space, SMALL, list(problem.seeds.values()), 0)
+    told = run(search, score)
+    assert min(told[:2], key=lambda item: item[1])[0].candidate == problem.seeds["none"]
+    assert sum(not trial.certain for trial, _ in told) > len(told) / 2
+    assert search.best[1] < math.exp(2.001) < told[0][1]
+
+
+def test_a_start_that_no_step_leaves_gives_way_to_the_second_best():
+    space = SearchSpace(16, 1.01, upper=4.0, start_tokens=(0,))  # its steps lie below the grid
+    seeds = [space.encode([1.0] * 16), space.encode(np.linspace(1, 4, 16))]
+    told = run(CmaSearch(space, SMALL, seeds, 0), lambda factors, _: math.exp(max(factors)))
+    assert sum(not trial.certain for trial, _ in told) > 10
 
 
 def test_on_samples_that_rotate_every_round_of_halving_is_paid_in_full():
