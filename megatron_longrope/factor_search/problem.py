@@ -141,18 +141,22 @@ def make_problem(
         named = {name: _given(extension(name, base, target_length)) for name in SEED_METHODS}
         if warm_start is not None:
             named["warm"] = _warm(warm_start, base, target_length)
-        if space == "critical":
-            return _critical_extension(
-                base, target_length, upper, start_tokens or (0,), critical_dimension, named
-            )
-        start_tokens = start_tokens or (base.factor_sets[-1].num_start_tokens,)
         dimension = critical_dimension
+        if space == "critical":
+            choices = critical_choices(base) if dimension is None else (dimension,)
+            return _extension(
+                base, target_length, upper, start_tokens or (0,), named,
+                CriticalSpace, critical_dimensions=choices,
+            )  # fmt: skip
+        start_tokens = start_tokens or (base.factor_sets[-1].num_start_tokens,)
         if space == "floored" and dimension is None:
             # Slowed frequencies in the window that they were tuned for.
             longest = base.factor_sets[-1]
             factors = base.plain_factors(longest)
             dimension = first_incomplete(base, longest.max_length, factors)
-        return _extension(base, target_length, upper, start_tokens, named, dimension)
+        return _extension(
+            base, target_length, upper, start_tokens, named, SearchSpace, floor_dimension=dimension
+        )
     if warm_start is not None:
         raise LongRopeError(
             "a warm start belongs to a search beyond the base's window; a recovery starts from the "
@@ -183,48 +187,28 @@ def _extension(
     upper: float | None,
     start_tokens: tuple[int, ...],
     named: Mapping[str, GivenFactors],
-    floor: int | None,
+    kind: type[SearchSpace],
+    **dimensions: Any,
 ) -> SearchProblem:
-    """First or second search in LongRoPE's space, with factors of at least s from `floor` on."""
+    """First or second search in LongRoPE's space or in LongRoPE2's.
+
+    Args:
+        named (Mapping): The references.
+        kind (type): The space.
+        dimensions: What it is told of the critical dimension.
+    """
     stage, scale, multiplier = _further(base, target_length)
     limit = _limit(base, target_length, multiplier)
-    upper = _bounded(upper, SearchSpace.upper_ratio * scale, limit)
-    space = SearchSpace(
-        base.rotary_dim // 2,
-        scale,
-        upper=upper,
-        start_tokens=start_tokens,
-        floor_dimension=floor,
-    )
-    return _problem(stage, base, target_length, space, multiplier, named)
-
-
-def _critical_extension(
-    base: LongRopeConfig,
-    target_length: int,
-    upper: float | None,
-    start_tokens: tuple[int, ...],
-    dimension: int | None,
-    named: Mapping[str, GivenFactors],
-) -> SearchProblem:
-    """First or second search in LongRoPE2's space."""
-    stage, scale, multiplier = _further(base, target_length)
-    limit = _limit(base, target_length, multiplier)
-    if upper is None and limit < scale + SearchSpace.step:
+    if kind is CriticalSpace and upper is None and limit < scale + SearchSpace.step:
         raise LongRopeError(
             f"the base's largest factor {max(multiplier):g} leaves candidates up to {limit:.4g}, "
             f"not above the extension ratio {scale:g} that starts the critical space; "
             "search the full space"
         )
-    choices = critical_choices(base) if dimension is None else (dimension,)
-    space = CriticalSpace(
-        base.rotary_dim // 2,
-        scale,
-        upper=_bounded(upper, CriticalSpace.upper_ratio * scale, limit),
-        start_tokens=start_tokens,
-        critical_dimensions=choices,
-    )
-    return _problem(stage, base, target_length, space, multiplier, named, critical_seeds(space))
+    upper = _bounded(upper, kind.upper_ratio * scale, limit)
+    space = kind(base.rotary_dim // 2, scale, upper=upper, start_tokens=start_tokens, **dimensions)
+    seeds = critical_seeds(space) if isinstance(space, CriticalSpace) else None
+    return _problem(stage, base, target_length, space, multiplier, named, seeds)
 
 
 def _recovery(
