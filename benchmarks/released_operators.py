@@ -24,10 +24,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.factor_search.evolution import EvolutionParameters
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
 from megatron_longrope.factor_search.operators import unique
-from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 from megatron_longrope.methods import yarn_factors
 
 MAX_SWEEPS = 2000

@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.coordinates import Coordinates, moved_candidate
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
-from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 from megatron_longrope.factor_search.surrogate import Surrogate
 
 if TYPE_CHECKING:

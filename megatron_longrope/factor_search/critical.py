@@ -18,8 +18,9 @@ from itertools import accumulate
 from typing import ClassVar
 
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 _MIN_SEEDS = 8  # starting points of the released code for its single critical dimension
 _SEED_RATIOS = 8

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
 from megatron_longrope.factor_search.operators import MUTATION_PROB, crossover, mutate, unique
-from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 
 @dataclass(frozen=True)

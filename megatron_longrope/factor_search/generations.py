@@ -17,8 +17,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.factor_search.space import Candidate, SearchSpace, check_int
+from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 WORTHWHILE = 0.001
 """Share by which the best score must fall to count as better to a search with patience."""

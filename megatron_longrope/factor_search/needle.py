@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.data.answers import encode_within, question_and_answer
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.factor_search.space import check_int
 
 _INSTRUCTION = (
     "Somewhere in this text a lighthouse is given its registration number. Keep that number in "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
 
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
@@ -205,12 +206,6 @@ class SearchSpace:
     def choices(self, candidate: Candidate) -> list[Candidate]:
         """`candidate` under every start-token count."""
         return [replace(candidate, start_index=index) for index in range(len(self.start_tokens))]
-
-
-def check_int(name: str, value: Any, minimum: int) -> None:
-    """Refuse anything but an integer of at least `minimum`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise LongRopeError(f"{name} is {value!r}; it must be an integer of at least {minimum}")
 
 
 def _check_number(name: str, value: Any, minimum: float) -> None:
