@@ -150,7 +150,8 @@ def choose_by_retrieval(
     fitting = {
         name: outcome.seed_scores[name]
         for name in names
-        if name in outcome.seed_scores and not measured[name].is_worse_than(best)
+        if math.isfinite(outcome.seed_scores.get(name, math.inf))
+        and not measured[name].is_worse_than(best)
     }
     if not fitting:  # it could not be scored on the search text
         return RetrievalVerdict(outcome, measured, won, f"{reason}, which has no perplexity")

@@ -71,6 +71,12 @@ def test_where_no_better_candidate_retrieves_the_best_retrieving_reference_is_wr
     assert verdict.outcome.score == 22.89 and verdict.reason.endswith("in its place stands yarn")
 
 
+def test_a_reference_without_a_perplexity_is_not_written_in_the_winners_place():
+    outcome = outcome_of([(7.6, 22.7)], {"pi": math.inf, "ntk": 24.0, "yarn": math.inf})
+    verdict = choose_by_retrieval(PROBLEM, outcome, measured_by_floor())
+    assert verdict.outcome is outcome and verdict.reason.endswith(", which has no perplexity")
+
+
 def test_worse_retrieval_is_written_only_when_it_is_accepted_and_said_even_then():
     outcome = outcome_of([(7.6, 22.7)], SEEDS)
     verdict = choose_by_retrieval(PROBLEM, outcome, measured_by_floor(), accept_worse=True)
