@@ -27,6 +27,10 @@ _LARGEST_JSON = 16 * 2**20
 
 _JOURNAL = ".journal.jsonl"
 
+_OF_A_SCORE = ("target_length", "data_sha256", "checkpoint_sha256", "objective", "num_samples")
+"""Settings of a search that its starting points' scores depend on most; a factor file with others
+is an earlier search's."""
+
 NamedSet = tuple[str, LongRopeConfig, FactorSet]
 """A factor set with the file and the configuration that it comes from."""
 
@@ -170,15 +174,22 @@ def _starting_points(journal: Path) -> dict[str, Any]:
     """Return the perplexities in the origin of the searched set; nothing without a factor file."""
     try:
         with journal.open(encoding="utf-8") as file:
-            length = json.loads(file.readline())["settings"]["target_length"]
+            settings = json.loads(file.readline())["settings"]
+            wanted = {key: settings.get(key) for key in _OF_A_SCORE}
         config = LongRopeConfig.load(
             journal.with_name(f"{journal.name.removesuffix(_JOURNAL)}.json")
         )
-    except (ValueError, TypeError, KeyError):  # of an older version, or the search has not ended
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # of an older version, or the search has not ended
         return {}
-    origins = [item.origin for item in config.factor_sets]
-    found = [origin for origin in origins if origin.get("target_length") == length]
-    return dict(found[0].get("seed_perplexity") or {}) if found else {}
+    for item in config.factor_sets:
+        if all(item.origin.get(key) == value for key, value in wanted.items()):
+            return dict(item.origin.get("seed_perplexity") or {})
+    return {}
 
 
 def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[float]]:

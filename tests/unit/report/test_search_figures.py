@@ -146,7 +146,7 @@ def save_config(path, factors=FACTORS, **origin):
 def save_journal(path, scores=(61.0, 71.2, 42.9, 40.0, math.inf, 38.5), extra=()):
     """A journal; factors are rounded as on the grid."""
     seeds = [named_factors(name, *GEOMETRY) for name in ("pi", "ntk", "yarn")]
-    settings = {"seed": 1, "target_length": 2048}
+    settings = {"target_length": 2048, "data_sha256": "a", "checkpoint_sha256": "b"}
     lines = [{"journal": 2, "settings": settings, "settings_sha256": ""}]
     for index, score in enumerate(scores):
         values = seeds[index] if index < 3 else FACTORS
@@ -202,11 +202,15 @@ def test_starting_points_are_those_of_the_factor_file_and_damaged_lines_are_pass
     assert history.name == "first" and history.seeds == {}
     found = [record.score for record in history.records]
     assert found == [61.0, 71.2, 42.9, 40.0, math.inf, 38.5]
-    save_config(tmp_path / "first.json", target_length=2048, seed_perplexity=scores)
+    search = {"target_length": 2048, "data_sha256": "a", "checkpoint_sha256": "b"}
+    save_config(tmp_path / "first.json", **search, seed_perplexity=scores)
     (history,) = find_search_histories(tmp_path)
     assert history.seeds == {"pi": 61.0, "ntk": 71.2, "near-yarn": 42.9}
-    save_config(tmp_path / "first.json", target_length=4096, seed_perplexity=scores)
-    assert find_search_histories(tmp_path)[0].seeds == {}
+    # Of an earlier search whose journal was discarded.
+    for key, value in {"target_length": 4096, "data_sha256": "c", "checkpoint_sha256": "d"}.items():
+        earlier = {**search, key: value}
+        save_config(tmp_path / "first.json", **earlier, seed_perplexity=scores)
+        assert find_search_histories(tmp_path)[0].seeds == {}
 
 
 @pytest.mark.parametrize("scores", [(5.0,), (math.inf, 4.0), (9e9, 3.0, math.inf, 2.0)])
