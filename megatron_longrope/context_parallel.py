@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_longrope.errors import LongRopeError
+
+if TYPE_CHECKING:
+    from megatron_longrope.selection import FactorSelection
 
 
 def check_divisible(length: int, cp_size: int) -> None:
@@ -28,6 +32,20 @@ def check_divisible(length: int, cp_size: int) -> None:
             f"sequence length {length} is not divisible by 2 x context parallel size "
             f"{cp_size} = {2 * cp_size}; use {rounded} or another context parallel size"
         )
+
+
+def padding(selection: FactorSelection, length: int, cp_size: int) -> int:
+    """Tokens to put behind a sequence so that it splits into zigzag chunks; no token sees those.
+
+    Raises:
+        LongRopeError: The longer sequence would take another factor set.
+    """
+    missing = -length % (2 * cp_size) if cp_size > 1 else 0
+    if missing and not selection.pinned_length:
+        padded, longest = length + missing, selection.config.max_length
+        if padded > longest or selection.factor_set(length) is not selection.factor_set(padded):
+            check_divisible(length, cp_size)
+    return missing
 
 
 def check_documents(lengths: Iterable[int], cp_size: int) -> None:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.context_parallel import check_divisible, shard, unshard, zigzag_positions
+from megatron_longrope.context_parallel import (
+    check_divisible,
+    padding,
+    shard,
+    unshard,
+    zigzag_positions,
+)
 from megatron_longrope.engine import loss, process_groups
 from megatron_longrope.engine.model import (
     set_attention_factor,
@@ -246,22 +252,10 @@ class Engine:
         return [values.cpu() for values in results]
 
     def _padded(self, tokens: Tensor) -> Tensor:
-        """`tokens` with as many behind them as context parallelism needs; no token sees those.
-
-        Raises:
-            LongRopeError: The longer sequence would take another factor set.
-        """
-        length, size = tokens.shape[1], self.cp_group.size()
-        missing = -length % (2 * size) if size > 1 else 0
-        if not missing:
-            return tokens
-        rotary, longest = self.model.rotary_pos_emb, self.config.max_length
-        if not rotary.selection.pinned_length and (
-            length + missing > longest
-            or rotary.factor_set(length) is not rotary.factor_set(length + missing)
-        ):
-            check_divisible(length, size)
-        return F.pad(tokens, (0, missing))
+        """`tokens` with as many behind them as context parallelism needs."""
+        selection = self.model.rotary_pos_emb.selection
+        missing = padding(selection, tokens.shape[1], self.cp_group.size())
+        return F.pad(tokens, (0, missing)) if missing else tokens
 
     def _slice(self, hidden: Tensor, start: int, stop: int, length: int) -> Tensor:
         """`[n / cp, b, h] -> [stop - start, b, h]`, on every rank."""

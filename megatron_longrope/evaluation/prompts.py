@@ -32,10 +32,19 @@ class Prompts:
     """Makes the prompts of all of them."""
     fields: Mapping[str, Any]
     """What every record has of seed and tokenizer."""
+    context_parallel_size: int
+    """Ranks that share a sequence."""
 
     def cell(self, target: Target, fields: Mapping[str, Any], num_new_tokens: int = 0) -> Cell:
-        """Return the cell of one prompt, which is one forward pass of its length."""
-        return Cell(target, {**fields, **self.fields}, {fields["length"]: 1}, num_new_tokens)
+        """Return the cell of one prompt, which is one forward pass of its length.
+
+        Raises:
+            LongRopeError: The length does not split over the ranks; generation splits any.
+        """
+        cell = Cell(target, {**fields, **self.fields}, {fields["length"]: 1}, num_new_tokens)
+        if not num_new_tokens:
+            cell.check_splits(self.context_parallel_size)
+        return cell
 
     def plan(
         self,
@@ -89,4 +98,4 @@ def open_prompts(
         "bos": bos_name(tokenizer.bos_id),
         "requested_bos": options.bos,
     }
-    return Prompts(targets, tokenizer, fields)
+    return Prompts(targets, tokenizer, fields, options.context_parallel_size)

@@ -333,6 +333,9 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
     assert "--trials 0" in refused(
         capsys, "passkey", *load, *tokenizer, "--lengths", "512", "--trials", 0, *output
     )
+    odd = ("--lengths", "1022", "--context-parallel-size", 3, *output)
+    for kind, given in (("ppl", (*heldout, "--num-documents", 3)), ("passkey", tokenizer)):
+        assert "sequence length 1022 is not divisible" in refused(capsys, kind, *load, *given, *odd)
     code = refused(
         capsys, "needle", *load, *tokenizer, "--data", f"{data['heldout']}.jsonl",
         "--lengths", "9k", *output,

@@ -7,14 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.context_parallel import (
     check_divisible,
+    padding,
     shard,
     shard_documents,
     unshard,
     zigzag_chunks,
     zigzag_positions,
 )
+from megatron_longrope.selection import FactorSelection
 
 
 @pytest.mark.parametrize(
@@ -91,6 +94,19 @@ def test_an_indivisible_length_is_refused_with_the_next_length_that_fits():
         with pytest.raises(ValueError) as error:
             call()
         assert str(error.value) == message
+
+
+def test_a_length_is_padded_unless_it_would_take_another_factor_set():
+    config = identity_config(10000.0, 16, 64).with_factor_set(FactorSet(255, (4.0,) * 8))
+    selection = FactorSelection(config)
+    assert [padding(selection, length, 2) for length in (61, 64, 250)] == [3, 0, 2]
+    assert padding(selection, 255, 1) == 0
+    with pytest.raises(ValueError, match="sequence length 255 is not divisible"):
+        padding(selection, 255, 2)
+    config = identity_config(10000.0, 16, 63).with_factor_set(FactorSet(256, (4.0,) * 8))
+    with pytest.raises(ValueError, match="sequence length 62 is not divisible"):
+        padding(FactorSelection(config), 62, 2)
+    assert padding(FactorSelection(config, pinned_length=256), 62, 2) == 2
 
 
 def test_one_rank_takes_any_length():

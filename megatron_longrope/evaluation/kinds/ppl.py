@@ -159,6 +159,8 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
         return asdict(result)
 
     cells = [_cell(options, length, target, documents, places) for length, target in targets]
+    for cell in cells:
+        cell.check_splits(options.context_parallel_size)
     return Plan(cells, measure, shared=False)
 
 
