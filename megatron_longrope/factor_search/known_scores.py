@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Trial
-from megatron_longrope.factor_search.journal import Evaluation, Journal, is_complete
+from megatron_longrope.factor_search.journal import Evaluation, Journal, is_complete, is_failed
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.space import Candidate
 from megatron_longrope.factor_search.trial_queue import SharedTrialQueue, TrialQueue
@@ -106,16 +106,24 @@ def open_journal(
     *,
     resume: bool,
     overwrite: bool,
+    retry_failed: bool = False,
 ) -> Iterator[tuple[KnownScores, TrialQueue]]:
     """The journal of a search on replica 0, and what it holds on every replica.
+
+    Args:
+        retry_failed (bool): Hold back evaluations without a score. Defaults to False.
 
     Raises:
         LongRopeError: The journal exists and is not to be resumed, or belongs to other settings; on
             every replica.
     """
+
+    def held(journal: Journal) -> list[Evaluation]:
+        return [item for item in journal.records if not (retry_failed and is_failed(item))]
+
     if team.store is None or team.count == 1:
         with Journal(path, settings, resume=resume, overwrite=overwrite) as journal:
-            yield KnownScores(problem, journal.records), TrialQueue(journal.append)
+            yield KnownScores(problem, held(journal)), TrialQueue(journal.append)
         return
     store = dist.PrefixStore(str(path), team.store)
     with contextlib.ExitStack() as stack:
@@ -129,8 +137,8 @@ def open_journal(
                 store.set("journal", json.dumps({"error": str(error)}))
                 raise
             write = journal.append
-            held = [record.to_dict() for record in journal.records]
-            store.set("journal", json.dumps({"records": held}))
+            records = [record.to_dict() for record in held(journal)]
+            store.set("journal", json.dumps({"records": records}))
         # Not `get`, which gives up after the store's timeout: a long journal takes its time.
         while not store.check(["journal"]):
             time.sleep(0.05)

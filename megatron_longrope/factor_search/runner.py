@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ class SearchRun:
     """Replicas that share the work."""
     tensorboard: Path | None = None
     """Directory for TensorBoard scalars."""
+    retry_failed: bool = False
+    """Score anew what failed before; only for trials that do not depend on one another's scores."""
+
+
+def open_run(
+    run: SearchRun, problem: SearchProblem
+) -> AbstractContextManager[tuple[KnownScores, TrialQueue]]:
+    """The journal of a run, as :func:`open_journal` opens it."""
+    settings = {**run.settings, "racing": [run.race.rule, run.race.significance]}
+    return open_journal(
+        run.journal, settings, problem, run.team,
+        resume=run.resume, overwrite=run.overwrite, retry_failed=run.retry_failed,
+    )  # fmt: skip
 
 
 def run_search(
@@ -74,6 +88,7 @@ def run_search(
     label: str = "search",
     known: Sequence[Evaluation] = (),
     anchor: Anchor | None = None,
+    opened: tuple[KnownScores, TrialQueue] | None = None,
 ) -> SearchOutcome:
     """Score what `search` asks for until it is done.
 
@@ -88,6 +103,7 @@ def run_search(
             another search: what they scored costs nothing here. Complete ones are incumbents of the
             winner.
         anchor (Anchor, optional): What scores on different blocks are relative to.
+        opened (tuple, optional): The run's journal, from :func:`open_run`. Defaults to opening it.
 
     Raises:
         LongRopeError: The journal exists and is not to be resumed, or belongs to other settings.
@@ -96,12 +112,9 @@ def run_search(
     num_samples = blocks[0].num_samples
     status = SearchStatus(num_samples)
     records: dict[int, Evaluation] = {}
-    settings = {**run.settings, "racing": [run.race.rule, run.race.significance]}
     total = search.total_samples(num_samples)
     with (
-        open_journal(
-            run.journal, settings, problem, run.team, resume=run.resume, overwrite=run.overwrite
-        ) as (scores, queue),
+        nullcontext(opened) if opened else open_run(run, problem) as (scores, queue),
         Progress(total, label, "samples") as bar,
         Telemetry(run.tensorboard) as telemetry,
     ):
@@ -143,9 +156,7 @@ def _outcome(
         if seed_scores.get(name, math.inf) < score:
             candidate, score = given, seed_scores[name]
     if not math.isfinite(score):
-        raise LongRopeError(
-            f"no candidate could be scored; see the error fields in {run.journal} for the reason"
-        )
+        raise LongRopeError(f"no candidate could be scored; {_remedy(run.journal)}")
     return SearchOutcome(
         candidate,
         score,
@@ -248,9 +259,7 @@ def score_anchor(
     losses = {record.block: record.sample_nlls for record in records if is_complete(record)}
     if len(losses) < len(blocks):
         path = _journal_beside(run, "anchor")
-        raise LongRopeError(
-            f"the anchor could not be scored on every block; see the error fields in {path}"
-        )
+        raise LongRopeError(f"the anchor could not be scored on every block; {_remedy(path)}")
     return Anchor(given, tuple(losses[block] for block in range(len(blocks))))
 
 
@@ -263,6 +272,14 @@ def _score_given(
     part = replace(run, journal=journal, race=Race("off"), tensorboard=None)
     search = SeedSearch(problem.space, given, len(blocks))
     return run_search(search, problem, blocks, part, label=label, known=known)
+
+
+def _remedy(journal: Path) -> str:
+    return (
+        f"see the error fields in {journal} for the reason; once it is gone (out of memory: with a "
+        "larger --context-parallel-size or --tensor-model-parallel-size) run the same command with "
+        "--resume"
+    )
 
 
 def _journal_beside(run: SearchRun, label: str) -> Path:

@@ -43,6 +43,7 @@ from megatron_longrope.factor_search.rotation import FINALISTS, split_pool, vali
 from megatron_longrope.factor_search.runner import (
     SearchOutcome,
     SearchRun,
+    open_run,
     run_search,
     score_anchor,
     score_references,
@@ -305,19 +306,28 @@ class SearchPlan:
         args = self.options
         objective, problem = self._objective(model, self.samples), self._with_attention()
         settings = self._settings()
+        # An evolution of more iterations goes on from one of fewer.
+        sizes = {k: v for k, v in settings["parameters"].items() if k != "max_iterations"}
         attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
         run = SearchRun(
-            args.journal, {**settings, "attention": attention}, self.race, args.resume,
-            args.overwrite, team, Path(args.tensorboard_dir) if args.tensorboard_dir else None,
+            args.journal, {**settings, "parameters": sizes, "attention": attention}, self.race,
+            args.resume, args.overwrite, team,
+            Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
         count = self.num_samples
         blocks = [objective.part(i * count, count) for i in range(self.rotating)]
-        references = score_references(problem, blocks[0], run)
-        known, anchor = references.records, None
-        if args.pool:
-            anchor = score_anchor(references.candidate, problem, blocks, run, known)
-            known = anchor.adjusted(known)
-        outcome = run_search(self._algorithm(), problem, blocks, run, known=known, anchor=anchor)
+        # Opened before anything is scored: --overwrite must not leave the discarded search there.
+        with open_run(run, problem) as opened:
+            # Once the search has begun it depends on what it was told of them, failures included.
+            before = replace(run, retry_failed=not opened[0].num_resumed)
+            references = score_references(problem, blocks[0], before)
+            known, anchor = references.records, None
+            if args.pool:
+                anchor = score_anchor(references.candidate, problem, blocks, before, known)
+                known = anchor.adjusted(known)
+            outcome = run_search(
+                self._algorithm(), problem, blocks, run, known=known, anchor=anchor, opened=opened
+            )
         if rank() != 0:
             return None
         if anchor is None:

@@ -192,6 +192,17 @@ def test_what_the_references_scored_is_not_scored_again(problem, new_search, tmp
     assert objective.calls == alone.calls
 
 
+def test_failed_references_are_scored_again_where_the_run_says_so(problem, tmp_path):
+    broken = Synthetic(failures={1: torch.OutOfMemoryError("CUDA out of memory")})
+    run = SearchRun(tmp_path / "j.jsonl", resume=True)
+    failed = score_references(problem, broken, run)
+    assert failed.num_failed == 1 and score_references(problem, Synthetic(), run) == failed
+    again = Synthetic()
+    whole = score_references(problem, again, replace(run, retry_failed=True))
+    assert whole.num_failed == 0 and again.calls == Synthetic.num_samples
+    assert score_references(problem, Synthetic(), run) == whole
+
+
 class OnlyOneIsGood(Synthetic):
     """Losses that are lowest for one vector, wherever it lies, and rise steeply around it."""
 
