@@ -30,13 +30,20 @@ def split_pool(num_documents: int, per_generation: int) -> tuple[int, int]:
     """How many blocks rotate, and how many are kept for validation: a quarter, at least one.
 
     Raises:
-        LongRopeError: The pool is smaller than two blocks.
+        LongRopeError: The pool is smaller than two blocks, or no whole number of them.
     """
     blocks = num_documents // per_generation
     if blocks < 2:
         raise LongRopeError(
             f"a pool of {num_documents} documents is less than two generations' "
             f"{per_generation}: one part rotates, another one is kept for the end; give more"
+        )
+    if num_documents % per_generation:
+        least = blocks * per_generation
+        raise LongRopeError(
+            f"a pool of {num_documents} documents is no multiple of a generation's "
+            f"{per_generation}, and {num_documents - least} of them would not be read; give {least}"
+            f" or {least + per_generation}"
         )
     kept = -(-blocks // 4)
     return blocks - kept, kept

@@ -14,10 +14,12 @@ from megatron_longrope.checkpoint.fingerprint import content_sha256
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.context_parallel import check_divisible
 from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
 from megatron_longrope.engine.loading import default_dtype
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.targets import NamedModel, check_tokenizer_fits
 from megatron_longrope.factor_search import outcome as outcome_files
 from megatron_longrope.factor_search.attention import (
     ATTENTION_EVALUATIONS,
@@ -105,12 +107,9 @@ class SearchPlan:
         args, parameters = options, options.parameters()
         if min(args.num_samples, args.windows_per_document) < 1:
             raise LongRopeError("--num-samples and --windows-per-document must be at least 1")
-        if args.objective != "ppl" and args.windows_per_document > 1:
-            raise LongRopeError(
-                f"--windows-per-document has no meaning with --objective {args.objective}"
-            )
         if not 0 < args.needle_weight < math.inf:
             raise LongRopeError(f"--needle-weight {args.needle_weight} must be above 0")
+        _check_meaning(args)
         if args.retrieval_trials < 0:
             raise LongRopeError(f"--retrieval-trials {args.retrieval_trials} must be at least 0")
         if args.tensorboard_dir and Path(args.tensorboard_dir).is_file():
@@ -131,6 +130,8 @@ class SearchPlan:
             critical_dimension=args.critical_dimension,
             warm_start=LongRopeConfig.load(args.warm_start) if args.warm_start else None,
         )
+        check_divisible(args.target_length, args.context_parallel_size)
+        _check_tokens(args, checkpoint)
         rotating, kept = (1, 0) if args.pool is None else split_pool(args.pool, args.num_samples)
         blocks = rotating + kept
         samples = read_samples(args, args.data, args.objective, blocks * args.num_samples)
@@ -149,11 +150,13 @@ class SearchPlan:
         held_out = None
         if args.held_out:
             held_out = read_samples(args, args.held_out, "ppl", args.num_samples)
+        needles = needles_or_reason(args)
         plan = cls(
-            options, parameters, checkpoint, problem, race, samples, held_out, rotating,
-            needles_or_reason(args, checkpoint.shape.vocab_size),
-        )  # fmt: skip
+            options, parameters, checkpoint, problem, race, samples, held_out, rotating, needles
+        )
         plan._algorithm()  # seeds that do not fit its sizes
+        if isinstance(needles, str) and rank() == 0:
+            print(f"retrieval will not be measured: {needles}", flush=True)
         return plan
 
     @property
@@ -278,6 +281,8 @@ class SearchPlan:
         }
         held_out = {}
         if self.held_out is not None:
+            # First without: what fails from here on must not take the winner along.
+            outcome_files.write(args.output, written, outcome, origin)
             held_out = self._scores_on_held_out(model, problem, written, outcome)
             origin["held_out_perplexity"] = held_out
             origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
@@ -429,6 +434,44 @@ class SearchPlan:
         else:
             return problem
         return problem.with_attention(value, policy)
+
+
+def _check_meaning(args: SearchOptions) -> None:
+    """Refuse flags that would change nothing.
+
+    Raises:
+        LongRopeError: One was given.
+    """
+    objective, racing = f"--objective {args.objective}", f"--racing {args.racing}"
+    for name, where, is_given in (
+        ("--windows-per-document", objective, args.objective != "ppl"
+         and args.windows_per_document > 1),
+        ("--needle-weight", objective, args.objective != "joint"
+         and args.needle_weight != SearchOptions.needle_weight),
+        ("--needle-depths", objective, args.objective == "ppl" and args.needle_depths is not None),
+        ("--racing-significance", racing, args.racing != "paired"
+         and args.racing_significance != SearchOptions.racing_significance),
+    ):  # fmt: skip
+        if is_given:
+            raise LongRopeError(f"{name} has no meaning with {where}; leave it out")
+
+
+def _check_tokens(args: SearchOptions, checkpoint: Checkpoint) -> None:
+    """Refuse data of another tokenizer than the model's, and sets of different ones.
+
+    Raises:
+        LongRopeError: Their manifests say so.
+    """
+    model, manifests = NamedModel("", str(checkpoint.directory), checkpoint), []
+    for prefix in filter(None, (args.data, args.held_out)):
+        manifests.append(read_manifest(prefix))
+        check_tokenizer_fits(manifests[-1]["vocab_size"], f"the tokenizer of {prefix}", [model])
+    if len({item["tokenizer_sha256"] for item in manifests} - {None}) > 1:
+        raise LongRopeError(
+            f"--data {args.data} and --held-out {args.held_out} were made with different tokenizers"
+            f" ({' and '.join(item['tokenizer'] for item in manifests)}); prepare both with the "
+            "model's"
+        )
 
 
 def _has_the_policys(base: LongRopeConfig) -> bool:

@@ -2,19 +2,24 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import make_megatron_checkpoint as maker
 import pytest
+import torch
 from search_data import make_search_data
 
 from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.flags import read_flags
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.engine import Engine
+from megatron_longrope.factor_search import runner
 from megatron_longrope.factor_search.attention import ATTENTION_EVALUATIONS
 from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.samples import needles_or_reason
+from megatron_longrope.factor_search.session import SearchPlan, num_journaled
 
 
 @pytest.fixture
@@ -72,7 +77,13 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--needle-weight 0", "--needle-weight 0.0 must be above 0"),
         ("--objective joint", "--objective joint writes text into documents"),
         ("--space critical --critical-dimension 99", "must be below rotary_dim / 2 = 8"),
-        ("--racing-significance 0.7", "significance is 0.7"),
+        ("--racing paired --racing-significance 0.7", "significance is 0.7"),
+        ("--racing-significance 0.1", "--racing-significance has no meaning with --racing exact"),
+        ("--needle-weight 0.5", "--needle-weight has no meaning with --objective ppl"),
+        ("--objective needle --needle-weight 0.5", "--needle-weight has no meaning with --obj"),
+        ("--needle-depths 0,1", "--needle-depths has no meaning with --objective ppl"),
+        ("--pool 5 --num-samples 2", "a pool of 5 documents is no multiple of a generation's 2"),
+        ("--target-length 254 --context-parallel-size 2", "length 254 is not divisible by 2 x"),
         ("--lookahead -1", "lookahead is -1"),
         ("--attention-factor big", "must be a finite number above 0, `longest` or `search`"),
         ("--attention-factor nan --dry-run", "must be a finite number above 0"),
@@ -101,6 +112,91 @@ def test_a_needle_search_refuses_another_tokenizer(options, no_weights, capsys, 
     path.write_text(json.dumps(changed))
     assert main([*options, "--objective", "needle", "--tokenizer", other]) == 2
     assert "is not the tokenizer that" in capsys.readouterr().err
+
+
+def copy_of_set(prefix, copy, **manifest):
+    """A prepared set under another name, with other words in its manifest."""
+    for suffix in ("bin", "idx"):
+        shutil.copy(f"{prefix}.{suffix}", f"{copy}.{suffix}")
+    known = json.loads(Path(f"{prefix}.json").read_text())
+    Path(f"{copy}.json").write_text(json.dumps({**known, **manifest}))
+    return str(copy)
+
+
+def test_a_set_of_another_tokenizer_is_refused_before_any_weight_is_loaded(
+    options, data, no_weights, capsys, tmp_path
+):
+    other = copy_of_set(data["heldout"], tmp_path / "other", tokenizer_sha256="0" * 64)
+    assert main([*options, "--held-out", other]) == 2
+    assert "were made with different tokenizers" in capsys.readouterr().err
+    large = copy_of_set(data["heldout"], tmp_path / "large", vocab_size=maker.VOCAB + 1)
+    for flag in ("--held-out", "--data"):
+        assert main([*options, flag, large]) == 2
+        assert f"has {maker.VOCAB + 1} tokens, the vocabulary of" in capsys.readouterr().err
+
+
+def test_a_winner_outlives_a_failure_on_held_out_text(options, data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("NCCL error")
+
+    monkeypatch.setattr(SearchPlan, "_scores_on_held_out", fail)
+    with pytest.raises(RuntimeError, match="NCCL"):
+        main([*options, "--max-evaluations", "4", "--held-out", data["heldout"]])
+    (*_, found) = LongRopeConfig.load(tmp_path / "factors.json").factor_sets
+    assert found.max_length == 256 and found.origin["search_perplexity"] > 1
+
+
+def test_references_that_ran_out_of_memory_are_scored_again_on_resume(
+    options, tmp_path, capsys, monkeypatch
+):
+    small = ["--max-evaluations", "4", "--no-figures", "--retrieval-trials", "0"]
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+        patch.setattr(Engine, "nll", fail)
+        assert main([*options, *small]) == 2
+    error = capsys.readouterr().err
+    assert "factors.journal.references.jsonl" in error and "--context-parallel-size" in error
+    assert main([*options, *small, "--resume"]) == 0
+    # What the references were scored anew with is kept, too.
+    before = (tmp_path / "factors.journal.references.jsonl").read_bytes()
+    assert main([*options, *small, "--resume"]) == 0
+    assert (tmp_path / "factors.journal.references.jsonl").read_bytes() == before
+
+
+def test_a_discarded_journal_does_not_come_back_when_the_new_search_dies_early(
+    options, tmp_path, capsys, monkeypatch
+):
+    small = ["--max-evaluations", "4", "--no-figures", "--retrieval-trials", "0"]
+    assert main([*options, *small]) == 0
+    assert num_journaled(tmp_path / "factors.journal.jsonl") == 4
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "score_trial", die)
+    assert main([*options, *small, "--overwrite"]) == 130
+    assert "0 evaluations are in" in capsys.readouterr().err
+    assert num_journaled(tmp_path / "factors.journal.jsonl") == 0
+
+
+def test_an_evolution_goes_on_with_more_iterations(options, tmp_path):
+    sizes = ["--algorithm", "evolution", "--population-size", "4", "--num-mutations", "2",
+             "--num-crossovers", "2", "--no-figures", "--retrieval-trials", "0"]  # fmt: skip
+    journal = tmp_path / "factors.journal.jsonl"
+    assert main([*options, *sizes, "--iterations", "1"]) == 0
+    before = journal.read_bytes()
+    assert main([*options, *sizes, "--iterations", "2", "--resume"]) == 0
+    assert journal.read_bytes().startswith(before) and num_journaled(journal) == 4 + 2 * 4
+    origin = LongRopeConfig.load(tmp_path / "factors.json").factor_sets[-1].origin
+    assert origin["parameters"]["max_iterations"] == 2
+
+
+def test_that_retrieval_will_not_be_measured_is_said_before_the_search(options, no_weights, capsys):
+    assert main([*options, "--dry-run"]) == 0  # 256 characters are too few for a needle's text
+    assert "retrieval will not be measured: " in capsys.readouterr().out
 
 
 def test_a_dry_run_says_what_the_search_costs_without_loading_it(options, no_weights, capsys):
@@ -328,11 +424,7 @@ def test_needles_that_could_not_be_asked_are_a_reason_before_the_search_and_no_f
     options, data, untied_gqa
 ):
     args = parsed([*options, "--target-length", "640"])
-    needles = needles_or_reason(args, maker.VOCAB)
-    assert needles.tokens.shape == (3, 640)
-    reason = needles_or_reason(args, 10)
-    assert "the tokenizer writes token" in reason and "vocabulary has 10" in reason
-    assert (
-        needles_or_reason(replace(args, retrieval_trials=0), maker.VOCAB)
-        == "--retrieval-trials is 0"
-    )
+    assert needles_or_reason(args).tokens.shape == (3, 640)
+    reason = needles_or_reason(replace(args, target_length=32))
+    assert "32" in reason
+    assert needles_or_reason(replace(args, retrieval_trials=0)) == "--retrieval-trials is 0"

@@ -111,6 +111,8 @@ def test_a_rival_of_a_race_is_moved_to_the_windows_of_the_runner():
 
 
 def test_a_quarter_of_the_pool_is_kept_for_the_end():
-    assert split_pool(40, 5) == (6, 2) and split_pool(11, 5) == (1, 1)
+    assert split_pool(40, 5) == (6, 2) and split_pool(10, 5) == (1, 1)
     with pytest.raises(ValueError, match="a pool of 9 documents is less than two generations' 5"):
         split_pool(9, 5)
+    with pytest.raises(ValueError, match="2 of them would not be read; give 40 or 45"):
+        split_pool(42, 5)
