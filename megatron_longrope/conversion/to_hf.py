@@ -276,7 +276,7 @@ class _Export:
         included = self.tokenizer
         if included is None and beside is not None and copy_tokenizer(beside, directory, longest):
             included = beside
-        shape = _with_true_vocabulary(checkpoint, info)
+        shape = with_true_vocabulary(checkpoint, info)
         source = TensorSource(checkpoint, self.family, shape, self.dtype)
         dtype = self.dtype or source.plan[0].dtype
         hf_config = to_hf_config(shape, self.family, dtype, factors.rope and factors.rope.keys)
@@ -321,11 +321,17 @@ def _write_configs(
         longrope_config.save(directory / "longrope.json")
 
 
-def _with_true_vocabulary(checkpoint: MegatronCheckpoint, info: TokenizerInfo) -> ModelShape:
+def with_true_vocabulary(checkpoint: MegatronCheckpoint, info: TokenizerInfo) -> ModelShape:
+    """Return the model's shape with the number of tokens that it was trained with.
+
+    Raises:
+        LongRopeError: The tokenizer has more.
+    """
     shape = checkpoint.shape
-    stored = getattr(checkpoint.args, "vocab_size", None)
     if info.vocab_size is None:
         return shape
+    given = getattr(checkpoint.args, "vocab_size", None) is not None
+    stored = shape.vocab_size if given else None
     if stored is not None and info.vocab_size > stored:
         raise LongRopeError(
             f"the tokenizer has {info.vocab_size} tokens, the model's vocabulary {stored}; "

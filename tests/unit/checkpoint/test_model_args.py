@@ -1,10 +1,14 @@
 import argparse
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_longrope.checkpoint.hf.families import select_family
 from megatron_longrope.checkpoint.model_args import ModelShape, custom_softmax_scale
+from megatron_longrope.conversion.to_hf import with_true_vocabulary
+from megatron_longrope.conversion.tokenizer import TokenizerInfo
+from megatron_longrope.errors import LongRopeError
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16}
 
@@ -54,3 +58,11 @@ def test_the_end_of_a_document_of_null_tokenizer_is_a_token(arguments):
     assert ModelShape.from_args(args).vocab_size == 50
     args = arguments(tokenizer_type="NullTokenizer", vocab_size=64, padded_vocab_size=64)
     assert ModelShape.from_args(args).vocab_size == 64
+
+
+def test_an_export_with_a_tokenizer_keeps_that_token(arguments):
+    args = arguments(tokenizer_type="NullTokenizer", vocab_size=50, padded_vocab_size=64)
+    checkpoint = SimpleNamespace(args=args, shape=ModelShape.from_args(args))
+    assert with_true_vocabulary(checkpoint, TokenizerInfo(51)).vocab_size == 51
+    with pytest.raises(LongRopeError, match="52 tokens, the model's vocabulary 51"):
+        with_true_vocabulary(checkpoint, TokenizerInfo(52))
