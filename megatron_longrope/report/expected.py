@@ -24,7 +24,8 @@ class Expected:
     table: str
     """Name of the report's table: `perplexity`, `passkey`, `short_benchmarks`."""
     row: str
-    """Name of the row, or a part of it that no other row has."""
+    """Name of the row; or its beginning, before what tells series of one name apart in parentheses;
+    or whole words of it. One row alone has a value there."""
     column: str
     """Title of the column, such as 8k."""
     value: str
@@ -86,7 +87,7 @@ def compare(expected: Sequence[Expected], tables: Sequence[Table], name: str) ->
         name (str): Of the file, for the title.
 
     Raises:
-        LongRopeError: A part of a row's name is in several rows.
+        LongRopeError: Several rows with a value in the column go by that name.
     """
     rows: dict[str, list[Value | None]] = {}
     missing = 0
@@ -113,18 +114,24 @@ def compare(expected: Sequence[Expected], tables: Sequence[Table], name: str) ->
 
 
 def _find(item: Expected, tables: Sequence[Table]) -> Value | None:
+    words = re.compile(rf"(?<![\w-]){re.escape(item.row)}(?![\w-])")
     for table in tables:
-        if table.name != item.table:
-            continue
-        named = [row for row in table.rows if row == item.row] or [
-            row for row in table.rows if item.row in row
-        ]
-        if len(named) > 1:
-            raise LongRopeError(
-                f"{item.row!r} is a part of the rows {', '.join(named)} of {table.name}; write "
-                "more of the one that is meant"
-            )
         titles = [column.title for column in table.columns]
-        if named and item.column in titles:
-            return table.rows[named[0]][titles.index(item.column)]
+        if table.name != item.table or item.column not in titles:
+            continue
+        place = titles.index(item.column)
+        named = (
+            [row for row in table.rows if row == item.row]
+            or [row for row in table.rows if row.startswith(f"{item.row} (")]
+            or [row for row in table.rows if words.search(row)]
+        )
+        # Factors that were searched for one window are a series of their own for each window.
+        found = {row: value for row in named if (value := table.rows[row][place]) is not None}
+        if len(found) > 1:
+            raise LongRopeError(
+                f"{item.row!r} may be any of the rows {', '.join(found)} of {table.name}, which "
+                f"all have a value at {item.column}; write more of the one that is meant"
+            )
+        if found:
+            return next(iter(found.values()))
     return None

@@ -215,7 +215,7 @@ def _cell(
 def _sections(rows: Rows, window: int | None) -> list[Section]:
     """Return a section for each stride, or for each protocol where there is none.
 
-    Where one series was measured twice at a length, on other documents for instance, the records
+    Where one series was measured on several sets of documents, or twice at a length, the records
     are split by what differs.
     """
     parts: dict[tuple[str, str], list] = defaultdict(list)
@@ -226,16 +226,32 @@ def _sections(rows: Rows, window: int | None) -> list[Section]:
     order = {protocol: place for place, protocol in enumerate(_PROTOCOLS)}
     groups = []
     for (_, stride), pairs in parts.items():
-        for detail, some in split_repeats(pairs, ("length",), _SETTINGS).items():
-            protocol = " and ".join(sorted({row["protocol"] for _, row in some}))
-            groups.append((protocol, joined(f"stride {stride}" if stride else "", detail), some))
-    groups.sort(key=lambda group: order.get(group[0].split(" ")[0], len(order)))
+        for documents, part in _by_documents(pairs).items():
+            for detail, some in split_repeats(part, ("length",), _SETTINGS).items():
+                protocol = " and ".join(sorted({row["protocol"] for _, row in some}))
+                words = joined(f"stride {stride}" if stride else "", documents, detail)
+                groups.append((protocol, words, some))
+    groups.sort(
+        key=lambda group: (
+            order.get(group[0].split(" ")[0], len(order)),
+            min(row["length"] for _, row in group[2]),
+        )
+    )
     names: list[str] = []
     for protocol, *_ in groups:
         slug = "".join(c if c.isascii() and c.isalnum() else "_" for c in protocol.lower())
         wanted = [f"perplexity_{slug}", *(f"perplexity_{slug}_{n}" for n in range(2, 99))]
         names.append(next(n for n in wanted if n not in names) if names else "perplexity")
     return [_section(name, *group, window) for name, group in zip(names, groups, strict=True)]
+
+
+def _by_documents(rows: Rows) -> dict[str, Rows]:
+    """Split records if a series has several sets of documents: no curve leads over two corpora."""
+    # With no field for a place, all records of a series count as at one.
+    hashed = all(row.get("documents_sha256") for _, row in rows)
+    if hashed and len(split_repeats(rows, (), ("documents_sha256",))) == 1:
+        return {"": rows}  # the same documents, whatever their files were called
+    return split_repeats(rows, (), ("sources", "documents_sha256"))
 
 
 def _section(name: str, protocol: str, detail: str, rows: Rows, window: int | None) -> Section:

@@ -296,6 +296,45 @@ def test_the_difference_is_of_the_number_as_a_whole(tmp_path, value, shown, diff
     assert re.search(rf"base, 4k +{shown} +7.96 +{difference}", tables)
 
 
+@pytest.fixture
+def searched(tmp_path):
+    """What two searches a window found, as examples/paper measures it, and a way to expect it."""
+    for name, better in (("lambda", 0), ("lambda_and_start_tokens", 1)):
+        for length in (8192, 16384):
+            window = f"{name}_{length // 1024}k"
+            row = ppl(length, length / 1024 - better, **whose(label=name, config=f"{window}.json"))
+            save(tmp_path / "runs" / window, "ppl", [row])
+
+    def expect(*lines):
+        text = "".join(f"perplexity,{line},t1\n" for line in lines)
+        (tmp_path / "e.csv").write_text(f"table,row,column,value,source\n{text}")
+        return write_report(tmp_path / "runs", expected=tmp_path / "e.csv")[1]
+
+    return expect
+
+
+def test_factors_of_a_window_each_are_found_by_their_common_name(searched):
+    shown = searched("lambda,8k,8.0", "lambda,16k,16.0", "lambda_and_start_tokens,16k,15.0")
+    assert re.search(r"perplexity: lambda, 8k +8.00 +8.0 ", shown)
+    assert re.search(r"perplexity: lambda, 16k +16.00 +16.0 ", shown)
+    assert re.search(r"perplexity: lambda_and_start_tokens, 16k +15.00 +15.0 ", shown)
+
+
+def test_a_part_of_a_word_is_not_the_row_that_is_expected(searched):
+    assert "1 of 1 published values were not measured" in searched("start_tokens,8k,7.0")
+
+
+def test_a_name_of_two_rows_with_a_value_there_is_refused(tmp_path):
+    rows = [ppl(4096, 3.0, **whose(label=f"{letter} one")) for letter in "ab"]
+    save(tmp_path / "runs", "ppl", [*rows, ppl(8192, 4.0, **whose(label="a one"))])
+    path = tmp_path / "e.csv"
+    path.write_text("table,row,column,value,source\nperplexity,one,8k,4.0,t1\n")
+    assert "perplexity: one, 8k" in write_report(tmp_path / "runs", expected=path)[1]
+    path.write_text("table,row,column,value,source\nperplexity,one,4k,3.0,t1\n")
+    with pytest.raises(ValueError, match="'one' may be any of the rows a one, b one of perplexity"):
+        write_report(tmp_path / "runs", expected=path)
+
+
 def test_one_place_in_several_tables_is_several_lines(tmp_path):
     save(tmp_path / "runs", "ppl", [ppl(8192, 4.0)])
     save(tmp_path / "runs", "passkey", [passkey(8192, True)])

@@ -365,6 +365,44 @@ def test_two_sources_of_one_model_are_two_tables(tmp_path):
     assert found == [("truncated, pg19)", {"4k": 3.0}), ("truncated, proof)", {"4k": 2.0})]
 
 
+def test_no_row_leads_over_two_corpora_though_no_length_was_measured_on_both(tmp_path):
+    far = {"sources": "books:20", "documents_sha256": "d1"}
+    save(tmp_path / "far", "ppl", [ppl(524288, 6.2, **far), ppl(1048576, 6.3, **far)])
+    save(tmp_path / "near", "ppl", [ppl(4096, 3.7), ppl(262144, 1.9)])
+    found = [(table.title.split("(")[1], cells(table)["base"]) for table in tables(tmp_path)]
+    assert found == [
+        ("truncated, proof.jsonl:10)", {"4k": 3.7, "256k": 1.9}),
+        ("truncated, books:20)", {"512k": 6.2, "1024k": 6.3}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "parts"),
+    [
+        # A longer window chose other documents of one file.
+        ({"documents_sha256": "a"}, {"documents_sha256": "b"}, 2),
+        ({"sources": "here:10"}, {"sources": "/there:10"}, 1),  # the same ones
+        # Records of earlier versions have no hash.
+        ({"sources": "a:1", "documents_sha256": None}, {"documents_sha256": None}, 2),
+    ],
+)
+def test_documents_are_known_by_their_content(tmp_path, one, other, parts):
+    save(tmp_path, "ppl", [ppl(4096, 3.0, **one), ppl(8192, 2.0, **other)])
+    assert len(tables(tmp_path)) == parts
+
+
+def test_models_whose_tokenizers_differ_are_compared_corpus_by_corpus(tmp_path):
+    save(tmp_path, "ppl", [
+        ppl(length, 3.0, sources=f"{corpus}_{model}:9", documents_sha256=f"{corpus} {model}")
+        | whose(model)
+        for model in ("a", "b") for corpus, length in (("near", 4096), ("far", 524288))
+    ])  # fmt: skip
+    shown = [(table.title.split(", ")[1], list(table.rows)) for table in tables(tmp_path)]
+    assert shown == [
+        ("near_a:9)", ["a"]), ("near_b:9)", ["b"]), ("far_a:9)", ["a"]), ("far_b:9)", ["b"])
+    ]  # fmt: skip
+
+
 def test_lines_measured_on_other_tokens_are_warned_of(tmp_path):
     save(tmp_path, "ppl", [
         row | whose(model)
