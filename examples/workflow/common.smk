@@ -39,6 +39,21 @@ def given_factors(names):
     return " ".join(f"--longrope-config {name}=factors/{name}.json" for name in names)
 
 
+# Of every rule that takes all GPUs. Not the resource `gpu` of the Slurm executor: it would ask for the GPUs of
+# all nodes in a step on the first one.
+GPUS = {
+    "machine": 1,
+    "nodes": config.get("nodes", 1),
+    "tasks": config.get("nodes", 1),
+    "gpus_per_node": config.get("gpus", 0),
+}
+if GPUS["gpus_per_node"]:
+    GPUS["slurm_extra"] = f"--gpus-per-node={GPUS['gpus_per_node']}"
+# What on_gpus of functions.sh is told: how many nodes it must find, and how long before a time limit it stops.
+os.environ["LONGROPE_NODES"] = str(GPUS["nodes"])
+os.environ.setdefault("STOP_SECONDS", str(config.get("stop_seconds", 1800)))
+
+
 # What training computes again in its backward pass instead of keeping it.
 RECOMPUTE = {
     "none": "",

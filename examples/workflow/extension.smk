@@ -5,11 +5,6 @@
 # EXTENDED_MODEL: flags of both for evaluations; TEXTS: a length for each set of whole documents; KINDS of evaluations.
 TASK_FILES = f"--include-path '{given(config['task_folder'])}'" if config["task_folder"] else ""
 PLACEMENT = words(config["placement"])
-# Of every rule that takes all GPUs. Not the resource `gpu` of the Slurm executor: it would ask for the GPUs of
-# all nodes in a step on the first one.
-GPUS = {"machine": 1, "nodes": config["nodes"], "tasks": config["nodes"], "gpus_per_node": config["gpus"]}
-if config["gpus"]:
-    GPUS["slurm_extra"] = f"--gpus-per-node={config['gpus']}"
 
 
 localrules: report

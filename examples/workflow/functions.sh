@@ -84,18 +84,32 @@ done_at() {
 # input of the same content as unchanged.
 stamp() { date +%FT%T.%N >"$1"; }
 
+# stop_at NOW LIMIT: when a job is to save what it has, in seconds as they are given. One that is shorter
+# than twice STOP_SECONDS works for half of its time.
+stop_at() {
+  local lead=${STOP_SECONDS:-1800} half=$((($2 - $1) / 2))
+  echo $(($2 - (lead < half ? lead : half)))
+}
+
 # on_gpus N longrope COMMAND ...: on N GPUs of this machine, or of each node of this Slurm job; without
 # GPUs one process.
 on_gpus() {
   local gpus=$1 nodes=1 step=() own job hosts limit=''
   shift 2
+  if ((gpus)) && [[ ${SLURM_JOB_ID:-} ]]; then
+    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
+    nodes=$(sed -n 's/.* NumNodes=\([0-9]*\).*/\1/p' <<<"$job")
+  fi
+  ((nodes >= ${LONGROPE_NODES:-1})) || {
+    echo "the settings ask for $LONGROPE_NODES nodes and this command has $nodes; set nodes=$nodes, or run the recipe with" \
+      "--profile examples/profiles/slurm, which asks Slurm for them" >&2
+    exit 2
+  }
   if ((gpus == 0)); then
     longrope "$@"
     return
   fi
   if [[ ${SLURM_JOB_ID:-} ]]; then
-    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")
-    nodes=$(sed -n 's/.* NumNodes=\([0-9]*\).*/\1/p' <<<"$job")
     limit=$(sed -n 's/.* EndTime=\([0-9T:-]*\).*/\1/p' <<<"$job")
     hosts=$(sed -n 's/.* NodeList=\([^ ]*\).*/\1/p' <<<"$job")
     : "${RDZV_ENDPOINT:=$(scontrol show hostnames "$hosts" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))}"
@@ -109,8 +123,8 @@ on_gpus() {
   NNODES=$nodes NPROC_PER_NODE=$gpus OMP_NUM_THREADS=1 PYTHON=$LONGROPE_BIN/python \
     "${BOUND[@]}" "${step[@]}" "$WORKFLOW/../cluster/torchrun/agent.sh" -m megatron_longrope "$@" &
   local work=$!
-  if [[ $limit ]]; then # shortly before: save a checkpoint and end, to be submitted again
-    limit=$(($(date -d "$limit" +%s) - ${STOP_SECONDS:-300}))
+  if [[ $limit ]]; then # before it: save a checkpoint and end, to be submitted again
+    limit=$(stop_at "$(date +%s)" "$(date -d "$limit" +%s)")
     while sleep 10 && kill -0 "$work" 2>/dev/null; do
       (($(date +%s) < limit)) || { kill -USR1 "$work"; break; }
     done &

@@ -21,6 +21,7 @@ import plan  # noqa: E402
 import preflight  # noqa: E402
 import rehearse  # noqa: E402
 from forked_commands import forked_commands  # noqa: E402
+from tiny_hf import make_hf_folder  # noqa: E402
 
 from megatron_longrope.cli import build_parser  # noqa: E402
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config  # noqa: E402
@@ -137,24 +138,91 @@ def test_a_model_whose_tokenizer_nobody_names_is_refused():
         plan.list_commands(str(ROOT / "examples/paper/Snakefile"), {"models": models})
 
 
-def test_before_the_recovery_every_length_has_the_factors_of_the_longest(paper, tmp_path):
-    # Snakemake runs the rule, in a process of its own.
-    ones = identity_config(10000.0, 8, 4096)
-    long = FactorSet(2097152, (1.0, 2.0, 300.0, 512.0))
-    ones.with_factor_set(long).save(tmp_path / "extended.json")
-    settings = {"output": str(tmp_path), "recovery": {"extended": str(tmp_path / "extended.json")}}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    target = "factors/before_recovery.json"
+def test_rulers_thirteen_tasks_are_refused_without_their_texts():
+    config = {"ruler": {"squad": ""}}
+    message = "names essays and hotpotqa of essays, squad and hotpotqa.* take the models out"
+    with pytest.raises(ValueError, match=message):
+        plan.list_commands(str(ROOT / "examples/paper/Snakefile"), config)
+
+
+# Stands in for `longrope`: finds 23 documents, and writes down what it is to measure.
+COMMAND = """#!/usr/bin/env bash
+[[ $1 == eval ]] && exec echo "$@" >>called
+while [[ $1 != --output ]]; do shift; done
+touch "$2.bin" "$2.idx"
+echo '{"documents": 23}' >"$2.json"
+"""
+LONG = FactorSet(2097152, (1.0, 2.0, 300.0, 512.0))
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Where some rules of the papers' tables have run, on a toy model."""
+    folder = tmp_path_factory.mktemp("tables")
+    make_hf_folder(folder / "toy", "mistral", max_position_embeddings=4096, sliding_window=4096)
+    identity_config(10000.0, 8, 4096).with_factor_set(LONG).save(folder / "extended.json")
+    (folder / "longrope").write_text(COMMAND)
+    (folder / "longrope").chmod(0o755)
+    (folder / "text.txt").touch()
+    settings = {
+        "output": str(folder), "gpus": 0,
+        "models": {"toy": {"hf": str(folder / "toy"), "flags": "--sliding-window drop"}},
+        "perplexity": {"pg19": {"text": str(folder / "text.txt")}},
+        "recovery": {"extended": str(folder / "extended.json")},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+    targets = ("factors/before_recovery.json", "factors/passkey/toy.json", "pg19/toy.done")
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "-s", "examples/paper/Snakefile", "--cores", "1",
-         "--configfile", str(tmp_path / "config.json"), "--", target],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+         "--configfile", str(folder / "config.json"), "--", *targets],
+        cwd=ROOT, capture_output=True, text=True, timeout=500,
+        env={**os.environ, "LONGROPE_BIN": str(folder)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    config = LongRopeConfig.load(tmp_path / target)
-    assert config.factor_set_for(4096) == config.factor_set_for(2097152) == long
+    return folder
+
+
+def test_before_the_recovery_every_length_has_the_factors_of_the_longest(paper, tables):
+    config = LongRopeConfig.load(tables / "factors/before_recovery.json")
+    assert config.factor_set_for(4096) == config.factor_set_for(2097152) == LONG
     wanted = [word for command in paper[1] for word in command.words if "before=" in word]
-    assert wanted == [f"before={target}"]
+    assert wanted == ["before=factors/before_recovery.json"]
+
+
+def test_published_models_are_asked_for_passkeys_beyond_their_window_as_they_are(paper, tables):
+    from megatron_longrope.evaluation.targets import open_models, targets_at
+
+    toy = open_models([], [f"toy={tables / 'toy'}"], sliding_window="drop")
+    with pytest.raises(ValueError, match="4096"):
+        targets_at(toy, [], [2097152])
+    (target,) = targets_at(toy, [str(tables / "factors/passkey/toy.json")], [2097152])
+    assert set(target.config.factor_set_for(2097152).rescale_factors) == {1.0}
+    assert target.config.attention_factor_for(2097152) == 1.0
+    config, found = paper
+    asked = [command.words for command in found if command.words[1:3] == ("eval", "passkey")]
+    assert len(asked) == len(config["passkey"]["models"])
+    assert all("--longrope-config" in words for words in asked)
+
+
+def test_a_table_is_measured_on_as_many_documents_as_there_are_up_to_its_number(paper, tables):
+    def number(words):
+        return words[words.index("--num-documents") + 1]
+
+    assert number((tables / "called").read_text().split()) == "23"
+    planned = [c.words for c in paper[1] if c.rule.startswith("perplexity pg19")]
+    assert planned and {number(words) for words in planned} == {"100"}
+
+
+def test_mistrals_factors_of_128k_are_tuned_at_16k_as_those_of_256k(megatron):
+    config = {}
+    for name in ("progressive/config", "mistral_7b/config", "paper/ft128k_mistral"):
+        config |= yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text())
+    found = plan.list_commands(str(ROOT / "examples/progressive/Snakefile"), config)
+    (training,) = (command for command in found if command.words[1] == "pretrain")
+    args, _ = megatron.parse_known_args(training.words[3:])
+    assert (args.seq_length, args.train_iters, args.lr) == (16384, 400, 1e-6)
+    assert (args.longrope_config, args.longrope_mode) == ("factors/128k.json", "long")
+    assert args.context_parallel_size == 1 and args.recompute_granularity is None
 
 
 def test_the_claims_are_commands_that_the_command_line_takes():
@@ -244,6 +312,10 @@ def test_searches_have_the_published_sizes():
     assert (near.parameters().population_size, far.parameters().population_size) == (64, 32)
     # Figure 6 and appendix A.3: cut to 15 iterations of 16 candidates.
     assert far.max_evaluations == 32 + 15 * 16
+    # The authors' sqrt(1 + ln 512 / ln 4096), of the farthest window in all three.
+    assert float(searches["second_search 512k"].attention_factor) == pytest.approx(
+        1.32288, abs=1e-5
+    )
     assert far.base_config == "factors/256k.json" and far.context_parallel_size == 8
     assert searches["recover 4k"].base_config == "factors/recovered_8k.json"
     assert searches["second_search 512k"].warm_start is None

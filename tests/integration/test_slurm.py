@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.one_release,
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]
-# `met` shows that agents on both nodes met; `long` is stopped 5 minutes before its time limit.
+# `met` shows that agents on both nodes met; `long` is stopped at half of its 8 minutes.
 SNAKEFILE = f"""
 include: "{ROOT}/examples/workflow/common.smk"
 

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -260,6 +261,51 @@ def test_a_folder_in_use_is_refused_and_a_dead_lock_is_opened(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not locks.exists() or not any(locks.iterdir())
+
+
+def test_a_recipe_for_more_nodes_than_there_are_is_refused(tmp_path):
+    """It would take one machine's time, and one machine's memory, for that of all."""
+    (tmp_path / "Snakefile").write_text(f"""
+include: "{ROOT}/examples/workflow/common.smk"
+
+rule first:
+    output: "first.done"
+    resources: **GPUS
+    shell:
+        "echo {{resources.tasks}} {{resources.slurm_extra}}; "
+        "on_gpus {{resources.gpus_per_node}} longrope eval"
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--profile", str(ROOT / "examples/profiles/local"),
+         "--config", "output=out", "nodes=8", "gpus=1"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        env={name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "8 --gpus-per-node=1" in done.stdout + done.stderr  # what Slurm would be asked for
+    assert "ask for 8 nodes and this command has 1; set nodes=1, or run" in done.stderr
+
+
+def test_every_recipe_asks_for_its_gpus_in_the_same_words():
+    files = [*ROOT.glob("examples/*/Snakefile"), *ROOT.glob("examples/*/*.smk")]
+    own = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if re.search(r"^GPUS\b.*=", path.read_text(), re.M)
+    }
+    assert own == {"examples/workflow/common.smk"}
+
+
+def test_a_training_has_half_an_hour_to_save_before_a_time_limit_or_half_of_its_time():
+    day, minutes = 86400, 600
+    calls = (f"stop_at 0 {day}; stop_at {day} {day + minutes}; "
+             f"STOP_SECONDS=60 stop_at 0 {minutes}")  # fmt: skip
+    script = f"source {ROOT}/examples/workflow/functions.sh; {calls}"
+    environment = {k: v for k, v in os.environ.items() if k != "STOP_SECONDS"}
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment | {"LONGROPE_BIN": "."}, capture_output=True
+    )
+    assert [*map(int, done.stdout.split())] == [day - 1800, day + 300, minutes - 60]
 
 
 @pytest.mark.parametrize("name", ["workflow/shell", "workflow/functions.sh", "run.sh"])

@@ -6,7 +6,7 @@
 # SIGTERM (scancel, preemption): stop likewise, but leave it to Slurm whether the job comes back.
 
 MAX_REQUEUES=${MAX_REQUEUES:-20}                   # restarts of the job, those by Slurm included
-STOP_SECONDS=${STOP_SECONDS:-270}                  # after SIGUSR1; then the job is requeued as it is
+STOP_SECONDS=${STOP_SECONDS:-1770}                 # after SIGUSR1; then the job is requeued as it is
 RDZV_PORT=${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # port of the first node where agents meet
 
 # shellcheck source=examples/cluster/common.sh
@@ -68,5 +68,5 @@ requeue() {
 
 # shellcheck disable=SC2329
 finish() {
-  [[ $timer ]] && kill "$timer" 2>/dev/null
+  [[ $timer ]] && pkill -P "$timer" # its sleep, or that would go on
 }
