@@ -192,6 +192,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             )
         return self.factor_set(length)
 
+    @torch.inference_mode(False)  # it is kept: RL trains with what a rollout has asked for first
     def _table(self, chunks: Sequence[range], selected: FactorSet) -> Tensor:
         """Angles of the chunks' positions: `[s, 1, 1, d]`, fp32."""
         own = self.config.base_factors
@@ -215,6 +216,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         once = emb[:, 0::2] if self.rotary_interleaved else emb[:, : self.rotary_dim // 2]
         return once.contiguous()
 
+    @torch.inference_mode(False)
     def get_cos_sin(self, max_seq_len: int, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each `[max_seq_len, d / 2]`, for the kernels of flash decoding.
 

@@ -241,6 +241,18 @@ def test_changing_the_mode_or_parity_never_returns_a_stale_table():
     assert not torch.equal(long, parity)
 
 
+def test_tables_that_inference_has_made_can_be_trained_with():
+    """RL trains between rollouts: what attention saves for its backward must not be inference's."""
+    rotary = LongRopeRotaryEmbedding(THREE_SETS, kv_channels=DIM)
+    with torch.inference_mode():
+        made = [rotary(64), *rotary.get_cos_sin(64)]
+    assert rotary(64) is made[0] and rotary.get_cos_sin(64)[0] is made[1]
+    query = torch.ones(64, 1, 1, DIM, requires_grad=True)
+    (query * made[0]).sum().backward()  # saves the table
+    torch.testing.assert_close(query.grad, made[0])
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in made)
+
+
 def test_at_most_two_tables_are_cached_and_the_same_object_is_returned():
     rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM)
     first = rotary(100)
