@@ -13,6 +13,8 @@ from megatron.training import pretrain as megatron_pretrain
 def model_provider(pre_process=True, post_process=True, config=None, **options):
     """The part of the model that this pipeline stage holds."""
     args = get_args()
+    if args.num_experts:
+        raise SystemExit("--num-experts needs megatron-core 0.19 here: this model is dense")
     config = config or arguments.core_transformer_config_from_args(args)
     if args.transformer_impl == "local":
         spec = gpt_layer_specs.get_gpt_layer_local_spec(

@@ -116,6 +116,8 @@ def forward_step(data_iterator, model):
 def datasets_provider(num_samples):
     """Train, validation and test sets of fixed-length samples."""
     args = get_args()
+    if getattr(args, "sft", False):
+        raise SystemExit("--sft is not for this script; use Megatron-LM's pretrain_gpt.py")
     # Only megatron-core 0.19 has the flag and the field.
     masking = {"inter_document_masking": True} if packs_documents() else {}
     blend, blend_per_split = get_blend_and_blend_per_split(args)

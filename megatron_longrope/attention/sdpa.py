@@ -36,6 +36,8 @@ from megatron_longrope.errors import LongRopeError
 _MASK = 2**24
 # Queries of a sliding window that share a call: each call sees a window of keys more than these.
 _BAND = 1024
+_TE = "--transformer-impl transformer_engine"
+_TE_OR_LOCAL = f"{_TE}, or --longrope-attention local"
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -103,7 +105,7 @@ class SdpaCoreAttention(MegatronModule):
             )
         self.window = None if left < 0 else left + 1
         if getattr(config, "softmax_type", "vanilla") != "vanilla":
-            raise self._unsupported(f"softmax_type {config.softmax_type!r}")
+            raise self._unsupported(f"softmax_type {config.softmax_type!r}", _TE_OR_LOCAL)
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
         self.softmax_scale = (
@@ -118,7 +120,9 @@ class SdpaCoreAttention(MegatronModule):
         if self.window is not None and self._cp_size() > 1:
             raise self._unsupported(f"window_size {config.window_size} with context parallelism")
         if self.window is not None and not self.windows:
-            raise self._unsupported(f"window_size {config.window_size}", remedy="sdpa")
+            raise self._unsupported(
+                f"window_size {config.window_size}", "--longrope-attention sdpa"
+            )
 
     def forward(
         self,
@@ -153,7 +157,7 @@ class SdpaCoreAttention(MegatronModule):
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         causal = mask_type in _CAUSAL
         if not causal and mask_type is not AttnMaskType.no_mask:
-            raise self._unsupported(f"attention mask type {mask_type.name}")
+            raise self._unsupported(f"attention mask type {mask_type.name}", _TE_OR_LOCAL)
         packed = self._is_packed(packed_seq_params)
         drops_mask = self.attention_type == "self" and not causal and not packed
         if drops_mask and 1 < query.shape[0] < key.shape[0]:
@@ -375,10 +379,8 @@ class SdpaCoreAttention(MegatronModule):
     def _dropout(self) -> float:
         return self.attention_dropout if self.training else 0.0
 
-    def _unsupported(self, what: str, remedy: str = "te") -> LongRopeError:
-        return LongRopeError(
-            f"{what} is not supported by {self.kernel} attention; use --longrope-attention {remedy}"
-        )
+    def _unsupported(self, what: str, remedy: str = _TE) -> LongRopeError:
+        return LongRopeError(f"{what} is not supported by {self.kernel} attention; use {remedy}")
 
 
 def dropout_rng(dropout: float) -> contextlib.AbstractContextManager:

@@ -22,12 +22,14 @@ _OTHERS_WAIT_S = 30.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank found in its factor file."""
+    """What one rank found: in its factor file, and which kernels it has."""
 
     error: str | None = None
     """Sentence to end the run with."""
     fingerprint: str | None = None
     """Hash of the factors, or None without any."""
+    attention: str | None = None
+    """Core attention of the run."""
 
 
 _pending: Finding | None = None
@@ -60,7 +62,7 @@ def settle() -> None:
     """Compare the ranks' findings, once there is a process group; all go on or all stop.
 
     Raises:
-        SystemExit: A rank had an error, or the factors differ between ranks.
+        SystemExit: A rank had an error, or factors or attention differ between ranks.
     """
     global _pending
     import torch.distributed as dist
@@ -100,9 +102,7 @@ def decide(error: str | None) -> None:
         SystemExit: A rank had an error.
     """
     record(Finding(error=error))
-    settle()
-    if error and _pending is not None:  # no process group: nobody is waiting for this rank either
-        stop(error)
+    require()
 
 
 def disagreement(findings: Sequence[Finding]) -> str | None:
@@ -111,12 +111,19 @@ def disagreement(findings: Sequence[Finding]) -> str | None:
     if failed:
         sentence = findings[failed[0]].error
         return sentence if len(failed) == len(findings) else f"{sentence} ({_ranks(failed)})"
-    first = findings[0].fingerprint
-    others = [index for index, item in enumerate(findings) if item.fingerprint != first]
+    first = findings[0]
+    others = [i for i, item in enumerate(findings) if item.fingerprint != first.fingerprint]
     if others:
         return (
             f"the LongRoPE factors of {_ranks(others)} differ from those of rank 0; give every "
             "rank the same --longrope-config file"
+        )
+    others = [i for i, item in enumerate(findings) if item.attention != first.attention]
+    if others:
+        return (
+            f"rank 0 has {first.attention} attention and {_ranks(others)} "
+            f"{findings[others[0]].attention}; give every node the same packages, or "
+            "--longrope-attention"
         )
     return None
 

@@ -33,6 +33,7 @@ _REFUSED = {
     "logit_dtype": "chunks of logits are rounded to the parameters' type",
     "logits_load_dir": "distillation compares whole logits with the teacher's",
     "logits_save_dir": "it stores whole logits",
+    "perform_rl_step": "RL takes the log-probabilities of its tokens from whole logits",
     "export_kd_teacher_load": "distillation compares whole logits with the teacher's",
 }
 # Flags that argparse stores under another name.

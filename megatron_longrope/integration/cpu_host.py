@@ -46,6 +46,11 @@ DROPPED: dict[str, int] = {
     "--fp8-param-gather": 0,
     "--use-distributed-optimizer": 0,
     "--use-precision-aware-optimizer": 0,
+    "--optimizer-cpu-offload": 0,  # this and the next four need it
+    "--main-grads-dtype": 1,
+    "--main-params-dtype": 1,
+    "--exp-avg-dtype": 1,
+    "--exp-avg-sq-dtype": 1,
     "--overlap-grad-reduce": 0,
     "--overlap-param-gather": 0,
     "--overlap-param-gather-with-optimizer-step": 0,

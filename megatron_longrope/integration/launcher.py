@@ -72,10 +72,11 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
 
 
 def save_folder(arguments: Sequence[str]) -> str | None:
-    """The folder that Megatron will save to, as its own parser reads it, or None."""
+    """The local folder that Megatron will save to, as its own parser reads it, or None."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--save", nargs="?")  # that a value is missing, Megatron says itself
-    return parser.parse_known_args(arguments)[0].save
+    save = parser.parse_known_args(arguments)[0].save
+    return None if save and "://" in save else save  # msc://bucket/name: no folder to lock
 
 
 def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:

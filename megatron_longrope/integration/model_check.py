@@ -32,40 +32,40 @@ def check_models(
     from megatron.core.utils import unwrap_model
 
     built: set[str] = set()
+    errors: list[str] = []  # the other ranks' chunks may be without any
     for chunk in unwrap_model(chunks):
         # Megatron-FSDP wraps a model twice, of which unwrap_model takes off the outer one.
         if type(chunk).__name__ == "MegatronFSDP":
             chunk = chunk.module
-        if has_factors:
-            _check_rotary(chunk)
+        if has_factors and (error := _rotary_error(chunk)):
+            errors.append(error)
         is_last = getattr(chunk, "post_process", True)
         if loss_chunk is not None and is_last and not chunked_loss.is_deferred(chunk):
-            agreement.stop(
+            errors.append(
                 f"the model {type(chunk).__name__} has not taken {chunked_loss.FLAG}; the plugin "
                 "supports GPTModel and HybridModel: remove the flag"
             )
         built |= _other_attention(chunk) if attention in OURS else set()
-    if not built:
-        return
     sentence = (
         f"the model has {', '.join(sorted(built))} where {attention} attention was announced: its "
         "layer spec chooses core attention by itself"
     )
-    if has_factors:
-        agreement.stop(f"{sentence}; give --longrope-attention local, or another --spec")
-    if rank() == 0:
+    if built and has_factors:
+        errors.append(f"{sentence}; give --longrope-attention local, or another --spec")
+    agreement.decide(errors[0] if errors else None)
+    if built and rank() == 0:
         print(f"> longrope: {sentence}", flush=True)
 
 
-def _check_rotary(chunk: Any) -> None:
+def _rotary_error(chunk: Any) -> str | None:
     from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
     rotary = getattr(chunk, "rotary_pos_emb", None)
     # isinstance: `fully_shard` (--use-torch-fsdp2) gives every module a subclass of another name.
     if isinstance(chunk, compat.language_models()) and isinstance(rotary, LongRopeRotaryEmbedding):
-        return
+        return None
     found = "none" if rotary is None else type(rotary).__name__
-    agreement.stop(
+    return (
         f"the model {type(chunk).__name__} did not take the LongRoPE rotary module (it has "
         f"{found}); the plugin supports GPTModel and HybridModel"
     )

@@ -51,10 +51,11 @@ def check(
       checkpoint's did at its length.
 
     A model that was trained with plain RoPE fits any factors for its base: that is the first
-    stage. A change to or from mode `mixed` under the same factors is no stage either: samples
-    rotate as before, and only packed short documents do not. It is noted in the last stage; a run
-    that packs documents must have asked for the mode. Everything else is refused, unless
-    `--longrope-replace-factors` asks for it.
+    stage. Either way it must rotate the same dimensions, in the same pairs. A change to or from
+    mode `mixed` under the same factors is no stage either: samples rotate as before, and only
+    packed short documents do not. It is noted in the last stage; a run that packs documents must
+    have asked for the mode. Everything else is refused, unless `--longrope-replace-factors` asks
+    for it.
 
     Args:
         args (Namespace): The run's arguments.
@@ -76,20 +77,21 @@ def check(
         )
     ours = Rotary.of_run(args, settings)
     lineage = saved_lineage(saved)
-    if theirs is not None and theirs.in_use() == ours.in_use():
+    refusal = _other_positions(args, saved)
+    if refusal is None and theirs is not None and theirs.in_use() == ours.in_use():
         return Verdict(lineage)
-    if theirs is not None and theirs.differs_in_mode_alone(ours):
+    if refusal is None and theirs is not None and theirs.differs_in_mode_alone(ours):
         return _mode_change(args, lineage, theirs, ours, settings.mode_is_chosen, iteration)
     step = ours.describe()
     if theirs is None or not theirs.has_factors:
-        refusal = _other_base(saved, theirs, ours)
+        refusal = refusal or _other_base(saved, theirs, ours)
         if ours.is_stock and refusal is None:
             return Verdict(lineage)
         scaling = ours.config.base_frequencies
         whose = "stock RoPE" if scaling is None else f"RoPE scaled by {scaling['rope_type']}"
         remark = f"first LongRoPE stage: {step}, on a model with {whose}"
     else:
-        refusal = _other_factors(theirs, ours)
+        refusal = refusal or _other_factors(theirs, ours)
         step += f", after {theirs.describe()}"
         remark = f"same factors at another length: {step}"
     if refusal is not None:
@@ -210,6 +212,30 @@ def _stock_stage(iteration: int, seq_length: int | None) -> dict[str, Any]:
     return {"rope": "stock", "iteration": iteration, "seq_length": seq_length}
 
 
+def _other_positions(args: argparse.Namespace, saved: argparse.Namespace) -> str | None:
+    """What a checkpoint has, and a run with factors has not, besides factors and frequencies."""
+    kind = getattr(saved, "position_embedding_type", None)
+    if kind not in (None, "rope"):
+        return (
+            f"the checkpoint was trained with --position-embedding-type {kind} and this run has "
+            "rope; give a checkpoint that was trained with rope"
+        )
+    factor = getattr(saved, "rotary_seq_len_interpolation_factor", None)
+    if factor is not None:
+        return (
+            f"the checkpoint was trained with --rotary-seq-len-interpolation-factor {factor} and "
+            "this run does not interpolate positions; give a checkpoint without"
+        )
+    for name in ("rotary_percent", "rotary_interleaved"):
+        pair = getattr(saved, name, None), getattr(args, name, None)
+        if None not in pair and pair[0] != pair[1]:
+            return (
+                f"the checkpoint was trained with {name} {pair[0]} and this run has {pair[1]}; "
+                f"give the checkpoint's {name}"
+            )
+    return None
+
+
 def _other_factors(theirs: Rotary, ours: Rotary) -> str | None:
     found = difference(theirs, ours)
     return found and (
@@ -231,8 +257,7 @@ def _other_base(saved: argparse.Namespace, theirs: Rotary | None, ours: Rotary) 
             "give factors with the checkpoint's base_frequencies"
         )
     base = getattr(saved, "rotary_base", None)
-    is_rope = getattr(saved, "position_embedding_type", None) == "rope"
-    if not is_rope or base is None or float(base) == float(ours.config.rotary_base):
+    if base is None or float(base) == float(ours.config.rotary_base):
         return None
     return (
         f"the checkpoint was trained with rotary_base {base:g} and this run's factors are for "

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.context_parallel import check_divisible
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import softmax_scale
 from megatron_longrope.fused_rope import fused_rope_overflow
@@ -87,9 +86,10 @@ def attention_from_args(args: argparse.Namespace) -> str:
             "--longrope-attention te needs Transformer Engine, which is not installed; "
             "use --transformer-impl local with --longrope-attention sdpa"
         )
-    if choice != "te" and not is_local:
+    if is_local == (choice == "te"):
+        needed = "transformer_engine" if choice == "te" else "local"
         raise LongRopeError(
-            f"--longrope-attention {choice} needs --transformer-impl local, "
+            f"--longrope-attention {choice} needs --transformer-impl {needed}, "
             f"got {args.transformer_impl}"
         )
     if choice == "flash" and (obstacle := flash_obstacle()):
@@ -127,6 +127,27 @@ def _flash_attention_fits(args: argparse.Namespace) -> bool:
     return bool(half and torch.cuda.is_available() and flash_obstacle() is None)
 
 
+def check_norms(args: argparse.Namespace) -> None:
+    """Check what Megatron's local implementation only asserts: its RMSNorm is torch's.
+
+    Raises:
+        LongRopeError: Sequence parallelism, or a kernel that torch's norm does not have.
+    """
+    if args.transformer_impl != "local" or getattr(args, "normalization", None) != "RMSNorm":
+        return
+    flags = []
+    if getattr(args, "sequence_parallel", False):
+        flags.append("remove --sequence-parallel")
+    if not getattr(args, "no_persist_layer_norm", True):
+        flags.append("add --no-persist-layer-norm")
+    if flags:
+        raise LongRopeError(
+            "RMSNorm of --transformer-impl local is torch's, without sequence parallelism or a "
+            f"persistent kernel; {' and '.join(flags)}, or use --transformer-impl "
+            "transformer_engine"
+        )
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Check what is wrong whatever the factor file holds, and so wrong on every rank.
 
@@ -134,7 +155,6 @@ def check_flags(args: argparse.Namespace) -> None:
         LongRopeError: A flag does not go with `--longrope-config`.
     """
     _refuse_other_scaling(args)
-    check_divisible(args.seq_length, args.context_parallel_size)
     _check_data(args)
 
 
@@ -153,15 +173,29 @@ def check_spec(args: argparse.Namespace) -> None:
 
 
 def config_from_args(args: argparse.Namespace) -> LongRopeConfig | None:
-    """The run's factor sets: the file's, else what `--use-checkpoint-args` restored, else None.
+    """The run's factor sets: the file's, else what a checkpoint's arguments hold, else None.
 
     Raises:
         LongRopeError: The file is missing or invalid.
     """
-    if getattr(args, "longrope_config", None):
-        return LongRopeConfig.load(args.longrope_config)
-    value = getattr(args, "longrope_config_value", None)
+    path, value = args.longrope_config, getattr(args, "longrope_config_value", None)
+    # Tools copy a checkpoint's arguments as a whole, and its file may be another machine's.
+    if path and (value is None or Path(path).exists()):
+        return LongRopeConfig.load(path)
     return None if value is None else LongRopeConfig.from_dict(value)
+
+
+def check_unused(args: argparse.Namespace) -> None:
+    """Check the flags of a run without factors, which would be ignored.
+
+    Raises:
+        LongRopeError: One of them needs factors.
+    """
+    for name, stock in _NEEDS_FACTORS.items():
+        if getattr(args, name, None) not in stock:
+            raise LongRopeError(
+                f"{_flag(name)} needs factors; give them with --longrope-config, or remove it"
+            )
 
 
 def settings_from_args(
@@ -215,7 +249,8 @@ def settings_from_args(
 
 def is_packed(args: argparse.Namespace) -> bool:
     """True when a batch is several documents (THD format)."""
-    flags = ("sft", "dataloader_inter_document_masking", "rl_use_sequence_packing")
+    # RL without sequence packing makes a pack of every single sequence.
+    flags = ("sft", "dataloader_inter_document_masking", "perform_rl_step")
     return any(getattr(args, name, False) for name in flags)
 
 
@@ -284,8 +319,9 @@ def _check_fused_rope(args: argparse.Namespace) -> None:
     if not getattr(args, "apply_rope_fusion", False) or heads is None:
         return
     grouped = getattr(args, "group_query_attention", False)
+    batch = max(args.micro_batch_size, getattr(args, "eval_micro_batch_size", None) or 0)
     overflow = fused_rope_overflow(
-        args.seq_length // args.context_parallel_size * args.micro_batch_size,
+        args.seq_length // args.context_parallel_size * batch,
         heads,
         args.num_query_groups if grouped else heads,
         args.kv_channels,
@@ -306,10 +342,10 @@ def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention
             "conversation; pack with --dataloader-inter-document-masking (megatron-core 0.19), or "
             "give --longrope-mode auto"
         )
-    if getattr(args, "rl_use_sequence_packing", False):
+    if getattr(args, "perform_rl_step", False):
         raise LongRopeError(
-            f"{mode} cannot follow --rl-use-sequence-packing, whose empty bins are batches without "
-            "documents; give --longrope-mode auto"
+            f"{mode} cannot follow --perform-rl-step, which counts the padding of a sequence to "
+            "it, and whose bins may be empty; give --longrope-mode auto"
         )
     if not is_packed(args):
         raise LongRopeError(
@@ -335,6 +371,8 @@ def _check_mixed(args: argparse.Namespace, settings: LongRopeSettings, attention
 
 
 def _check_data(args: argparse.Namespace) -> None:
+    if not (getattr(args, "train_iters", None) or getattr(args, "train_samples", None)):
+        return  # a conversion or a server: there is no data loader
     if args.seq_length >= DENSE_MASK_LIMIT and args.create_attention_mask_in_dataloader:
         raise LongRopeError(
             f"sequence length {args.seq_length} with a dense attention mask from the data loader "
@@ -357,34 +395,49 @@ def _check_geometry(args: argparse.Namespace, config: LongRopeConfig, rotary_dim
         )
 
 
+# Megatron's arguments that do not go with factors, in the order in which they are looked for.
+_REFUSED = {
+    "multi_latent_attention": "its attention builds a rotary embedding of its own",
+    "heterogeneous_layers_config_path": "Megatron lets them rotate with --use-rope-scaling alone",
+    "heterogeneous_layers_config_encoded_json": (
+        "Megatron lets them rotate with --use-rope-scaling alone"
+    ),
+    "use_rope_scaling": (
+        "base_frequencies in the file of --longrope-config replaces it (longrope convert from-hf "
+        "writes them), and both would scale the frequencies twice; remove the flag"
+    ),
+    "rotary_seq_len_interpolation_factor": "it would interpolate the positions twice",
+    "export_kd_teacher_load": "the teacher would get this run's factors, whatever its own are",
+    "hybrid_context_parallel": "its ranks would get another rank's positions",
+    "dynamic_context_parallel": "its ranks would get another rank's positions",
+}
+# The plugin's arguments that need factors, and their values that ask for nothing.
+_NEEDS_FACTORS = {
+    "longrope_mode": (None, "auto"),
+    "longrope_attention_factor_carrier": (None, "auto"),
+    "longrope_hf_parity": (None, False),
+    "longrope_replace_factors": (None, False),
+}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _refuse_other_scaling(args: argparse.Namespace) -> None:
     def refuse(flag: str, reason: str) -> None:
         raise LongRopeError(f"--longrope-config cannot be combined with {flag}: {reason}")
 
-    def get(name: str) -> Any:
-        return getattr(args, name, None)
-
-    if get("position_embedding_type") != "rope":
+    if args.position_embedding_type != "rope":
         refuse(
-            f"--position-embedding-type {get('position_embedding_type')}",
+            f"--position-embedding-type {args.position_embedding_type}",
             "LongRoPE rescales RoPE; use --position-embedding-type rope",
         )
-    if get("multi_latent_attention"):
-        refuse("--multi-latent-attention", "its attention builds a rotary embedding of its own")
-    if get("use_rope_scaling"):
-        refuse(
-            "--use-rope-scaling",
-            "base_frequencies in the file of --longrope-config replaces it (longrope convert "
-            "from-hf writes them), and both would scale the frequencies twice; remove the flag",
-        )
-    if get("rotary_seq_len_interpolation_factor") is not None:
-        refuse("--rotary-seq-len-interpolation-factor", "it would interpolate the positions twice")
-    if get("hybrid_layer_pattern") and get("rotary_interleaved"):
+    for name, reason in _REFUSED.items():
+        if getattr(args, name, None):
+            refuse(_flag(name), reason)
+    if getattr(args, "hybrid_layer_pattern", None) and getattr(args, "rotary_interleaved", False):
         refuse(
             "--rotary-interleaved",
             "Megatron's HybridModel applies it to angles in the order of two halves",
         )
-    for name in ("hybrid_context_parallel", "dynamic_context_parallel"):
-        if get(name):
-            flag = f"--{name.replace('_', '-')}"
-            refuse(flag, "its ranks would get another rank's positions")

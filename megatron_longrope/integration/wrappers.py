@@ -19,6 +19,7 @@ from typing import Any
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, shard_documents
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.frequencies import softmax_scale
 from megatron_longrope.integration import (
     agreement,
     chunked_loss,
@@ -33,7 +34,9 @@ from megatron_longrope.integration.settings import (
     LongRopeSettings,
     attention_from_args,
     check_flags,
+    check_norms,
     check_spec,
+    check_unused,
     config_from_args,
     settings_from_args,
 )
@@ -98,24 +101,34 @@ def configure(args: argparse.Namespace) -> None:
     activate(None)
     saved, _saved_args = _saved_args, None
     _compared.clear()
+    if not hasattr(args, "longrope_config"):
+        agreement.stop(
+            "the arguments lack --longrope-config; parse them with "
+            "extra_args_provider=add_longrope_args"
+        )
     try:
-        attention = attention_from_args(args)
+        check_norms(args)
         loss_chunk = chunked_loss.chunk_tokens_from_args(args)
         check_spec(args)
         if args.longrope_config:
             check_flags(args)
     except ValueError as error:
         agreement.stop(str(error))
+    settings = None
     try:
+        attention = attention_from_args(args)
         is_restored = provenance.restore(args, saved)
         config = config_from_args(args)
-        settings = None if config is None else settings_from_args(args, config, attention)
+        if config is None:
+            check_unused(args)
+        else:
+            settings = settings_from_args(args, config, attention)
     except ValueError as error:
-        # Perhaps only this rank's file is wrong: the others must hear before anything ends.
+        # Perhaps only this rank's file or kernel is wrong: the others must hear before it ends.
         agreement.record(agreement.Finding(error=str(error)))
         agreement.settle()
         return
-    agreement.record(agreement.Finding(fingerprint=_fingerprint(config)))
+    agreement.record(agreement.Finding(fingerprint=_fingerprint(config), attention=attention))
     agreement.settle()
     if settings is not None:
         args.longrope_lineage = provenance.begin(args, settings)
@@ -159,7 +172,7 @@ def with_validation(validate_args: Callable) -> Callable:
 
     @functools.wraps(validate_args)
     def validate(args: argparse.Namespace, *rest: Any, **options: Any) -> Any:
-        if args.longrope_config and args.seq_length:
+        if getattr(args, "longrope_config", None) and args.seq_length:
             try:  # before Megatron's own assertion, which names no remedy
                 check_divisible(args.seq_length, args.context_parallel_size)
             except ValueError as error:
@@ -305,8 +318,8 @@ def with_concentration(concentration_factor: Callable) -> Callable:
 def with_softmax_scale(attention_init: Callable) -> Callable:
     """Around `Attention.__init__`: dynamic inference asks the layer, not the config, for it.
 
-    Where its decoding asks nobody, and gives keys no multiplier of cos and sin either, it is
-    refused.
+    A config that does not carry the attention factor is refused. Where decoding asks nobody for
+    the scale, and gives keys no multiplier of cos and sin either, it is refused, too.
     """
 
     @functools.wraps(attention_init)
@@ -316,6 +329,15 @@ def with_softmax_scale(attention_init: Callable) -> Callable:
         if settings is None or settings.attention_factor == 1.0:
             return
         if settings.carrier == "softmax":
+            # Every head dimension is rotated, or the carrier would be another.
+            scale = softmax_scale(settings.attention_factor, settings.config.rotary_dim)
+            if config.softmax_scale != scale:
+                raise LongRopeError(
+                    f"the model's TransformerConfig has softmax_scale {config.softmax_scale}, and "
+                    f"the attention factor needs {scale:.6g}; give it softmax_scale="
+                    "args.softmax_scale after enable(args), or build it with Megatron's "
+                    "core_transformer_config_from_args(args)"
+                )
             self.softmax_scale = config.softmax_scale
         if compat.decoding_drops_softmax_scale():
             self.flash_decode_and_prefill = _refuse_dynamic_inference

@@ -51,6 +51,7 @@ def run_arguments(**changes: Any) -> argparse.Namespace:
         "multi_latent_attention": False,
         "hybrid_context_parallel": False,
         "seq_length": RUN,
+        "train_iters": 1,
         "create_attention_mask_in_dataloader": False,
         "reset_attention_mask": False,
         "rank": 0,

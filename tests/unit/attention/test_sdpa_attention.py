@@ -26,6 +26,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.attention import sdpa as sdpa_module
 
+OR_LOCAL = ", or --longrope-attention local"
+
 
 def assert_equal_to_the_reference(module, batch, scale=SCALE, causal=True):
     theirs = output_and_gradients(lambda *qkv: reference(*qkv, scale, causal), *batch)
@@ -180,41 +182,45 @@ def test_a_sliding_window_does_not_go_with_context_parallelism():
 
 
 @pytest.mark.parametrize(
-    "options, what",
+    "options, what, remedy",
     [
-        ({"window_size": (128, 4)}, "window_size (128, 4)"),
+        ({"window_size": (128, 4)}, "window_size (128, 4)", ""),
         (
             {"window_size": (8, 0), "window_attn_skip_freq": 2},
             "window_size (8, 0) with window_attn_skip_freq 2",
+            "",
         ),
-        ({"softmax_type": "learnable"}, "softmax_type 'learnable'"),
+        ({"softmax_type": "learnable"}, "softmax_type 'learnable'", OR_LOCAL),
     ],
 )
-def test_other_windows_and_attention_sinks_are_refused(options, what):
+def test_other_windows_and_attention_sinks_are_refused(options, what, remedy):
     with pytest.raises(ValueError) as error:
         core_attention(config_options=options)
     assert str(error.value) == (
-        f"{what} is not supported by sdpa attention; use --longrope-attention te"
+        f"{what} is not supported by sdpa attention; use --transformer-impl transformer_engine"
+        f"{remedy}"
     )
 
 
 @pytest.mark.parametrize(
-    "options, what",
+    "options, what, remedy",
     [
-        ({"attention_bias": torch.zeros(1)}, "attention_bias"),
-        ({"attn_mask_type": AttnMaskType.arbitrary}, "attention mask type arbitrary"),
-        ({"packed_seq_params": PackedSeqParams(qkv_format="bshd")}, "qkv_format 'bshd'"),
+        ({"attention_bias": torch.zeros(1)}, "attention_bias", ""),
+        ({"attn_mask_type": AttnMaskType.arbitrary}, "attention mask type arbitrary", OR_LOCAL),
+        ({"packed_seq_params": PackedSeqParams(qkv_format="bshd")}, "qkv_format 'bshd'", ""),
         (
             {"packed_seq_params": PackedSeqParams(qkv_format="sbhd", local_cp_size=2)},
             "hybrid context parallelism, a group for each batch,",
+            "",
         ),
     ],
 )
-def test_what_would_silently_change_the_result_is_refused(options, what):
+def test_what_would_silently_change_the_result_is_refused(options, what, remedy):
     with pytest.raises(ValueError) as error:
         core_attention()(*random_batch(12, batch=2)[:3], **options)
     assert str(error.value) == (
-        f"{what} is not supported by sdpa attention; use --longrope-attention te"
+        f"{what} is not supported by sdpa attention; use --transformer-impl transformer_engine"
+        f"{remedy}"
     )
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from launching import TIMEOUT_S, Command, Ranks
+from tiny_gpt import run_arguments
 
-from megatron_longrope.integration import agreement, wrappers
+from megatron_longrope.integration import agreement, settings, wrappers
 from megatron_longrope.integration.agreement import Finding, disagreement
 
 
@@ -37,6 +38,11 @@ def alone(monkeypatch):
             [Finding(fingerprint="a"), Finding(fingerprint="b"), Finding(fingerprint="a")],
             "the LongRoPE factors of rank 1 differ from those of rank 0; give every rank the same "
             "--longrope-config file",
+        ),
+        (
+            [Finding(attention="flash"), Finding(attention="flash"), Finding(attention="sdpa")],
+            "rank 0 has flash attention and rank 2 sdpa; give every node the same packages, or "
+            "--longrope-attention",
         ),
         (
             [Finding(), Finding(fingerprint="b"), Finding(fingerprint="b")],
@@ -104,6 +110,13 @@ def test_an_error_of_one_rank_waits_for_the_others(monkeypatch):
     agreement.record(Finding(error="no file"))
     agreement.settle()  # nobody can hear it yet
     assert agreement._pending == Finding(error="no file")
+
+
+def test_attention_that_one_node_lacks_is_said_once_the_others_can_hear(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(settings, "flash_obstacle", lambda: "no flash-attn here")
+    wrappers.configure(run_arguments(longrope_attention="flash"))
+    assert "no flash-attn here" in agreement._pending.error
 
 
 def test_a_model_is_not_built_over_an_error_that_no_rank_has_heard_of(monkeypatch):

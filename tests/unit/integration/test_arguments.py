@@ -14,7 +14,9 @@ from megatron_longrope.integration import settings as settings_module
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.settings import (
     attention_from_args,
+    check_norms,
     check_spec,
+    check_unused,
     config_from_args,
     settings_from_args,
 )
@@ -59,6 +61,7 @@ def namespace(path, **changes) -> argparse.Namespace:
         "softmax_scale", "dataloader_inter_document_masking", "sft", "apply_rope_fusion",
         "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
         "rotary_interleaved", "dynamic_context_parallel", "rl_use_sequence_packing", "window_size",
+        "perform_rl_step", "heterogeneous_layers_config_path", "export_kd_teacher_load",
     }  # fmt: skip
     assert not changes.keys() - vars(args).keys() - optional
     return argparse.Namespace(**{**vars(args), **changes})
@@ -265,6 +268,17 @@ def test_a_softmax_scale_of_another_origin_is_refused(path):
             "remove the flag",
         ),
         (
+            # Megatron demands the other flag with them, so that its refusal would name no way out.
+            {"heterogeneous_layers_config_path": "f.json", "use_rope_scaling": True},
+            "--heterogeneous-layers-config-path: Megatron lets them rotate with --use-rope-scaling "
+            "alone",
+        ),
+        (
+            {"export_kd_teacher_load": "teacher"},
+            "--export-kd-teacher-load: the teacher would get this run's factors, whatever its own "
+            "are",
+        ),
+        (
             {"rotary_seq_len_interpolation_factor": 4},
             "--rotary-seq-len-interpolation-factor: it would interpolate the positions twice",
         ),
@@ -308,12 +322,6 @@ def test_factors_of_another_rotary_base_are_refused(path):
     )
 
 
-def test_a_length_that_does_not_split_over_context_parallel_ranks_is_refused(path):
-    message = "sequence length 126 is not divisible by 2 x context parallel size 4 = 8; use 128 "
-    with pytest.raises(ValueError, match=message):
-        read(namespace(path, seq_length=126, context_parallel_size=4))
-
-
 @pytest.mark.parametrize("mode", ["auto", "long"])
 def test_a_sequence_beyond_the_largest_set_is_refused(path, mode):
     with pytest.raises(ValueError, match="sequence length 131073 exceeds 131072, the max_length"):
@@ -331,12 +339,68 @@ def test_a_dense_attention_mask_is_refused_from_64k_on(path):
     )
     read(namespace(path, seq_length=65535, create_attention_mask_in_dataloader=True))
     read(namespace(path, seq_length=65536))
+    # Without training there is no data loader: tools that convert, servers.
+    args.train_iters = None
+    read(args)
 
 
 def test_a_missing_factor_file_is_refused_with_its_path(tmp_path):
     absent = str(tmp_path / "absent.json")
     with pytest.raises(ValueError, match=r"absent\.json: no such file"):
         read(namespace(absent))
+
+
+def test_arguments_of_a_checkpoint_whose_file_is_gone_have_its_factors(path, tmp_path):
+    """Megatron's converter copies a checkpoint's arguments as a whole."""
+    args = namespace(path)
+    read(args)
+    args.longrope_config, args.softmax_scale = str(tmp_path / "gone.json"), None
+    assert read(args).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"longrope_mode": "mixed"}, "--longrope-mode"),
+        ({"longrope_mode": "long"}, "--longrope-mode"),
+        ({"longrope_hf_parity": True}, "--longrope-hf-parity"),
+        ({"longrope_attention_factor_carrier": "rope"}, "--longrope-attention-factor-carrier"),
+        ({"longrope_replace_factors": True}, "--longrope-replace-factors"),
+    ],
+)
+def test_flags_that_need_factors_are_refused_without(changes, flag):
+    args = run_arguments(longrope_config=None)
+    check_unused(args)
+    with pytest.raises(ValueError) as error:
+        check_unused(argparse.Namespace(**{**vars(args), **changes}))
+    assert str(error.value) == (
+        f"{flag} needs factors; give them with --longrope-config, or remove it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"sequence_parallel": True}, "remove --sequence-parallel"),
+        ({"no_persist_layer_norm": False}, "add --no-persist-layer-norm"),
+        (
+            {"sequence_parallel": True, "no_persist_layer_norm": False},
+            "remove --sequence-parallel and add --no-persist-layer-norm",
+        ),
+    ],
+)
+def test_what_megatrons_local_rms_norm_only_asserts_is_refused(changes, remedy):
+    fits = {"normalization": "RMSNorm", "sequence_parallel": False, "no_persist_layer_norm": True}
+    check_norms(run_arguments(**fits))
+    args = run_arguments(**{**fits, **changes})
+    with pytest.raises(ValueError) as error:
+        check_norms(args)
+    assert str(error.value) == (
+        "RMSNorm of --transformer-impl local is torch's, without sequence parallelism or a "
+        f"persistent kernel; {remedy}, or use --transformer-impl transformer_engine"
+    )
+    for name, value in (("normalization", "LayerNorm"), ("transformer_impl", "transformer_engine")):
+        check_norms(argparse.Namespace(**{**vars(args), name: value}))
 
 
 def test_our_hybrid_spec_refuses_layers_that_it_does_not_have():
@@ -399,6 +463,11 @@ def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
     )
     monkeypatch.setattr(settings_module, "transformer_engine_version", lambda: "2.9")
     assert attention_from_args(args) == "te"
+    with pytest.raises(ValueError) as error:  # Megatron would run its local attention
+        attention_from_args(namespace(None, longrope_attention="te"))
+    assert str(error.value) == (
+        "--longrope-attention te needs --transformer-impl transformer_engine, got local"
+    )
 
 
 def test_local_attention_is_refused_under_context_parallelism():
@@ -447,7 +516,7 @@ def test_flash_decoding_carries_the_factor_by_rope(path):
             "packed sequences; add --no-rope-fusion",
         ),
         (
-            {"rl_use_sequence_packing": True, "apply_rope_fusion": True},
+            {"perform_rl_step": True, "apply_rope_fusion": True},
             "attention factor 1.08012 on cos and sin is ignored by the fused RoPE kernel for "
             "packed sequences; add --no-rope-fusion",
         ),
@@ -482,6 +551,7 @@ def test_fused_rope_that_cannot_index_the_tokens_of_a_rank_is_refused(path):
         args.kv_channels, args.rotary_percent = 128, HEAD_DIM / 128
         args.num_attention_heads, args.tensor_model_parallel_size = 32, 1
         args.group_query_attention, args.micro_batch_size = False, 1
+        args.eval_micro_batch_size = None
         return args
 
     long = CONFIG.with_factor_set(FactorSet(262144, (1.0, 2.0, 300.0, 4096.0)))
@@ -489,6 +559,10 @@ def test_fused_rope_that_cannot_index_the_tokens_of_a_rank_is_refused(path):
         settings_from_args(seven_b(length, **sizes), long, "te")
     with pytest.raises(ValueError, match=r"174763 tokens a rank x 12288 values .* --no-rope-fus"):
         settings_from_args(seven_b(174763), long, "te")
+    args = seven_b(131072)
+    args.eval_micro_batch_size = 2
+    with pytest.raises(ValueError, match="262144 tokens a rank"):
+        settings_from_args(args, long, "te")
 
 
 # Mixed windows
@@ -513,7 +587,7 @@ def test_mixed_mode_scales_the_softmax_of_documents_within_the_original_window(p
         ({"dataloader_inter_document_masking": False}, "chooses factors by packed document, and"),
         ({"sft": True}, "cannot follow --sft, whose data set counts the padding of a pack to its"),
         ({"apply_rope_fusion": True}, "needs a table row per token, and the fused RoPE kernel"),
-        ({"rl_use_sequence_packing": True}, "cannot follow --rl-use-sequence-packing, whose empty"),
+        ({"perform_rl_step": True}, "cannot follow --perform-rl-step, which counts the padding"),
         ({"longrope_attention": "local"}, "needs another softmax scale for short documents, which"),
         ({"longrope_attention_factor_carrier": "rope"}, "carries the attention factor of a docume"),
     ],

@@ -245,6 +245,10 @@ def test_ranks_beyond_the_first_are_silent(monkeypatch, tmp_path, capsys):
             {"longrope_chunked_loss": 64, "use_mup": True},
             "--longrope-chunked-loss cannot be combined with --use-mup",
         ),
+        (
+            {"longrope_chunked_loss": 64, "perform_rl_step": True},
+            "--longrope-chunked-loss cannot be combined with --perform-rl-step",
+        ),
     ],
 )
 def test_a_refusal_ends_the_run_with_one_sentence(monkeypatch, tmp_path, changes, sentence):
@@ -252,6 +256,31 @@ def test_a_refusal_ends_the_run_with_one_sentence(monkeypatch, tmp_path, changes
         validated(monkeypatch, tmp_path, **changes)
     assert str(error.value).startswith(f"longrope: error: {sentence}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"longrope_hf_parity": True}, "--longrope-hf-parity needs factors; give them"),
+        ({"normalization": "RMSNorm", "sequence_parallel": True}, "RMSNorm of --transformer-impl"),
+    ],
+)
+def test_a_run_without_factors_is_refused_with_one_sentence_too(
+    monkeypatch, tmp_path, changes, sentence
+):
+    with pytest.raises(SystemExit, match=f"^longrope: error: {sentence}"):
+        validated(monkeypatch, tmp_path, longrope_config=None, **changes)
+
+
+def test_a_script_that_forgot_the_plugins_flags_is_told_how_to_add_them():
+    args = run_arguments()
+    del args.longrope_config
+    with pytest.raises(SystemExit) as error:
+        hooks.enable(args)
+    assert error.value.code == (
+        "longrope: error: the arguments lack --longrope-config; parse them with "
+        "extra_args_provider=add_longrope_args"
+    )
 
 
 # Other releases

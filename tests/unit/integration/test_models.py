@@ -166,6 +166,12 @@ def test_where_the_softmax_scale_would_be_wrong_cos_and_sin_carry(arguments, obs
         start_run(**arguments, longrope_attention_factor_carrier="softmax")
 
 
+def test_a_config_that_a_script_built_without_the_softmax_scale_is_refused():
+    args = tiny_gpt.start_run()
+    with pytest.raises(ValueError, match=r"has softmax_scale None, and the attention factor needs"):
+        tiny_gpt.build(args, softmax_scale=None)
+
+
 def test_both_carriers_give_the_same_logits():
     tokens, _ = random_tokens(2, RUN)
     ours = []

@@ -283,7 +283,31 @@ def test_factors_for_another_base_than_the_stock_models_are_refused():
     assert text.startswith(
         "the checkpoint was trained with rotary_base 500000 and this run's factors are for 10000; "
     )
-    assert check(settings(), stock(position_embedding_type="learned_absolute", rotary_base=5))
+
+
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        ({"position_embedding_type": "yarn"}, "--position-embedding-type yarn and this run"),
+        ({"position_embedding_type": "none"}, "--position-embedding-type none and this run"),
+        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_abs"),
+        ({"rotary_seq_len_interpolation_factor": 4}, "--rotary-seq-len-interpolation-factor 4 and"),
+        ({"rotary_percent": 0.5}, "rotary_percent 0.5 and this run has 1.0; give"),
+        ({"rotary_interleaved": True}, "rotary_interleaved True and this run has False; give"),
+    ],
+)
+def test_a_model_with_other_positions_is_no_model_with_stock_rope(trained, words):
+    here = {"rotary_percent": 1.0, "rotary_interleaved": False}
+    checkpoint = stock(**{**here, "rotary_seq_len_interpolation_factor": None})
+    assert check(settings(), checkpoint, **here).remark.startswith("first LongRoPE stage")
+    for value in (vars(checkpoint), vars(saved())):  # without factors, and with the run's own
+        with pytest.raises(ValueError) as error:
+            check(settings(), argparse.Namespace(**{**value, **trained}), **here)
+        assert str(error.value).startswith(f"the checkpoint was trained with {words}")
+        assert str(error.value).endswith(REMEDY)
+    replaced = {**here, "longrope_replace_factors": True}
+    verdict = check(settings(), argparse.Namespace(**{**vars(checkpoint), **trained}), **replaced)
+    assert verdict.remark.startswith("factors replaced (--longrope-replace-factors): ")
 
 
 LLAMA3 = {

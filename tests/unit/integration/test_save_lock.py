@@ -28,6 +28,7 @@ def test_a_second_training_into_a_folder_is_refused_and_named(tmp_path):
         ("--save a --save-interval 5 --save=b", "b"),
         ("--save", None),
         ("--save-interval 5", None),
+        ("--save msc://bucket/a", None),  # an object store has no folder to lock
     ],
 )
 def test_the_folder_that_is_locked_is_the_one_that_megatron_saves_to(words, folder):
