@@ -89,7 +89,6 @@ def angles(
     rotary_base: float,
     rotary_dim: int,
     rescale_factors: Tensor | None = None,
-    num_start_tokens: int = 0,
 ) -> Tensor:
     """Rotation angles of LongRoPE (equation 3), exact to 1e-6 rad at any practical position.
 
@@ -99,21 +98,16 @@ def angles(
     Args:
         positions (Tensor): `[s]`, integer token positions.
         rescale_factors (Tensor, optional): `[rotary_dim / 2]`, lambda_i. None is stock RoPE.
-        num_start_tokens (int): n_hat; positions below it are not rescaled.
 
     Returns:
         Tensor: `[s, rotary_dim / 2]`, fp32 angles in [-pi, pi], on `positions`' device.
     """
     device = positions.device
-    base = inv_freq(rotary_base, rotary_dim).to(device)
-    rescaled = base
+    rescaled = inv_freq(rotary_base, rotary_dim).to(device)
     if rescale_factors is not None:
-        rescaled = base / rescale_factors.to(device=device, dtype=torch.float64)
+        rescaled = rescaled / rescale_factors.to(device=device, dtype=torch.float64)
     # [s] x [d/2] -> [s, d/2]
     exact = torch.outer(positions.to(torch.float64), rescaled)
-    if num_start_tokens > 0:
-        kept = positions < num_start_tokens
-        exact[kept] = torch.outer(positions[kept].to(torch.float64), base)
     # Reduced before the cast: fp32 holds 1e-7 near zero but only 0.1 near 2^21.
     exact -= torch.round(exact / (2 * math.pi)) * (2 * math.pi)
     return exact.to(torch.float32)

@@ -87,19 +87,19 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
                 "LongRoPE cannot be combined with --rotary-seq-len-interpolation-factor or "
                 "--use-rope-scaling, which would scale positions twice; remove that flag"
             )
-        selection = FactorSelection(config, mode, run_length)
+        rotary_base = config.rotary_base if rotary_base is None else rotary_base
         # Where stock computes its frequencies: a GPU's pow may round differently.
         super().__init__(
             kv_channels=kv_channels,
             rotary_percent=rotary_percent,
             rotary_interleaved=rotary_interleaved,
-            rotary_base=config.rotary_base if rotary_base is None else rotary_base,
+            rotary_base=rotary_base,
             use_cpu_initialization=use_cpu_initialization or not torch.cuda.is_available(),
             cp_group=cp_group,
         )
         self.rotary_dim = 2 * len(self.inv_freq)
-        self.rotary_base = config.rotary_base if rotary_base is None else rotary_base
-        self.selection = selection
+        self.rotary_base = rotary_base
+        self.selection = FactorSelection(config, mode, run_length)
         self.hf_parity = hf_parity
         self.carried_attention_factor = carried_attention_factor
         self._document_scale = document_scale
@@ -224,8 +224,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         """
         if self._document_scale is not None:
             self._document_scale.capacity = None  # these kernels have one scale for all documents
-        pinned = self.selection.pinned_length
-        key = (max_seq_len, offset, self.mode, pinned, self.hf_parity, self._device())
+        key = (max_seq_len, offset, *self._key())
         if key not in self._cos_sin:
             freqs = self.get_freqs_non_repeated(max_seq_len, offset)
             factor = self.attention_factor(offset + max_seq_len) if self.factor_in_cos_sin else 1.0
@@ -268,9 +267,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         if self._longest_request is not None:
             # A dynamic batch has a row per token, and may have more of them than a sequence.
             length = min(length, self._longest_request)
-        device = self._device()
-        key = (max_seq_len, offset, length, cp_rank, cp_size, self.mode)
-        key += (self.selection.pinned_length, self.hf_parity, device)
+        key = (max_seq_len, offset, length, cp_rank, cp_size, *self._key())
         if key not in self._tables:
             chunks = _chunks(max_seq_len, offset, cp_rank, cp_size)
             self._remember(key, self._table(chunks, self._fitting_set(length)))
@@ -327,6 +324,10 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
                 self._remember(key, self._table([range(rows)], selected))
             parts.append(self._tables[key][: end - start])
         return torch.cat(parts)
+
+    def _key(self) -> tuple:
+        """What a table depends on besides its positions and the factors."""
+        return self.mode, self.selection.pinned_length, self.hf_parity, self._device()
 
     def _device(self) -> torch.device:
         if self.table_device is not None:

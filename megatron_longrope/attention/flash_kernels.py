@@ -83,12 +83,12 @@ class FlashKernels:
 
     def _accepted(self, function: Callable, options: dict[str, Any]) -> dict[str, Any]:
         """`options` without those that are off, and without lengths that it finds by itself."""
-        if options.get("dropout_p") and "dropout_p" not in inspect.signature(function).parameters:
+        known = inspect.signature(function).parameters
+        if options.get("dropout_p") and "dropout_p" not in known:
             raise LongRopeError(
                 f"{self.name} has no dropout, and attention dropout is {options['dropout_p']}; "
                 "give --attention-dropout 0, install flash-attn 2 or use sdpa attention"
             )
-        known = inspect.signature(function).parameters
         return {
             name: value
             for name, value in options.items()

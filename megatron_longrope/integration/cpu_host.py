@@ -156,6 +156,11 @@ def enable() -> None:
     _cuda_to_cpu_mode(torch).__enter__()
 
 
+def _answer(value: object = None):
+    """A new function returning `value`; torch.compile's tables want one for each name."""
+    return lambda *_, **__: value
+
+
 class _Stream(contextlib.nullcontext):
     """A stream on which everything has already happened."""
 
@@ -164,22 +169,12 @@ class _Stream(contextlib.nullcontext):
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
 
-    def wait_stream(self, *_: object) -> None:
-        """Nothing to wait for."""
-
-    def wait_event(self, *_: object) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
+    wait_stream = wait_event = synchronize = _answer()
+    query = _answer(True)
 
     def record_event(self, event: _Event | None = None) -> _Event:
         """An event that is already done."""
         return event or _Event()
-
-    def query(self) -> bool:
-        """All work is done."""
-        return True
 
 
 class _Event:
@@ -192,15 +187,8 @@ class _Event:
         """Take the time."""
         self._time = time.perf_counter()
 
-    def wait(self, *_: object) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """The event is done."""
-        return True
+    wait = synchronize = _answer()
+    query = _answer(True)
 
     def elapsed_time(self, end: _Event) -> float:
         """Milliseconds to `end`."""
@@ -219,11 +207,6 @@ class _Properties:
     major, minor = 9, 0
     multi_processor_count = 1
     total_memory = 64 << 30
-
-
-def _answer(value: object = None):
-    """A new function returning `value`; torch.compile's tables want one for each name."""
-    return lambda *_, **__: value
 
 
 def _cuda_answers(torch) -> dict[str, object]:

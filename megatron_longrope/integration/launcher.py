@@ -33,8 +33,7 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
 
     Raises:
         LongRopeError: The script does not exist, another training writes to the `--save` folder, or
-            Megatron could not compile its dataset helpers.
-        LongRopeError: This Megatron lacks a symbol that the plugin needs.
+            Megatron lacks a symbol or could not compile its dataset helpers.
     """
     path = Path(script)
     if not path.is_file():

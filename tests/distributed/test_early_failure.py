@@ -127,7 +127,7 @@ def test_a_good_file_is_compared_between_ranks_by_its_content(monkeypatch, path)
     assert ours.error is agreement._pending.error is None
     assert ours.fingerprint != agreement._pending.fingerprint
     validate(None)
-    assert agreement._pending == Finding()
+    assert agreement._pending == Finding(attention="sdpa")
 
 
 # Two processes

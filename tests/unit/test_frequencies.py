@@ -187,13 +187,10 @@ def test_power_of_two_interpolation_equals_megatron_core_bit_for_bit():
 
 
 @pytest.mark.parametrize(("base", "dim"), GEOMETRIES)
-@pytest.mark.parametrize("start_tokens", [0, 4, 4096])
-def test_angles_agree_with_mpmath_to_a_microradian_up_to_two_million_tokens(
-    base, dim, start_tokens
-):
+def test_angles_agree_with_mpmath_to_a_microradian_up_to_two_million_tokens(base, dim):
     factors = longrope_factors(dim)
     positions = [0, 1, 3, 4, 5, 4095, 4096, 4097, 65535, 65536, 262143, 2**20 + 1, 2**21 - 1, 2**21]
-    ours = angles(torch.tensor(positions), base, dim, factors, start_tokens)
+    ours = angles(torch.tensor(positions), base, dim, factors)
     assert ours.dtype == torch.float32
     assert ours.shape == (len(positions), dim // 2)
     assert ours.abs().max().item() <= math.pi + 2e-7  # pi itself rounds up in fp32
@@ -202,8 +199,7 @@ def test_angles_agree_with_mpmath_to_a_microradian_up_to_two_million_tokens(
         for row, position in enumerate(positions):
             for i, factor in enumerate(factors.tolist()):
                 beta = mpmath.mpf(base) ** (mpmath.mpf(2 * i) / dim)
-                scale = 1 if position < start_tokens else mpmath.mpf(factor)
-                error = mpmath.mpf(ours[row, i].item()) - position / (scale * beta)
+                error = mpmath.mpf(ours[row, i].item()) - position / (mpmath.mpf(factor) * beta)
                 error -= mpmath.nint(error / turn) * turn
                 assert abs(error) < 1e-6, (position, i)
 
@@ -217,29 +213,13 @@ def test_plain_fp32_angles_are_off_by_a_tenth_of_a_radian_at_two_million_tokens(
 
 def test_both_formulas_agree_at_short_positions():
     positions, factors = torch.arange(256), longrope_factors(128)
-    exact = angles(positions, 1e4, 128, factors, 4)
-    plain = angles_fp32(positions, 1e4, 128, factors, 4)
+    exact = angles(positions, 1e4, 128, factors)
+    plain = angles_fp32(positions, 1e4, 128, factors)
     assert distance_on_the_circle(plain, exact) < 1e-4
 
 
-def test_start_tokens_keep_the_original_rotation_and_the_next_one_does_not():
-    positions, factors = torch.arange(8), longrope_factors(64, 8.0)
-    original = angles(positions, 1e4, 64, torch.ones(32))
-    rescaled = angles(positions, 1e4, 64, factors)
-    mixed = angles(positions, 1e4, 64, factors, 4)
-    assert torch.equal(mixed[:4], original[:4])
-    assert torch.equal(mixed[4:], rescaled[4:])
-    assert not torch.equal(original[4:], rescaled[4:])
-
-
-def test_start_tokens_are_counted_by_position_and_not_by_row():
-    positions, factors = torch.tensor([9, 2, 4, 3, 100, 0]), longrope_factors(64, 8.0)
-    whole = angles(torch.arange(101), 1e4, 64, factors, 4)
-    assert torch.equal(angles(positions, 1e4, 64, factors, 4), whole[positions])
-
-
 def test_no_positions_give_no_angles():
-    result = angles(torch.arange(0), 1e4, 32, torch.ones(16), 4)
+    result = angles(torch.arange(0), 1e4, 32, torch.ones(16))
     assert result.shape == (0, 16)
 
 
@@ -418,16 +398,12 @@ def test_every_named_vector_is_finite_non_decreasing_within_the_ratio_and_a_vali
     half=st.integers(2, 64),
     ratio=st.floats(1.0, 512.0),
     positions=st.lists(st.integers(0, 2**22), min_size=1, max_size=8),
-    start=st.integers(0, 2**22),
 )
-def test_angles_are_the_fp64_product_reduced_for_any_factors_and_start_tokens(
-    half, ratio, positions, start
-):
+def test_angles_are_the_fp64_product_reduced_for_any_factors(half, ratio, positions):
     factors = longrope_factors(2 * half, ratio)
-    ours = angles(torch.tensor(positions), 1e4, 2 * half, factors, start)
+    ours = angles(torch.tensor(positions), 1e4, 2 * half, factors)
     for row, position in enumerate(positions):
-        scale = torch.ones(half, dtype=torch.float64) if position < start else factors
-        exact = position * (inv_freq(1e4, 2 * half) / scale)
+        exact = position * (inv_freq(1e4, 2 * half) / factors)
         assert distance_on_the_circle(ours[row], exact) < 1e-6
 
 
