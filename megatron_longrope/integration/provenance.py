@@ -226,9 +226,9 @@ def _other_positions(args: argparse.Namespace, saved: argparse.Namespace) -> str
             f"the checkpoint was trained with --rotary-seq-len-interpolation-factor {factor} and "
             "this run does not interpolate positions; give a checkpoint without"
         )
-    for name in ("rotary_percent", "rotary_interleaved"):
-        pair = getattr(saved, name, None), getattr(args, name, None)
-        if None not in pair and pair[0] != pair[1]:
+    for name, default in (("rotary_percent", 1.0), ("rotary_interleaved", False)):
+        pair = getattr(saved, name, default), getattr(args, name, default)
+        if pair[0] != pair[1]:
             return (
                 f"the checkpoint was trained with {name} {pair[0]} and this run has {pair[1]}; "
                 f"give the checkpoint's {name}"

@@ -428,9 +428,10 @@ def _refuse_other_scaling(args: argparse.Namespace) -> None:
     def refuse(flag: str, reason: str) -> None:
         raise LongRopeError(f"--longrope-config cannot be combined with {flag}: {reason}")
 
-    if args.position_embedding_type != "rope":
+    positions = getattr(args, "position_embedding_type", None)
+    if positions != "rope":
         refuse(
-            f"--position-embedding-type {args.position_embedding_type}",
+            f"--position-embedding-type {positions}",
             "LongRoPE rescales RoPE; use --position-embedding-type rope",
         )
     for name, reason in _REFUSED.items():
