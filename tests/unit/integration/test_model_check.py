@@ -10,7 +10,7 @@ pytest.importorskip("megatron.training")
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from megatron_longrope.integration import hooks
+from megatron_longrope.integration import agreement, hooks
 from megatron_longrope.integration.model_check import check_models
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -47,6 +47,17 @@ def test_a_model_that_only_holds_a_language_model_ends_the_run():
     vlm.language_model, vlm.vision_model = run_model(), nn.Identity()
     with pytest.raises(SystemExit, match=r"the model LLaVAModel did not take .*it has none"):
         check_models([vlm], "sdpa", has_factors=True)
+
+
+def test_every_rank_takes_part_in_the_verdict_whatever_its_own_chunks_are(monkeypatch):
+    heard = []
+    monkeypatch.setattr(agreement, "decide", heard.append)
+    check_models([run_model()], "sdpa", has_factors=True)
+    check_models([foreign_attention()], "sdpa", has_factors=True)
+    check_models([nn.Identity()], "local", has_factors=False, loss_chunk=64)
+    assert heard[0] is None
+    assert heard[1].startswith("the model has DotProductAttention")
+    assert heard[2].startswith("the model Identity has not taken --longrope-chunked-loss")
 
 
 def test_a_model_with_stock_rope_ends_a_run_with_factors():
