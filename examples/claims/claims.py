@@ -456,7 +456,7 @@ the claim. A document's loss is the mean over its tokens, in windows side by sid
 
 Both sides saw the same documents or passkeys. The interval is the wider of those over
 documents (or passkeys) and over seeds: three of each search, {tuning} of the order of a
-fine-tuning's data (claims 12 and 13: {ablated}), one of the base model. A claim is shown when all
+fine-tuning's data, one of the base model. A claim is shown when all
 of its comparisons are above zero, the reverse when all are below, partly run when some are missing.
 Comparisons in which neither side finds a passkey count for nothing. At this size a claim that is
 not shown says little about a large model.
@@ -466,13 +466,12 @@ not shown says little about a large model.
 
 def page(results: Results) -> str:
     """Return docs/claims.md."""
-    about, counts = results.about.get("text", ""), {}
-    for name, start in (("tuning", "longrope"), ("ablated", "mixed")):
-        try:
-            counts[name] = len(results.fine_tunings(start))
-        except NotRun:
-            counts[name] = "none"
-    text = [INTRODUCTION.format(base=base_model(results), about=about, **counts)]
+    try:
+        tuning = len(results.fine_tunings("longrope"))
+    except NotRun:
+        tuning = "none"
+    about = results.about.get("text", "")
+    text = [INTRODUCTION.format(base=base_model(results), about=about, tuning=tuning)]
     text += ["| | claim | |", "|---|---|---|"]
     for number, claim, parts in CLAIMS:
         text.append(f"| {number} | {claim} | {judge(results, parts)[0]} |")

@@ -106,6 +106,11 @@ class GenerationalSearch(ABC):
         self._asked: dict[Candidate, int] = {}  # in full, -> index of the trial
         self._scores: dict[Candidate, float] = {}  # of candidates asked for in full
 
+    @property
+    def has_patience(self) -> bool:
+        """Return whether it may end before its budget does."""
+        return self._patience is not None
+
     # What a subclass knows.
 
     @abstractmethod

@@ -108,6 +108,7 @@ def run_search(
     Raises:
         LongRopeError: The journal exists and is not to be resumed, or belongs to other settings.
         LongRopeError: No candidate could be scored, or a replica died.
+        LongRopeError: The journal holds more than the search asks for.
     """
     num_samples = blocks[0].num_samples
     status = SearchStatus(num_samples)
@@ -138,6 +139,12 @@ def run_search(
                 if not resumed:
                     telemetry.evaluated(record, status)
         bar.finish(status.note())
+    # With patience, what was asked ahead may be beyond the end.
+    if scores.num_resumed > len(records) and not search.has_patience:
+        raise LongRopeError(
+            f"{run.journal} holds {scores.num_resumed} evaluations and this search ends after "
+            f"{len(records)}; give it the budget that it was begun with, or a larger one"
+        )
     return _outcome(search, problem, run, known, records, status)
 
 
@@ -255,10 +262,12 @@ def score_anchor(
         run (SearchRun): Of the search that follows.
         known (Sequence[Evaluation]): Scores on the first block, which are not repeated.
     """
-    records = _score_given([given], problem, blocks, run, "anchor", known).records
+    # In the journal's name: a reference that failed before may be the best of a resumed search.
+    label = f"anchor-{next(key for key, item in problem.references.items() if item == given)}"
+    records = _score_given([given], problem, blocks, run, label, known).records
     losses = {record.block: record.sample_nlls for record in records if is_complete(record)}
     if len(losses) < len(blocks):
-        path = _journal_beside(run, "anchor")
+        path = _journal_beside(run, label)
         raise LongRopeError(f"the anchor could not be scored on every block; {_remedy(path)}")
     return Anchor(given, tuple(losses[block] for block in range(len(blocks))))
 

@@ -182,7 +182,7 @@ def test_a_discarded_journal_does_not_come_back_when_the_new_search_dies_early(
     assert num_journaled(tmp_path / "factors.journal.jsonl") == 0
 
 
-def test_an_evolution_goes_on_with_more_iterations(options, tmp_path):
+def test_an_evolution_goes_on_with_more_iterations_and_not_with_fewer(options, tmp_path, capsys):
     sizes = ["--algorithm", "evolution", "--population-size", "4", "--num-mutations", "2",
              "--num-crossovers", "2", "--no-figures", "--retrieval-trials", "0"]  # fmt: skip
     journal = tmp_path / "factors.journal.jsonl"
@@ -192,6 +192,8 @@ def test_an_evolution_goes_on_with_more_iterations(options, tmp_path):
     assert journal.read_bytes().startswith(before) and num_journaled(journal) == 4 + 2 * 4
     origin = LongRopeConfig.load(tmp_path / "factors.json").factor_sets[-1].origin
     assert origin["parameters"]["max_iterations"] == 2
+    assert main([*options, *sizes, "--iterations", "1", "--resume"]) == 2
+    assert "holds 12 evaluations and this search ends after 8" in capsys.readouterr().err
 
 
 def test_that_retrieval_will_not_be_measured_is_said_before_the_search(options, no_weights, capsys):
@@ -426,5 +428,5 @@ def test_needles_that_could_not_be_asked_are_a_reason_before_the_search_and_no_f
     args = parsed([*options, "--target-length", "640"])
     assert needles_or_reason(args).tokens.shape == (3, 640)
     reason = needles_or_reason(replace(args, target_length=32))
-    assert "32" in reason
+    assert "window" in reason and "32" in reason
     assert needles_or_reason(replace(args, retrieval_trials=0)) == "--retrieval-trials is 0"

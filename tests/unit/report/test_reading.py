@@ -391,7 +391,7 @@ def test_documents_are_known_by_their_content(tmp_path, one, other, parts):
     assert len(tables(tmp_path)) == parts
 
 
-def test_models_whose_tokenizers_differ_are_compared_corpus_by_corpus(tmp_path):
+def test_every_corpus_of_every_tokenizer_has_a_table(tmp_path):
     save(tmp_path, "ppl", [
         ppl(length, 3.0, sources=f"{corpus}_{model}:9", documents_sha256=f"{corpus} {model}")
         | whose(model)

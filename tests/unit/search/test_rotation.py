@@ -56,6 +56,14 @@ def rotate(search, run, fail_after=None):
     return found, anchor
 
 
+def test_every_anchor_has_a_journal_of_its_own(tmp_path):
+    run = SearchRun(tmp_path / "j.jsonl", resume=True)
+    for name in ("pi", "ntk", "pi"):
+        given = PROBLEM.references[name]
+        anchor = score_anchor(given, PROBLEM, [Block(offset) for offset in OFFSETS], run, ())
+        assert anchor.given == given
+
+
 @pytest.mark.parametrize("rule", ["exact", "paired"])
 @pytest.mark.parametrize("new", [evolution, covariance])
 def test_blocks_of_other_difficulty_change_nothing(new, rule, tmp_path):
