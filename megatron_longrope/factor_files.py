@@ -87,22 +87,14 @@ def export_factors(
 
     Args:
         config (LongRopeConfig): What to write.
-        kind (str): `hf` (the fields of config.json), `csv` (the authors') or `list` (JSON).
-        window (int, optional): Tokens; whose set to write as `csv` or `list`, or the long one of
-            `hf`. Defaults to the longest.
+        kind (str): `csv` (the authors') or `list` (JSON).
+        window (int, optional): Tokens; whose set to write. Defaults to the longest.
         layers (int): Rows of a CSV; the authors' code reads one for each layer.
 
     Raises:
         LongRopeError: The format cannot hold the factors, or there is no such window.
     """
-    window = window or config.max_length
-    if kind == "hf":
-        from megatron_longrope.checkpoint.hf.families import FAMILIES
-        from megatron_longrope.conversion.rope_export import export_rope
-
-        keys = export_rope(config, FAMILIES["llama"], target_length=window).keys
-        return json.dumps(keys, indent=2) + "\n"
-    item = config.factor_set_for(window)
+    item = config.factor_set_for(window or config.max_length)
     if item.num_start_tokens:
         raise LongRopeError(
             f"the set for {item.max_length} tokens has {item.num_start_tokens} start tokens, which "

@@ -60,6 +60,24 @@ def model_config(checkpoint: Checkpoint, original_length: int | None = None) -> 
     return stored
 
 
+def check_vocabulary(vocab_size: int, what: str, shape: ModelShape, path: str | Path) -> None:
+    """Refuse token ids that a model does not have.
+
+    Args:
+        vocab_size (int): Largest token id plus one.
+        what (str): Where the tokens come from.
+        path (str | Path): Of the model.
+
+    Raises:
+        LongRopeError: The model's vocabulary is smaller.
+    """
+    if vocab_size > shape.vocab_size:
+        raise LongRopeError(
+            f"{what} has {vocab_size} tokens, the vocabulary of {path} {shape.vocab_size}; it is "
+            "not the model's tokenizer"
+        )
+
+
 def check_fits(
     longrope_config: LongRopeConfig, shape: ModelShape, stored: LongRopeConfig | None = None
 ) -> None:

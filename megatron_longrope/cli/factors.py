@@ -312,6 +312,8 @@ def _run_make(options: MakeOptions) -> None:
 
 
 def _run_export(options: ExportOptions) -> None:
+    from megatron_longrope.checkpoint.hf.families import FAMILIES
+    from megatron_longrope.conversion.rope_export import export_rope
     from megatron_longrope.factor_files import export_factors
     from megatron_longrope.files import refuse_existing, write_text_atomic
 
@@ -319,7 +321,12 @@ def _run_export(options: ExportOptions) -> None:
     if options.format == "json":
         _write(config, options)
         return
-    text = export_factors(config, options.format, options.window, options.layers)
+    if options.format == "hf":
+        window = options.window or config.max_length
+        keys = export_rope(config, FAMILIES["llama"], target_length=window).keys
+        text = json.dumps(keys, indent=2) + "\n"
+    else:
+        text = export_factors(config, options.format, options.window, options.layers)
     refuse_existing([Path(options.output)], options.overwrite)
     write_text_atomic(options.output, text)
     print(f"wrote {options.output}")

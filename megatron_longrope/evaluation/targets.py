@@ -249,21 +249,11 @@ def prompt_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str:
 
 
 def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[NamedModel]) -> None:
-    """Refuse token ids that a model does not have.
+    """Refuse token ids that one of the models does not have, as :func:`check_vocabulary` does."""
+    from megatron_longrope.checkpoint.opening import check_vocabulary
 
-    Args:
-        vocab_size (int): Largest token id plus one.
-        what (str): Where the tokens come from.
-
-    Raises:
-        LongRopeError: A model's vocabulary is smaller.
-    """
     for model in models:
-        if vocab_size > model.checkpoint.shape.vocab_size:
-            raise LongRopeError(
-                f"{what} has {vocab_size} tokens, the vocabulary of {model.path} "
-                f"{model.checkpoint.shape.vocab_size}; it is not the model's tokenizer"
-            )
+        check_vocabulary(vocab_size, what, model.checkpoint.shape, model.path)
 
 
 def labelled(items: Sequence[str]) -> list[tuple[str, str]]:

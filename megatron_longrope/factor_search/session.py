@@ -12,14 +12,13 @@ from typing import Any
 
 from megatron_longrope.checkpoint.fingerprint import content_sha256
 from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.checkpoint.opening import open_checkpoint
+from megatron_longrope.checkpoint.opening import check_vocabulary, open_checkpoint
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible
 from megatron_longrope.data.documents import read_manifest
 from megatron_longrope.engine import Engine
 from megatron_longrope.engine.loading import default_dtype
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.targets import NamedModel, check_tokenizer_fits
 from megatron_longrope.factor_search import outcome as outcome_files
 from megatron_longrope.factor_search.attention import (
     ATTENTION_EVALUATIONS,
@@ -462,10 +461,13 @@ def _check_tokens(args: SearchOptions, checkpoint: Checkpoint) -> None:
     Raises:
         LongRopeError: Their manifests say so.
     """
-    model, manifests = NamedModel("", str(checkpoint.directory), checkpoint), []
+    manifests = []
     for prefix in filter(None, (args.data, args.held_out)):
         manifests.append(read_manifest(prefix))
-        check_tokenizer_fits(manifests[-1]["vocab_size"], f"the tokenizer of {prefix}", [model])
+        check_vocabulary(
+            manifests[-1]["vocab_size"], f"the tokenizer of {prefix}",
+            checkpoint.shape, checkpoint.directory,
+        )  # fmt: skip
     if len({item["tokenizer_sha256"] for item in manifests} - {None}) > 1:
         raise LongRopeError(
             f"--data {args.data} and --held-out {args.held_out} were made with different tokenizers"

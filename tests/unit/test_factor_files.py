@@ -88,8 +88,9 @@ def test_a_path_with_an_equals_sign_has_no_window(tmp_path):
     (folder / "config.json").write_text(json.dumps(config().to_hf()))
     (folder / "x.csv").write_text("1,2\n")
     for source, more in ((folder / "config.json", ()), (f"8k={folder}/x.csv", MODEL)):
-        assert run("import", source, *more, "--output", tmp_path / "o.json") == 0
-    assert LongRopeConfig.load(tmp_path / "o.json").max_length == 8192
+        output = tmp_path / "o.json"
+        assert run("import", source, *more, "--output", output, "--overwrite") == 0
+    assert LongRopeConfig.load(output).max_length == 8192
 
 
 @pytest.mark.parametrize("kind", ["csv", "list"])
