@@ -157,7 +157,10 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
     # A training may save a later iteration meanwhile.
     load = str(iteration_directory(Path(options.load), options.iteration))
     factors = options.longrope_config or ""  # may be the name of published ones
-    check_apart(options.output, [options.data, factors if os.path.exists(factors) else None])
+    # The one file of an earlier export that is read now and written again.
+    again = Path(factors) == Path(options.output, "longrope.json")
+    others = None if again or not os.path.exists(factors) else factors
+    check_apart(options.output, [options.data, others])
     config, _ = exported_factors(replace(options, load=load))
     lengths: dict[str, Any] = {
         "short_length": options.short_length,

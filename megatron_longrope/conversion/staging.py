@@ -28,7 +28,7 @@ _STAGING = ".converting"
 _FINGERPRINT, _LOCK = "fingerprint.json", "lock"
 _RESULT, _SHARDS, _REPLACED = "result", "shards", "replaced"
 _DATA_FILES = ("*.safetensors", "*.distcp")
-_MEGATRON = (TRACKER, "iter_*", "mp_rank_*", "*.distcp")
+_MEGATRON = (TRACKER, "iter_[0-9]*/", "mp_rank_[0-9]*/", "*.distcp")
 MAX_SHARD_BYTES = 5_000_000_000
 """Size of a file of tensors, unless more is asked for."""
 _HASHED_BYTES = 2**20  # larger files are known by their size and time of change

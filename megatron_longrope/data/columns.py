@@ -66,6 +66,8 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[int, str, str | No
                 for value in batch.column(0):
                     row += 1
                     yield (row, *_text_of(value, text_key), size * row // total)
+    except PermissionError:
+        raise
     except (pyarrow.ArrowInvalid, OSError) as error:
         reason = " ".join(str(error).split())
         yield row + 1, "", f"the parquet data is damaged from here on ({reason})", size

@@ -200,11 +200,14 @@ def _refuse_shared(sources: Sequence[Source], files: Sequence[Sequence[Path]]) -
 def _refuse_left_beside(output: str | Path, packings: Mapping[str, Packing]) -> None:
     """Refuse to write a set beside what an earlier run kept out of it and this one does not."""
     for suffix, key in (("_heldout", "held_out"), ("_short", "short_window")):
-        path = output_paths(f"{output}{suffix}")[2]
+        files = output_paths(f"{output}{suffix}")
+        if suffix in packings or not all(path.exists() for path in files):
+            continue
         # A set of this name that was made by itself holds nothing out.
-        if suffix not in packings and path.exists() and read_json(path).get(key):
+        content = read_json(files[2])
+        if isinstance(content, dict) and content.get(key):
             raise LongRopeError(
-                f"{path} and its set are of an earlier run, whose documents would now stand in "
+                f"{files[2]} and its set are of an earlier run, whose documents would now stand in "
                 f"{output} too; remove that set, pass --{key.replace('_', '-')} again, or choose "
                 "another name"
             )

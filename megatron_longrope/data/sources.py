@@ -70,7 +70,10 @@ class SkippedDocument:
     def remedy(self) -> str:
         """Return what helps."""
         if self.lacks_text:
-            return "name the text with --text-key, or with text_key of the source in a mix"
+            return (
+                "name the text with --text-key, or with text_key of the source in a mix, or leave "
+                "the file out"
+            )
         return "repair it or pass --on-error skip"
 
 

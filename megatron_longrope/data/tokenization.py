@@ -163,7 +163,8 @@ def store_batches(
 
 
 def _refuse_empty(source: Source, skips: Skips) -> None:
-    what = f"source {source.name!r} ({', '.join(source.paths)})"
+    more = f" and {len(source.paths) - 1} more" if len(source.paths) > 1 else ""
+    what = f"source {source.name!r} ({source.paths[0]}{more})"
     if not skips.count:
         raise LongRopeError(f"{what} holds no document; leave it out or give other files")
     first = skips.listed[0]

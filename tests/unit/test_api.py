@@ -85,6 +85,17 @@ def test_an_export_does_not_replace_its_factors_or_documents(untied_gqa, config,
             longrope.convert_to_hf(options)
 
 
+def test_an_export_is_replaced_by_one_of_its_own_factors(untied_gqa, config, tmp_path):
+    factors = tmp_path / "old" / "longrope.json"
+    config.save(factors)
+    options = longrope.ToHfOptions(
+        load=str(untied_gqa.path), output=str(tmp_path / "old"), overwrite=True,
+        longrope_config=str(factors),
+    )  # fmt: skip
+    longrope.convert_to_hf(options)
+    assert longrope.LongRopeConfig.load(factors) == config
+
+
 def test_prepare_data_returns_the_manifest(data, tmp_path):
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": "a window " * 20}) + "\n" for _ in range(3)))

@@ -331,6 +331,13 @@ def test_overwrite_does_not_delete_megatron_checkpoints(untied_gqa, config, tmp_
     assert precious.exists()
 
 
+def test_a_note_that_is_called_like_an_iteration_is_replaced(untied_gqa, config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "iter_notes.md").touch()
+    write_hf_folder(untied_gqa.path, tmp_path / "out", longrope_config=config, overwrite=True)
+    assert not (tmp_path / "out" / "iter_notes.md").exists()
+
+
 def test_a_process_that_ended_between_two_renames_gives_back_what_was_there(tmp_path):
     output = tmp_path / "hf"
     staging = StagingFolder(output)

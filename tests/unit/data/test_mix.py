@@ -1,6 +1,7 @@
 import json
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from gpt_datasets import gpt_dataset
@@ -136,6 +137,8 @@ def test_what_was_kept_out_of_a_set_is_not_left_beside_one_that_has_it(
     assert check_set(prefix) == check_set(f"{prefix}{suffix}") == []
     # One of this name that was made by itself stays.
     prepare(inputs, f"{prefix}{suffix}", model_path, WholeDocuments(), overwrite=True)
+    prepare(inputs, prefix, model_path, packing, overwrite=True)
+    Path(f"{prefix}{suffix}.json").write_text("[1]")  # and so does somebody's file
     prepare(inputs, prefix, model_path, packing, overwrite=True)
 
 
