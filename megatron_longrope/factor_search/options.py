@@ -212,3 +212,23 @@ recovery the base's)"""
         if "population_size" in given and "num_parents" not in given:
             given["num_parents"] = min(defaults.num_parents, given["population_size"])
         return replace(defaults, **given)
+
+    def check_meaning(self) -> None:
+        """Refuse flags that would change nothing.
+
+        Raises:
+            LongRopeError: One was given.
+        """
+        objective, racing = f"--objective {self.objective}", f"--racing {self.racing}"
+        for name, where, is_given in (
+            ("--windows-per-document", objective, self.objective != "ppl"
+             and self.windows_per_document > 1),
+            ("--needle-weight", objective, self.objective != "joint"
+             and self.needle_weight != SearchOptions.needle_weight),
+            ("--needle-depths", objective, self.objective == "ppl"
+             and self.needle_depths is not None),
+            ("--racing-significance", racing, self.racing != "paired"
+             and self.racing_significance != SearchOptions.racing_significance),
+        ):  # fmt: skip
+            if is_given:
+                raise LongRopeError(f"{name} has no meaning with {where}; leave it out")

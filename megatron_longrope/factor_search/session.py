@@ -108,7 +108,7 @@ class SearchPlan:
             raise LongRopeError("--num-samples and --windows-per-document must be at least 1")
         if not 0 < args.needle_weight < math.inf:
             raise LongRopeError(f"--needle-weight {args.needle_weight} must be above 0")
-        _check_meaning(args)
+        args.check_meaning()
         if args.retrieval_trials < 0:
             raise LongRopeError(f"--retrieval-trials {args.retrieval_trials} must be at least 0")
         if args.tensorboard_dir and Path(args.tensorboard_dir).is_file():
@@ -433,26 +433,6 @@ class SearchPlan:
         else:
             return problem
         return problem.with_attention(value, policy)
-
-
-def _check_meaning(args: SearchOptions) -> None:
-    """Refuse flags that would change nothing.
-
-    Raises:
-        LongRopeError: One was given.
-    """
-    objective, racing = f"--objective {args.objective}", f"--racing {args.racing}"
-    for name, where, is_given in (
-        ("--windows-per-document", objective, args.objective != "ppl"
-         and args.windows_per_document > 1),
-        ("--needle-weight", objective, args.objective != "joint"
-         and args.needle_weight != SearchOptions.needle_weight),
-        ("--needle-depths", objective, args.objective == "ppl" and args.needle_depths is not None),
-        ("--racing-significance", racing, args.racing != "paired"
-         and args.racing_significance != SearchOptions.racing_significance),
-    ):  # fmt: skip
-        if is_given:
-            raise LongRopeError(f"{name} has no meaning with {where}; leave it out")
 
 
 def _check_tokens(args: SearchOptions, checkpoint: Checkpoint) -> None:
