@@ -51,7 +51,7 @@ from megatron_longrope.factor_search.runner import (
 )
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
 from megatron_longrope.factor_search.trial_queue import shared_store
-from megatron_longrope.files import check_folder
+from megatron_longrope.files import check_folder, refuse_existing
 from megatron_longrope.ranks import rank
 
 
@@ -119,6 +119,8 @@ class SearchPlan:
             raise LongRopeError(f"--output {args.output} is a directory; name a JSON file")
         for path in (Path(args.output), args.journal):
             check_folder(path.parent)
+        if not args.journal.exists():  # then it is no result of this search
+            refuse_existing([Path(args.output)], args.overwrite)
         checkpoint = open_checkpoint(args.load, args.hf, args.iteration, args.sliding_window)
         problem = make_problem(
             base_of(args, checkpoint),
