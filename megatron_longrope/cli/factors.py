@@ -200,7 +200,9 @@ def _load(path: str) -> LongRopeConfig:
     from megatron_longrope.checkpoint.opening import open_checkpoint
 
     folder = (Path(path) / "config.json").exists()
-    checkpoint = open_checkpoint(None if folder else path, path if folder else None)
+    # Its own factors are the same with and without its sliding window.
+    opened = (None, path) if folder else (path, None)
+    checkpoint = open_checkpoint(*opened, sliding_window="drop")
     if checkpoint.longrope is None:
         raise LongRopeError(
             f"{path} is a model with plain RoPE, which carries no factors; give a factor file, or "
@@ -300,7 +302,8 @@ def _run_make(options: MakeOptions) -> None:
     from megatron_longrope.checkpoint.opening import model_config, open_checkpoint
     from megatron_longrope.methods import method
 
-    base = model_config(open_checkpoint(options.load, options.hf), options.original_length)
+    checkpoint = open_checkpoint(options.load, options.hf, sliding_window="drop")  # as in _load
+    base = model_config(checkpoint, options.original_length)
     if options.target_length <= base.max_length:
         raise LongRopeError(
             f"--target-length {options.target_length} is within the model's window of "

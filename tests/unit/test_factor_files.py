@@ -221,7 +221,8 @@ def test_the_published_factors_are_listed_with_their_licence(capsys):
 
 def test_a_published_method_is_made_for_a_model_and_multiplies_the_factors_it_has(tmp_path, capsys):
     plain, tuned = tmp_path / "plain", tmp_path / "tuned"
-    make_hf_folder(plain, "llama")
+    # A sliding window says nothing of the factors.
+    make_hf_folder(plain, "mistral", sliding_window=16)
     assert (
         run("make", "yarn", "--hf", plain, "--target-length", 256, "--output", tmp_path / "y.json")
         == 0
@@ -230,7 +231,7 @@ def test_a_published_method_is_made_for_a_model_and_multiplies_the_factors_it_ha
     assert made == extended_config("yarn", identity_config(10000.0, 8, WINDOW), 256, "yarn")
     # transformers' own rule for its temperature
     assert made.attention_factor_for(256) == pytest.approx(0.1 * math.log(4) + 1)
-    make_hf_folder(tuned, "llama", rope_parameters={
+    make_hf_folder(tuned, "mistral", sliding_window=16, rope_parameters={
         "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
         "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0],
         "original_max_position_embeddings": WINDOW,
