@@ -29,7 +29,7 @@ from megatron_longrope.lengths import format_length
 from megatron_longrope.progress import format_duration
 from megatron_longrope.report.expected import compare, read_expected
 from megatron_longrope.report.figures import draw
-from megatron_longrope.report.reading import Measurements, read_measurements
+from megatron_longrope.report.reading import Measurements, folder_names, read_measurements
 from megatron_longrope.report.search_figures import draw_factors, draw_search, draw_start_tokens
 from megatron_longrope.report.search_history import (
     NamedSet,
@@ -90,7 +90,8 @@ def write_report(
             drawing.save(page.parent / "figures")
         for table in part.tables:
             write_text_atomic(page.parent / "tables" / f"{table.name}.csv", table.csv())
-    name = ", ".join(folder.resolve().name for folder in folders)
+    names = folder_names(folders)
+    name = ", ".join(names[folder.resolve()] for folder in folders)
     window = measurements.window
     text = _template().render(
         name=name,
@@ -260,4 +261,4 @@ def _histories(folders: Sequence[Path]) -> list[SearchHistory]:
 
 
 def _prefix(folder: Path, folders: Sequence[Path]) -> str:
-    return f"{folder.resolve().name}/" if len(folders) > 1 else ""
+    return f"{folder_names(folders)[folder.resolve()]}/" if len(folders) > 1 else ""

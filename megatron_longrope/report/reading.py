@@ -80,9 +80,21 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
                 "of an evaluation"
             )
         if (directory / FACTS).is_file():
-            prefix = f"{directory.resolve().name}: " if len(directories) > 1 else ""
+            prefix = f"{folder_names(directories)[directory.resolve()]}: "
+            prefix = prefix if len(directories) > 1 else ""
             facts |= {f"{prefix}{title}": part for title, part in _facts(directory).items()}
     return _gather([one for part in found.values() for one in part], facts)
+
+
+def folder_names(directories: Sequence[str | Path]) -> dict[Path, str]:
+    """Return names of the resolved directories: ends of their paths that tell them apart."""
+    paths = {Path(directory).resolve() for directory in directories}
+    names: dict[str, Path] = {}
+    parts = 0
+    while len(names) < len(paths):
+        parts += 1
+        names = {"/".join(path.parts[-parts:]): path for path in paths}
+    return {path: name for name, path in names.items()}
 
 
 def files_below(directory: Path, suffix: str) -> list[tuple[Path, str]]:

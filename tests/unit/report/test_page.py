@@ -207,6 +207,19 @@ def test_facts_of_a_run_stand_beside_its_numbers(tmp_path):
         page_of(tmp_path)
 
 
+def test_folders_of_one_name_keep_their_factors_and_facts(tmp_path):
+    for name, factor in (("a", 4.0), ("b", 5.0)):
+        folder = tmp_path / name / "eval"
+        save(folder, "ppl", [ppl(4096, factor)])
+        LongRopeConfig(1e4, 16, 4096, (FactorSet(16384, (factor,) * 8),)).save(folder / "f.json")
+        (folder / "facts.json").write_text(json.dumps({"Run": {"factor": factor}}))
+    page, _ = write_report([tmp_path / "a/eval", tmp_path / "b/eval"], tmp_path / "report.html")
+    text = page.read_text(encoding="utf-8")
+    assert "<h2>a/eval: Run</h2>" in text and "<h2>b/eval: Run</h2>" in text
+    table = (tmp_path / "tables" / "rescale_factors.csv").read_text()
+    assert "a/eval/f.json" in table and "b/eval/f.json" in table
+
+
 def test_the_output_can_lie_elsewhere(tmp_path):
     save(tmp_path / "run", "short", [short("arc", 0.5)])
     page, _ = write_report(tmp_path / "run", tmp_path / "site" / "index.html")
