@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import os
 import warnings
 from dataclasses import replace
 
@@ -274,59 +273,12 @@ def test_any_field_may_hold_any_json_value_and_the_answer_is_a_config_or_a_value
 # Files
 
 
-def load_error(path) -> str:
+def test_an_invalid_field_of_a_file_is_reported_behind_its_path(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(with_factors(1.0, 2.0, math.nan, 3.0)))
     with pytest.raises(ValueError) as caught:
         LongRopeConfig.load(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: ")
-    return message.removeprefix(f"{path}: ")
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "no such file; check the path"),
-        (b"", "the file is empty; expected a JSON object"),
-        (b"rotary_base: 10000\n", "not valid JSON at line 1 column 1"),
-        (b"\x80\x02}q\x00", "cannot be read as UTF-8 text"),
-    ],
-)
-def test_a_file_that_holds_no_json_is_refused(tmp_path, content, reason):
-    if content is not None:
-        (tmp_path / "a.json").write_bytes(content)
-    assert load_error(tmp_path / "a.json").startswith(reason)
-
-
-def test_a_saved_file_cut_at_any_point_is_refused_as_truncated(tmp_path):
-    LongRopeConfig.from_dict(payload()).save(tmp_path / "a.json")
-    text = (tmp_path / "a.json").read_text().rstrip()
-    for end in range(1, len(text), 7):
-        (tmp_path / "a.json").write_text(text[:end])
-        assert "the file is truncated, write or copy it again" in load_error(tmp_path / "a.json")
-
-
-def test_an_invalid_field_of_a_file_is_reported_behind_its_path(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps(with_factors(1.0, 2.0, math.nan, 3.0)))
-    assert load_error(tmp_path / "a.json").startswith("factor_sets[1].rescale_factors[2] is NaN")
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_other(
-    tmp_path, monkeypatch, step
-):
-    path = tmp_path / "a.json"
-    old = LongRopeConfig.from_dict(payload())
-    old.save(path)
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, step, fail)
-        with pytest.raises(OSError, match="disk full"):
-            replace(old, attention_factor=1.5).save(path)
-    assert LongRopeConfig.load(path) == old
-    assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
+    assert str(caught.value).startswith(f"{path}: factor_sets[1].rescale_factors[2] is NaN")
 
 
 @st.composite
@@ -362,14 +314,8 @@ def test_a_saved_configuration_loads_as_itself(tmp_path_factory, config):
     path = tmp_path_factory.mktemp("round_trip", numbered=True) / "a.json"
     config.save(path)
     assert LongRopeConfig.load(path) == config
-
-
-@settings(max_examples=60, deadline=None)
-@given(configs())
-def test_reading_and_writing_leave_the_json_object_alone(config):
     value = config.to_dict()
-    before = copy.deepcopy(value)
-    assert LongRopeConfig.from_dict(value).to_dict() == value == before
+    assert LongRopeConfig.from_dict(value) == config and value == config.to_dict()
 
 
 # Windows
@@ -392,25 +338,10 @@ def test_a_sequence_one_token_over_the_largest_set_is_refused():
     )
 
 
-@pytest.mark.parametrize(
-    ("max_length", "expected"),
-    [(32 * 4096, 1.190238), (512 * 4096, 1.322876), (4096, 1.0), (2048, 1.0)],
-)
-def test_the_su_attention_factor_has_the_values_of_the_release(max_length, expected):
-    config = exportable(factor_sets=(FactorSet(max_length, (1.0,) * 4),), attention_factor=None)
-    assert config.attention_factor_for(max_length) == pytest.approx(expected, abs=5e-7)
-
-
 def test_every_sequence_of_a_window_has_the_attention_factor_of_the_window():
     config = exportable(attention_factor=None)
     assert config.attention_factor_for(1) == config.attention_factor_for(4096) == 1.0
     assert config.attention_factor_for(4097) == config.attention_factor_for(131072) > 1.19
-
-
-@pytest.mark.parametrize(("policy", "expected"), [("yarn", 0.1 * math.log(32) + 1), ("none", 1.0)])
-def test_the_other_attention_factor_policies_follow_their_formula(policy, expected):
-    config = exportable(attention_factor=None, attention_factor_policy=policy)
-    assert config.attention_factor_for(131072) == pytest.approx(expected, rel=1e-15)
 
 
 def test_a_given_attention_factor_overrides_the_policy_in_every_window():
