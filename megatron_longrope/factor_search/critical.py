@@ -18,7 +18,6 @@ from itertools import accumulate
 from typing import ClassVar
 
 from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
@@ -75,9 +74,6 @@ class CriticalSpace(SearchSpace):
     """Factors on [s, 2 s] from a critical dimension up, NTK below it.
 
     The steps of a candidate below its critical dimension are no genes and hold `min_step`.
-
-    Raises:
-        LongRopeError: A field breaks its rule; the message names field, value and rule.
     """
 
     start_tokens: tuple[int, ...] = (0,)
@@ -98,21 +94,8 @@ class CriticalSpace(SearchSpace):
                 f"upper is {self.upper!r}, below {super()._factor(self.min_step)}, the smallest "
                 "factor of this space (the extension ratio, on the grid); raise upper"
             )
-        object.__setattr__(self, "critical_dimensions", tuple(self.critical_dimensions))
-        if not self.critical_dimensions:
-            raise LongRopeError("critical_dimensions is empty; give at least one dimension")
         for index, value in enumerate(self.critical_dimensions):
-            check_int(f"critical_dimensions[{index}]", value, 0)
-            if value >= self.num_factors:
-                raise LongRopeError(
-                    f"critical_dimensions[{index}] is {value}; it must be below rotary_dim / 2 = "
-                    f"{self.num_factors}"
-                )
-            if index and value <= self.critical_dimensions[index - 1]:
-                raise LongRopeError(
-                    f"critical_dimensions[{index}] is {value}, not above its predecessor "
-                    f"{self.critical_dimensions[index - 1]}; the choices must ascend"
-                )
+            self._check_dimension(f"critical_dimensions[{index}]", value)
 
     @property
     def lower(self) -> float:
@@ -150,11 +133,7 @@ class CriticalSpace(SearchSpace):
         Args:
             rescale_factors (Sequence[float]): `[rotary_dim / 2]`.
             num_start_tokens (int): Without effect, as the space has no start tokens.
-
-        Raises:
-            LongRopeError: Wrong number of factors, or one that is not finite.
         """
-        check_int("num_start_tokens", num_start_tokens, 0)
         nearest = self._nearest_steps(rescale_factors)
         wanted = [math.log(max(value, 1.0)) for value in rescale_factors]
 

@@ -11,15 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from megatron_longrope.config_rules import check_int
+from megatron_longrope.config_rules import check_int, check_positive
 from megatron_longrope.errors import LongRopeError
 
 START_TOKENS = (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256)
 """Choices for n_hat in table 4 of the paper."""
-
-_MIN_STEP = 1e-6  # `decode` rounds to 10 decimals, which must stay far below one step
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +47,6 @@ class SearchSpace:
     :class:`.critical.CriticalSpace` narrows it to LongRoPE2's. Operators and algorithms know a
     space by `min_step`, `max_step`, `num_choices`, `first_gene` and `canonical`, and treat both
     alike.
-
-    Raises:
-        LongRopeError: A field breaks its rule; the message names field, value and rule.
     """
 
     num_factors: int
@@ -59,8 +54,6 @@ class SearchSpace:
     scale: float
     """Extension ratio s that the search covers (target length / the model's window); 1 in a
     recovery, which extends nothing."""
-    step: float = 0.01
-    """Grid distance of the factors (table 4: 0.01)."""
     upper: float | None = None
     """Largest factor; None becomes 1.25 * scale (table 4)."""
     start_tokens: tuple[int, ...] = START_TOKENS
@@ -69,48 +62,36 @@ class SearchSpace:
     """First dimension whose factors are at least `scale`; None leaves all of them free. A dimension
     that completes no period in the trained window meets unseen angles under a smaller factor, which
     perplexity hardly sees and retrieval does (LongRoPE2, section 3.1)."""
+    step: ClassVar[float] = 0.01
+    """Grid distance of the factors (table 4)."""
     upper_ratio: ClassVar[float] = 1.25
     """Default of `upper` in units of `scale`."""
 
     def __post_init__(self) -> None:
-        check_int("num_factors", self.num_factors, 1)
-        _check_number("scale", self.scale, 1.0)
-        _check_number("step", self.step, _MIN_STEP)
         if self.upper is None:
-            if self.scale == 1:
-                raise LongRopeError(
-                    "scale is 1, which leaves no factor above 1 to search; give an extension ratio "
-                    "above 1, or an explicit upper for a recovery search"
-                )
             object.__setattr__(self, "upper", self.upper_ratio * self.scale)
-        _check_number("upper", self.upper, 1.0)
+        check_positive("upper", self.upper)
         if self.max_step < 1:
             raise LongRopeError(
                 f"upper is {self.upper!r}; it must be at least 1 + step = {1 + self.step!r}"
             )
         if self.floor_dimension is not None:
-            check_int("floor_dimension", self.floor_dimension, 0)
-            if self.floor_dimension >= self.num_factors:
-                raise LongRopeError(
-                    f"floor_dimension is {self.floor_dimension}; it must be below rotary_dim / 2 = "
-                    f"{self.num_factors}"
-                )
+            self._check_dimension("floor_dimension", self.floor_dimension)
             if self.lowest(self.floor_dimension) > self.max_step:
                 raise LongRopeError(
                     f"upper is {self.upper!r}, below the extension ratio {self.scale!r} (on the "
                     f"grid) that factors from dimension {self.floor_dimension} on must reach; "
                     "raise upper"
                 )
-        object.__setattr__(self, "start_tokens", tuple(self.start_tokens))
-        if not self.start_tokens:
-            raise LongRopeError("start_tokens is empty; give at least one choice, such as (0,)")
         for index, value in enumerate(self.start_tokens):
             check_int(f"start_tokens[{index}]", value, 0)
-            if index and value <= self.start_tokens[index - 1]:
-                raise LongRopeError(
-                    f"start_tokens[{index}] is {value}, not above its predecessor "
-                    f"{self.start_tokens[index - 1]}; the choices must ascend"
-                )
+
+    def _check_dimension(self, name: str, value: int) -> None:
+        if not 0 <= value < self.num_factors:
+            raise LongRopeError(
+                f"{name} is {value}; it must be below rotary_dim / 2 = {self.num_factors} and not "
+                "negative"
+            )
 
     @property
     def lower(self) -> float:
@@ -159,11 +140,7 @@ class SearchSpace:
 
         A running maximum removes decreases (published factors hold a few, of one step). Of
         `start_tokens`, the choice closest to `num_start_tokens` is taken, the smaller one on a tie.
-
-        Raises:
-            LongRopeError: Wrong number of factors, or one that is not finite.
         """
-        check_int("num_start_tokens", num_start_tokens, 0)
         steps = self._nearest_steps(rescale_factors)
         distances = [abs(choice - num_start_tokens) for choice in self.start_tokens]
         return Candidate(tuple(accumulate(steps, max)), distances.index(min(distances)))
@@ -178,15 +155,8 @@ class SearchSpace:
 
     def _nearest_steps(self, rescale_factors: Sequence[float]) -> list[int]:
         """Every factor rounded to the grid and clipped."""
-        if len(rescale_factors) != self.num_factors:
-            raise LongRopeError(
-                f"rescale_factors has {len(rescale_factors)} values; "
-                f"this search space has {self.num_factors}"
-            )
         steps = []
         for index, value in enumerate(rescale_factors):
-            if not math.isfinite(value):
-                raise LongRopeError(f"rescale_factors[{index}] is {value!r}; it must be finite")
             nearest = round((float(value) - 1.0) / self.step)
             steps.append(min(max(nearest, self.lowest(index)), self.max_step))
         return steps
@@ -206,11 +176,3 @@ class SearchSpace:
     def choices(self, candidate: Candidate) -> list[Candidate]:
         """`candidate` under every start-token count."""
         return [replace(candidate, start_index=index) for index in range(len(self.start_tokens))]
-
-
-def _check_number(name: str, value: Any, minimum: float) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < minimum:
-        raise LongRopeError(
-            f"{name} is {value!r}; it must be a finite number of at least {minimum:g}"
-        )

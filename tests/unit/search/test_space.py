@@ -79,16 +79,9 @@ def test_the_size_is_the_number_of_candidates():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_factors": 0}, "num_factors is 0"),
-        ({"scale": 0.5}, "scale is 0.5"),
-        ({"scale": 1}, "explicit upper"),
-        ({"scale": math.nan}, "scale is nan"),
-        ({"scale": math.inf}, "scale is inf"),
-        ({"step": 0}, "step is 0"),
         ({"scale": 1, "upper": 1.005}, "upper is 1.005"),
         ({"upper": 0.5}, "upper is 0.5"),
-        ({"start_tokens": ()}, "start_tokens is empty"),
-        ({"start_tokens": (0, 4, 4)}, r"start_tokens\[2\] is 4"),
+        ({"upper": math.nan}, "upper is nan"),
         ({"start_tokens": (-1,)}, r"start_tokens\[0\] is -1"),
     ],
 )
@@ -101,22 +94,16 @@ def test_a_recovery_space_has_scale_1_and_an_upper():
     assert SearchSpace(4, 1, upper=1.01).max_step == 1
 
 
-@pytest.mark.parametrize("factors", [(1.0, 2.0), (1.0, 2.0, math.nan), (1.0, 2.0, math.inf)])
-def test_encode_refuses_wrong_counts_and_values_that_are_not_finite(factors):
-    with pytest.raises(ValueError, match="rescale_factors"):
-        SearchSpace(3, 2).encode(factors)
-
-
 # A floor under the slow dimensions
 
 
 @pytest.fixture
 def floored():
-    return SearchSpace(4, 2.0, upper=2.5, step=0.25, start_tokens=(0, 4), floor_dimension=2)
+    return SearchSpace(4, 2.0, upper=2.5, start_tokens=(0, 4), floor_dimension=2)
 
 
 def test_from_the_floors_dimension_on_factors_reach_the_extension_ratio(floored):
-    assert floored.decode(floored.encode((1.0, 1.5, 1.6, 2.2)))[0] == (1.0, 1.5, 2.0, 2.25)
+    assert floored.decode(floored.encode((1.0, 1.5, 1.6, 2.2)))[0] == (1.0, 1.5, 2.0, 2.2)
 
 
 def test_every_operator_keeps_to_the_floor(floored):
