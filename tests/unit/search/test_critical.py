@@ -16,7 +16,7 @@ from megatron_longrope.factor_search.critical import (
     first_incomplete,
 )
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate, unique
+from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate
 from megatron_longrope.factor_search.space import Candidate
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -123,32 +123,16 @@ def test_without_dimensions_below_it_every_factor_is_a_gene():
 
 
 @QUICK
-@given(space=spaces(), seed=seeds, prob=st.sampled_from([0.05, 0.3, 1.0]))
-def test_every_operator_yields_canonical_candidates_that_a_configuration_accepts(space, seed, prob):
-    rng = np.random.default_rng(seed)
-    a, b = random_candidate(space, rng), random_candidate(space, rng)
-    for candidate in (a, b, mutate(a, space, rng, prob), crossover(a, b, space, rng)):
-        check_candidate(space, candidate)
-        assert all(type(value) is int for value in candidate.steps)
-        assert type(candidate.start_index) is int
-        factors, start_tokens = space.decode(candidate)
-        assert start_tokens == 0 and all(type(value) is float for value in factors)
-        assert list(factors) == sorted(factors) and factors[0] >= 1.0
-        first = space.critical_dimensions[candidate.start_index]
-        assert factors[first] >= space.scale - 1e-7 and factors[-1] <= 2 * space.scale
-        on_grid = np.array(factors[first:-1]) * 100
-        assert np.allclose(on_grid, np.round(on_grid), atol=1e-6)
-
-
-@QUICK
 @given(space=spaces(), seed=seeds)
-def test_decoding_and_encoding_returns_the_same_candidate(space, seed):
+def test_every_candidate_is_one_that_a_configuration_accepts(space, seed):
     candidate = random_candidate(space, np.random.default_rng(seed))
-    assert space.encode(*space.decode(candidate)) == candidate
-    assert candidate in space.choices(candidate)
-    genes = space.genes(candidate)
-    values = [space.decode(candidate)[0][gene] for gene in genes]
-    assert space.with_factors(candidate, genes, values) == candidate
+    factors, start_tokens = space.decode(candidate)
+    assert start_tokens == 0 and all(type(value) is float for value in factors)
+    assert list(factors) == sorted(factors) and factors[0] >= 1.0
+    first = space.critical_dimensions[candidate.start_index]
+    assert factors[first] >= space.scale - 1e-7 and factors[-1] <= 2 * space.scale
+    on_grid = np.array(factors[first:-1]) * 100
+    assert np.allclose(on_grid, np.round(on_grid), atol=1e-6)
 
 
 @QUICK
@@ -190,21 +174,6 @@ def test_the_size_is_the_number_of_candidates(dimensions):
     assert len(list(all_candidates(space))) == space.size
 
 
-@settings(max_examples=25, deadline=None)
-@given(scale=st.floats(1.01, 1024.0), seed=seeds, at_bound=st.booleans())
-def test_unique_escapes_degenerate_parents_at_any_scale(scale, seed, at_bound):
-    """The released code hangs where seeds exceed the bound."""
-    space = CriticalSpace(64, scale, critical_dimensions=(33,))
-    rng = np.random.default_rng(seed)
-    parent = space.encode((2 * scale if at_bound else 1.0,) * 64)
-    seen = {parent}
-    for _ in range(30):
-        child = unique(parent, space, rng, seen)
-        assert child is not None and child not in seen
-        check_candidate(space, child)
-        seen.add(child)
-
-
 @settings(max_examples=10, deadline=None)
 @given(scale=st.floats(1.01, 1024.0), rng_seed=st.integers(0, 1000))
 def test_a_search_evaluates_no_factors_twice_and_reproduces_itself(scale, rng_seed):
@@ -236,14 +205,6 @@ def test_mutation_draws_only_genes_and_leaves_the_rest_at_the_lowest_step():
     assert {steps[:2] for steps in children} == {(300, 300)}
     assert {steps[2] for steps in children} == set(range(300, 331))
     assert max(steps[3] for steps in children) > 690
-
-
-def test_the_critical_dimension_changes_with_probability_p_to_every_other_choice():
-    rng = np.random.default_rng(2)
-    parent = critical_seeds(LLAMA3)["cd30x1.75"]
-    seen = [mutate(parent, LLAMA3, rng, 0.3).start_index for _ in range(2000)]
-    assert set(seen) == set(range(12))
-    assert 0.64 < np.mean(np.array(seen) == parent.start_index) < 0.76
 
 
 def test_in_a_crossover_only_genes_push_later_genes_up():

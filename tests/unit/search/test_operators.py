@@ -1,6 +1,7 @@
 """Operators stay monotonic, bounded and deterministic, and always end."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,31 +10,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_critical import spaces as critical_spaces
 
+from megatron_longrope.factor_search.coordinates import moved_candidate
+from megatron_longrope.factor_search.critical import CriticalSpace
 from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate, unique
-from megatron_longrope.factor_search.space import Candidate, SearchSpace
+from megatron_longrope.factor_search.space import START_TOKENS, Candidate, SearchSpace
 
 QUICK = settings(max_examples=60, deadline=None)
 
 
 @st.composite
 def spaces(draw) -> SearchSpace:
-    scale = draw(st.floats(1.01, 1024.0))
-    start_tokens = draw(st.sampled_from([(0,), (0, 4), (0, 1, 2, 4, 8, 16, 256)]))
-    return SearchSpace(draw(st.integers(1, 64)), scale, start_tokens=start_tokens)
+    num_factors, scale = draw(st.integers(1, 64)), draw(st.floats(1.01, 1024.0))
+    return SearchSpace(
+        num_factors,
+        scale,
+        start_tokens=draw(st.sampled_from([(0,), (0, 4), START_TOKENS])),
+        floor_dimension=draw(st.none() | st.integers(0, num_factors - 1)),
+    )
 
 
 seeds = st.integers(0, 2**32)
 
 
 @QUICK
-@given(space=spaces(), seed=seeds, prob=st.sampled_from([0.05, 0.3, 1.0]))
+@given(space=spaces() | critical_spaces(), seed=seeds, prob=st.sampled_from([0.05, 0.3, 1.0]))
 def test_every_operator_stays_inside_the_space(space, seed, prob):
     rng = np.random.default_rng(seed)
     a, b = random_candidate(space, rng), random_candidate(space, rng)
-    for candidate in (a, b, mutate(a, space, rng, prob), crossover(a, b, space, rng)):
-        check_candidate(space, candidate)  # grid, bounds and monotonicity
+    moved = moved_candidate(space, a, [(space.num_factors - 1, -0.9)])
+    for candidate in (a, b, moved, mutate(a, space, rng, prob), crossover(a, b, space, rng)):
+        check_candidate(space, candidate)  # grid, bounds, monotonicity, canonical
         assert all(type(value) is int for value in candidate.steps)
         assert type(candidate.start_index) is int
+
+
+@QUICK
+@given(space=spaces() | critical_spaces(), seed=seeds)
+def test_decoding_and_encoding_returns_the_same_candidate(space, seed):
+    candidate = random_candidate(space, np.random.default_rng(seed))
+    assert space.encode(*space.decode(candidate)) == candidate
+    assert candidate in space.choices(candidate)
+    genes = space.genes(candidate)
+    values = [space.decode(candidate)[0][gene] for gene in genes]
+    assert space.with_factors(candidate, genes, values) == candidate
 
 
 @QUICK
@@ -68,11 +87,14 @@ def test_mutation_changes_about_p_of_the_genes():
     assert 0.27 < np.mean(children != np.array(parent.steps)) < 0.31
 
 
-def test_start_tokens_change_with_probability_p_to_every_other_choice():
-    space = SearchSpace(2, 4)
+@pytest.mark.parametrize(
+    "space", [SearchSpace(2, 4), CriticalSpace(36, 4, critical_dimensions=tuple(range(24, 36)))]
+)
+def test_the_second_gene_changes_with_probability_p_to_every_other_choice(space):
     rng = np.random.default_rng(2)
-    seen = Counter(mutate(Candidate((0, 0), 3), space, rng, 0.3).start_index for _ in range(4000))
-    assert set(seen) == set(range(14))
+    parent = Candidate((space.min_step,) * space.num_factors, 3)
+    seen = Counter(mutate(parent, space, rng, 0.3).start_index for _ in range(4000))
+    assert set(seen) == set(range(space.num_choices))
     assert 0.66 < seen[3] / 4000 < 0.74
 
 
@@ -116,13 +138,14 @@ def test_unique_returns_a_new_child_untouched():
     assert unique(child, space, rng, set()) is child
 
 
+@pytest.mark.parametrize("kind", [SearchSpace, partial(CriticalSpace, critical_dimensions=(33,))])
 @settings(max_examples=25, deadline=None)
-@given(scale=st.floats(1.01, 1024.0), seed=seeds, identity=st.booleans())
-def test_unique_escapes_degenerate_parents_at_any_scale(scale, seed, identity):
-    """All factors equal to 1 or to the bound leave mutation almost no room."""
-    space = SearchSpace(64, scale, start_tokens=(0,))
+@given(scale=st.floats(1.01, 1024.0), seed=seeds, at_bound=st.booleans())
+def test_unique_escapes_degenerate_parents_at_any_scale(kind, scale, seed, at_bound):
+    """Equal factors at a bound leave mutation almost no room; the released code hangs beyond it."""
+    space = kind(64, scale, start_tokens=(0,))
     rng = np.random.default_rng(seed)
-    parent = Candidate((0 if identity else space.max_step,) * 64)
+    parent = space.encode((2 * scale if at_bound else 1.0,) * 64)
     seen = {parent}
     for _ in range(30):
         child = unique(parent, space, rng, seen)
