@@ -282,7 +282,7 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
             run.forwards += max(0, count - paid.get(trial.candidate, 0))
             paid[trial.candidate] = max(count, paid.get(trial.candidate, 0))
             run.evaluations += 1
-            search.tell([trial.candidate], [value])
+            search.tell(trial.candidate, value)
             if count == samples and (not run.search or value < run.search[-1][1]):
                 run.search.append((run.forwards, value))
             if fresh:

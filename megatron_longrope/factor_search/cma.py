@@ -1,4 +1,4 @@
-"""CMA-ES on the logarithms of the rescale factors, behind the same ask and tell as the evolution.
+"""CMA-ES on the logarithms of the rescale factors.
 
 The search has four parts, each a generation or more:
 

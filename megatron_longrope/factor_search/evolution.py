@@ -1,4 +1,4 @@
-"""Evolutionary search of LongRoPE (arXiv 2402.13753, algorithm 1) behind ask and tell."""
+"""Evolutionary search of LongRoPE (arXiv 2402.13753, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class EvolutionParameters:
 
 
 class EvolutionSearch(GenerationalSearch):
-    """Algorithm 1 with ask and tell; no candidate is ever asked for twice.
+    """Algorithm 1; no candidate is ever asked for twice.
 
     Args:
         space (SearchSpace): Bounds and grid.

@@ -1,13 +1,13 @@
-"""What every search algorithm shares: generations of trials behind ask and tell.
+"""What every search algorithm shares: generations of trials, asked for and told.
 
 The caller owns the loop, so that trials can be scored on any number of ranks, in any order:
 
-    while candidates := search.ask():
-        search.tell(candidates, [objective(*search.space.decode(item)) for item in candidates])
+    while trials := search.trials():
+        search.tell(trials[0].candidate, objective(*search.space.decode(trials[0].candidate)))
     candidate, score = search.best
 
 The trajectory is a pure function of the seed and the scores told: telling the records of a journal,
-one by one or in any grouping, restores the search exactly.
+in any order, restores the search exactly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_longrope.config_rules import check_int
-from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 WORTHWHILE = 0.001
@@ -66,7 +65,7 @@ class Generation:
 
 
 class GenerationalSearch(ABC):
-    """Ask and tell over generations; a subclass says what the next generation is.
+    """Trials and their scores over generations; a subclass says what the next generation is.
 
     Args:
         space (SearchSpace): Bounds and grid.
@@ -138,54 +137,31 @@ class GenerationalSearch(ABC):
             RuntimeError: Nothing has been told yet.
         """
         if not self._scores:
-            raise RuntimeError("no candidate has a score yet; call ask() and tell() first")
+            raise RuntimeError("no candidate has a score yet; tell the scores of trials() first")
         return self._ranked()[0]
 
-    def ask(self) -> list[Candidate]:
-        """The candidates of the generations in progress that have no score yet; empty when done.
-
-        Asking again without telling returns the same candidates.
-        """
-        return [trial.candidate for trial in self.trials()]
-
     def trials(self) -> list[Trial]:
-        """The same, with all that the scorer needs to know, in order of asking."""
+        """The trials of the generations in progress that have no score yet, in order of asking;
+        empty when done."""
         return [trial for generation in self._generations for trial in generation.waiting]
 
-    def tell(self, candidates: Sequence[Candidate], scores: Sequence[float]) -> None:
-        """Record scores, lower is better; NaN and infinite scores rank last.
+    def tell(self, candidate: Candidate, score: float) -> None:
+        """Record the score of one of the trials, lower is better; NaN and infinity rank last.
 
-        The order of telling within a generation, and whether it is told at once or in parts, do not
-        matter: the next generation is drawn when the last score has arrived. A candidate whose
-        scoring was stopped is told with a score that its incumbent beats.
-
-        Raises:
-            LongRopeError: Lengths differ, or a candidate is not among those now asked for. Nothing
-                is recorded then.
+        The order of telling within a generation does not matter: the next generation is drawn when
+        the last score has arrived. A candidate whose scoring was stopped is told with a score that
+        its incumbent beats.
         """
-        if len(candidates) != len(scores):
-            raise LongRopeError(f"{len(candidates)} candidates came with {len(scores)} scores")
-        waiting = {
-            trial.candidate: (generation, trial)
+        generation, trial = next(
+            (generation, trial)
             for generation in self._generations
-            for trial in generation.waiting
-        }
-        targets = []
-        for candidate in candidates:
-            if candidate not in waiting:
-                known = candidate in self._asked
-                raise LongRopeError(
-                    f"candidate {self.space.decode(candidate)} "
-                    + ("was told before" if known else "was not asked for")
-                    + "; tell each candidate of ask() once (a journal must come from the same "
-                    "seed, seeds and settings)"
-                )
-            targets.append(waiting.pop(candidate))
-        for (generation, trial), score in zip(targets, scores, strict=True):
-            value = float(score) if math.isfinite(score) else math.inf
-            generation.scores[trial.candidate] = value
-            if trial.samples is None:
-                self._scores[trial.candidate] = value
+            if candidate not in generation.scores
+            for trial in generation.trials
+            if trial.candidate == candidate
+        )
+        generation.scores[candidate] = float(score) if math.isfinite(score) else math.inf
+        if trial.samples is None:
+            self._scores[candidate] = generation.scores[candidate]
         self._advance()
 
     # What subclasses use.

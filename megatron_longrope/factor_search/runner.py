@@ -128,7 +128,7 @@ def run_search(
                 continue  # and find there whether it is what was asked for
             trials_by_index = {trial.index: trial for trial in trials}
             for record in sorted(arrived, key=lambda item: item.index):
-                search.tell([trials_by_index[record.index].candidate], [record.score])
+                search.tell(trials_by_index[record.index].candidate, record.score)
                 done = status.sample_forwards + status.avoided
                 status.add(record, trials_by_index[record.index].samples)
                 records[record.index] = record

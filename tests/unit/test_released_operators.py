@@ -29,11 +29,11 @@ SMALL = EvolutionParameters(
 def run(search):
     """Every candidate that was asked for; the score is the distance to a ramp."""
     asked = []
-    while candidates := search.ask():
-        asked += candidates
-        target = np.linspace(0, search.space.max_step, search.space.num_factors) ** 1.2
-        scores = [float(np.abs(np.array(item.steps) - target).sum()) for item in candidates]
-        search.tell(candidates, scores)
+    target = np.linspace(0, search.space.max_step, search.space.num_factors) ** 1.2
+    while trials := search.trials():
+        for trial in trials:
+            asked.append(trial.candidate)
+            search.tell(asked[-1], float(np.abs(np.array(asked[-1].steps) - target).sum()))
     return asked
 
 
@@ -82,8 +82,8 @@ def test_the_same_seed_gives_the_same_search_and_a_cap_its_beginning():
 
 def test_the_initial_population_descends_from_the_one_seed():
     search = start()
-    first, *others = search.ask()
-    assert first == released_seed(search.space, 10000.0, 256)
+    first, *others = search.trials()
+    assert first.candidate == released_seed(search.space, 10000.0, 256)
     assert len(others) == SMALL.population_size - 1
 
 

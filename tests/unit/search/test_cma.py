@@ -50,7 +50,7 @@ def run(search, score) -> list[tuple]:
     while trials := search.trials():
         for trial in trials:
             value = score(*search.space.decode(trial.candidate))
-            search.tell([trial.candidate], [value])
+            search.tell(trial.candidate, value)
             told.append((trial, value))
     return told
 
@@ -187,7 +187,7 @@ def test_the_order_in_which_scores_arrive_changes_nothing(lookahead):
         while trials := search.trials():
             trial = order(trials)
             asked[trial.index] = trial
-            search.tell([trial.candidate], [score(*space.decode(trial.candidate))])
+            search.tell(trial.candidate, score(*space.decode(trial.candidate)))
         return [asked[index] for index in sorted(asked)], search.best
 
     assert scored(lambda trials: trials[0]) == scored(lambda trials: trials[-1])
@@ -200,7 +200,7 @@ def test_failures_everywhere_but_in_the_seeds_do_not_end_the_search_early():
     while trials := search.trials():
         for trial in trials:
             value = 5.0 if trial.candidate in seeds else math.nan
-            search.tell([trial.candidate], [value])
+            search.tell(trial.candidate, value)
     assert search.best[1] == 5.0
     assert search._num_asked >= 50
 

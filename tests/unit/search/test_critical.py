@@ -183,10 +183,9 @@ def test_a_search_evaluates_no_factors_twice_and_reproduces_itself(scale, rng_se
     def run() -> list:
         search = EvolutionSearch(space, parameters, list(critical_seeds(space).values()), rng_seed)
         told = []
-        while candidates := search.ask():
-            decoded = [space.decode(item) for item in candidates]
-            search.tell(candidates, [abs(math.log(item[0][5] / scale)) + 1 for item in decoded])
-            told += decoded
+        while trials := search.trials():
+            told.append(space.decode(trials[0].candidate))
+            search.tell(trials[0].candidate, abs(math.log(told[-1][0][5] / scale)) + 1)
         return told
 
     told = run()

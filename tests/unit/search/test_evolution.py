@@ -36,11 +36,21 @@ def smooth_objective(space: SearchSpace):
 
 def run(search: EvolutionSearch, objective) -> list[tuple[Candidate, float]]:
     told = []
-    while candidates := search.ask():
+    while candidates := asked(search):
         scores = [objective(*search.space.decode(item)) for item in candidates]
-        search.tell(candidates, scores)
+        tell_all(search, scores)
         told += zip(candidates, scores, strict=True)
     return told
+
+
+def asked(search: EvolutionSearch) -> list[Candidate]:
+    return [trial.candidate for trial in search.trials()]
+
+
+def tell_all(search: EvolutionSearch, scores) -> None:
+    """The scores of a generation, in order of asking."""
+    for told in zip(asked(search), scores, strict=True):
+        search.tell(*told)
 
 
 def small_search(rng_seed: int = 0, scale: float = 8.0, **kwargs) -> EvolutionSearch:
@@ -78,14 +88,14 @@ def test_a_bad_parameter_is_named_with_its_value(fields, message):
 
 def test_the_first_generation_starts_with_the_seeds():
     search = small_search()
-    assert search.ask()[:2] == pi_and_ntk(search.space)
-    assert len(search.ask()) == 12
+    assert asked(search)[:2] == pi_and_ntk(search.space)
+    assert len(asked(search)) == 12
 
 
 def test_equal_seeds_count_once():
     space = SearchSpace(4, 2)
     seed = space.encode([2.0] * 4)
-    first = EvolutionSearch(space, SMALL, [seed, seed], 0).ask()
+    first = asked(EvolutionSearch(space, SMALL, [seed, seed], 0))
     assert len(first) == len(set(first)) == 12
 
 
@@ -129,7 +139,7 @@ def test_a_space_smaller_than_the_budget_is_searched_until_nothing_new_is_found(
     search = EvolutionSearch(space, SMALL, [space.encode([1.0] * 3)], 0)
     told = run(search, lambda factors, num_start_tokens: sum(factors))
     assert len(dict(told)) == len(told) and 0.8 * space.size < len(told) <= space.size
-    assert search.ask() == []
+    assert search.trials() == []
 
 
 def test_it_improves_on_its_seeds_and_on_as_many_plain_mutations_of_them():
@@ -152,46 +162,10 @@ def test_it_improves_on_its_seeds_and_on_as_many_plain_mutations_of_them():
 # Telling
 
 
-def test_parts_and_order_of_telling_do_not_matter():
-    whole, parts = small_search(), small_search()
-    objective = smooth_objective(whole.space)
-    while candidates := whole.ask():
-        assert parts.ask() == candidates
-        scores = [objective(*whole.space.decode(item)) for item in candidates]
-        whole.tell(candidates, scores)
-        for candidate, score in reversed(list(zip(candidates, scores, strict=True))):
-            parts.tell([candidate], [score])
-    assert not parts.ask() and parts._ranked() == whole._ranked()
-
-
-def test_asking_again_returns_what_has_no_score_yet():
-    search = small_search()
-    first = search.ask()
-    assert search.ask() == first
-    search.tell(first[3:], [1.0] * 9)
-    assert search.ask() == first[:3]
-
-
-def test_telling_the_unasked_or_the_told_is_refused_and_changes_nothing():
-    search = small_search()
-    first = search.ask()
-    with pytest.raises(ValueError, match="12 candidates came with 1 scores"):
-        search.tell(first, [1.0])
-    with pytest.raises(ValueError, match="was not asked for"):
-        search.tell([first[0], Candidate((0,) * 7 + (1,), 13)], [1.0, 2.0])
-    with pytest.raises(ValueError, match="tell each candidate"):
-        search.tell([first[0], first[0]], [1.0, 2.0])
-    assert search.ask() == first
-    search.tell(first[:1], [1.0])
-    with pytest.raises(ValueError, match="was told before"):
-        search.tell(first[:1], [1.0])
-
-
 def test_scores_that_are_not_finite_rank_last():
     search = small_search()
-    first = search.ask()
-    scores = [math.nan, math.inf, -math.inf] + [5.0] * 8 + [1.0]
-    search.tell(first, scores)
+    first = asked(search)
+    tell_all(search, [math.nan, math.inf, -math.inf] + [5.0] * 8 + [1.0])
     assert search.best == (first[11], 1.0)
     # Equal scores stand in the order of asking, and of the top six the last is who must be beaten.
     assert [item for item, _ in search._ranked()] == [first[11], *first[3:11], *first[:3]]
@@ -200,8 +174,9 @@ def test_scores_that_are_not_finite_rank_last():
 
 def test_equal_scores_rank_in_the_order_of_asking_not_of_telling():
     search = small_search()
-    first = search.ask()
-    search.tell(first[::-1], [1.0] * 12)
+    first = asked(search)
+    for candidate in first[::-1]:
+        search.tell(candidate, 1.0)
     assert [item for item, _ in search._ranked()] == first
 
 
@@ -212,9 +187,9 @@ def test_failed_candidates_have_no_children():
         population_size=2, num_mutations=0, num_crossovers=20, max_iterations=1, num_parents=2
     )
     search = EvolutionSearch(space, parameters, [fails, works], 0)
-    search.tell([fails, works], [math.nan, 1.0])
-    assert len(search.ask()) == 20
-    assert all(child.steps[0] > 0 for child in search.ask())  # half would start with 0
+    tell_all(search, [math.nan, 1.0])
+    assert len(asked(search)) == 20
+    assert all(child.steps[0] > 0 for child in asked(search))  # half would start with 0
 
 
 def test_a_search_where_everything_fails_still_ends():
@@ -241,7 +216,7 @@ def test_with_a_lookahead_too_the_order_in_which_scores_arrive_changes_nothing(l
         while trials := search.trials():
             trial = pick(trials)
             asked[trial.index] = trial
-            search.tell([trial.candidate], [objective(*search.space.decode(trial.candidate))])
+            search.tell(trial.candidate, objective(*search.space.decode(trial.candidate)))
         return [asked[index] for index in range(len(asked))], search._ranked()
 
     assert scored(lambda trials: trials[0]) == scored(lambda trials: trials[-1])
@@ -250,10 +225,10 @@ def test_with_a_lookahead_too_the_order_in_which_scores_arrive_changes_nothing(l
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
 def test_a_straggler_holds_up_what_lies_more_than_the_lookahead_behind_it(lookahead):
     search = small_search(lookahead=lookahead)
-    search.tell(search.ask(), [1.0] * 12)  # every generation needs the initial population
-    straggler, scored = search.ask()[0], 0
-    while others := [item for item in search.ask() if item != straggler]:
-        search.tell(others[:1], [2.0])
+    tell_all(search, [1.0] * 12)  # every generation needs the initial population
+    straggler, scored = asked(search)[0], 0
+    while others := [item for item in asked(search) if item != straggler]:
+        search.tell(others[0], 2.0)
         scored += 1
     assert scored == 8 + 9 * lookahead  # generations of 9
 
@@ -261,10 +236,10 @@ def test_a_straggler_holds_up_what_lies_more_than_the_lookahead_behind_it(lookah
 def test_a_rival_is_the_last_survivor_of_the_generations_that_may_be_known():
     search = small_search()
     assert all(trial.incumbent is None for trial in search.trials())
-    first = search.ask()
-    search.tell(first, [float(value) for value in range(12)])
+    first = asked(search)
+    tell_all(search, range(12))
     assert {trial.incumbent for trial in search.trials()} == {first[5]}  # num_parents is 6
-    search.tell(search.ask(), [0.5] * 9)
+    tell_all(search, [0.5] * 9)
     assert all(trial.certain for trial in search.trials())
     assert {search.space.decode(trial.incumbent)[0] for trial in search.trials()} != {first[5]}
 
