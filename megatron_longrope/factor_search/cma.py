@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_longrope.config_rules import check_int
-from megatron_longrope.errors import LongRopeError
+from megatron_longrope.config_rules import check_int, check_positive
 from megatron_longrope.factor_search.coordinates import Coordinates, moved_candidate
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch
 from megatron_longrope.factor_search.space import Candidate, SearchSpace
@@ -40,7 +39,9 @@ if TYPE_CHECKING:
     import cma
 
 _STALE = 10  # generations of known candidates in a row: CMA-ES has converged on the grid
-_POLISH_STEPS = 5
+POLISH_SHARE = 0.25  # of the budget, kept for the coordinate polish
+POLISH_STEP = 0.04  # the first, of the logarithm of a factor
+_POLISH_STEPS = 5  # each half the one before
 _MOVES = 16  # of a round of the polish, the most promising ones
 _DRAWN = 5  # candidates drawn for each that is scored
 _KNOWN = 24  # scores below which nothing is guessed from them
@@ -50,11 +51,7 @@ _FRUITLESS = 2  # the same, from a seed that it has not left yet, while another 
 
 @dataclass(frozen=True)
 class CmaParameters:
-    """Sizes of the search.
-
-    Raises:
-        LongRopeError: A field breaks its rule; the message names field, value and rule.
-    """
+    """Sizes of the search."""
 
     max_evaluations: int = 336
     """Budget, in evaluations of all samples: a quarter of the evolution's 1,344. An evaluation of
@@ -64,10 +61,6 @@ class CmaParameters:
     number of replicas, or a lookahead, to keep many of them busy."""
     initial_deviation: float = 0.1
     """Of the logarithm of the factors, relative to that of the largest factor of the best seed."""
-    polish_share: float = 0.25
-    """Share of the budget kept for the coordinate polish."""
-    polish_step: float = 0.04
-    """First step of the polish, of the logarithm of a factor; halved four times at most."""
     num_samples: int = 5
     """Samples of a full evaluation, which bound the rounds of successive halving."""
 
@@ -76,14 +69,7 @@ class CmaParameters:
         check_int("num_samples", self.num_samples, 1)
         if self.population_size is not None:
             check_int("population_size", self.population_size, 4)
-        for name in ("initial_deviation", "polish_step"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise LongRopeError(f"{name} is {value!r}; it must be a finite number above 0")
-        if not 0 <= self.polish_share < 1:
-            raise LongRopeError(
-                f"polish_share is {self.polish_share!r}; it must be at least 0 and below 1"
-            )
+        check_positive("initial_deviation", self.initial_deviation)
 
 
 class CmaSearch(GenerationalSearch):
@@ -208,7 +194,7 @@ class CmaSearch(GenerationalSearch):
         so sharp an optimum that every draw around it is worse: the second best one is then tried
         before the step is halved.
         """
-        reserve = int(self.parameters.polish_share * self._left)
+        reserve = int(POLISH_SHARE * self._left)
         deviation, start = self.parameters.initial_deviation, self.best[0]
         while self._left > reserve:
             before = self._left
@@ -337,7 +323,7 @@ class CmaSearch(GenerationalSearch):
 
     def _polish(self) -> Iterator[Generation]:
         """Single factors of the best candidate up and down, improvements joined."""
-        step = self.parameters.polish_step
+        step = POLISH_STEP
         for _ in range(_POLISH_STEPS):
             improved = True
             while improved and self._left:

@@ -18,11 +18,7 @@ from megatron_longrope.factor_search.space import Candidate, SearchSpace
 
 @dataclass(frozen=True)
 class EvolutionParameters:
-    """Sizes of algorithm 1; the defaults are the paper's for targets up to 256k (section 4.1).
-
-    Raises:
-        LongRopeError: A field breaks its rule; the message names field, value and rule.
-    """
+    """Sizes of algorithm 1; the defaults are the paper's for targets up to 256k (section 4.1)."""
 
     population_size: int = 64
     """P: candidates of the initial population, seeds included."""

@@ -20,11 +20,7 @@ RULES = ("exact", "paired", "off")
 
 @dataclass(frozen=True)
 class Race:
-    """A rule for stopping early.
-
-    Raises:
-        LongRopeError: The rule is unknown or the significance is not between 0 and 0.5.
-    """
+    """A rule for stopping early."""
 
     rule: str = "exact"
     """`exact`: losses are not negative, so a candidate whose sum has passed the incumbent's whole

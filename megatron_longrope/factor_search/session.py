@@ -26,7 +26,12 @@ from megatron_longrope.factor_search.attention import (
     settle_attention,
 )
 from megatron_longrope.factor_search.base import base_of, start_token_choices
-from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
+from megatron_longrope.factor_search.cma import (
+    POLISH_SHARE,
+    POLISH_STEP,
+    CmaParameters,
+    CmaSearch,
+)
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.generations import WORTHWHILE
 from megatron_longrope.factor_search.known_scores import Team
@@ -383,12 +388,15 @@ class SearchPlan:
     def _settings(self) -> dict[str, Any]:
         """What a resumed search must agree on, and what a result's provenance names."""
         args, space = self.options, self.problem.space
+        parameters = asdict(self.parameters)
+        if isinstance(self.parameters, CmaParameters):  # journals have always named them
+            parameters |= {"polish_share": POLISH_SHARE, "polish_step": POLISH_STEP}
         return {
             "algorithm": args.algorithm,
             "stage": self.problem.stage,
             "target_length": args.target_length,
             "base": self.problem.base.to_dict(),
-            "parameters": asdict(self.parameters),
+            "parameters": parameters,
             "lookahead": args.lookahead,
             "space": args.space,
             "start_tokens": list(space.start_tokens),

@@ -221,8 +221,6 @@ def test_opposite_moves_meet_in_the_middle():
         ({"population_size": 3}, "population_size is 3"),
         ({"initial_deviation": 0.0}, "initial_deviation is 0.0"),
         ({"initial_deviation": math.inf}, "initial_deviation is inf"),
-        ({"polish_share": 1.0}, "polish_share is 1.0"),
-        ({"polish_step": -1.0}, "polish_step is -1.0"),
         ({"num_samples": 0}, "num_samples is 0"),
     ],
 )
