@@ -212,18 +212,3 @@ def test_opposite_moves_meet_in_the_middle():
     start = space.encode([1.0, 2.0, 2.0, 4.0])
     moved = moved_candidate(space, start, [(1, 0.2), (2, -0.2)])
     assert space.decode(moved)[0] == (1.0, 2.0, 2.0, 4.0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"max_evaluations": 0}, "max_evaluations is 0"),
-        ({"population_size": 3}, "population_size is 3"),
-        ({"initial_deviation": 0.0}, "initial_deviation is 0.0"),
-        ({"initial_deviation": math.inf}, "initial_deviation is inf"),
-        ({"num_samples": 0}, "num_samples is 0"),
-    ],
-)
-def test_a_bad_parameter_is_named_with_its_value(fields, message):
-    with pytest.raises(ValueError, match=message):
-        CmaParameters(**fields)

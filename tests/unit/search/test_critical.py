@@ -238,20 +238,3 @@ def test_seeds_stay_within_a_lower_bound():
     space = CriticalSpace(8, 4.0, upper=5.0, critical_dimensions=(5,))
     tops = [space.decode(item)[0][-1] for item in critical_seeds(space).values()]
     assert tops == [4.0, 4.5, 5.0]
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"critical_dimensions": (4,)}, r"critical_dimensions\[0\] is 4; it must be below"),
-        ({"critical_dimensions": (-1,)}, r"critical_dimensions\[0\] is -1"),
-        ({"start_tokens": (0, 4)}, r"start_tokens \(0, 4\) cannot be searched .* has none"),
-        ({"upper": 1.5}, r"upper is 1.5, below 2.0, the smallest factor"),
-    ],
-)
-def test_a_bad_field_is_named_with_its_value(fields, message):
-    with pytest.raises(ValueError, match=message):
-        CriticalSpace(**{"num_factors": 4, "scale": 2, "critical_dimensions": (2,), **fields})

@@ -94,16 +94,3 @@ def test_equal_candidates_are_stopped_about_as_often_as_the_significance_says():
         race.lost([rng.gauss(3, 0.1) for _ in range(3)], incumbent) is not None for _ in range(4000)
     )
     assert 0.035 < stopped / 4000 < 0.065
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rule": "fast"}, "'fast' is unknown; choose exact, paired, off"),
-        ({"significance": 0.0}, "significance is 0.0"),
-        ({"significance": 0.5}, "significance is 0.5"),
-    ],
-)
-def test_a_bad_rule_is_named_with_its_value(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Race(**fields)

@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 from candidates import all_candidates, check_candidate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,39 +61,9 @@ def test_the_size_is_the_number_of_candidates():
     assert len(set(all_candidates(space))) == space.size == 2 * math.comb(7, 3)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"scale": 1, "upper": 1.005}, "upper is 1.005"),
-        ({"upper": 0.5}, "upper is 0.5"),
-        ({"upper": math.nan}, "upper is nan"),
-        ({"start_tokens": (-1,)}, r"start_tokens\[0\] is -1"),
-    ],
-)
-def test_a_bad_field_is_named_with_its_value(fields, message):
-    with pytest.raises(ValueError, match=message):
-        SearchSpace(**{"num_factors": 4, "scale": 2, **fields})
-
-
-def test_a_recovery_space_has_scale_1_and_an_upper():
-    assert SearchSpace(4, 1, upper=1.01).max_step == 1
-
-
 # A floor under the slow dimensions
 
 
 def test_from_the_floors_dimension_on_factors_reach_the_extension_ratio():
     floored = SearchSpace(4, 2.0, floor_dimension=2)
     assert floored.decode(floored.encode((1.0, 1.5, 1.6, 2.2)))[0] == (1.0, 1.5, 2.0, 2.2)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"floor_dimension": 4}, "floor_dimension is 4; it must be below rotary_dim / 2 = 4"),
-        ({"floor_dimension": 1, "upper": 1.5}, "upper is 1.5, below the extension ratio 2.0"),
-    ],
-)
-def test_a_floor_that_nothing_can_reach_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SearchSpace(4, 2.0, **options)
