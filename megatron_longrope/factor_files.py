@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +104,6 @@ def export_factors(
     if kind == "list":
         return json.dumps(list(factors)) + "\n"
     return (",".join(map(repr, factors)) + "\n") * layers
-
-
-def sorted_factors(config: LongRopeConfig) -> tuple[LongRopeConfig, list[int]]:
-    """Put the factors of every set in ascending order.
-
-    Returns:
-        tuple[LongRopeConfig, list[int]]: The result, and the windows whose sets changed.
-    """
-    sets = [
-        replace(item, rescale_factors=tuple(sorted(item.rescale_factors)))
-        for item in config.factor_sets
-    ]
-    changed = [
-        new.max_length
-        for new, old in zip(sets, config.factor_sets, strict=True)
-        if new.rescale_factors != old.rescale_factors
-    ]
-    return replace(config, factor_sets=tuple(sets)), changed
 
 
 def differences(first: LongRopeConfig, second: LongRopeConfig) -> list[str]:

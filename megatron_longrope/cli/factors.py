@@ -106,13 +106,6 @@ class DiffOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SortOptions(_Output):
-    """What `longrope factors sort` is told."""
-
-    file: str = _file()
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Files(Options):
     files: tuple[str, ...] = flag(positional=True, nargs="+", metavar="F.json")
 
@@ -166,14 +159,6 @@ def add_parser(commands: Any, about: str | None = None) -> None:
             _run_diff,
             "how two files rotate differently",
             "Say how two files rotate differently; origins do not count. Exit 1 when they do.",
-        ),
-        (
-            "sort",
-            SortOptions,
-            _run_sort,
-            "put the factors of every set in ascending order",
-            "Put the factors of every set in ascending order, as a search keeps them; published "
-            "ones decrease here and there. This changes the model a little.",
         ),
         (
             "merge",
@@ -342,14 +327,6 @@ def _run_diff(options: DiffOptions) -> int:
     found = differences(first, second)
     print("\n".join(found) if found else "the files rotate alike")
     return 1 if found else 0
-
-
-def _run_sort(options: SortOptions) -> None:
-    from megatron_longrope.factor_files import sorted_factors
-
-    config, changed = sorted_factors(_load(options.file))
-    _write(config, options)
-    print(f"changed: {', '.join(map(str, changed)) or 'none'}")
 
 
 def _run_merge(options: MergeOptions) -> None:

@@ -10,7 +10,7 @@ from tiny_hf import WINDOW, make_hf_folder
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.factor_files import Geometry, differences, import_factors, sorted_factors
+from megatron_longrope.factor_files import Geometry, differences, import_factors
 
 VECTOR = (1.0, 1.5, 2.25, 31.999999)
 MODEL = ("--rotary-base", "10000", "--original-length", "4k")
@@ -158,7 +158,6 @@ def test_differences_are_named_by_window_and_largest_index(capsys, tmp_path):
         ("import", "{a}"),
         ("export", "{a}"),
         ("export", "{a}", "--format", "json"),
-        ("sort", "{a}"),
         ("merge", "{a}", "{b}"),
         ("make", "pi", "--hf", "{plain}", "--target-length", 256),
     ],
@@ -186,16 +185,6 @@ def test_a_csv_has_rows(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("export", "published:llama2-256k", "--format", "csv", "--layers", 0, "--output", "x")
     assert "--layers: '0' is not a positive integer" in capsys.readouterr().err
-
-
-def test_sorting_changes_only_sets_that_decrease(tmp_path, capsys):
-    mistral = LongRopeConfig.load("published:mistral-128k")
-    result, changed = sorted_factors(mistral)
-    assert changed == [131072, 262144, 524288, 1048576, 2097152]
-    for new, old in zip(result.factor_sets, mistral.factor_sets, strict=True):
-        assert list(new.rescale_factors) == sorted(old.rescale_factors)
-    assert run("sort", "published:mistral-128k", "--output", tmp_path / "s.json") == 0
-    assert "changed: 131072, 262144" in capsys.readouterr().out
 
 
 def test_show_prints_every_factor_on_demand_and_json(capsys):
