@@ -29,12 +29,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class SearchCost:
-    """An estimate of a search.
-
-    Raises:
-        LongRopeError: A count below 1, a dtype or `mfu` out of range, or sizes that do not divide
-            what they split.
-    """
+    """An estimate of a search."""
 
     shape: ModelShape
     """The model's geometry."""
@@ -66,10 +61,6 @@ class SearchCost:
             if (value := getattr(self, name)) < 1:
                 raise LongRopeError(f"{name} is {value}; give 1 or more")
         rates(self.gpu, self.mfu)
-        if self.dtype not in _BYTES:
-            raise LongRopeError(
-                f"dtype {self.dtype!r} is unknown; choose among {', '.join(_BYTES)}"
-            )
         if self.shape.num_query_groups % self.tensor_parallel:
             raise LongRopeError(
                 f"tensor parallel size {self.tensor_parallel} does not divide the "

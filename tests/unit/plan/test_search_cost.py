@@ -7,33 +7,18 @@ import pytest
 from megatron_longrope.plan import search_cost
 from megatron_longrope.plan.generation import GenerationPlan
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
-from megatron_longrope.plan.model import MODELS
+from megatron_longrope.plan.model import MODELS, Model
 from megatron_longrope.plan.search_cost import SearchCost
 from megatron_longrope.progress import format_duration
 
-LLAMA_2_7B = SimpleNamespace(
-    num_experts=None,
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=11008,
-    num_attention_heads=32,
-    num_query_groups=32,
-    head_dim=128,
-    vocab_size=32000,
-    padded_vocab_size=32000,
-    rotary_dim=128,
-    untie_embeddings=True,
-    hybrid_layer_pattern=None,
-)
-LLAMA_3_8B = SimpleNamespace(
-    **{
-        **vars(LLAMA_2_7B),
-        "ffn_hidden_size": 14336,
-        "num_query_groups": 8,
-        "vocab_size": 128256,
-        "padded_vocab_size": 128256,
-    }
-)
+
+def shape(model, **changes):
+    """What a checkpoint's shape has besides."""
+    more = {"padded_vocab_size": model.vocab_size, "rotary_dim": model.rotary_dim}
+    return SimpleNamespace(**{**vars(model), **more, "hybrid_layer_pattern": None, **changes})
+
+
+LLAMA_2_7B, LLAMA_3_8B = (shape(MODELS[name]) for name in ("llama2-7b", "llama3-8b"))
 PAPER = dict(samples=5, evaluations=1344, gpu=GPUS["h100"])
 
 
@@ -73,18 +58,15 @@ def test_operations_are_counted_matrix_by_matrix():
 
 def test_grouped_queries_save_projections_and_no_attention():
     grouped, whole = (
-        SearchCost(shape, target_length=4096, **PAPER)
-        for shape in (
-            LLAMA_3_8B,
-            SimpleNamespace(**{**vars(LLAMA_3_8B), "num_query_groups": 32}),
-        )
+        SearchCost(model, target_length=4096, **PAPER)
+        for model in (LLAMA_3_8B, shape(MODELS["llama3-8b"], num_query_groups=32))
     )
     saved = 32 * 2 * 4096 * (2 * 4096 * (4096 - 1024))
     assert whole.sample_flops - grouped.sample_flops == saved
 
 
 def test_a_hybrid_model_of_the_same_layers_costs_the_same():
-    hybrid = SimpleNamespace(**{**vars(LLAMA_2_7B), "hybrid_layer_pattern": "*-" * 32})
+    hybrid = shape(MODELS["llama2-7b"], hybrid_layer_pattern="*-" * 32)
     theirs, ours = SearchCost(hybrid, target_length=4096, **PAPER), seven_b(4096)
     assert (theirs.sample_flops, theirs.memory) == (ours.sample_flops, ours.memory)
 
@@ -154,20 +136,7 @@ def test_memory_is_linear_in_the_length_where_attention_has_the_peak():
 def test_the_memory_formula_meets_what_a_cpu_process_was_measured_to_need(
     groups, tokens, mebibytes
 ):
-    measured = SimpleNamespace(
-        num_experts=None,
-        num_layers=2,
-        hidden_size=512,
-        ffn_hidden_size=1376,
-        num_attention_heads=8,
-        num_query_groups=groups,
-        head_dim=64,
-        vocab_size=8192,
-        padded_vocab_size=8192,
-        rotary_dim=64,
-        untie_embeddings=True,
-        hybrid_layer_pattern=None,
-    )
+    measured = shape(Model(2, 512, 1376, 8, groups, 8192, 64))
     result = SearchCost(measured, target_length=tokens, dtype="float32", **PAPER)
     grown = result.peak_bytes - result.memory["weights"]
     assert grown / 2**20 == pytest.approx(mebibytes, rel=0.02)
@@ -275,7 +244,6 @@ def test_an_unknown_gpu_is_refused_with_those_known(text):
         ({"replicas": -1}, "replicas is -1"),
         ({"mfu": 0}, r"--mfu 0 is not in \(0, 1\]"),
         ({"mfu": 1.5}, r"--mfu 1\.5 is not in \(0, 1\]"),
-        ({"dtype": "fp8"}, "'fp8' is unknown; choose among float32, bfloat16, float16"),
         ({"tensor_parallel": 5}, "5 does not divide the 32 query groups"),
         ({"length": 262142, "context_parallel": 4}, "does not split into 8 chunks"),
     ],
