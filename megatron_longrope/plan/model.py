@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import layer_weights
@@ -128,35 +128,23 @@ class Model:
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
-def _model(
-    layers: int,
-    hidden: int,
-    ffn: int,
-    heads: int,
-    groups: int,
-    vocab: int,
-    head_dim: int | None = None,
-    **more: Any,
-) -> Model:
-    return Model(layers, hidden, ffn, heads, groups, vocab, head_dim or hidden // heads, **more)
-
-
 MODELS = {
-    "llama2-7b": _model(32, 4096, 11008, 32, 32, 32000),
-    "llama2-13b": _model(40, 5120, 13824, 40, 40, 32000),
-    "llama2-70b": _model(80, 8192, 28672, 64, 8, 32000),
-    "llama3-8b": _model(32, 4096, 14336, 32, 8, 128256),
-    "llama3-70b": _model(80, 8192, 28672, 64, 8, 128256),
-    "llama3.2-1b": _model(16, 2048, 8192, 32, 8, 128256, untie_embeddings=False),
-    "llama3.2-3b": _model(28, 3072, 8192, 24, 8, 128256, untie_embeddings=False),
-    "mistral-7b": _model(32, 4096, 14336, 32, 8, 32000),
-    "phi3-mini": _model(32, 3072, 8192, 32, 32, 32064),
-    "qwen2.5-7b": _model(28, 3584, 18944, 28, 4, 152064, add_qkv_bias=True),
-    "qwen3-8b": _model(36, 4096, 12288, 32, 8, 151936, head_dim=128, qk_layernorm=True),
-    "mixtral-8x7b": _model(
-        32, 4096, 14336, 32, 8, 32000, num_experts=8, moe_ffn_hidden_size=14336, moe_router_topk=2
+    "llama2-7b": Model(32, 4096, 11008, 32, 32, 32000, 128),
+    "llama2-13b": Model(40, 5120, 13824, 40, 40, 32000, 128),
+    "llama2-70b": Model(80, 8192, 28672, 64, 8, 32000, 128),
+    "llama3-8b": Model(32, 4096, 14336, 32, 8, 128256, 128),
+    "llama3-70b": Model(80, 8192, 28672, 64, 8, 128256, 128),
+    "llama3.2-1b": Model(16, 2048, 8192, 32, 8, 128256, 64, untie_embeddings=False),
+    "llama3.2-3b": Model(28, 3072, 8192, 24, 8, 128256, 128, untie_embeddings=False),
+    "mistral-7b": Model(32, 4096, 14336, 32, 8, 32000, 128),
+    "phi3-mini": Model(32, 3072, 8192, 32, 32, 32064, 96),
+    "qwen2.5-7b": Model(28, 3584, 18944, 28, 4, 152064, 128, add_qkv_bias=True),
+    "qwen3-8b": Model(36, 4096, 12288, 32, 8, 151936, 128, qk_layernorm=True),
+    "mixtral-8x7b": Model(
+        32, 4096, 14336, 32, 8, 32000, 128,
+        num_experts=8, moe_ffn_hidden_size=14336, moe_router_topk=2,
     ),
-}
+}  # fmt: skip
 """Shapes as their publishers' configurations have them."""
 
 
