@@ -76,7 +76,7 @@ def needle_samples(
     length: int,
     *,
     bos_id: int | None,
-    depths: Sequence[float] | None = None,
+    depths: Sequence[float],
     seed: int = 0,
 ) -> NeedleSamples:
     """Hide a number in each document and ask for it.
@@ -91,22 +91,14 @@ def needle_samples(
         tokenizer (Tokenizer): The one that made the documents.
         length (int): Tokens of every sample, BOS and answer included.
         bos_id (int, optional): Put before every sample; None for nothing.
-        depths (Sequence[float], optional): Places in [0, 1]; `(0,)` is the paper's. Defaults to
-            one for each document, evenly from 0 to 1.
+        depths (Sequence[float]): Places in [0, 1]; `(0,)` is the paper's.
         seed (int): Of the numbers.
 
     Raises:
         LongRopeError: Documents or length too short, depths outside [0, 1], or a tokenizer that is
             not the documents' or that does not keep question and answer apart.
     """
-    check_int("length", length, 1)
     check_int("seed", seed, 0)
-    if not len(documents):
-        raise LongRopeError("documents is empty; give at least one")
-    if depths is None:
-        depths = [index / max(len(documents) - 1, 1) for index in range(len(documents))]
-    if not len(depths):
-        raise LongRopeError("depths is empty; give at least one, such as (0,)")
     for index, depth in enumerate(depths):
         if not 0 <= depth <= 1:
             raise LongRopeError(f"depths[{index}] is {depth!r}; it must be between 0 and 1")

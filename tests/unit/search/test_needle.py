@@ -1,6 +1,7 @@
 """Needle samples are exactly as long as asked for, and exactly their answers are scored."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from toy_tokenizers import (
 
 from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_longrope.factor_search.needle import needle_samples
+
+hidden = partial(needle_samples, bos_id=BOS, depths=[0.5])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_every_sample_has_the_length_the_needle_and_a_scored_answer(tokenizer, d
         seed=st.integers(0, 2**32),
     )
     def check(length, depths, seed):
-        samples = needle_samples(documents, tokenizer, length, bos_id=BOS, depths=depths, seed=seed)
+        samples = hidden(documents, tokenizer, length, depths=depths, seed=seed)
         check_samples(samples, tokenizer, length)
         count = max(len(depths), len(documents))
         assert samples.depths == tuple(depths[row % len(depths)] for row in range(count))
@@ -84,18 +87,17 @@ def test_every_sample_has_the_length_the_needle_and_a_scored_answer(tokenizer, d
 )
 def test_any_text_holds_the_needle_within_64_tokens_of_its_depth(text, length, depth):
     tokenizer = CharacterTokenizer()
-    samples = needle_samples([characters(text)], tokenizer, length, bos_id=BOS, depths=[depth])
+    samples = hidden([characters(text)], tokenizer, length, depths=[depth])
     check_samples(samples, tokenizer, length)
     low, high = (
-        needle_samples([characters(text)], tokenizer, length, bos_id=BOS, depths=[end]).positions[0]
-        for end in (0, 1)
+        hidden([characters(text)], tokenizer, length, depths=[end]).positions[0] for end in (0, 1)
     )
     exact = low + depth * (high - low)
     assert low <= samples.positions[0] <= high and abs(samples.positions[0] - exact) <= 65
 
 
 def test_the_document_stands_around_the_needle_unchanged(tokenizer, documents):
-    samples = needle_samples(documents[:1], tokenizer, 900, bos_id=BOS, depths=[0.5])
+    samples = hidden(documents[:1], tokenizer, 900, depths=[0.5])
     start = samples.positions[0]
     number = samples.numbers[0]
     needle = tokenizer.encode(f"\nThe registration number of the lighthouse is {number}.\n")
@@ -109,18 +111,16 @@ def test_the_document_stands_around_the_needle_unchanged(tokenizer, documents):
     assert first + same > start and len(rest) - first - same < 200
 
 
-def test_by_default_the_depths_run_from_the_start_to_the_end(tokenizer, documents):
-    samples = needle_samples(documents, tokenizer, 1500, bos_id=BOS)
-    assert samples.depths == (0.0, 0.5, 1.0)
+def test_a_needle_at_depth_0_stands_before_all_of_the_document(tokenizer, documents):
+    samples = hidden(documents, tokenizer, 1500, depths=(0.0, 0.5, 1.0))
     assert list(samples.positions) == sorted(samples.positions)
     text = tokenizer.decode(samples.tokens[0, 1 : samples.positions[0]].tolist())
     assert text.endswith("asked for after the last line.\n")  # nothing of the document yet
-    assert needle_samples(documents[:1], tokenizer, 1500, bos_id=BOS).depths == (0.0,)
 
 
 def test_more_depths_than_documents_use_each_document_again(tokenizer, documents):
     depths = (0, 0.25, 0.5, 0.75)
-    samples = needle_samples(documents[:2], tokenizer, 900, bos_id=BOS, depths=depths)
+    samples = hidden(documents[:2], tokenizer, 900, depths=depths)
     assert samples.tokens.shape[0] == 4 and samples.depths == depths
 
 
@@ -128,7 +128,7 @@ def placed(text: str, depth: float) -> str:
     """The 20 characters before the needle."""
     tokenizer = CharacterTokenizer()
     length = needle_length(text)
-    samples = needle_samples([characters(text)], tokenizer, length, bos_id=BOS, depths=[depth])
+    samples = hidden([characters(text)], tokenizer, length, depths=[depth])
     at = samples.positions[0]
     return tokenizer.decode(samples.tokens[0, at - 20 : at].tolist())
 
@@ -137,7 +137,7 @@ def needle_length(text: str) -> int:
     """Length of a sample that holds all of the text."""
     for length in range(len(text), len(text) + 1000):
         try:
-            needle_samples([characters(text)], CharacterTokenizer(), length + 1, bos_id=BOS)
+            hidden([characters(text)], CharacterTokenizer(), length + 1)
         except ValueError as error:
             if f"has {len(text)} tokens" in str(error):
                 return length
@@ -159,22 +159,20 @@ def test_a_needle_stands_at_its_exact_depth_where_nothing_ends():
 
 
 def test_the_same_seed_gives_the_same_samples(tokenizer, documents):
-    a, b, c = (
-        needle_samples(documents, tokenizer, 700, bos_id=BOS, seed=seed) for seed in (3, 3, 4)
-    )
+    a, b, c = (hidden(documents, tokenizer, 700, seed=seed) for seed in (3, 3, 4))
     assert a.tokens.equal(b.tokens) and a.numbers == b.numbers != c.numbers
 
 
 def test_the_description_is_plain_json_without_tensors(tokenizer, documents):
-    samples = needle_samples(documents, tokenizer, 700, bos_id=BOS)
+    samples = hidden(documents, tokenizer, 700)
     text = json.loads(json.dumps(samples.describe()))
     assert text["numbers"] == list(samples.numbers) and "{number}" in text["needle"]
 
 
 def test_a_space_that_belongs_to_the_first_digit_is_scored_with_it():
-    samples = needle_samples([characters("a b\n" * 200)], SpaceTokenizer(), 700, bos_id=BOS)
+    samples = hidden([characters("a b\n" * 200)], SpaceTokenizer(), 700)
     assert samples.scored.sum() == 7
-    samples = needle_samples([characters("a b\n" * 200)], CharacterTokenizer(), 700, bos_id=BOS)
+    samples = hidden([characters("a b\n" * 200)], CharacterTokenizer(), 700)
     assert samples.scored.sum() == 7  # here the space stands alone and is not scored
 
 
@@ -185,7 +183,7 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_within_a_samp
         def encode(self, text):
             return super().encode(f" {text}")
 
-    samples = needle_samples([characters("ab\n" * 300)], PrefixTokenizer(), 700, bos_id=BOS)
+    samples = hidden([characters("ab\n" * 300)], PrefixTokenizer(), 700)
     text = PrefixTokenizer().decode(samples.tokens[0, 1:].tolist())
     assert text.startswith(" Somewhere in this text") and " \n" not in text
     assert "\nThe registration number" in text and samples.scored.sum() == 7
@@ -194,17 +192,17 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_within_a_samp
 def test_a_document_that_is_too_short_is_named_with_its_tokens(tokenizer, documents):
     short = [documents[0], documents[1][:500]]
     with pytest.raises(ValueError, match=r"document 1 has 500 tokens; .* of 2000 tokens needs 1"):
-        needle_samples(short, tokenizer, 2000, bos_id=BOS)
+        hidden(short, tokenizer, 2000)
 
 
 def test_a_length_below_the_bare_prompt_is_refused(tokenizer, documents):
     with pytest.raises(ValueError, match=r"length 50 is too short .* give at least"):
-        needle_samples(documents, tokenizer, 50, bos_id=BOS)
+        hidden(documents, tokenizer, 50)
 
 
 def test_tokens_of_another_tokenizer_are_refused(tokenizer):
     with pytest.raises(ValueError, match="document 0 holds token 5000, the tokenizer has 340"):
-        needle_samples([np.full(900, 5000)], tokenizer, 900, bos_id=BOS)
+        hidden([np.full(900, 5000)], tokenizer, 900)
 
 
 @pytest.mark.parametrize(
@@ -216,27 +214,17 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer):
 )
 def test_a_tokenizer_that_cannot_hold_question_and_answer_is_refused(kind, message):
     with pytest.raises(ValueError, match=message):
-        needle_samples([characters("a b\n" * 300)], kind(), 900, bos_id=BOS)
+        hidden([characters("a b\n" * 300)], kind(), 900)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"documents": []}, "documents is empty"),
-        ({"depths": []}, "depths is empty"),
         ({"depths": [0.5, 1.5]}, r"depths\[1\] is 1.5"),
         ({"depths": [float("nan")]}, r"depths\[0\] is nan"),
         ({"seed": -1}, "seed is -1"),
-        ({"length": 0}, "length is 0"),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(arguments, message):
-    values = {"documents": [characters("a b\n" * 300)], "length": 900, **arguments}
     with pytest.raises(ValueError, match=message):
-        needle_samples(
-            values.pop("documents"),
-            CharacterTokenizer(),
-            values.pop("length"),
-            bos_id=BOS,
-            **values,
-        )
+        hidden([characters("a b\n" * 300)], CharacterTokenizer(), 900, **arguments)

@@ -116,7 +116,7 @@ def test_a_needles_answer_alone_decides_its_score(engine, config, data):
     tokenizer = load_tokenizer(data["tokenizer"])
     documents = read_documents(data["search"], limit=3)
     length = 640
-    needles = needle_samples(documents, tokenizer, length, bos_id=1)
+    needles = needle_samples(documents, tokenizer, length, bos_id=1, depths=(0, 0.5, 1))
     wide = config.with_factor_set(
         type(config.factor_sets[-1])(length, config.factor_sets[-1].rescale_factors)
     )
