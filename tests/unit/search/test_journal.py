@@ -54,7 +54,6 @@ def test_the_file_is_one_header_and_one_json_line_per_evaluation(path):
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert header["journal"] == 2
     assert header["settings"] == {"seed": 1, "space": {"scale": 8, "start_tokens": [0, 4]}}
-    assert len(header["settings_sha256"]) == 64
     assert lines[0] == {
         "rescale_factors": [1.0, 1.29, 8.0],
         "num_start_tokens": 4,
@@ -109,10 +108,6 @@ def test_overwrite_starts_fresh(path):
     assert scores_after_resume(path, {"seed": 2}) == []
 
 
-def test_resume_and_overwrite_exclude_each_other(path):
-    assert "exclude each other" in refusal(path, resume=True, overwrite=True)
-
-
 def test_changed_settings_are_refused_with_their_differences(path):
     new = {"seed": 2, "space": {"scale": 8, "start_tokens": (0,)}, "data": "sha256:1"}
     message = refusal(path, new, resume=True)
@@ -124,12 +119,6 @@ def test_changed_settings_are_refused_with_their_differences(path):
 
 def test_the_order_of_settings_does_not_matter(path):
     assert len(scores_after_resume(path, dict(reversed(SETTINGS.items())))) == 3
-
-
-@pytest.mark.parametrize("value", [math.nan, object()])
-def test_settings_must_be_plain_json(tmp_path, value):
-    with pytest.raises(ValueError, match="plain JSON"):
-        Journal(tmp_path / "journal.jsonl", {"value": value})
 
 
 # Damage
@@ -178,11 +167,6 @@ def test_a_field_of_the_wrong_type_is_an_error_even_in_the_last_line(path, field
     with open(path, "a") as file:
         file.write(json.dumps({**record().to_dict(), field: "many"}) + "\n")
     assert "line 5 is corrupt: a field has the wrong type" in refusal(path, resume=True)
-
-
-def test_an_edited_header_is_an_error(path):
-    path.write_bytes(path.read_bytes().replace(b'"seed": 1', b'"seed": 2', 1))
-    assert "line 1 is corrupt" in refusal(path, {**SETTINGS, "seed": 2}, resume=True)
 
 
 def test_another_version_is_refused(path):
@@ -239,6 +223,7 @@ def test_a_forked_child_does_not_keep_the_lock(path):
         signal.pause()
     try:
         journal.close()
+        journal.close()  # harmless
         assert len(scores_after_resume(path)) == 3
     finally:
         os.kill(child, signal.SIGKILL)
@@ -252,11 +237,3 @@ def test_a_file_system_without_locks_is_a_warning(path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.warns(UserWarning, match="cannot be locked"):
         assert len(scores_after_resume(path)) == 3
-
-
-def test_a_closed_journal_refuses_to_append(path):
-    journal = Journal(path, SETTINGS, resume=True)
-    journal.close()
-    journal.close()
-    with pytest.raises(ValueError, match="is closed"):
-        journal.append(record())
