@@ -7,9 +7,8 @@ import math
 import pytest
 
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.factor_search.journal import Evaluation, read_records
+from megatron_longrope.factor_search.journal import Evaluation, Journal, read_records
 from megatron_longrope.factor_search.problem import make_problem
-from megatron_longrope.methods import named_factors
 from megatron_longrope.report.search_figures import (
     draw_search,
     draw_search_figures,
@@ -27,8 +26,6 @@ from megatron_longrope.report.style import style_of
 PROBLEM = make_problem(identity_config(10000.0, 16, 256), 2048)
 PI, NTK, YARN = (PROBLEM.factor_set(item).rescale_factors for item in PROBLEM.seeds.values())
 OTHER = (1.0, 1.1, 1.5, 2.5, 4.5, 8.0, 8.0, 9.0)
-GEOMETRY = (16, 8.0, 10000.0, 256)  # rotary_dim, extension ratio, base, original window
-FACTORS = (1.0, 1.1, 1.5, 2.5, 4.5, 8.0, 8.0, 9.0)
 
 
 def record(index, score, factors=OTHER, start_tokens=0, nlls=None, stopped=None):
@@ -138,39 +135,21 @@ def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
 # Found in a folder
 
 
-def save_config(path, factors=FACTORS, **origin):
+def save_config(path, factors=OTHER, **origin):
     sets = (FactorSet(256, (1.0,) * 8), FactorSet(2048, factors, 4, origin))
     LongRopeConfig(10000.0, 16, 256, sets).save(path)
 
 
-def save_journal(path, scores=(61.0, 71.2, 42.9, 40.0, math.inf, 38.5), extra=()):
-    """A journal; factors are rounded as on the grid."""
-    seeds = [named_factors(name, *GEOMETRY) for name in ("pi", "ntk", "yarn")]
+def save_journal(path, records):
     settings = {"target_length": 2048, "data_sha256": "a", "checkpoint_sha256": "b"}
-    lines = [{"journal": 2, "settings": settings, "settings_sha256": ""}]
-    for index, score in enumerate(scores):
-        values = seeds[index] if index < 3 else FACTORS
-        lines.append({
-            "rescale_factors": [round(value, 2) for value in values], "num_start_tokens": 0,
-            "score": score if math.isfinite(score) else None, "sample_nlls": [], "seconds": 0.5,
-            "error": None if math.isfinite(score) else "out of memory", "index": index,
-            "stopped": None,
-        })  # fmt: skip
-    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *extra]))
-
-
-def entry(index, score, start_tokens=0, nlls=(), stopped=None):
-    """A line of a later version's journal."""
-    return {
-        "index": index, "rescale_factors": list(FACTORS), "num_start_tokens": start_tokens,
-        "score": score, "sample_nlls": list(nlls), "seconds": 0.5, "stopped": stopped,
-        "error": None,
-    }  # fmt: skip
+    with Journal(path, settings) as journal:
+        for item in records:
+            journal.append(item)
 
 
 def history_of(name, scores, seeds):
     return SearchHistory(
-        name, [Evaluation(FACTORS, 0, score, index=i) for i, score in enumerate(scores)], {}, seeds
+        name, [Evaluation(OTHER, 0, score, index=i) for i, score in enumerate(scores)], {}, seeds
     )
 
 
@@ -178,7 +157,7 @@ def test_factor_sets_are_found_once_and_broken_files_are_named(tmp_path):
     save_config(tmp_path / "b.json")
     (tmp_path / "deep").mkdir()
     save_config(tmp_path / "deep" / "copy.json")
-    save_config(tmp_path / "deep" / "other.json", (*FACTORS[:-1], 10.0))
+    save_config(tmp_path / "deep" / "other.json", (*OTHER[:-1], 10.0))
     broken = json.loads((tmp_path / "b.json").read_text())
     broken["factor_sets"][1]["rescale_factors"][0] = -1.0
     (tmp_path / "broken.json").write_text(json.dumps(broken))
@@ -194,14 +173,13 @@ def test_factor_sets_are_found_once_and_broken_files_are_named(tmp_path):
 def test_starting_points_are_those_of_the_factor_file_and_damaged_lines_are_passed_over(tmp_path):
     path = tmp_path / "first.journal.jsonl"
     scores = {"pi": 61.0, "ntk": 71.2, "near-yarn": 42.9, "base": None}
-    save_journal(path)
+    save_journal(path, SEEDED)
     with path.open("a") as file:
         file.write('[]\n{"score": "x", "rescale_factors": [1]}\n{"score": 3, "resc')
     (tmp_path / "empty.journal.jsonl").write_text("")
     (history,) = find_search_histories(tmp_path)  # the search has not ended
     assert history.name == "first" and history.seeds == {}
-    found = [record.score for record in history.records]
-    assert found == [61.0, 71.2, 42.9, 40.0, math.inf, 38.5]
+    assert list(history.records) == SEEDED
     search = {"target_length": 2048, "data_sha256": "a", "checkpoint_sha256": "b"}
     save_config(tmp_path / "first.json", **search, seed_perplexity=scores)
     (history,) = find_search_histories(tmp_path)
@@ -219,7 +197,7 @@ def test_a_short_or_wild_search_can_be_drawn(scores):
 
 
 def test_a_search_without_a_complete_candidate_has_no_history(tmp_path):
-    save_journal(tmp_path / "x.journal.jsonl", (), [entry(0, 5.0, stopped="budget")])
+    save_journal(tmp_path / "x.journal.jsonl", [record(0, 5.0, stopped="budget")])
     assert len(read_records(tmp_path / "x.journal.jsonl")) == 1
     assert find_search_histories(tmp_path) == []
 
@@ -228,7 +206,7 @@ def test_a_search_without_a_complete_candidate_has_no_history(tmp_path):
     "points", [{0: 3.0, 1: 3.0}, {4: 2.0, 256: 9e5}, {0: 1.0, 20: 1.1, 24: 1.2, 28: 1.3, 32: 1.0}]
 )
 def test_flat_wild_and_crowded_start_token_curves_can_be_drawn(points):
-    drawing = draw_start_tokens([StartTokenCurve("x", FACTORS, "yarn", 5, points)])
+    drawing = draw_start_tokens([StartTokenCurve("x", OTHER, "yarn", 5, points)])
     assert drawing.png.startswith(b"\x89PNG") and "over 5 samples" in drawing.caption
 
 
@@ -243,5 +221,5 @@ def test_of_many_unpublished_starting_points_only_the_best_has_a_line():
 def test_a_search_whose_candidates_all_fit_the_frame_is_laid_out_without_a_warning(recwarn):
     draw_search([history_of(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
     points = {0: 3.0, 1: 2.9, 2: 2.8, 256: 90.0}
-    draw_start_tokens([StartTokenCurve("x", FACTORS, None, 1, points)] * 5)
+    draw_start_tokens([StartTokenCurve("x", OTHER, None, 1, points)] * 5)
     assert not [item for item in recwarn if "layout" in str(item.message)]
