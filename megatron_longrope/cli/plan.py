@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -122,65 +123,72 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 def run(options: PlanOptions) -> int:
     """Run the command."""
-    if options.generate is not None:
-        return _run_generation(options)
-    from megatron_longrope.plan import Cluster, Training, rank, remedies
     from megatron_longrope.plan.estimate import with_memory
-    from megatron_longrope.plan.flags import DEFAULT_CHUNK
-    from megatron_longrope.plan.hardware import parse_gpu
-    from megatron_longrope.plan.layouts import FULL
+    from megatron_longrope.plan.hardware import GIB, parse_gpu
 
-    model = _model(options)
-    chunk = DEFAULT_CHUNK if options.chunked_loss else None
-    training = Training(options.length, options.global_batch_size, options.steps, chunk)
     gpu = with_memory(parse_gpu(options.gpu), options.memory)
-    cluster = Cluster(gpu, options.gpus, options.gpus_per_node, options.mfu)
     fixed = {name: size for name in _SIZES if (size := getattr(options, name)) is not None}
-    if options.recompute is not None:
-        kinds = {"none": (), "mlp": (model.mlp_module,), "full": FULL}
-        fixed["recompute"] = kinds[options.recompute]
-    estimates = rank(model, training, cluster, fixed)
-    best = estimates[0]
-    others = [estimate for estimate in estimates if estimate.fits] if options.all else []
-    advice = [] if best.fits else remedies(best, cluster, fixed)
+    planned = _training if options.generate is None else _generation
+    ranked, advice, row = planned(options, _model(options), gpu, fixed)
+    best, fitting = ranked[0], [one for one in ranked if one.fits]
     if options.json:
         answer = {**best.as_dict(), "would_fit": advice}
         if options.all:
-            answer["all"] = [estimate.as_dict() for estimate in others]
-        print(json.dumps(answer, indent=2))
-    else:
-        print("\n".join(_lines(best, others, advice)))
-    return 0 if best.fits else 1
-
-
-def _run_generation(options: PlanOptions) -> int:
-    from megatron_longrope.plan.estimate import with_memory
-    from megatron_longrope.plan.generation import GenerationPlan, enough_gpus, rank_generation
-    from megatron_longrope.plan.hardware import parse_gpu
-
-    gpu = with_memory(parse_gpu(options.gpu), options.memory)
-    sizes = {name: getattr(options, name) for name in ("tensor", "context")}
-    fixed = {name: size for name, size in sizes.items() if size is not None}
-    first = GenerationPlan(
-        _model(options), options.length, options.generate, options.samples, 1, 1, 1, gpu,
-        options.mfu,
-    )  # fmt: skip
-    ranked = rank_generation(first, options.gpus, options.gpus_per_node, fixed)
-    best, others = ranked[0], [plan for plan in ranked if plan.fits]
-    larger = None if best.fits else enough_gpus(first, options.gpus, options.gpus_per_node, fixed)
-    if options.json:
-        answer = best.as_dict()
-        if options.all:
-            answer["all"] = [plan.as_dict() for plan in others]
+            answer["all"] = [one.as_dict() for one in fitting]
         print(json.dumps(answer, indent=2))
         return 0 if best.fits else 1
     print(best.text())
-    if larger is not None:
-        gpus = larger.tensor * larger.context * larger.copies
-        print(f"What would fit: {gpus} GPUs ({larger.short()})")
-    if options.all:
-        print("\n".join(f"  {plan.short():<32}{plan.seconds:12.1f} s" for plan in others))
+    if not best.fits:
+        parts = best.memory
+        over = parts.total / GIB - best.gpu.gib
+        print(
+            f"no layout fits; the smallest is {over:.1f} GiB over, most of it {parts.largest} "
+            f"({getattr(parts, parts.largest) / GIB:.1f} GiB). What would fit:"
+        )
+        print("\n".join(f"  {remedy}" for remedy in advice or ["nothing that was tried"]))
+    elif options.all:
+        print(f"all {len(fitting)} layouts that fit, the best first:")
+        print("\n".join(f"  {row(one)}" for one in fitting))
     return 0 if best.fits else 1
+
+
+def _training(options: PlanOptions, model, gpu, fixed) -> tuple[list, list[str], Callable]:
+    """The estimates, the best first; what would fit if it does not; a line of the list of all."""
+    from megatron_longrope.plan import Cluster, Training, rank, remedies
+    from megatron_longrope.plan.flags import DEFAULT_CHUNK
+    from megatron_longrope.plan.hardware import GIB
+    from megatron_longrope.plan.layouts import FULL
+
+    chunk = DEFAULT_CHUNK if options.chunked_loss else None
+    training = Training(options.length, options.global_batch_size, options.steps, chunk)
+    cluster = Cluster(gpu, options.gpus, options.gpus_per_node, options.mfu)
+    if options.recompute is not None:
+        kinds = {"none": (), "mlp": (model.mlp_module,), "full": FULL}
+        fixed["recompute"] = kinds[options.recompute]
+    ranked = rank(model, training, cluster, fixed)
+    advice = [] if ranked[0].fits else remedies(ranked[0], cluster, fixed)
+    return (
+        ranked,
+        advice,
+        lambda one: f"{one.short():<48}{one.memory.total / GIB:7.1f} GiB{one.hours:10.1f} h",
+    )
+
+
+def _generation(options: PlanOptions, model, gpu, fixed) -> tuple[list, list[str], Callable]:
+    """The same of generating text."""
+    from megatron_longrope.plan.generation import GenerationPlan, enough_gpus, rank_generation
+
+    first = GenerationPlan(
+        model, options.length, options.generate, options.samples, 1, 1, 1, gpu, options.mfu
+    )
+    ranked = rank_generation(first, options.gpus, options.gpus_per_node, fixed)
+    advice = []
+    if not ranked[0].fits and (
+        larger := enough_gpus(first, options.gpus, options.gpus_per_node, fixed)
+    ):
+        gpus = larger.tensor * larger.context * larger.copies
+        advice.append(f"{gpus} GPUs ({larger.short()})")
+    return ranked, advice, lambda one: f"{one.short():<32}{one.seconds:12.1f} s"
 
 
 def _model(options: PlanOptions):
@@ -191,27 +199,3 @@ def _model(options: PlanOptions):
     from megatron_longrope.checkpoint.opening import open_checkpoint
 
     return Model.from_shape(open_checkpoint(options.load, options.hf, sliding_window="drop").shape)
-
-
-def _lines(best, others, advice: list[str]) -> list[str]:
-    from megatron_longrope.plan.hardware import GIB
-
-    lines = [best.text()]
-    if best.fits:
-        lines += ["flags:"]
-        lines += [f"  {' '.join(flag.words):<46}# {flag.reason}" for flag in best.flags()]
-    else:
-        parts = best.memory
-        over = parts.total / GIB - best.gpu.gib
-        lines.append(
-            f"no layout fits; the smallest is {over:.1f} GiB over, most of it {parts.largest} "
-            f"({getattr(parts, parts.largest) / GIB:.1f} GiB). What would fit:"
-        )
-        lines += [f"  {remedy}" for remedy in advice or ["nothing that was tried"]]
-    if others:
-        lines.append(f"all {len(others)} layouts that fit, the best first:")
-        lines += [
-            f"  {other.short():<48}{other.memory.total / GIB:7.1f} GiB{other.hours:10.1f} h"
-            for other in others
-        ]
-    return lines

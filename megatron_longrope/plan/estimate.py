@@ -132,6 +132,9 @@ class Estimate:
             f"({self.hours * self.layout.gpus:.3g} GPU hours), "
             f"{self.tokens_per_second:.0f} tokens/s/GPU, {self.utilisation:.0%} of peak",
         ]
+        if self.fits:
+            flags = (f"  {' '.join(flag.words):<46}# {flag.reason}" for flag in self.flags())
+            lines += ["flags:", *flags]
         return "\n".join(lines)
 
     def _activations(self) -> list[str]:

@@ -33,6 +33,11 @@ class Parts:
         """Bytes at the worst moment."""
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def largest(self) -> str:
+        """Name of the largest part."""
+        return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
+
     def gib(self) -> dict[str, float]:
         """Parts and total in GiB."""
         names = [field.name for field in fields(self)] + ["total"]
@@ -80,11 +85,6 @@ class Memory(Parts):
     def allocated(self) -> int:
         """Bytes of tensors at the worst moment: all but the reserve."""
         return self.total - self.reserve
-
-    @property
-    def largest(self) -> str:
-        """Name of the largest part."""
-        return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
 
 
 def memory(model: Model, training: Training, layout: Layout, reserve: int = 0) -> Memory:

@@ -1,6 +1,5 @@
 """`longrope plan`: what it prints, and its exit codes."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -9,16 +8,13 @@ from pathlib import Path
 import pytest
 
 import megatron_longrope
-from megatron_longrope.cli import plan
+from megatron_longrope.cli import main
 from megatron_longrope.plan import plan_command
 from megatron_longrope.plan.model import MODELS
 
 
 def run(text: str) -> int:
-    parser = argparse.ArgumentParser()
-    plan.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["plan", *text.split()])
-    return args.run(args)
+    return main(["--debug", "plan", *text.split()])
 
 
 def answer(capsys, text: str) -> tuple[int, dict]:

@@ -1,13 +1,12 @@
 """Memory and time of generation, against the engine's own tensors and counts by hand."""
 
-import argparse
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_longrope.cli import plan as command
+from megatron_longrope.cli import main
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import PREFILL_TOKENS
 from megatron_longrope.plan.generation import GenerationPlan, rank_generation
@@ -23,10 +22,7 @@ def planned(model=LLAMA3, length=131072, new=128, tensor=1, context=1, **options
 
 
 def run(text: str) -> int:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["plan", *text.split()])
-    return args.run(args)
+    return main(["--debug", "plan", *text.split()])
 
 
 def test_weights_and_cache_are_the_engines_own_tensors(megatron_runs):
@@ -111,7 +107,9 @@ def test_the_command_says_what_generation_takes(capsys):
 def test_generation_that_does_not_fit_says_on_how_many_gpus_it_would(capsys):
     assert run("--model llama3-70b --length 128k --gpus 1 --generate 128") == 1
     shown = capsys.readouterr().out
-    assert "does NOT fit" in shown and "What would fit: 4 GPUs" in shown
+    assert "does NOT fit" in shown and "What would fit:\n  4 GPUs (" in shown
+    assert run("--model llama3-70b --length 128k --gpus 1 --generate 128 --json") == 1
+    assert json.loads(capsys.readouterr().out)["would_fit"][0].startswith("4 GPUs (")
 
 
 def test_layouts_that_the_engine_refuses_are_not_proposed():
@@ -125,7 +123,7 @@ def test_layouts_that_the_engine_refuses_are_not_proposed():
 def test_what_would_fit_keeps_the_sizes_that_are_fixed(capsys):
     given = "--model llama3-70b --length 128k --gpus 1 --generate 128"
     assert run(f"{given} --tensor-model-parallel-size 1") == 1
-    assert "What would fit" not in capsys.readouterr().out  # the weights of 70 B, on any GPU
+    assert "nothing that was tried" in capsys.readouterr().out  # the weights of 70 B, on any GPU
 
 
 @pytest.mark.parametrize(
