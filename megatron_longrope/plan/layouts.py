@@ -129,6 +129,10 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
             f"a2a needs context parallel {context} to divide the heads of a rank, "
             f"{heads // tensor} of queries and {max(1, groups // tensor)} of keys",
         ),
+        (
+            model.num_experts is None and layout.expert > 1,
+            f"expert parallel {layout.expert} has no experts to divide",
+        ),
     ]
     if model.num_experts is not None:
         ranks = tensor * context * layout.data

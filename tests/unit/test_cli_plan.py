@@ -100,6 +100,7 @@ def test_a_checkpoint_is_planned_from_its_own_shape(untied_gqa, capsys):
         ("--model llama2-7b --gpus 8 --memory -1", "--memory -1.0 is no size"),
         ("--model llama2-7b --gpus 8 --mfu 2", "--mfu 2.0 is not in"),
         ("--model llama2-7b --gpus 7", "no layout of 7 GPUs keeps Megatron's rules"),
+        ("--model llama3-8b --gpus 8 --expert-model-parallel-size 2", "parallel 2 has no experts"),
         ("--model llama2-7b --gpus 8 --samples 5", "samples applies only with --generate"),
         *(
             (f"--model llama2-7b --gpus 8 --generate 8 {flag}", f"{name} is of a training")
