@@ -7,6 +7,7 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ class SearchPlan:
         if args.tensorboard_dir and Path(args.tensorboard_dir).is_file():
             raise LongRopeError(
                 f"--tensorboard-dir {args.tensorboard_dir} is a file; name a directory"
+            )
+        if args.tensorboard_dir and find_spec("tensorboard") is None:
+            raise LongRopeError(
+                "--tensorboard-dir needs the tensorboard package, which is not installed; "
+                "pip install 'megatron-longrope[tensorboard]', or leave the flag out"
             )
         if Path(args.output).is_dir():
             raise LongRopeError(f"--output {args.output} is a directory; name a JSON file")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.journal import fresh_samples, is_complete, is_failed
 from megatron_longrope.ranks import rank
 
@@ -80,18 +78,9 @@ class Telemetry:
 
     Args:
         directory (str | Path, optional): Where the event file goes. None writes nothing.
-
-    Raises:
-        LongRopeError: A directory is given and TensorBoard is not installed.
     """
 
     def __init__(self, directory: str | Path | None) -> None:
-        # Every rank looks, so that all of them stop and none waits for rank 0.
-        if directory is not None and importlib.util.find_spec("tensorboard") is None:
-            raise LongRopeError(
-                "TensorBoard scalars need the tensorboard package, which is not installed; "
-                "pip install 'megatron-longrope[tensorboard]', or leave the directory out"
-            )
         self._directory = None if directory is None or rank() != 0 else Path(directory)
         self._writer: Any = None
 

@@ -15,7 +15,7 @@ from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.flags import read_flags
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import Engine
-from megatron_longrope.factor_search import runner
+from megatron_longrope.factor_search import runner, session
 from megatron_longrope.factor_search.attention import ATTENTION_EVALUATIONS
 from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.samples import needles_or_reason
@@ -103,6 +103,14 @@ def test_bad_input_is_one_sentence(options, no_weights, capsys, flags, message):
     assert main([*options, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_missing_tensorboard_is_said_before_any_weight_is_loaded(
+    options, no_weights, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(session, "find_spec", lambda _: None)
+    assert main([*options, "--tensorboard-dir", str(tmp_path)]) == 2
+    assert "pip install 'megatron-longrope[tensorboard]'" in capsys.readouterr().err
 
 
 def test_a_needle_search_refuses_another_tokenizer(options, no_weights, capsys, tmp_path):

@@ -129,15 +129,3 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     write(tmp_path / "events", [record(0, 12.0)])
     assert not (tmp_path / "events").exists()
-
-
-def test_without_a_directory_nothing_is_needed(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    write(None, [record(0, 12.0)])
-
-
-def test_a_missing_tensorboard_is_said_on_every_rank(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match=r"pip install 'megatron-longrope\[tensorboard\]'"):
-        Telemetry(tmp_path)
