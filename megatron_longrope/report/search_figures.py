@@ -92,7 +92,8 @@ def draw_factors(sets: Sequence[tuple[str, LongRopeConfig, FactorSet]]) -> Drawi
     with panels(title, len(sets), "Dimension, fast to slow", "Rescale factor") as (figure, grid):
         for axes, (name, config, chosen) in zip(grid, sets, strict=True):
             ratio = chosen.max_length / config.original_max_position_embeddings
-            curves = {**reference_factors(config, ratio), "longrope": chosen.rescale_factors}
+            curves = reference_factors(config, chosen.max_length)
+            curves["longrope"] = chosen.rescale_factors
             every = max(1, config.rotary_dim // 2 // 8)
             for index, (method, values) in enumerate(curves.items()):
                 style = LONGROPE if method == "longrope" else style_of(method)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.baselines import extension
+from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.evaluation.statistics import is_finite
 from megatron_longrope.factor_search.journal import (
     Evaluation,
@@ -19,7 +20,6 @@ from megatron_longrope.factor_search.journal import (
 )
 from megatron_longrope.factor_search.problem import SEED_METHODS
 from megatron_longrope.files import read_json
-from megatron_longrope.methods import named_factors
 from megatron_longrope.report.reading import files_below
 
 _LARGEST_JSON = 16 * 2**20
@@ -192,9 +192,10 @@ def _starting_points(journal: Path) -> dict[str, Any]:
     return {}
 
 
-def reference_factors(config: LongRopeConfig, ratio: float) -> dict[str, list[float]]:
-    """Return factors of PI, NTK and YaRN for the geometry; none where the ratio extends nothing."""
-    if ratio <= 1 or config.rotary_dim < 4:
+def reference_factors(config: LongRopeConfig, length: int) -> dict[str, tuple[float, ...]]:
+    """Return factors of PI, NTK and YaRN for the model; none for a window that is no extension."""
+    original, dim = config.original_max_position_embeddings, config.rotary_dim
+    if length <= original or dim < 4:
         return {}
-    geometry = (config.rotary_base, config.original_max_position_embeddings)
-    return {name: named_factors(name, config.rotary_dim, ratio, *geometry) for name in SEED_METHODS}
+    plain = identity_config(config.rotary_base, dim, original, config.base_frequencies)
+    return {name: extension(name, plain, length).rescale_factors for name in SEED_METHODS}

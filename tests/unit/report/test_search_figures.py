@@ -19,6 +19,7 @@ from megatron_longrope.report.search_history import (
     StartTokenCurve,
     find_factor_sets,
     find_search_histories,
+    reference_factors,
     start_token_curve,
 )
 from megatron_longrope.report.style import style_of
@@ -77,6 +78,14 @@ def test_factors_stand_against_the_published_methods(tmp_path):
     ours = [float(row["rescale_factor"]) for row in data if row["method"] == "longrope"]
     assert ours == list(OTHER)
     assert {row["method"] for row in data} == {"pi", "ntk", "yarn", "longrope"}
+
+
+def test_the_yarn_of_a_model_that_scales_rope_itself_is_the_one_that_was_searched():
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    problem = make_problem(identity_config(10000.0, 16, 256, scaling), 2048)
+    config = problem.config(problem.seeds["pi"])
+    drawn = reference_factors(config, 2048)
+    assert drawn["yarn"] == problem.references["yarn"].rescale_factors
 
 
 def test_one_number_of_start_tokens_is_no_curve(tmp_path):
