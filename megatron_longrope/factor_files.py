@@ -109,22 +109,24 @@ def export_factors(
 def differences(first: LongRopeConfig, second: LongRopeConfig) -> list[str]:
     """Say, one line each, in what two configurations rotate differently; origins do not count."""
     lines = []
-    left, right = first.to_dict(), second.to_dict()
-    for name in left.keys() | right.keys():
-        if name not in ("schema", "factor_sets") and left.get(name) != right.get(name):
-            lines.append(f"{name}: {left.get(name)} and {right.get(name)}")
-    lines.sort()
-    ours, theirs = ({s.max_length: s for s in config.factor_sets} for config in (first, second))
-    for window in sorted(ours.keys() | theirs.keys()):
-        if window not in ours or window not in theirs:
-            lines.append(f"{window} tokens: in the {'first' if window in ours else 'second'} only")
+    for name in ("original_max_position_embeddings", "rotary_base", "rotary_dim"):
+        if (ours := getattr(first, name)) != (theirs := getattr(second, name)):
+            lines.append(f"{name}: {ours} and {theirs}")
+    # Between two of these no sequence changes its set in either.
+    for window in sorted({s.max_length for s in (*first.factor_sets, *second.factor_sets)}):
+        if window > min(first.max_length, second.max_length):
+            where = "first" if window <= first.max_length else "second"
+            lines.append(f"{window} tokens: in the {where} only")
             continue
-        a, b = ours[window], theirs[window]
-        if a.num_start_tokens != b.num_start_tokens:
-            lines.append(
-                f"{window} tokens: start tokens {a.num_start_tokens} and {b.num_start_tokens}"
-            )
-        lines += _factor_differences(window, a.rescale_factors, b.rescale_factors)
+        a, b = first.factor_set_for(window), second.factor_set_for(window)
+        values = first.attention_factor_for(window), second.attention_factor_for(window)
+        for name, ours, theirs in (
+            ("start tokens", a.num_start_tokens, b.num_start_tokens),
+            ("attention factor", *values),
+        ):
+            if ours != theirs:
+                lines.append(f"{window} tokens: {name} {ours} and {theirs}")
+        lines += _factor_differences(window, first.plain_factors(a), second.plain_factors(b))
     return lines
 
 
