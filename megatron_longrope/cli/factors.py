@@ -97,6 +97,17 @@ class ExportOptions(Options):
     layers: int = flag(32, type=parse_positive, metavar="N")
     """rows of a CSV (default: 32)"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, is_given in (
+            ("--window", self.format == "json" and self.window is not None),
+            ("--layers", self.format != "csv" and self.layers != ExportOptions.layers),
+        ):
+            if is_given:
+                raise LongRopeError(
+                    f"{name} has no meaning with --format {self.format}; leave it out"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffOptions(Options):

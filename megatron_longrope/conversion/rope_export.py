@@ -44,7 +44,8 @@ def export_rope(
     Raises:
         LongRopeError: transformers cannot hold the factors; see :meth:`.LongRopeConfig.to_hf`.
     """
-    if is_bare_base(config) and not family.bare_longrope:
+    is_whole = target_length in (None, config.max_length)
+    if is_whole and is_bare_base(config) and not family.bare_longrope:
         return _bare_base(config)
     keys = config.to_hf(short_length, target_length)
     scaling = keys["rope_scaling"]

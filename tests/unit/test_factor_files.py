@@ -194,6 +194,21 @@ def test_no_file_is_replaced_unless_asked_for(tmp_path, capsys, words):
     assert precious.read_text() != "days of search"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--format json --window 4k", "--window has no meaning with --format json"),
+        ("--format list --layers 4", "--layers has no meaning with --format list"),
+        ("--window 2k", "long_length 2048 is below the original window 4096"),
+        ("--window 8k", "sequence length 8192 exceeds 4096"),
+    ],
+)
+def test_a_flag_that_an_export_would_ignore_is_refused(tmp_path, capsys, flags, message):
+    identity_config(10000.0, 8, 4096, LINEAR).save(tmp_path / "a.json")
+    assert run("export", tmp_path / "a.json", "--output", tmp_path / "o", *flags.split()) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
 def test_a_csv_has_rows(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("export", "published:llama2-256k", "--format", "csv", "--layers", 0, "--output", "x")
