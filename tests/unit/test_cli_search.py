@@ -308,6 +308,8 @@ def test_a_needle_search_names_its_needles(options, data, tmp_path):
     assert main([*options, *flags, "--no-figures"]) == 0
     origin = json.loads((tmp_path / "factors.json").read_text())["factor_sets"][-1]["origin"]
     assert origin["needles"]["depths"] == [0.0, 0.5, 1.0]
+    # Constants now; a journal of an earlier version names them, and can be resumed.
+    assert origin["parameters"].items() >= {"polish_share": 0.25, "polish_step": 0.04}.items()
     assert all(10**6 <= number < 10**7 for number in origin["needles"]["numbers"])
     assert not (tmp_path / "factors_figures").exists()
 
