@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_longrope.data.documents import read_manifest, read_window_documents
-from megatron_longrope.data.prepare import output_paths
 from megatron_longrope.data.sources import (
     Document,
     SkippedDocument,
@@ -42,7 +41,7 @@ class ScoredDocuments:
 
 def is_prepared(data: str) -> bool:
     """Return whether `data` is the prefix of a set that `longrope data prepare` wrote."""
-    return output_paths(data)[1].exists()
+    return Path(f"{data}.idx").exists()
 
 
 def read_scored_documents(
@@ -80,12 +79,15 @@ def read_scored_documents(
         tokens, bos_id = read_window_documents(data, window, count, bos=bos)
         vocab_size = int(manifest["vocab_size"])
     else:
-        if tokenizer is None:
-            if Path(data).exists():
-                raise LongRopeError(f"{data} is text; give the model's tokenizer with --tokenizer")
+        if not Path(data).exists():
             raise LongRopeError(
-                f"{data}: neither a prepared set (no {output_paths(data)[1].name}) nor a text "
-                "file; check the path"
+                f"{data}: neither a prepared set (no {Path(data).name}.idx) nor a text file; check "
+                "the path"
+            )
+        if tokenizer is None:
+            raise LongRopeError(
+                f"{data} is read as text (a prepared set is given without .bin, .idx or .json); "
+                "give the model's tokenizer with --tokenizer"
             )
         loaded = load_tokenizer(tokenizer, bos)
         least = window - len(bos_prefix(loaded.bos_id))

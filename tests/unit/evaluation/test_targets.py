@@ -1,6 +1,7 @@
 """Models, factor files and documents are checked before a weight is loaded."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -139,11 +140,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(untied_gqa):
 # Documents
 
 
-def test_text_and_the_prepared_set_of_it_give_the_same_tokens(data):
+def test_text_and_the_prepared_set_of_it_give_the_same_tokens(data, tmp_path):
     prepared = read_scored_documents(data["heldout"], None, 200, 3)
-    text = read_scored_documents(f"{data['heldout']}.jsonl", data["tokenizer"], 200, 3)
-    assert prepared.sha256 == text.sha256 and prepared.bos_id == text.bos_id == 1
-    assert all(map(np.array_equal, prepared.tokens, text.tokens))
+    (tmp_path / "books").mkdir()
+    for path in (tmp_path / "books/a.jsonl", tmp_path / "held.json"):
+        shutil.copy(f"{data['heldout']}.jsonl", path)
+    for path in (f"{data['heldout']}.jsonl", f"{tmp_path}/books/", f"{tmp_path}/held.json"):
+        text = read_scored_documents(path, data["tokenizer"], 200, 3)
+        assert prepared.sha256 == text.sha256 and prepared.bos_id == text.bos_id == 1
+        assert all(map(np.array_equal, prepared.tokens, text.tokens))
 
 
 def test_short_documents_are_passed_over(data, tmp_path):
@@ -163,8 +168,8 @@ def test_bad_data_is_one_sentence(data, tmp_path):
 
     tokenizer = data["tokenizer"]
     refused(tmp_path / "absent", None, "neither a prepared set .* nor a text file; check the path")
-    refused(f"{data['heldout']}.jsonl", None, "is text; give the model's tokenizer")
-    refused(tmp_path / "absent.jsonl", tokenizer, "does not exist")
+    refused(f"{data['heldout']}.jsonl", None, "is read as text .*; give the model's tokenizer")
+    refused(tmp_path / "absent.jsonl", tokenizer, "neither a prepared set .* nor a text file")
     broken = tmp_path / "broken.txt"
     broken.write_bytes(b"fine so far\n\xff\xfe no longer")
     refused(broken, tokenizer, r"broken.txt:2: byte 0xff is not valid UTF-8")
