@@ -33,7 +33,7 @@ class Options:
     """What a command is told: checked in Python as on the command line.
 
     A text or path stands for what the flag would make of it, so that `target_length="128k"` is
-    131072, and one item for a list of one.
+    131072, and one item for a list of one; a list is read as its items with commas between them.
 
     Raises:
         LongRopeError: A value is unknown or cannot be read; too many or too few were given.
@@ -67,9 +67,10 @@ def _read(item: Field[Any], value: Any) -> Any:
         value = (value,) if isinstance(value, str) else tuple(map(_text_of, value))
         if isinstance(how.get("nargs"), int) and len(value) != how["nargs"]:
             raise LongRopeError(f"{item.name} has {len(value)} values; give {how['nargs']}")
-    elif "type" in how and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            value = how["type"](str(value))
+    elif "type" in how and isinstance(value, str | int | float | list | tuple):
+        items = value if isinstance(value, list | tuple) else [value]
+        try:  # None is a depth at random
+            value = how["type"](",".join("random" if i is None else str(i) for i in items))
         except ValueError as error:
             raise LongRopeError(f"{item.name}: {error}") from None
     if "choices" in how and value not in how["choices"]:

@@ -106,10 +106,13 @@ def test_prepare_data_returns_the_manifest(data, tmp_path):
         )
     )  # fmt: skip
     assert manifest["segments"] == 6 and (tmp_path / "set.bin").is_file()
-    several = longrope.PrepareOptions(
-        input=[source, str(source)], tokenizer="t", output="o", whole_documents=True
-    )
-    assert several.input == (str(source), str(source))
+
+
+def test_lists_are_read_as_the_command_line_reads_them():
+    options = longrope.PasskeyOptions(hf="m", output="o", lengths=["4k", 8192], depths=[None])
+    assert (options.lengths, options.depths) == ([4096, 8192], [None])
+    options = longrope.PasskeyOptions(hf="m", output="o", lengths=(64,), depths=[0.5, 1])
+    assert (options.lengths, options.depths) == ([64], [0.5, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -132,20 +135,20 @@ def test_prepare_data_returns_the_manifest(data, tmp_path):
             lambda: longrope.SearchOptions(hf="b", data="d", target_length="4x", output="o"),
             "target_length: length '4x'",
         ),
-        (
-            lambda: longrope.PrepareOptions(
-                input="a", tokenizer="b", output="c", segment_length=64, min_length=3
-            ),
-            "applies only with --whole-documents",
-        ),
         *(
             (
-                lambda name=name: longrope.PrepareOptions(
-                    input="a", tokenizer="b", output="c", **{"segment_length": 64, name: 0}
+                lambda kind=kind, given=given: getattr(longrope, kind)(
+                    hf="m", output="o", **{"lengths": "4k", "data": "d"} | given
                 ),
-                f"{name}: .*0.* is not a positive integer",
+                sentence,
             )
-            for name in ("joined", "short_window", "short_multiple", "segment_length")
+            for kind, given, sentence in (
+                ("PerplexityOptions", {"lengths": ["4k", "8x"]}, "lengths: length '8x'"),
+                ("PerplexityOptions", {"baselines": ["yarrn"]}, "baselines: 'yarrn' is unknown"),
+                ("NeedleOptions", {"depths": 1.5}, "depths '1.5': give how many"),
+                ("NeedleOptions", {"depths": [0.5, None]}, "depths '0.5,random': give how many"),
+                ("NeedleOptions", {"max_hours": -1.0}, "-1.0 hours must be above 0"),
+            )
         ),
         (
             lambda: longrope.convert_to_hf(longrope.ToHfOptions(load="absent", output="o")),
