@@ -95,8 +95,9 @@ class SentencePieceTokenizer:
         return encoded["ids"], [start for start, _ in encoded["offsets"]]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids."""
-        return self._processor.DecodeIds([int(token) for token in ids])
+        """Text of token ids; those that a folder adds to the model, all special, have none."""
+        known = self._processor.vocab_size()
+        return self._processor.DecodeIds([int(token) for token in ids if token < known])
 
 
 def load_sentencepiece(path: str | Path) -> Any:

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from tiny_corpus import make_text
 from toy_tokenizers import save_fast, train_byte_level
 
-from megatron_longrope.data.tokenizer import _sample, load_tokenizer, train_sentencepiece
+from megatron_longrope.data.tokenizer import (
+    _sample,
+    decode_generated,
+    load_tokenizer,
+    train_sentencepiece,
+)
 
 CODE = "def f(x):\n    if x:\n\treturn 12345\r\n\n\n        # naïve 日本 🙂  \n"
 
@@ -143,11 +148,15 @@ def test_a_folder_with_tokenizer_model_alone_has_sentencepieces_ids_and_hash(pre
     assert folder.sha256 == file.sha256 and folder.path == str(prefixed)
 
 
-def test_a_folder_that_adds_tokens_found_in_text_needs_a_tokenizer_json(prefixed, tmp_path):
+def test_a_folder_may_add_special_tokens_but_none_that_is_found_in_text(prefixed, tmp_path):
     folder = shutil.copytree(prefixed, tmp_path / "added")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"added_tokens_decoder": {"340": {"content": "<tab>", "special": False}}})
-    )
+    added, settings = {"content": "<tab>", "special": True}, folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({"added_tokens_decoder": {"340": added}}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.vocab_size == 341
+    assert decode_generated(tokenizer, [300, 340]) == tokenizer.decode([300]) != ""
+    added["special"] = False
+    settings.write_text(json.dumps({"added_tokens_decoder": {"340": added}}))
     with pytest.raises(ValueError, match=r"adds '<tab>' to the vocabulary of tokenizer\.model"):
         load_tokenizer(folder)
 
