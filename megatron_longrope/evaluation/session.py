@@ -48,7 +48,7 @@ class Cell:
     @property
     def record(self) -> dict[str, Any]:
         """Return the record's fields that are known before measuring."""
-        return {**self.target.fields(), **self.fields}
+        return {**self.target.fields, **self.fields}
 
     def check_splits(self, cp_size: int) -> None:
         """Refuse a length that the engine would refuse under context parallelism.

@@ -81,6 +81,7 @@ class Target:
     policy: str | None = None
     """Attention-factor policy of a published method."""
 
+    @cached_property
     def fields(self) -> dict[str, Any]:
         """Return the fields that every record has of its target."""
         return {

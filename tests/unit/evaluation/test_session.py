@@ -10,6 +10,7 @@ from megatron_longrope.baselines import extended_config
 from megatron_longrope.config import identity_config
 from megatron_longrope.evaluation import records as records_module
 from megatron_longrope.evaluation import session as session_module
+from megatron_longrope.evaluation import targets
 from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.session import Cell, Plan, Session
@@ -91,9 +92,12 @@ def shared(cells, measure):
     return Plan(cells, measure, shared=True)
 
 
-def test_every_cell_is_recorded_with_its_subject_under_the_subjects_factors(make):
+def test_every_cell_is_recorded_with_its_subject_under_the_subjects_factors(make, monkeypatch):
+    hashed, of_factors = [], targets.config_sha256
+    monkeypatch.setattr(targets, "config_sha256", lambda of: hashed.append(of) or of_factors(of))
     session, loaded = make()
     session.run(each(cells("a", "b")))
+    assert len(hashed) == 4  # each target's once, however many of its records are looked up
     assert loaded == ["a", "b"]
     assert [(row["model"], row["length"], row["value"]) for row in session.records.rows] == [
         ("a", 64, 128), ("a", 128, 256), ("b", 64, 128), ("b", 128, 256),
