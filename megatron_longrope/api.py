@@ -272,6 +272,9 @@ def convert_from_hf(options: FromHfOptions, progress: Progress | None = None) ->
 def prepare_data(options: PrepareOptions, *, progress: bool = False) -> dict[str, Any]:
     """Tokenize text into `output`.bin, `output`.idx and the manifest `output`.json.
 
+    With several workers, which import the calling script, call it under
+    `if __name__ == "__main__":`.
+
     Returns:
         dict[str, Any]: The manifest.
 

@@ -155,8 +155,9 @@ def store_batches(
             yield _finished(*waiting.popleft())
     except BrokenProcessPool:
         raise LongRopeError(
-            "a worker process ended unexpectedly, perhaps for lack of memory; run the command "
-            "again, finished parts are kept, with fewer --workers"
+            "a worker process ended unexpectedly: for lack of memory (run this again with fewer "
+            "workers, finished parts are kept), or because it imports the script that calls "
+            'prepare_data, where the call then belongs under `if __name__ == "__main__":`'
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
