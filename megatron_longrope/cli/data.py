@@ -100,12 +100,7 @@ def _run_inspect(options: InspectSetOptions) -> int:
 
 
 def _print_facts(prefix: str, manifest: dict[str, Any]) -> None:
-    """Print a manifest, without its histograms.
-
-    Args:
-        prefix (str): Path of the set.
-        manifest (dict): Of any set; those of older releases lack some keys.
-    """
+    """Print a manifest, without its histograms."""
     from megatron_longrope.data.tokenizer import bos_name
 
     print(f"{prefix}: {manifest['segments']} {_describe_entries(manifest)}")
@@ -113,10 +108,10 @@ def _print_facts(prefix: str, manifest: dict[str, Any]) -> None:
     print(f"  source           {manifest['documents']:,} documents in "
           f"{len(manifest['source_files'])} files, {manifest['source_tokens']:,} tokens, "
           f"longest {manifest['longest_document']:,}")  # fmt: skip
-    if manifest.get("held_out"):
+    if manifest["held_out"]:
         print(f"  held out         {manifest['held_out_documents']:,} documents, a share of "
               f"{manifest['held_out']} (seed {manifest['seed']})")  # fmt: skip
-    for source in manifest.get("sources", []):
+    for source in manifest["sources"]:
         print(f"  {source['name']:<16} {source['documents']:,} documents, "
               f"{source['source_tokens']:,} tokens; used {source['used_documents']:,}, "
               f"{source['used_tokens']:,} ({_share(source, manifest):.1%})")  # fmt: skip
@@ -144,7 +139,7 @@ def _describe_entries(manifest: dict[str, Any]) -> str:
             f"{manifest['multiple']}"
         )
     if manifest["mode"] == "segments":
-        joined, cut = manifest.get("joined", 1), manifest.get("cut", "tokens")
+        joined, cut = manifest["joined"], manifest["cut"]
         text = f"segments of {manifest['segment_length']} tokens (tails: {manifest['tail']}"
         text += ", cut at sentence ends)" if cut == "sentences" else ")"
         if joined > 1:

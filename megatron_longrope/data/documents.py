@@ -17,10 +17,10 @@ from megatron_longrope.files import read_json
 
 _MANIFEST_KEYS = (
     "mode", "tokenizer", "tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "documents",
-    "segments", "tokens", "token_sha256", "length_histogram", "skipped", "source_files",
+    "segments", "tokens", "token_sha256", "length_histogram", "skipped", "source_files", "sources",
 )  # fmt: skip
 _MODE_KEYS = {
-    "segments": ("segment_length", "tail"),
+    "segments": ("segment_length", "tail", "joined", "cut"),
     "whole": ("min_length", "max_length"),
     "short": ("window", "multiple"),
 }
@@ -187,7 +187,7 @@ def _entry_problems(tokens: np.ndarray, manifest: dict[str, Any]) -> list[str]:
             )
         segments = [tokens]
     else:
-        length, joined = manifest["segment_length"], manifest.get("joined", 1)
+        length, joined = manifest["segment_length"], manifest["joined"]
         if len(tokens) != length * joined:
             problems.append(f"has {len(tokens)} tokens, not {length * joined}")
         segments = np.array_split(tokens, joined)

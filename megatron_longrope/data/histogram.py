@@ -11,15 +11,10 @@ from megatron_longrope.lengths import format_length
 
 
 def source_histograms(manifest: dict[str, Any]) -> dict[str, dict[int, int]]:
-    """Documents by the lower end of their class of lengths (a power of two), for every source.
-
-    Args:
-        manifest (dict): Of any set; those of older releases have one source without a name.
-    """
-    sources = manifest.get("sources") or [{"name": "input", **manifest}]
+    """Documents by the lower end of their class of lengths (a power of two), for every source."""
     return {
         source["name"]: {int(low): count for low, count in source["length_histogram"].items()}
-        for source in sources
+        for source in manifest["sources"]
     }
 
 

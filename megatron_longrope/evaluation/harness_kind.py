@@ -218,7 +218,6 @@ def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) ->
         title (str): Its title.
         settings (Sequence[str]): Fields by which a model may have several records of a benchmark.
     """
-    rows = _not_superseded(rows, settings)
     parts: dict[tuple, list] = defaultdict(list)
     for series, row in rows:
         parts[row["task"], row.get("num_fewshot"), row["metric"]].append((series, row))
@@ -253,25 +252,11 @@ def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) ->
 
 
 def _is_low_good(metric: str, records: Sequence[Row]) -> bool:
-    """Return what the harness says; of older records, and where its tasks disagree, by the name."""
+    """Return what the harness says; by the name where it says nothing or its tasks disagree."""
     found = {row.get("higher_is_better") for row in records} - {None}
     if len(found) == 1:
         return found == {False}
     return any(word in metric.lower() for word in _LOW_IS_GOOD)
-
-
-def _not_superseded(rows: Rows, settings: Sequence[str]) -> Rows:
-    """Leave out the records of older versions, without a hash, that were measured again."""
-    names = ["task", "num_fewshot", "metric", *settings]
-    names.remove("requests_sha256")
-    places = [(series, *(row.get(name) for name in names)) for series, row in rows]
-    pairs = list(zip(places, rows, strict=True))
-    again = {place for place, (_, row) in pairs if row.get("requests_sha256")}
-    return [
-        (series, row)
-        for place, (series, row) in pairs
-        if row.get("requests_sha256") or place not in again
-    ]
 
 
 def _value(row: Row, *, low: bool) -> Value:

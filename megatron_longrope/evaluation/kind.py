@@ -22,14 +22,13 @@ Check = tuple[Callable[[Any], bool], str]
 """A rule for a field of a record, in code and in words."""
 
 TARGET_KEY = (
-    "checkpoint", "iteration", "label", "policy", "config_sha256", "sliding_window",
-    "requested_dtype",
+    "iteration", "label", "policy", "config_sha256", "sliding_window", "requested_dtype",
+    "checkpoint_sha256",
 )  # fmt: skip
-"""Fields of a record that say what was measured: a checkpoint, how it was loaded, and a set of
-factors. For the checkpoint stands the hash of its content, where the record has one; see
-:func:`cell_key`. What a record lacks was the default."""
+"""Fields of a record that say what was measured: a checkpoint, which is known by its content, how
+it was loaded, and a set of factors. What a record lacks was the default."""
 
-MODEL_COLUMNS = ("model", *TARGET_KEY[1:], "checkpoint_sha256")
+MODEL_COLUMNS = ("model", *TARGET_KEY)
 """Of every CSV: what tells one model from another."""
 
 
@@ -87,7 +86,7 @@ class Kind:
     optional: Mapping[str, Check] = field(default_factory=dict)
     """Fields that may be absent or null."""
     restore: Callable[[Row], Any] = lambda row: None
-    """Completes a record that was read: what JSON has no word for, what old versions left out."""
+    """Completes a record that was read by what JSON has no word for."""
 
     @property
     def cell_fields(self) -> tuple[str, ...]:
@@ -120,7 +119,7 @@ class Kind:
                 f"{where}: a record must be a JSON object, got {type(row).__name__}"
             )
         self.restore(row)
-        for name, (good, rule) in self.required.items():
+        for name, (good, rule) in {**self.required, "checkpoint_sha256": TEXT}.items():
             if name not in row:
                 raise LongRopeError(
                     f"{where}: the record lacks {name!r}; measure again with `longrope eval "
@@ -135,14 +134,8 @@ class Kind:
 
 
 def cell_key(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """Return the identity of a record: equal for two records of one cell.
-
-    A checkpoint is known by its content; records of older versions know the path as it was typed.
-    """
-    values = [row.get(name) for name in names]
-    if "checkpoint" in names and row.get("checkpoint_sha256"):
-        values[names.index("checkpoint")] = row["checkpoint_sha256"]
-    return json.dumps(values, sort_keys=True)
+    """Return the identity of a record: equal for two records of one cell."""
+    return json.dumps([row.get(name) for name in names], sort_keys=True)
 
 
 def is_number(value: Any) -> bool:

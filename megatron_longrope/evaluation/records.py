@@ -65,12 +65,8 @@ class Records:
         return cell_key(row, self._key)
 
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the finished record with the same key fields, or None.
-
-        That of an older version, which did not hash the checkpoint, is found by its path.
-        """
-        found = self._found.get(self.key_of(cell))
-        return found or self._found.get(self.key_of({**cell, "checkpoint_sha256": None}))
+        """Return the finished record with the same key fields, or None."""
+        return self._found.get(self.key_of(cell))
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write records and flush them to disk, once; only the first rank does."""

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Identity:
     checkpoint: str | None = field(default=None, compare=False)
     """The path as it was typed."""
     content: str | None = None
-    """Hash of the checkpoint's content; of records that have none, the path."""
+    """Hash of the checkpoint's content."""
     iteration: str | None = None
     sliding_window: int | None = None
     dtype: str | None = None
@@ -77,16 +77,8 @@ def name_series(entries: Sequence[Entry]) -> list[Series]:
     Args:
         entries (Sequence[Entry]): In the order in which series shall be listed.
     """
-    hashes: dict[tuple, set[str | None]] = defaultdict(set)
-    for identity, *_ in entries:
-        if identity.content != identity.checkpoint:
-            hashes[identity.checkpoint, identity.iteration].add(identity.content)
     by_identity: dict[Identity, list[int]] = defaultdict(list)
     for index, (identity, *_) in enumerate(entries):
-        known = hashes[identity.checkpoint, identity.iteration]
-        if identity.content == identity.checkpoint and len(known) == 1:
-            # A file that an older version began: its records have no hash.
-            identity = replace(identity, content=next(iter(known)))
         by_identity[identity].append(index)
     groups = [
         (identity, part)
@@ -208,7 +200,7 @@ def identify(row: Row) -> Identity:
         label=row.get("label") or "checkpoint",
         policy=None if policy is None else str(policy),
         checkpoint=None if checkpoint is None else str(checkpoint),
-        content=row.get("checkpoint_sha256") or (None if checkpoint is None else str(checkpoint)),
+        content=row.get("checkpoint_sha256"),
         iteration=None if row.get("iteration") is None else str(row["iteration"]),
         sliding_window=row.get("sliding_window"),
         dtype=row.get("requested_dtype"),

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.config import LongRopeConfig
@@ -46,18 +44,11 @@ class NamedModel:
         return content_sha256(self.checkpoint.directory)
 
     @cached_property
-    def recorded_dtype(self) -> str | None:
-        """Dtype of the weights as records name it; None for the default of an fp32 checkpoint.
-
-        That is fp32 on every device. Another checkpoint's is its own on a GPU and fp32 on a CPU, of
-        which an older record does not say, so that None must not stand for either.
-        """
+    def recorded_dtype(self) -> str:
+        """Dtype of the weights as records name it: that asked for, or the device's default."""
         from megatron_longrope.engine.loading import default_dtype
 
-        shape = self.checkpoint.shape
-        if self.dtype or shape.params_dtype == torch.float32:
-            return self.dtype
-        return str(default_dtype(shape)).removeprefix("torch.")
+        return self.dtype or str(default_dtype(self.checkpoint.shape)).removeprefix("torch.")
 
     def config(self) -> LongRopeConfig:
         """Return the checkpoint's own factors, or stock RoPE up to its window."""
@@ -215,12 +206,9 @@ def baselines_of(
         for policy in policies
     ]
     name, policy = pairs[0]
-    # On plain RoPE a policy changes nothing within the window but the hash, by which older records
-    # are found; on a model with factors it would change the attention factor.
-    inside = extended_config(name, base, base.max_length, policy if plain else None)
     for length in lengths:
         if length <= base.max_length:
-            yield length, Target(model, name, inside, policy=policy)
+            yield length, Target(model, name, base, policy=policy)
     for name, policy in pairs:
         for length in lengths:
             if length > base.max_length:

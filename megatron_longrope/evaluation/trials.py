@@ -155,7 +155,6 @@ def summary(rows: Iterable[Row], names: Sequence[str], found: str) -> list[tuple
     tallies: dict[tuple[Any, ...], Tally] = defaultdict(Tally)
     names = (*MODEL_COLUMNS, *_PROMPTS, *names)
     for row in rows:
-        # An older version may have left fields out.
         tallies[tuple(row.get(name) for name in names)].add(float(row[found]), row.get("nll"))
     return [(dict(zip(names, key, strict=True)), tally) for key, tally in tallies.items()]
 

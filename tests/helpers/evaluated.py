@@ -11,8 +11,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def whose(model="base", label="checkpoint", policy=None, iteration=1000, config=None):
     """The fields that all kinds share."""
     return {
-        "model": model, "checkpoint": f"ckpt/{model}", "iteration": iteration, "label": label,
-        "policy": policy, "config": config,
+        "model": model, "checkpoint": f"ckpt/{model}", "checkpoint_sha256": f"content of {model}",
+        "iteration": iteration, "label": label, "policy": policy, "config": config,
         "config_sha256": hashlib.sha256(str(config or label).encode()).hexdigest(),
         "original_length": 4096,
     }  # fmt: skip

@@ -191,10 +191,6 @@ def _cell(tally: Tally) -> Value:
     return Value(trials.percent(tally.share), tally.share, tuple(below))
 
 
-def _restore(row: Row) -> None:
-    row["scoring"] = row.get("scoring") or "teacher-forced"  # the first records named none
-
-
 PASSKEY = Kind(
     "passkey",
     help="find a number hidden in filler text, at any length",
@@ -214,8 +210,7 @@ PASSKEY = Kind(
         "tokenizer_sha256",
         "requested_bos",
     ),
-    required={**trials.REQUIRED, "correct": BOOLEAN},
-    optional={**trials.OPTIONAL, "scoring": TEXT},
-    restore=_restore,
+    required={**trials.REQUIRED, "correct": BOOLEAN, "scoring": TEXT},
+    optional=trials.OPTIONAL,
     sections=_sections,
 )

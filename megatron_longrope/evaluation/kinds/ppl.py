@@ -248,8 +248,7 @@ def _sections(rows: Rows, window: int | None) -> list[Section]:
 def _by_documents(rows: Rows) -> dict[str, Rows]:
     """Split records if a series has several sets of documents: no curve leads over two corpora."""
     # With no field for a place, all records of a series count as at one.
-    hashed = all(row.get("documents_sha256") for _, row in rows)
-    if hashed and len(split_repeats(rows, (), ("documents_sha256",))) == 1:
+    if len(split_repeats(rows, (), ("documents_sha256",))) == 1:
         return {"": rows}  # the same documents, whatever their files were called
     return split_repeats(rows, (), ("sources", "documents_sha256"))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_longrope.data.documents import check_set, read_documents, read_manifest
-from megatron_longrope.data.histogram import histogram_lines, source_histograms
+from megatron_longrope.data.histogram import histogram_lines
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
 from megatron_longrope.data.stream import Split
@@ -130,18 +130,6 @@ def test_whole_documents_outside_their_limits_are_found(corpus, model_path, tmp_
         "entry 0 has 99 tokens, outside 100 to 300",
         "entry 1 has 301 tokens, outside 100 to 300",
     ]
-
-
-def test_sets_of_earlier_releases_are_still_read_and_checked(segments):
-    path = segments.with_name("segments.json")
-    manifest = json.loads(path.read_text())
-    for key in ("joined", "cut", "seed", "held_out", "short_window", "sources"):
-        del manifest[key]
-    path.write_text(json.dumps(manifest))
-    assert check_set(segments) == []
-    assert source_histograms(read_manifest(segments)) == {
-        "input": {int(low): count for low, count in manifest["length_histogram"].items()}
-    }
 
 
 def test_joined_and_short_entries_are_checked_one_segment_at_a_time(corpus, model_path, tmp_path):

@@ -1,13 +1,10 @@
 import json
-from pathlib import Path
 
 import evaluated
 import pytest
 
-from megatron_longrope.evaluation.kind import TARGET_KEY
 from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.records import Records, write_csv
-from megatron_longrope.evaluation.series import identify, name_series
 
 
 def test_a_finished_cell_is_found_again_by_its_key(tmp_path):
@@ -84,30 +81,6 @@ def test_only_the_first_rank_writes(tmp_path, monkeypatch):
     assert records.find({"name": "a"}) and not records.path.exists()
 
 
-def test_a_checkpoint_is_known_by_its_content_from_any_folder_and_an_old_record_by_its_path(
-    tmp_path,
-):
-    key = ("checkpoint", "length")
-    records = Records(tmp_path / "a.jsonl", key)
-    records.append({"checkpoint": "runs/a", "checkpoint_sha256": "a1", "length": 64, "ppl": 3.0})
-    records.append({"checkpoint": "runs/b", "length": 64, "ppl": 5.0})  # of an older version
-    moved = {"checkpoint": "/copies/a", "checkpoint_sha256": "a1", "length": 64}
-    assert records.find(moved)["ppl"] == 3.0
-    assert records.find({**moved, "checkpoint": "runs/a", "checkpoint_sha256": "a2"}) is None
-    old = {"checkpoint": "runs/b", "checkpoint_sha256": "b1", "length": 64}
-    assert records.find(old)["ppl"] == 5.0
-    assert records.find({**old, "checkpoint": "/copies/b"}) is None
-
-
-def test_a_record_of_an_older_version_is_one_of_the_default_dtype_and_of_full_attention(tmp_path):
-    records = Records(tmp_path / "a.jsonl", (*TARGET_KEY, "length"))
-    records.append({"checkpoint": "a", "checkpoint_sha256": "a1", "length": 64, "ppl": 3.0})
-    cell = {"checkpoint": "a", "checkpoint_sha256": "a1", "length": 64}
-    assert records.find({**cell, "sliding_window": None, "requested_dtype": None})["ppl"] == 3.0
-    assert records.find({**cell, "sliding_window": 4096}) is None
-    assert records.find({**cell, "requested_dtype": "bfloat16"}) is None
-
-
 @pytest.mark.parametrize("field", ["iteration", "sliding_window", "requested_dtype"])
 @pytest.mark.parametrize("kind", ["passkey", "needle", "ruler"])
 def test_a_line_of_a_csv_never_pools_two_models(kind, field):
@@ -125,31 +98,9 @@ def test_a_line_of_a_csv_never_pools_two_models(kind, field):
 
 @pytest.mark.parametrize(
     ("kind", "field"),
-    [
-        (kind, field)
-        for kind in ("ppl", "short", "tasks")
-        for field in ("checkpoint_sha256", *KINDS[kind].cell_fields[1:])
-    ],
+    [(kind, field) for kind in ("ppl", "short", "tasks") for field in KINDS[kind].cell_fields],
 )
 def test_two_cells_never_have_one_line_of_a_csv(kind, field):
     row = evaluated.ppl(4096, 3.0) if kind == "ppl" else evaluated.short("arc", 0.5)
     one, other = KINDS[kind].summary([row | {field: 1}, row | {field: 2}])
     assert one != other
-
-
-@pytest.mark.parametrize("left_out", ["scoring", "nll"])
-def test_what_an_older_version_left_out_does_not_keep_the_csv_from_being_written(left_out):
-    row = evaluated.passkey(4096, True)
-    del row[left_out]
-    (line,) = KINDS["passkey"].summary([row])
-    assert line["trials"] == 1 and line["accuracy"] == 1.0
-
-
-def test_records_with_and_without_a_hash_of_one_checkpoint_are_one_series():
-    old = {"model": "m", "checkpoint": "runs/a", "iteration": 3, "length": 64}
-    new = {**old, "checkpoint_sha256": "a1", "length": 128}
-    moved = {**new, "checkpoint": "/copies/a", "length": 256}
-    other = {**new, "checkpoint_sha256": "a2", "checkpoint": "runs/c"}
-    rows = [old, new, moved, other]
-    found = name_series([(identify(row), Path(), row["length"], row) for row in rows])
-    assert found[0].name == found[1].name == found[2].name != found[3].name

@@ -12,8 +12,7 @@ import torch
 from search_data import make_search_data
 from tiny_corpus import make_text
 
-from megatron_longrope.baselines import extended_config
-from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.engine import loading
 from megatron_longrope.evaluation.scored_documents import read_scored_documents
@@ -101,19 +100,6 @@ def test_within_its_window_a_tuned_model_is_measured_once_and_as_it_was_trained(
     assert found[2][1].config.attention_factor_for(512) == 1.0
 
 
-def test_records_of_plain_rope_within_the_window_are_found_under_the_first_methods_policy(
-    untied_gqa, monkeypatch
-):
-    (model,) = open_models([str(untied_gqa.path)], [])
-    plain = identity_config(10000.0, 16, 64)
-    monkeypatch.setattr("megatron_longrope.checkpoint.opening.model_config", lambda *_: plain)
-    (_, first), *_ = baselines_of(model, ["pi", "ntk"], [None], [64, 128])
-    assert first.policy == "none"
-    assert first.fields()["config_sha256"] == config_sha256(
-        extended_config("pi", plain, 64, "none")
-    )
-
-
 def test_the_default_dtype_of_a_cpu_never_stands_for_that_of_a_gpu(untied_gqa, monkeypatch):
     (full,) = open_models([str(untied_gqa.path)], [])
     shape = replace(full.checkpoint.shape, params_dtype=torch.bfloat16)
@@ -125,8 +111,6 @@ def test_the_default_dtype_of_a_cpu_never_stands_for_that_of_a_gpu(untied_gqa, m
 
     assert (on("cpu", shape), on("cuda", shape)) == ("float32", "bfloat16")
     assert on("cuda", shape, "float32") == "float32"
-    # An fp32 checkpoint's is fp32 on both, so that older records, which have none, are found.
-    assert on("cpu", full.checkpoint.shape) is on("cuda", full.checkpoint.shape) is None
     assert open_models([str(untied_gqa.path)], [], dtype="bfloat16")[0].recorded_dtype == "bfloat16"
 
 

@@ -101,6 +101,7 @@ def test_a_damaged_line_before_the_last_is_named(tmp_path):
     [
         ("ppl", [1], "a record must be a JSON object, got list"),
         ("ppl", {"length": 4096}, "lacks 'protocol'; measure again with `longrope eval ppl`"),
+        ("ppl", ppl(4096, 3.0) | {"checkpoint_sha256": None}, "checkpoint_sha256 is None; it must"),
         ("ppl", ppl(4096, 3.0) | {"length": "4k"}, "length is '4k'; it must be a positive integer"),
         ("ppl", ppl(4096, 3.0, ppl_window_mean=-1), "ppl_window_mean is -1"),
         ("ppl", ppl(4096, 3.0, nll_by_position=[3]), "nll_by_position is [3]"),
@@ -132,7 +133,7 @@ def test_a_directory_without_records_is_refused(tmp_path):
     [
         ("acc_bytes", True, "highest", "50.0"),
         ("ter", False, "lowest", "0.500"),
-        ("acc", None, "highest", "50.0"),  # of older records the name tells
+        ("acc", None, "highest", "50.0"),  # where nothing is said the name tells
         ("bits_per_byte", None, "lowest", "0.500"),
     ],
 )
@@ -211,17 +212,6 @@ def test_no_field_of_a_key_can_be_lost_in_the_tables(tmp_path, kind, field):
              for values in table.rows.values() for value in values if value]  # fmt: skip
     pooled = [int(value.below[0].split(" ")[-1]) for value in shown if kind in POOLED]
     assert (sum(pooled) if pooled else len(shown)) == 2
-
-
-def test_a_task_measured_again_has_one_column_without_the_records_of_an_older_version(tmp_path):
-    save(tmp_path, "short", [
-        short("arc", 0.5), short("arc", 0.4, limit=20), short("board", 0.3),
-        short("arc", 0.6, requests_sha256="r0"),
-    ])  # fmt: skip
-    assert shown_in(tmp_path, "short") == [
-        ("acc_norm, 10-shot, limit 20", 0.4), ("acc_norm, 10-shot, no limit", 0.6),
-        ("acc_norm, 10-shot", 0.3),
-    ]  # fmt: skip
 
 
 def test_another_tokenizer_of_another_model_splits_nothing(tmp_path):
@@ -382,8 +372,6 @@ def test_no_row_leads_over_two_corpora_though_no_length_was_measured_on_both(tmp
         # A longer window chose other documents of one file.
         ({"documents_sha256": "a"}, {"documents_sha256": "b"}, 2),
         ({"sources": "here:10"}, {"sources": "/there:10"}, 1),  # the same ones
-        # Records of earlier versions have no hash.
-        ({"sources": "a:1", "documents_sha256": None}, {"documents_sha256": None}, 2),
     ],
 )
 def test_documents_are_known_by_their_content(tmp_path, one, other, parts):
