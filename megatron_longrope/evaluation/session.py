@@ -125,7 +125,7 @@ class Session:
         from megatron_longrope.engine.process_groups import from_first_rank
 
         self._check_distinct(plan.cells)
-        self._update_found(plan.cells)
+        self._rename_models(plan.cells)
         found = from_first_rank([self.records.find(cell.record) is not None for cell in plan.cells])
         pending = [cell for cell, is_found in zip(plan.cells, found, strict=True) if not is_found]
         total = sum(cell.num_forwards for cell in plan.cells)
@@ -188,22 +188,13 @@ class Session:
                 raise LongRopeError(f"{_note(cell)} was asked for twice; ask for it once")
             known[key] = cell
 
-    def _update_found(self, cells: Sequence[Cell]) -> None:
-        """Bring what is no part of a key up to date: such as a threshold, and labels of models."""
-        labels: dict[str, str] = {}
-        fields: dict[str, Mapping[str, Any]] = {}
-        for cell in cells:
-            labels[cell.target.model.content_sha256] = cell.target.model.label
-            if old := self.records.find(cell.record):
-                fields[self.records.key_of(old)] = cell.fields
-        changed = []
-        for row in self.records.rows:
-            now = {**row, **fields.get(self.records.key_of(row), {})}
-            if label := labels.get(row.get("checkpoint_sha256", "")):
-                now["model"] = label
-            if now != row:
-                changed.append(now)
-        self.records.append(*changed)
+    def _rename_models(self, cells: Sequence[Cell]) -> None:
+        """Call the models of earlier records what they are called now."""
+        labels = {cell.target.model.content_sha256: cell.target.model.label for cell in cells}
+        found = [(row, labels.get(row.get("checkpoint_sha256"))) for row in self.records.rows]
+        self.records.append(
+            *({**row, "model": now} for row, now in found if now and now != row.get("model"))
+        )
 
     def _present_cost(
         self,

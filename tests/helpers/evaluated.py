@@ -56,7 +56,7 @@ def needle(length, recall, trial=0, depth=0.5, task="single", **fields):
 def ruler(task, length, value, sample=0, **fields):
     return whose() | {
         "task": task, "length": length, "sample": sample, "seed": 42, "score": value,
-        "threshold": 85.6, "text": "7", "answers": ["7"], "data_sha256": f"d {task}",
+        "text": "7", "answers": ["7"], "data_sha256": f"d {task}",
         "tokenizer_sha256": "t0", "num_tokens": length - 130, "seconds": 0.1,
     } | fields  # fmt: skip
 

@@ -71,9 +71,6 @@ class RulerOptions(EvaluationOptions):
     words: str | None = flag(None, metavar="FILE")
     """words of needles and of cwe, one on each line (default: the lists of the package
     wonderwords, as published, enough for cwe up to some 128k)"""
-    threshold: float = flag(THRESHOLD, type=float, metavar="P")
-    """percentage above which the average of a length makes it effective (default: 85.6, Llama2-7B
-    at 4k)"""
     seed: int = flag(42, type=int)
     """of all samples (default: 42)"""
 
@@ -114,7 +111,6 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
                 "length": length,
                 "sample": sample,
                 "data_sha256": hashes[name],
-                "threshold": options.threshold,
             },
             TASKS[name].num_new_tokens,
         )
@@ -173,20 +169,11 @@ def _section(number: int, words: str, rows: Rows, window: int | None) -> Section
     for series, row in rows:
         scores[series][row["length"]][row["task"]].add(row["score"], None)
     records = [row for _, row in rows]
-    given = (row.get("threshold") for row in records)
-    thresholds = [THRESHOLD if threshold is None else threshold for threshold in given]
-    limit = thresholds[-1]
     measured = [tasks for of_series in scores.values() for tasks in of_series.values()]
     missing = [task for task in TASKS if any(task not in tasks for tasks in measured)]
     warnings = (
         [f"Some averages lack {', '.join(missing)}: they are none of RULER's."] if missing else []
     )
-    if len(several := sorted(set(thresholds))) > 1:
-        warnings.append(
-            f"Records hold thresholds of {', '.join(f'{value:g}' for value in several)}; effective "
-            f"lengths are by {limit:g}. Run `longrope eval ruler` for all lengths with one "
-            "--threshold, which measures nothing anew."
-        )
     figures = [
         Grid(
             f"{name}_by_task", f"{title}, by task",
@@ -213,11 +200,11 @@ def _section(number: int, words: str, rows: Rows, window: int | None) -> Section
         "seeds": distinct(records, "seed"),
         "tokens of the prompts": span(records, "num_tokens"),
     }  # fmt: skip
-    tables = [_averages(name, title, scores, limit, not missing), _by_task(name, title, scores)]
+    tables = [_averages(name, title, scores, not missing), _by_task(name, title, scores)]
     return Section(title, tables, figures, warnings, facts)
 
 
-def _averages(name: str, title: str, scores: _Scores, limit: float, complete: bool) -> Table:
+def _averages(name: str, title: str, scores: _Scores, complete: bool) -> Table:
     """Return the averages by length with the effective length, published ones below them."""
     lengths = sorted({length for of_series in scores.values() for length in of_series})
     rows = {}
@@ -229,20 +216,17 @@ def _averages(name: str, title: str, scores: _Scores, limit: float, complete: bo
             else None
             for n in lengths
         ]
-        rows[series.name] = [
-            *values,
-            _effective({n: 100 * t.share for n, t in found.items()}, limit),
-        ]
+        rows[series.name] = [*values, _effective({n: 100 * t.share for n, t in found.items()})]
     note = (
         "Average of the tasks' scores in percent, the highest of each length is marked. Effective: "
-        f"the longest measured length with an average above {limit:g}."
+        f"the longest measured length with an average above {THRESHOLD:g}."
     )
     if complete and set(lengths) & set(_PUBLISHED_LENGTHS):
         for model, averages in _PUBLISHED.items():
             found = dict(zip(_PUBLISHED_LENGTHS, averages, strict=True))
             rows[f"{model} (published)"] = [
                 *(Value(f"{found[n]:.1f}") if n in found else None for n in lengths),
-                _effective(found, limit),
+                _effective(found),
             ]
         note += " Published: LongRoPE2, of models extended to 128k, at 4k to 128k."
     columns = [length_column(n, None, "highest") for n in lengths]
@@ -250,8 +234,8 @@ def _averages(name: str, title: str, scores: _Scores, limit: float, complete: bo
     return Table(name, title, columns, rows, "RULER average", note)
 
 
-def _effective(percentages: Mapping[int, float], limit: float) -> Value:
-    above = [length for length, percent in percentages.items() if percent > limit]
+def _effective(percentages: Mapping[int, float]) -> Value:
+    above = [length for length, percent in percentages.items() if percent > THRESHOLD]
     if above:
         return Value(format_length(max(above)))
     return Value(f"<{format_length(min(percentages))}")
@@ -315,6 +299,6 @@ RULER = Kind(
         "score": SHARE,
         "sample": NUMBER,
     },
-    optional={"threshold": NUMBER, "text": (lambda value: isinstance(value, str), "a text")},
+    optional={"text": (lambda value: isinstance(value, str), "a text")},
     sections=_sections,
 )

@@ -41,7 +41,6 @@ def test_a_line_that_is_no_object_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("kind", "row"), [
     ("ppl", {k: v for k, v in evaluated.ppl(4096, 3.0).items() if k != "original_length"}),
-    ("ruler", evaluated.ruler("vt", 4096, 1.0) | {"threshold": None}),
     ("ruler", evaluated.ruler("vt", 4096, 1.0) | {"num_tokens": None}),
 ])  # fmt: skip
 def test_what_a_record_may_lack_does_not_keep_the_tables_from_being_shown(kind, row):

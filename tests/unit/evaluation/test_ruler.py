@@ -19,7 +19,6 @@ from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
-from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.kinds.ruler import generated_text
 from megatron_longrope.evaluation.ruler.samples import Sampler, largest_fit
 from megatron_longrope.evaluation.ruler.sources import read_essays, read_sources, read_words
@@ -293,11 +292,9 @@ def test_the_command_generates_records_and_goes_on(command, tmp_path, capsys):
         assert row["score"] == score(TASKS[row["task"]], row["text"], row["answers"])
     shown = capsys.readouterr().out
     assert "<1k" in shown and "Some averages lack" in shown
-    # What is measured stays; another threshold changes what it is compared with alone.
-    assert main([*given, "--samples", "1", "--threshold", "-1"]) == 0
-    assert "everything was already measured" in (shown := capsys.readouterr().out)
-    assert re.search(r"effective", shown) and "<1k" not in shown
-    assert [row["text"] for row in records(tmp_path)[2:]] == [row["text"] for row in rows]
+    assert main([*given, "--samples", "1"]) == 0
+    assert "everything was already measured" in capsys.readouterr().out
+    assert len(records(tmp_path)) == 2
 
 
 def test_too_few_words_for_the_longest_length_are_said_before_weights_are_loaded(
@@ -312,15 +309,6 @@ def test_too_few_words_for_the_longest_length_are_said_before_weights_are_loaded
     ]  # fmt: skip
     assert main(list(map(str, given))) == 2
     assert "cwe at 16384 tokens needs more than 60 words" in capsys.readouterr().err
-
-
-def test_records_of_several_thresholds_say_by_which_the_effective_lengths_are():
-    rows = [ruler("vt", length, 1.0) for length in (4096, 8192)]
-    found = [row | {"threshold": value} for row, value in zip(rows, (None, 90), strict=True)]
-    (section,) = KINDS["ruler"].sections_of(found)
-    assert "thresholds of 85.6, 90; effective lengths are by 90." in section.warnings[-1]
-    (section,) = KINDS["ruler"].sections_of(rows)
-    assert len(section.warnings) == 1 and "threshold" not in section.warnings[0]
 
 
 def test_the_page_shows_averages_beside_published_ones_and_every_task(tmp_path, capsys):
