@@ -9,6 +9,7 @@ from typing import Any
 from megatron_longrope import api
 from megatron_longrope.cli.flags import add_command
 from megatron_longrope.data.options import InspectSetOptions, PrepareOptions, TokenizerOptions
+from megatron_longrope.lengths import format_length
 
 
 def add_parser(commands: Any, about: str | None = None) -> None:
@@ -81,22 +82,28 @@ def _run_prepare(options: PrepareOptions) -> None:
 
 def _run_inspect(options: InspectSetOptions) -> int:
     from megatron_longrope.data.documents import check_set, read_manifest
-    from megatron_longrope.data.histogram import draw_histogram, histogram_lines, source_histograms
 
     manifest = read_manifest(options.prefix)
     _print_facts(options.prefix, manifest)
-    for name, histogram in source_histograms(manifest).items():
-        print(f"  documents of {name} by length (tokens)")
-        for line in histogram_lines(histogram):
+    for source in manifest["sources"]:
+        print(f"  documents of {source['name']} by length (tokens)")
+        for line in histogram_lines(source["length_histogram"]):
             print(f"  {line}")
-    if options.figure is not None:
-        draw_histogram(manifest, Path(options.figure), options.overwrite)
-        print(f"  figure           {options.figure}")
     problems = check_set(options.prefix)
     for problem in problems:
         print(f"problem: {problem}")
     print(f"check: {'failed' if problems else 'all entries match the manifest'}")
     return 1 if problems else 0
+
+
+def histogram_lines(histogram: dict[str, int], width: int = 40) -> list[str]:
+    """One line for each class of lengths, which its lower end names; the largest bar is `width`."""
+    largest = max(histogram.values(), default=0)
+    return [
+        f"{f'{format_length(low)} to {format_length(2 * low)}' if low else 'empty':>15} "
+        f"{count:>9} {'#' * max(1, round(width * count / largest))}"
+        for low, count in sorted((int(low), count) for low, count in histogram.items())
+    ]
 
 
 def _print_facts(prefix: str, manifest: dict[str, Any]) -> None:

@@ -160,7 +160,3 @@ class InspectSetOptions(Options):
 
     prefix: str = flag(positional=True, metavar="PREFIX")
     """path of the set, without suffix"""
-    figure: str | None = flag(None, metavar="X.png")
-    """draw the length histogram (default: none)"""
-    overwrite: bool = flag(False)
-    """replace an existing figure"""

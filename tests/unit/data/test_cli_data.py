@@ -60,10 +60,10 @@ def test_skipped_lines_are_printed(corpus, model_path, tmp_path, capsys):
     assert "corpus.jsonl:13: not valid JSON" in capsys.readouterr().out
 
 
-def test_a_mix_with_sets_beside_it_is_prepared_and_drawn(corpus, model_path, tmp_path, capsys):
+def test_a_mix_with_sets_beside_it_is_prepared_and_inspected(corpus, model_path, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text(corpus.read_text().replace("window", "needle"))
-    mix, prefix, figure = tmp_path / "mix.json", tmp_path / "set", tmp_path / "lengths.png"
+    mix, prefix = tmp_path / "mix.json", tmp_path / "set"
     sources = {"a": {"paths": ["corpus.jsonl"]}, "b": {"paths": ["other.jsonl"], "weight": 2}}
     mix.write_text(json.dumps(sources))
     prepare = ("prepare", "--mix", mix, "--tokenizer", model_path, "--output", prefix)
@@ -78,12 +78,6 @@ def test_a_mix_with_sets_beside_it_is_prepared_and_drawn(corpus, model_path, tmp
     output = capsys.readouterr().out
     assert "documents of at most 64 tokens, filled up to multiples of 16" in output
     assert "documents of b by length (tokens)" in output
-    assert longrope("inspect", prefix, "--figure", figure) == 0
-    assert figure.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="--overwrite"):
-        longrope("inspect", prefix, "--figure", figure)
-    with pytest.raises(ValueError, match=r"must end in \.png"):
-        longrope("inspect", prefix, "--figure", tmp_path / "lengths.jpg")
 
 
 def test_long_documents_of_plain_input_are_repeated(corpus, model_path, tmp_path, capsys):

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from megatron_longrope.cli.data import histogram_lines
 from megatron_longrope.data.documents import check_set, read_documents, read_manifest
-from megatron_longrope.data.histogram import histogram_lines
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
 from megatron_longrope.data.stream import Split
@@ -151,7 +151,7 @@ def test_joined_and_short_entries_are_checked_one_segment_at_a_time(corpus, mode
 
 
 def test_histogram_bars_are_in_proportion():
-    lines = histogram_lines({2048: 1, 0: 10, 1024: 5}, width=10)
+    lines = histogram_lines({"2048": 1, "0": 10, "1024": 5}, width=10)
     assert [line.split() for line in lines] == [
         ["empty", "10", "#" * 10],
         ["1k", "to", "2k", "5", "#" * 5],
