@@ -25,20 +25,12 @@ NO_COLUMN = f"{NO_TEXT} column"
 
 
 def is_dataset_folder(path: Path) -> bool:
-    """Whether `path` is a dataset saved by `Dataset.save_to_disk` (one split, not a dict of them).
-
-    Args:
-        path (Path): Any path.
-    """
+    """Whether it is a dataset saved by `Dataset.save_to_disk` (one split, not a dict of them)."""
     return (path / _STATE).is_file() and (path / "dataset_info.json").is_file()
 
 
 def read_parquet(path: Path, text_key: str) -> Iterator[tuple[int, str, str | None, int]]:
     """Rows of a parquet file.
-
-    Args:
-        path (Path): The file.
-        text_key (str): Column of the text.
 
     Yields:
         tuple: Row from 1, the text, None, and the bytes of the file that are done, by share of
@@ -74,14 +66,9 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[int, str, str | No
 
 
 def read_dataset_folder(path: Path, text_key: str) -> Iterator[tuple[int, str, str | None, int]]:
-    """Rows of a folder saved by `Dataset.save_to_disk`; its files are mapped, not loaded.
+    """Rows, as of :func:`read_parquet`, of a folder saved by `Dataset.save_to_disk`.
 
-    Args:
-        path (Path): The folder.
-        text_key (str): Column of the text.
-
-    Yields:
-        tuple: As :func:`read_parquet`.
+    Its files are mapped, not loaded.
 
     Raises:
         LongRopeError: datasets is not installed, or the folder cannot be opened.
@@ -110,11 +97,7 @@ def read_dataset_folder(path: Path, text_key: str) -> Iterator[tuple[int, str, s
 
 
 def source_size(path: Path) -> int:
-    """Bytes of a source: the file's, or those of all files of a saved dataset.
-
-    Args:
-        path (Path): File or folder.
-    """
+    """Bytes of a source: the file's, or those of all files of a saved dataset."""
     if path.is_dir():
         return sum(item.stat().st_size for item in path.iterdir() if item.is_file())
     return path.stat().st_size

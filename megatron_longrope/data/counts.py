@@ -52,11 +52,7 @@ class SourceCounts:
 
 
 class Counts:
-    """Of all sources.
-
-    Args:
-        sources (Sequence[Source]): Their order is that of the counts.
-    """
+    """Of all sources, in their order."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.of = [SourceCounts() for _ in sources]

@@ -119,9 +119,6 @@ def load_mix(path: str | Path) -> list[Source]:
     Relative paths start at the directory of the file. `text_key`, `weight` and `upsample_long`
     (`{"above": "32k", "factor": 4}`) may be left out.
 
-    Args:
-        path (Path): A JSON file.
-
     Raises:
         LongRopeError: The file breaks a rule; names source and key.
     """

@@ -41,11 +41,7 @@ class Encoder:
     """Hash of what the splitter was trained on."""
 
     def store(self, documents: Sequence[Document], directory: Path) -> tuple[Path, bool]:
-        """Tokenize documents into a part, unless the directory has it already.
-
-        Args:
-            documents (Sequence[Document]): At least one.
-            directory (Path): Where parts are.
+        """Tokenize documents, at least one, into a part, unless the directory has it already.
 
         Returns:
             tuple[Path, bool]: The part, and whether it was found.
@@ -76,9 +72,6 @@ class Encoder:
 
     def load(self, path: Path) -> Iterator[TokenizedDocument]:
         """The documents of a part, in order.
-
-        Args:
-            path (Path): From :meth:`store`.
 
         Raises:
             LongRopeError: The file is damaged.
@@ -126,9 +119,6 @@ def parts_directory(output: Path) -> Iterator[Path]:
 
     One run at a time has it. What a failed or killed run has left half written, as `*.tmp`, is
     removed.
-
-    Args:
-        output (Path): Prefix of the set.
 
     Raises:
         LongRopeError: Another run is writing the same set, or the disk is full.

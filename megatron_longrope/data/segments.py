@@ -105,13 +105,7 @@ class FixedSegments(_Described):
     def arrange(
         self, documents: Iterable[TokenizedDocument], bos_id: int | None, eos_id: int
     ) -> Iterator[np.ndarray]:
-        """Yield entries, int64 [joined * S]; the pieces of a document come in its order.
-
-        Args:
-            documents (Iterable[TokenizedDocument]): Without special tokens.
-            bos_id (int, optional): First token of every segment; None for none.
-            eos_id (int): Last token of every segment.
-        """
+        """Yield entries, int64 [joined * S]; the pieces of a document come in its order."""
         segments = self._segments(documents, bos_id, eos_id)
         while len(group := list(islice(segments, self.joined))) == self.joined:
             yield np.concatenate(group)
@@ -230,13 +224,7 @@ class ShortDocuments(_Described):
     def arrange(
         self, documents: Iterable[TokenizedDocument], bos_id: int | None, eos_id: int
     ) -> Iterator[np.ndarray]:
-        """Yield entries, int64 [n], of the documents that fit, in order.
-
-        Args:
-            documents (Iterable[TokenizedDocument]): Without special tokens.
-            bos_id (int, optional): First token of every entry; None for none.
-            eos_id (int): Last token of every entry, and what it is filled with.
-        """
+        """Yield entries, int64 [n], of the documents that fit, in order."""
         for document in documents:
             if not self.fits(document, bos_id):
                 continue

@@ -47,16 +47,7 @@ class Split:
 
 
 class DocumentStream:
-    """The documents of a mix: tokenized once, then read from parts as often as weights ask for.
-
-    Args:
-        sources (Sequence[Source]): The mix.
-        files (Sequence[Sequence[Path]]): Of each source.
-        encoder (Encoder): See :func:`make_encoder`.
-        directory (Path): Where parts are.
-        split (Split): What goes beside the main set.
-        bar: Progress over the source bytes.
-    """
+    """The documents of a mix: tokenized once, then read from parts as often as weights ask for."""
 
     def __init__(
         self,

@@ -14,12 +14,7 @@ from megatron_longrope.errors import LongRopeError
 
 
 class SetWriter:
-    """Writes each entry as one Megatron document; use it as a context manager.
-
-    Args:
-        bin_path (Path): The .bin file.
-        vocab_size (int): Decides between uint16 and int32.
-    """
+    """Writes each entry as one Megatron document, uint16 or int32; use it as a context manager."""
 
     def __init__(self, bin_path: Path, vocab_size: int) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -72,14 +67,10 @@ def output_paths(prefix: str | Path) -> list[Path]:
 
 
 def publish(staged: Sequence[Path], paths: Sequence[Path]) -> None:
-    """Give the files of a complete set their names.
+    """Give the staged files of a complete set, in the same file system, their names.
 
     The manifest comes last and marks the set as complete: an old one is removed before the first
     file is renamed, so that it never describes new data.
-
-    Args:
-        staged (Sequence[Path]): The files, in the file system of `paths`.
-        paths (Sequence[Path]): From :func:`output_paths`.
     """
     for path in staged:
         with path.open("rb") as file:

@@ -65,14 +65,10 @@ def measure_speed(
 
 
 def fit_speed(trials: Mapping[int, float], shape: Any) -> Speed:
-    """Solve for both speeds from the two longest passes, which resemble what comes most.
+    """Solve for both speeds from seconds by length: of the two longest, most like what comes.
 
     Where noise would make one of them negative, or there is but one pass, operations of both kinds
     count the same.
-
-    Args:
-        trials (Mapping[int, float]): Seconds by length in tokens.
-        shape (ModelShape): Of the model.
     """
     *before, longest = sorted(trials)
     weights, attention = forward_flops(shape, longest)

@@ -20,9 +20,6 @@ def definition(content: Any) -> bytes:
     """Return what decides scores, given the same answers; equal in every process.
 
     Of a function the whole file counts, as it may call others there.
-
-    Args:
-        content (Any): See :attr:`.harness_tasks.LoadedTask.content`.
     """
     groups = {
         name: [vars(item) for item in group.aggregate_metric_list or ()]

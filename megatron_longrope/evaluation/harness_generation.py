@@ -121,12 +121,7 @@ def continuations(
 ) -> list[str]:
     """The text after each prompt of a batch, up to its stop sequence or EOS.
 
-    Args:
-        engine (Engine): The model.
-        tokenizer (Tokenizer): The model's.
-        prompts (Sequence[Prompt]): Of equal length and settings.
-        factor_length (int): Length whose factors they are continued under.
-        seed (int): Of sampling.
+    Prompts have one length and the same settings; `factor_length` is that whose factors they get.
     """
     from megatron_longrope.engine.generation import generate
 

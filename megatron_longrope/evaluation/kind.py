@@ -48,11 +48,7 @@ class Section:
     """Data, seeds and versions behind it; empty values are left out."""
 
     def text(self, *, details: bool = False) -> str:
-        """Return the tables for a terminal, and once below them what must not be overlooked.
-
-        Args:
-            details (bool): See :meth:`.table.Table.text`.
-        """
+        """Return the tables for a terminal, and once below them what must not be overlooked."""
         tables = "\n\n".join(table.text(details=details) for table in self.tables)
         return "\n".join([tables, *self.warnings])
 
@@ -105,11 +101,7 @@ class Kind:
         return self.sections(list(zip(series, rows, strict=True)), window)
 
     def check(self, row: Any, where: str) -> Row:
-        """Complete and check a record.
-
-        Args:
-            row (Any): What a line of `<name>.jsonl` holds.
-            where (str): Which line, for the error.
+        """Complete and check a record; `where` it stands is for the error.
 
         Raises:
             LongRopeError: It is no record of this kind.

@@ -92,11 +92,7 @@ def text_key_flag() -> Any:
 
 
 def depths_flag(default: str) -> Any:
-    """Return the field of --depths.
-
-    Args:
-        default (str): As on the command line.
-    """
+    """Return the field of --depths."""
     return flag(
         tuple(parse_depths(default)),
         type=parse_depths,

@@ -51,12 +51,7 @@ class Prompts:
         cells: Sequence[Cell],
         measure: Callable[[Any, Mapping[str, Any]], Row],
     ) -> Plan:
-        """Return the plan that measures each cell and how long it took.
-
-        Args:
-            cells (Sequence[Cell]): From :meth:`cell`.
-            measure (Callable): `(engine, the cell's fields) -> fields`.
-        """
+        """Return the plan that gives each cell's fields to `measure`, and times it."""
 
         def timed(engine: Any, cell: Cell) -> Row:
             started = time.perf_counter()

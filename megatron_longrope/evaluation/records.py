@@ -20,13 +20,9 @@ from megatron_longrope.ranks import rank
 
 
 class Records:
-    """A JSONL file of cells, found again by their key fields.
+    """A JSONL file of cells, found again by their key fields; created on the first append.
 
     A torn last line, left by a crash, is dropped.
-
-    Args:
-        path (Path): The file; created on the first append.
-        key (Sequence[str]): Fields that identify a cell.
 
     Raises:
         LongRopeError: A line before the last is not JSON, or one is no object.

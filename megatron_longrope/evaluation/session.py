@@ -205,10 +205,7 @@ class Session:
     ) -> None:
         """Print the expected cost; above the limit ask, or refuse where nobody can answer.
 
-        Args:
-            trial (Callable, optional): See :attr:`Plan.trial`.
-            first (Sequence[Cell]): Those of the engine's model.
-            pending (Sequence[Cell]): Those of all models.
+        Of what is `pending` the `first` cells are of the engine's model.
 
         Raises:
             LongRopeError: Above the limit, and not confirmed.

@@ -79,14 +79,7 @@ def section(
 ) -> Section:
     """Return the section of some trials: their tables, a grid of depths, bars for random ones.
 
-    Args:
-        trials (Trials): What :func:`count` found in the rows.
-        rows (Rows): The records.
-        name (str): File name of the figures, unique in a report.
-        title (str): Title of the section.
-        what (str): What the share is one of, for the captions.
-        tables (Sequence[Table]): From :func:`table`.
-        window (int, optional): Pre-trained window in tokens.
+    `name` is the figures' and unique in a report; `what` is what captions call the share.
     """
     figures: list[Grid | Bars] = []
     if trials.by_depth:
@@ -125,17 +118,7 @@ def table(
     note: str,
     best: str = "highest",
 ) -> Table:
-    """Return a table of series and lengths.
-
-    Args:
-        trials (Trials): What is shown.
-        show (Callable): Gives the cell of a tally.
-        name (str): File name, unique in a report.
-        title (str): Its title.
-        quantity (str): What a sentence calls its values.
-        note (str): How to read it.
-        best (str): Which value of a column is marked. Defaults to `highest`.
-    """
+    """Return a table of series and lengths; `quantity` is what a sentence calls its values."""
     lengths = sorted({length for row in trials.by_length.values() for length in row})
     rows = {
         series.name: [show(row[length]) if length in row else None for length in lengths]

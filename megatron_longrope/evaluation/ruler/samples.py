@@ -67,13 +67,7 @@ class _Draft:
 
 @dataclass
 class Sampler:
-    """Makes samples of any task, length and number.
-
-    Args:
-        tokenizer (Tokenizer): The model's, by which lengths are measured.
-        sources (Sources): What the tasks need.
-        seed (int): Of all samples.
-    """
+    """Makes samples of any task, length (by the model's tokenizer) and number."""
 
     tokenizer: Tokenizer
     sources: Sources
