@@ -7,7 +7,13 @@ from typing import ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import DTYPES, Options, flag, sliding_window_flag
+from megatron_longrope.options import (
+    DTYPES,
+    Options,
+    flag,
+    parse_positive,
+    sliding_window_flag,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ class _Effect(Options):
     data: str | None = flag(None, metavar="PREFIX|TEXT")
     """held-out documents to measure it on: a prepared set, or a .txt, .jsonl or .jsonl.gz file or
     directory, for which --tokenizer is needed (default: it is not measured)"""
-    num_documents: int = flag(10, type=int, metavar="K")
+    num_documents: int = flag(10, type=parse_positive, metavar="K")
     """documents (default: 10)"""
     data_length: int | None = flag(None, type=parse_length, metavar="N")
     """longest window, in tokens, to measure (default: those exported for)"""

@@ -23,7 +23,7 @@ from megatron_longrope.evaluation.options import EvaluationOptions
 from megatron_longrope.evaluation.series import Rows, distinct, joined, span, split_repeats
 from megatron_longrope.evaluation.table import Column, Table, Value
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import flag
+from megatron_longrope.options import flag, parse_positive
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
@@ -74,7 +74,7 @@ class HarnessOptions(EvaluationOptions):
     """only the first K questions of each task, or a share below 1: for trials, no result"""
     max_length: int | None = flag(None, type=parse_length, metavar="N")
     """longest prompt in tokens, at most and by default the window"""
-    batch_size: int = flag(8, type=int, metavar="B")
+    batch_size: int = flag(8, type=parse_positive, metavar="B")
     """rows of a forward pass, fewer of rows beyond the original window (default: 8)"""
     seed: int = flag(1234, type=int)
     """of few-shot examples and of sampled text (default: 1234)"""
@@ -179,8 +179,6 @@ def _check(options: Any, window: int) -> None:
     limit, max_length = options.limit, options.max_length
     if limit is not None and not 0 < limit < math.inf:
         raise LongRopeError(f"--limit {limit:g} leaves no question; give a number above 0")
-    if options.batch_size < 1:
-        raise LongRopeError(f"--batch-size {options.batch_size} must be at least 1")
     if not 0 <= options.seed < 2**32:
         raise LongRopeError(f"--seed {options.seed} must be from 0 to {2**32 - 1}")
     if max_length is not None and not 2 <= max_length <= window:

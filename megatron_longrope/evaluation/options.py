@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_lengths
-from megatron_longrope.options import Loading, SeveralModels, flag
+from megatron_longrope.options import Loading, SeveralModels, flag, parse_positive
 
 
 def parse_hours(text: str) -> float:
@@ -104,7 +104,9 @@ def depths_flag(default: str) -> Any:
 
 def trials_flag(of_each: str) -> Any:
     """Return the field of --trials."""
-    return flag(10, type=int, metavar="K", help=f"trials of each {of_each} (default: 10)")
+    return flag(
+        10, type=parse_positive, metavar="K", help=f"trials of each {of_each} (default: 10)"
+    )
 
 
 def seed_flag() -> Any:

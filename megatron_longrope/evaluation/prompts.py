@@ -65,23 +65,17 @@ class Prompts:
         )
 
 
-def open_prompts(
-    options: Any, models: Sequence[NamedModel], count: int, name: str = "--trials"
-) -> Prompts:
+def open_prompts(options: Any, models: Sequence[NamedModel]) -> Prompts:
     """Check what the kinds share of their options, and load the tokenizer.
 
     Args:
         options (EvaluationOptions): With `tokenizer`, `bos` and `seed`.
         models (Sequence[NamedModel]): To be asked.
-        count (int): Trials of one place.
-        name (str): The flag that says how many. Defaults to `--trials`.
 
     Raises:
-        LongRopeError: A count or seed out of range, factors that do not cover a length, no
+        LongRopeError: A seed out of range, factors that do not cover a length, no
             tokenizer or another model's.
     """
-    if count < 1:
-        raise LongRopeError(f"{name} {count} must be at least 1")
     if options.seed < 0:
         raise LongRopeError(f"--seed {options.seed} must be at least 0")
     targets = targets_at(models, options.longrope_config, options.lengths)

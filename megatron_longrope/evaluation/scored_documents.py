@@ -67,8 +67,6 @@ def read_scored_documents(
         LongRopeError: The data is missing, empty, no UTF-8 or of too few long documents; or the
             tokenizer is missing or is not that of the set.
     """
-    if count < 1:
-        raise LongRopeError(f"--num-documents {count} must be at least 1")
     if is_prepared(data):
         manifest = read_manifest(data)
         if tokenizer and load_tokenizer(tokenizer).sha256 != manifest["tokenizer_sha256"]:

@@ -330,9 +330,6 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
     assert "too short for the passkey prompt" in short
     none = refused(capsys, "passkey", *load, "--lengths", "512", *output)
     assert "prompts need a tokenizer" in none
-    assert "--trials 0" in refused(
-        capsys, "passkey", *load, *tokenizer, "--lengths", "512", "--trials", 0, *output
-    )
     odd = ("--lengths", "1022", "--context-parallel-size", 3, *output)
     for kind, given in (("ppl", (*heldout, "--num-documents", 3)), ("passkey", tokenizer)):
         assert "sequence length 1022 is not divisible" in refused(capsys, kind, *load, *given, *odd)

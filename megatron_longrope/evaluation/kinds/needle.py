@@ -24,7 +24,7 @@ from megatron_longrope.evaluation.options import (
 from megatron_longrope.evaluation.series import Rows, joined, split_repeats
 from megatron_longrope.evaluation.statistics import Tally, perplexity_of
 from megatron_longrope.evaluation.table import Value, format_score
-from megatron_longrope.options import bos_flag, flag
+from megatron_longrope.options import bos_flag, flag, parse_positive
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.session import Plan
@@ -45,7 +45,7 @@ class NeedleOptions(EvaluationOptions):
 
     tasks: Sequence[str] = flag(TASKS, type=parse_choices(*TASKS), metavar="LIST")
     """single,multi_key,multi_query (default: all)"""
-    num_documents: int = flag(10, type=int, metavar="K")
+    num_documents: int = flag(10, type=parse_positive, metavar="K")
     """the first K documents that fill the longest length, in turn (default: 10)"""
     num_needles: int = flag(4, type=int, metavar="K")
     """in multi_key and multi_query (default: 4)"""
@@ -64,7 +64,7 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
 
     if None in options.depths:
         raise LongRopeError("--depths random is for passkey; give a number of depths or a list")
-    prompts = open_prompts(options, models, options.trials)
+    prompts = open_prompts(options, models)
     texts = list(read_texts(options.data, options.text_key))
     documents = needle_sample.prepare_documents(
         texts,

@@ -56,7 +56,7 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.evaluation import passkey_prompt
     from megatron_longrope.evaluation.prompts import open_prompts
 
-    prompts = open_prompts(options, models, options.trials)
+    prompts = open_prompts(options, models)
     answers = passkey_prompt.check_tokenizer(prompts.tokenizer)
     generates = options.scoring == "generate"
     # Ten new tokens must fit behind a prompt that is to be continued.

@@ -36,7 +36,7 @@ from megatron_longrope.evaluation.series import (
 from megatron_longrope.evaluation.table import Table, Value, format_score, length_column
 from megatron_longrope.lengths import format_length, parse_length
 from megatron_longrope.methods import METHODS
-from megatron_longrope.options import bos_flag, flag
+from megatron_longrope.options import bos_flag, flag, parse_positive
 from megatron_longrope.ranks import rank
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class PerplexityOptions(EvaluationOptions):
     tokenizer: str | None = tokenizer_flag()
     bos: int | None = bos_flag()
 
-    num_documents: int = flag(10, type=int, metavar="K")
+    num_documents: int = flag(10, type=parse_positive, metavar="K")
     """the first K documents that fill the longest window (default: 10)"""
     stride: int | str | None = flag(None, type=_parse_stride, metavar="S")
     """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by

@@ -20,7 +20,7 @@ from megatron_longrope.evaluation.statistics import Tally
 from megatron_longrope.evaluation.table import Column, Table, Value, length_column
 from megatron_longrope.evaluation.trials import summary
 from megatron_longrope.lengths import format_length
-from megatron_longrope.options import bos_flag, flag
+from megatron_longrope.options import bos_flag, flag, parse_positive
 
 if TYPE_CHECKING:
     from megatron_longrope.data.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class RulerOptions(EvaluationOptions):
     tasks: Sequence[str] = flag(tuple(TASKS), type=parse_choices(*TASKS), metavar="LIST")
     """of niah_single_1 to 3, niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe,
     qa_1, qa_2 (default: all, of which an average is RULER's)"""
-    samples: int = flag(500, type=int, metavar="K")
+    samples: int = flag(500, type=parse_positive, metavar="K")
     """samples of each task and length (default: 500, as published)"""
     essays: str | None = flag(None, metavar="TEXT")
     """the haystack of five niah tasks: text files as `longrope data prepare` reads them
@@ -81,7 +81,7 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.evaluation.ruler.sources import read_sources
     from megatron_longrope.evaluation.ruler.tasks import score
 
-    prompts = open_prompts(options, models, options.samples, "--samples")
+    prompts = open_prompts(options, models)
     tasks = [TASKS[name] for name in options.tasks]
     sources = read_sources(tasks, options.essays, options.squad, options.hotpotqa, options.words)
     sampler = Sampler(prompts.tokenizer, sources, options.seed)

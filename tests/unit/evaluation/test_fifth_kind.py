@@ -81,12 +81,6 @@ def test_two_commands_that_write_the_same_records_exclude_each_other(added, tmp_
     assert main(command) == 0
 
 
-def test_an_evaluation_of_nothing_is_refused(added, tmp_path, capsys):
-    command = ["eval", "copying", "--load", "x", "--lengths", "64", "--output", str(tmp_path)]
-    assert main([*command, "--trials", "0"]) == 2
-    assert "nothing is to be measured; give at least one" in capsys.readouterr().err
-
-
 def test_what_must_not_be_overlooked_stands_once_below_the_tables_of_its_section():
     columns = [Column("4k")]
     two = [Table(name, name, columns, {"a": [Value("1")]}) for name in ("first", "second")]

@@ -351,7 +351,6 @@ def test_another_window_or_other_data_is_another_column(command, folder, tmp_pat
         (["--limit", "0"], "--limit 0 leaves no question"),
         (["--limit", "nan"], "--limit nan leaves no question"),
         (["--limit", "inf"], "--limit inf leaves no question"),
-        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--seed", "-1"], "--seed -1 must be from 0 to 4294967295"),
     ],
 )
