@@ -109,9 +109,6 @@ def read_documents(
     Raises:
         LongRopeError: The set is missing, damaged or empty, or holds too few documents.
     """
-    for name, value in (("min_length", min_length), ("limit", limit)):
-        if value is not None and value < 1:
-            raise LongRopeError(f"{name} is {value}; it must be at least 1")
     dataset = _open(prefix)
     # A document of a foreign set may have several entries; ours have one.
     starts, ends = dataset.document_indices[:-1], dataset.document_indices[1:]

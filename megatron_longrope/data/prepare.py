@@ -63,8 +63,6 @@ def prepare(
     Raises:
         LongRopeError: An input, the tokenizer or the output is unfit, or nothing is left to write.
     """
-    if workers < 1:
-        raise LongRopeError(f"workers is {workers}; tokenizing needs at least 1")
     split = split or Split()
     packings = _packings(packing, split)
     paths = {suffix: output_paths(f"{output}{suffix}") for suffix in packings}

@@ -24,9 +24,6 @@ import numpy as np
 from megatron_longrope.data.tokenizer import bos_prefix
 from megatron_longrope.errors import LongRopeError
 
-TAILS = ("drop", "pad", "pack")
-CUTS = ("tokens", "sentences")
-
 
 @dataclass(frozen=True)
 class TokenizedDocument:
@@ -90,12 +87,6 @@ class FixedSegments(_Described):
             raise LongRopeError(
                 f"segment_length is {self.segment_length}; BOS, EOS and a token need at least 3"
             )
-        if self.tail not in TAILS:
-            raise LongRopeError(f"tail is {self.tail!r}; it must be one of {', '.join(TAILS)}")
-        if self.cut not in CUTS:
-            raise LongRopeError(f"cut is {self.cut!r}; it must be one of {', '.join(CUTS)}")
-        if self.joined < 1:
-            raise LongRopeError(f"joined is {self.joined}; an entry needs at least 1 segment")
 
     @property
     def needs_sentences(self) -> bool:
@@ -160,10 +151,6 @@ class WholeDocuments(_Described):
     needs_sentences: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("min_length", "max_length", "max_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LongRopeError(f"{name} is {value}; it must be at least 1")
         if self.max_length is not None and self.max_length < self.min_length:
             raise LongRopeError(
                 f"max_length {self.max_length} is below min_length {self.min_length}; documents "

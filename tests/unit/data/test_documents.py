@@ -50,8 +50,6 @@ def test_too_few_long_documents_names_count_need_and_longest(whole):
         read_documents(whole, min_length=99_999)
     with pytest.raises(ValueError, match=r"holds 12 documents, 13 needed"):
         read_documents(whole, limit=13)
-    with pytest.raises(ValueError, match="limit is 0"):
-        read_documents(whole, limit=0)
 
 
 def test_foreign_sets_without_manifest_are_read_by_document(tmp_path):

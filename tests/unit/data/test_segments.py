@@ -185,12 +185,7 @@ def test_whole_documents_stop_reading_at_the_limit():
     ("build", "message"),
     [
         (lambda: FixedSegments(2), "segment_length is 2; .* at least 3"),
-        (lambda: FixedSegments(8, "keep"), "tail is 'keep'; it must be one of drop, pad, pack"),
-        (lambda: FixedSegments(8, joined=0), "joined is 0"),
-        (lambda: FixedSegments(8, cut="words"), "cut is 'words'; .* tokens, sentences"),
         (lambda: ShortDocuments(20, 16), "window 20 must be .* multiple of 16"),
-        (lambda: WholeDocuments(min_length=0), "min_length is 0"),
-        (lambda: WholeDocuments(max_documents=-1), "max_documents is -1"),
         (lambda: WholeDocuments(8, 4), "max_length 4 is below min_length 8"),
     ],
 )
