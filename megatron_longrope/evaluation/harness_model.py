@@ -13,7 +13,6 @@ import torch
 
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.engine import Engine
-from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.harness_generation import (
     Prompt,
     continuations,
@@ -49,10 +48,6 @@ class EngineLM(RequestReader):
             no pass has more tokens than so many of its length. Defaults to 8.
         seed (int): Of tasks that sample. Defaults to 0.
         options: As :class:`RequestReader`.
-
-    Raises:
-        LongRopeError: `max_length` is beyond the window or the factors, or the engine uses its
-            longest factors for everything; else as :class:`RequestReader`.
     """
 
     def __init__(
@@ -66,18 +61,7 @@ class EngineLM(RequestReader):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        longest = window or engine.config.max_length
-        if max_length is not None and not 2 <= max_length <= longest:
-            raise LongRopeError(
-                f"max_length {max_length} must be from 2 to the window of {longest} tokens; leave "
-                "it out to use the window"
-            )
-        if engine.model.rotary_pos_emb.mode == "long":
-            raise LongRopeError(
-                "the engine uses the largest factor set for every length (mode long), but tasks "
-                "choose it by length or window; load it with mode auto"
-            )
-        super().__init__(tokenizer, max_length or longest, **options)
+        super().__init__(tokenizer, max_length or window or engine.config.max_length, **options)
         self.engine, self.batch_size = engine, batch_size
         self._window, self._seed = window, seed
 

@@ -320,22 +320,6 @@ def test_factor_files_are_checked_without_a_model():
         check_original_factors(replace(config, factor_sets=config.factor_sets[1:]))
 
 
-def test_an_engine_that_always_uses_long_factors_is_refused(megatron_runs, ours):
-    engine = load(megatron_runs["untied_gqa"].path, mode="long")
-    with pytest.raises(ValueError, match=r"mode long.* load it with mode auto"):
-        short_lm(engine, ours._text)
-
-
-@pytest.mark.parametrize("given", [
-    {"window": maker.ORIGINAL, "max_length": maker.ORIGINAL + 1},
-    {"max_length": maker.TARGET + 1}, {"max_length": 1},
-])  # fmt: skip
-def test_a_maximum_length_beyond_window_or_factors_is_refused(ours, given):
-    longest = given.get("window", maker.TARGET)
-    with pytest.raises(ValueError, match=f"{given['max_length']} must be .* window of {longest} "):
-        engine_lm(ours.engine, ours._text, **given)
-
-
 def test_a_set_beside_the_original_window_changes_nothing(own_config, ours):
     config = maker.longrope_config()
     before = likelihoods(ours, PAIRS[:6])
