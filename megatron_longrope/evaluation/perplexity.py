@@ -59,15 +59,8 @@ def windows(
             token is scored exactly once (without BOS, all but the first); beyond, those that lie
             between two windows are not scored. None for one window per document.
         bos (bool): Whether BOS stands before every window. Defaults to True.
-
-    Raises:
-        LongRopeError: A size below its minimum.
     """
     content = window - bos
-    if window < 2 or num_tokens < 1:
-        raise LongRopeError(f"window {window} and document of {num_tokens} tokens must be positive")
-    if stride is not None and stride < 1:
-        raise LongRopeError(f"stride {stride} must be at least 1")
     scored = 0
     for start in range(0, num_tokens, stride or num_tokens):
         end = min(start + content, num_tokens)
@@ -148,9 +141,6 @@ def perplexity(
             truncated form.
         places (Sequence, optional): Windows from :func:`random_places` instead.
         on_window (Callable, optional): Called after each forward, for progress.
-
-    Raises:
-        LongRopeError: A document is shorter than the window.
     """
     started = time.perf_counter()
     front = bos_prefix(bos_id)
@@ -251,15 +241,10 @@ def planned_windows(
     """List every forward pass as (index of the document, window), for documents of these lengths.
 
     Raises:
-        LongRopeError: A document is shorter than the window.
+        LongRopeError: The windows are too short to score a token.
     """
-    for index, count in enumerate(num_tokens):
-        if count < length - bos:
-            beside = " beside BOS" if bos else ""
-            raise LongRopeError(
-                f"document {index} has {count} tokens, fewer than the {length - bos} that a window "
-                f"of {length} needs{beside}; use longer documents or shorter lengths"
-            )
+    if length < 2:
+        raise LongRopeError(f"a window of {length} token predicts none; give at least 2")
     if places is not None:
         content = length - bos
         return [(index, ScoredSpan(start, start + content, length - 1)) for index, start in places]
