@@ -127,12 +127,9 @@ def make_trial(
             key and random depth stay those of the full length. Defaults to 0.
 
     Raises:
-        LongRopeError: `depth` is out of its range, `length` is shorter than the prompt without
-            filler or cannot be hit exactly, or the tokenizer fails :func:`check_tokenizer` for this
-            key.
+        LongRopeError: `length` is shorter than the prompt without filler or cannot be hit exactly,
+            or the tokenizer fails :func:`check_tokenizer` for this key.
     """
-    if depth is not None and not 0 <= depth <= 1:
-        raise LongRopeError(f"depth {depth!r} must be between 0 and 1; None draws a random one")
     # One integer for each depth; a list that ends in 0 would seed like one without it.
     place = 1 if depth is None else 2 + round(depth * 2**31)
     rng = np.random.default_rng([seed, length, trial, place])

@@ -255,19 +255,6 @@ def test_a_length_below_the_bare_prompt_is_refused_with_the_minimum(tokenizers, 
     assert shortest.num_characters < 20
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"depth": -0.1}, "depth -0.1 must be between 0 and 1"),
-        ({"depth": 1.5}, "depth 1.5 must be between 0 and 1"),
-        ({"depth": float("nan")}, "depth nan must be"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        trial_of(CharacterTokenizer(), **arguments)
-
-
 def test_a_count_that_the_tokenizer_never_gives_is_refused():
     refused = 0
     for length in range(600, 610):
