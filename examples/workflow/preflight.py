@@ -99,7 +99,6 @@ def _model(folder: Path) -> Iterator[Finding]:
 
 def _texts(command: plan.Command, commands: Sequence[plan.Command]) -> Finding:
     """Whether the sources have enough documents of the lengths that are read, or enough tokens."""
-    from megatron_longrope.data.mix import as_sources
     from megatron_longrope.data.sources import find_source_files, iterate_documents
     from megatron_longrope.data.tokenizer import load_tokenizer
 
@@ -120,7 +119,7 @@ def _texts(command: plan.Command, commands: Sequence[plan.Command]) -> Finding:
 
     try:
         tokenizer = load_tokenizer(options.tokenizer)
-        for source in as_sources(options.sources()):
+        for source in options.sources():
             in_source, skips = 0, Skips()
             for document in iterate_documents(
                 find_source_files(source.paths),

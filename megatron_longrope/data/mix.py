@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,28 +89,6 @@ def draw(digest: bytes, seed: int, purpose: str) -> float:
     """
     value = hashlib.sha256(f"{purpose}:{seed}:".encode() + digest).digest()
     return int.from_bytes(value[:7]) / 2**56  # 56 bits: a float holds no more of them exactly
-
-
-def as_sources(inputs: Iterable[str | Path | Source]) -> list[Source]:
-    """Sources as they are; plain paths become one source named `input`.
-
-    Args:
-        inputs (Iterable): Paths, or sources; not both.
-
-    Raises:
-        LongRopeError: Both kinds are given, or two sources have one name.
-    """
-    given = list(inputs)
-    sources = [item for item in given if isinstance(item, Source)]
-    if not sources:
-        return [Source("input", tuple(map(str, given)))]
-    if len(sources) < len(given):
-        raise LongRopeError("paths and named sources are mixed; name every one of them")
-    names = [source.name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise LongRopeError(f"source {name!r} stands twice in the mix; give each its own name")
-    return sources
 
 
 def load_mix(path: str | Path) -> list[Source]:

@@ -119,13 +119,13 @@ class PrepareOptions(_Reading, _Mix, _Input):
             )
 
     def sources(self) -> Any:
-        """Return the sources of a mix, the paths of --input, or one source with its upsampling."""
+        """Return the sources of a mix, or the one of --input with its upsampling."""
         from megatron_longrope.data.mix import Source, load_mix
 
         if self.mix is not None:
             return load_mix(Path(self.mix))
         if self.upsample_long is None:
-            return self.input
+            return [Source("input", self.input)]
         length, factor = self.upsample_long
         try:
             above, times = parse_length(length), float(factor)

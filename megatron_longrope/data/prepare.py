@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_longrope.data.columns import source_size
 from megatron_longrope.data.counts import Counts
-from megatron_longrope.data.mix import Source, as_sources
+from megatron_longrope.data.mix import Source
 from megatron_longrope.data.parts import parts_directory
 from megatron_longrope.data.segments import FixedSegments, Packing, WholeDocuments
 from megatron_longrope.data.sources import find_source_files
@@ -69,7 +69,9 @@ def prepare(
     refuse_existing([path for each in paths.values() for path in each], overwrite)
     _refuse_left_beside(output, packings)
     check_folder(Path(output).parent)
-    sources = as_sources(inputs)
+    sources: list[Any] = list(inputs)
+    if not any(isinstance(item, Source) for item in sources):
+        sources = [Source("input", tuple(map(str, sources)))]
     unread: list[Path] = []
     files = [find_source_files(source.paths, unread.append) for source in sources]
     _refuse_shared(sources, files)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_corpus import make_text
 
 from megatron_longrope.data.documents import check_set, read_documents, read_manifest
-from megatron_longrope.data.mix import Source, as_sources, draw, load_mix
+from megatron_longrope.data.mix import Source, draw, load_mix
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
 from megatron_longrope.data.stream import Split
@@ -246,10 +246,6 @@ def test_a_mix_in_which_a_name_stands_twice_is_refused(tmp_path):
 
 def test_sources_that_contradict_each_other_are_refused(two_sources, model_path):
     books = source(two_sources, "books")
-    with pytest.raises(ValueError, match="'books' stands twice"):
-        as_sources([books, books])
-    with pytest.raises(ValueError, match="paths and named sources are mixed"):
-        as_sources([books, "x.txt"])
     other = Source("other", books.paths)
     with pytest.raises(ValueError, match="belongs to the sources 'books' and 'other'"):
         prepare([books, other], two_sources / "set", model_path, WholeDocuments())
