@@ -7,13 +7,7 @@ from typing import ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import (
-    DTYPES,
-    Options,
-    flag,
-    parse_positive,
-    sliding_window_flag,
-)
+from megatron_longrope.options import DTYPES, Options, flag, parse_positive, sliding_window_flag
 
 
 @dataclass(frozen=True, kw_only=True)

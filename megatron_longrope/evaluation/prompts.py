@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_longrope.data.tokenizer import Tokenizer, bos_name, load_tokenizer
+import torch
+
+from megatron_longrope.data.tokenizer import Tokenizer, bos_name, decode_generated, load_tokenizer
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.session import Cell, Plan
 from megatron_longrope.evaluation.targets import (
@@ -19,6 +21,7 @@ from megatron_longrope.evaluation.targets import (
 )
 
 if TYPE_CHECKING:
+    from megatron_longrope.engine import Engine
     from megatron_longrope.evaluation.kind import Row
 
 
@@ -73,8 +76,8 @@ def open_prompts(options: Any, models: Sequence[NamedModel]) -> Prompts:
         models (Sequence[NamedModel]): To be asked.
 
     Raises:
-        LongRopeError: A seed out of range, factors that do not cover a length, no
-            tokenizer or another model's.
+        LongRopeError: A seed out of range, factors that do not cover a length, no tokenizer or
+            another model's.
     """
     if options.seed < 0:
         raise LongRopeError(f"--seed {options.seed} must be at least 0")
@@ -88,3 +91,20 @@ def open_prompts(options: Any, models: Sequence[NamedModel]) -> Prompts:
         "requested_bos": options.bos,
     }
     return Prompts(targets, tokenizer, fields, options.context_parallel_size)
+
+
+def generated_text(
+    engine: Engine, tokenizer: Tokenizer, tokens: Sequence[int], num_new_tokens: int, length: int
+) -> tuple[str, int]:
+    """Continue a prompt greedily under the factors of a length that it may not fill.
+
+    Returns:
+        tuple[str, int]: The text, and the number of its tokens with EOS.
+    """
+    from megatron_longrope.engine.generation import generate
+
+    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    (new,) = generate(
+        engine, torch.tensor([tokens]), num_new_tokens, factor_length=length, eos_ids=ends
+    )
+    return decode_generated(tokenizer, new), len(new)

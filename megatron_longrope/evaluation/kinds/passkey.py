@@ -54,7 +54,7 @@ class PasskeyOptions(EvaluationOptions):
 
 def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.evaluation import passkey_prompt
-    from megatron_longrope.evaluation.prompts import open_prompts
+    from megatron_longrope.evaluation.prompts import generated_text, open_prompts
 
     prompts = open_prompts(options, models)
     answers = passkey_prompt.check_tokenizer(prompts.tokenizer)
@@ -75,7 +75,15 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
     def measure(engine: Any, fields: Row) -> Row:
         trial = make_trial(fields["length"], fields["requested_depth"], fields["trial"])
         if generates:
-            found = _generated(engine, trial, prompts.tokenizer, fields["length"])
+            text, _ = generated_text(
+                engine,
+                prompts.tokenizer,
+                trial.prompt_tokens,
+                passkey_prompt.MAX_NEW_TOKENS,
+                fields["length"],
+            )
+            correct = passkey_prompt.parse_answer(text) == trial.key
+            found = {"correct": correct, "nll": None, "text": text}
         else:
             found = _teacher_forced(engine, trial, prompts.tokenizer)
         return {
@@ -117,26 +125,6 @@ def _teacher_forced(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer) -> R
         "correct": is_retrieved(answer.predicted, trial, tokenizer),
         "nll": sum(answer.nll) / len(answer.nll),
     }
-
-
-def _generated(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer, length: int) -> Row:
-    import torch
-
-    from megatron_longrope.data.tokenizer import decode_generated
-    from megatron_longrope.engine.generation import generate
-    from megatron_longrope.evaluation.passkey_prompt import MAX_NEW_TOKENS, parse_answer
-
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    # An answer may leave the sequence shorter than the length, whose factors are asked about.
-    (new,) = generate(
-        engine,
-        torch.tensor([trial.prompt_tokens]),
-        MAX_NEW_TOKENS,
-        factor_length=length,
-        eos_ids=ends,
-    )
-    text = decode_generated(tokenizer, new)
-    return {"correct": parse_answer(text) == trial.key, "nll": None, "text": text}
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:

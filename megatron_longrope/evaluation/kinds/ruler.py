@@ -14,7 +14,7 @@ from megatron_longrope.evaluation.options import (
     parse_choices,
     tokenizer_flag,
 )
-from megatron_longrope.evaluation.ruler.tasks import TASKS, Task
+from megatron_longrope.evaluation.ruler.tasks import TASKS
 from megatron_longrope.evaluation.series import Rows, Series, distinct, joined, span, split_repeats
 from megatron_longrope.evaluation.statistics import Tally
 from megatron_longrope.evaluation.table import Column, Table, Value, length_column
@@ -23,7 +23,6 @@ from megatron_longrope.lengths import format_length
 from megatron_longrope.options import bos_flag, flag, parse_positive
 
 if TYPE_CHECKING:
-    from megatron_longrope.data.tokenizer import Tokenizer
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.targets import NamedModel
 
@@ -76,7 +75,7 @@ class RulerOptions(EvaluationOptions):
 
 
 def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
-    from megatron_longrope.evaluation.prompts import open_prompts
+    from megatron_longrope.evaluation.prompts import generated_text, open_prompts
     from megatron_longrope.evaluation.ruler.samples import Sampler
     from megatron_longrope.evaluation.ruler.sources import read_sources
     from megatron_longrope.evaluation.ruler.tasks import score
@@ -93,7 +92,9 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
     def measure(engine: Any, fields: Row) -> Row:
         task = TASKS[fields["task"]]
         sample, tokens = sampler.make(task, fields["length"], fields["sample"])
-        text, num_new = generated_text(engine, prompts.tokenizer, tokens, task, fields["length"])
+        text, num_new = generated_text(
+            engine, prompts.tokenizer, tokens, task.num_new_tokens, fields["length"]
+        )
         return {
             "score": score(task, text, sample.answers),
             "text": text,
@@ -120,30 +121,6 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
         for sample in range(options.samples)
     ]
     return prompts.plan(cells, measure)
-
-
-def generated_text(
-    engine: Any, tokenizer: Tokenizer, tokens: Sequence[int], task: Task, length: int
-) -> tuple[str, int]:
-    """Continue a prompt greedily; return the text, and the number of its tokens with EOS.
-
-    Args:
-        engine (Engine): The model.
-        tokenizer (Tokenizer): Its tokenizer.
-        tokens (Sequence[int]): The prompt.
-        task (Task): Says how many tokens at most.
-        length (int): Tokens of prompt and answer, which choose the factors.
-    """
-    import torch
-
-    from megatron_longrope.data.tokenizer import decode_generated
-    from megatron_longrope.engine.generation import generate
-
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    (new,) = generate(
-        engine, torch.tensor([tokens]), task.num_new_tokens, factor_length=length, eos_ids=ends
-    )
-    return decode_generated(tokenizer, new), len(new)
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:

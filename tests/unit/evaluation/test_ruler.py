@@ -19,7 +19,7 @@ from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
-from megatron_longrope.evaluation.kinds.ruler import generated_text
+from megatron_longrope.evaluation.prompts import generated_text
 from megatron_longrope.evaluation.ruler.samples import Sampler, largest_fit
 from megatron_longrope.evaluation.ruler.sources import read_essays, read_sources, read_words
 from megatron_longrope.evaluation.ruler.tasks import TASKS, score
@@ -364,7 +364,7 @@ def test_samples_score_as_with_lm_evals_tasks_and_hf_model_on_the_exported_folde
     sampler, docs, prompts, ours = Sampler(without, sources, 5), [], [], []
     for index in range(2):
         sample, tokens = sampler.make(task, LONG, index)
-        text, _ = generated_text(engine, tokenizer, tokens, task, LONG)
+        text, _ = generated_text(engine, tokenizer, tokens, task.num_new_tokens, LONG)
         # An untrained model finds nothing: look for something that it wrote, and something else.
         answers = [text.strip()[3:8], *sample.answers[:1]] if not task.data else [text.strip()[3:8]]
         prompts.append(tokens)
