@@ -44,13 +44,6 @@ def test_the_estimate_is_within_a_fifth_of_what_it_takes(length, attention, coun
     assert count * speed.forward(SHAPE, length) == pytest.approx(taken, rel=0.2)
 
 
-def test_one_rate_for_all_lengths_would_be_wrong():
-    """What was done before: attention at half the speed of products, 4k extrapolated to 32k."""
-    machine = Machine(6e10, 1e10)
-    rate = sum(forward_flops(SHAPE, 4096)) / machine.exact(4096)
-    assert sum(forward_flops(SHAPE, 32768)) / rate < 0.7 * machine.exact(32768)
-
-
 def test_trial_passes_cost_little_of_what_is_to_come():
     machine = Machine(6e12, 2e12)
     measure_speed(machine, SHAPE, {32768: 20})

@@ -453,16 +453,6 @@ def test_the_scores_are_those_of_lm_evals_simple_evaluate(theirs, ours):
     assert record["stderr"] == pytest.approx(results["acc_norm_stderr,none"])
 
 
-def test_the_papers_board_has_its_few_shot_examples_and_metrics():
-    assert parse_tasks("paper") == PAPER_TASKS
-    assert [(spec.name, spec.num_fewshot, spec.metric) for spec in PAPER_TASKS] == [
-        ("arc_challenge", 25, "acc_norm"),
-        ("hellaswag", 10, "acc_norm"),
-        ("mmlu", 5, "acc"),
-        ("truthfulqa_mc2", 0, "acc"),
-    ]
-
-
 def test_task_lists_are_read():
     assert parse_tasks("arc_challenge:25, mytask:0:acc,other,mmlu,hellaswag:0") == (
         TaskSpec("arc_challenge", 25, "acc_norm"),

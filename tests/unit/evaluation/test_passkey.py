@@ -143,6 +143,9 @@ def test_a_trial_has_exactly_the_length_asked_for_at_the_depth_asked_for(tokeniz
         trial = trial_of(tokenizer, length, depth, seed)
         assert len(trial.tokens) == length
         assert trial.tokens == [tokenizer.bos_id, *tokenizer.encode(trial.text)]
+        assert trial.prompt_tokens + trial.answer == trial.tokens
+        text = trial.text.removesuffix(f" {trial.key}")
+        assert trial.prompt_tokens[1:] == tokenizer.encode(text)
         assert tokenizer.decode(trial.tokens[-trial.num_answer_tokens :]).strip() == str(trial.key)
         before, information, after, question = trial.text.split("\n")[1:]
         assert (
@@ -155,16 +158,6 @@ def test_a_trial_has_exactly_the_length_asked_for_at_the_depth_asked_for(tokeniz
         assert depth is None or abs(trial.depth - depth) * len(before + after) < 4
 
     check()
-
-
-@KINDS
-@given(key=st.integers(1, 50000))
-@settings(max_examples=20)
-def test_prompt_tokens_and_answer_make_up_the_trial(tokenizers, kind, key):
-    trial = trial_of(tokenizers[kind], trial=key)
-    assert trial.prompt_tokens + trial.answer == trial.tokens
-    text = trial.text.removesuffix(f" {trial.key}")
-    assert trial.prompt_tokens[1:] == tokenizers[kind].encode(text)
 
 
 @pytest.mark.parametrize("length", [2**14, 2**18 - 1, 2**21])
