@@ -33,7 +33,7 @@ class Identity:
     iteration: str | None = None
     sliding_window: int | None = None
     dtype: str | None = None
-    """As asked for."""
+    """Of the weights."""
     config: str | None = field(default=None, compare=False)
     """The factor file; its content counts, not how its path was written."""
     config_sha256: str = ""
