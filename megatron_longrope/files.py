@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -73,6 +74,8 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
+        if error.errno == errno.EIO:  # a failing disk, as while the content is written
+            raise
         raise LongRopeError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(fd, "wb") as file:

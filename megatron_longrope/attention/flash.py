@@ -28,7 +28,7 @@ class FlashCoreAttention(SdpaCoreAttention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kernels = flash_kernels.find(flash_kernels.capability())
+        self.kernels = flash_kernels.find(flash_kernels.capability(), self.attention_dropout)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
         """Attend; see :meth:`SdpaCoreAttention.forward`.

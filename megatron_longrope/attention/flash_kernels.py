@@ -48,9 +48,6 @@ class FlashKernels:
             key (Tensor): `[b, t, g, d]`.
             value (Tensor): `[b, t, g, d]`.
             **options (Any): `softmax_scale`, `causal`, `dropout_p`, `deterministic`.
-
-        Raises:
-            LongRopeError: Dropout, which flash-attn 3 and 4 do not have.
         """
         return _output(self.dense(query, key, value, **self._accepted(self.dense, options)))
 
@@ -84,11 +81,6 @@ class FlashKernels:
     def _accepted(self, function: Callable, options: dict[str, Any]) -> dict[str, Any]:
         """`options` without those that are off, and without lengths that it finds by itself."""
         known = inspect.signature(function).parameters
-        if options.get("dropout_p") and "dropout_p" not in known:
-            raise LongRopeError(
-                f"{self.name} has no dropout, and attention dropout is {options['dropout_p']}; "
-                "give --attention-dropout 0, install flash-attn 2 or use sdpa attention"
-            )
         return {
             name: value
             for name, value in options.items()
@@ -97,11 +89,12 @@ class FlashKernels:
         }
 
 
-def find(capability: tuple[int, int] | None) -> FlashKernels:
+def find(capability: tuple[int, int] | None, dropout: float = 0.0) -> FlashKernels:
     """The package that suits a GPU.
 
     Args:
         capability (tuple[int, int], optional): Compute capability; None where there is no GPU.
+        dropout (float): Of attention in training. Defaults to 0.
 
     Raises:
         LongRopeError: None of them can run; the message says why for each.
@@ -113,6 +106,8 @@ def find(capability: tuple[int, int] | None) -> FlashKernels:
     # Without a GPU in sight the question is only what is installed.
     order = (2, 3, 4) if capability is None else _ORDER.get(capability[0], (2,))
     reasons = []
+    if dropout:
+        order, reasons = (2,), ["only flash-attn 2 has dropout (--attention-dropout 0 needs none)"]
     for release in order:
         try:
             return _load(release)
@@ -121,10 +116,10 @@ def find(capability: tuple[int, int] | None) -> FlashKernels:
     raise LongRopeError("; ".join(reasons))
 
 
-def obstacle(capability: tuple[int, int] | None) -> str | None:
-    """Why no package suits a GPU of this compute capability, or None."""
+def obstacle(capability: tuple[int, int] | None, dropout: float = 0.0) -> str | None:
+    """Why :func:`find` finds no package, or None."""
     try:
-        find(capability)
+        find(capability, dropout)
     except ValueError as error:
         return str(error)
     return None

@@ -22,9 +22,10 @@ _LIMITS = """\
 - transformers multiplies position and frequency in fp32. Training used fp64 angles, unless it ran
   with `--longrope-hf-parity`; near 100k tokens the two differ by up to 0.006 rad.
 
-Other programs, by their sources (not run here): vLLM decides once, when it starts; with a
-`max_model_len` above {original} every position of every sequence uses the long factors, and without
-one it stops at {original} tokens. llama.cpp converts longrope factors of `Phi3ForCausalLM` only.
+vLLM 0.32 (measured) decides once, when it starts: with a `max_model_len` above {original} every
+position of every sequence uses the long factors, and without one it stops at {original} tokens.
+vLLM 0.7 to 0.11 chooses by batch and keeps keys of the short factors, and llama.cpp converts
+longrope factors of `Phi3ForCausalLM` only (both by their sources).
 """
 
 
@@ -68,7 +69,8 @@ def model_card(
         f"{hf_config['max_position_embeddings']} tokens; converted from iteration {iteration} of a "
         f"Megatron checkpoint by megatron_longrope {version}.",
         "",
-        "Loads with transformers 4.57 or newer: `AutoModelForCausalLM.from_pretrained(folder)`.",
+        "Loads with `AutoModelForCausalLM.from_pretrained(folder)` of transformers, 4.57 or newer "
+        "unless a note below says otherwise.",
         "",
     ]
     if not has_tokenizer:

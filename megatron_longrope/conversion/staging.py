@@ -171,6 +171,10 @@ class StagingFolder:
             replaced.rename(self.output_dir)
 
 
+class NotVerified(LongRopeError):
+    """The result could not be compared, which says nothing against it; its files are kept."""
+
+
 class NotPutInPlace(LongRopeError):
     """The complete result could not take the output's name; the staging folder is kept."""
 
@@ -236,9 +240,8 @@ def staging_folder(
 ) -> Iterator[tuple[StagingFolder, bool]]:
     """The staging folder of an output, and whether an earlier run's work is in it.
 
-    What fails, or fills the disk, leaves nothing. What is interrupted, be it by an error of the
-    system, leaves the files that were complete, if any; the exception says so, that of Ctrl-C by a
-    note.
+    What is refused, or fills the disk, leaves nothing. What ends otherwise, be it by an error of
+    the system, leaves the files that were complete, if any; the exception says so, or its note.
 
     Args:
         output_dir (Path): As :func:`output_folder` gives it.
@@ -253,11 +256,13 @@ def staging_folder(
     staging.lock()
     try:
         yield staging, staging.begin(identity)
-    except KeyboardInterrupt as error:
-        error.add_note(staging.keep())
-        raise
     except NotPutInPlace:
         staging.close()
+        raise
+    except NotVerified as error:
+        raise LongRopeError(f"{error}; {staging.keep()}") from error
+    except LongRopeError:
+        staging.remove()
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -267,8 +272,8 @@ def staging_folder(
             f"{output_dir.parent}: the disk is full; nothing was left behind, so make room or give "
             "an --output on another disk"
         ) from None
-    except BaseException:
-        staging.remove()
+    except BaseException as error:
+        error.add_note(staging.keep())
         raise
     staging.close()
 

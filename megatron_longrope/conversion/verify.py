@@ -7,7 +7,7 @@ taken of the last tokens only: those of 128k tokens of a large vocabulary are 67
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.config_keys import unread_keys
+from megatron_longrope.conversion.staging import NotVerified
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 from megatron_longrope.hf_rope import read_hf_rope
 from megatron_longrope.local_folder import LOCAL_ONLY
+from megatron_longrope.out_of_memory import is_out_of_memory
 
 TOLERANCE = 1e-4
 _SHORT_TOKENS = 512
@@ -97,6 +99,7 @@ def verify(
         remedy (str): What to do about a difference.
 
     Raises:
+        NotVerified: transformers cannot load the folder, or memory runs out.
         LongRopeError: A window is over the tolerance, or its logits are not finite.
     """
     folder = open_folder(hf_dir, sliding_window)
@@ -107,16 +110,34 @@ def verify(
         config = exported_config(longrope_config, short_length, target_length)
     window = folder.dropped_window or folder.kept_window
     hf_config = {**folder.config, "sliding_window": window} if window else folder.config
-    return compare_models(
-        fp32_engine(checkpoint, config),
-        folder.directory,
-        windows_to_compare(config, hf_config),
-        hf_config["vocab_size"],
-        tolerance=tolerance,
-        rounding=_allowed_rounding(checkpoint, folder, made_of),
-        remedy=remedy,
-        full_attention=folder.dropped_window is not None,
-    )
+    vocab_size, rounding = hf_config["vocab_size"], _allowed_rounding(checkpoint, folder, made_of)
+    differences = []
+    try:
+        engine = fp32_engine(checkpoint, config)
+        model = _load_transformers_model(folder.directory, folder.dropped_window is not None)
+        for name, length in windows_to_compare(config, hf_config):
+            tokens = random_tokens(vocab_size, length, seed=0)
+            count = min(length, _COMPARED_TOKENS)
+            with torch.no_grad():
+                theirs = model(tokens, use_cache=False, logits_to_keep=count).logits
+                ours = engine.logits(tokens, count)[..., :vocab_size].to("cpu", torch.float32)
+            difference = replace(compare(name, ours, theirs), num_tokens=length)
+            differences.append(difference)
+            allowed = tolerance + rounding * _largest(ours)
+            if not difference.max_abs_diff <= allowed:  # also catches NaN
+                raise LongRopeError(
+                    f"verification failed on {length} tokens ({_describe(name)}): "
+                    f"{_how_they_differ(difference, ours, theirs, allowed)}; {remedy}"
+                    f"{_unread(folder.directory)}"
+                )
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotVerified(
+            "verification ran out of memory, in which both models must fit in fp32; convert with "
+            "--no-verify, or verify on a machine with more"
+        ) from error
+    return VerificationReport(tuple(differences), tolerance)
 
 
 def verify_import(
@@ -138,52 +159,7 @@ def verify_import(
     )
 
 
-def compare_models(
-    engine: Any,
-    hf_dir: Path,
-    windows: Sequence[tuple[str, int]],
-    vocab_size: int,
-    *,
-    tolerance: float,
-    rounding: float,
-    remedy: str,
-    full_attention: bool = False,
-) -> VerificationReport:
-    """Run an engine and transformers on the same random tokens.
-
-    Args:
-        windows (Sequence): Names and lengths, in tokens.
-        vocab_size (int): Tokens that both have.
-        tolerance (float): Largest difference of a logit.
-        rounding (float): Added to it, relative to the largest logit.
-        remedy (str): What to do about a difference.
-        full_attention (bool): Let transformers ignore the sliding window that config.json declares.
-
-    Raises:
-        LongRopeError: transformers cannot load the folder, a window is over the tolerance, or its
-            logits are not finite.
-    """
-    model = _load_transformers_model(hf_dir, full_attention)
-    differences = []
-    for window, length in windows:
-        tokens = random_tokens(vocab_size, length, seed=0)
-        count = min(length, _COMPARED_TOKENS)
-        with torch.no_grad():
-            theirs = model(tokens, use_cache=False, logits_to_keep=count).logits
-            ours = engine.logits(tokens, count)[..., :vocab_size].to("cpu", torch.float32)
-        difference = replace(compare(window, ours, theirs), num_tokens=length)
-        differences.append(difference)
-        allowed = tolerance + rounding * _largest(ours)
-        if not difference.max_abs_diff <= allowed:  # also catches NaN
-            raise LongRopeError(
-                f"verification failed on {length} tokens ({_describe(window)}): "
-                f"{_how_they_differ(difference, ours, theirs, allowed)}; {remedy}"
-                f"{_unread(hf_dir)}"
-            )
-    return VerificationReport(tuple(differences), tolerance)
-
-
-def _load_transformers_model(hf_dir: Path, full_attention: bool = False) -> Any:
+def _load_transformers_model(hf_dir: Path, full_attention: bool) -> Any:
     """The folder's model in fp32."""
     import transformers
 
@@ -205,7 +181,7 @@ def _load_transformers_model(hf_dir: Path, full_attention: bool = False) -> Any:
         remedy = "correct config.json, or leave the verification out with --no-verify"
         if rope.rope_type != rope.stated_type:
             remedy = f"write {rope.rope_type!r} in place of {rope.stated_type!r} in {rope.holder}"
-        raise LongRopeError(
+        raise NotVerified(
             f"{hf_dir}: transformers {transformers.__version__} cannot load this folder "
             f"({type(cause).__name__}: {reason}); {remedy}"
         ) from None
@@ -363,7 +339,9 @@ def expected_rounding(source: set[torch.dtype], target: set[torch.dtype]) -> flo
 
 
 def fp32_engine(checkpoint: Checkpoint, config: LongRopeConfig | None) -> Any:
-    """The evaluation engine with transformers' arithmetic."""
+    """The evaluation engine with transformers' arithmetic, on the CPU as transformers' model is."""
     from megatron_longrope.engine import load_engine
 
-    return load_engine(checkpoint, longrope_config=config, dtype=torch.float32, hf_parity=True)
+    return load_engine(
+        checkpoint, longrope_config=config, dtype=torch.float32, device="cpu", hf_parity=True
+    )

@@ -92,7 +92,7 @@ def attention_from_args(args: argparse.Namespace) -> str:
             f"--longrope-attention {choice} needs --transformer-impl {needed}, "
             f"got {args.transformer_impl}"
         )
-    if choice == "flash" and (obstacle := flash_obstacle()):
+    if choice == "flash" and (obstacle := flash_obstacle(_dropout(args))):
         raise LongRopeError(
             f"--longrope-attention flash needs a flash-attention package that runs here, but "
             f"{obstacle}; install one (pip install megatron-longrope[flash]) or use sdpa"
@@ -111,11 +111,15 @@ def attention_from_args(args: argparse.Namespace) -> str:
     return choice
 
 
-def flash_obstacle() -> str | None:
-    """Why no flash-attention package can run here, or None."""
+def flash_obstacle(dropout: float = 0.0) -> str | None:
+    """Why no flash-attention package can run here, or train with dropout, or None."""
     from megatron_longrope.attention import flash_kernels
 
-    return flash_kernels.obstacle(flash_kernels.capability())
+    return flash_kernels.obstacle(flash_kernels.capability(), dropout)
+
+
+def _dropout(args: argparse.Namespace) -> float:
+    return getattr(args, "attention_dropout", 0.0)
 
 
 def _flash_attention_fits(args: argparse.Namespace) -> bool:
@@ -124,7 +128,7 @@ def _flash_attention_fits(args: argparse.Namespace) -> bool:
     if getattr(args, "window_size", None) is not None:
         return False  # see FlashCoreAttention.windows
     half = getattr(args, "bf16", False) or getattr(args, "fp16", False)
-    return bool(half and torch.cuda.is_available() and flash_obstacle() is None)
+    return bool(half and torch.cuda.is_available() and flash_obstacle(_dropout(args)) is None)
 
 
 def check_norms(args: argparse.Namespace) -> None:

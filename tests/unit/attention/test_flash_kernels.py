@@ -144,12 +144,11 @@ def test_every_release_computes_the_same_attention(monkeypatch, installed, relea
     assert output.shape == query.shape
 
 
-@pytest.mark.parametrize("release", [3, 4])
-def test_dropout_is_refused_where_the_package_has_none(monkeypatch, installed, release):
-    installed(release)
-    monkeypatch.setattr(flash, "_DTYPES", (torch.float64,))
+def test_with_dropout_the_package_that_has_it_is_taken_or_none(monkeypatch, installed):
+    monkeypatch.setattr(flash_kernels, "capability", lambda: (9, 0))
+    installed(2, 3, 4)
     attention = core_attention(FlashCoreAttention, attention_dropout=0.1)
-    *qkv, _ = random_batch(4, batch=1)
-    with pytest.raises(ValueError, match=f"flash-attn {release} has no dropout, and attention dro"):
-        attention(*qkv)
-    assert attention.eval()(*qkv).isfinite().all()
+    assert attention.kernels.name == "flash-attn 2"
+    installed(3, 4)
+    with pytest.raises(ValueError, match=r"only flash-attn 2 has dropout \(--attention-dropout 0 "):
+        core_attention(FlashCoreAttention, attention_dropout=0.1)

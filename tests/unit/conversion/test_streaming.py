@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,12 @@ from tiny_hf import tensors
 from tokenizers import Tokenizer, models
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.conversion import megatron_writer
+from megatron_longrope.conversion import megatron_writer, verify
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.staging import StagingFolder, file_identity, staging_folder
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.to_hf import write_hf_folder
+from megatron_longrope.errors import LongRopeError
 
 SHARDS = {"max_shard_bytes": 40_000}
 
@@ -124,13 +126,37 @@ def test_a_verification_that_fails_leaves_nothing_of_an_interrupted_export(
     untied_gqa, config, tmp_path, interrupted
 ):
     def fail(folder):
-        raise ValueError("other logits")
+        raise LongRopeError("other logits")
 
     with pytest.raises(ValueError, match="other logits"):
         write_hf_folder(
             untied_gqa.path, tmp_path / "hf", longrope_config=config, check=fail, **SHARDS
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_verification_that_runs_out_of_memory_or_breaks_keeps_what_was_converted(
+    exported, tmp_path, monkeypatch
+):
+    def convert(check=None):
+        return write_checkpoint(exported, tmp_path / "x", check=check, **SHARDS)
+
+    def breaks(error):
+        def raises(*_):
+            raise error
+
+        monkeypatch.setattr(verify, "_load_transformers_model", raises)
+        with pytest.raises(Exception) as caught:
+            convert(lambda path: verify.verify_import(path, exported))
+        return caught.value
+
+    error = breaks(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 250.00 MiB"))
+    assert re.fullmatch(
+        "verification ran out of memory.* --no-verify.* complete files are kept in .*", str(error)
+    )
+    error = breaks(RuntimeError("a bug"))
+    assert "complete files are kept in" in error.__notes__[0]
+    assert convert().resumed
 
 
 @pytest.fixture(scope="module")
@@ -228,16 +254,29 @@ def test_a_disk_that_fills_up_at_the_common_state_is_one_sentence(exported, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["a file is begun", "a file is written"])
 def test_another_error_of_the_disk_is_one_sentence_and_keeps_what_is_complete(
-    untied_gqa, config, tmp_path
+    untied_gqa, config, tmp_path, monkeypatch, early
 ):
+    error = OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def begin(*_, **__):
+        raise error
+
     def export(**how):
         return write_hf_folder(
             untied_gqa.path, tmp_path / "hf", longrope_config=config, **how, **SHARDS
         )
 
+    def fail(done, total):
+        if done >= 0.6 * total and early:
+            monkeypatch.setattr("tempfile.mkstemp", begin)
+        elif done >= 0.6 * total:
+            raise error
+
     with pytest.raises(ValueError, match=r"Input/output error; complete files are kept in "):
-        export(progress=Interrupt(0.6, OSError(errno.EIO, os.strerror(errno.EIO))))
+        export(progress=fail)
+    monkeypatch.undo()
     assert export().resumed
 
 

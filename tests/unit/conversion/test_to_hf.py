@@ -111,6 +111,8 @@ def test_the_model_card_states_provenance_and_limits(untied_gqa, config, tmp_pat
     card = (tmp_path / "hf" / "README.md").read_text()
     for part in ("| by test |", "use_cache=False", "once per forward pass", "iteration 3"):
         assert part in card
+    assert "4.57 or newer unless a note below says otherwise" in card
+    assert "vLLM 0.32 (measured) decides once" in card  # docs/serving.md
 
 
 def test_many_shards_with_an_index_load_like_one_file(untied_gqa, tmp_path):

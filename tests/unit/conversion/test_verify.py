@@ -6,6 +6,7 @@ import make_megatron_checkpoint as maker
 import pytest
 import torch
 
+from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.cli import convert as command
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
@@ -13,6 +14,7 @@ from megatron_longrope.conversion.verify import (
     compare,
     expected_rounding,
     exported_config,
+    fp32_engine,
     verify,
     windows_to_compare,
 )
@@ -62,6 +64,14 @@ def test_a_good_folder_passes_on_both_windows(untied_gqa, config, folder, length
         assert item.top1_agreement == 1.0
     assert engine.directory.name == "iter_0000003"
     assert engine.config == exported_config(config)
+
+
+def test_both_models_are_on_the_cpu_where_there_is_a_gpu(untied_gqa, config, monkeypatch):
+    monkeypatch.setattr(
+        "megatron_longrope.engine.loading.default_device", lambda: torch.device("meta")
+    )
+    engine = fp32_engine(MegatronCheckpoint.open(untied_gqa.path), config)
+    assert {value.device.type for value in engine.model.parameters()} == {"cpu"}
 
 
 def test_one_changed_weight_is_found(untied_gqa, config, folder, lengths, monkeypatch):

@@ -425,17 +425,18 @@ def test_sdpa_and_local_attention_are_taken_when_asked_for(choice):
 
 
 def test_auto_attention_is_flash_for_half_precision_where_it_can_run(monkeypatch):
-    monkeypatch.setattr(settings_module, "flash_obstacle", lambda: None)
+    monkeypatch.setattr(settings_module, "flash_obstacle", lambda dropout: dropout or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert attention_from_args(namespace(None, bf16=True)) == "flash"
     assert attention_from_args(namespace(None)) == "sdpa"
-    # Sliding windows are sdpa's.
-    assert attention_from_args(namespace(None, bf16=True, window_size=(4095, 0))) == "sdpa"
+    # Sliding windows are sdpa's, and so is dropout where flash-attention has none.
+    for other in ({"window_size": (4095, 0)}, {"attention_dropout": 0.1}):
+        assert attention_from_args(namespace(None, bf16=True, **other)) == "sdpa"
 
 
 def test_flash_attention_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     reason = "flash-attn 2 cannot be used (No module named 'flash_attn')"
-    monkeypatch.setattr(settings_module, "flash_obstacle", lambda: reason)
+    monkeypatch.setattr(settings_module, "flash_obstacle", lambda dropout: reason)
     with pytest.raises(ValueError, match=r"but flash-attn 2 cannot be used .*; install one \(pip"):
         attention_from_args(namespace(None, longrope_attention="flash"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
