@@ -105,7 +105,7 @@ def install_plugin(model: GPTModel, shape: Shape) -> None:
     factors = yarn_factors(shape.head_dim, EXTENSION, ROTARY_BASE, window)
     sets = (FactorSet(shape.seq_length, tuple(factors)),)
     config = LongRopeConfig(ROTARY_BASE, shape.head_dim, window, sets)
-    model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(model.rotary_pos_emb, config)
+    model.rotary_pos_emb = LongRopeRotaryEmbedding(config, shape.head_dim)
     set_attention_factor(model, model.rotary_pos_emb.attention_factor(shape.seq_length))
 
 

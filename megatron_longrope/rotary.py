@@ -112,35 +112,6 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         self._longest_request: int | None = None
         self.set_config(config)
 
-    @classmethod
-    def from_rotary(
-        cls, rotary: RotaryEmbedding, config: LongRopeConfig, **options
-    ) -> LongRopeRotaryEmbedding:
-        """Build the replacement of a model's existing rotary module.
-
-        Raises:
-            LongRopeError: The config does not fit the module, or the module scales positions
-                itself.
-        """
-        replacement = cls(
-            config,
-            kv_channels=2 * len(rotary.inv_freq),
-            rotary_interleaved=rotary.rotary_interleaved,
-            seq_len_interpolation_factor=rotary.seq_len_interpolation_factor,
-            cp_group=rotary.cp_group,
-            **options,
-        )
-        # The module does not remember its base or scaling: its frequencies must tell.
-        theirs = rotary.inv_freq.to(device="cpu", dtype=torch.float32)
-        if not torch.allclose(theirs, replacement.inv_freq.cpu(), rtol=1e-4, atol=0.0):
-            raise LongRopeError(
-                "the model's rotary frequencies are not those of rotary_base "
-                f"{config.rotary_base}: it has another base or --use-rope-scaling; use factors "
-                "that were searched for it"
-            )
-        replacement.inv_freq = rotary.inv_freq
-        return replacement
-
     def set_config(self, config: LongRopeConfig) -> None:
         """Swap the factors; the next forward uses them.
 

@@ -72,10 +72,15 @@ def build_model(
     assert not [name for name, _ in model.named_buffers()]
     model.to(dtype).to_empty(device=device)
     slice_mlps(model)
-    # HybridModel takes no such argument; its rotary module is replaced here anyway.
-    model.rotary_pos_emb.rotary_interleaved = shape.rotary_interleaved
-    model.rotary_pos_emb = LongRopeRotaryEmbedding.from_rotary(
-        model.rotary_pos_emb, config, mode=mode, hf_parity=hf_parity
+    model.rotary_pos_emb = LongRopeRotaryEmbedding(
+        config,
+        shape.head_dim,
+        shape.rotary_percent,
+        shape.rotary_interleaved,
+        rotary_base=shape.rotary_base,
+        cp_group=model.pg_collection.cp,
+        mode=mode,
+        hf_parity=hf_parity,
     )
     # The model then returns hidden states (after the final norm, which is the decoder's): the
     # engine applies the output layer chunk by chunk; [sequence, vocabulary] logits never exist.

@@ -81,14 +81,13 @@ def test_all_ones_is_megatrons_own_table_bit_for_bit(monkeypatch, percent, inter
 
 def test_all_ones_rotates_by_the_frequencies_that_stock_has_computed_on_its_device():
     """A GPU's pow may round one of them differently from the CPU's."""
-    stock = RotaryEmbedding(8, 1.0, rotary_base=10000, use_cpu_initialization=True)
-    stock.inv_freq = torch.nextafter(stock.inv_freq, torch.tensor(2.0))
-    ones = identity_config(10000.0, 8, 4096)
-    table = LongRopeRotaryEmbedding.from_rotary(stock, ones)(4096)
-    expected = torch.outer(torch.arange(4096.0), stock.inv_freq)
-    assert torch.equal(table[:, 0, 0, :4], expected)
-    parity = LongRopeRotaryEmbedding.from_rotary(stock, ones, hf_parity=True)(4096)
-    assert not torch.equal(parity, table)
+    tables = []
+    for parity in (False, True):
+        ones = LongRopeRotaryEmbedding(identity_config(10000.0, 8, 4096), 8, hf_parity=parity)
+        ones.inv_freq = torch.nextafter(ones.inv_freq, torch.tensor(2.0))
+        tables.append(ones(4096)[:, 0, 0, :4])
+    assert torch.equal(tables[0], torch.outer(torch.arange(4096.0), ones.inv_freq))
+    assert not torch.equal(*tables)
 
 
 def test_all_ones_with_start_tokens_is_still_megatrons_table():
@@ -96,17 +95,6 @@ def test_all_ones_with_start_tokens_is_still_megatrons_table():
     stock = RotaryEmbedding(DIM, 1.0, use_cpu_initialization=True)
     ours = LongRopeRotaryEmbedding(ones, DIM)
     assert torch.equal(ours.get_freqs_non_repeated(64), stock.get_freqs_non_repeated(64))
-
-
-def test_from_rotary_takes_over_the_geometry_of_a_models_module():
-    group = FakeGroup(0, 1)
-    stock = RotaryEmbedding(
-        32, 0.5, rotary_interleaved=True, use_cpu_initialization=True, cp_group=group
-    )
-    ours = LongRopeRotaryEmbedding.from_rotary(stock, THREE_SETS, mode="long", hf_parity=True)
-    assert (ours.rotary_dim, ours.rotary_interleaved, ours.cp_group) == (DIM, True, group)
-    assert (ours.mode, ours.hf_parity) == ("long", True)
-    assert torch.equal(ours.inv_freq, stock.inv_freq)
 
 
 # Angles
@@ -420,19 +408,6 @@ def test_a_refused_swap_keeps_the_old_factors():
 def test_a_second_scaling_of_the_positions_is_refused(option):
     with pytest.raises(ValueError, match="would scale positions twice; remove that flag"):
         LongRopeRotaryEmbedding(THREE_SETS, DIM, **option)
-
-
-def test_replacing_an_already_scaled_rotary_module_is_refused():
-    stock = RotaryEmbedding(DIM, 1.0, seq_len_interpolation_factor=4, use_cpu_initialization=True)
-    with pytest.raises(ValueError, match="would scale positions twice"):
-        LongRopeRotaryEmbedding.from_rotary(stock, THREE_SETS)
-
-
-@pytest.mark.parametrize("option", [{"rotary_base": 500000}, {"rope_scaling": True}])
-def test_replacing_a_module_with_other_frequencies_is_refused(option):
-    stock = RotaryEmbedding(128, 1.0, use_cpu_initialization=True, **option)
-    with pytest.raises(ValueError, match="frequencies are not those of rotary_base 10000"):
-        LongRopeRotaryEmbedding.from_rotary(stock, identity_config(10000.0, 128, 64))
 
 
 # A training run
