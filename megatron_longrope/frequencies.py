@@ -92,8 +92,7 @@ def angles(
 ) -> Tensor:
     """Rotation angles of LongRoPE (equation 3), exact to 1e-6 rad at any practical position.
 
-    Takes any positions, at the cost of fp64 scratch; :mod:`.rotary_table` makes the long tables of
-    attention from a few of these angles.
+    Takes fp64 scratch, so that :mod:`.rotary_table` asks for some positions at a time.
 
     Args:
         positions (Tensor): `[s]`, integer token positions.

@@ -22,19 +22,6 @@ def result_of(script: str, *options: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.release  # it starts a process for every peak of memory
-def test_the_rope_table_benchmark_ends_with_its_result():
-    result = result_of("rope_table.py", "--lengths", "65536", "--repeats", "1")
-    assert {"time_ratio_cp1", "time_ratio_cp8", "memory_ratio_cp1"} <= result.keys()
-    assert [(row["positions"], row["cp_size"]) for row in result["rows"]] == [
-        (65536, 1),
-        (65536, 8),
-    ]
-    # Memory is no matter of speed: one rank of eight holds an eighth, and stock the whole.
-    assert 0 < result["memory_ratio_cp8"] < 0.2
-
-
-@pytest.mark.slow
 def test_the_step_overhead_benchmark_ends_with_its_result():
     result = result_of("step_overhead.py", "--seq-length", "64", "--repeats", "2")
     (row,) = result["rows"]
