@@ -19,7 +19,7 @@ from typing import Any
 from megatron_longrope.checkpoint.folders import TORCH
 from megatron_longrope.checkpoint.layered import LayeredCheckpoint, LazyTensor, match_expert
 from megatron_longrope.checkpoint.layout import LAYER
-from megatron_longrope.checkpoint.rank_file import Mappings, RankFile, StoredPart
+from megatron_longrope.checkpoint.rank_file import RankFile, StoredPart
 from megatron_longrope.checkpoint.tensor_parallel import join_ranks
 from megatron_longrope.errors import LongRopeError
 
@@ -35,7 +35,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
     """One iteration in the format `torch`.
 
     Opening it reads the arguments of the first rank. Tensors are mapped into memory, not loaded:
-    the peak is the tensor that is asked for and a bounded part of the files.
+    what stays is the tensor that is asked for, and pages that the system may drop.
     """
 
     format = TORCH
@@ -54,8 +54,7 @@ class LegacyCheckpoint(LayeredCheckpoint):
         }
         if not folders:
             raise LongRopeError(f"{directory}: has no folder named as mp_rank_00 or mp_rank_00_000")
-        mappings = Mappings()
-        self._files = {name: RankFile(directory / name / _FILE, mappings) for name in folders}
+        self._files = {name: RankFile(directory / name / _FILE) for name in folders}
         self._sizes = _Sizes.of_args(self.args)
         self._ranks: dict[Coordinates, RankFile] = {}
         for name, match in folders.items():

@@ -15,36 +15,14 @@ from megatron_longrope.checkpoint.pickles import load_common
 from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.errors import LongRopeError
 
-# Pages that were read stay in a mapping, so it is dropped now and then: memory stays bounded.
-_MAPPED_BYTES = 256 << 20
 _NOT_COMMON = ("model", "optimizer", "rng_state")
-
-
-class Mappings:
-    """The files of one checkpoint that are mapped, which together have a bound."""
-
-    def __init__(self) -> None:
-        self._files: list[RankFile] = []
-        self._bytes_read = 0
-
-    def read(self, file: RankFile, size: int) -> None:
-        """Unmap all files if too much was read of them before; then `size` bytes of `file`."""
-        if self._bytes_read > _MAPPED_BYTES:
-            for other in self._files:
-                other.unmap()
-            self._files, self._bytes_read = [], 0
-        self._files.append(file)
-        self._bytes_read += size
 
 
 class RankFile:
     """`model_optim_rng.pt`: reads of it only what is asked for, never the optimizer's state."""
 
-    def __init__(self, path: Path, mappings: Mappings) -> None:
+    def __init__(self, path: Path) -> None:
         """Look at the end of the file.
-
-        Args:
-            mappings (Mappings): What the files of the checkpoint share.
 
         Raises:
             LongRopeError: It is not a whole archive.
@@ -61,8 +39,6 @@ class RankFile:
                 if is_cut
                 else f"{path}: not an archive of torch.save (of torch 1.6 or newer)"
             )
-        self._mappings = mappings
-        self._models: dict[str, Any] | None = None
 
     @property
     def common(self) -> dict[str, Any]:
@@ -96,17 +72,11 @@ class RankFile:
         }
         return common, chunks
 
-    def tensor(self, chunk: str, name: str, info: TensorInfo) -> Tensor:
-        """A tensor of `chunks`, mapped: valid until the next call, and not to be written to."""
-        self._mappings.read(self, info.num_bytes)
-        if self._models is None:
-            state = load_common(self.path, str(self.path))
-            self._models = {key: state[key] for key in self.chunks}
-        return self._models[chunk][name]
-
-    def unmap(self) -> None:
-        """Let go of what was read."""
-        self._models = None
+    @cached_property
+    def models(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of `chunks`, mapped: the system may drop pages that were read."""
+        state = load_common(self.path, str(self.path))
+        return {key: state[key] for key in self.chunks}
 
     def _infos(self, chunk: str, model: Any) -> Iterator[tuple[str, TensorInfo]]:
         if not isinstance(model, dict) or "language_model" in model:
@@ -132,11 +102,10 @@ class StoredPart:
         self, file: RankFile, chunk: str, name: str, span: tuple[int, int] | None = None
     ) -> None:
         self._file, self._chunk, self._name, self._span = file, chunk, name, span
-        self._whole = file.chunks[chunk][name]
-        shape = self._whole.shape
+        self.info = file.chunks[chunk][name]
         if span is not None:
-            shape = (span[1] - span[0], *shape[1:])
-        self.info = TensorInfo(shape, self._whole.dtype)
+            shape = (span[1] - span[0], *self.info.shape[1:])
+            self.info = TensorInfo(shape, self.info.dtype)
 
     def rows(self, start: int, stop: int) -> StoredPart:
         """Its rows from `start` up to `stop`."""
@@ -144,5 +113,5 @@ class StoredPart:
 
     def read_into(self, target: Tensor) -> None:
         """Copy it out of the file."""
-        value = self._file.tensor(self._chunk, self._name, self._whole)
+        value = self._file.models[self._chunk][self._name]
         target.copy_(value if self._span is None else value[slice(*self._span)])

@@ -62,6 +62,7 @@ def namespace(path, **changes) -> argparse.Namespace:
         "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
         "rotary_interleaved", "dynamic_context_parallel", "rl_use_sequence_packing", "window_size",
         "perform_rl_step", "heterogeneous_layers_config_path", "export_kd_teacher_load",
+        "attention_dropout",
     }  # fmt: skip
     assert not changes.keys() - vars(args).keys() - optional
     return argparse.Namespace(**{**vars(args), **changes})
