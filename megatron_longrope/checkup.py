@@ -88,7 +88,6 @@ def examine() -> Checkup:
         for item in symbols
         if not item.fits
     ]
-    notes += [f"{item.symbol} {item.detail}" for item in symbols if item.fits and item.detail]
     return Checkup(
         versions=_versions(),
         gpu=_gpu(),
@@ -225,7 +224,7 @@ def _symbols() -> list[SymbolState]:
     groups: list[tuple[str, Callable[[], list[compat.Symbol]]]] = [
         ("hook", lambda: [symbol for symbol, _ in hooks.argument_wrappers()]),
         ("hook", lambda: [symbol for symbol, _ in hooks.model_wrappers()]),
-        ("hook", lambda: [compat.compile_helpers_symbol()]),
+        ("hook", lambda: [compat.COMPILE_HELPERS]),
         ("stand-in", compat.stand_in_symbols),
     ]
     states = []
@@ -252,4 +251,4 @@ def _state(role: str, symbol: compat.Symbol) -> SymbolState:
         role = "patched"
     if misfit:
         return SymbolState(str(symbol), role, "SIGNATURE CHANGED", misfit)
-    return SymbolState(str(symbol), role, "found", symbol.news())
+    return SymbolState(str(symbol), role, "found")

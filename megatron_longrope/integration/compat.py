@@ -105,37 +105,27 @@ _ROTARY_INIT = (
 )
 
 
-def local_attention_symbol() -> Symbol:
-    """The method that gives local layer specs their core attention class."""
-    return Symbol("megatron.core.models.backends", "LocalSpecProvider.core_attention", ("self",))
-
-
-def concentration_symbol() -> Symbol:
-    """The function that tells Attention the multiplier of cos and sin.
-
-    0.19 asks it once, when a layer is built; 0.17 and 0.18 ask it in every forward pass.
-    """
-    return Symbol(
-        "megatron.core.transformer.attention",
-        "_yarn_get_concentration_factor_from_config",
-        ("config",),
-    )
-
-
-def attention_init_symbol() -> Symbol:
-    """The constructor of every attention layer."""
-    return Symbol(
-        "megatron.core.transformer.attention", "Attention.__init__", ("self", "config", ...)
-    )
-
-
-def output_layer_symbol() -> Symbol:
-    """What every language model calls at the end of its constructor."""
-    return Symbol(
-        "megatron.core.models.common.language_module.language_module",
-        "LanguageModule.setup_embeddings_and_output_layer",
-        ("self",),
-    )
+# The method that gives local layer specs their core attention class.
+LOCAL_ATTENTION = Symbol(
+    "megatron.core.models.backends", "LocalSpecProvider.core_attention", ("self",)
+)
+# The function that tells Attention the multiplier of cos and sin. 0.19 asks it once, when a layer
+# is built; 0.17 and 0.18 ask it in every forward pass.
+CONCENTRATION = Symbol(
+    "megatron.core.transformer.attention",
+    "_yarn_get_concentration_factor_from_config",
+    ("config",),
+)
+# The constructor of every attention layer.
+ATTENTION_INIT = Symbol(
+    "megatron.core.transformer.attention", "Attention.__init__", ("self", "config", ...)
+)
+# What every language model calls at the end of its constructor.
+OUTPUT_LAYER = Symbol(
+    "megatron.core.models.common.language_module.language_module",
+    "LanguageModule.setup_embeddings_and_output_layer",
+    ("self",),
+)
 
 
 def stand_in_symbols() -> list[Symbol]:
@@ -169,9 +159,16 @@ def stand_in_symbols() -> list[Symbol]:
 # Symbols of the training loop
 
 
-def argument_symbols() -> list[Symbol]:
-    """Where Megatron looks up its parser builder."""
-    return [Symbol("megatron.training.arguments", "add_megatron_arguments", ("parser",))]
+# Where Megatron looks up its parser builder.
+ARGUMENTS = Symbol("megatron.training.arguments", "add_megatron_arguments", ("parser",))
+# Where Megatron creates its process groups.
+INITIALIZE_DISTRIBUTED = Symbol("megatron.training.initialize", "_initialize_distributed")
+# The one function through which a checkpoint's arguments arrive, whatever its format.
+LOAD_CHECKPOINT = Symbol("megatron.training.checkpointing", "_load_base_checkpoint")
+# The function that returns the run's finished model chunks.
+SETUP_MODEL = Symbol("megatron.training.training", "setup_model_and_optimizer")
+# The dataset helper build, which a wheel cannot run: it ships the binary but no Makefile.
+COMPILE_HELPERS = Symbol("megatron.core.datasets.utils", "compile_helpers", ())
 
 
 def validate_symbols() -> list[Symbol]:
@@ -180,21 +177,6 @@ def validate_symbols() -> list[Symbol]:
     if hasattr(importlib.import_module("megatron.training.initialize"), "validate_args"):
         symbols.append(Symbol("megatron.training.initialize", "validate_args", ("args", ...)))
     return symbols
-
-
-def initialize_distributed_symbol() -> Symbol:
-    """Where Megatron creates its process groups."""
-    return Symbol("megatron.training.initialize", "_initialize_distributed")
-
-
-def load_checkpoint_symbol() -> Symbol:
-    """The one function through which a checkpoint's arguments arrive, whatever its format."""
-    return Symbol("megatron.training.checkpointing", "_load_base_checkpoint")
-
-
-def setup_model_symbol() -> Symbol:
-    """The function that returns the run's finished model chunks."""
-    return Symbol("megatron.training.training", "setup_model_and_optimizer")
 
 
 def batch_split_symbols() -> list[Symbol]:
@@ -213,11 +195,6 @@ def batch_split_symbols() -> list[Symbol]:
 
 
 _BALANCING = ("sequence", "document")
-
-
-def compile_helpers_symbol() -> Symbol:
-    """The dataset helper build, which a wheel cannot run: it ships the binary but no Makefile."""
-    return Symbol("megatron.core.datasets.utils", "compile_helpers", ())
 
 
 def helpers_are_compiled() -> bool:
@@ -307,7 +284,7 @@ def set_cos_sin_factor(attention: Any, factor: float) -> None:
         attention._yarn_concentration_factor = factor
         return
     attention.config.longrope_cos_sin_factor = factor
-    holder, attribute = concentration_symbol().owner()
+    holder, attribute = CONCENTRATION.owner()
     function = getattr(holder, attribute)
     if not getattr(function, "_asks_the_config", False):
         setattr(holder, attribute, _asking_the_config(function))
@@ -317,12 +294,12 @@ def cos_sin_factor(attention: Any) -> float:
     """What an attention layer multiplies cos and sin by."""
     if hasattr(attention, "_yarn_concentration_factor"):  # 0.19
         return attention._yarn_concentration_factor
-    holder, attribute = concentration_symbol().owner()
+    holder, attribute = CONCENTRATION.owner()
     return getattr(holder, attribute)(attention.config)
 
 
 def _asking_the_config(concentration_factor: Callable[[Any], float]) -> Callable[[Any], float]:
-    """Around the function of :func:`concentration_symbol`: a config's own factor comes first."""
+    """Around the function of `CONCENTRATION`: a config's own factor comes first."""
 
     @functools.wraps(concentration_factor)
     def factor(config: Any) -> float:

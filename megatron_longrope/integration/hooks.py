@@ -27,7 +27,7 @@ _replaced: list[tuple[Symbol, Any]] = []
 def argument_wrappers() -> list[tuple[Symbol, Wrapper]]:
     """What lets an unmodified script read the plugin's flags."""
     return [
-        *((symbol, wrappers.with_arguments) for symbol in compat.argument_symbols()),
+        (compat.ARGUMENTS, wrappers.with_arguments),
         *((symbol, wrappers.with_validation) for symbol in compat.validate_symbols()),
     ]
 
@@ -37,13 +37,13 @@ def model_wrappers() -> list[tuple[Symbol, Wrapper]]:
     return [
         *((symbol, wrappers.with_rotary) for symbol in compat.rotary_symbols()),
         *((symbol, wrappers.with_document_shards) for symbol in compat.batch_split_symbols()),
-        (compat.local_attention_symbol(), wrappers.with_core_attention),
-        (compat.concentration_symbol(), wrappers.with_concentration),
-        (compat.attention_init_symbol(), wrappers.with_softmax_scale),
-        (compat.output_layer_symbol(), wrappers.with_chunked_loss),
-        (compat.initialize_distributed_symbol(), wrappers.with_agreement),
-        (compat.load_checkpoint_symbol(), wrappers.with_factor_check),
-        (compat.setup_model_symbol(), wrappers.with_model_check),
+        (compat.LOCAL_ATTENTION, wrappers.with_core_attention),
+        (compat.CONCENTRATION, wrappers.with_concentration),
+        (compat.ATTENTION_INIT, wrappers.with_softmax_scale),
+        (compat.OUTPUT_LAYER, wrappers.with_chunked_loss),
+        (compat.INITIALIZE_DISTRIBUTED, wrappers.with_agreement),
+        (compat.LOAD_CHECKPOINT, wrappers.with_factor_check),
+        (compat.SETUP_MODEL, wrappers.with_model_check),
     ]
 
 
@@ -57,7 +57,7 @@ def apply() -> None:
     pairs = [*argument_wrappers(), *model_wrappers()]
     if compat.helpers_are_compiled():
         # A wheel ships the compiled helpers without the Makefile that Megatron would run.
-        pairs.append((compat.compile_helpers_symbol(), lambda _: lambda: None))
+        pairs.append((compat.COMPILE_HELPERS, lambda _: lambda: None))
     _install(pairs)
 
 

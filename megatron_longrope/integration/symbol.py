@@ -73,29 +73,17 @@ class Symbol:
         if common != self._ours:
             return f"takes {_quoted(common)} in another order"
         required = [
-            name for name in self._unknown() if theirs[name].default is inspect.Parameter.empty
+            name
+            for name, item in theirs.items()
+            if name not in self._ours and item.default is inspect.Parameter.empty
         ]
-        if required:
+        if required and ... not in self.parameters:
             return f"requires {_quoted(required)}, which the plugin does not know"
         return None
-
-    def news(self) -> str | None:
-        """Optional parameters that the plugin does not know, or None; harmless unless they are set.
-
-        Raises:
-            LongRopeError: This Megatron has no such symbol.
-        """
-        unknown = self._unknown()
-        return f"also takes {_quoted(unknown)}" if unknown and not self.misfit() else None
 
     @property
     def _ours(self) -> list[str]:
         return [name for name in self.parameters if name is not ...]
-
-    def _unknown(self) -> list[str]:
-        if ... in self.parameters:
-            return []
-        return [name for name in self._theirs() if name not in self._ours]
 
     def _theirs(self) -> dict[str, inspect.Parameter]:
         """Named parameters; a hooked function answers with the original's."""

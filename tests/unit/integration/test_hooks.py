@@ -44,7 +44,7 @@ def restored():
 
 def every_symbol() -> list[compat.Symbol]:
     pairs = [*hooks.argument_wrappers(), *hooks.model_wrappers()]
-    return [*(symbol for symbol, _ in pairs), compat.compile_helpers_symbol()]
+    return [*(symbol for symbol, _ in pairs), compat.COMPILE_HELPERS]
 
 
 def configured(settings: LongRopeSettings | None, attention: str = "sdpa") -> None:
@@ -125,7 +125,7 @@ def core_attention():
 
 
 def concentration(config=None):
-    holder, attribute = compat.concentration_symbol().owner()
+    holder, attribute = compat.CONCENTRATION.owner()
     return getattr(holder, attribute)(config)
 
 
@@ -310,12 +310,12 @@ def test_a_missing_symbol_fails_with_its_dotted_name_and_leaves_nothing_replaced
 def test_a_model_symbol_that_is_missing_leaves_models_stock(monkeypatch):
     from megatron.core.models.gpt import gpt_model
 
-    stock_attention = stored(compat.local_attention_symbol())
+    stock_attention = stored(compat.LOCAL_ATTENTION)
     monkeypatch.delattr(gpt_model, "RotaryEmbedding")
     with pytest.raises(LongRopeError, match=GPT_ROTARY.replace(".", r"\.")):
         hooks.apply()
     assert hooks.replaced_symbols() == []
-    assert stored(compat.local_attention_symbol()) is stock_attention
+    assert stored(compat.LOCAL_ATTENTION) is stock_attention
 
 
 @pytest.mark.parametrize(("version", "warns"), [("0.19.2", False), ("0.20.0", True)])
@@ -329,8 +329,8 @@ def test_an_untested_release_warns_and_is_tried(monkeypatch, recwarn, version, w
 
 
 def test_a_symbol_whose_parameters_changed_warns_and_is_tried(monkeypatch):
-    changed = replace(compat.local_attention_symbol(), parameters=("self", "backend"))
-    monkeypatch.setattr(compat, "local_attention_symbol", lambda: changed)
+    changed = replace(compat.LOCAL_ATTENTION, parameters=("self", "backend"))
+    monkeypatch.setattr(compat, "LOCAL_ATTENTION", changed)
     with pytest.warns(UserWarning, match=r"core_attention has no parameter 'backend' any more"):
         hooks.apply()
     assert LOCAL_ATTENTION in hooks.replaced_symbols()

@@ -130,7 +130,7 @@ def test_a_shorter_batch_keeps_the_factors_of_the_run():
 
 def concentration(layer) -> float:
     """The multiplier of cos and sin; megatron-core reads it at construction from 0.19 on."""
-    holder, name = compat.concentration_symbol().owner()
+    holder, name = compat.CONCENTRATION.owner()
     return getattr(layer, "_yarn_concentration_factor", getattr(holder, name)(layer.config))
 
 
