@@ -30,18 +30,8 @@ def attend_ring(
 ) -> Tensor:
     """Attention of this rank's queries over the documents of all ranks; no gradients.
 
-    Args:
-        tile (Tile): Attention of one tile, whole or causal and square.
-        query (Tensor): `[b, rows / cp, h, d]`, each document zigzag-sharded.
-        key (Tensor): `[b, rows / cp, g, d]`.
-        value (Tensor): `[b, rows / cp, g, d_v]`.
-        documents (Documents): Whole documents.
-        scales (Sequence[float]): Softmax scale of each document.
-        causal (bool): Whether a query sees no later key.
-        group (ProcessGroup): Context-parallel group.
-
-    Returns:
-        Tensor: `[b, rows / cp, h, d_v]`.
+    Arguments as :func:`.gathered.attend_gathered`, but that `tile` is attention of one tile, whole
+    or causal and square.
     """
     rank, size = group.rank(), group.size()
     widths = (key.shape[-1], value.shape[-1])

@@ -91,18 +91,12 @@ def write_checkpoint(
     Everything goes to a staging folder beside `output_dir`, and takes its name at the very end. The
     same call continues what an interrupted one left there; see :mod:`.staging`.
 
+    The options are those of :class:`.options.FromHfOptions`.
+
     Args:
-        hf_dir (str | Path): Folder with config.json and safetensors.
-        output_dir (str | Path): Directory to write; must not exist or be empty.
-        dtype (torch.dtype, optional): Dtype to convert to. Defaults to each tensor's own.
-        make_vocab_size_divisible_by (int): With the next, what the vocabulary is padded to.
-        tensor_model_parallel_size (int): Largest tensor parallel size to pad the vocabulary for.
         max_shard_bytes (int): Largest file, unless a single tensor is larger.
-        sliding_window (str): See :func:`open_folder`.
-        check (Callable, optional): Called with the finished directory before it is put in place;
-            an exception leaves nothing behind.
-        progress (Callable, optional): Called with bytes written and bytes in all; first with those
-            that an interrupted call wrote.
+        check (Callable, optional): Called with the finished directory before it is put in place.
+        progress (Callable, optional): Called with bytes written and bytes in all.
 
     Raises:
         LongRopeError: The folder is damaged, or holds a model that is not supported; the disk is

@@ -31,14 +31,8 @@ def write_safetensors(
 
     A file that is there already is the work of an earlier run of the same conversion; it is kept.
 
-    Args:
-        load (Callable): Gives a planned tensor's data.
-        max_shard_bytes (int): Largest file, unless a single tensor is larger.
-        progress (Callable, optional): Called with bytes done and bytes in all; first with those
-            that an earlier run wrote.
-
-    Returns:
-        list[str]: Names of the files.
+    Gives the names of the files. `progress` is called with bytes done and bytes in all; first with
+    those that an earlier run wrote.
     """
     shards = in_shards(plan, max_shard_bytes)
     for shard in shards:

@@ -107,30 +107,14 @@ def write_hf_folder(
     Everything goes to a staging folder beside `output_dir`, and takes its name at the very end. The
     same call continues what an interrupted one left there; see :mod:`.staging`.
 
+    The options are those of :class:`.options.ToHfOptions`.
+
     Args:
-        checkpoint_path (str | Path): Megatron's `--save` directory or an `iter_XXXXXXX` in it.
         longrope_config (LongRopeConfig, optional): Factors to export; None writes plain RoPE.
-        iteration (int, optional): Iteration to convert. Defaults to the latest.
-        tokenizer (str | Path, optional): SentencePiece `.model` or Hugging Face folder, whose
-            generation_config.json is taken along. Defaults to what the checkpoint was imported
-            with, if it was.
-        short_length (int, optional): Window, in tokens, whose factor set becomes short_factor.
-            Defaults to the original window.
-        target_length (int, optional): Window, in tokens, whose set becomes long_factor. Defaults
-            to the largest.
-        without_start_tokens (bool): Export sets that have start tokens, which transformers cannot
-            express, without them. Defaults to False, which refuses them.
-        measure (Callable, optional): Finds out what that does to the perplexity.
-        dtype (torch.dtype, optional): Dtype to convert to. Defaults to the one on disk.
-        family (str, optional): One of :data:`.families.FAMILIES`. Defaults to that of an import
-            that was not trained since, else the first that fits.
+        measure (Callable, optional): Finds out what dropping start tokens does to the perplexity.
         max_shard_bytes (int): Largest safetensors file.
-        overwrite (bool): Replace an existing folder (once the new one is complete), unless it holds
-            what is read or a Megatron checkpoint.
-        check (Callable, optional): Called with the finished folder before it is put in place;
-            an exception leaves nothing behind.
-        progress (Callable, optional): Called with bytes written and bytes in all; first with those
-            that an interrupted call wrote.
+        check (Callable, optional): Called with the finished folder before it is put in place.
+        progress (Callable, optional): Called with bytes written and bytes in all.
 
     Raises:
         LongRopeError: The checkpoint, the configuration or the tokenizer does not fit; the disk is

@@ -84,16 +84,12 @@ def verify(
 ) -> VerificationReport:
     """Run both models in fp32 on random tokens, within and past every limit of config.json.
 
+    The options are those of :class:`.options.VerifyOptions`.
+
     Args:
         checkpoint_path (str | Path, optional): None compares transformers with the engine on the
             folder itself.
         longrope_config (LongRopeConfig, optional): What was exported; None for plain RoPE.
-        short_length (int, optional): As given to the conversion.
-        target_length (int, optional): As given to the conversion.
-        tolerance (float): Largest difference of a logit; where tensors were rounded to a narrower
-            dtype, that is added.
-        sliding_window (str): See :func:`.hf.source.open_folder`; with `drop` transformers, too,
-            attends in full.
         made_of (str, optional): What the other of the two was made of, `checkpoint` or `folder`.
             None is for a pair of unknown origin: a checkpoint that was imported may be either.
         remedy (str): What to do about a difference.

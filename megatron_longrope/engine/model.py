@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_longrope.attention import SdpaCoreAttention
+from megatron_longrope.checkpoint.hf.limits import unsupported
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine.mlp import slice_mlps
@@ -39,16 +41,8 @@ def build_model(
     every process of a node, would take several times the model's bytes. Model-parallel groups must
     exist; see :func:`.process_groups.initialize`.
 
-    Args:
-        shape (ModelShape): The model's geometry.
-        config (LongRopeConfig): Factors to begin with.
-        tensor_parallel (int): Ranks that share a layer. Defaults to 1.
-        context_parallel (int): Ranks that share a sequence. Defaults to 1.
-        mode (str): How a sequence chooses its factor set. Defaults to "auto".
-        hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
-        core_attention (type): See :func:`.kernels.core_attention`. Defaults to SDPA.
-        device (torch.device | str): Of the parameters. Defaults to "cpu".
-        dtype (torch.dtype): Of all parameters. Defaults to fp32.
+    The options are those of :func:`.loading.load_engine`; `core_attention` comes from
+    :func:`.kernels.core_attention`.
 
     Raises:
         LongRopeError: The architecture is not a decoder with SwiGLU and RMSNorm, dense or of
@@ -137,31 +131,13 @@ def _expert_settings(shape: ModelShape) -> dict[str, Any]:
 
 
 def _check_architecture(shape: ModelShape) -> None:
-    if not shape.swiglu or shape.normalization != "RMSNorm" or shape.add_bias_linear:
-        raise LongRopeError(
-            f"this checkpoint has swiglu={shape.swiglu}, normalization={shape.normalization}, "
-            f"add_bias_linear={shape.add_bias_linear}; the engine runs Llama-type models "
-            "(SwiGLU, RMSNorm, no linear biases)"
-        )
-    if shape.other_moe is not None:
-        raise LongRopeError(
-            f"this checkpoint has {shape.other_moe}; the engine runs mixtures of experts with "
-            "softmax routing in every layer and nothing beside"
-        )
+    # The engine has interleaved pairs.
+    for problem, lacking in unsupported(replace(shape, rotary_interleaved=False)):
+        raise LongRopeError(f"this checkpoint has {problem}; the engine does not support {lacking}")
     if shape.num_experts and shape.hybrid_layer_pattern:
         raise LongRopeError(
             f"this checkpoint is a HybridModel with {shape.num_experts} experts; the engine runs "
             "mixtures of experts as GPTModel only"
-        )
-    if shape.other_architecture is not None:
-        raise LongRopeError(
-            f"this checkpoint has {shape.other_architecture}; the engine runs decoders that rotate "
-            "every layer by RoPE and have nothing beside"
-        )
-    if shape.softmax_scale is not None:
-        raise LongRopeError(
-            f"this checkpoint has softmax_scale {shape.softmax_scale}, which is not LongRoPE's "
-            "attention factor; the engine does not support a custom softmax scale"
         )
     if shape.hybrid_layer_pattern and shape.rotary_interleaved:
         raise LongRopeError(

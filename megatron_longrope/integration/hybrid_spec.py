@@ -30,16 +30,6 @@ from megatron_longrope.integration import compat
 
 HybridModel, HybridStack, HybridStackSubmodules = compat.hybrid_classes()
 
-# Why a letter of a layer pattern is not one of the two that run here.
-_REFUSED = {
-    "M": "a Mamba layer, which needs mamba-ssm's CUDA kernels",
-    "G": "a gated delta net, which needs CUDA kernels",
-    "+": "multi-latent attention, which builds a rotary embedding of its own",
-    "D": "DeepSeek sparse attention, which builds a rotary embedding of its own",
-    "E": "a mixture of experts, which is not dense",
-    "/": "the start of multi-token prediction, which adds layers of other kinds",
-}
-
 __all__ = ["HybridModel", "LocalHybridStack", "check_layers", "hybrid_stack_spec"]
 
 
@@ -143,10 +133,9 @@ def check_layers(pattern: Iterable[str]) -> None:
     """
     for letter in pattern:
         if letter not in "*-":
-            reason = _REFUSED.get(letter, "an unknown kind of layer")
             raise LongRopeError(
-                f"the hybrid layer pattern has {letter!r}: {reason}; without Transformer Engine "
-                "only '*' (attention) and '-' (dense MLP) layers run"
+                f"the hybrid layer pattern has {letter!r}; without Transformer Engine only '*' "
+                "(attention) and '-' (dense MLP) layers run"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_longrope.checkpoint.model_args import ModelShape
@@ -38,7 +38,7 @@ OTHER_TYPES = {
     "smollm3": "every fourth of its layers has no RoPE",
 }
 
-# (field of ModelShape, what every family has there, what the families lack)
+# (field of ModelShape, what every family has there, what families and the engine lack)
 _SHAPE: tuple[tuple[str, Any, str], ...] = (
     ("swiglu", True, "an MLP without SwiGLU"),
     ("normalization", "RMSNorm", "norms other than RMSNorm"),
@@ -64,15 +64,20 @@ def check_shape(shape: ModelShape, families: Iterable[str]) -> None:
             f"the hybrid layer pattern {shape.hybrid_layer_pattern} has {sorted(others)[0]!r}; "
             "conversion supports '*' (attention) and '-' (dense MLP) layers"
         )
+    for problem, lacking in unsupported(shape):
+        raise LongRopeError(
+            f"the model has {problem}; conversion does not support {lacking} "
+            f"(families: {', '.join(families)})"
+        )
+
+
+def unsupported(shape: ModelShape) -> Iterator[tuple[str, str]]:
+    """What of a geometry no family has, and what is lacking for it, in words."""
     for field, of_families, lacking in _SHAPE:
         value = getattr(shape, field)
         if value != of_families:
             # The last two fields name an argument themselves.
-            problem = value if field.startswith("other_") else f"{field} = {value!r}"
-            raise LongRopeError(
-                f"the model has {problem}; conversion does not support {lacking} "
-                f"(families: {', '.join(families)})"
-            )
+            yield value if field.startswith("other_") else f"{field} = {value!r}", lacking
 
 
 def check_routing(shape: ModelShape) -> None:

@@ -106,21 +106,10 @@ def test_the_attention_factor_reaches_every_attention_layer(hybrid_runs, hf_pari
 # What does not run
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("M-*-", r"has 'M': a Mamba layer, which needs mamba-ssm's CUDA kernels"),
-        ("*-G-", r"has 'G': a gated delta net"),
-        ("+-", r"has '\+': multi-latent attention, which builds a rotary embedding of its own"),
-        ("D-", r"has 'D': DeepSeek sparse attention"),
-        ("*E", r"has 'E': a mixture of experts"),
-        ("*-/*-", r"has '/': the start of multi-token prediction"),
-        ("*-?", r"has '\?': an unknown kind of layer"),
-    ],
-)
-def test_other_kinds_of_layers_are_refused_by_name(hybrid, pattern, message):
+@pytest.mark.parametrize(("pattern", "letter"), [("M-*-", "M"), ("*-/*-", "/")])
+def test_other_kinds_of_layers_are_refused_by_name(hybrid, pattern, letter):
     shape = replace(hybrid.shape, hybrid_layer_pattern=pattern)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"has '{letter}'; without Transformer Engine only "):
         build_model(shape, maker.longrope_config())
 
 
@@ -166,7 +155,7 @@ def test_every_norm_is_torchs_own(build, normalization):
 
 
 def test_the_spec_refuses_layers_that_it_lacks(build):
-    with pytest.raises(ValueError, match="has 'M': a Mamba layer"):
+    with pytest.raises(ValueError, match="the hybrid layer pattern has 'M'"):
         hybrid_maker.build("M*-", 2, True)
     with pytest.raises(ValueError, match="multi-token prediction"):
         build(mtp_num_layers=1)

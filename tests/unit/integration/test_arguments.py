@@ -408,7 +408,7 @@ def test_our_hybrid_spec_refuses_layers_that_it_does_not_have():
     spec = ["megatron_longrope.integration.hybrid_spec", "hybrid_stack_spec"]
     check_spec(namespace(None, spec=spec, hybrid_layer_pattern="*-|*-"))
     check_spec(namespace(None, spec=["their.spec", "name"], hybrid_layer_pattern="M*"))
-    with pytest.raises(ValueError, match="the hybrid layer pattern has 'M': a Mamba layer"):
+    with pytest.raises(ValueError, match="the hybrid layer pattern has 'M';"):
         check_spec(namespace(None, spec=spec, hybrid_layer_pattern="M*-"))
 
 
