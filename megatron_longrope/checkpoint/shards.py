@@ -69,22 +69,15 @@ class Shards:
     ) -> Tensor:
         """A tensor, or the block of it that begins at `offsets`, on the CPU.
 
-        Where one chunk on the disk is just that, it is not copied: memory is the tensor's own.
-
         Raises:
             LongRopeError: Its data is damaged or incomplete.
         """
-        items = self._items_of(name, torch.Size(shape), offsets)
-        if len(items) == 1:
-            sink = _Adopting(torch.Size(shape), dtype)
-            self._read(name, items, sink)
-            return sink.target
         target = torch.empty(tuple(shape), dtype=dtype)
-        self._read(name, items, _Sink(target))
+        self.read_into(name, target, offsets)
         return target
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Fill `target` with a tensor.
+    def read_into(self, name: str, target: Tensor, offsets: Sequence[int] | None = None) -> None:
+        """Fill `target` with a tensor, or the block of it that begins at `offsets`.
 
         Args:
             target (Tensor): On the CPU, with as many dimensions as the tensor.
@@ -92,7 +85,7 @@ class Shards:
         Raises:
             LongRopeError: Its data is damaged or incomplete.
         """
-        items = self._items_of(name, target.shape, (0,) * target.dim())
+        items = self._items_of(name, target.shape, offsets or (0,) * target.dim())
         self._read(name, items, _Sink(target))
 
     def _items_of(self, name: str, shape: torch.Size, offsets: Sequence[int]) -> list[ReadItem]:
@@ -131,28 +124,6 @@ class _Sink:
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None:
         """Nothing to do: `resolve_tensor` gave a view of the target."""
-
-
-class _Adopting(_Sink):
-    """Stands for the target of a single item, too: what torch would copy into it, it keeps."""
-
-    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._shape, self._dtype = shape, dtype
-
-    def resolve_tensor(self, item: ReadItem) -> _Adopting:
-        return self
-
-    def detach(self) -> _Adopting:
-        return self
-
-    def size(self) -> torch.Size:
-        return self._shape
-
-    def copy_(self, tensor: Tensor) -> None:
-        """Keep it; a part of a larger chunk is copied, so that the rest can be freed."""
-        is_all = tensor.untyped_storage().nbytes() == tensor.nbytes
-        self.target = (tensor if is_all else tensor.clone()).to(self._dtype)
 
 
 def _check_files(directory: Path, metadata: Metadata) -> None:

@@ -135,7 +135,7 @@ def check_layers(pattern: Iterable[str]) -> None:
         if letter not in "*-":
             raise LongRopeError(
                 f"the hybrid layer pattern has {letter!r}; without Transformer Engine only '*' "
-                "(attention) and '-' (dense MLP) layers run"
+                "(attention) and '-' (dense MLP) layers run, and no multi-token prediction ('/')"
             )
 
 

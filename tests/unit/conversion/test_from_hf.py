@@ -23,6 +23,7 @@ from megatron_longrope.conversion.megatron_args import divisor_without_padding, 
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import verify_import
 from megatron_longrope.engine import load_engine
+from megatron_longrope.errors import LongRopeError
 
 LAYERS, WINDOW = 3, tiny_hf.WINDOW
 HIDDEN, VOCAB = (tiny_hf.GEOMETRY[name] for name in ("hidden_size", "vocab_size"))
@@ -521,7 +522,7 @@ def test_what_exists_is_not_touched(folders, tmp_path):
 
 def test_a_failure_on_the_way_leaves_nothing(folders, tmp_path, monkeypatch):
     def fail(*_):
-        raise ValueError("the disk is full")
+        raise LongRopeError("the disk is full")
 
     with pytest.raises(ValueError, match="the disk is full"):
         write_checkpoint(folders("llama"), tmp_path / "out", check=fail)

@@ -14,6 +14,7 @@ from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
+from megatron_longrope.errors import LongRopeError
 
 SHORT = random_tokens(maker.VOCAB, maker.SHORT_TOKENS, 0)
 LONG = random_tokens(maker.VOCAB, maker.LONG_TOKENS, 0)
@@ -153,7 +154,7 @@ def test_an_existing_folder_is_kept_unless_overwriting_succeeds(untied_gqa, conf
 
     def fail(folder):
         assert (folder / "model.safetensors").exists()
-        raise ValueError("not the same logits")
+        raise LongRopeError("not the same logits")
 
     with pytest.raises(ValueError, match="not the same logits"):
         write_hf_folder(untied_gqa.path, output, longrope_config=config, overwrite=True, check=fail)
