@@ -130,7 +130,7 @@ def verify(
         if not is_out_of_memory(error):
             raise
         raise NotVerified(
-            "verification ran out of memory, in which both models must fit in fp32; convert with "
+            "verification ran out of memory, which must hold both models in fp32; convert with "
             "--no-verify, or verify on a machine with more"
         ) from error
     return VerificationReport(tuple(differences), tolerance)
@@ -171,6 +171,8 @@ def _load_transformers_model(hf_dir: Path, full_attention: bool) -> Any:
             str(hf_dir), dtype=torch.float32, **options, **LOCAL_ONLY
         ).eval()
     except Exception as error:  # transformers raises many kinds, with messages of many lines
+        if is_out_of_memory(error):
+            raise
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())
         rope = read_hf_rope(read_json(hf_dir / "config.json"))
