@@ -25,9 +25,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch.utils.checkpoint import checkpoint
 
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention, flash
-from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.context_parallel import shard, unshard, zigzag_positions
-from megatron_longrope.rotary import LongRopeRotaryEmbedding
+from megatron_longrope.context_parallel import shard, unshard
 
 pytestmark = pytest.mark.slow
 
@@ -52,15 +50,6 @@ CASES = {  # name: (class, packed, documents, key-value heads, width of a value,
     "flash": (FLASH, False, ONE, 2, 8, CAUSAL),
     "flash packed, padding and scales": (with_scale(FLASH), True, PADDED, 2, 8, CAUSAL),
 }
-FACTORS = LongRopeConfig(
-    rotary_base=10000.0,
-    rotary_dim=8,
-    original_max_position_embeddings=16,
-    factor_sets=(
-        FactorSet(16, (1.0, 1.0, 1.1, 1.2)),
-        FactorSet(64, (1.0, 1.7, 2.3, 3.9), num_start_tokens=3),
-    ),
-)
 
 
 def batch_of(name):
@@ -169,8 +158,6 @@ def run_rank(rank: int, directory: str) -> None:
         group = groups[rank % stride]
         for name in CASES:
             results[cp_size, name] = run_case(name, group, recorder)
-        rotary = LongRopeRotaryEmbedding(FACTORS, 8, cp_group=group)
-        results[cp_size, "rotary"] = rotary(LENGTH)
     torch.save(results, f"{directory}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -267,11 +254,3 @@ def test_a_packs_masks_are_its_documents(ranks, cp_size):
         for rows, columns in filter(None, result[cp_size, "packed"]["train calls"]["masks"]):
             assert rows in {length // (2 * cp_size) for length in TIGHT.lengths}
             assert columns <= max(TIGHT.lengths)
-
-
-@pytest.mark.parametrize("cp_size", [2, 4])
-def test_rotary_tables_are_the_zigzag_rows_of_the_whole_table(ranks, cp_size):
-    table = LongRopeRotaryEmbedding(FACTORS, 8)(LENGTH)
-    for rank, result in enumerate(ranks):
-        rows = zigzag_positions(LENGTH, rank // (WORLD // cp_size), cp_size)
-        assert torch.equal(result[cp_size, "rotary"], table[rows])

@@ -24,6 +24,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 BASES = [
     {"rope_type": "linear", "factor": 8.0},
+    {"rope_type": "linear", "factor": 7.3},
     LLAMA3,
     {**LLAMA3, "factor": 32.0, "low_freq_factor": 0.5},
     YARN,

@@ -78,46 +78,6 @@ def test_longrope_inverse_frequencies_equal_transformers_bit_for_bit_in_both_win
         assert attention_factor("su", 32.0, 4096) == their_scale
 
 
-@pytest.mark.parametrize(("base", "dim"), GEOMETRIES)
-def test_plain_fp32_angles_equal_the_ones_of_a_transformers_model_bit_for_bit(base, dim):
-    from_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    factors = longrope_factors(dim, 37.7)
-    ours_config = LongRopeConfig(
-        rotary_base=base,
-        rotary_dim=dim,
-        original_max_position_embeddings=4096,
-        factor_sets=(
-            FactorSet(4096, tuple(factors.tolist())),
-            FactorSet(2**21, tuple(factors.tolist())),
-        ),
-        attention_factor=1.0,
-    )
-    exported = ours_config.to_hf()
-    config = llama_config(base, dim, exported["rope_parameters"], 2**21)
-    positions = torch.cat([torch.arange(300), torch.arange(2**21 - 300, 2**21)])
-    cos, sin = from_llama.LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
-    ours = angles_fp32(positions, base, dim, factors).repeat(1, 2)
-    assert torch.equal(ours.cos(), cos[0])
-    assert torch.equal(ours.sin(), sin[0])
-
-
-@pytest.mark.parametrize("factor", [2.0, 8.0, 512.0])
-def test_position_interpolation_by_a_power_of_two_equals_linear_bit_for_bit(factor):
-    config = llama_config(10000.0, 128, {"rope_type": "linear", "factor": factor})
-    theirs, their_scale = theirs_from_transformers("linear", config)
-    factors = torch.tensor(linear_factors(128, factor))
-    assert torch.equal(inv_freq_fp32(10000.0, 128, factors), theirs)
-    assert their_scale == 1.0
-
-
-@pytest.mark.parametrize("factor", [1.5, 3.0, 7.3, 100.0])
-def test_position_interpolation_by_any_other_factor_equals_linear_to_fp32_rounding(factor):
-    config = llama_config(500000.0, 128, {"rope_type": "linear", "factor": factor})
-    theirs, _ = theirs_from_transformers("linear", config)
-    ours = inv_freq_fp32(500000.0, 128, torch.tensor(linear_factors(128, factor)))
-    torch.testing.assert_close(ours, theirs, rtol=2.5e-7, atol=0)
-
-
 @pytest.mark.parametrize(
     ("base", "dim", "original", "factor"),
     [
@@ -136,51 +96,19 @@ def test_yarn_inverse_frequencies_equal_transformers(base, dim, original, factor
     assert attention_factor("yarn", factor, original) == their_scale
 
 
-def test_yarn_with_other_ramp_bounds_equals_transformers():
-    rope = {
-        "rope_type": "yarn",
-        "factor": 8.0,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 16.0,
-        "beta_slow": 2.0,
-    }
-    theirs, _ = theirs_from_transformers("yarn", llama_config(10000.0, 128, rope, 32768))
-    factors = yarn_factors(128, 8.0, 10000.0, 4096, beta_fast=16.0, beta_slow=2.0)
-    ours = inv_freq_fp32(10000.0, 128, torch.tensor(factors, dtype=torch.float64))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-
-
 # megatron-core
-
-
-def megatron_rotary(*args, **kwargs):
-    module = pytest.importorskip("megatron.core.models.common.embeddings.rotary_pos_embedding")
-    return module.RotaryEmbedding(*args, use_cpu_initialization=True, **kwargs)
 
 
 @pytest.mark.parametrize("base", [10000, 10000.0, 500000, 1000000])
 @pytest.mark.parametrize(("head_dim", "percent"), [(128, 1.0), (96, 1.0), (64, 0.5)])
 def test_factors_of_one_equal_megatron_core_bit_for_bit(base, head_dim, percent):
     dim = int(head_dim * percent)
-    theirs = megatron_rotary(head_dim, percent, rotary_base=base)
-    positions, ones = torch.arange(5000), torch.ones(dim // 2)
-    assert torch.equal(inv_freq_fp32(base, dim, ones), theirs.inv_freq)
-    assert torch.equal(inv_freq_fp32(base, dim), theirs.inv_freq)
-    assert torch.equal(
-        angles_fp32(positions, base, dim, ones), theirs.get_freqs_non_repeated(len(positions))
+    module = pytest.importorskip("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    theirs = module.RotaryEmbedding(
+        head_dim, percent, rotary_base=base, use_cpu_initialization=True
     )
-
-
-def test_far_positions_with_factors_of_one_equal_megatron_core_bit_for_bit():
-    theirs = megatron_rotary(128, 1.0).get_freqs_non_repeated(64, offset=2**21 - 64)
-    ours = angles_fp32(torch.arange(2**21 - 64, 2**21), 10000, 128)
-    assert torch.equal(ours, theirs)
-
-
-def test_power_of_two_interpolation_equals_megatron_core_bit_for_bit():
-    theirs = megatron_rotary(128, 1.0, seq_len_interpolation_factor=8)
-    ours = angles_fp32(torch.arange(4096), 10000, 128, torch.tensor(linear_factors(128, 8)))
-    assert torch.equal(ours, theirs.get_freqs_non_repeated(4096))
+    assert torch.equal(inv_freq_fp32(base, dim, torch.ones(dim // 2)), theirs.inv_freq)
+    assert torch.equal(inv_freq_fp32(base, dim), theirs.inv_freq)
 
 
 # Exact angles
@@ -211,34 +139,14 @@ def test_plain_fp32_angles_are_off_by_a_tenth_of_a_radian_at_two_million_tokens(
     assert 0.1 < distance_on_the_circle(plain, exact) < 0.4
 
 
-def test_both_formulas_agree_at_short_positions():
-    positions, factors = torch.arange(256), longrope_factors(128)
-    exact = angles(positions, 1e4, 128, factors)
-    plain = angles_fp32(positions, 1e4, 128, factors)
-    assert distance_on_the_circle(plain, exact) < 1e-4
-
-
-def test_no_positions_give_no_angles():
-    result = angles(torch.arange(0), 1e4, 32, torch.ones(16))
-    assert result.shape == (0, 16)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_integer_type_of_positions_does_not_matter(dtype):
-    positions = torch.tensor([0, 5, 2**21 - 1])
-    factors = longrope_factors(32)
-    ours = angles(positions.to(dtype), 1e4, 32, factors)
-    assert torch.equal(ours, angles(positions, 1e4, 32, factors))
-
-
 def test_a_default_dtype_of_bfloat16_does_not_reach_the_angles():
     positions, factors = torch.tensor([7, 2**21 - 1]), longrope_factors(128)
     exact = angles(positions, 1e4, 128, factors)
-    plain = angles_fp32(positions, 1e4, 128, factors)
+    plain = inv_freq_fp32(1e4, 128, factors)
     torch.set_default_dtype(torch.bfloat16)
     try:
         assert torch.equal(angles(positions, 1e4, 128, factors), exact)
-        assert torch.equal(angles_fp32(positions, 1e4, 128, factors), plain)
+        assert torch.equal(inv_freq_fp32(1e4, 128, factors), plain)
     finally:
         torch.set_default_dtype(torch.float32)
 

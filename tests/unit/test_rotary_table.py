@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_longrope import rotary_table
-from megatron_longrope.context_parallel import zigzag_positions
 from megatron_longrope.rotary_table import build_table
 
 DIM = 16
@@ -152,48 +151,12 @@ def test_interleaved_pairs_stand_side_by_side(exact):
     assert torch.equal(pairs[:, 1::2], halves[:, DIM // 2 :])
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_chunks_of_a_context_parallel_rank_are_rows_of_the_whole_table(cp_size, exact):
-    length = 4096 + 8 * 5  # chunks that begin within a block
-    whole = table_of(range(length), num_start_tokens=100, exact=exact)
-    size = length // (2 * cp_size)
-    for rank in range(cp_size):
-        chunks = (range(i * size, (i + 1) * size) for i in (rank, 2 * cp_size - 1 - rank))
-        mine = table_of(*chunks, num_start_tokens=100, exact=exact)
-        assert torch.equal(mine, whole[zigzag_positions(length, rank, cp_size)])
-
-
 def test_no_chunks_give_no_rows():
     assert table_of().shape == (0, DIM)
     assert table_of(range(7, 7)).shape == (0, DIM)
 
 
 # The plain fp32 product
-
-
-def megatron_rotary(monkeypatch, *args, **options):
-    module = pytest.importorskip("megatron.core.models.common.embeddings.rotary_pos_embedding")
-    # Its get_emb asks CUDA for a device; answer with the CPU.
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    return module.RotaryEmbedding(*args, use_cpu_initialization=True, **options)
-
-
-@pytest.mark.parametrize(
-    ("base", "interleaved", "start_tokens"), [(10000, False, 50), (500000, True, 0)]
-)
-def test_factors_of_one_give_megatron_cores_table_bit_for_bit(
-    monkeypatch, base, interleaved, start_tokens
-):
-    stock = megatron_rotary(monkeypatch, 64, 1.0, rotary_interleaved=interleaved, rotary_base=base)
-    options = {"base": base, "dim": 64, "interleaved": interleaved, "exact": False}
-    for first, length in ((0, 140000), (2**21 - 100, 100)):
-        theirs = stock.get_emb(length, offset=first)[:, 0, 0]
-        middle = first + length // 3
-        chunks = range(first, middle), range(middle, first + length)
-        assert torch.equal(table_of(*chunks, factors=None, **options), theirs)
-        ones = table_of(*chunks, factors=(1.0,) * 32, num_start_tokens=start_tokens, **options)
-        assert torch.equal(ones, theirs)
 
 
 @given(chunks=chunk_lists, factors=factor_lists, start_tokens=st.integers(0, 2**22))
