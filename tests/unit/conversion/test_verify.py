@@ -1,5 +1,4 @@
 import json
-import re
 from dataclasses import replace
 
 import make_megatron_checkpoint as maker
@@ -7,7 +6,6 @@ import pytest
 import torch
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.cli import convert as command
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import (
@@ -186,47 +184,3 @@ def test_differences_are_measured_over_every_block():
     expected = (ours[0].log_softmax(-1) - theirs[0].log_softmax(-1)) * ours[0].softmax(-1)
     assert result.mean_kl == pytest.approx(expected.sum().item() / 600, rel=1e-4)
     assert result.top1_agreement == pytest.approx(599 / 600)
-
-
-def run_command(*argv):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers(dest="command"))
-    args = parser.parse_args(["convert", *map(str, argv)])
-    args.run(args)
-
-
-def test_the_command_verifies_before_the_folder_appears(
-    untied_gqa, tmp_path, lengths, monkeypatch, capsys
-):
-    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error=1.0))
-    arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"verification failed .*; nothing was written"):
-        run_command(*arguments)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits))
-    run_command(*arguments, "--target-length", "256")
-    output = capsys.readouterr().out
-    assert "stored in the checkpoint, up to 256 tokens" in output
-    assert re.search(r"verified long +160 tokens", output)
-    assert (tmp_path / "hf" / "longrope.json").exists()
-    run_command("verify", "--load", untied_gqa.path, "--hf", tmp_path / "hf", "--json")
-    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["windows"]) == 2
-
-
-def test_no_verify_skips_the_engine(untied_gqa, tmp_path, capsys):
-    arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf", "--no-verify")
-    run_command(*arguments)
-    assert "not verified" in capsys.readouterr().out
-
-
-def test_inspect_prints_the_model_and_its_factors(untied_gqa, capsys):
-    run_command("inspect", untied_gqa.path, "--json")
-    value = json.loads(capsys.readouterr().out)
-    assert value["iteration"] == 3
-    assert value["model"]["num_query_groups"] == 2
-    assert value["longrope"]["rotary_base"] == maker.BASE
-    assert value["tensors"]["output_layer.weight"] == {"shape": [256, 64], "dtype": "float32"}
-    run_command("inspect", untied_gqa.path)
-    assert "factor sets up to 64, 256 tokens" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_gpt import run_arguments
 
-from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
+from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.integration import settings as settings_module
 from megatron_longrope.integration.arguments import add_longrope_args
 from megatron_longrope.integration.settings import (
@@ -40,6 +40,9 @@ CONFIG = LongRopeConfig(
 def su(ratio: float) -> float:
     """The attention factor sqrt(1 + ln s / ln L), written out again."""
     return math.sqrt(1 + math.log(ratio) / math.log(64))
+
+
+PARTLY_ROTATED = {"kv_channels": 2 * HEAD_DIM, "rotary_percent": 0.5}
 
 
 @pytest.fixture
@@ -84,36 +87,11 @@ def test_flags_default_to_stock_rope():
     }
 
 
-def test_flags_are_read():
-    words = (
-        "--longrope-config", "f.json", "--longrope-mode", "long", "--longrope-attention", "sdpa",
-        "--longrope-attention-factor-carrier", "rope", "--longrope-hf-parity",
-        "--longrope-replace-factors", "--longrope-chunked-loss", "64",
-    )  # fmt: skip
-    args = add_longrope_args(argparse.ArgumentParser()).parse_args(words)
-    assert list(vars(args).values()) == ["f.json", "long", "sdpa", "rope", True, True, 64]
-
-
 def test_a_parser_that_has_the_flags_already_stays_as_it_is():
     parser = add_longrope_args(argparse.ArgumentParser())
     before = len(parser._actions)
     assert add_longrope_args(parser) is parser
     assert len(parser._actions) == before
-
-
-def test_every_flag_has_help():
-    parser = add_longrope_args(argparse.ArgumentParser(add_help=False))
-    assert all(action.help for action in parser._actions)
-
-
-@pytest.mark.parametrize(
-    "flag", ["--longrope-mode", "--longrope-attention", "--longrope-attention-factor-carrier"]
-)
-def test_an_unknown_choice_is_bad_usage(flag, capsys):
-    with pytest.raises(SystemExit) as error:
-        add_longrope_args(argparse.ArgumentParser()).parse_args([flag, "other"])
-    assert error.value.code == 2
-    assert "invalid choice: 'other'" in capsys.readouterr().err
 
 
 # Settings
@@ -173,30 +151,27 @@ def test_arguments_hold_the_factors_by_value_as_plain_json(path):
 # Exactly one carrier
 
 
-def test_the_softmax_carrier_sets_megatrons_softmax_scale(path):
-    args = namespace(path)
-    assert read(args).carrier == "softmax"
-    assert args.softmax_scale == pytest.approx(su(2) ** 2 / math.sqrt(HEAD_DIM), rel=1e-15)
-
-
-def test_the_rope_carrier_leaves_the_softmax_scale_alone(path):
-    args = namespace(path, longrope_attention_factor_carrier="rope")
+@pytest.mark.parametrize(
+    ("changes", "carrier", "factor", "scales_softmax"),
+    [
+        ({}, "softmax", su(2), True),
+        ({"seq_length": 64}, "softmax", 1.0, False),  # nothing to carry
+        ({"longrope_attention_factor_carrier": "rope"}, "rope", su(2), False),
+        (PARTLY_ROTATED, "rope", su(2), False),
+        ({"flash_decode": True}, "rope", su(2), False),
+    ],
+)
+def test_exactly_one_carrier_has_the_attention_factor(
+    path, changes, carrier, factor, scales_softmax
+):
+    args = namespace(path, **changes)
     settings = read(args)
-    assert settings.carrier == "rope"
-    assert settings.attention_factor == pytest.approx(su(2))
-    assert not hasattr(args, "softmax_scale")
-
-
-def test_a_partly_rotated_head_carries_the_factor_by_rope(path):
-    args = namespace(path, kv_channels=2 * HEAD_DIM, rotary_percent=0.5)
-    assert read(args).carrier == "rope"
-    assert not hasattr(args, "softmax_scale")
-
-
-def test_a_factor_of_one_needs_no_carrier(path):
-    args = namespace(path, seq_length=64)
-    assert read(args).attention_factor == 1.0
-    assert not hasattr(args, "softmax_scale")
+    assert settings.carrier == carrier
+    assert settings.attention_factor == pytest.approx(factor)
+    assert hasattr(args, "softmax_scale") == scales_softmax
+    if scales_softmax:
+        expected = su(2) ** 2 / math.sqrt(HEAD_DIM)
+        assert args.softmax_scale == pytest.approx(expected, rel=1e-15)
 
 
 def test_a_mode_that_nobody_chose_is_auto_and_is_stored(path):
@@ -215,28 +190,7 @@ def test_reading_the_settings_twice_gives_the_same(path):
     assert vars(args) == stored
 
 
-def test_the_softmax_carrier_is_refused_for_a_partly_rotated_head(path):
-    args = namespace(
-        path,
-        kv_channels=2 * HEAD_DIM,
-        rotary_percent=0.5,
-        longrope_attention_factor_carrier="softmax",
-    )
-    with pytest.raises(ValueError) as error:
-        read(args)
-    assert str(error.value) == (
-        "rotary_percent 0.5 rotates a part of each head, and the softmax scale would also multiply "
-        "the rest; use --longrope-attention-factor-carrier rope"
-    )
-
-
-def test_a_softmax_scale_of_another_origin_is_refused(path):
-    with pytest.raises(ValueError) as error:
-        read(namespace(path, softmax_scale=0.5))
-    assert str(error.value) == (
-        "softmax_scale 0.5 is already set, so the attention factor has no room there; use "
-        "--longrope-attention-factor-carrier rope"
-    )
+def test_the_rope_carrier_leaves_a_softmax_scale_of_another_origin(path):
     args = namespace(path, softmax_scale=0.5, longrope_attention_factor_carrier="rope")
     read(args)
     assert args.softmax_scale == 0.5
@@ -306,27 +260,69 @@ def test_flags_that_would_train_another_model_are_refused(path, changes, message
     assert not hasattr(args, "longrope_config_value")
 
 
-def test_factors_of_another_head_dimension_are_refused(path):
+BY_SOFTMAX = {"longrope_attention_factor_carrier": "softmax"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"kv_channels": 16},
+            "factors.json: rotary_dim 8 differs from this model's 16 (kv_channels 16 x "
+            "rotary_percent 1.0)",
+        ),
+        (
+            {"rotary_base": 500000},
+            "factors.json: rotary_base 10000 differs from --rotary-base 500000; give the base that",
+        ),
+        ({"seq_length": 131073}, "sequence length 131073 exceeds 131072, the max_length"),
+        (
+            {"seq_length": 131073, "longrope_mode": "long"},
+            "sequence length 131073 exceeds 131072, the max_length",
+        ),
+        ({"longrope_config": "absent.json"}, "absent.json: no such file"),
+        (
+            {**PARTLY_ROTATED, **BY_SOFTMAX},
+            "rotary_percent 0.5 rotates a part of each head, and the softmax scale would also "
+            "multiply the rest; use --longrope-attention-factor-carrier rope",
+        ),
+        ({"flash_decode": True, **BY_SOFTMAX}, "--flash-decode ignores the softmax scale; use "),
+        (
+            {"softmax_scale": 0.5},
+            "softmax_scale 0.5 is already set, so the attention factor has no room there; use "
+            "--longrope-attention-factor-carrier rope",
+        ),
+        (
+            {"rl_use_sequence_packing": True},
+            "the factors have 4 start tokens, and --rl-use-sequence-packing counts positions from "
+            "the start of a bin, so that only its first sequence would have any; remove that flag",
+        ),
+        *(
+            (
+                {"longrope_attention": choice, "transformer_impl": "transformer_engine"},
+                f"--longrope-attention {choice} needs --transformer-impl local, got transformer_e",
+            )
+            for choice in ("sdpa", "local")
+        ),
+        (
+            {"longrope_attention": "local", "context_parallel_size": 2},
+            "--longrope-attention local cannot run context parallel size 2; use sdpa",
+        ),
+        *(
+            (
+                {"longrope_attention": choice, "reset_attention_mask": True},
+                "--reset-attention-mask is not supported by sdpa",
+            )
+            for choice in ("auto", "sdpa")
+        ),
+    ],
+)
+def test_what_does_not_fit_the_factors_the_carrier_or_the_attention_is_refused(
+    path, changes, message
+):
     with pytest.raises(ValueError) as error:
-        read(namespace(path, kv_channels=16))
-    assert str(error.value) == (
-        f"{path}: rotary_dim 8 differs from this model's 16 (kv_channels 16 x rotary_percent 1.0)"
-    )
-
-
-def test_factors_of_another_rotary_base_are_refused(path):
-    with pytest.raises(ValueError) as error:
-        read(namespace(path, rotary_base=500000))
-    assert str(error.value) == (
-        f"{path}: rotary_base 10000 differs from --rotary-base 500000; give the base that the "
-        "model was trained with"
-    )
-
-
-@pytest.mark.parametrize("mode", ["auto", "long"])
-def test_a_sequence_beyond_the_largest_set_is_refused(path, mode):
-    with pytest.raises(ValueError, match="sequence length 131073 exceeds 131072, the max_length"):
-        read(namespace(path, seq_length=131073, longrope_mode=mode))
+        read(namespace(path, **changes))
+    assert message in str(error.value)
 
 
 def test_a_dense_attention_mask_is_refused_from_64k_on(path):
@@ -343,12 +339,6 @@ def test_a_dense_attention_mask_is_refused_from_64k_on(path):
     # Without training there is no data loader: tools that convert, servers.
     args.train_iters = None
     read(args)
-
-
-def test_a_missing_factor_file_is_refused_with_its_path(tmp_path):
-    absent = str(tmp_path / "absent.json")
-    with pytest.raises(ValueError, match=r"absent\.json: no such file"):
-        read(namespace(absent))
 
 
 def test_arguments_of_a_checkpoint_whose_file_is_gone_have_its_factors(path, tmp_path):
@@ -415,14 +405,18 @@ def test_our_hybrid_spec_refuses_layers_that_it_does_not_have():
 # Attention
 
 
-def test_auto_attention_is_sdpa_for_the_local_implementation_and_te_otherwise():
-    assert attention_from_args(namespace(None)) == "sdpa"
-    assert attention_from_args(namespace(None, transformer_impl="transformer_engine")) == "te"
-
-
-@pytest.mark.parametrize("choice", ["sdpa", "local"])
-def test_sdpa_and_local_attention_are_taken_when_asked_for(choice):
-    assert attention_from_args(namespace(None, longrope_attention=choice)) == choice
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({}, "sdpa"),  # transformer_impl is local
+        ({"transformer_impl": "transformer_engine"}, "te"),
+        ({"longrope_attention": "sdpa"}, "sdpa"),
+        ({"longrope_attention": "local"}, "local"),
+        ({"longrope_attention": "local", "reset_attention_mask": True}, "local"),
+    ],
+)
+def test_attention_is_the_one_asked_for_or_else_fits_the_implementation(changes, taken):
+    assert attention_from_args(namespace(None, **changes)) == taken
 
 
 def test_auto_attention_is_flash_for_half_precision_where_it_can_run(monkeypatch):
@@ -444,16 +438,6 @@ def test_flash_attention_that_cannot_run_is_refused_with_the_reason(monkeypatch)
     assert attention_from_args(namespace(None, bf16=True)) == "sdpa"
 
 
-@pytest.mark.parametrize("choice", ["sdpa", "local"])
-def test_sdpa_and_local_attention_need_the_local_implementation(choice):
-    args = namespace(None, longrope_attention=choice, transformer_impl="transformer_engine")
-    with pytest.raises(ValueError) as error:
-        attention_from_args(args)
-    assert str(error.value) == (
-        f"--longrope-attention {choice} needs --transformer-impl local, got transformer_engine"
-    )
-
-
 def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
     monkeypatch.setattr(settings_module, "transformer_engine_version", lambda: None)
     args = namespace(None, longrope_attention="te", transformer_impl="transformer_engine")
@@ -472,41 +456,7 @@ def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
     )
 
 
-def test_local_attention_is_refused_under_context_parallelism():
-    args = namespace(None, longrope_attention="local", context_parallel_size=2)
-    with pytest.raises(ValueError) as error:
-        attention_from_args(args)
-    assert str(error.value) == (
-        "--longrope-attention local cannot run context parallel size 2; use sdpa"
-    )
-
-
-@pytest.mark.parametrize("choice", ["auto", "sdpa"])
-def test_sdpa_attention_refuses_document_borders_with_and_without_a_config(path, choice):
-    for config in (None, path):
-        args = namespace(config, longrope_attention=choice, reset_attention_mask=True)
-        with pytest.raises(ValueError, match="--reset-attention-mask is not supported by sdpa"):
-            attention_from_args(args)
-    args = namespace(path, longrope_attention="local", reset_attention_mask=True)
-    assert attention_from_args(args) == "local"
-
-
-def test_an_identity_file_trains_stock_rope_with_no_carrier(tmp_path):
-    file = tmp_path / "ones.json"
-    identity_config(10000.0, HEAD_DIM, 128).save(file)
-    args = namespace(str(file))
-    assert read(args).attention_factor == 1.0
-    assert not hasattr(args, "softmax_scale")
-
-
 # Kernels that would drop the attention factor
-
-
-def test_flash_decoding_carries_the_factor_by_rope(path):
-    assert read(namespace(path, flash_decode=True)).carrier == "rope"
-    args = namespace(path, flash_decode=True, longrope_attention_factor_carrier="softmax")
-    with pytest.raises(ValueError, match="--flash-decode ignores the softmax scale; use "):
-        read(args)
 
 
 @pytest.mark.parametrize(
@@ -535,16 +485,6 @@ def test_kernels_that_ignore_the_rope_carrier_are_refused(path, changes, message
         read(namespace(path, longrope_attention_factor_carrier="rope", **changes))
     assert str(error.value) == message
     read(namespace(path, **changes))  # the softmax scale is safe there
-
-
-def test_start_tokens_are_refused_where_positions_are_those_of_a_bin(path):
-    with pytest.raises(ValueError) as error:
-        read(namespace(path, rl_use_sequence_packing=True))
-    assert str(error.value) == (
-        "the factors have 4 start tokens, and --rl-use-sequence-packing counts positions from the "
-        "start of a bin, so that only its first sequence would have any; remove that flag, or use "
-        "factors without (longrope search --start-tokens 0)"
-    )
 
 
 def test_fused_rope_that_cannot_index_the_tokens_of_a_rank_is_refused(path):
