@@ -69,8 +69,7 @@ class StagingFolder:
         if known.is_file() and self.result.is_dir():
             with suppress(ValueError):  # damaged, so not known to be the same
                 if read_json(known) == identity:
-                    # Of a process that was killed; until 29 November 2026 they were `.part`.
-                    for half in (*self.result.rglob(".*.tmp"), *self.result.rglob("*.part")):
+                    for half in self.result.rglob(".*.tmp"):  # of a process that was killed
                         half.unlink()
                     return self.has_data()
         for name in (_RESULT, _SHARDS, _REPLACED):

@@ -43,77 +43,37 @@ def validate(path, **changes):
     return wrappers.with_validation(lambda args: args)(args)
 
 
-FLAGS = [
-    pytest.param(
-        {"seq_length": 126, "context_parallel_size": 2},
-        "sequence length 126 is not divisible by 2 x context parallel size 2 = 4; use 128 or "
-        "another context parallel size",
-        id="indivisible",
-    ),
-    pytest.param(
-        {"seq_length": 65536, "create_attention_mask_in_dataloader": True},
-        "sequence length 65536 with a dense attention mask from the data loader would build a "
-        "65536 x 65536 mask per sample; add --no-create-attention-mask-in-dataloader (attention "
-        "is causal without it)",
-        id="dense mask",
-    ),
-]
-FILE = [
-    pytest.param(
-        {"seq_length": 131076},
-        "sequence length 131076 exceeds 131072, the max_length of the largest factor set; search "
-        "factors for the longer window or shorten the sequence",
-        id="too long",
-    ),
-    pytest.param(
-        {"kv_channels": 32},
-        "factors.json: rotary_dim 16 differs from this model's 32 (kv_channels 32 x "
-        "rotary_percent 1.0)",
-        id="head dimension",
-    ),
-    pytest.param(
-        {"longrope_config": "absent.json"},
-        "absent.json: no such file; check the path",
-        id="no file",
-    ),
-]
+INDIVISIBLE = {"seq_length": 126, "context_parallel_size": 2}
 
 
-@pytest.mark.parametrize(("changes", "sentence"), FLAGS + FILE)
-def test_a_single_process_ends_with_the_sentence(path, changes, sentence):
-    with pytest.raises(SystemExit) as error:
-        validate(path, **changes)
-    assert error.value.code.startswith("longrope: error: ")
-    assert error.value.code.endswith(sentence)
-
-
-@pytest.mark.parametrize(("changes", "sentence"), FLAGS)
-def test_rank_0_of_several_speaks_at_once_about_flags(monkeypatch, path, changes, sentence):
+def test_rank_0_of_several_speaks_at_once_about_flags(monkeypatch, path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="longrope: error: sequence length "):
-        validate(path, **changes)
+    with pytest.raises(SystemExit) as error:
+        validate(path, **INDIVISIBLE)
+    assert error.value.code == (
+        "longrope: error: sequence length 126 is not divisible by 2 x context parallel size 2 = 4; "
+        "use 128 or another context parallel size"
+    )
 
 
-@pytest.mark.parametrize(("changes", "sentence"), FLAGS)
-def test_the_other_ranks_are_silent_about_flags(monkeypatch, capsys, path, changes, sentence):
+def test_the_other_ranks_are_silent_about_flags(monkeypatch, capsys, path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(agreement.time, "sleep", lambda seconds: None)
     with pytest.raises(SystemExit) as error:
-        validate(path, rank=1, **changes)
+        validate(path, rank=1, **INDIVISIBLE)
     assert error.value.code == 1
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("changes", "sentence"), FILE)
 def test_what_may_be_wrong_with_one_ranks_file_waits_until_the_ranks_have_met(
-    monkeypatch, capsys, path, changes, sentence, rank
+    monkeypatch, capsys, rank
 ):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", str(rank))
-    validate(path, rank=rank, **changes)
-    assert agreement._pending.error.endswith(sentence)
+    validate("absent.json", rank=rank)
+    assert agreement._pending.error == "absent.json: no such file; check the path"
     assert capsys.readouterr() == ("", "")
 
 

@@ -163,21 +163,6 @@ def test_a_checkpoint_holds_the_factor_file_by_path_and_by_value(checkpoint, fac
     assert opened.longrope == config
 
 
-# Bad input
-
-
-@pytest.mark.one_release
-def test_a_sequence_that_does_not_split_into_zigzag_chunks_is_one_sentence(directory, factors):
-    flags = ["--longrope-config", str(factors), "--seq-length", "126"]
-    command = pretrain_command([*EVALUATED, *flags, "--context-parallel-size", "2"], processes=2)
-    statuses, log = launching.run([command], directory / "indivisible")
-    assert statuses == [1]
-    assert (
-        "longrope: error: sequence length 126 is not divisible by 2 x context parallel size 2 = 4; "
-        "use 128 or another context parallel size"
-    ) in log
-
-
 # An unmodified checkout
 
 

@@ -1,7 +1,6 @@
 """fsdp_dtensor and torch_dcp, in checkpoints that are synthetic: see make_fsdp_checkpoint.py."""
 
 import itertools
-import pickle
 from pathlib import Path
 
 import launching
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from malicious import Malicious
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
@@ -208,24 +206,3 @@ def test_torch_dist_without_its_description_is_recognised(make_checkpoint):
     (directory / "metadata.json").unlink()
     with pytest.raises(ValueError, match=r"if it is torch_dist, copy metadata\.json"):
         MegatronCheckpoint.open(directory)
-
-
-def test_malicious_arguments_do_not_run(write, tensors, arguments, tmp_path):
-    marker = tmp_path / "executed"
-    args = arguments()
-    args.save = Malicious(marker)
-    directory = write(layered(tensors), args=args)
-    with pytest.raises(ValueError, match=r"args: holds an object of class posix\.system"):
-        _ = MegatronCheckpoint.open(directory).args
-    assert not marker.exists()
-
-
-def test_malicious_metadata_does_not_run(write, tensors, tmp_path):
-    marker = tmp_path / "executed"
-    directory = write(layered(tensors))
-    metadata = pickle.loads((directory / ".metadata").read_bytes())
-    metadata.planner_data = Malicious(marker)
-    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"posix\.system is not part of checkpoint metadata"):
-        MegatronCheckpoint.open(directory)
-    assert not marker.exists()

@@ -240,20 +240,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_at_the_common_state_is_one_sentence(exported, tmp_path, monkeypatch):
-    sync = os.fsync
-
-    def full(descriptor):
-        if "common.pt" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match="the disk is full; nothing was left behind"):
-        write_checkpoint(exported, tmp_path / "x")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("early", [True, False], ids=["a file is begun", "a file is written"])
 def test_another_error_of_the_disk_is_one_sentence_and_keeps_what_is_complete(
     untied_gqa, config, tmp_path, monkeypatch, early
