@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import launching
 import pytest
-from launching import SCRIPT, Command, two_agents
+from launching import SCRIPT, two_agents
 from tiny_gpt import run_arguments
 from tiny_training import HEAD_DIM, MODEL, refusal, yarn_config
 
@@ -15,7 +15,6 @@ from megatron_longrope.integration import agreement, wrappers
 from megatron_longrope.integration.agreement import Finding
 
 CONFIG = yarn_config(2, 2048)
-ABSENT = None
 
 
 # Through the wrapper around Megatron's validation
@@ -102,29 +101,14 @@ if __name__ == "__main__":
 """
 
 
-def launch(directory, files, *, agents):
-    """Two processes under one torchrun or two, each with the factor file of its rank."""
-    for rank, config in enumerate(files):
-        (directory / str(rank)).mkdir()
-        if config is not ABSENT:
-            config.save(directory / str(rank) / "factors.json")
-    script = directory / "by_rank.py"
+@pytest.mark.slow
+def test_a_file_that_the_second_node_lacks_is_named_by_rank_0_and_ends_both_torchruns(tmp_path):
+    pytest.importorskip("megatron.training")
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    CONFIG.save(tmp_path / "0" / "factors.json")
+    script = tmp_path / "by_rank.py"
     script.write_text(BY_RANK)
     command = [str(script), "pretrain", str(SCRIPT), "--cpu", *MODEL]
-    command += ["--longrope-config", "factors.json"]
-    commands = [Command(tuple(command), 2)] if agents == 1 else two_agents(command)
-    return launching.run(commands, directory)
-
-
-@pytest.mark.slow
-def test_a_file_that_rank_1_lacks_is_named_by_rank_0(tmp_path):
-    pytest.importorskip("megatron.training")
-    ended = launch(tmp_path, [CONFIG, ABSENT], agents=1)
+    ended = launching.run(two_agents([*command, "--longrope-config", "factors.json"]), tmp_path)
     assert refusal(*ended) == "factors.json: no such file; check the path (rank 1)"
-
-
-@pytest.mark.slow
-def test_a_file_that_rank_0_lacks_ends_the_other_nodes_torchrun_too(tmp_path):
-    pytest.importorskip("megatron.training")
-    ended = launch(tmp_path, [ABSENT, CONFIG], agents=2)
-    assert refusal(*ended) == "factors.json: no such file; check the path (rank 0)"

@@ -166,11 +166,3 @@ def test_the_engine_reads_what_was_trained(script, extended, factors):
     assert len(engine.model.decoder.layers) == 4
     tokens = torch.arange(128)[None]
     assert engine.nll(tokens).isfinite().all()
-
-
-@pytest.mark.one_release  # unit/engine/test_hybrid.py has the refusal on every release
-def test_a_layer_that_needs_transformer_engine_is_refused_by_name(directory, script):
-    command = pretrain_command([*MODEL[:-1], "M*-"], script=script)
-    statuses, log = launching.run([command], directory / "refused")
-    assert statuses == [1]
-    assert "the hybrid layer pattern has 'M';" in log

@@ -62,15 +62,6 @@ def git_apply(patch: Path, tree: Path, *options: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_python(code: str, tree: Path) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(tree), str(launching.ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=launching.TIMEOUT_S
-    )
-
-
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory) -> Path:
     """A patched copy of the installed Megatron."""
@@ -97,10 +88,10 @@ def test_a_patch_only_adds_lines(release):
 @pytest.mark.parametrize("release", compat.TESTED_RELEASES)
 def test_a_patch_uses_every_wrapper(release):
     every = {name for name in vars(wrappers) if name.startswith("with_")}
-    used = set(
-        re.findall(r"^\+.*longrope\.(with_\w+)", patch_of(release).read_text(), re.MULTILINE)
-    )
+    text = patch_of(release).read_text()
+    used = set(re.findall(r"^\+.*longrope\.(with_\w+)", text, re.MULTILINE))
     assert used == every - ABSENT.get(release, set())
+    assert not re.search(r"^\+.*except", text, re.MULTILINE)  # no import of ours may fail silently
 
 
 def test_the_patch_is_what_make_py_writes():
@@ -131,17 +122,6 @@ def test_the_patch_fits_a_checkout():
 
 
 # A patched Megatron
-
-
-@pytest.mark.slow
-@pytest.mark.one_release  # the test below shows that this release's patch imports the plugin
-def test_a_patched_megatron_without_the_plugin_names_it(tree):
-    hidden = "import sys; sys.modules['megatron_longrope'] = None\n"
-    done = run_python(f"{hidden}import megatron.training", tree)
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1
-    assert last.startswith("ModuleNotFoundError: ")
-    assert "megatron_longrope" in last
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def one_process(trainer):
 @pytest.fixture(scope="module")
 def killed(trainer):
     """Name of a context-parallel run that was killed after its save."""
-    trainer.kill_after_save("killed", LAYOUTS["CP2"])
+    trainer.kill_after_save("killed", LAYOUTS["CP2 x TP2"])
     return "killed"
 
 
@@ -51,23 +51,21 @@ def test_the_loss_falls_and_the_gradient_is_clipped(one_process):
     assert sum(clipped) > STEPS / 2
 
 
-@pytest.mark.parametrize(
-    "layout",
-    ["CP2 x TP2", pytest.param("CP2 x DP2, loss per token", marks=pytest.mark.release)],
-)
-def test_four_processes_take_the_steps_of_one(trainer, one_process, layout):
+@pytest.mark.release
+def test_a_loss_per_token_over_data_parallel_ranks_takes_the_steps_of_one(trainer, one_process):
+    layout = "CP2 x DP2, loss per token"
     assert_same_steps(trainer.run(layout, LAYOUTS[layout]), one_process)
 
 
-def test_a_killed_context_parallel_run_goes_on_by_the_same_command(trainer, one_process, killed):
-    resumed = trainer.run(killed, LAYOUTS["CP2"])
+def test_a_killed_run_of_four_processes_takes_the_steps_of_one(trainer, one_process, killed):
+    resumed = trainer.run(killed, LAYOUTS["CP2 x TP2"])
     first = f"iteration {SAVED_AT + 1:8d}/"
     assert first in trainer.logs[killed] and " iteration        1/" not in trainer.logs[killed]
     assert_same_steps(resumed, one_process)  # those before its save too
 
 
 @pytest.mark.release
-def test_a_run_saved_by_two_context_parallel_ranks_goes_on_with_four(trainer, one_process, killed):
+def test_another_layout_goes_on_from_the_checkpoint(trainer, one_process, killed):
     curve = trainer.go_on("CP4", LAYOUTS["CP4"], killed)
     assert_same_steps(curve, one_process, range(SAVED_AT + 1, STEPS + 1))
 
