@@ -1,6 +1,6 @@
 """What is wrong ends a run before its model is built: one sentence of rank 0, every rank ends.
 
-The launches would take ten minutes if anything waited for a rank that has gone: they get three.
+The launch would take ten minutes if anything waited for a rank that has gone: it gets three.
 """
 
 from dataclasses import replace

@@ -42,9 +42,6 @@ def su(ratio: float) -> float:
     return math.sqrt(1 + math.log(ratio) / math.log(64))
 
 
-PARTLY_ROTATED = {"kv_channels": 2 * HEAD_DIM, "rotary_percent": 0.5}
-
-
 @pytest.fixture
 def path(tmp_path):
     file = tmp_path / "factors.json"
@@ -65,7 +62,7 @@ def namespace(path, **changes) -> argparse.Namespace:
         "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
         "rotary_interleaved", "dynamic_context_parallel", "rl_use_sequence_packing", "window_size",
         "perform_rl_step", "heterogeneous_layers_config_path", "export_kd_teacher_load",
-        "attention_dropout",
+        "attention_dropout", "no_rope_freq", "use_mup",
     }  # fmt: skip
     assert not changes.keys() - vars(args).keys() - optional
     return argparse.Namespace(**{**vars(args), **changes})
@@ -157,8 +154,6 @@ def test_arguments_hold_the_factors_by_value_as_plain_json(path):
         ({}, "softmax", su(2), True),
         ({"seq_length": 64}, "softmax", 1.0, False),  # nothing to carry
         ({"longrope_attention_factor_carrier": "rope"}, "rope", su(2), False),
-        (PARTLY_ROTATED, "rope", su(2), False),
-        ({"flash_decode": True}, "rope", su(2), False),
     ],
 )
 def test_exactly_one_carrier_has_the_attention_factor(
@@ -172,6 +167,32 @@ def test_exactly_one_carrier_has_the_attention_factor(
     if scales_softmax:
         expected = su(2) ** 2 / math.sqrt(HEAD_DIM)
         assert args.softmax_scale == pytest.approx(expected, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("changes", "obstacle"),
+    [
+        (
+            {"kv_channels": 2 * HEAD_DIM, "rotary_percent": 0.5},
+            "rotary_percent 0.5 rotates a part of each head, and the softmax scale would also "
+            "multiply the rest",
+        ),
+        (
+            {"no_rope_freq": 2},
+            "--no-rope-freq leaves layers unrotated, and the softmax scale would multiply them",
+        ),
+        ({"use_mup": True}, "--use-mup has a softmax scale of its own"),
+        ({"flash_decode": True}, "--flash-decode ignores the softmax scale"),
+    ],
+)
+def test_where_the_softmax_scale_would_be_wrong_cos_and_sin_carry(path, changes, obstacle):
+    args = namespace(path, **changes)
+    assert read(args).carrier == "rope"
+    assert not hasattr(args, "softmax_scale")
+    args.longrope_attention_factor_carrier = "softmax"
+    with pytest.raises(ValueError) as error:
+        read(args)
+    assert str(error.value) == f"{obstacle}; use --longrope-attention-factor-carrier rope"
 
 
 def test_a_mode_that_nobody_chose_is_auto_and_is_stored(path):
@@ -260,9 +281,6 @@ def test_flags_that_would_train_another_model_are_refused(path, changes, message
     assert not hasattr(args, "longrope_config_value")
 
 
-BY_SOFTMAX = {"longrope_attention_factor_carrier": "softmax"}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -281,12 +299,6 @@ BY_SOFTMAX = {"longrope_attention_factor_carrier": "softmax"}
             "sequence length 131073 exceeds 131072, the max_length",
         ),
         ({"longrope_config": "absent.json"}, "absent.json: no such file"),
-        (
-            {**PARTLY_ROTATED, **BY_SOFTMAX},
-            "rotary_percent 0.5 rotates a part of each head, and the softmax scale would also "
-            "multiply the rest; use --longrope-attention-factor-carrier rope",
-        ),
-        ({"flash_decode": True, **BY_SOFTMAX}, "--flash-decode ignores the softmax scale; use "),
         (
             {"softmax_scale": 0.5},
             "softmax_scale 0.5 is already set, so the attention factor has no room there; use "

@@ -136,7 +136,8 @@ def test_the_log_names_the_chunks():
     [
         ({"longrope_chunked_loss": 0}, "--longrope-chunked-loss 0 is below 1"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers: multi-token prediction"),
-        ({"use_mup": True}, "--use-mup"),
+        ({"use_mup": True}, "--longrope-chunked-loss cannot be combined with --use-mup"),
+        ({"perform_rl_step": True}, "--perform-rl-step"),
         ({"defer_embedding_wgrad_compute": True}, "--defer-embedding-wgrad-compute"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp"),

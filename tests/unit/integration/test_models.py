@@ -149,23 +149,6 @@ def test_exactly_one_carrier_is_active(carrier):
         assert getattr(layer, "softmax_scale", None) == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "obstacle"),
-    [
-        ({"rotary_percent": 0.5}, "rotary_percent 0.5 rotates a part of each head, and the softm"),
-        ({"no_rope_freq": 2}, "--no-rope-freq leaves layers unrotated, and the softmax scale wo"),
-        ({"use_mup": True}, "--use-mup has a softmax scale of its own"),
-        ({"flash_decode": True}, "--flash-decode ignores the softmax scale"),
-    ],
-)
-def test_where_the_softmax_scale_would_be_wrong_cos_and_sin_carry(arguments, obstacle):
-    args = start_run(**arguments)
-    assert tiny_gpt.settings_of_run().carrier == "rope"
-    assert not hasattr(args, "softmax_scale")
-    with pytest.raises(ValueError, match=f"^{obstacle}.*; use --longrope-attention-factor-carrier"):
-        start_run(**arguments, longrope_attention_factor_carrier="softmax")
-
-
 def test_a_config_that_a_script_built_without_the_softmax_scale_is_refused():
     args = tiny_gpt.start_run()
     with pytest.raises(ValueError, match=r"has softmax_scale None, and the attention factor needs"):
