@@ -90,20 +90,16 @@ def test_the_same_factors_say_nothing_and_keep_the_lineage():
     assert (verdict.lineage, verdict.remark) == (lineage, None)
 
 
-def test_the_origin_of_factors_is_no_difference():
-    unknown = CONFIG.with_factor_set(replace(LONG, origin={}))
-    assert check(settings(unknown), saved()).remark is None
-
-
-def test_a_set_that_neither_length_uses_is_no_difference():
-    for config in (CONFIG.with_factor_set(LONGER), replace(CONFIG, factor_sets=(LONG,))):
+def test_what_neither_side_trains_is_no_difference():
+    longer, alone = CONFIG.with_factor_set(LONGER), replace(CONFIG, factor_sets=(LONG,))
+    for config in (CONFIG.with_factor_set(replace(LONG, origin={})), longer, alone):
         assert check(settings(config), saved()).remark is None
         assert check(settings(), saved(config)).remark is None
-
-
-def test_a_length_under_the_same_set_is_no_difference():
-    verdict = check(settings(seq_length=100), saved())
-    assert verdict.remark is None and len(verdict.lineage) == 1
+    shorter = check(settings(seq_length=100), saved())  # under the same set
+    assert shorter.remark is None and len(shorter.lineage) == 1
+    assert check(settings(seq_length=64, mode="long"), saved()).remark is None
+    computed = saved().longrope_attention_factor * (1 + 1e-15)
+    assert check(settings(), saved(longrope_attention_factor=computed)).remark is None
 
 
 def test_a_stock_checkpoint_begins_the_first_stage():
@@ -146,10 +142,6 @@ def test_the_same_factors_at_another_length_are_a_stage_that_is_logged():
     )
     assert [stage["max_length"] for stage in verdict.lineage] == [128, 256]
     assert check(settings(config, 64), saved(config, 128)).lineage[-1]["max_length"] == 64
-
-
-def test_mode_long_keeps_the_trained_set_for_short_samples():
-    assert check(settings(seq_length=64, mode="long"), saved()).remark is None
 
 
 # Weights that do not
@@ -196,32 +188,51 @@ def test_everything_that_changes_the_model_is_compared(config, difference):
     assert difference in refusal(settings(config), saved())
 
 
-def test_the_length_that_factors_are_made_for_is_compared():
-    one = replace(CONFIG, attention_factor=1.1)
-    other = replace(one, factor_sets=(SHORT, replace(LONG, max_length=130)))
-    assert "max_length 128 against 130" in refusal(settings(other), saved(one))
+SHORT_DIFFERS = CONFIG.with_factor_set(FactorSet(64, (1.0, 1.0, 1.05, 1.1)))
+ONE_FACTOR = replace(CONFIG, attention_factor=1.1)
+MADE_FOR_130 = replace(ONE_FACTOR, factor_sets=(SHORT, replace(LONG, max_length=130)))
 
 
-def test_a_file_that_differs_only_where_the_checkpoint_was_trained_is_refused():
-    text = refusal(settings(OTHER, 64), saved())
-    assert "rescale factor 2 is 1.6 against 1.7 (checkpoint: 128 tokens with the" in text
-
-
-def test_a_file_that_differs_only_at_the_runs_length_is_refused():
-    other = CONFIG.with_factor_set(FactorSet(64, (1.0, 1.0, 1.05, 1.1)))
-    text = refusal(settings(other, 64), saved())
-    assert "rescale factor 2 is 1 against 1.05 (checkpoint: 64 tokens with the set up to 64" in text
-
-
-def test_a_file_that_does_not_reach_the_checkpoints_length_is_refused():
-    text = refusal(settings(CONFIG), saved(CONFIG.with_factor_set(LONGER), 256))
-    assert "(checkpoint: 256 tokens with the set up to 256, attention factor 1.1547; this" in text
-
-
-def test_a_mode_that_changes_the_set_in_use_is_refused():
-    text = refusal(settings(mode="short"), saved())
-    assert "rescale factor 1 is 1.2 against 1 (checkpoint: 128 tokens with the set up to" in text
-    assert "this run: 128 tokens in mode short with the set up to 64" in text
+@pytest.mark.parametrize(
+    ("run", "checkpoint", "words"),
+    [
+        (settings(MADE_FOR_130), saved(ONE_FACTOR), "max_length 128 against 130"),
+        # At the length of one of the two alone.
+        (settings(OTHER, 64), saved(), "factor 2 is 1.6 against 1.7 (checkpoint: 128 tokens with"),
+        (settings(SHORT_DIFFERS, 64), saved(), "factor 2 is 1 against 1.05 (checkpoint: 64 tokens"),
+        (
+            settings(),
+            saved(CONFIG.with_factor_set(LONGER), 256),
+            "(checkpoint: 256 tokens with the set up to 256, attention factor 1.1547; this",
+        ),
+        (settings(mode="short"), saved(), "factor 1 is 1.2 against 1 (checkpoint: 128 tokens with"),
+        (settings(mode="short"), saved(), "run: 128 tokens in mode short with the set up to 64"),
+        (
+            settings(SHORT_DIFFERS, mode="mixed"),
+            saved(mode="mixed"),
+            "in short documents rescale factor 2 is 1 against 1.05",
+        ),
+        (settings(SHORT_DIFFERS, mode="mixed"), saved(), "in short documents"),
+        (
+            settings(),
+            saved(hf_parity=True),
+            "fp32 (--longrope-hf-parity) angles against exact angles",
+        ),
+        # As another release has computed it.
+        (
+            settings(),
+            saved(longrope_attention_factor=1.19),
+            "attention_factor 1.19 against 1.0801234",
+        ),
+        (
+            settings(),
+            stock(rotary_base=500000),
+            "trained with rotary_base 500000 and this run's factors are for 10000; ",
+        ),
+    ],
+)
+def test_what_differs_at_a_length_that_either_side_uses_is_refused(run, checkpoint, words):
+    assert words in refusal(run, checkpoint)
 
 
 @pytest.mark.parametrize(("before", "now"), [("mixed", "auto"), ("mixed", "long")])
@@ -251,37 +262,11 @@ def test_a_packed_run_changes_to_or_from_mixed_windows_only_when_asked():
     assert check(settings(mode="mixed"), saved(mode="mixed"), **packed).remark is None
 
 
-def test_other_factors_for_short_documents_are_no_change_of_mode():
-    other = CONFIG.with_factor_set(FactorSet(64, (1.0, 1.0, 1.05, 1.1)))
-    text = refusal(settings(other, mode="mixed"), saved(mode="mixed"))
-    assert "in short documents rescale factor 2 is 1 against 1.05" in text
-    assert "in short documents" in refusal(settings(other, mode="mixed"), saved())
-
-
-def test_the_precision_of_angles_is_compared():
-    text = refusal(settings(), saved(hf_parity=True))
-    assert "fp32 (--longrope-hf-parity) angles against exact angles" in text
-
-
-def test_an_attention_factor_that_another_release_computed_is_compared():
-    text = refusal(settings(), saved(longrope_attention_factor=1.19))
-    assert "attention_factor 1.19 against 1.0801234" in text
-    almost = saved(longrope_attention_factor=saved().longrope_attention_factor * (1 + 1e-15))
-    assert check(settings(), almost).remark is None
-
-
 def test_a_stock_run_on_a_checkpoint_with_factors_is_refused():
     assert refusal(None, saved()) == (
         "the checkpoint was trained with LongRoPE, 128 tokens with the set up to 128, attention "
         "factor 1.08012, and this run has stock RoPE; give the checkpoint's factors with "
         "--longrope-config, or --use-checkpoint-args, which restores them"
-    )
-
-
-def test_factors_for_another_base_than_the_stock_models_are_refused():
-    text = refusal(settings(), stock(rotary_base=500000))
-    assert text.startswith(
-        "the checkpoint was trained with rotary_base 500000 and this run's factors are for 10000; "
     )
 
 
