@@ -45,6 +45,7 @@ def test_token_losses_equal_cross_entropy_of_the_logits(engines, name):
     tokens = torch.cat([random_tokens(maker.VOCAB, 100, seed) for seed in (1, 2)])
     engine = engines[name]
     logits = engine.logits(tokens)[:, :-1]
+    assert logits.shape[-1] == maker.VOCAB  # rows that pad the vocabulary get no probability
     theirs = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     ours = engine.nll(tokens)
     assert ours.shape == (2, 99)
@@ -88,12 +89,6 @@ def test_the_output_layer_sees_only_what_is_scored(engines, monkeypatch):
     assert rows == [9]
 
 
-@pytest.mark.parametrize("start", [-1, 99])
-def test_a_start_that_leaves_nothing_is_refused(engines, start):
-    with pytest.raises(ValueError, match=rf"start {start} leaves .* 100 tokens .* from 0 to 98"):
-        engines["untied_gqa"].nll(random_tokens(maker.VOCAB, 100, 3), start)
-
-
 def test_a_candidate_builds_one_rotary_table_for_all_layers_and_samples(engines, monkeypatch):
     engine = engines["untied_gqa"]
     built = []
@@ -105,24 +100,6 @@ def test_a_candidate_builds_one_rotary_table_for_all_layers_and_samples(engines,
         for seed in range(4):
             engine.nll(random_tokens(maker.VOCAB, 100, seed))
     assert len(built) == 3
-
-
-def test_padding_rows_of_the_vocabulary_get_no_probability(engines):
-    logits = engines["untied_gqa"].logits(random_tokens(maker.VOCAB, 40, 4))
-    assert logits.shape[-1] == maker.VOCAB
-    nll = engines["untied_gqa"].nll(random_tokens(maker.VOCAB, 40, 4))
-    normaliser = torch.logsumexp(logits, -1)[0, :-1]
-    labels = random_tokens(maker.VOCAB, 40, 4)[0, 1:]
-    expected = normaliser - logits[0, :-1].gather(-1, labels[:, None])[:, 0]
-    torch.testing.assert_close(nll[0], expected, atol=1e-5, rtol=0)
-
-
-def test_predicted_tokens_are_the_argmax_from_the_start_position(engines):
-    tokens = random_tokens(maker.VOCAB, 50, 5)
-    engine = engines["tied_mha"]
-    expected = engine.logits(tokens)[:, 40:].argmax(-1)
-    assert torch.equal(engine.score(tokens, 40)[1], expected[:, :-1])
-    assert engine.answer(tokens, 9).predicted == expected[0].tolist()
 
 
 def test_swapping_factors_changes_the_losses_and_swapping_back_restores_them(engines):
@@ -173,15 +150,27 @@ def test_the_checkpoints_own_factors_are_the_default(megatron_runs):
     assert engine.config == maker.longrope_config()
 
 
-def test_a_token_outside_the_vocabulary_is_refused(engines):
-    tokens = torch.tensor([[1, maker.VOCAB]])
-    with pytest.raises(ValueError, match="token id 250 is outside the vocabulary of 250"):
-        engines["tied_mha"].nll(tokens)
+OUTSIDE = torch.tensor([[1, maker.VOCAB]])
+FORTY = random_tokens(maker.VOCAB, 40, 0)
+NO_PROMPT = "with at least one token before the answer"
 
 
-def test_a_sequence_beyond_the_largest_set_is_refused(engines):
-    with pytest.raises(ValueError, match="exceeds 256"):
-        engines["tied_mha"].nll(random_tokens(maker.VOCAB, 257, 0))
+@pytest.mark.parametrize(
+    ("call", "arguments", "message"),
+    [
+        ("nll", (OUTSIDE,), "token id 250 is outside the vocabulary of 250"),
+        ("choices", (FORTY, torch.tensor([1]), OUTSIDE[:, 1:]), "id 250 is outside the vocabulary"),
+        ("nll", (random_tokens(maker.VOCAB, 257, 0),), "exceeds 256"),
+        ("nll", (FORTY, -1), "start -1 leaves .* 40 tokens .* from 0 to 38"),
+        ("nll", (FORTY, 39), "start 39 leaves"),
+        ("answer", (torch.cat([FORTY, FORTY]), 3), NO_PROMPT),
+        ("answer", (FORTY, 0), NO_PROMPT),
+        ("answer", (FORTY, 40), NO_PROMPT),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(engines, call, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(engines["untied_gqa"], call)(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -238,23 +227,6 @@ def test_an_answer_has_a_choice_for_each_token_and_one_behind_the_last(engines):
     assert answer.nll == pytest.approx(engine.nll(tokens)[0, -4:].tolist(), abs=1e-6)
 
 
-def test_tokens_that_greedy_decoding_wrote_are_answered_in_full(engines):
-    engine = engines["untied_gqa"]
-    tokens = random_tokens(maker.VOCAB, 40, 2)
-    for _ in range(6):
-        following = engine.logits(tokens)[:, -1:].argmax(-1)
-        tokens = torch.cat([tokens, following], dim=1)
-    answer = engine.answer(tokens, 6)
-    assert answer.predicted[:-1] == tokens[0, -6:].tolist()
-
-
-@pytest.mark.parametrize(("rows", "count"), [(2, 3), (1, 0), (1, 40)])
-def test_an_answer_without_a_prompt_or_of_several_sequences_is_refused(engines, rows, count):
-    tokens = torch.cat([random_tokens(maker.VOCAB, 40, seed) for seed in range(rows)])
-    with pytest.raises(ValueError, match="with at least one token before the answer"):
-        engines["untied_gqa"].answer(tokens, count)
-
-
 def test_choices_are_the_losses_of_each_candidate_behind_its_own_position(engines):
     engine = engines["untied_gqa"]
     tokens = torch.cat([random_tokens(maker.VOCAB, 40, seed) for seed in (1, 2)])
@@ -265,9 +237,3 @@ def test_choices_are_the_losses_of_each_candidate_behind_its_own_position(engine
         expected = -logits.log_softmax(-1)[candidates[row]]
         torch.testing.assert_close(nll[row], expected, atol=1e-5, rtol=0)
         assert greedy[row] == logits.argmax()
-
-
-def test_a_candidate_outside_the_vocabulary_is_refused(engines):
-    tokens = random_tokens(maker.VOCAB, 40, 1)
-    with pytest.raises(ValueError, match="token id 250 is outside the vocabulary of 250"):
-        engines["untied_gqa"].choices(tokens, torch.tensor([1]), torch.tensor([[maker.VOCAB]]))

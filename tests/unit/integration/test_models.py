@@ -155,16 +155,6 @@ def test_a_config_that_a_script_built_without_the_softmax_scale_is_refused():
         tiny_gpt.build(args, softmax_scale=None)
 
 
-def test_both_carriers_give_the_same_logits():
-    tokens, _ = random_tokens(2, RUN)
-    ours = []
-    for carrier in CARRIERS:
-        model = build(start_run(longrope_attention_factor_carrier=carrier))
-        fill(model)
-        ours.append(logits(model, tokens))
-    assert_equal(*ours)
-
-
 # Packed documents
 
 LENGTHS = (24, 40, 9)
