@@ -92,9 +92,3 @@ def test_a_pack_equals_each_document_alone(layer, rotary, name):
             )
             assert_same([x[tokens] for x in ours], alone, tolerance=2e-6)
         assert not any(x[padding].any() for x in ours)
-
-
-def test_a_micro_batch_of_two_cannot_be_packed(layer, rotary):
-    hidden = torch.zeros(20, 2, HIDDEN)
-    with pytest.raises(ValueError, match="packed sequences came with a micro batch of 2"):
-        layer(hidden, attention_mask=None, packed_seq_params=PACKS["tight"].params())

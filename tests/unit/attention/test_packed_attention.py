@@ -67,18 +67,6 @@ def test_a_pack_equals_each_document_alone_with_gradients(cls, pack, groups, cau
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_document_does_not_feel_its_neighbours(cls):
-    pack = Pack.tight(5, 7, 4)
-    *qkv, _ = random_batch(pack.total, groups=2)
-    changed = [torch.cat([x[:5], x[5:12] + 1.0, x[12:]]) for x in qkv]
-    module = core_attention(cls)
-    before, after = (module(*x, packed_seq_params=pack.params()) for x in (qkv, changed))
-    others = [*range(5), *range(12, 16)]
-    assert torch.equal(before[others], after[others])
-    assert not torch.allclose(before[5:12], after[5:12])
-
-
-@pytest.mark.parametrize("cls", CLASSES)
 def test_queries_and_keys_of_a_document_may_differ_in_number(cls):
     query, key, value, _ = random_batch(3, keys=12, groups=2)
     packed = PackedSeqParams(

@@ -65,13 +65,6 @@ def test_fewer_queries_than_keys_are_the_last_ones_as_in_decoding(queries):
     assert_equal_to_the_reference(core_attention(), batch)
 
 
-def test_decoding_token_by_token_equals_one_pass():
-    query, key, value, _ = random_batch(12, groups=2, batch=2)
-    module = core_attention()
-    steps = [module(query[i : i + 1], key[: i + 1], value[: i + 1]) for i in range(len(query))]
-    assert_same([torch.cat(steps)], [module(query, key, value)])
-
-
 def test_padding_causal_is_causal_and_no_mask_sees_every_key():
     batch = random_batch(12, batch=2)
     causal = core_attention(mask_type=AttnMaskType.padding_causal)
