@@ -152,40 +152,36 @@ def test_experts_are_stacked_within_their_layer(write, tensors, pattern):
     assert torch.equal(checkpoint.tensor(name, layer=1), experts[1])
 
 
-def test_a_missing_expert_is_named(write, tensors):
+MLP = "module.decoder.layers.{}.mlp."
+HALF = MLP.format(1) + "linear_fc1.weight"
+FC2_OF_0, FC2_OF_1 = (MLP.format(layer) + "linear_fc2.weight" for layer in range(2))
+EXPERT = MLP.format(0) + "experts.linear_fc2.weight"
+DAMAGED = {
+    "an expert": (
+        lambda model: model.update({f"{EXPERT}{n}": torch.zeros(2, 2) for n in (0, 2)}),
+        r"expert 1 lacks decoder\.layers\.0\.mlp\.experts",
+    ),
+    "half of a gated layer": (
+        lambda model: model.update({f"{HALF}_w": model.pop(HALF)[:48].clone()}),
+        r"only one half of decoder\.layers\.1\.mlp\.linear_fc1",
+    ),
+    "a tensor": (lambda model: model.pop(FC2_OF_0), r"iter_0000003: layer 0 lacks .*fc2\.weight"),
+    "a layer": (
+        lambda model: [model.pop(name) for name in list(model) if ".layers.1." in name],
+        "holds 1 layers, its arguments say 2",
+    ),
+    "a shape": (
+        lambda model: model.update({FC2_OF_1: torch.zeros(32, 40)}),
+        r"layer 1 is \(32, 40\) float32, .* \(32, 48\) float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "refusal"), DAMAGED.values(), ids=DAMAGED)
+def test_what_is_missing_or_of_another_shape_is_named(write, tensors, damage, refusal):
     model = layered(tensors)
-    for number in (0, 2):
-        name = f"module.decoder.layers.0.mlp.experts.linear_fc2.weight{number}"
-        model[name] = torch.zeros(2, 2)
-    with pytest.raises(ValueError, match=r"expert 1 lacks decoder\.layers\.0\.mlp\.experts"):
-        MegatronCheckpoint.open(write(model)).keys()
-
-
-def test_a_missing_half_of_a_gated_layer_is_named(write, tensors):
-    model = layered(tensors)
-    name = "module.decoder.layers.1.mlp.linear_fc1.weight"
-    model[f"{name}_w"] = model.pop(name).chunk(2)[0].clone()
-    with pytest.raises(ValueError, match=r"only one half of decoder\.layers\.1\.mlp\.linear_fc1"):
-        MegatronCheckpoint.open(write(model)).keys()
-
-
-def test_a_missing_tensor_of_one_layer_is_named(write, tensors):
-    model = layered(tensors)
-    del model["module.decoder.layers.0.mlp.linear_fc2.weight"]
-    with pytest.raises(ValueError, match=r"iter_0000003: layer 0 lacks .*linear_fc2\.weight"):
-        MegatronCheckpoint.open(write(model)).keys()
-
-
-def test_a_missing_layer_is_told_with_both_numbers(write, tensors):
-    model = {name: value for name, value in layered(tensors).items() if ".layers.1." not in name}
-    with pytest.raises(ValueError, match="holds 1 layers, its arguments say 2"):
-        MegatronCheckpoint.open(write(model)).keys()
-
-
-def test_a_layer_of_another_shape_is_told_with_both_shapes(write, tensors):
-    model = layered(tensors)
-    model["module.decoder.layers.1.mlp.linear_fc2.weight"] = torch.zeros(32, 40)
-    with pytest.raises(ValueError, match=r"layer 1 is \(32, 40\) float32, .* \(32, 48\) float32"):
+    damage(model)
+    with pytest.raises(ValueError, match=refusal):
         MegatronCheckpoint.open(write(model)).keys()
 
 

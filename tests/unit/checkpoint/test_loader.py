@@ -88,31 +88,25 @@ def test_vocabulary_padding_may_differ_between_model_and_checkpoint(make_checkpo
     rows = model.output_layer.weight
     assert torch.equal(rows[:50], tensors["output_layer.weight"][:50])
     assert not rows[50:].any()
-    with pytest.raises(ValueError, match="48 rows, fewer than the vocabulary's 50"):
-        load_into(make_model(padded=48), checkpoint)
 
 
-def test_a_parameter_that_the_checkpoint_lacks_is_named(make_checkpoint):
-    checkpoint = MegatronCheckpoint.open(make_checkpoint())
-    model = make_model(extra=["decoder.layers.0.self_attention.linear_qkv.bias"])
-    with pytest.raises(ValueError, match=r"lacks decoder\.layers\.0\.self_attention.*bias"):
-        load_into(model, checkpoint)
+BIAS = "decoder.layers.0.self_attention.linear_qkv.bias"
+FC3 = {"decoder.layers.mlp.linear_fc3.weight": torch.zeros(2, 1)}
 
 
-def test_a_tensor_that_the_model_lacks_is_named(make_checkpoint, tensors):
-    tensors["decoder.layers.mlp.linear_fc3.weight"] = torch.zeros(2, 1)
-    checkpoint = MegatronCheckpoint.open(make_checkpoint(tensors=tensors))
-    with pytest.raises(ValueError, match=r"holds decoder\.layers\.mlp\.linear_fc3\.weight"):
-        load_into(make_model(), checkpoint)
-
-
-def test_a_different_number_of_layers_is_refused(make_checkpoint):
-    checkpoint = MegatronCheckpoint.open(make_checkpoint())
-    with pytest.raises(ValueError, match="has 2 layers, the model 1"):
-        load_into(make_model(layers=1), checkpoint)
-
-
-def test_tensor_parallelism_that_splits_a_query_group_is_refused(make_checkpoint):
-    checkpoint = MegatronCheckpoint.open(make_checkpoint())
-    with pytest.raises(ValueError, match="does not divide the 2 query groups"):
-        load_into(make_model(tp=4), checkpoint, tp_size=4)
+@pytest.mark.parametrize(
+    ("model", "stored", "tp_size", "refusal"),
+    [
+        ({"extra": [BIAS]}, {}, 1, r"lacks decoder\.layers\.0\.self_attention.*bias"),
+        ({}, FC3, 1, r"holds decoder\.layers\.mlp\.linear_fc3\.weight"),
+        ({"layers": 1}, {}, 1, "has 2 layers, the model 1"),
+        ({"tp": 4}, {}, 4, "does not divide the 2 query groups"),
+        ({"padded": 48}, {}, 1, "48 rows, fewer than the vocabulary's 50"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_model_is_refused(
+    make_checkpoint, tensors, model, stored, tp_size, refusal
+):
+    checkpoint = MegatronCheckpoint.open(make_checkpoint(tensors={**tensors, **stored}))
+    with pytest.raises(ValueError, match=refusal):
+        load_into(make_model(**model), checkpoint, tp_size=tp_size)
