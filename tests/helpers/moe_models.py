@@ -53,7 +53,7 @@ MODELS = {
 }
 
 
-def save(name, directory, dtype=torch.float32, **changes):
+def save(name, directory, **changes):
     """Write a folder; no tensor in it equals another, or what it would be by default."""
     kind, settings = MODELS[name]
     config = getattr(transformers, kind)(**{**GEOMETRY, **settings, **changes})
@@ -61,5 +61,5 @@ def save(name, directory, dtype=torch.float32, **changes):
     model = transformers.AutoModelForCausalLM.from_config(config)
     for key, parameter in model.named_parameters():
         parameter.data = 0.1 * torch.randn(parameter.shape) + ("norm" in key)
-    model.to(dtype).save_pretrained(directory)
+    model.save_pretrained(directory)
     return directory

@@ -210,10 +210,21 @@ def test_a_missing_rank_is_named(write):
         MegatronCheckpoint.open(directory)
 
 
-def test_a_missing_file_is_named(write):
+RANK = "mp_rank_01/model_optim_rng.pt"
+BROKEN = {
+    "missing": (lambda at: (at / RANK).unlink(), "missing"),
+    "half": (lambda at: os.truncate(at / RANK, 5000), "truncated: .* copy it again"),
+    "empty": (lambda at: os.truncate(at / RANK, 0), "truncated"),
+    "text": (lambda at: (at / RANK).write_bytes(b"hello"), r"not an archive of torch\.save"),
+}
+
+
+@pytest.mark.parametrize(("damage", "refusal"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named(write, damage, refusal):
     directory = write(tp=2)
-    (directory / "mp_rank_01" / "model_optim_rng.pt").unlink()
-    with pytest.raises(ValueError, match=r"mp_rank_01/model_optim_rng\.pt: missing"):
+    assert (directory / RANK).stat().st_size > 5000
+    damage(directory)
+    with pytest.raises(ValueError, match=f"{RANK}: {refusal}"):
         MegatronCheckpoint.open(directory)
 
 
@@ -277,21 +288,6 @@ def test_files_that_do_not_fit_together_are_refused_by_name(write, layout, rank,
         edit(folder, change)
     with pytest.raises(ValueError, match=refusal):
         MegatronCheckpoint.open(directory).keys()
-
-
-@pytest.mark.parametrize(("kept", "told"), [(0.5, "truncated: .* copy it again"), (0, "truncated")])
-def test_a_truncated_file_is_named(write, kept, told):
-    path = write(tp=2) / "mp_rank_01" / "model_optim_rng.pt"
-    os.truncate(path, int(path.stat().st_size * kept))
-    with pytest.raises(ValueError, match=rf"mp_rank_01/model_optim_rng\.pt: {told}"):
-        MegatronCheckpoint.open(path.parents[1])
-
-
-def test_a_file_that_is_no_archive_is_named(write):
-    path = write() / "mp_rank_00" / "model_optim_rng.pt"
-    path.write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"model_optim_rng\.pt: not an archive of torch\.save"):
-        MegatronCheckpoint.open(path.parents[1])
 
 
 class CudaGenerator:

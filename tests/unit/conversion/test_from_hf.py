@@ -633,13 +633,6 @@ def test_the_command_prints_what_was_verified_and_the_flags(folders, tmp_path, c
     assert "--use-checkpoint-args --norm-epsilon 1e-05 --make-vocab-size-div" in printed
 
 
-def test_the_command_ends_with_one_sentence(llama, tmp_path, capsys):
-    edit_config(llama, model_type="mamba")
-    arguments = ["--hf", str(llama), "--output", str(tmp_path / "out"), "--no-verify"]
-    assert main(["convert", "from-hf", *arguments]) == 2
-    assert "model_type 'mamba' is not supported" in capsys.readouterr().err
-
-
 # Sliding windows
 
 

@@ -91,15 +91,6 @@ def test_a_model_goes_to_megatron_and_back_bit_for_bit(folders, tmp_path, name):
         assert config_of(tmp_path / "back").get(key) == config_of(folders[name]).get(key)
 
 
-def test_half_precision_survives_the_way_to_megatron_and_back(tmp_path):
-    folder = moe_models.save("mixtral", tmp_path / "hf", dtype=torch.bfloat16)
-    write_checkpoint(folder, tmp_path / "megatron")
-    write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert {value.dtype for value in after.values()} == {torch.bfloat16}
-
-
 @pytest.mark.parametrize("name", moe_maker.VARIANTS)
 def test_a_checkpoint_of_megatron_computes_the_same_in_all_three_codes(
     made_by_megatron, tmp_path, name
