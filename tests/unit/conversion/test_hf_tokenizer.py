@@ -70,13 +70,14 @@ def test_a_hugging_face_folder_is_copied(tmp_path):
     assert (second / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
 
 
-def test_a_window_that_is_no_number_is_no_limit(tmp_path):
+def test_a_window_below_the_models_is_raised_and_no_number_is_no_limit(tmp_path):
+    """vLLM takes the smaller of model_max_length and max_position_embeddings."""
     first, second = tmp_path / "a", tmp_path / "b"
     first.mkdir()
     second.mkdir()
     write_tokenizer(train(tmp_path, **VARIANTS["llama"]), first, 64)
     settings = json.loads((first / "tokenizer_config.json").read_text())
-    for stated, expected in ((None, None), ("long", "long"), (32, 128)):
+    for stated, expected in ((None, None), ("long", "long"), (32, 128), (256, 256)):
         text = json.dumps({**settings, "model_max_length": stated})
         (first / "tokenizer_config.json").write_text(text)
         write_tokenizer(first, second, 128)

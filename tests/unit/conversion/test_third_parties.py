@@ -17,7 +17,6 @@ import transformers
 
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.to_hf import write_hf_folder
-from megatron_longrope.conversion.tokenizer import write_tokenizer
 
 TASKS = Path(__file__).parents[2] / "helpers" / "harness_tasks"
 
@@ -83,22 +82,6 @@ def test_vllm_finds_factors_window_and_attention_factor(untied_gqa, config, tmp_
         (config.attention_factor, config.attention_factor), rel=1e-6
     )
     assert ("long_mscale" in rope) is (value is not None)
-
-
-def test_the_tokenizer_does_not_cut_the_window_short(data, tmp_path):
-    """vLLM takes the smaller of model_max_length and max_position_embeddings."""
-    source = tmp_path / "source"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(data["tokenizer"])
-    tokenizer.model_max_length = 64
-    tokenizer.save_pretrained(str(source))
-    (tmp_path / "out").mkdir()
-    write_tokenizer(source, tmp_path / "out", 256)
-    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert written["model_max_length"] == 256
-    (tmp_path / "shorter").mkdir()
-    write_tokenizer(source, tmp_path / "shorter", 32)
-    written = json.loads((tmp_path / "shorter" / "tokenizer_config.json").read_text())
-    assert written["model_max_length"] == 64
 
 
 # llama.cpp, by its source: conversion/phi.py and conversion/base.py

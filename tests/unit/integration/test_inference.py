@@ -206,21 +206,18 @@ def test_dynamic_batching_gives_each_request_its_logits(name, fused_rope):
 
 
 @pytest.mark.parametrize("fused_rope", [False, True], ids=["unfused", "flashinfer"])
-def test_dynamic_batching_without_an_attention_factor_runs_in_every_release(fused_rope):
+@pytest.mark.parametrize(
+    ("lengths", "steps"),
+    [((25, 38), 6), ((RUN, RUN), 1)],  # together more tokens than a sequence may have
+)
+def test_dynamic_batching_without_an_attention_factor_runs_in_every_release(
+    lengths, steps, fused_rope
+):
     config = replace(tiny_gpt.longrope_config(), attention_factor=1.0)
     model = build(start_run(config)).eval()
     weights = fill(model)
-    documents = [random_tokens(1, length, seed=length)[0][0] for length in (25, 38)]
-    ours = dynamic_logits(model, documents, DynamicContext(2, RUN, fused_rope=fused_rope), steps=6)
-    for output, document in zip(ours, documents, strict=True):
-        assert_equal(output, decoder(attention_factor=1.0).logits(weights, document[None])[0])
-
-
-def test_a_dynamic_batch_of_more_tokens_than_a_sequence_may_have_keeps_the_runs_factors():
-    config = replace(tiny_gpt.longrope_config(), attention_factor=1.0)
-    model = build(start_run(config)).eval()
-    weights = fill(model)
-    documents = [random_tokens(1, RUN, seed)[0][0] for seed in (1, 2)]
-    ours = dynamic_logits(model, documents, DynamicContext(2, RUN), steps=1)
+    documents = [random_tokens(1, length, seed)[0][0] for seed, length in enumerate(lengths)]
+    context = DynamicContext(2, RUN, fused_rope=fused_rope)
+    ours = dynamic_logits(model, documents, context, steps=steps)
     for output, document in zip(ours, documents, strict=True):
         assert_equal(output, decoder(attention_factor=1.0).logits(weights, document[None])[0])
