@@ -4,7 +4,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from legacy_ranks import write_legacy
 from malicious import Malicious, by_getattr
 from torch.distributed.checkpoint.metadata import Metadata
 
-import megatron_longrope
 from megatron_longrope.checkpoint import MegatronCheckpoint
 
 
@@ -181,23 +178,6 @@ def test_the_nested_fields_of_megatron_bridges_newest_recipes_are_read(bridge):
     del nested["activation_func"]  # megatron-core's own as_dict leaves it out
     with pytest.raises(ValueError, match=r"says nothing of activation_func.*add `activation_func"):
         _ = bridge.read({**model, "transformer": nested}).shape
-
-
-def test_reading_needs_no_megatron(make_checkpoint, tensors, tmp_path):
-    """In a process of its own: other tests have imported it."""
-    torch_dist = make_checkpoint()
-    args = MegatronCheckpoint.open(torch_dist).args
-    legacy = write_legacy(tmp_path / "legacy", tensors, args, tp=2)
-    code = (
-        "import sys; from megatron_longrope.checkpoint import MegatronCheckpoint as M; "
-        "[(c.args, *map(c.tensor, c.keys())) for c in map(M.open, sys.argv[1:])]; "
-        "assert not any(m.startswith('megatron.') for m in sys.modules)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(torch_dist), str(legacy)],
-        check=True,
-        cwd=Path(megatron_longrope.__file__).parents[1],
-    )
 
 
 def test_a_wrong_path_is_one_clear_error(tmp_path):

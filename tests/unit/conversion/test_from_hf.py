@@ -8,6 +8,7 @@ import pytest
 import tiny_hf
 import torch
 import transformers
+from legacy_ranks import write_legacy
 from safetensors.torch import load_file, save_file
 from tiny_hf import tensors
 from tokenizers import Tokenizer, models
@@ -224,16 +225,25 @@ def test_padding_follows_megatrons_rule():
         padded_vocab_size(250, 128, 0)
 
 
-def test_neither_megatron_nor_a_process_group_is_needed(folders, tmp_path):
+def test_neither_megatron_nor_a_process_group_is_needed_to_convert_and_to_read(folders, tmp_path):
+    """In a process of its own: other tests have imported it."""
+    write_checkpoint(folders("llama"), tmp_path / "first")
+    first = MegatronCheckpoint.open(tmp_path / "first")
+    stored = {name: first.tensor(name) for name in first.keys()}  # noqa: SIM118
+    write_legacy(tmp_path / "legacy", stored, first.args, tp=2)
     code = (
         "import sys, torch\n"
         "sys.modules['megatron'] = None\n"
+        "from megatron_longrope.checkpoint import MegatronCheckpoint\n"
         "from megatron_longrope.conversion.from_hf import write_checkpoint\n"
-        "write_checkpoint(*sys.argv[1:])\n"
+        "hf, legacy, output = sys.argv[1:]\n"
+        "write_checkpoint(hf, output)\n"
+        "for checkpoint in map(MegatronCheckpoint.open, (legacy, output)):\n"
+        "    assert [checkpoint.args, *map(checkpoint.tensor, checkpoint.keys())]\n"
         "assert not torch.distributed.is_initialized()\n"
         "assert 'transformers' not in sys.modules\n"
     )
-    arguments = [str(folders("llama")), str(tmp_path / "megatron")]
+    arguments = [str(folders("llama")), str(tmp_path / "legacy"), str(tmp_path / "megatron")]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )
