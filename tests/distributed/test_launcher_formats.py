@@ -1,9 +1,8 @@
-"""`longrope pretrain` with packed documents, other rotations, recomputation and virtual stages."""
+"""`longrope pretrain` with packed documents, other rotations and virtual stages."""
 
 import argparse
 import math
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -93,26 +92,11 @@ def test_multi_token_prediction_on_packs_trains_alike_with_both_carriers(launch,
     assert rope.numbers() == pytest.approx(softmax.numbers(), rel=1e-6)
 
 
-@pytest.fixture(scope="session")
-def saved(launch, directory) -> TrainingRun:
-    """Four layers, trained with factors from scratch and saved."""
-    flags = ("--num-layers", "4", "--save", str(directory / "checkpoint"), "--save-interval", "2")
-    return launch("saving", *flags, config=yarn_config(2.0))
-
-
-def test_full_recomputation_changes_no_digit(launch, saved):
-    flags = shlex.split(
-        "--num-layers 4 --recompute-granularity full --recompute-method uniform "
-        "--recompute-num-layers 1"
-    )
-    ours = launch("recomputing", *flags, config=yarn_config(2.0))
-    assert len(saved.losses) == 2
-    assert ours.losses == saved.losses
-    assert ours.gradient_norms == saved.gradient_norms
-
-
-def test_virtual_pipeline_stages_train_like_one_process(launch, saved, directory):
-    flags = ["--num-layers", "4", "--load", str(directory / "checkpoint"), "--finetune"]
+def test_virtual_pipeline_stages_train_like_one_process(launch, directory):
+    layers, checkpoint = ("--num-layers", "4"), str(directory / "checkpoint")
+    saving = ("--save", checkpoint, "--save-interval", "2")
+    launch("saving", *layers, *saving, config=yarn_config(2.0))
+    flags = [*layers, "--load", checkpoint, "--finetune"]
     one = launch("one-process", *flags, config=yarn_config(2.0))
     flags += ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
     virtual = launch("virtual", *flags, config=yarn_config(2.0), processes=2)

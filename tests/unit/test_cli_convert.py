@@ -143,7 +143,7 @@ def test_the_memory_of_a_verification_is_stated_and_can_be_spared(
     untied_gqa, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("megatron_longrope.conversion.verify._COMPARED_TOKENS", 16)
-    assert to_hf(untied_gqa.path, tmp_path / "a") == 0
+    assert to_hf(untied_gqa.path, tmp_path / "a", "--target-length", "256") == 0
     printed = capsys.readouterr().out
     assert (
         "verifying: holds the model in memory twice, in fp32, 0.0 GiB of weights, and about 0.00 "

@@ -108,7 +108,7 @@ def test_a_folder_that_transformers_reads_otherwise_than_sentencepiece_is_refuse
 
 
 def test_a_path_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no such tokenizer"):
+    with pytest.raises(ValueError, match="no such tokenizer; give a Sent"):
         existing_tokenizer(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no tokenizer files"):
@@ -116,16 +116,6 @@ def test_a_path_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(ValueError, match="is not a sentencepiece model"):
         write_tokenizer(tmp_path / "text.model", tmp_path, 64)
-
-
-def test_an_export_with_a_tokenizer_that_is_not_there_is_refused_in_the_same_sentence(
-    untied_gqa, tmp_path
-):
-    with pytest.raises(ValueError, match=r"meta-llama/Llama: no such tokenizer; give a Sent"):
-        write_hf_folder(
-            untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer="meta-llama/Llama"
-        )
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_knows_the_tokenizer_and_its_special_tokens(untied_gqa, config, tmp_path):

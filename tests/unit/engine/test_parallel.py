@@ -157,26 +157,18 @@ def world(monkeypatch):
     return world
 
 
-def test_without_replicas_the_processes_are_exactly_one_model(world):
-    world.size = 8
-    with pytest.raises(
-        ValueError, match=r"8 processes do not fit .* 2 x .* 2 = 4; .* --nproc-per-node 4"
-    ):
-        process_groups.initialize(2, 2)
-
-
-def test_replicas_are_a_multiple_of_one_model(world):
-    world.size = 6
-    with pytest.raises(
-        ValueError, match=r"6 processes do not fit copies of .* = 4; .* is a multiple of 4"
-    ):
-        process_groups.initialize(2, 2, replicas=True)
-
-
-def test_another_layout_in_the_same_process_is_refused(world):
-    world.size = 2
-    with pytest.raises(ValueError, match="already runs tensor x context parallel 1 x 1"):
-        process_groups.initialize(1, 2, replicas=True)
+@pytest.mark.parametrize(
+    ("size", "layout", "replicas", "message"),
+    [
+        (8, (2, 2), False, "8 processes do not fit .* 2 x .* 2 = 4; .* --nproc-per-node 4"),
+        (6, (2, 2), True, "6 processes do not fit copies of .* = 4; .* is a multiple of 4"),
+        (2, (1, 2), True, "already runs tensor x context parallel 1 x 1"),
+    ],
+)
+def test_processes_that_do_not_fit_the_layout_are_refused(world, size, layout, replicas, message):
+    world.size = size
+    with pytest.raises(ValueError, match=message):
+        process_groups.initialize(*layout, replicas=replicas)
 
 
 def test_a_rank_waits_longer_for_the_others_results_than_a_pass_over_millions_of_tokens(

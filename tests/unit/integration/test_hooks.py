@@ -280,17 +280,6 @@ def test_a_missing_symbol_fails_with_its_dotted_name_and_leaves_nothing_replaced
     assert all(stored(item) is before[str(item)] for item in every_symbol())
 
 
-def test_a_model_symbol_that_is_missing_leaves_models_stock(monkeypatch):
-    from megatron.core.models.gpt import gpt_model
-
-    stock_attention = stored(compat.LOCAL_ATTENTION)
-    monkeypatch.delattr(gpt_model, "RotaryEmbedding")
-    with pytest.raises(LongRopeError, match=GPT_ROTARY.replace(".", r"\.")):
-        hooks.apply()
-    assert hooks.replaced_symbols() == []
-    assert stored(compat.LOCAL_ATTENTION) is stock_attention
-
-
 @pytest.mark.parametrize(("version", "warns"), [("0.19.2", False), ("0.20.0", True)])
 def test_an_untested_release_warns_and_is_tried(monkeypatch, recwarn, version, warns):
     monkeypatch.setattr(compat, "megatron_version", lambda: version)
