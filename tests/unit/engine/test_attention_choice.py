@@ -54,13 +54,6 @@ def test_without_the_package_auto_is_sdpa_and_flash_is_refused(no_flash):
         core_attention("flash", CUDA, HALF)
 
 
-def test_a_gpu_older_than_flash_attn_gets_sdpa(flash_installed, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert core_attention("auto", CUDA, HALF) is SdpaCoreAttention
-    with pytest.raises(ValueError, match=r"compute capability 7\.5, below 8\.0"):
-        core_attention("flash", CUDA, HALF)
-
-
 def test_sdpa_is_sdpa_everywhere(flash_installed):
     assert core_attention("sdpa", CUDA, HALF) is SdpaCoreAttention
 
