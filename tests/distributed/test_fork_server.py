@@ -102,7 +102,6 @@ def test_what_runs_still_is_ended_at_the_time_limit(tmp_path, monkeypatch):
     raise AssertionError(f"process {pid} runs still")
 
 
-@pytest.mark.release  # in test_launcher.py a real process has the losses of a forked one
 def test_a_training_run_prints_and_saves_the_same(tmp_path):
     yarn_config(2.0).save(tmp_path / "factors.json")
     options = "--context-parallel-size 2 --train-iters 2 --save-interval 2 --save kept"
