@@ -99,8 +99,10 @@ def read_flags(options: type, args: argparse.Namespace) -> Any:
 def _add(group: Any, item: Field, how: dict[str, Any]) -> None:
     if how.get("type") not in (None, int, float):
         how["type"] = argument_type(how["type"])
-    if how["help"]:
-        how["help"] = how["help"].replace("%", "%%")
+    text = how["help"] or ""
+    if type(item.default) in (int, float, str) and "(default" not in text:
+        text = f"{text} (default: {item.default})".lstrip()
+    how["help"] = text.replace("%", "%%") or None
     if how.pop("positional", False):
         group.add_argument(item.name, **how)
         return

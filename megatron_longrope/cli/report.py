@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.cli.flags import add_command
-from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.options import Options, flag
 
 
@@ -15,16 +14,9 @@ from megatron_longrope.options import Options, flag
 class ReportOptions(Options):
     """What `longrope report` is told."""
 
-    directory: tuple[Path, ...] = flag(
-        positional=True,
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="holds, at any depth, what `longrope eval` wrote "
-        f"({', '.join(f'{kind}.jsonl' for kind in KINDS)}); also LongRoPE JSON files, "
-        "*.journal.jsonl and, at its top, facts.json",
-    )
-
+    directory: tuple[Path, ...] = flag(positional=True, type=Path, nargs="+", metavar="DIR")
+    """holds, at any depth, what `longrope eval` wrote (ppl.jsonl, passkey.jsonl, ...); also
+    LongRoPE JSON files, *.journal.jsonl and, at its top, facts.json"""
     output: str | None = flag(None, metavar="FILE")
     """the page to write (default: DIR/report.html, and with several DIR ./report.html)"""
     expect: str | None = flag(None, metavar="F.csv")
