@@ -1,9 +1,10 @@
-"""README's way from a checkpoint to a long context, command by command, with a toy model."""
+"""README's way to a long context, and pages of docs/, command by command with a toy model."""
 
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -29,6 +30,12 @@ TOY = {
     r"\b32k\b": "512",
     r"\b4k\b": "256",
     r"\b131072\b": "1024",
+    r"\b2k\b": "128",
+    r"\b2048k\b": "2k",
+    r"\b256k\b": "1k",
+    r"--context-parallel-size 8": "--context-parallel-size 2",
+    r"\blong_books/": "books/",
+    r"\btokenizer\.model\b": "models/base",
     r" --bf16": " --cpu --log-interval 1",
     r"--global-batch-size 32": "--global-batch-size 2",
     r"--train-iters 400": "--train-iters 2",
@@ -39,20 +46,26 @@ TOY = {
 }
 
 
+# What needs a download or more than a toy.
+NOT_HERE = ("eval ruler", "eval short", "eval tasks", "...")
+
+
+def commands(text):
+    """The commands of a text with toy sizes, in their order."""
+    found = re.findall(r"^ {4,}((?:longrope|torchrun) .+)$", text.replace("\\\n", " "), re.M)
+    for command in (" ".join(words.split()) for words in found):
+        for pattern, replacement in TOY.items():
+            command = re.sub(pattern, replacement, command)
+        if not any(words in command for words in NOT_HERE):
+            yield command
+
+
 def steps():
-    """README's commands in their order, with the pretrain command as its diff leaves it."""
+    """README's commands, the one of pretraining as its diff leaves it."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     text = text.partition("## From a checkpoint")[2].partition("\n## ")[0]
     text = re.sub(r"^```diff\n(?:-.*\n)*", "", text, flags=re.M)
-    text = re.sub(r"^[+ ](?=torchrun|    |--)", "    ", text, flags=re.M).replace("\\\n", " ")
-    commands = re.findall(r"^ {4,}((?:longrope|torchrun) .+)$", text, re.M)
-    return [" ".join(command.split()) for command in commands]
-
-
-def toy(command):
-    for pattern, replacement in TOY.items():
-        command = re.sub(pattern, replacement, command)
-    return command
+    return list(commands(re.sub(r"^[+ ](?=torchrun|    |--)", "    ", text, flags=re.M)))
 
 
 @pytest.fixture(scope="module")
@@ -74,36 +87,41 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def said(folder):
-    """Run the steps; what each of them printed."""
-    printed = {}
-
-    def run(command):
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        printed[command] = done.stdout + done.stderr
-
+def run(folder):
+    """Runs a command in the folder; gives what it printed."""
     with forked_commands() as programs:
         environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
-        for command in map(toy, steps()):
-            if "(flags of your model)" in command:
-                flags = next(iter(printed.values())).partition("flags of this model:")[2]
-                flags = flags.partition("or, read from")[0].replace("\\\n", " ")
-                flags = shlex.join(shlex.split(flags)[2:])  # without --load
-                command = command.replace("(flags of your model)", flags)
-            run(command)
-            if "data prepare" in command:  # the sentence below it in README
-                run(command.replace("books/", "other/").replace("data/search", "data/heldout"))
-                segments = command.replace("books/", "train/").replace("data/search", "data/train")
-                run(segments.partition("--whole-documents")[0] + "--segment-length 1k")
+
+        def run(command):
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            return done.stdout + done.stderr
+
+        yield run
+
+
+@pytest.fixture(scope="module")
+def said(run):
+    """Run the steps; what each of them printed."""
+    printed = {}
+    for command in steps():
+        if "(flags of your model)" in command:
+            flags = next(iter(printed.values())).partition("flags of this model:")[2]
+            flags = flags.partition("or, read from")[0].replace("\\\n", " ")
+            flags = shlex.join(shlex.split(flags)[2:])  # without --load
+            command = command.replace("(flags of your model)", flags)
+        printed[command] = run(command)
+        if "data prepare" in command:  # the sentence below it in README
+            run(command.replace("books/", "other/").replace("data/search", "data/heldout"))
+            segments = command.replace("books/", "train/").replace("data/search", "data/train")
+            run(segments.partition("--whole-documents")[0] + "--segment-length 1k")
     return printed
 
 
 def test_every_step_of_the_readme_runs_in_its_order(said):
-    assert len(said) == len(steps()) + 2
-    assert len(steps()) == 11
+    assert len(said) == 11
 
 
 def test_the_steps_end_in_a_report_and_a_model_with_short_and_long_factors(folder, said):
@@ -122,3 +140,28 @@ def test_the_fine_tuning_takes_its_steps_under_the_searched_factors(said):
     (log,) = (text for command, text in said.items() if "pretrain" in command)
     assert re.search(r"iteration +2/ +2 \|.*lm loss", log)
     assert "factors.json" in log or "LongRoPE" in log
+
+
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [
+        ("howto/extend_7b.md", 3),
+        ("howto/short_prompts.md", 3),
+        ("howto/vllm.md", 2),
+        ("howto/out_of_memory.md", 2),
+        ("serving.md", 2),
+        ("evaluation.md", 4),
+    ],
+)
+def test_a_page_that_goes_on_from_there_runs_in_its_order(folder, said, run, page, number):
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    found = list(commands(text))
+    assert len(found) == number
+    for command in found:
+        if (
+            " search " in command and "--dry-run" not in command
+        ):  # README's result, or another page's, has that name
+            output = command.split("--output ")[1].split()[0].removesuffix(".json")
+            for path in folder.glob(f"{output}[._]*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run(command)
