@@ -158,9 +158,8 @@ def test_a_page_that_goes_on_from_there_runs_in_its_order(folder, said, run, pag
     found = list(commands(text))
     assert len(found) == number
     for command in found:
-        if (
-            " search " in command and "--dry-run" not in command
-        ):  # README's result, or another page's, has that name
+        # README's result, or another page's, has that name.
+        if " search " in command and "--dry-run" not in command:
             output = command.split("--output ")[1].split()[0].removesuffix(".json")
             for path in folder.glob(f"{output}[._]*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
