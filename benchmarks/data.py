@@ -24,6 +24,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,14 +32,17 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
+
 import measure
 import numpy as np
 import torch
+from train_tokenizer import train_sentencepiece
 
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments
-from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
 
 DOCUMENT_CHARACTERS = 100_000
 SEGMENT_LENGTH = 4096

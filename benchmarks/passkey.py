@@ -34,13 +34,16 @@ from typing import Any
 # Megatron decorates small functions with torch.compile, which costs minutes on a CPU.
 os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
+
 import measure
 import torch
 from torch import Tensor, nn
+from train_tokenizer import train_sentencepiece
 
 from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.data.tokenizer import Tokenizer, train_sentencepiece
+from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_longrope.engine import Engine, load_engine
 from megatron_longrope.evaluation.passkey_prompt import (
     MAX_NEW_TOKENS,
@@ -114,7 +117,8 @@ def make_model(directory: Path, geometry: Geometry, longest: int) -> None:
 def make_tokenizer(directory: Path) -> Tokenizer:
     """Llama 2's way with numbers: a token for the space, one for each digit."""
     texts = [prompt(key, 200, 100) for key in range(1, 50000, 997)]
-    return train_sentencepiece(texts, directory / "tokenizer.model", 420)
+    train_sentencepiece(texts, directory / "tokenizer.model", 420)
+    return load_tokenizer(directory / "tokenizer.model")
 
 
 class Comparison:

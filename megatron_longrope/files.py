@@ -167,14 +167,6 @@ def read_json(path: str | Path) -> Any:
     except LongRopeError as error:
         raise LongRopeError(f"{path}: {error}") from None
     except json.JSONDecodeError as error:
-        content = text.strip()
-        # A cut within a string, number or word stops the parser at the start of that token.
-        open_ended = content[0] in "{[" and content[-1] not in "}]" and error.msg != "Extra data"
-        if open_ended or error.pos >= len(text.rstrip()):
-            raise LongRopeError(
-                f"{path}: the JSON ends in the middle (line {error.lineno}); "
-                "the file is truncated, write or copy it again"
-            ) from None
         raise LongRopeError(
             f"{path}: not valid JSON at line {error.lineno} column {error.colno}: {error.msg}"
         ) from None

@@ -1,33 +1,23 @@
-"""`longrope data`: train a tokenizer, prepare a Megatron data set, inspect one."""
+"""`longrope data`: prepare a Megatron data set, inspect one."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from megatron_longrope import api
 from megatron_longrope.cli.flags import add_command
-from megatron_longrope.data.options import InspectSetOptions, PrepareOptions, TokenizerOptions
+from megatron_longrope.data.options import InspectSetOptions, PrepareOptions
 from megatron_longrope.lengths import format_length
 
 
 def add_parser(commands: Any, about: str | None = None) -> None:
-    """Add `data` with its three subcommands."""
+    """Add `data` with its two subcommands."""
     data = commands.add_parser(
         "data",
         help=about,
         description="Prepare data sets for fine-tuning, search and evaluation.",
     )
     actions = data.add_subparsers(dest="data_command", required=True, metavar="ACTION")
-    add_command(
-        actions,
-        "tokenizer",
-        TokenizerOptions,
-        _run_tokenizer,
-        help="train a sentencepiece tokenizer",
-        description="Train a lossless sentencepiece BPE model (byte fallback, single digits).",
-    )
     add_command(
         actions,
         "prepare",
@@ -46,31 +36,6 @@ def add_parser(commands: Any, about: str | None = None) -> None:
         description="Print the manifest of a set and check every token against it: exit 1 when a "
         "segment is misaligned or the data differ from the manifest.",
     )
-
-
-def _run_tokenizer(options: TokenizerOptions) -> None:
-    from megatron_longrope.data.sources import find_source_files, iterate_documents
-    from megatron_longrope.data.tokenizer import train_sentencepiece
-
-    skipped: list[Any] = []
-    documents = iterate_documents(
-        find_source_files(options.input),
-        options.text_key,
-        on_skip=skipped.append if options.on_error == "skip" else None,
-    )
-    tokenizer = train_sentencepiece(
-        (document.text for document in documents),
-        Path(options.output),
-        options.vocab_size,
-        max_sentences=options.max_sentences,
-        seed=options.seed,
-        overwrite=options.overwrite,
-    )
-    for item in skipped[:10]:
-        print(f"skipped {item}", file=sys.stderr)
-    size = tokenizer.vocab_size
-    print(f"wrote {options.output}: {size} tokens, {len(skipped)} documents skipped")
-    print(f"sha256 {tokenizer.sha256}")
 
 
 def _run_prepare(options: PrepareOptions) -> None:

@@ -1,11 +1,16 @@
-"""Questions and answers as tokens to be put together, so that scoring equals generation."""
+"""Needles, questions and answers as tokens put together, so that scoring equals generation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.errors import LongRopeError
+
+# How far, in tokens, a needle may move to the end of a line or sentence.
+_SEARCHED = 64
 
 
 def encode_within(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -69,3 +74,58 @@ def question_and_answer(
         spans.append(slice(first - len(question), len(whole) - len(question)))
         ids = whole
     return question, ids[len(question) :], tuple(spans)
+
+
+def cut_document(document: np.ndarray, what: str, length: int, beside: int) -> list[int]:
+    """As many tokens of a document as fit into a sample of `length` beside those of the prompt.
+
+    Raises:
+        LongRopeError: The length leaves no room, or the document does not fill it.
+    """
+    if length <= beside:
+        raise LongRopeError(
+            f"length {length} is too short for a needle sample, which needs {beside} tokens "
+            f"besides the document; give at least {beside + 1}"
+        )
+    if len(document) < length - beside:
+        raise LongRopeError(
+            f"{what} has {len(document)} tokens; a needle sample of {length} tokens "
+            f"needs {length - beside} of a document: give longer documents or a shorter length"
+        )
+    return document[: length - beside].tolist()
+
+
+def needle_place(
+    text: list[int], depth: float, tokenizer: Tokenizer, taken: Collection[int] = ()
+) -> int:
+    """Number of tokens before a needle: the nearest end of a line, else of a sentence, else exact.
+
+    Args:
+        text (list[int]): Tokens of the document.
+        depth (float): 0 (before the text) to 1 (behind it).
+        tokenizer (Tokenizer): The one that made them.
+        taken (Collection[int]): Ends where other needles stand. Defaults to none.
+    """
+    exact = round(depth * len(text))
+    low, high = max(exact - _SEARCHED, 0), min(exact + _SEARCHED, len(text))
+    nearest_first = sorted(range(low, high + 1), key=lambda place: (abs(place - exact), place))
+    for ends in (_ends_line, _ends_sentence):
+        for place in nearest_first:
+            if place not in taken and ends(text, place, tokenizer):
+                return place
+    return exact
+
+
+def _ends_line(text: list[int], place: int, tokenizer: Tokenizer) -> bool:
+    # Both ends of the text count, so that depths 0 and 1 are exact.
+    if place in (0, len(text)):
+        return True
+    return tokenizer.decode(text[place - 1 : place]).endswith("\n")
+
+
+def _ends_sentence(text: list[int], place: int, tokenizer: Tokenizer) -> bool:
+    last = tokenizer.decode(text[place - 1 : place])
+    if not last.endswith((".", "!", "?")):
+        return False
+    # Decoded together, as some tokenizers drop a token's leading space when it stands alone.
+    return tokenizer.decode(text[place - 1 : place + 1])[len(last) :][:1].isspace()

@@ -61,7 +61,13 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
 
 
 def read_window_documents(
-    prefix: str | Path, window: int, limit: int, *, windows: int = 1, bos: int | None = None
+    prefix: str | Path,
+    window: int,
+    limit: int,
+    *,
+    windows: int = 1,
+    bos: int | None = None,
+    least: int | None = None,
 ) -> tuple[list[np.ndarray], int | None]:
     """Read documents that fill `windows` windows of `window` tokens; see :func:`read_documents`.
 
@@ -71,6 +77,7 @@ def read_window_documents(
         limit (int): How many documents.
         windows (int): Windows in each document, side by side.
         bos (int, optional): Token id before every window. Defaults to the set's, or none.
+        least (int, optional): Documents that will do where there are no more. Defaults to `limit`.
 
     Returns:
         tuple[list[np.ndarray], int | None]: Documents without special tokens, and the id of BOS;
@@ -90,18 +97,22 @@ def read_window_documents(
     if bos is not None:
         check_bos(bos, manifest["vocab_size"])
     content = windows * (window - len(bos_prefix(bos_id)))
-    return read_documents(prefix, min_length=content, limit=limit), bos_id
+    return read_documents(prefix, content, limit, least), bos_id
 
 
 def read_documents(
-    prefix: str | Path, min_length: int | None = None, limit: int | None = None
+    prefix: str | Path,
+    min_length: int | None = None,
+    limit: int | None = None,
+    least: int | None = None,
 ) -> list[np.ndarray]:
     """Read the documents (or segments) of a Megatron .bin/.idx pair, with or without a manifest.
 
     Args:
         prefix (Path): Path of the set without .bin or .idx.
         min_length (int, optional): Only documents of at least this many tokens. Defaults to all.
-        limit (int, optional): Read exactly the first `limit` of them. Defaults to all.
+        limit (int, optional): Read the first `limit` of them. Defaults to all.
+        least (int, optional): How many there must be. Defaults to `limit`.
 
     Returns:
         list[np.ndarray]: Token ids, int64 [n], in the order of the file.
@@ -116,9 +127,9 @@ def read_documents(
     lengths = offsets[ends] - offsets[starts]
     wanted = np.flatnonzero(lengths >= (min_length or 1))
     kind = f"documents of at least {min_length} tokens" if min_length else "documents"
-    if not len(wanted) or (limit is not None and len(wanted) < limit):
+    if len(wanted) < (needed := least or limit or 1):
         raise LongRopeError(
-            f"{prefix} holds {len(wanted)} {kind}, {limit or 1} needed (the longest has "
+            f"{prefix} holds {len(wanted)} {kind}, {needed} needed (the longest has "
             f"{lengths.max()} tokens); ask for fewer or shorter ones, or prepare a larger set "
             "with `longrope data prepare --whole-documents --min-length N`"
         )

@@ -12,50 +12,24 @@ from megatron_longrope.options import Options, bos_flag, flag, parse_positive
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Input(Options):
+class PrepareOptions(Options):
+    """What `longrope data prepare` is told."""
+
     input: tuple[str, ...] | None = flag(
         None, nargs="+", metavar="PATH", exclusive="input", required=True
     )
     """.txt (one document), .jsonl, also .gz or .zst (one document per line), .json.gz, .json.zst
     (the same) or .parquet files, folders saved by datasets' save_to_disk, or directories of these,
     which are read recursively in sorted order"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Mix(Options):
     mix: str | None = flag(None, metavar="FILE.json", exclusive="input", required=True)
     """several sources: {"NAME": {"paths": [...], "text_key": "text", "weight": 1, "upsample_long":
     {"above": "32k", "factor": 4}}, ...}"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reading(Options):
     text_key: str = flag("text", metavar="KEY")
     """key of the text in JSON lines, or column (default: text)"""
     on_error: str = flag("fail", choices=("fail", "skip"))
     """at a document that cannot be read: stop, or count it and go on (default: fail)"""
     overwrite: bool = flag(False)
     """replace existing output"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerOptions(_Reading, _Input):
-    """What `longrope data tokenizer` is told."""
-
-    vocab_size: int = flag(type=parse_positive, metavar="N")
-    """tokens in the vocabulary, of which 260 are fixed (special tokens, newline, bytes)"""
-    output: str = flag(metavar="X.model")
-    """the model file to write"""
-    max_sentences: int = flag(500_000, type=parse_positive, metavar="N")
-    """train on a random sample of at most N lines, which bounds memory, about 3 KB a line (default:
-    500000)"""
-    seed: int = flag(0, type=int, metavar="N")
-    """seed of that sample (default: 0)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareOptions(_Reading, _Mix, _Input):
-    """What `longrope data prepare` is told."""
 
     tokenizer: str = flag(metavar="PATH")
     """sentencepiece .model file or Hugging Face tokenizer folder"""

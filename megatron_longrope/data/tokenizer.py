@@ -1,4 +1,4 @@
-"""One interface over sentencepiece and Hugging Face tokenizers, and a trainer for sentencepiece.
+"""One interface over sentencepiece and Hugging Face tokenizers.
 
 Neither adds special tokens: BOS and EOS are placed by :mod:`megatron_longrope.data.segments` and by
 the evaluation code, which know where a sequence starts and ends.
@@ -7,15 +7,12 @@ the evaluation code, which know where a sequence starts and ends.
 from __future__ import annotations
 
 import hashlib
-import io
-import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import check_folder, refuse_existing, write_bytes_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 # Files that define a Hugging Face tokenizer, in the order in which transformers prefers them.
@@ -40,9 +37,6 @@ PROBES = (
 
 # A line of a tiktoken vocabulary: a token in base64 and its rank.
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
-
-# sentencepiece drops sentences over max_sentence_length bytes; a character has at most 4 bytes.
-_CHUNK_CHARACTERS = 2048
 
 
 class Tokenizer(Protocol):
@@ -73,8 +67,8 @@ class SentencePieceTokenizer:
     """A sentencepiece `.model` file.
 
     Encoding is exactly sentencepiece's, so the character U+2581, its stand-in for a space, decodes
-    to a space; all other text survives the round trip through a model of
-    :func:`train_sentencepiece`.
+    to a space; all other text survives the round trip through a model with byte fallback that does
+    not normalize.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -301,97 +295,6 @@ def decode_generated(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return tokenizer.decode(
         [token for token in ids if token < tokenizer.vocab_size and token not in special]
     )
-
-
-def train_sentencepiece(
-    texts: Iterable[str],
-    output: str | Path,
-    vocab_size: int,
-    *,
-    max_sentences: int = 500_000,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> SentencePieceTokenizer:
-    """Train a lossless BPE model: byte fallback, single digits, newlines and indentation kept.
-
-    Ids: 0 `<unk>` (never used, bytes take its place), 1 `<s>`, 2 `</s>`, then newline, 256 bytes
-    and the learned pieces. The same texts, size and seed give the same file.
-
-    Args:
-        texts (Iterable[str]): Documents; consumed once, as a stream.
-        output (Path): The `.model` file to write, atomically.
-        vocab_size (int): Number of tokens, special tokens and bytes included.
-        max_sentences (int): Train on a random sample of at most this many lines, which bounds
-            memory (about 3 KB a line of source code). Defaults to 500,000.
-        seed (int): Seed of that sample. Defaults to 0.
-        overwrite (bool): Replace an existing file.
-
-    Raises:
-        LongRopeError: There is no text, or it does not support `vocab_size` tokens.
-    """
-    import sentencepiece
-
-    output = Path(output)
-    refuse_existing([output], overwrite)
-    check_folder(output.parent)
-    lines = _sample(_training_lines(texts), max_sentences, seed)
-    if not lines:
-        raise LongRopeError("the input holds no text; a tokenizer needs some to learn from")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            user_defined_symbols=["\n"],
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            max_sentence_length=4 * _CHUNK_CHARACTERS,
-            num_threads=2,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise LongRopeError(
-            f"vocab size {vocab_size} does not suit this text (sentencepiece: {reason}); "
-            "it must cover 260 fixed tokens and the alphabet, and needs enough text to fill the "
-            "rest: choose another size or give more text"
-        ) from None
-    refuse_existing([output], overwrite)  # training takes long enough for another one to end
-    write_bytes_atomic(output, model.getvalue())
-    return SentencePieceTokenizer(output)
-
-
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines without their newline, cut so that sentencepiece drops none for its length."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), _CHUNK_CHARACTERS):
-                yield line[start : start + _CHUNK_CHARACTERS]
-
-
-def _sample(lines: Iterable[str], size: int, seed: int) -> list[str]:
-    """A uniform sample of at most `size` lines, in one pass (reservoir sampling).
-
-    sentencepiece can sample too, but seeds its generator only once in a process.
-    """
-    rng = random.Random(seed)
-    kept: list[str] = []
-    for index, line in enumerate(lines):
-        if index < size:
-            kept.append(line)
-        elif (place := rng.randrange(index + 1)) < size:
-            kept[place] = line
-    return kept
 
 
 def _valid_id(token: int) -> int | None:

@@ -1,13 +1,12 @@
-"""Needle retrieval in real documents: numbers hidden between sentences, asked for at the end.
+"""Needle retrieval in real documents: numbers hidden between lines, asked for at the end.
 
 Three tasks in the manner of RULER (arXiv 2404.06654), in words of our own: `single` hides one
 number; `multi_key` hides several, each of another object, and asks for one; `multi_query` hides
 several and asks for some of them in one question. A sample is scored in one teacher-forced forward:
 by recall, and by the perplexity of the numbers' tokens alone (LongRoPE2, arXiv 2502.20082).
 
-Samples are put together from tokens (see :mod:`megatron_longrope.evaluation.haystack`), so that
-each is exactly as long as asked for with the answer at its end. The document is cut to what fits
-by tokens, wherever in a sentence that is.
+Samples are put together from tokens, so that each is exactly as long as asked for with the answer
+at its end. The document is cut to what fits by tokens, wherever in a sentence that is.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_longrope.data.answers import encode_within, question_and_answer
-from megatron_longrope.data.sentences import Splitter
-from megatron_longrope.data.sources import Document
+from megatron_longrope.data.answers import (
+    cut_document,
+    encode_within,
+    needle_place,
+    question_and_answer,
+)
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.haystack import NeedleDocument
 from megatron_longrope.evaluation.needle_text import (
     INSTRUCTION,
     NUM_KEYS,
@@ -57,77 +58,9 @@ class NeedleSample:
     """Where each needle stands: the share of the document's tokens that come before it."""
 
 
-def prepare_documents(
-    documents: Sequence[Document],
-    splitter: Splitter,
-    tokenizer: Tokenizer,
-    lengths: Sequence[int],
-    *,
-    tasks: Sequence[str] = TASKS,
-    num_needles: int = 4,
-    num_queries: int = 2,
-    limit: int = 10,
-) -> list[NeedleDocument]:
-    """Encode the first `limit` documents of at least as many tokens as the largest length.
-
-    All lengths are thus measured in the same documents. Whatever samples may be refused for shows
-    here, before a model is loaded: one of each task and length is made of each document, and those
-    of which one cannot be made are passed over.
-
-    Args:
-        documents (Sequence[Document]): In order of preference.
-        splitter (Splitter): At best trained on their texts.
-        tokenizer (Tokenizer): The model's.
-        lengths (Sequence[int]): Tokens of the samples to be made.
-        tasks (Sequence[str]): Some of :data:`TASKS`.
-        num_needles (int): See :func:`make_sample`.
-        num_queries (int): See :func:`make_sample`.
-        limit (int): Most documents to use; each is encoded up to the largest length.
-
-    Raises:
-        LongRopeError: No document is long enough, or none of the long ones makes every sample; the
-            last refusal is raised.
-    """
-    if limit < 1:
-        raise LongRopeError(f"limit is {limit!r}; at least 1 document is needed")
-    need, longest, refusal = max(lengths), 0, None
-    usable: list[NeedleDocument] = []
-    for document in documents:
-        # A token stands for at least a byte: what is far too short need not be encoded.
-        if len(document.text.encode()) < need:
-            continue
-        encoded = NeedleDocument.encode(document.text, splitter, tokenizer, need, document.id)
-        longest = max(longest, len(encoded.tokens))
-        if len(encoded.tokens) < need:
-            continue
-        try:
-            for task in tasks:
-                for length in lengths:
-                    make_sample(
-                        *(task, encoded, tokenizer, length),
-                        **{"bos_id": tokenizer.bos_id, "depth": 0.5, "seed": 0, "trial": 0},
-                        **{"num_needles": num_needles, "num_queries": num_queries},
-                    )
-        except ValueError as error:
-            refusal = error  # too few places between sentences, for one; others may do
-            continue
-        usable.append(encoded)
-        if len(usable) == limit:
-            break
-    if not usable and refusal is not None:
-        raise refusal
-    if not usable:
-        found = f"the longest has {longest}" if longest else "all have fewer bytes"
-        raise LongRopeError(
-            f"none of {len(documents)} documents has the {need} tokens that the largest length "
-            f"needs ({found}); give longer documents or shorter lengths"
-        )
-    return usable
-
-
 def make_sample(
     task: str,
-    document: NeedleDocument,
+    document: np.ndarray,
     tokenizer: Tokenizer,
     length: int,
     *,
@@ -140,24 +73,25 @@ def make_sample(
 ) -> NeedleSample:
     """Hide numbers in a document and ask for some; the arguments alone decide everything.
 
-    Needles stand between two sentences or before the first, no two at one place. The first one
-    asked for stands at the place nearest to `depth`, the others at random.
+    Needles stand on lines of their own, where :func:`needle_place` puts them: the first one asked
+    for at `depth`, the others at random.
 
     Args:
         task (str): One of :data:`TASKS`.
-        document (NeedleDocument): Of `length` tokens or more, which is always enough.
-        tokenizer (Tokenizer): The one that encoded it.
+        document (np.ndarray): Token ids, int64 [n], without special tokens; `length` of them are
+            always enough.
+        tokenizer (Tokenizer): The one that made them.
         length (int): Tokens of the sample, BOS and answer included.
         bos_id (int, optional): First token; None for none.
-        depth (float): 0 (before the document's text) to 1 (at the last place of what fits).
+        depth (float): 0 (before the document's text) to 1 (behind it).
         seed (int): With task, length, depth and trial, decides objects, numbers and places.
         trial (int): Number of the trial, from 0.
         num_needles (int): Needles of `multi_key` and `multi_query`, at least 2; `single` has one.
         num_queries (int): Numbers that `multi_query` asks for, 2 to `num_needles`.
 
     Raises:
-        LongRopeError: An argument is out of its range; the document has too few tokens or places
-            between sentences; the tokenizer merges question and answer or loses digits.
+        LongRopeError: An argument is out of its range; the document has too few tokens; the
+            tokenizer merges question and answer or loses digits.
     """
     _check(task, depth, num_needles, num_queries)
     count = 1 if task == "single" else num_needles
@@ -170,37 +104,31 @@ def make_sample(
     begin = [*front, *tokenizer.encode(INSTRUCTION)]
     asked_for = question_text(keys[:asked])
     question, answer, spans = question_and_answer(tokenizer, asked_for, values[:asked])
-    needles = [needle_text(*pair) for pair in zip(keys, values, strict=True)]
-    ways = [
-        {form: encode_within(tokenizer, form.format(needle)) for form in set(document.forms)}
-        for needle in needles
-    ]
-    # A needle may have a token more at one place than at another. Places are chosen as if all were
-    # of the longest kind; what that leaves over goes to the document's end.
-    sizes = [sorted(map(len, way.values())) for way in ways]
-    space = length - len(begin) - len(question) - len(answer)
-    room = space - sum(size[-1] for size in sizes)
-    most = space - sum(size[0] for size in sizes)
-    chosen = _choose(document, room, most, length, depth, count, rng)
-    inserted = [ways[j][document.forms[place]] for j, place in enumerate(chosen)]
-    used = space - sum(map(len, inserted))
+    texts = [needle_text(*pair) for pair in zip(keys, values, strict=True)]
+    needles = [encode_within(tokenizer, text) for text in texts]
+    beside = sum(map(len, [begin, *needles, question, answer]))
+    text = cut_document(document, "the document", length, beside)
+    places: list[int] = []
+    for each in [depth, *rng.random(count - 1)]:
+        places.append(needle_place(text, each, tokenizer, places))
 
-    text, positions = _insert(document.tokens[:used], document.places[chosen], inserted)
-    positions = [len(begin) + position for position in positions]
-    parts = [begin, *text, question, answer]
-    ids = np.concatenate([np.asarray(part, np.int64) for part in parts])
-    assert len(ids) == length, (len(ids), length)
-    for needle, at, own in zip(needles, positions, inserted, strict=True):
+    ids, done, positions = begin, 0, [0] * count
+    for j in np.argsort(places).tolist():
+        ids += text[done : places[j]]
+        positions[j], done = len(ids), places[j]
+        ids += needles[j]
+    ids += [*text[done:], *question, *answer]
+    for written, at, own in zip(texts, positions, needles, strict=True):
         around = ids[max(at - _BESIDE, len(front)) : at + len(own) + _BESIDE]
-        _check_readable(tokenizer, needle, around.tolist())
+        _check_readable(tokenizer, written.strip(), around)
     return NeedleSample(
-        tokens=torch.from_numpy(ids)[None],
+        tokens=torch.tensor([ids]),
         num_answer_tokens=len(answer),
         spans=spans,
         keys=keys,
         values=values,
         positions=tuple(positions),
-        depths=tuple(int(document.places[place]) / used for place in chosen),
+        depths=tuple(place / len(text) for place in places),
     )
 
 
@@ -211,21 +139,6 @@ def _check_readable(tokenizer: Tokenizer, needle: str, around: list[int]) -> Non
             f"the tokenizer {tokenizer.path} reads {read!r} where {needle!r} was written; use one "
             "that keeps text as it is"
         )
-
-
-def _insert(
-    tokens: np.ndarray, places: np.ndarray, needles: Sequence[Sequence[int]]
-) -> tuple[list[Sequence[int] | np.ndarray], list[int]]:
-    """Put each needle before the token of its place; return the parts, and where needles begin."""
-    parts: list[Sequence[int] | np.ndarray] = []
-    positions, size, done = [0] * len(needles), 0, 0
-    for j in np.argsort(places).tolist():
-        here = int(places[j])
-        positions[j] = size + here - done
-        size = positions[j] + len(needles[j])
-        parts += [tokens[done:here], needles[j]]
-        done = here
-    return [*parts, tokens[done:]], positions
 
 
 def score(
@@ -252,38 +165,6 @@ def score(
     right = [list(predicted[span]) == answer[span] for span in sample.spans]
     losses = np.concatenate([nll[span] for span in sample.spans])
     return sum(right) / len(right), float(losses.mean())
-
-
-def _choose(
-    document: NeedleDocument,
-    room: int,
-    most: int,
-    length: int,
-    depth: float,
-    count: int,
-    rng: np.random.Generator,
-) -> list[int]:
-    """Indices of `count` places within the first `room` tokens, the one nearest to depth first."""
-    if room < 1:
-        raise LongRopeError(
-            f"length {length} is too short for a needle sample, which needs {length - room} tokens "
-            f"besides the document; give at least {length - room + 1}"
-        )
-    if len(document.tokens) < most:
-        raise LongRopeError(
-            f"document {document.name} has {len(document.tokens)} tokens; a needle sample of "
-            f"{length} tokens needs {most} of a document: give longer documents or a shorter length"
-        )
-    places = document.places[document.places <= room]
-    if len(places) < count:
-        raise LongRopeError(
-            f"document {document.name} has {len(places)} places between sentences in its first "
-            f"{room} tokens, too few for {count} needles; give prose, or code with blank lines, a "
-            "greater length or fewer needles"
-        )
-    nearest = int(np.abs(places - depth * room).argmin())
-    others = np.delete(np.arange(len(places)), nearest)
-    return [nearest, *rng.choice(others, count - 1, replace=False).tolist()]
 
 
 def _check(task: str, depth: float, needles: int, queries: int) -> None:

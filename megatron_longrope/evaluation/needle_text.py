@@ -17,7 +17,7 @@ INSTRUCTION = (
 )
 """What every sample begins with."""
 
-_NEEDLE = "The {key} is kept in locker {value}."
+_NEEDLE = "\nThe {key} is kept in locker {value}.\n"
 _QUESTION = "\n\nThe pages end here. According to a sentence in them, the {keys} is kept in locker"
 _QUESTION_OF_MANY = (
     "\n\nThe pages end here. According to sentences in them, the {keys} are kept, in this order, "
@@ -52,7 +52,7 @@ def draw_keys(count: int, rng: np.random.Generator) -> tuple[tuple[str, ...], tu
 
 
 def needle_text(key: str, value: int) -> str:
-    """Return the sentence that says where an object is."""
+    """Return the line that says where an object is."""
     return _NEEDLE.format(key=key, value=value)
 
 

@@ -51,6 +51,7 @@ def read_scored_documents(
     count: int,
     bos: int | None = None,
     text_key: str = "text",
+    least: int | None = None,
 ) -> ScoredDocuments:
     """Read the first `count` documents that fill a window.
 
@@ -62,6 +63,7 @@ def read_scored_documents(
         count (int): How many documents.
         bos (int, optional): Token id before every window. Defaults to the tokenizer's BOS, or none.
         text_key (str): Key or column of the text. Defaults to `text`.
+        least (int, optional): Documents that will do where there are no more. Defaults to `count`.
 
     Raises:
         LongRopeError: The data is missing, empty, no UTF-8 or of too few long documents; or the
@@ -71,10 +73,10 @@ def read_scored_documents(
         manifest = read_manifest(data)
         if tokenizer and load_tokenizer(tokenizer).sha256 != manifest["tokenizer_sha256"]:
             raise LongRopeError(
-                f"{data} was made with another tokenizer than {tokenizer}; leave --tokenizer out "
-                "or give the one that made it"
+                f"{data} was made with another tokenizer than {tokenizer}; give --tokenizer the "
+                f"one that made it ({manifest['tokenizer']})"
             )
-        tokens, bos_id = read_window_documents(data, window, count, bos=bos)
+        tokens, bos_id = read_window_documents(data, window, count, bos=bos, least=least)
         vocab_size = int(manifest["vocab_size"])
     else:
         if not Path(data).exists():
@@ -88,8 +90,8 @@ def read_scored_documents(
                 "give the model's tokenizer with --tokenizer"
             )
         loaded = load_tokenizer(tokenizer, bos)
-        least = window - len(bos_prefix(loaded.bos_id))
-        tokens = _tokenize(read_texts(data, text_key), data, loaded, least, count)
+        content = window - len(bos_prefix(loaded.bos_id))
+        tokens = _tokenize(read_texts(data, text_key), data, loaded, content, count, least or count)
         bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
     return ScoredDocuments(tokens, bos_id, vocab_size, _sha256(tokens))
 
@@ -117,7 +119,12 @@ def read_texts(
 
 
 def _tokenize(
-    documents: Iterator[Document], data: str, tokenizer: Tokenizer, min_tokens: int, count: int
+    documents: Iterator[Document],
+    data: str,
+    tokenizer: Tokenizer,
+    min_tokens: int,
+    count: int,
+    least: int,
 ) -> list[np.ndarray]:
     found, seen, longest = [], 0, 0
     for document in documents:
@@ -127,10 +134,12 @@ def _tokenize(
             found.append(np.asarray(ids, dtype=np.int64))
         if len(found) == count:
             return found
+    if len(found) >= least:
+        return found
     if not seen:
         raise LongRopeError(f"{data} holds no document; give a file with text in it")
     raise LongRopeError(
-        f"{data} holds {len(found)} documents of at least {min_tokens} tokens, {count} needed "
+        f"{data} holds {len(found)} documents of at least {min_tokens} tokens, {least} needed "
         f"(it has {seen} documents, the longest of {longest} tokens); ask for fewer or shorter ones"
     )
 

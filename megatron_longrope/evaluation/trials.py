@@ -103,7 +103,7 @@ def section(
         "scoring": distinct(records, "scoring"),
         "seeds": distinct(records, "seed"),
         "tokens of the prompts": span(records, "num_tokens"),
-        "documents": f"{documents}" if (documents := _distinct_count(records)) else "",
+        "sources": distinct(records, "sources"),
     }
     return Section(title, tables, figures, facts=facts)
 
@@ -144,7 +144,3 @@ def summary(rows: Iterable[Row], names: Sequence[str], found: str) -> list[tuple
 
 def _ascending(counted: Mapping[Series, Mapping[Any, Tally]]) -> dict[Series, dict[Any, Tally]]:
     return {series: dict(sorted(row.items())) for series, row in counted.items()}
-
-
-def _distinct_count(records: Sequence[Row]) -> int:
-    return len({row["document_sha256"] for row in records if row.get("document_sha256")})

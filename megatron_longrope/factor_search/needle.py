@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from megatron_longrope.config_rules import check_int
-from megatron_longrope.data.answers import encode_within, question_and_answer
+from megatron_longrope.data.answers import (
+    cut_document,
+    encode_within,
+    needle_place,
+    question_and_answer,
+)
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
 
@@ -35,9 +40,6 @@ _QUESTION = (
 )
 
 _SMALLEST, _LARGEST = 1_000_000, 9_999_999  # seven digits, as in the paper
-
-# How far, in tokens, a needle may move to the end of a line or sentence.
-_SEARCHED = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ def needle_samples(
         which = row % len(documents)
         parts = _Parts.of(tokenizer, bos_id, number)
         text = _trimmed(documents[which], which, length, parts, tokenizer)
-        place = _place(text, depths[row % len(depths)], tokenizer)
+        place = needle_place(text, depths[row % len(depths)], tokenizer)
         ids = [*parts.before, *text[:place], *parts.needle, *text[place:], *parts.after]
         tokens[row] = torch.tensor(ids)
         scored[row, length - 1 - parts.num_answer_tokens :] = True
@@ -150,47 +152,10 @@ def _trimmed(
 ) -> list[int]:
     """As much of the document as fits beside the other parts."""
     fixed = len(parts.before) + len(parts.needle) + len(parts.after)
-    if length <= fixed:
-        raise LongRopeError(
-            f"length {length} is too short for a needle sample, which needs {fixed} tokens besides "
-            f"the document; give at least {fixed + 1}"
-        )
-    if len(document) < length - fixed:
-        raise LongRopeError(
-            f"document {index} has {len(document)} tokens; a needle sample of {length} tokens "
-            f"needs {length - fixed} of a document: give longer documents or a shorter length"
-        )
-    text = document[: length - fixed].tolist()
+    text = cut_document(document, f"document {index}", length, fixed)
     if max(text) >= tokenizer.vocab_size:
         raise LongRopeError(
             f"document {index} holds token {max(text)}, the tokenizer has {tokenizer.vocab_size}; "
             "give the tokenizer that the documents were made with"
         )
     return text
-
-
-def _place(text: list[int], depth: float, tokenizer: Tokenizer) -> int:
-    """Number of tokens before the needle: the nearest end of a line or sentence, else exact."""
-    exact = round(depth * len(text))
-    low, high = max(exact - _SEARCHED, 0), min(exact + _SEARCHED, len(text))
-    nearest_first = sorted(range(low, high + 1), key=lambda place: (abs(place - exact), place))
-    for ends in (_ends_line, _ends_sentence):
-        for place in nearest_first:
-            if ends(text, place, tokenizer):
-                return place
-    return exact
-
-
-def _ends_line(text: list[int], place: int, tokenizer: Tokenizer) -> bool:
-    # Both ends of the text count, so that depths 0 and 1 are exact.
-    if place in (0, len(text)):
-        return True
-    return tokenizer.decode(text[place - 1 : place]).endswith("\n")
-
-
-def _ends_sentence(text: list[int], place: int, tokenizer: Tokenizer) -> bool:
-    last = tokenizer.decode(text[place - 1 : place])
-    if not last.endswith((".", "!", "?")):
-        return False
-    # Decoded together, as some tokenizers drop a token's leading space when it stands alone.
-    return tokenizer.decode(text[place - 1 : place + 1])[len(last) :][:1].isspace()

@@ -47,7 +47,7 @@ def passkey(length, correct, trial=0, requested=None, **fields):
 def needle(length, recall, trial=0, depth=0.5, task="single", **fields):
     return whose() | {
         "task": task, "length": length, "requested_depth": depth, "depth": depth, "seed": 42,
-        "trial": trial, "document_sha256": "d0", "tokenizer_sha256": "t0",
+        "trial": trial, "documents_sha256": "d0", "tokenizer_sha256": "t0",
         "recall": recall, "nll": 1.0 - recall, "num_needles": 1, "num_queries": 1,
         "num_tokens": length, "seconds": 0.1,
     } | fields  # fmt: skip

@@ -263,15 +263,18 @@ def test_teacher_forcing_passes_exactly_when_greedy_decoding_writes_the_answer(
 def test_needles_are_asked_for_in_every_task_length_and_depth(
     untied_gqa, data, factors, tmp_path, capsys
 ):
-    text = tmp_path / "prose.txt"  # paragraphs, because Punkt learns little from made-up sentences
-    text.write_text("".join(f"The window of row {n} is closed.\n\n" for n in range(200)))
-    rows = evaluate(
-        "needle", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
-        "--tokenizer", data["tokenizer"], "--data", text, "--lengths", "1k", "--depths", "0,1",
-        "--trials", 1,
-    )  # fmt: skip
+    books = tmp_path / "books"
+    books.mkdir()
+    (books / "a.txt").write_text("".join(f"The window of row {n} is closed.\n" for n in range(200)))
+    (books / "b.jsonl").write_text("no JSON\n")  # not read, because one document is enough
+    for source, most in ((books, 1), (data["heldout"], 10)):  # fewer than 10 fill the length
+        rows = evaluate(
+            "needle", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
+            "--tokenizer", data["tokenizer"], "--data", source, "--lengths", "1k",
+            "--depths", "0,1", "--trials", 1, "--num-documents", most,
+        )  # fmt: skip
     assert {row["task"] for row in rows} == {"single", "multi_key", "multi_query"}
-    assert len(rows) == 6 and all(row["num_tokens"] == 1024 for row in rows)
+    assert len(rows) == 12 and all(row["num_tokens"] == 1024 for row in rows)
     assert all(0 <= row["recall"] <= 1 and row["nll"] > 0 for row in rows)
     assert "Needle perplexity" in capsys.readouterr().out
     assert (tmp_path / "needle.csv").read_text().count("\n") == 7

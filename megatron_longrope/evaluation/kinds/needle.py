@@ -1,4 +1,4 @@
-"""Needle retrieval: numbers hidden between the sentences of real documents."""
+"""Needle retrieval: numbers hidden between the lines of real documents."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class NeedleOptions(EvaluationOptions):
 
     GROUP: ClassVar[str] = "needles"
 
-    data: str = flag(metavar="TEXT")
-    """text as `longrope data prepare` reads it: .txt, .jsonl (.gz, .zst), .parquet, a directory"""
+    data: str = flag(metavar="PREFIX|TEXT")
+    """documents: a prepared set, or text as `longrope data prepare` reads it: .txt, .jsonl (.gz,
+    .zst), .parquet, or a directory"""
     text_key: str = text_key_flag()
     tokenizer: str | None = tokenizer_flag()
     bos: int | None = bos_flag()
@@ -57,39 +58,45 @@ class NeedleOptions(EvaluationOptions):
 
 
 def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
-    from megatron_longrope.data.sentences import train_splitter
     from megatron_longrope.evaluation import needle_sample
     from megatron_longrope.evaluation.prompts import open_prompts
-    from megatron_longrope.evaluation.scored_documents import read_texts
+    from megatron_longrope.evaluation.scored_documents import read_scored_documents
 
     if None in options.depths:
         raise LongRopeError("--depths random is for passkey; give a number of depths or a list")
     prompts = open_prompts(options, models)
-    texts = list(read_texts(options.data, options.text_key))
-    documents = needle_sample.prepare_documents(
-        texts,
-        train_splitter([document.text for document in texts]),
-        prompts.tokenizer,
-        options.lengths,
-        tasks=options.tasks,
-        num_needles=options.num_needles,
-        num_queries=options.num_queries,
-        limit=options.num_documents,
+    documents = read_scored_documents(
+        options.data,
+        prompts.tokenizer.path,
+        max(options.lengths),
+        options.num_documents,
+        options.bos,
+        options.text_key,
+        least=1,
     )
 
-    def measure(engine: Any, fields: Row) -> Row:
-        sample = needle_sample.make_sample(
-            fields["task"],
-            documents[fields["trial"] % len(documents)],
+    def sample_of(task: str, length: int, depth: float, trial: int) -> needle_sample.NeedleSample:
+        return needle_sample.make_sample(
+            task,
+            documents.tokens[trial % len(documents.tokens)],
             prompts.tokenizer,
-            fields["length"],
+            length,
             bos_id=prompts.tokenizer.bos_id,
-            depth=fields["requested_depth"],
+            depth=depth,
             seed=options.seed,
-            trial=fields["trial"],
+            trial=trial,
             num_needles=options.num_needles,
             num_queries=options.num_queries,
         )
+
+    # Whatever samples may be refused for shows here, before a model is loaded.
+    for task in options.tasks:
+        for length in options.lengths:
+            sample_of(task, length, 0.5, 0)
+
+    def measure(engine: Any, fields: Row) -> Row:
+        names = ("task", "length", "requested_depth", "trial")
+        sample = sample_of(*(fields[name] for name in names))
         answer = engine.answer(sample.tokens, sample.num_answer_tokens)
         recall, nll = needle_sample.score(sample, answer.predicted, answer.nll)
         return {
@@ -110,8 +117,8 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
                 "trial": trial,
                 "num_needles": 1 if task == "single" else options.num_needles,
                 "num_queries": options.num_queries if task == "multi_query" else 1,
-                "document": documents[trial % len(documents)].name,
-                "document_sha256": documents[trial % len(documents)].sha256(length),
+                "sources": f"{options.data}:{len(documents.tokens)}",
+                "documents_sha256": documents.sha256,
             },
         )
         for target in prompts.targets
@@ -151,7 +158,7 @@ def _sections(rows: Rows, window: int | None) -> list[Section]:
     sections = []
     for task, detail in sorted(parts, key=lambda part: (order.get(part[0], len(order)), part)):
         # Documents are a sample like trials, and pooled; prompts of two tokenizers are not.
-        place = ("length", "requested_depth", "seed", "trial", "document_sha256")
+        place = ("length", "requested_depth", "seed", "trial", "documents_sha256")
         some = parts[task, detail]
         for more, part in split_repeats(some, place, ("tokenizer_sha256", "requested_bos")).items():
             words = joined(task, detail if several[task] > 1 else "", more)
@@ -195,19 +202,18 @@ def _perplexity(tally: Tally) -> Value:
 
 NEEDLE = Kind(
     "needle",
-    help="numbers hidden between the sentences of real documents",
+    help="numbers hidden between the lines of real documents",
     description="Retrieval in real text, in the manner of RULER: one needle, one among others, "
-    "several asked for at once; with the perplexity of the answers alone (LongRoPE2). Sentence "
-    "ends are learnt from the documents themselves; nothing is downloaded.",
+    "several asked for at once; with the perplexity of the answers alone (LongRoPE2).",
     options=NeedleOptions,
     plan=_plan,
     unit="trials",
     summary=_summary,
     key=(
         "task", "length", "requested_depth", "seed", "trial", "num_needles", "num_queries",
-        "document_sha256", "tokenizer_sha256", "requested_bos",
+        "documents_sha256", "tokenizer_sha256", "requested_bos",
     ),
-    required={**trials.REQUIRED, "task": TEXT, "recall": SHARE},
+    required={**trials.REQUIRED, "task": TEXT, "recall": SHARE, "documents_sha256": TEXT},
     optional=trials.OPTIONAL,
     sections=_sections,
 )  # fmt: skip

@@ -2,8 +2,7 @@ import json
 
 import pytest
 from tiny_corpus import make_text
-
-from megatron_longrope.data.tokenizer import train_sentencepiece
+from train_tokenizer import train_sentencepiece
 
 
 @pytest.fixture(scope="session")

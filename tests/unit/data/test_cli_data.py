@@ -16,11 +16,9 @@ def longrope(*words):
     return args.run(args) or 0
 
 
-def test_tokenizer_prepare_and_inspect_work_in_sequence(corpus, tmp_path, capsys):
-    model, prefix = tmp_path / "x.model", tmp_path / "set"
-    assert longrope("tokenizer", "--input", corpus, "--vocab-size", 340, "--output", model) == 0
-    assert re.search(r"340 tokens, 0 documents skipped\nsha256 \w{64}", capsys.readouterr().out)
-    prepare = ("prepare", "--input", corpus, "--tokenizer", model, "--output", prefix)
+def test_prepare_and_inspect_work_in_sequence(corpus, model_path, tmp_path, capsys):
+    prefix = tmp_path / "set"
+    prepare = ("prepare", "--input", corpus, "--tokenizer", model_path, "--output", prefix)
     assert longrope(*prepare, "--segment-length", "1k", "--tail", "pack") == 0
     assert "segments of 1024 tokens (tails: pack)" in capsys.readouterr().out
     assert longrope("inspect", prefix) == 0

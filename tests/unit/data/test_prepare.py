@@ -14,7 +14,7 @@ from megatron_longrope.data.documents import check_set, read_documents, read_man
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
 from megatron_longrope.data.stream import Split
-from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.errors import LongRopeError
 
 S = 64
@@ -256,10 +256,6 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp
     (tmp_path / "file").touch()
     with pytest.raises(LongRopeError, match=r"cannot be a folder: .*file is a file"):
         prepare(["absent.txt"], tmp_path / "file/set", model_path, WholeDocuments())
-    texts = iter(["text"])
-    with pytest.raises(LongRopeError, match=r"cannot be a folder: .*file is a file"):
-        train_sentencepiece(texts, tmp_path / "file/x.model", 340)
-    assert list(texts) == ["text"]
 
 
 def test_a_full_disk_is_one_sentence_and_finished_parts_stay(

@@ -8,12 +8,7 @@ from hypothesis import strategies as st
 from tiny_corpus import make_text
 from toy_tokenizers import save_fast, train_byte_level
 
-from megatron_longrope.data.tokenizer import (
-    _sample,
-    decode_generated,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from megatron_longrope.data.tokenizer import decode_generated, load_tokenizer
 
 CODE = "def f(x):\n    if x:\n\treturn 12345\r\n\n\n        # naïve 日本 🙂  \n"
 
@@ -57,35 +52,6 @@ def test_runs_of_spaces_are_single_tokens(model_path):
 def test_hash_is_the_one_of_the_model_file(model_path):
     expected = hashlib.sha256(model_path.read_bytes()).hexdigest()
     assert load_tokenizer(model_path).sha256 == expected
-
-
-def test_same_seed_gives_the_same_model_file(tmp_path):
-    texts = [make_text(seed, 100) for seed in range(20)]
-    hashes = [
-        train_sentencepiece(texts, tmp_path / f"{name}.model", 320, max_sentences=200, seed=seed)
-        for name, seed in (("a", 5), ("b", 5), ("c", 6))
-    ]
-    assert hashes[0].sha256 == hashes[1].sha256 != hashes[2].sha256
-
-
-@pytest.mark.parametrize(
-    ("texts", "size", "message"),
-    [
-        ([], 300, "holds no text"),
-        (["", "\n"], 300, "holds no text"),
-        (["some text"], 100, "vocab size 100 does not suit"),
-        (["some text"], 5000, "vocab size 5000 does not suit"),
-    ],
-)
-def test_text_that_does_not_fit_the_vocabulary_is_refused(tmp_path, texts, size, message):
-    with pytest.raises(ValueError, match=message):
-        train_sentencepiece(texts, tmp_path / "x.model", size)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_existing_model_is_not_replaced_silently(model_path):
-    with pytest.raises(ValueError, match=r"exists; .*--overwrite"):
-        train_sentencepiece(["text"], model_path, 300)
 
 
 def test_unfit_paths_are_refused_with_the_remedy(tmp_path):
@@ -189,11 +155,3 @@ def test_special_token_names_in_the_text_stay_text_with_hugging_face(hf_folder):
     ids = tokenizer.encode("a </s> b <s>")
     assert min(ids) > 1
     assert tokenizer.decode(ids) == "a </s> b <s>"
-
-
-@pytest.mark.parametrize("size", [1, 7, 50, 51])
-def test_training_sample_holds_distinct_lines_up_to_its_size(size):
-    lines = [str(number) for number in range(50)]
-    sample = _sample(lines, size, seed=1)
-    assert len(set(sample)) == len(sample) == min(size, 50)
-    assert set(sample) <= set(lines)

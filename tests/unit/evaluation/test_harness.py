@@ -21,14 +21,12 @@ from harness_cases import (
     likelihoods,
     rolling,
     run_tasks,
-    train_tokenizer,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import python, spawn
 
 from megatron_longrope.config import FactorSet
-from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation import harness_tasks
@@ -61,11 +59,6 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 def short_lm(engine, tokenizer, **options):
     """As short benchmarks are scored: always with the factors of the original window."""
     return engine_lm(engine, tokenizer, window=maker.ORIGINAL, **options)
@@ -74,11 +67,6 @@ def short_lm(engine, tokenizer, **options):
 def load(path, config=None, **options):
     config = config or maker.longrope_config()
     return load_engine(path, longrope_config=config, hf_parity=True, device="cpu", **options)
-
-
-@pytest.fixture(scope="module")
-def engine(megatron_runs):
-    return load(megatron_runs["untied_gqa"].path)
 
 
 @pytest.fixture
@@ -94,32 +82,15 @@ def ours(engine, tokenizer_file):
 
 
 @pytest.fixture(scope="module")
-def exported(megatron_runs, tokenizer_file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    write_hf_folder(
-        megatron_runs["untied_gqa"].path,
-        folder,
-        longrope_config=maker.longrope_config(),
-        tokenizer=tokenizer_file,
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
 def theirs(exported):
     """lm-eval's own model of the exported folder, limited to the original window."""
     return hf_model(exported, maker.ORIGINAL)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def task_data(tmp_path_factory):
-    """The tasks name their data relative to their folder; nothing is cached outside the test."""
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("data")))
-        patch.chdir(TASKS)
-        yield
+def task_data(data_sets_are_cached_in_the_test):
+    """The tasks name their data relative to their folder."""
+    data_sets_are_cached_in_the_test.chdir(TASKS)
 
 
 def load_one(name, *numbers, include_path=TASKS):

@@ -12,8 +12,9 @@ from toy_tokenizers import (
     save_fast,
     train_byte_level,
 )
+from train_tokenizer import train_sentencepiece
 
-from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.evaluation.passkey_prompt import (
     MAX_NEW_TOKENS,
     check_tokenizer,
@@ -100,9 +101,10 @@ def hugging_face(folder, add_prefix_space=False, groups_of_digits=False):
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
+    train_sentencepiece(TEXTS, folder / "tiny.model", 420)
     return {
         "characters": CharacterTokenizer(),
-        "sentencepiece": train_sentencepiece(TEXTS, folder / "tiny.model", 420),
+        "sentencepiece": load_tokenizer(folder / "tiny.model"),
         "byte-level": hugging_face(folder / "plain"),
         "prefix space": hugging_face(folder / "prefix", add_prefix_space=True),
         "digit groups": hugging_face(folder / "groups", groups_of_digits=True),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import make_megatron_checkpoint as maker
 import pytest
-import torch
 from evaluated import ruler, save, whose
+from harness_cases import hf_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruler_reader import solve
@@ -351,9 +351,7 @@ def test_samples_score_as_with_lm_evals_tasks_and_hf_model_on_the_exported_folde
     import datasets
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.ruler import common_utils
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     task = TASKS[name]
     engine = load_engine(
@@ -386,12 +384,7 @@ def test_samples_score_as_with_lm_evals_tasks_and_hf_model_on_the_exported_folde
                                   "max_gen_toks": task.num_new_tokens},
         }
     )  # fmt: skip
-    lm = HFLM(
-        pretrained=AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(exported),
-        max_length=LONG,
-        batch_size=1,
-    )
+    lm = hf_model(exported, LONG)
     assert [lm.tok_encode(doc["input"] + doc["gen_prefix"]) for doc in docs] == prompts
     results = evaluate(lm=lm, task_dict={name: theirs}, bootstrap_iters=0, log_samples=True)
     written = [entry["resps"][0][0] for entry in results["samples"][name]]

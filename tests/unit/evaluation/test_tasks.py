@@ -18,16 +18,14 @@ from harness_cases import (
     likelihoods,
     rolling,
     run_tasks,
-    train_tokenizer,
 )
 
 from megatron_longrope.cli import main
-from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.tokenizer import load_tokenizer
-from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.harness_tasks import check_tasks, parse_tasks
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("data_sets_are_cached_in_the_test")
 
 TASK = """\
 task: {name}
@@ -65,11 +63,6 @@ NAMES = ",".join(TASKS)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """YAML files and their data."""
     path = tmp_path_factory.mktemp("tasks")
@@ -88,15 +81,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def data_sets_are_cached_in_the_test(tmp_path_factory):
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("data")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def factors(tmp_path_factory):
     path = tmp_path_factory.mktemp("factors") / "factors.json"
@@ -105,32 +89,16 @@ def factors(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def exported(megatron_runs, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    config = maker.longrope_config()
-    run = megatron_runs["untied_gqa"].path
-    write_hf_folder(run, folder, longrope_config=config, tokenizer=tokenizer)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def theirs(exported):
     """lm-eval's own model of the exported folder, up to the extended window."""
     return hf_model(exported, maker.TARGET)
 
 
-@pytest.fixture(scope="module")
-def engine(megatron_runs):
-    return load_engine(
-        megatron_runs["untied_gqa"].path, longrope_config=maker.longrope_config(), device="cpu"
-    )
-
-
 @pytest.fixture
-def command(megatron_runs, factors, tokenizer, folder):
+def command(megatron_runs, factors, tokenizer_file, folder):
     return [
         "eval", "tasks", "--load", f"m={megatron_runs['untied_gqa'].path}", "--longrope-config",
-        str(factors), "--tokenizer", str(tokenizer), "--include-path", str(folder),
+        str(factors), "--tokenizer", str(tokenizer_file), "--include-path", str(folder),
     ]  # fmt: skip
 
 
@@ -167,8 +135,8 @@ def test_every_type_of_task_scores_as_with_lm_evals_own_model_of_the_exported_fo
     assert (tmp_path / "tasks.jsonl").read_bytes() == before
 
 
-def test_requests_of_any_length_are_those_of_lm_evals_own_model(engine, tokenizer, theirs):
-    ours = engine_lm(engine, load_tokenizer(tokenizer))
+def test_requests_of_any_length_are_those_of_lm_evals_own_model(engine, tokenizer_file, theirs):
+    ours = engine_lm(engine, load_tokenizer(tokenizer_file))
     texts = [" ".join(WORDS[k % 9] for k in range(count)) for count in (3, 59, 61, 62, 63, 64, 150)]
     pairs = [(text, end) for text in texts for end in (" of the window", " rotary")]
     for (value, greedy), (other, same) in zip(
@@ -201,7 +169,7 @@ def test_requests_of_any_length_are_those_of_lm_evals_own_model(engine, tokenize
     ids=["LongBench v2", "InfiniteBench", "BABILong"],
 )  # fmt: skip
 def test_lm_evals_own_long_benchmarks_score_as_with_its_own_model(
-    engine, tokenizer, theirs, monkeypatch, family, name, metadata, row
+    engine, tokenizer_file, theirs, monkeypatch, family, name, metadata, row
 ):
     """By their YAML files and functions; the rows are made up, in the data sets' columns."""
     import datasets
@@ -214,7 +182,7 @@ def test_lm_evals_own_long_benchmarks_score_as_with_its_own_model(
     )
     folder = Path(lm_eval.__file__).parent / "tasks" / family
     loaded = check_tasks(parse_tasks(name), include_path=folder, metadata=metadata)
-    ours = engine_lm(engine, load_tokenizer(tokenizer))
+    ours = engine_lm(engine, load_tokenizer(tokenizer_file))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* requests are longer than the window")
         (mine,), (other,) = (run_tasks(lm, loaded) for lm in (ours, theirs))
@@ -232,8 +200,8 @@ def test_a_task_that_runs_what_the_model_writes_is_refused(folder, tmp_path):
 # Which factors
 
 
-def test_a_pinned_window_gives_every_sequence_its_factors(engine, tokenizer):
-    text = load_tokenizer(tokenizer)
+def test_a_pinned_window_gives_every_sequence_its_factors(engine, tokenizer_file):
+    text = load_tokenizer(tokenizer_file)
     pairs = [("the window of", " the length"), (" ".join(WORDS * 3), " factor search")]
     own = likelihoods(engine_lm(engine, text), pairs)
     pinned = likelihoods(engine_lm(engine, text, window=maker.TARGET), pairs)
@@ -247,7 +215,9 @@ def test_a_pinned_window_gives_every_sequence_its_factors(engine, tokenizer):
     assert pinned[0] != own[0]
 
 
-def test_generation_is_pinned_by_prompt_and_room_for_the_answer(engine, tokenizer, monkeypatch):
+def test_generation_is_pinned_by_prompt_and_room_for_the_answer(
+    engine, tokenizer_file, monkeypatch
+):
     from megatron_longrope.engine import generation
 
     pinned, original = [], generation.generate
@@ -255,7 +225,7 @@ def test_generation_is_pinned_by_prompt_and_room_for_the_answer(engine, tokenize
         generation, "generate",
         lambda *given, **more: pinned.append(more["factor_length"]) or original(*given, **more),
     )  # fmt: skip
-    text = load_tokenizer(tokenizer)
+    text = load_tokenizer(tokenizer_file)
     lm = engine_lm(engine, text)
     length = len(lm.tok_encode("the window"))
     for new in (maker.ORIGINAL - length, maker.ORIGINAL - length + 1):
@@ -265,13 +235,13 @@ def test_generation_is_pinned_by_prompt_and_room_for_the_answer(engine, tokenize
 
 
 def test_a_pass_has_no_more_tokens_than_a_batch_of_the_original_window(
-    engine, tokenizer, monkeypatch
+    engine, tokenizer_file, monkeypatch
 ):
     shapes, score = [], engine.score
     monkeypatch.setattr(
         engine, "score", lambda tokens, start: shapes.append(tokens.shape) or score(tokens, start)
     )
-    lm = engine_lm(engine, load_tokenizer(tokenizer), batch_size=4)
+    lm = engine_lm(engine, load_tokenizer(tokenizer_file), batch_size=4)
     tokens = [([1] * n, [2 + n % 7, 3]) for n in (240, 241, 120, 121, 50, 51, 52, 53, 54)]
     lm._loglikelihood_tokens([(None, *pair) for pair in tokens])
     assert [shape[0] for shape in shapes] == [1, 1, 2, 4, 1]

@@ -178,7 +178,7 @@ def test_the_vocabulary_is_the_flags_the_tokenizers_or_that_of_the_known_model(t
     with pytest.raises(ValueError, match="no --vocab-size, which memory and hours depend on"):
         parse(unknown, 1)
 
-    from megatron_longrope.data.tokenizer import train_sentencepiece
+    from train_tokenizer import train_sentencepiece
 
     path = tmp_path / "tokenizer.model"
     train_sentencepiece(["the quick brown fox jumps over the lazy dog " * 20], path, 290)

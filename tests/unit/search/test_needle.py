@@ -16,8 +16,9 @@ from toy_tokenizers import (
     MergingTokenizer,
     SpaceTokenizer,
 )
+from train_tokenizer import train_sentencepiece
 
-from megatron_longrope.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.factor_search.needle import needle_samples
 
 hidden = partial(needle_samples, bos_id=BOS, depths=[0.5])
