@@ -93,7 +93,7 @@ def make_sample(
         LongRopeError: An argument is out of its range; the document has too few tokens; the
             tokenizer merges question and answer or loses digits.
     """
-    _check(task, depth, num_needles, num_queries)
+    _check(task, num_needles, num_queries)
     count = 1 if task == "single" else num_needles
     asked = num_queries if task == "multi_query" else 1
     # One integer for each depth; a list that ends in 0 would seed like one without it.
@@ -167,11 +167,7 @@ def score(
     return sum(right) / len(right), float(losses.mean())
 
 
-def _check(task: str, depth: float, needles: int, queries: int) -> None:
-    if task not in TASKS:
-        raise LongRopeError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
-    if not 0 <= depth <= 1:
-        raise LongRopeError(f"depth is {depth!r}; it must be between 0 and 1")
+def _check(task: str, needles: int, queries: int) -> None:
     if task != "single" and not 2 <= needles <= NUM_KEYS:
         raise LongRopeError(f"num_needles is {needles!r}; {task} takes 2 to {NUM_KEYS}")
     if task == "multi_query" and not 2 <= queries <= needles:
