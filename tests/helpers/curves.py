@@ -19,6 +19,7 @@ from pathlib import Path
 
 import launching
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from train_tokenizer import train_sentencepiece
 
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig
@@ -144,8 +145,8 @@ class Trainer:
         chosen = [path for path in library if 2_000 < path.stat().st_size < _LARGEST_FILE]
         for path in chosen[:_TEXT_FILES]:
             (text / f"{path.stem}.txt").write_bytes(path.read_bytes())
-        tokenizer = ["--input", str(text), "--vocab-size", "512", "--output", str(self.tokenizer)]
-        assert main(["data", "tokenizer", *tokenizer]) == 0
+        texts = [path.read_text(encoding="utf-8") for path in sorted(text.iterdir())]
+        train_sentencepiece(texts, self.tokenizer, 512)
         for times in (1, 4, 8):
             length = times * self.window
             command = ["--input", str(text), "--tokenizer", str(self.tokenizer), "--tail", "pack"]
