@@ -90,6 +90,12 @@ def documents_of(
             f"queries of lengths {queries.lengths} and keys of lengths {keys.lengths} cannot "
             f"share context parallel size {cp_size}; decode without context parallelism"
         )
+    for documents, rows in ((queries, held[0]), (keys, held[1])):
+        if sum(documents.rows) > rows:
+            raise LongRopeError(
+                f"the documents of the pack have {sum(documents.rows)} tokens but the batch "
+                f"{rows}; let cu_seqlens count the tokens of all context-parallel ranks"
+            )
     return queries, keys
 
 
@@ -175,27 +181,50 @@ _OFFSETS = ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_
 
 
 def _read_documents(packed: PackedSeqParams, cp_size: int) -> tuple[Documents, Documents]:
-    queries = _from_cu_seqlens(packed.cu_seqlens_q, packed.cu_seqlens_q_padded)
+    queries = _from_cu_seqlens(packed.cu_seqlens_q, packed.cu_seqlens_q_padded, "cu_seqlens_q")
     keys = queries
     if packed.cu_seqlens_kv is not None and (
         packed.cu_seqlens_kv is not packed.cu_seqlens_q
         or packed.cu_seqlens_kv_padded is not packed.cu_seqlens_q_padded
     ):
-        keys = _from_cu_seqlens(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded)
+        keys = _from_cu_seqlens(packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded, "cu_seqlens_kv")
+    if len(queries.rows) != len(keys.rows):
+        raise LongRopeError(
+            f"cu_seqlens_q has {len(queries.rows)} documents and cu_seqlens_kv {len(keys.rows)}; "
+            "give queries and keys the same documents"
+        )
     check_documents(queries.rows, cp_size)
     # Megatron fills a cu_seqlens tensor of fixed size with its last entry.
-    counts = zip(queries.lengths, queries.rows, keys.lengths, keys.rows, strict=True)
-    used = [i for i, of_document in enumerate(counts) if any(of_document)]
+    used = [i for i in range(len(keys.rows)) if queries.rows[i] or keys.rows[i]]
     return _select(queries, used), _select(keys, used)
 
 
-def _from_cu_seqlens(cu_seqlens: Tensor, padded: Tensor | None) -> Documents:
-    lengths = _differences(cu_seqlens)
-    return Documents(lengths, lengths if padded is None else _differences(padded))
+def _from_cu_seqlens(cu_seqlens: Tensor | None, padded: Tensor | None, name: str) -> Documents:
+    if cu_seqlens is None:
+        raise LongRopeError(f"packed sequences came without {name}; set it in PackedSeqParams")
+    lengths = _differences(cu_seqlens, name)
+    rows = lengths if padded is None else _differences(padded, f"{name}_padded")
+    if len(lengths) != len(rows):
+        raise LongRopeError(
+            f"{name} has {len(lengths)} documents and {name}_padded {len(rows)}; "
+            "describe the same documents in both"
+        )
+    for index, (length, room) in enumerate(zip(lengths, rows, strict=True)):
+        if length > room:
+            raise LongRopeError(
+                f"document {index} has {length} tokens in {name} but {room} rows in "
+                f"{name}_padded; a document needs a row for each token"
+            )
+    return Documents(lengths, rows)
 
 
-def _differences(cu_seqlens: Tensor) -> tuple[int, ...]:
-    return tuple(after - before for before, after in pairwise(cu_seqlens.tolist()))
+def _differences(cu_seqlens: Tensor, name: str) -> tuple[int, ...]:
+    offsets = cu_seqlens.tolist()
+    if cu_seqlens.dim() == 1 and offsets[0] == 0:
+        lengths = tuple(after - before for before, after in pairwise(offsets))
+        if min(lengths, default=0) >= 0:
+            return lengths
+    raise LongRopeError(f"{name} is {offsets}; give one row that starts at 0 and never decreases")
 
 
 def _select(documents: Documents, indices: list[int]) -> Documents:

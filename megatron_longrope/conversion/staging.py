@@ -136,15 +136,15 @@ class StagingFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 
-    def keep(self) -> str:
+    def keep(self, how: str = "") -> str:
         """Close the folder if there is something to continue, else delete it; says so in words."""
         if not self.has_data():
             self.remove()
             return "nothing was left behind"
         self.close()
         return (
-            f"complete files are kept in {self.path}; the same command continues after them, and "
-            "removing that folder gives up the conversion"
+            f"complete files are kept in {self.path}; the same command {how}continues after them, "
+            "and removing that folder gives up the conversion"
         )
 
     def close(self) -> None:
@@ -259,7 +259,7 @@ def staging_folder(
         staging.close()
         raise
     except NotVerified as error:
-        raise LongRopeError(f"{error}; {staging.keep()}") from error
+        raise LongRopeError(f"{error}; {staging.keep('with --no-verify ')}") from error
     except LongRopeError:
         staging.remove()
         raise

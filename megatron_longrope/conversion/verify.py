@@ -130,8 +130,8 @@ def verify(
         if not is_out_of_memory(error):
             raise
         raise NotVerified(
-            "verification ran out of memory, which must hold both models in fp32; convert with "
-            "--no-verify, or verify on a machine with more"
+            "verification ran out of memory, which must hold both models in fp32; use a machine "
+            "with more, or leave it out of a conversion with --no-verify"
         ) from error
     return VerificationReport(tuple(differences), tolerance)
 

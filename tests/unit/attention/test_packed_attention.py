@@ -180,11 +180,14 @@ def refusal(packed, rows=8, cp_size=1, **options) -> str:
     return str(error.value)
 
 
-def packed_params(queries, keys=None) -> PackedSeqParams:
+def packed_params(queries, padded=None, keys=None) -> PackedSeqParams:
+    tensors = [None if offsets is None else torch.tensor(offsets) for offsets in (queries, padded)]
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=torch.tensor(queries),
-        cu_seqlens_kv=torch.tensor(keys or queries),
+        cu_seqlens_q=tensors[0],
+        cu_seqlens_q_padded=tensors[1],
+        cu_seqlens_kv=tensors[0] if keys is None else torch.tensor(keys),
+        cu_seqlens_kv_padded=tensors[1],
     )
 
 
@@ -199,6 +202,43 @@ def test_a_document_that_does_not_split_over_the_ranks_is_refused():
     assert refusal(packed_params([0, 4, 14, 22, 30]), cp_size=2) == (
         "packed document 1: sequence length 10 is not divisible by 2 x context parallel size "
         "2 = 4; use 12 or another context parallel size"
+    )
+
+
+def test_more_tokens_than_the_batch_holds_are_refused():
+    assert refusal(packed_params([0, 4, 12]), rows=8) == (
+        "the documents of the pack have 12 tokens but the batch 8; let cu_seqlens count the tokens "
+        "of all context-parallel ranks"
+    )
+
+
+@pytest.mark.parametrize("offsets", [[1, 8], [0, 5, 3, 8], [[0, 4, 8]]])
+def test_offsets_that_make_no_sense_are_refused(offsets):
+    assert refusal(packed_params(offsets)) == (
+        f"cu_seqlens_q is {offsets}; give one row that starts at 0 and never decreases"
+    )
+
+
+def test_a_pack_without_offsets_is_refused():
+    assert refusal(packed_params(None)) == (
+        "packed sequences came without cu_seqlens_q; set it in PackedSeqParams"
+    )
+
+
+def test_more_tokens_than_rows_are_refused():
+    assert refusal(packed_params([0, 5, 8], padded=[0, 4, 8])) == (
+        "document 0 has 5 tokens in cu_seqlens_q but 4 rows in cu_seqlens_q_padded; "
+        "a document needs a row for each token"
+    )
+
+
+def test_offsets_of_other_documents_are_refused():
+    assert refusal(packed_params([0, 4, 8], padded=[0, 8])) == (
+        "cu_seqlens_q has 2 documents and cu_seqlens_q_padded 1; "
+        "describe the same documents in both"
+    )
+    assert refusal(packed_params([0, 4, 8], keys=[0, 8])) == (
+        "cu_seqlens_q has 2 documents and cu_seqlens_kv 1; give queries and keys the same documents"
     )
 
 

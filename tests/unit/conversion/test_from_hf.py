@@ -567,8 +567,8 @@ def test_a_folder_that_transformers_cannot_load_is_one_sentence_with_the_remedy(
         f"{folder}: transformers {transformers.__version__} cannot load this folder (KeyError: "
         "\"Missing required keys in `rope_parameters` for 'rope_type'='longrope': "
         "{'original_max_position_embeddings'}\"); write 'longrope' in place of 'su' in rope_scaling"
-        f"; complete files are kept in {tmp_path / '.out.converting'}; the same command continues "
-        "after them, and removing that folder gives up the conversion"
+        f"; complete files are kept in {tmp_path / '.out.converting'}; the same command "
+        "with --no-verify continues after them, and removing that folder gives up the conversion"
     )
     write_checkpoint(folder, tmp_path / "unverified")  # the engine knows the old name
     edit_config(folder, rope_scaling={"type": "longrope", **lists})
