@@ -46,7 +46,7 @@ def assert_same_steps(curve, reference, steps=range(1, STEPS + 1)):
 def test_the_loss_falls_and_the_gradient_is_clipped(one_process):
     losses = list(one_process.values["loss"].values())
     assert len(losses) == STEPS
-    assert statistics.mean(losses[-4:]) < statistics.mean(losses[:4]) - 0.2
+    assert statistics.mean(losses[-4:]) < statistics.mean(losses[:4]) - 0.1
     clipped = [norm > 0.5 for norm in one_process.values["gradient norm"].values()]
     assert sum(clipped) > STEPS / 2
 

@@ -92,9 +92,9 @@ def run(folder):
     with forked_commands() as programs:
         environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
 
-        def run(command):
+        def run(command, where=folder):
             done = subprocess.run(
-                ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
+                ["bash", "-c", command], cwd=where, env=environment, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
             return done.stdout + done.stderr
@@ -153,7 +153,10 @@ def test_the_fine_tuning_takes_its_steps_under_the_searched_factors(said):
         ("evaluation.md", 4),
     ],
 )
-def test_a_page_that_goes_on_from_there_runs_in_its_order(folder, said, run, page, number):
+def test_a_page_that_goes_on_from_there_runs_in_its_order(
+    folder, said, run, page, number, tmp_path
+):
+    here = shutil.copytree(folder, tmp_path / "here")
     text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
     found = list(commands(text))
     assert len(found) == number
@@ -161,6 +164,6 @@ def test_a_page_that_goes_on_from_there_runs_in_its_order(folder, said, run, pag
         # README's result, or another page's, has that name.
         if " search " in command and "--dry-run" not in command:
             output = command.split("--output ")[1].split()[0].removesuffix(".json")
-            for path in folder.glob(f"{output}[._]*"):
+            for path in here.glob(f"{output}[._]*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        run(command)
+        run(command, here)
