@@ -114,8 +114,8 @@ class Kind:
         for name, (good, rule) in {**self.required, "checkpoint_sha256": TEXT}.items():
             if name not in row:
                 raise LongRopeError(
-                    f"{where}: the record lacks {name!r}; measure again with `longrope eval "
-                    f"{self.name}`"
+                    f"{where}: the record lacks {name!r}; move the file away and measure again "
+                    f"with `longrope eval {self.name}`"
                 )
             if not good(row[name]):
                 raise LongRopeError(f"{where}: {name} is {row[name]!r}; it must be {rule}")

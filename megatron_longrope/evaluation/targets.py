@@ -206,9 +206,12 @@ def baselines_of(
         for policy in policies
     ]
     name, policy = pairs[0]
+    # On plain RoPE a policy changes nothing within the window but the hash, by which records are
+    # found; on a model with factors it would change the attention factor.
+    inside = extended_config(name, base, base.max_length, policy if plain else None)
     for length in lengths:
         if length <= base.max_length:
-            yield length, Target(model, name, base, policy=policy)
+            yield length, Target(model, name, inside, policy=policy)
     for name, policy in pairs:
         for length in lengths:
             if length > base.max_length:

@@ -172,7 +172,7 @@ recovery the base's)"""
     resume: bool = flag(False, exclusive="journal")
     """continue from the journal if any"""
     overwrite: bool = flag(False, exclusive="journal")
-    """discard an existing journal"""
+    """discard an existing journal and factor file"""
 
     @property
     def journal(self) -> Path:

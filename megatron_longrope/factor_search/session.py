@@ -57,7 +57,7 @@ from megatron_longrope.factor_search.runner import (
 )
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
 from megatron_longrope.factor_search.trial_queue import shared_store
-from megatron_longrope.files import check_folder, refuse_existing
+from megatron_longrope.files import check_folder
 from megatron_longrope.ranks import rank
 
 
@@ -130,8 +130,12 @@ class SearchPlan:
             raise LongRopeError(f"--output {args.output} is a directory; name a JSON file")
         for path in (Path(args.output), args.journal):
             check_folder(path.parent)
-        if not args.journal.exists():  # then it is no result of this search
-            refuse_existing([Path(args.output)], args.overwrite)
+        written = Path(args.output).exists() and not args.dry_run and not args.overwrite
+        if written and not args.journal.exists():  # then it is no result of this search
+            raise LongRopeError(
+                f"{args.output} exists without its journal {args.journal}; move it away, or give "
+                "--overwrite in the place of --resume"
+            )
         checkpoint = open_checkpoint(args.load, args.hf, args.iteration, args.sliding_window)
         problem = make_problem(
             base_of(args, checkpoint),

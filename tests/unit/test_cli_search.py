@@ -93,7 +93,7 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--max-evaluations 0", "max_evaluations is 0"),
         ("--seed -1", "rng_seed is -1"),
         ("--output .", "--output . is a directory"),
-        (f"--output {__file__} --resume", "exists; outputs are not replaced silently"),
+        (f"--output {__file__} --resume", "exists without its journal"),
         (f"--tensorboard-dir {__file__}", "is a file; name a directory"),
         ("--dry-run --gpu abacus", "abacus"),
         ("--dry-run --num-gpus 3 --context-parallel-size 2", "not a multiple"),

@@ -100,7 +100,11 @@ def test_a_damaged_line_before_the_last_is_named(tmp_path):
     ("kind", "row", "message"),
     [
         ("ppl", [1], "a record must be a JSON object, got list"),
-        ("ppl", {"length": 4096}, "lacks 'protocol'; measure again with `longrope eval ppl`"),
+        (
+            "ppl",
+            {"length": 4096},
+            "lacks 'protocol'; move the file away and measure again with `longrope eval ppl`",
+        ),
         ("ppl", ppl(4096, 3.0) | {"checkpoint_sha256": None}, "checkpoint_sha256 is None; it must"),
         ("ppl", ppl(4096, 3.0) | {"length": "4k"}, "length is '4k'; it must be a positive integer"),
         ("ppl", ppl(4096, 3.0, ppl_window_mean=-1), "ppl_window_mean is -1"),
