@@ -80,6 +80,20 @@ def _read(item: Field[Any], value: Any) -> Any:
     return value
 
 
+def refuse_idle(*flags: tuple[str, str, bool]) -> None:
+    """Refuse flags that would change nothing.
+
+    Args:
+        flags: Of each its name, the flag and value beside which it is idle, and whether it is.
+
+    Raises:
+        LongRopeError: One is.
+    """
+    for name, beside, is_idle in flags:
+        if is_idle:
+            raise LongRopeError(f"{name} has no meaning with {beside}; leave it out")
+
+
 def _text_of(value: Any) -> Any:
     return str(value) if isinstance(value, os.PathLike) else value
 

@@ -11,7 +11,7 @@ from megatron_longrope.cli.flags import add_command
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
 from megatron_longrope.methods import METHODS
-from megatron_longrope.options import OneModel, Options, flag, parse_positive
+from megatron_longrope.options import OneModel, Options, flag, parse_positive, refuse_idle
 
 if TYPE_CHECKING:
     from megatron_longrope.config import LongRopeConfig
@@ -91,22 +91,19 @@ class ExportOptions(Options):
     """replace an existing file"""
     format: str = flag("hf", choices=("hf", "csv", "list", "json"))
     """hf: fields for config.json; csv: as the authors' code reads; list: numbers as JSON; json: a
-    factor file (default: hf)"""
+    factor file"""
     window: int | None = flag(None, type=parse_length, metavar="N")
     """whose factors, hf: the long ones (default: the longest)"""
     layers: int = flag(32, type=parse_positive, metavar="N")
-    """rows of a CSV (default: 32)"""
+    """rows of a CSV"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, is_given in (
-            ("--window", self.format == "json" and self.window is not None),
-            ("--layers", self.format != "csv" and self.layers != ExportOptions.layers),
-        ):
-            if is_given:
-                raise LongRopeError(
-                    f"{name} has no meaning with --format {self.format}; leave it out"
-                )
+        beside, layers = f"--format {self.format}", ExportOptions.layers
+        refuse_idle(
+            ("--window", beside, self.format == "json" and self.window is not None),
+            ("--layers", beside, self.format != "csv" and self.layers != layers),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

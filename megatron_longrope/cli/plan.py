@@ -41,7 +41,7 @@ class _Generation(Options):
     generate: int | None = flag(None, type=parse_positive, metavar="K")
     """of the tokens of --length, K are generated"""
     samples: int = flag(1, type=parse_positive, metavar="N")
-    """prompts in all (default: 1)"""
+    """prompts in all"""
 
 
 @dataclass(frozen=True, kw_only=True)

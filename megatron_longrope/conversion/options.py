@@ -59,7 +59,7 @@ class _Effect(Options):
     """held-out documents to measure it on: a prepared set, or a .txt, .jsonl or .jsonl.gz file or
     directory, for which --tokenizer is needed (default: it is not measured)"""
     num_documents: int = flag(10, type=parse_positive, metavar="K")
-    """documents (default: 10)"""
+    """documents"""
     data_length: int | None = flag(None, type=parse_length, metavar="N")
     """longest window, in tokens, to measure (default: those exported for)"""
 
@@ -79,7 +79,7 @@ class _Tolerance(Options):
     GROUP: ClassVar = None
 
     tolerance: float = flag(1e-4, type=float)
-    """largest difference of a logit (default: 0.0001)"""
+    """largest difference of a logit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +100,9 @@ class _Import(Options):
     output: str = flag(metavar="CKPT")
     """Megatron --load directory to write"""
     make_vocab_size_divisible_by: int = flag(128, type=int, metavar="N")
-    """pad the vocabulary to a multiple of N rows per rank (default: 128)"""
+    """pad the vocabulary to a multiple of N rows per rank"""
     tensor_model_parallel_size: int = flag(1, type=int, metavar="N")
-    """ranks to pad the vocabulary for; tensors are not split (default: 1)"""
+    """ranks to pad the vocabulary for; tensors are not split"""
     sliding_window: str = sliding_window_flag()
 
 

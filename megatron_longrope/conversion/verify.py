@@ -116,7 +116,7 @@ def verify(
             count = min(length, _COMPARED_TOKENS)
             with torch.no_grad():
                 theirs = model(tokens, use_cache=False, logits_to_keep=count).logits
-                ours = engine.logits(tokens, count)[..., :vocab_size].to("cpu", torch.float32)
+                ours = engine.logits(tokens, count)[..., :vocab_size]
             difference = replace(compare(name, ours, theirs), num_tokens=length)
             differences.append(difference)
             allowed = tolerance + rounding * _largest(ours)

@@ -25,9 +25,9 @@ class PrepareOptions(Options):
     """several sources: {"NAME": {"paths": [...], "text_key": "text", "weight": 1, "upsample_long":
     {"above": "32k", "factor": 4}}, ...}"""
     text_key: str = flag("text", metavar="KEY")
-    """key of the text in JSON lines, or column (default: text)"""
+    """key of the text in JSON lines, or column"""
     on_error: str = flag("fail", choices=("fail", "skip"))
-    """at a document that cannot be read: stop, or count it and go on (default: fail)"""
+    """at a document that cannot be read: stop, or count it and go on"""
     overwrite: bool = flag(False)
     """replace existing output"""
 
@@ -72,9 +72,9 @@ class PrepareOptions(Options):
     """with --input, repeat documents of more than N tokens FACTOR times; a mix says it for each
     source (default: all once)"""
     seed: int = flag(0, type=int, metavar="N")
-    """decides which documents are held out or repeated once more (default: 0)"""
+    """decides which documents are held out or repeated once more"""
     workers: int = flag(1, type=parse_positive, metavar="N")
-    """processes that tokenize; the output is the same for any number (default: 1)"""
+    """processes that tokenize; the output is the same for any number"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

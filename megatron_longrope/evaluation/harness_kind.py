@@ -75,9 +75,9 @@ class HarnessOptions(EvaluationOptions):
     max_length: int | None = flag(None, type=parse_length, metavar="N")
     """longest prompt in tokens, at most and by default the window"""
     batch_size: int = flag(8, type=parse_positive, metavar="B")
-    """rows of a forward pass, fewer of rows beyond the original window (default: 8)"""
+    """rows of a forward pass, fewer of rows beyond the original window"""
     seed: int = flag(1234, type=int)
-    """of few-shot examples and of sampled text (default: 1234)"""
+    """of few-shot examples and of sampled text"""
     allow_download: bool = flag(False)
     """let data sets be fetched from the Hub"""
 

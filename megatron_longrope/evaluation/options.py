@@ -86,9 +86,7 @@ def tokenizer_flag() -> Any:
 
 def text_key_flag() -> Any:
     """Return the field of --text-key."""
-    return flag(
-        "text", metavar="KEY", help="of text in JSON lines or columns: its key (default: text)"
-    )
+    return flag("text", metavar="KEY", help="of text in JSON lines or columns: its key")
 
 
 def depths_flag(default: str) -> Any:
@@ -104,11 +102,9 @@ def depths_flag(default: str) -> Any:
 
 def trials_flag(of_each: str) -> Any:
     """Return the field of --trials."""
-    return flag(
-        10, type=parse_positive, metavar="K", help=f"trials of each {of_each} (default: 10)"
-    )
+    return flag(10, type=parse_positive, metavar="K", help=f"trials of each {of_each}")
 
 
 def seed_flag() -> Any:
     """Return the field of the --seed of trials."""
-    return flag(42, type=int, help="of keys and places (default: 42)")
+    return flag(42, type=int, help="of keys and places")

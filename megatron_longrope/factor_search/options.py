@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import Loading, OneModel, Options, bos_flag, flag, parse_positive
+from megatron_longrope.options import (
+    Loading,
+    OneModel,
+    Options,
+    bos_flag,
+    flag,
+    parse_positive,
+    refuse_idle,
+)
 
 if TYPE_CHECKING:
     from megatron_longrope.factor_search.cma import CmaParameters
@@ -50,16 +58,16 @@ class _Objective(Options):
     objective: str = flag("ppl", choices=("ppl", "needle", "joint"))
     """ppl: perplexity of all tokens. needle: of a hidden number's tokens when it is asked for at
     the end (LongRoPE2). joint: the loss of the document's tokens plus --needle-weight x that of the
-    number's, from one pass. The latter two need --tokenizer (default: ppl)"""
+    number's, from one pass. The latter two need --tokenizer"""
     needle_weight: float = flag(0.1, type=float, metavar="W")
-    """of the number's loss in the joint objective (default: 0.1)"""
+    """of the number's loss in the joint objective"""
     num_samples: int = flag(5, type=int, metavar="K")
     """documents per evaluation"""
     pool: int | None = flag(None, type=int, metavar="N")
     """documents that generations take in turn, K each, instead of the same K for all; a quarter is
     kept to choose among the best at the end (default: no rotation)"""
     windows_per_document: int = flag(1, type=int, metavar="W")
-    """consecutive windows per document; useful for short windows (default: 1)"""
+    """consecutive windows per document; useful for short windows"""
     tokenizer: str | None = flag(None, metavar="T")
     """the data's tokenizer, to hide numbers in it (default, for the closing table only: where the
     data's manifest says)"""
@@ -70,8 +78,7 @@ class _Objective(Options):
     """shorter samples share a forward pass up to so many tokens (default: 8k)"""
     retrieval_trials: int = flag(3, type=int, metavar="N")
     """numbers that the references and the winner are asked for at the end; a winner that finds
-    fewer than the best reference gives way to the best that does not; 0 asks for none (default:
-    3)"""
+    fewer than the best reference gives way to the best that does not; 0 asks for none"""
     accept_worse_retrieval: bool = flag(False)
     """write the winner even so"""
 
@@ -84,7 +91,7 @@ class _Space(Options):
     """full: every factor in [1, 1.25 s] (LongRoPE). floored: the same, but at least s from the
     critical dimension on, the first that completes no period in the trained window; less is hardly
     seen by perplexity and loses retrieval. critical: factors in [s, 2 s] from the critical
-    dimension up, NTK below (LongRoPE2) (default: floored)"""
+    dimension up, NTK below (LongRoPE2)"""
     critical_dimension: int | None = flag(None, type=int, metavar="I")
     """fix it, as an index of frequencies (default: floored: by the trained window; critical:
     searched)"""
@@ -102,7 +109,7 @@ class _Algorithm(Options):
 
     algorithm: str = flag("cma", choices=("cma", "evolution"))
     """cma: CMA-ES with start tokens by successive halving and a coordinate polish. evolution:
-    algorithm 1 of the paper with its numbers (default: cma)"""
+    algorithm 1 of the paper with its numbers"""
     max_evaluations: int | None = flag(None, type=int, metavar="K")
     """stop after so many candidates (default: cma 336, evolution 1344; half at 512k and above)"""
     patience: int | None = flag(None, type=int, metavar="K")
@@ -127,12 +134,12 @@ class _Algorithm(Options):
     """cma: of log factors, relative to the largest seed factor's (default: 0.1)"""
     racing: str = flag("exact", choices=("exact", "paired", "off"))
     """when to stop scoring a candidate. exact: when it certainly cannot survive; the result stays
-    the same. paired: also when a paired t-test says so (default: exact)"""
+    the same. paired: also when a paired t-test says so"""
     racing_significance: float = flag(0.05, type=float, metavar="A")
     """of the paired test"""
     lookahead: int = flag(0, type=int, metavar="G")
     """generations that may start before an earlier one is complete, so that replicas do not wait
-    for the slowest; 0 is the published algorithm (default: 0)"""
+    for the slowest; 0 is the published algorithm"""
     seed: int = flag(0, type=int)
 
 
@@ -220,7 +227,7 @@ recovery the base's)"""
             LongRopeError: One was given.
         """
         objective, racing = f"--objective {self.objective}", f"--racing {self.racing}"
-        for name, where, is_given in (
+        refuse_idle(
             ("--windows-per-document", objective, self.objective != "ppl"
              and self.windows_per_document > 1),
             ("--needle-weight", objective, self.objective != "joint"
@@ -229,6 +236,4 @@ recovery the base's)"""
              and self.needle_depths is not None),
             ("--racing-significance", racing, self.racing != "paired"
              and self.racing_significance != SearchOptions.racing_significance),
-        ):  # fmt: skip
-            if is_given:
-                raise LongRopeError(f"{name} has no meaning with {where}; leave it out")
+        )  # fmt: skip

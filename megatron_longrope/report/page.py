@@ -29,7 +29,12 @@ from megatron_longrope.lengths import format_length
 from megatron_longrope.progress import format_duration
 from megatron_longrope.report.expected import compare, read_expected
 from megatron_longrope.report.figures import draw
-from megatron_longrope.report.reading import Measurements, folder_names, read_measurements
+from megatron_longrope.report.reading import (
+    Measurements,
+    folder_names,
+    folder_prefix,
+    read_measurements,
+)
 from megatron_longrope.report.search_figures import draw_factors, draw_search, draw_start_tokens
 from megatron_longrope.report.search_history import (
     NamedSet,
@@ -246,7 +251,7 @@ def _factor_sets(folders: Sequence[Path]) -> tuple[list[NamedSet], list[str]]:
     sets, notes = [], []
     for folder in folders:
         found, broken = find_factor_sets(folder)
-        prefix = _prefix(folder, folders)
+        prefix = folder_prefix(folder, folders, "/")
         sets += [(f"{prefix}{name}", config, item) for name, config, item in found]
         notes += [f"{prefix}{note}" for note in broken]
     return sets, notes
@@ -254,11 +259,7 @@ def _factor_sets(folders: Sequence[Path]) -> tuple[list[NamedSet], list[str]]:
 
 def _histories(folders: Sequence[Path]) -> list[SearchHistory]:
     return [
-        replace(history, name=_prefix(folder, folders) + history.name)
+        replace(history, name=folder_prefix(folder, folders, "/") + history.name)
         for folder in folders
         for history in find_search_histories(folder)
     ]
-
-
-def _prefix(folder: Path, folders: Sequence[Path]) -> str:
-    return f"{folder_names(folders)[folder.resolve()]}/" if len(folders) > 1 else ""

@@ -80,8 +80,7 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
                 "of an evaluation"
             )
         if (directory / FACTS).is_file():
-            prefix = f"{folder_names(directories)[directory.resolve()]}: "
-            prefix = prefix if len(directories) > 1 else ""
+            prefix = folder_prefix(directory, directories, ": ")
             facts |= {f"{prefix}{title}": part for title, part in _facts(directory).items()}
     return _gather([one for part in found.values() for one in part], facts)
 
@@ -95,6 +94,11 @@ def folder_names(directories: Sequence[str | Path]) -> dict[Path, str]:
         parts += 1
         names = {"/".join(path.parts[-parts:]): path for path in paths}
     return {path: name for name, path in names.items()}
+
+
+def folder_prefix(directory: Path, directories: Sequence[str | Path], end: str) -> str:
+    """Return what tells a folder's entries from those of others; nothing where it is alone."""
+    return folder_names(directories)[directory.resolve()] + end if len(directories) > 1 else ""
 
 
 def files_below(directory: Path, suffix: str) -> list[tuple[Path, str]]:

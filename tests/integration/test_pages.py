@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from forked_commands import forked_commands
 from launching import SCRIPT
+from shown_commands import shown_commands
 from tiny_corpus import make_text
 from tiny_hf import make_hf_folder
 from toy_tokenizers import save_fast, train_byte_level
@@ -52,8 +53,7 @@ NOT_HERE = ("eval ruler", "eval short", "eval tasks", "...")
 
 def commands(text):
     """The commands of a text with toy sizes, in their order."""
-    found = re.findall(r"^ {4,}((?:longrope|torchrun) .+)$", text.replace("\\\n", " "), re.M)
-    for command in (" ".join(words.split()) for words in found):
+    for command in (" ".join(words.split()) for words in shown_commands(text)):
         for pattern, replacement in TOY.items():
             command = re.sub(pattern, replacement, command)
         if not any(words in command for words in NOT_HERE):

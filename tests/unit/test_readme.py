@@ -3,6 +3,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from shown_commands import shown_commands
 
 from megatron_longrope.cli import build_parser
 
@@ -14,9 +15,8 @@ PAGES = [
 
 
 def commands(page):
-    """Indented `longrope ...` lines, continuation lines joined."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    return re.findall(r"^    (longrope .+)$", text, re.MULTILINE)
+    shown = shown_commands(page.read_text(encoding="utf-8"))
+    return [command for command in shown if command.startswith("longrope ")]
 
 
 @pytest.mark.parametrize("command", [item for page in PAGES for item in commands(page)])

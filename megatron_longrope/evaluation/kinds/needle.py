@@ -47,11 +47,11 @@ class NeedleOptions(EvaluationOptions):
     tasks: Sequence[str] = flag(TASKS, type=parse_choices(*TASKS), metavar="LIST")
     """single,multi_key,multi_query (default: all)"""
     num_documents: int = flag(10, type=parse_positive, metavar="K")
-    """the first K documents that fill the longest length, in turn (default: 10)"""
+    """the first K documents that fill the longest length, in turn"""
     num_needles: int = flag(4, type=int, metavar="K")
-    """in multi_key and multi_query (default: 4)"""
+    """in multi_key and multi_query"""
     num_queries: int = flag(2, type=int, metavar="Q")
-    """asked for in multi_query (default: 2)"""
+    """asked for in multi_query"""
     depths: Sequence[float] = depths_flag("5")
     trials: int = trials_flag("task, length and depth")
     seed: int = seed_flag()

@@ -77,7 +77,7 @@ class PerplexityOptions(EvaluationOptions):
     bos: int | None = bos_flag()
 
     num_documents: int = flag(10, type=parse_positive, metavar="K")
-    """the first K documents that fill the longest window (default: 10)"""
+    """the first K documents that fill the longest window"""
     stride: int | str | None = flag(None, type=_parse_stride, metavar="S")
     """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by
     side, so that every length scores the same tokens (default: one window per document,
@@ -86,7 +86,7 @@ class PerplexityOptions(EvaluationOptions):
     """W windows at random places of these documents instead (`random`), the same places at every
     length"""
     seed: int = flag(42, type=int)
-    """of the random windows (default: 42)"""
+    """of the random windows"""
     baselines: Sequence[str] = flag((), type=parse_choices(*METHODS), metavar="LIST")
     """published methods to measure: none,pi,ntk,yarn,dynamic-ntk,base-ntk; on a model with factors
     they multiply those of its longest window"""

@@ -71,7 +71,7 @@ class RulerOptions(EvaluationOptions):
     """words of needles and of cwe, one on each line (default: the lists of the package
     wonderwords, as published, enough for cwe up to some 128k)"""
     seed: int = flag(42, type=int)
-    """of all samples (default: 42)"""
+    """of all samples"""
 
 
 def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
