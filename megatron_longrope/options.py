@@ -62,6 +62,8 @@ def _read(item: Field[Any], value: Any) -> Any:
     how = item.metadata
     if value is None or value is item.default:
         return value
+    if value == [] and item.default == ():
+        return item.default
     value = _text_of(value)
     if how.get("action") == "append" or "nargs" in how:
         value = (value,) if isinstance(value, str) else tuple(map(_text_of, value))
@@ -69,7 +71,7 @@ def _read(item: Field[Any], value: Any) -> Any:
             raise LongRopeError(f"{item.name} has {len(value)} values; give {how['nargs']}")
     elif "type" in how and isinstance(value, str | int | float | list | tuple):
         items = value if isinstance(value, list | tuple) else [value]
-        try:  # None is a depth at random
+        try:  # None is what `random` is read as, the one word that stands for no number
             value = how["type"](",".join("random" if i is None else str(i) for i in items))
         except ValueError as error:
             raise LongRopeError(f"{item.name}: {error}") from None

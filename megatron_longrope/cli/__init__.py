@@ -120,5 +120,7 @@ def _end_with_agent() -> None:
 def _quiet_imports() -> None:
     """Megatron and torch announce at import which kernels they lack; scoring on SDPA needs none."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # Python compiles a library at its first import where pip did not, and complains of its source.
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,9 @@ def test_lists_are_read_as_the_command_line_reads_them():
     assert (options.lengths, options.depths) == ([4096, 8192], [None])
     options = longrope.PasskeyOptions(hf="m", output="o", lengths=(64,), depths=[0.5, 1])
     assert (options.lengths, options.depths) == ([64], [0.5, 1.0])
+    assert replace(options).depths == options.depths
+    options = longrope.PerplexityOptions(hf=["m"], output="o", data="d", lengths=[64], baselines=[])
+    assert options.baselines == ()
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,10 @@ def test_that_retrieval_will_not_be_measured_is_said_before_the_search(options, 
     assert "retrieval will not be measured: " in capsys.readouterr().out
 
 
-def test_a_dry_run_says_what_the_search_costs_without_loading_it(options, no_weights, capsys):
+def test_a_dry_run_says_what_the_search_costs_without_loading_it(
+    options, no_weights, capsys, tmp_path
+):
+    (tmp_path / "factors.json").write_text("{}")  # which only a real run would replace
     assert main([*options, "--dry-run", "--gpu", "h100", "--num-gpus", "8", "--mfu", "0.5"]) == 0
     lines = capsys.readouterr().out
     for part in ("FLOP", "336 evaluations", "GiB", "8 GPUs", "50% of peak"):

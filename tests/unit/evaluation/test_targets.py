@@ -12,7 +12,7 @@ import torch
 from search_data import make_search_data
 from tiny_corpus import make_text
 
-from megatron_longrope.config import FactorSet
+from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.engine import loading
 from megatron_longrope.evaluation.scored_documents import read_scored_documents
@@ -98,6 +98,16 @@ def test_within_its_window_a_tuned_model_is_measured_once_and_as_it_was_trained(
         (512, "pi", "none"), (512, "pi", "su"), (512, "ntk", "none"), (512, "ntk", "su"),
     ]  # fmt: skip
     assert found[2][1].config.attention_factor_for(512) == 1.0
+
+
+def test_a_policy_changes_no_angle_within_the_window_of_plain_rope(untied_gqa, monkeypatch):
+    (model,) = open_models([str(untied_gqa.path)], [])
+    plain = identity_config(10000.0, 16, 64)
+    monkeypatch.setattr("megatron_longrope.checkpoint.opening.model_config", lambda *_: plain)
+    (_, inside), (_, beyond) = baselines_of(model, ["pi"], ["su"], [64, 256])
+    assert inside.config.factor_set_for(64).is_identity
+    assert inside.config.attention_factor_for(64) == 1.0
+    assert beyond.config.attention_factor_for(256) > 1.0
 
 
 def test_the_default_dtype_of_a_cpu_never_stands_for_that_of_a_gpu(untied_gqa, monkeypatch):
