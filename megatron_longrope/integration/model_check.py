@@ -34,9 +34,10 @@ def check_models(
     built: set[str] = set()
     errors: list[str] = []  # the other ranks' chunks may be without any
     for chunk in unwrap_model(chunks):
-        # Megatron-FSDP wraps a model twice, of which unwrap_model takes off the outer one.
-        if type(chunk).__name__ == "MegatronFSDP":
-            chunk = chunk.module
+        # Megatron-FSDP wraps a model twice, of which unwrap_model takes off the outer one; in half
+        # precision Float16Module is within.
+        while type(chunk).__name__ == "MegatronFSDP":
+            chunk = unwrap_model(chunk.module)
         if has_factors and (error := _rotary_error(chunk)):
             errors.append(error)
         is_last = getattr(chunk, "post_process", True)

@@ -81,9 +81,22 @@ def test_attention_that_a_spec_chose_by_itself_is_said_and_with_factors_refused(
     check_models([model], "local", has_factors=True)
 
 
-def test_wrapped_chunks_are_unwrapped():
+def megatron_fsdp(model):
+    """As --use-megatron-fsdp wraps; the constructors of both need CUDA."""
+    adapter = pytest.importorskip("megatron.core.distributed.fsdp.mcore_fsdp_adapter")
+    for kind in (type("MegatronFSDP", (nn.Module,), {}), adapter.FullyShardedDataParallel):
+        wrapper = kind.__new__(kind)
+        nn.Module.__init__(wrapper)
+        wrapper.module = model
+        model = wrapper
+    return model
+
+
+@pytest.mark.parametrize("sharded", [lambda model: model, megatron_fsdp], ids=["plain", "fsdp"])
+def test_wrapped_chunks_are_unwrapped(sharded):
     from megatron.core.transformer.module import Float16Module
 
     model = run_model()
     model.config.bf16, model.config.params_dtype = True, torch.bfloat16
-    check_models([Float16Module(model.config, model)], "sdpa", has_factors=True)
+    check_models([sharded(model)], "sdpa", has_factors=True)
+    check_models([sharded(Float16Module(model.config, model))], "sdpa", has_factors=True)
