@@ -53,3 +53,22 @@ class FactorSelection:
     def attention_factor(self, length: int) -> float:
         """Multiplier of q and k for a sequence of `length` tokens; logits get its square."""
         return self.config.attention_factor_for(self.factor_set(length).max_length)
+
+
+def check_original_factors(config: LongRopeConfig, otherwise: str) -> None:
+    """Refuse factors that have none for the original window, where those are what is meant.
+
+    Args:
+        config (LongRopeConfig): Factor sets.
+        otherwise (str): What the larger set would do, for the error.
+
+    Raises:
+        LongRopeError: The original window has no factor set of its own.
+    """
+    original = config.original_max_position_embeddings
+    if (reach := config.factor_set_for(original).max_length) > original:
+        raise LongRopeError(
+            f"the smallest factor set that covers the original window of {original} tokens "
+            f"reaches to {reach}, so that {otherwise}; use factors with a set of their own for "
+            f"{original} tokens"
+        )

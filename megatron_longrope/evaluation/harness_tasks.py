@@ -9,14 +9,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
-
-if TYPE_CHECKING:
-    from megatron_longrope.config import LongRopeConfig
 
 
 @dataclass(frozen=True)
@@ -246,18 +243,3 @@ def quiet_other_ranks() -> contextlib.AbstractContextManager:
     if rank() == 0:
         return contextlib.nullcontext()
     return contextlib.redirect_stderr(io.StringIO())
-
-
-def check_original_factors(config: LongRopeConfig) -> None:
-    """Refuse factors under which short benchmarks would not measure the original window.
-
-    Raises:
-        LongRopeError: The original window has no factor set of its own.
-    """
-    original = config.original_max_position_embeddings
-    if (reach := config.factor_set_for(original).max_length) > original:
-        raise LongRopeError(
-            f"the smallest factor set that covers the original window of {original} tokens "
-            f"reaches to {reach}, so that short benchmarks would measure long factors; use "
-            f"factors with a set of their own for {original} tokens"
-        )

@@ -11,7 +11,7 @@ from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import softmax_scale
 from megatron_longrope.fused_rope import fused_rope_overflow
 from megatron_longrope.integration.compat import transformer_engine_version
-from megatron_longrope.selection import FactorSelection
+from megatron_longrope.selection import FactorSelection, check_original_factors
 
 # Above this a dense [s, s] mask from the data loader is no longer affordable (4 GiB of bools).
 DENSE_MASK_LIMIT = 65536
@@ -224,6 +224,8 @@ def settings_from_args(
     mode_is_chosen = args.longrope_mode is not None
     args.longrope_mode = args.longrope_mode or "auto"  # what checkpoints store
     selection = FactorSelection(config, args.longrope_mode, args.seq_length)
+    if selection.mode in ("short", "mixed"):
+        check_original_factors(config, f"--longrope-mode {selection.mode} would take long factors")
     factor = selection.attention_factor(args.seq_length)
     settings = LongRopeSettings(
         selection=selection,

@@ -74,12 +74,12 @@ class TaskOptions(HarnessOptions):
 
 
 def _plan_short(options: BenchmarkOptions, models: Sequence[NamedModel]) -> Plan:
-    from megatron_longrope.evaluation.harness_tasks import check_original_factors
     from megatron_longrope.evaluation.targets import targets_at
+    from megatron_longrope.selection import check_original_factors
 
     targets = targets_at(models, options.longrope_config)
     for target in targets:
-        check_original_factors(target.config)
+        check_original_factors(target.config, "short benchmarks would measure long factors")
     return plan_tasks(
         options,
         models,

@@ -34,7 +34,6 @@ from megatron_longrope.evaluation.harness import count_requests
 from megatron_longrope.evaluation.harness_tasks import (
     PAPER_TASKS,
     TaskSpec,
-    check_original_factors,
     check_tasks,
     parse_tasks,
 )
@@ -282,13 +281,6 @@ def test_generation_arguments_that_cannot_be_followed_are_refused(ours, argument
 def test_a_continuation_that_cannot_be_scored_is_refused(ours, continuation):
     with pytest.raises(ValueError, match=r"continuation has \d+ tokens; .* from 1 to the 64"):
         likelihoods(ours, [("the", continuation)])
-
-
-def test_factor_files_are_checked_without_a_model():
-    config = maker.longrope_config()
-    check_original_factors(config)
-    with pytest.raises(ValueError, match="set of their own for 64 tokens"):
-        check_original_factors(replace(config, factor_sets=config.factor_sets[1:]))
 
 
 def test_a_set_beside_the_original_window_changes_nothing(own_config, ours):

@@ -337,6 +337,20 @@ def test_what_does_not_fit_the_factors_the_carrier_or_the_attention_is_refused(
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("mode", ["short", "mixed"])
+def test_modes_that_mean_the_original_windows_factors_refuse_a_file_without(path, mode):
+    replace(CONFIG, factor_sets=CONFIG.factor_sets[1:]).save(path)
+    packed = {"dataloader_inter_document_masking": True}
+    with pytest.raises(ValueError) as error:
+        read(namespace(path, longrope_mode=mode, **packed))
+    assert str(error.value) == (
+        "the smallest factor set that covers the original window of 64 tokens reaches to 128, so "
+        f"that --longrope-mode {mode} would take long factors; use factors with a set of their own "
+        "for 64 tokens"
+    )
+    read(namespace(path, **packed))
+
+
 def test_a_dense_attention_mask_is_refused_from_64k_on(path):
     args = namespace(path, seq_length=65536, create_attention_mask_in_dataloader=True)
     with pytest.raises(ValueError) as error:
