@@ -96,6 +96,7 @@ def hold(path: Path, what: str, remedy: str, wait: float = 0.0) -> BaseFileLock:
     """Take a lock until `release()` or the end of this process, however it ends.
 
     The file says who has it. It may be removed, with the folder it lies in, before it is released.
+    A file system without such locks is a warning: nothing is locked there.
 
     Args:
         path (Path): The lock file.
@@ -111,21 +112,29 @@ def hold(path: Path, what: str, remedy: str, wait: float = 0.0) -> BaseFileLock:
     lock = FileLock(path, thread_local=False)
     # Read before it is asked for, because filelock up to 3.29 empties the file in doing so.
     owner = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    reason: Exception | str | None = None
     try:
-        # Its holder may remove the file between our opening and locking it; then filelock tries
-        # again, for which it needs some time.
-        lock.acquire(timeout=max(wait, 0.1))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flock not supported")  # ours is below
+            # Its holder may remove the file between our opening and locking it; then filelock tries
+            # again, for which it needs some time.
+            lock.acquire(timeout=max(wait, 0.1))
     except Timeout:
-        owner = owner or "another process"
-        raise LongRopeError(f"{what} is being written by {owner}; {remedy}") from None
+        if not isinstance(lock, SoftFileLock):
+            owner = owner or "another process"
+            raise LongRopeError(f"{what} is being written by {owner}; {remedy}") from None
     except (OSError, NotImplementedError) as error:  # some network file systems have no flock
+        reason = error
+    # Where there is no flock filelock takes a soft lock, which would outlive a killed process.
+    if isinstance(lock, SoftFileLock):
+        lock.release()
+        reason = "no flock there"
+    if reason is not None:
         warnings.warn(
-            f"{path} cannot be locked ({error}); make sure that one process writes {what}",
+            f"{path} cannot be locked ({reason}); make sure that one process writes {what}",
             stacklevel=3,
         )
-        return lock
-    # A soft lock, which filelock takes where there is no flock, keeps its own notes in the file.
-    if not isinstance(lock, SoftFileLock):
+    else:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     return lock
 

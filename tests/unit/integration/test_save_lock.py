@@ -1,6 +1,8 @@
+import errno
 import fcntl
 
 import pytest
+from filelock import SoftFileLock
 
 from megatron_longrope.integration.launcher import hold_folder, save_folder
 
@@ -18,6 +20,20 @@ def test_a_second_training_into_a_folder_is_refused_and_named(tmp_path):
     hold_folder(tmp_path, wait=0)  # its own
     with (tmp_path / ".longrope.lock").open() as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_lock_that_an_earlier_version_left_where_there_is_no_flock_is_a_warning(
+    tmp_path, monkeypatch
+):
+    def no_flock(fd, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with (
+        SoftFileLock(tmp_path / ".longrope.lock"),
+        pytest.warns(UserWarning, match=r"lock cannot be locked \(no flock there\); make sure"),
+    ):
+        hold_folder(tmp_path, wait=0)
 
 
 @pytest.mark.parametrize(
