@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ def check(
       checkpoint's did at its length.
 
     A model that was trained with plain RoPE fits any factors for its base: that is the first
-    stage. Either way it must rotate the same dimensions, in the same pairs. A change to or from
+    stage. Either way it must rotate the same dimensions, in the same pairs. A run without factors
+    fits a model without that Megatron scales alike (`--use-rope-scaling`). A change to or from
     mode `mixed` under the same factors is no stage either: samples rotate as before, and only
     packed short documents do not. It is noted in the last stage; a run that packs documents must
     have asked for the mode. Everything else is refused, unless `--longrope-replace-factors` asks
@@ -70,10 +72,18 @@ def check(
     if settings is None:
         if theirs is None or theirs.is_stock:
             return Verdict(saved_lineage(saved) if theirs else [])
+        # Megatron gives --rope-scaling-factor to no model.
+        scaling = megatron_base_frequencies(
+            argparse.Namespace(**{**vars(args), "rope_scaling_factor": None})
+        )
+        own = theirs.config.base_frequencies
+        if not theirs.has_factors and own == scaling:
+            return Verdict(saved_lineage(saved))
+        trained = f"LongRoPE, {theirs.describe()}" if theirs.has_factors else _scaled(own)
         raise LongRopeError(
-            f"the checkpoint was trained with LongRoPE, {theirs.describe()}, and this run has "
-            "stock RoPE; give the checkpoint's factors with --longrope-config, or "
-            "--use-checkpoint-args, which restores them"
+            f"the checkpoint was trained with {trained}, and this run has {_scaled(scaling)}; give "
+            "the checkpoint's factors with --longrope-config, or --use-checkpoint-args, which "
+            "restores them"
         )
     ours = Rotary.of_run(args, settings)
     lineage = saved_lineage(saved)
@@ -101,6 +111,12 @@ def check(
             )
         remark = f"factors replaced (--longrope-replace-factors): {step}"
     return Verdict([*lineage, _stage(ours, iteration)], remark)
+
+
+def _scaled(scaling: Mapping[str, Any] | None) -> str:
+    if scaling is None:
+        return "stock RoPE"
+    return f"RoPE scaled by {scaling['rope_type']}, factor {scaling['factor']:g}"
 
 
 def _mode_change(

@@ -322,6 +322,26 @@ def test_a_model_of_scaled_rope_begins_its_first_stage_under_factors_for_that_sc
     assert "this run has stock RoPE" in refusal(None, saved(base, 64))
 
 
+def test_a_run_without_factors_loads_what_megatron_itself_scales_alike():
+    """Llama 3.1, imported by `convert from-hf`; of Llama 3.2 Megatron would take factor 8."""
+    checkpoint = saved(identity_config(10000.0, 8, 64, LLAMA3), 64)
+    verdict = check(None, checkpoint, use_rope_scaling=True)
+    assert verdict == provenance.Verdict(provenance.saved_lineage(checkpoint))
+    with pytest.raises(ValueError) as error:
+        check(None, checkpoint)
+    assert str(error.value) == (
+        "the checkpoint was trained with RoPE scaled by llama3, factor 8, and this run has stock "
+        "RoPE; give the checkpoint's factors with --longrope-config, or --use-checkpoint-args, "
+        "which restores them"
+    )
+    other = saved(identity_config(10000.0, 8, 64, {**LLAMA3, "factor": 32.0}), 64)
+    words = "llama3, factor 32, and this run has RoPE scaled by llama3, factor 8; give the"
+    with pytest.raises(ValueError, match=words):
+        check(None, other, use_rope_scaling=True, rope_scaling_factor=32.0)
+    with pytest.raises(ValueError, match=r"trained with LongRoPE, 128 tokens .*, factor 8; give"):
+        check(None, saved(replace(CONFIG, base_frequencies=LLAMA3)), use_rope_scaling=True)
+
+
 def test_damaged_factors_in_a_checkpoint_are_one_sentence():
     checkpoint = saved()
     checkpoint.longrope_config_value["factor_sets"] = []
