@@ -221,9 +221,7 @@ def settings_from_args(
     check_flags(args)
     rotary_dim = int(args.kv_channels * args.rotary_percent)
     _check_geometry(args, config, rotary_dim)
-    mode_is_chosen = args.longrope_mode is not None
-    args.longrope_mode = args.longrope_mode or "auto"  # what checkpoints store
-    selection = FactorSelection(config, args.longrope_mode, args.seq_length)
+    selection = FactorSelection(config, args.longrope_mode or "auto", args.seq_length)
     if selection.mode in ("short", "mixed"):
         check_original_factors(config, f"--longrope-mode {selection.mode} would take long factors")
     factor = selection.attention_factor(args.seq_length)
@@ -232,7 +230,7 @@ def settings_from_args(
         carrier=_carrier(args, factor, whole_head=rotary_dim == args.kv_channels),
         attention_factor=factor,
         hf_parity=args.longrope_hf_parity,
-        mode_is_chosen=mode_is_chosen,
+        mode_is_chosen=args.longrope_mode is not None,
     )
     _check_start_tokens(args, config)
     _check_kernels(args, settings)

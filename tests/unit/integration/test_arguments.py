@@ -195,16 +195,15 @@ def test_where_the_softmax_scale_would_be_wrong_cos_and_sin_carry(path, changes,
     assert str(error.value) == f"{obstacle}; use --longrope-attention-factor-carrier rope"
 
 
-def test_a_mode_that_nobody_chose_is_auto_and_is_stored(path):
-    args = namespace(path, longrope_mode=None)
-    settings = read(args)
+def test_a_mode_that_nobody_chose_is_auto(path):
+    settings = read(namespace(path, longrope_mode=None))
     assert (settings.selection.mode, settings.mode_is_chosen) == ("auto", False)
-    assert args.longrope_mode == "auto"
     assert read(namespace(path)).mode_is_chosen
 
 
-def test_reading_the_settings_twice_gives_the_same(path):
-    args = namespace(path)
+@pytest.mark.parametrize("mode", ["auto", None])
+def test_reading_the_settings_twice_gives_the_same(path, mode):
+    args = namespace(path, longrope_mode=mode)
     first = read(args)
     stored = dict(vars(args))
     assert read(args) == first
