@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import hold
+from megatron_longrope.files import check_folder, hold
 from megatron_longrope.ranks import rank
 
 if TYPE_CHECKING:
@@ -89,11 +89,12 @@ def hold_folder(folder: Path, wait: float = _LOCK_WAIT_S) -> None:
         wait (float): Seconds to wait for the process that holds it.
 
     Raises:
-        LongRopeError: It is still held after that time.
+        LongRopeError: It is still held after that time, or no folder that can be written to.
     """
     folder = folder.resolve()
     if folder in _held:
         return
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remedy = "wait for it, end it, or save elsewhere"
     _held[folder] = hold(folder / _LOCK, f"--save {folder}", remedy, wait)

@@ -4,6 +4,7 @@ import fcntl
 import pytest
 from filelock import SoftFileLock
 
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration.launcher import hold_folder, save_folder
 
 pytestmark = pytest.mark.one_release
@@ -34,6 +35,14 @@ def test_a_lock_that_an_earlier_version_left_where_there_is_no_flock_is_a_warnin
         pytest.warns(UserWarning, match=r"lock cannot be locked \(no flock there\); make sure"),
     ):
         hold_folder(tmp_path, wait=0)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(LongRopeError, match=r"file/deeper cannot be a folder: .*file is a file;"):
+        hold_folder(tmp_path / "file" / "deeper", wait=0)
+    with pytest.raises(LongRopeError, match=r"file cannot be a folder: .*file is a file; name ano"):
+        hold_folder(tmp_path / "file", wait=0)
 
 
 @pytest.mark.parametrize(
