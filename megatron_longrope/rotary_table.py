@@ -45,7 +45,7 @@ def build_table(
         interleaved (bool): An angle stands in neighbouring columns 2 i and 2 i + 1 instead of in
             columns i and d / 2 + i. Defaults to False.
         exact (bool): Angles within 1e-6 rad (modulo 2 pi) at any position up to 2^22, in
-            [-2 pi, 2 pi]. Otherwise the plain fp32 product, bit for bit. Defaults to True.
+            [-pi, pi]. Otherwise the plain fp32 product, bit for bit. Defaults to True.
         stock_frequencies (Tensor, optional): `[d / 2]`, fp32: what the model's own module rotates
             by, for the plain product of positions that are not rescaled. Defaults to the formula.
         device (torch.device | str): Of the table.
