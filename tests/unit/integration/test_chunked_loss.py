@@ -1,6 +1,7 @@
 """`--longrope-chunked-loss` in Megatron's own models, and everything that it is refused with."""
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -159,6 +160,13 @@ def test_what_needs_whole_logits_is_refused(changes, words):
     assert "\n" not in str(error.value)
     args.longrope_chunked_loss = None
     assert chunk_tokens_from_args(args) is None
+
+
+def test_the_docs_name_every_flag_that_is_refused():
+    page = (Path(__file__).parents[3] / "docs" / "training_loss.md").read_text()
+    refused = page[page.index("## What is refused") :]
+    for name in chunked_loss._REFUSED:
+        assert chunked_loss._FLAG_OF.get(name, f"--{name.replace('_', '-')}") in refused
 
 
 @pytest.mark.parametrize(
