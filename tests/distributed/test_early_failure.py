@@ -42,29 +42,6 @@ def validate(path, **changes):
     return wrappers.with_validation(lambda args: args)(args)
 
 
-INDIVISIBLE = {"seq_length": 126, "context_parallel_size": 2}
-
-
-def test_rank_0_of_several_speaks_at_once_about_flags(monkeypatch, path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as error:
-        validate(path, **INDIVISIBLE)
-    assert error.value.code == (
-        "longrope: error: sequence length 126 is not divisible by 2 x context parallel size 2 = 4; "
-        "use 128 or another context parallel size"
-    )
-
-
-def test_the_other_ranks_are_silent_about_flags(monkeypatch, capsys, path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(agreement.time, "sleep", lambda seconds: None)
-    with pytest.raises(SystemExit) as error:
-        validate(path, rank=1, **INDIVISIBLE)
-    assert error.value.code == 1
-    assert capsys.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_may_be_wrong_with_one_ranks_file_waits_until_the_ranks_have_met(
     monkeypatch, capsys, rank

@@ -172,9 +172,14 @@ def test_mixed_windows_get_attention_that_scales_by_document():
 
 
 def validated(monkeypatch, tmp_path, **changes) -> argparse.Namespace:
-    """Run the hooked validate_args on a namespace built by hand, without Megatron's own part."""
+    """Run the hooked validate_args on a namespace built by hand, with little of Megatron's part."""
     holder, attribute = compat.validate_symbols()[0].owner()
-    monkeypatch.setattr(holder, attribute, lambda args, defaults=None: args)
+
+    def megatrons(args, defaults=None):
+        assert args.seq_length % (2 * args.context_parallel_size) == 0
+        return args
+
+    monkeypatch.setattr(holder, attribute, megatrons)
     path = tmp_path / "factors.json"
     CONFIG.save(path)
     args = run_arguments(**{"longrope_config": str(path), "seq_length": 128} | changes)
@@ -228,6 +233,10 @@ def test_ranks_beyond_the_first_are_silent(monkeypatch, tmp_path, capsys):
         ({"use_rope_scaling": True}, "--longrope-config cannot be combined with --use-rope-scal"),
         ({"longrope_attention": "local", "context_parallel_size": 2}, "--longrope-attention local"),
         ({"longrope_chunked_loss": 0}, "--longrope-chunked-loss 0 is below 1"),
+        (
+            {"seq_length": 126, "context_parallel_size": 2},
+            "sequence length 126 is not divisible by 2 x context parallel size 2 = 4; use 128 or",
+        ),
         (
             {"longrope_config": None, "longrope_hf_parity": True},
             "--longrope-hf-parity needs factors; give them",
