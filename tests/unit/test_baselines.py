@@ -23,6 +23,14 @@ def test_beyond_it_the_methods_factors_and_the_policy_apply():
     assert config.attention_factor_for(2048) == pytest.approx(1.1726, abs=1e-4)
 
 
+@pytest.mark.parametrize("base", [1e4, 5e5, 5e6])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_valid_configuration_from_2x_to_512x(method, base):
+    plain = identity_config(base, 128, 4096)
+    for ratio in (2, 4, 8, 16, 32, 128, 512):
+        assert extended_config(method, plain, 4096 * ratio).max_length == 4096 * ratio
+
+
 def test_none_extends_the_window_without_rescaling():
     config = extended_config("none", PLAIN, 8192)
     assert config.factor_set_for(8192).is_identity and config.max_length == 8192

@@ -103,8 +103,8 @@ RULES = [
      f"{FACTORS}[3] is infinite; factors must be finite"),
     ("no finite frequency", lambda v: with_factors(v, 2.0, 3.0, 4.0), [0.0, -0.5, 1e-40],
      f"{FACTORS}[0] is {{!r}}; a factor must be above 0, in float32 too"),
-    ("over eight times the extension", lambda v: with_factors(1.0, 2.0, 3.0, v), [256.5],
-     f"{FACTORS}[3] is {{!r}}, over the bound 256 = 8 x largest max_length / {WINDOW} (at least "
+    ("over the cube of the extension", lambda v: with_factors(1.0, 2.0, 3.0, v), [32768.5],
+     f"{FACTORS}[3] is {{!r}}, over the bound 32768 = (largest max_length / {WINDOW})^3 (at least "
      "128); check both lengths"),
     ("boolean", lambda v: with_factors(v, 2.0, 3.0, 4.0), [True],
      f"{FACTORS}[0] is {{!r}}; it must be a number"),
@@ -174,7 +174,7 @@ def test_what_breaks_a_rule_is_refused_with_field_value_and_rule(value, sentence
 
 
 def test_an_integer_too_large_for_a_float_is_refused_as_over_the_bound():
-    assert "over the bound 256" in refusal(with_factors(1.0, 2.0, 3.0, HUGE))
+    assert "over the bound 32768" in refusal(with_factors(1.0, 2.0, 3.0, HUGE))
 
 
 def load_with_warnings(tmp_path, value) -> tuple[LongRopeConfig, list[str]]:
