@@ -138,6 +138,17 @@ class LongRopeConfig:
         return own * attention_factor(policy, max_length / original, original)
 
     @property
+    def is_bare(self) -> bool:
+        """True when it says no more than how the model itself rotates within its window."""
+        only = self.factor_sets[0]
+        return (
+            len(self.factor_sets) == 1
+            and only.is_identity
+            and only.max_length == self.original_max_position_embeddings
+            and self.attention_factor is None
+        )
+
+    @property
     def base_factors(self) -> tuple[float, ...] | None:
         """By what the model itself slows each frequency of plain RoPE; None for plain RoPE."""
         if self.base_frequencies is None:
@@ -366,8 +377,13 @@ def _scaled_base(
     base = {"rope_type": rope.rope_type, **rope.parameters}
     if rope.original_max_position_embeddings is not None:
         base["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    window = model_window(hf_config)
     try:
-        return identity_config(rope.rope_theta, rotary_dim, model_window(hf_config), base)
+        validate_base_frequencies(base)
+        if rope.rope_type == "yarn":  # Qwen's cards add it and leave max_position_embeddings
+            reached = min(base["factor"], 2.0**53) * base["original_max_position_embeddings"]
+            window = max(window, int(reached))
+        return identity_config(rope.rope_theta, rotary_dim, window, base)
     except ValueError as error:  # the rules name the fields of our own file
         raise LongRopeError(
             str(error).replace("base_frequencies", f"config.json's {rope.holder}")

@@ -125,8 +125,8 @@ def validate_factors(
         raise LongRopeError(
             f"{where} has {len(factors)} values; rotary_dim {rotary_dim} needs {expected}"
         )
-    # Dynamic NTK reaches s^2 - s + 1, a base change s^2.4 (base 5e6, 4k tokens). The authors' factors
-    # for 4k tokens of a model tuned at 256k reach 62, and may stand alone.
+    # Dynamic NTK reaches s^2 - s + 1, a base change s^2.4 (base 5e6, 4k tokens). The authors'
+    # factors for 4k tokens of a model tuned at 256k reach 62, and may stand alone.
     bound = max(extension**3, _LEAST_BOUND)
     for index, value in enumerate(factors):
         here = f"{where}[{index}]"

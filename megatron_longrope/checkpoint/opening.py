@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_longrope.base_frequencies import check_same_base
@@ -42,7 +43,8 @@ def model_config(checkpoint: Checkpoint, original_length: int | None = None) -> 
     """Return the factors that a model carries, or plain RoPE up to its window.
 
     Args:
-        original_length (int, optional): Pre-trained window in tokens. Defaults to the model's.
+        original_length (int, optional): Pre-trained window in tokens. Defaults to the model's,
+            which a linear scaling's config.json may state as it was before the scaling.
 
     Raises:
         LongRopeError: `original_length` contradicts the model's factors.
@@ -52,12 +54,15 @@ def model_config(checkpoint: Checkpoint, original_length: int | None = None) -> 
         window = original_length or shape.max_position_embeddings
         return identity_config(shape.rotary_base, shape.rotary_dim, window)
     window = stored.original_max_position_embeddings
-    if original_length not in (None, window):
+    if original_length is None or original_length == window:
+        return stored
+    if not stored.is_bare:
         raise LongRopeError(
             f"--original-length {original_length} contradicts the factors of "
             f"{checkpoint.directory}, which were made for {window}; leave it out"
         )
-    return stored
+    only = replace(stored.factor_sets[0], max_length=original_length)
+    return replace(stored, original_max_position_embeddings=original_length, factor_sets=(only,))
 
 
 def check_vocabulary(vocab_size: int, what: str, shape: ModelShape, path: str | Path) -> None:

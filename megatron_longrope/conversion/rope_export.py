@@ -76,14 +76,7 @@ def export_rope(
 
 def is_bare_base(config: LongRopeConfig) -> bool:
     """Whether a configuration says no more than how the model itself scales RoPE."""
-    only = config.factor_sets[0]
-    return (
-        config.base_frequencies is not None
-        and len(config.factor_sets) == 1
-        and only.is_identity
-        and only.max_length == config.original_max_position_embeddings
-        and config.attention_factor is None
-    )
+    return config.base_frequencies is not None and config.is_bare
 
 
 def _bare_base(config: LongRopeConfig) -> ExportedRope:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.checkpoint.opening import model_config
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.options import SearchOptions
@@ -30,10 +31,16 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
             )
     shape, stored = checkpoint.shape, checkpoint.longrope
     if args.base_config and args.base_config != "none":
-        base, whose = LongRopeConfig.load(args.base_config), f"--base-config {args.base_config}"
-    elif stored and not args.base_config:
-        base, whose = stored, f"{checkpoint.directory}"
-        if rank() == 0:
+        base = LongRopeConfig.load(args.base_config)
+        window = base.original_max_position_embeddings
+        if args.original_length not in (None, window):
+            raise LongRopeError(
+                f"--original-length {args.original_length} contradicts --base-config "
+                f"{args.base_config}, made for {window}; leave it out"
+            )
+    elif stored is None or not args.base_config:
+        base = model_config(checkpoint, args.original_length)
+        if stored and rank() == 0:
             windows = ", ".join(str(item.max_length) for item in stored.factor_sets)
             print(
                 f"the base is the model's own factors, for {windows} tokens (attention factor "
@@ -42,18 +49,10 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
                 flush=True,
             )
     else:
-        original = args.original_length or (
-            stored.original_max_position_embeddings if stored else shape.max_position_embeddings
-        )
-        own = stored.base_frequencies if stored else None
-        base = identity_config(shape.rotary_base, shape.rotary_dim, original, own)
-        whose = "plain RoPE" if own is None else f"RoPE scaled by {own['rope_type']}"
+        window = args.original_length or stored.original_max_position_embeddings
+        own = stored.base_frequencies
+        base = identity_config(shape.rotary_base, shape.rotary_dim, window, own)
     original = base.original_max_position_embeddings
-    if args.original_length not in (None, original):
-        raise LongRopeError(
-            f"--original-length {args.original_length} contradicts {whose}, made for {original}; "
-            "leave it out"
-        )
     if args.attention_factor == "longest" and base.max_length == original:
         raise LongRopeError(
             "--attention-factor longest takes the value that the model was tuned with, and plain "

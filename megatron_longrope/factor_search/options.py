@@ -42,7 +42,7 @@ class _InputsAndOutputs(Options):
     """factors of the fine-tuned model (default: those that the model carries; `none` searches from
     plain RoPE all the same)"""
     original_length: int | None = flag(None, type=parse_length, metavar="N")
-    """pre-trained window in tokens (default: the checkpoint's max_position_embeddings)"""
+    """pre-trained window in tokens (default: the model's)"""
     held_out: str | None = flag(None, metavar="PREFIX")
     """other documents, to compare the winner on at the end"""
     tensorboard_dir: str | None = flag(None, metavar="DIR")

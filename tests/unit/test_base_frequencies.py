@@ -73,10 +73,12 @@ def test_a_null_of_yarn_is_what_transformers_takes_it_for(key):
     torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
 
 
-def test_a_yarn_whose_factor_is_not_the_ratio_of_its_windows_keeps_it(recwarn):
-    """transformers 4.57 and 5 take the factor."""
-    read = LongRopeConfig.from_hf({**hf_config(YARN), "max_position_embeddings": 32768})
+@pytest.mark.parametrize(("stated", "window"), [(32768, 131072), (40960, 131072), (2**18, 2**18)])
+def test_a_yarn_whose_factor_is_not_the_ratio_of_its_windows_keeps_it(recwarn, stated, window):
+    """transformers 4.57 and 5 take the factor; cards of Qwen2.5 and Qwen3 state 32k and 40k."""
+    read = LongRopeConfig.from_hf({**hf_config(YARN), "max_position_embeddings": stated})
     assert read.base_frequencies["factor"] == 4.0
+    assert read.max_length == read.original_max_position_embeddings == window
     assert not recwarn
 
 

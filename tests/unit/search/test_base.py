@@ -1,0 +1,42 @@
+"""What a search extends, by its options and what the model carries."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_longrope.checkpoint.opening import model_config
+from megatron_longrope.config import FactorSet, identity_config
+from megatron_longrope.factor_search.base import base_of
+from megatron_longrope.factor_search.options import SearchOptions
+
+SHAPE = SimpleNamespace(rotary_base=10000.0, rotary_dim=32, max_position_embeddings=4096)
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+SCALED = identity_config(10000.0, 32, 4096, LINEAR)
+TUNED = SCALED.with_factor_set(FactorSet(8192, (2.0,) * 16))
+
+
+def model(stored=None):
+    return SimpleNamespace(shape=SHAPE, longrope=stored, directory="model")
+
+
+def base(stored=None, **options):
+    given = {"load": "model", "data": "x", "output": "y.json", "target_length": 65536, **options}
+    return base_of(SearchOptions(**given), model(stored))
+
+
+@pytest.mark.parametrize("base_config", [None, "none"])
+@pytest.mark.parametrize("own", [None, LINEAR])
+def test_the_window_of_a_model_without_factors_can_be_given(own, base_config):
+    """Vicuna-16k states 4096, its window before the linear scaling."""
+    stored = own and SCALED
+    longer = identity_config(10000.0, 32, 16384, own)
+    assert base(stored, base_config=base_config, original_length=16384) == longer
+    assert base(stored, base_config=base_config) == identity_config(10000.0, 32, 4096, own)
+    assert model_config(model(stored), 16384) == longer
+
+
+def test_another_window_than_that_of_the_models_factors_is_refused():
+    with pytest.raises(ValueError, match="--original-length 16384 contradicts the factors of mo"):
+        base(TUNED, original_length=16384)
+    given = base(TUNED, base_config="none", original_length=16384)
+    assert given == identity_config(10000.0, 32, 16384, LINEAR)
