@@ -40,12 +40,12 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
             )
     elif stored is None or not args.base_config:
         base = model_config(checkpoint, args.original_length)
-        if stored and rank() == 0:
+        if stored and not stored.is_bare and rank() == 0:
             windows = ", ".join(str(item.max_length) for item in stored.factor_sets)
             print(
                 f"the base is the model's own factors, for {windows} tokens (attention factor "
                 f"{stored.attention_factor_for(stored.max_length):.6g} at the longest); "
-                "--base-config none would search from plain RoPE",
+                "--base-config none would leave them out",
                 flush=True,
             )
     else:

@@ -39,8 +39,8 @@ class _InputsAndOutputs(Options):
     output: str = flag(metavar="F.json")
     """LongRoPE config to write"""
     base_config: str | None = flag(None, metavar="F.json")
-    """factors of the fine-tuned model (default: those that the model carries; `none` searches from
-    plain RoPE all the same)"""
+    """factors of the fine-tuned model (default: those that the model carries; `none` leaves them
+    out; a model that scales RoPE itself keeps that)"""
     original_length: int | None = flag(None, type=parse_length, metavar="N")
     """pre-trained window in tokens (default: the model's)"""
     held_out: str | None = flag(None, metavar="PREFIX")

@@ -40,3 +40,16 @@ def test_another_window_than_that_of_the_models_factors_is_refused():
         base(TUNED, original_length=16384)
     given = base(TUNED, base_config="none", original_length=16384)
     assert given == identity_config(10000.0, 32, 16384, LINEAR)
+
+
+@pytest.mark.parametrize("stored", [None, SCALED, TUNED], ids=["plain", "scaled", "factors"])
+def test_only_factors_are_announced_as_the_models_own_factors(stored, capsys):
+    base(stored)
+    printed = capsys.readouterr().out
+    if stored is TUNED:
+        assert printed.startswith("the base is the model's own factors, for 4096, 8192 tokens (")
+        assert printed.endswith("; --base-config none would leave them out\n")
+    else:
+        assert printed == ""
+    base(stored, base_config="none")
+    assert capsys.readouterr().out == ""
