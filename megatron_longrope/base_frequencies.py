@@ -14,15 +14,12 @@ import argparse
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_longrope.config_rules import check_int, check_keys, check_positive
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import inv_freq
 from megatron_longrope.methods import linear_factors, yarn_factors
-
-if TYPE_CHECKING:
-    from megatron_longrope.config import LongRopeConfig
 
 _WINDOW = "original_max_position_embeddings"
 _MEGATRONS_FACTOR = 8.0  # RotaryEmbedding's default
@@ -168,30 +165,3 @@ def base_attention_factor(value: Mapping[str, Any]) -> float:
     if "mscale" in value and "mscale_all_dim" in value:
         return mscale(value["mscale"]) / mscale(value["mscale_all_dim"])
     return mscale(1.0)
-
-
-def check_same_base(config: LongRopeConfig, stored: LongRopeConfig | None) -> None:
-    """Refuse factors that multiply other frequencies than the model's own.
-
-    Args:
-        config (LongRopeConfig): The factors.
-        stored (LongRopeConfig, optional): What the model's checkpoint says; None is plain RoPE. One
-            with factors of its own says nothing here: a list of a config.json is relative to plain
-            RoPE, whatever its model was made from.
-
-    Raises:
-        LongRopeError: Their base_frequencies differ.
-    """
-    if stored is not None and not all(item.is_identity for item in stored.factor_sets):
-        return
-    own = None if stored is None else stored.base_frequencies
-    if own == config.base_frequencies:
-        return
-    theirs, ours = (
-        "plain RoPE" if item is None else f"RoPE scaled by {item['rope_type']}"
-        for item in (own, config.base_frequencies)
-    )
-    raise LongRopeError(
-        f"the longrope configuration multiplies {ours}, the model has {theirs}; the factors were "
-        "made for another model, so search again or correct their base_frequencies"
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_longrope.base_frequencies import check_same_base
 from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.model_args import ModelShape
@@ -90,11 +89,23 @@ def check_fits(
 
     Args:
         stored (LongRopeConfig, optional): What the model rotates by itself. Defaults to plain RoPE.
+            One with factors says nothing of what they multiply: a list of a config.json is relative
+            to plain RoPE, whatever its model was made from.
 
     Raises:
         LongRopeError: rotary_dim or rotary_base differ, or the scaling that the factors multiply.
     """
-    check_same_base(longrope_config, stored)
+    own = None if stored is None else stored.base_frequencies
+    has_factors = stored is not None and not all(item.is_identity for item in stored.factor_sets)
+    if not has_factors and own != longrope_config.base_frequencies:
+        theirs, ours = (
+            "plain RoPE" if item is None else f"RoPE scaled by {item['rope_type']}"
+            for item in (own, longrope_config.base_frequencies)
+        )
+        raise LongRopeError(
+            f"the longrope configuration multiplies {ours}, the model has {theirs}; the factors "
+            "were made for another model, so search again or correct their base_frequencies"
+        )
     for name in ("rotary_dim", "rotary_base"):
         ours, theirs = getattr(longrope_config, name), getattr(shape, name)
         if ours != theirs:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_longrope.base_frequencies import check_same_base
 from megatron_longrope.checkpoint.loader import Checkpoint, load_into
 from megatron_longrope.checkpoint.model_args import ModelShape
-from megatron_longrope.checkpoint.opening import model_config
+from megatron_longrope.checkpoint.opening import check_fits, model_config
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import process_groups
@@ -65,7 +64,7 @@ def load_engine(
         checkpoint = MegatronCheckpoint.open(source, iteration)
     shape = checkpoint.shape
     config = longrope_config or model_config(checkpoint)
-    check_same_base(config, checkpoint.longrope)
+    check_fits(config, shape, checkpoint.longrope)
     process_groups.initialize(tensor_parallel, context_parallel, replicas=replicas)
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(shape, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.checkpoint.opening import model_config
+from megatron_longrope.checkpoint.opening import check_fits, model_config
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.options import SearchOptions
@@ -17,7 +17,7 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
     """What the search extends: given factors, the model's own, or plain RoPE.
 
     Raises:
-        LongRopeError: An option contradicts them.
+        LongRopeError: An option contradicts them, or given factors are another model's.
     """
     if args.attention_factor not in (None, "longest", "search"):
         try:
@@ -32,6 +32,7 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
     shape, stored = checkpoint.shape, checkpoint.longrope
     if args.base_config and args.base_config != "none":
         base = LongRopeConfig.load(args.base_config)
+        check_fits(base, shape, stored)
         window = base.original_max_position_embeddings
         if args.original_length not in (None, window):
             raise LongRopeError(

@@ -53,3 +53,20 @@ def test_only_factors_are_announced_as_the_models_own_factors(stored, capsys):
         assert printed == ""
     base(stored, base_config="none")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (identity_config(10000.0, 64, 4096, LINEAR), "has rotary_dim 64, the model has 32"),
+        (identity_config(5e5, 32, 4096, LINEAR), "has rotary_base 500000, the model has 10000"),
+        (identity_config(10000.0, 32, 4096), "multiplies plain RoPE, the model has RoPE scaled by"),
+    ],
+)
+def test_another_models_factors_are_no_base(other, message, tmp_path):
+    path = str(tmp_path / "factors.json")
+    TUNED.save(path)
+    assert base(SCALED, base_config=path) == TUNED
+    other.save(path)
+    with pytest.raises(ValueError, match=message):
+        base(SCALED, base_config=path)
