@@ -31,12 +31,9 @@ def merge_configs(configs: Mapping[str, LongRopeConfig]) -> LongRopeConfig:
     (first_name, first), *others = configs.items()
     merged, owners = first, {item.max_length: first_name for item in first.factor_sets}
     for name, config in others:
-        for key in _SAME:
-            if getattr(config, key) != getattr(first, key):
-                raise LongRopeError(
-                    f"{name} has {key} {getattr(config, key)} and {first_name} has "
-                    f"{getattr(first, key)}; only factors of one model can be merged"
-                )
+        check_same_model(
+            name, config, first_name, first, "only factors of one model can be merged"
+        )
         if _attention(config) != _attention(first):
             raise LongRopeError(
                 f"{name} has {_attention(config)} and {first_name} has {_attention(first)}; "
@@ -52,6 +49,24 @@ def merge_configs(configs: Mapping[str, LongRopeConfig]) -> LongRopeConfig:
                     "keep one of the files"
                 )
     return merged
+
+
+def check_same_model(
+    name: str, config: LongRopeConfig, other_name: str, other: LongRopeConfig, rule: str
+) -> None:
+    """Refuse two configurations whose factors multiply different frequencies.
+
+    Args:
+        name (str): What an error calls the first; `other_name` is the second.
+        rule (str): How the error ends.
+
+    Raises:
+        LongRopeError: Base, dimensions, window or the scaling under the factors differ.
+    """
+    for key in _SAME:
+        ours, theirs = getattr(config, key), getattr(other, key)
+        if ours != theirs:
+            raise LongRopeError(f"{name} has {key} {ours} and {other_name} has {theirs}; {rule}")
 
 
 def _attention(config: LongRopeConfig) -> str:

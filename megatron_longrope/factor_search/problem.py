@@ -27,6 +27,7 @@ from megatron_longrope.factor_search.critical import (
     first_incomplete,
 )
 from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
+from megatron_longrope.merging import check_same_model
 from megatron_longrope.methods import named_factors
 
 SEED_METHODS = ("pi", "ntk", "yarn")
@@ -284,13 +285,9 @@ def _warm(warm_start: LongRopeConfig, base: LongRopeConfig, target_length: int) 
     Raises:
         LongRopeError: They are another model's, or none is for a window beyond the base's.
     """
-    for name in ("rotary_base", "rotary_dim", "original_max_position_embeddings"):
-        theirs, ours = getattr(warm_start, name), getattr(base, name)
-        if theirs != ours:
-            raise LongRopeError(
-                f"the warm start has {name} {theirs:g}, the base {ours:g}; give factors of the "
-                "same model"
-            )
+    check_same_model(
+        "the warm start", warm_start, "the base", base, "give factors of the same model"
+    )
     further = [item for item in warm_start.factor_sets if item.max_length > base.max_length]
     if not further:
         raise LongRopeError(

@@ -90,11 +90,26 @@ def test_a_warm_start_is_another_searchs_winner_extended_as_yarn_would(extended)
     assert shorter.references["warm"].rescale_factors == got
     with pytest.raises(ValueError, match="no factors beyond the base's 2048 tokens"):
         make_problem(extended, 4096, warm_start=extended)
-    with pytest.raises(ValueError, match="rotary_base 20000, the base 10000"):
-        other = identity_config(20000.0, DIM, ORIGINAL)
-        make_problem(extended, 4096, warm_start=other)
     with pytest.raises(ValueError, match="a recovery starts from the base's own"):
         make_problem(extended, 256, warm_start=winner)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (identity_config(20000.0, DIM, ORIGINAL), "rotary_base 20000.0 and the base has 10000.0"),
+        (identity_config(BASE, 2 * DIM, ORIGINAL), "rotary_dim 64 and the base has 32"),
+        (identity_config(BASE, DIM, 512), "original_max_position_embeddings 512 and the base has"),
+        (
+            identity_config(BASE, DIM, ORIGINAL, {"rope_type": "linear", "factor": 2.0}),
+            "base_frequencies {'rope_type': 'linear', 'factor': 2.0} and the base has None",
+        ),
+    ],
+)
+def test_another_models_factors_are_no_warm_start(extended, other, message):
+    other = other.with_factor_set(FactorSet(4096, (2.0,) * (other.rotary_dim // 2)))
+    with pytest.raises(ValueError, match=message):
+        make_problem(extended, 8192, warm_start=other)
 
 
 def test_seeds_that_coincide_are_searched_once(extended):
