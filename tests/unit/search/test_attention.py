@@ -42,7 +42,7 @@ def settled(problem, scores, before=None, after=None, reference=None, **more):
     )
 
 
-@pytest.mark.parametrize("best", [1.03, 1.07, 1.12])
+@pytest.mark.parametrize("best", [1.03, 1.12, 1.25])  # `su` is 1.17 here
 def test_the_best_value_is_found(best):
     objective = OfAttention(best)
     problem, scores = problem_and_scores(objective)
