@@ -205,15 +205,17 @@ def test_a_second_search_in_the_critical_space_ranges_over_the_further_extension
     assert got[7:] == tuple(6.0 * value for value in base[7:])
 
 
-@pytest.mark.parametrize("space", ["full", "critical"])
-@pytest.mark.parametrize("largest", [8.0, 9.6, 12.7, 14.3])
+@pytest.mark.parametrize("space", ["floored", "full", "critical"])
+@pytest.mark.parametrize("largest", [8.0, 9.6, 12.7, 14.3, 17.3])
 def test_no_candidate_of_a_second_search_exceeds_the_configurations_bound(plain, largest, space):
+    """2 x the extension ratio; of a base that is over it already (Phi-3), as far over it."""
+    bound = 64.0 if largest <= 16 else 8.0 * largest
     base = plain.with_factor_set(FactorSet(2048, (largest,) * 16))
     problem = make_problem(base, 8192, space=space)
     rng = np.random.default_rng(0)
     top = problem.space.encode((1e6,) * 16)
     for candidate in (top, *(random_candidate(problem.space, rng) for _ in range(50))):
-        problem.config(candidate)
+        assert max(problem.config(candidate).factor_set_for(8192).rescale_factors) <= bound
 
 
 def test_a_base_at_its_bound_leaves_the_critical_space_empty(plain):
