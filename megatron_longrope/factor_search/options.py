@@ -99,8 +99,8 @@ class _Space(Options):
     """choices of n_hat, for example 0,1,2,4, or `paper` for its fourteen; export to Hugging Face
     needs 0 (default: the base's, 0 for plain RoPE)"""
     upper: float | None = flag(None, type=float)
-    """largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s) or the base's
-    largest)"""
+    """largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s) or the largest
+    of the base's sets)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from megatron_longrope.factor_search.critical import (
     first_incomplete,
 )
 from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
+from megatron_longrope.lengths import format_length
 from megatron_longrope.merging import check_same_model
 from megatron_longrope.methods import named_factors
 
@@ -108,10 +109,10 @@ def make_problem(
         base (LongRopeConfig): Plain RoPE for a first search, else a fine-tuned model's factors.
         target_length (int): Window in tokens.
         upper (float, optional): Largest candidate factor. Defaults to 1.25 s (LongRoPE's space) or
-            2 s (LongRoPE2's), for a recovery to max(3, 1 + s) or to the base's own largest factor
-            where that is larger: published short factors are as large as the long ones (62 for
-            4k tokens of LLaMA2-256k). Less where the product with the base's factors would exceed
-            2 x the whole extension ratio.
+            2 s (LongRoPE2's), for a recovery to max(3, 1 + s) or to the largest factor of the
+            base's sets where that is larger, as all of them are starting points: published short
+            factors are as large as the long ones (62 for 4k tokens of LLaMA2-256k). Less where the
+            product with the base's factors would exceed 2 x the whole extension ratio.
         start_tokens (tuple[int, ...], optional): Choices of n_hat; the critical space has none.
             Defaults to what the base has, 0 for plain RoPE.
         space (str): One of :data:`SPACES`. A recovery, which extends nothing, has no floor.
@@ -222,18 +223,20 @@ def _recovery(
     original = base.original_max_position_embeddings
     scale = target_length / original
     ones = (1.0,) * (base.rotary_dim // 2)
-    current, longest = base.factor_set_for(target_length), base.factor_sets[-1]
+    *shorter, longest = base.factor_sets
+    # After second searches the tuned window's set is neither the current nor the longest one.
     named = {
         "none": GivenFactors(ones),
-        "base": _given(current),
+        "base": _given(base.factor_set_for(target_length)),
         "longest": _given(longest),
+        **{f"base-{format_length(item.max_length)}": _given(item) for item in shorter},
     }
     if scale > 1:
         factors = named_factors("ntk", base.rotary_dim, scale, base.rotary_base, original)
         named["ntk"] = GivenFactors(tuple(factors))
     if start_tokens is None:
-        start_tokens = tuple(sorted({current.num_start_tokens, longest.num_start_tokens}))
-    largest = max(*current.rescale_factors, *longest.rescale_factors)
+        start_tokens = tuple(sorted({item.num_start_tokens for item in base.factor_sets}))
+    largest = max(max(item.rescale_factors) for item in base.factor_sets)
     step = SearchSpace.step
     covering = round(1.0 + step * math.ceil((largest - 1.0) / step - 1e-6), 10)
     default = max(3.0, 1.0 + scale, covering)

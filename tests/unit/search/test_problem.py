@@ -68,6 +68,21 @@ def test_a_recovery_searchs_bound_covers_the_factors_that_the_base_has(extended)
     assert config.factor_set_for(2048) == longest
 
 
+def test_a_recovery_starts_from_every_set_of_the_base(extended):
+    """After second searches the tuned window's set is neither the current nor the longest one."""
+    base = extended.with_factor_set(FactorSet(4096, (1.0,) * 15 + (20.0,), num_start_tokens=4))
+    base = base.with_factor_set(FactorSet(8192, (1.5,) * 8 + (12.0,) * 8))
+    problem = make_problem(base, 256)
+    for name, window in (("base-2k", 2048), ("base-4k", 4096), ("longest", 8192)):
+        item = base.factor_set_for(window)
+        for found in (problem.references[name], problem.seeds[name]):
+            got = problem.factor_set(found)
+            assert got.rescale_factors == item.rescale_factors
+            assert got.num_start_tokens == item.num_start_tokens
+    assert set(problem.references) == {"none", "base-2k", "base-4k", "longest"}
+    assert problem.space.upper == 20.0
+
+
 def test_under_a_lower_bound_a_clipped_seed_has_another_name_and_the_whole_set_is_kept(extended):
     problem = make_problem(extended, 256, upper=3.0)
     assert "longest" not in problem.seeds
