@@ -23,6 +23,7 @@ from megatron_longrope.factor_search.space import GivenFactors
 from megatron_longrope.files import hold
 
 JOURNAL_VERSION = 2
+_SHOWN = 120  # characters that a message shows of a changed list; fourteen start tokens have 60
 _MARK = b'{"journal": '  # how every journal starts; nothing else is ever truncated
 
 
@@ -290,7 +291,7 @@ def _null_if_inf(value: float) -> float | None:
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """`key: old -> new` for every leaf that differs."""
+    """`key: old -> new` for every leaf that differs; of long lists, such as factors, the key."""
     if isinstance(old, dict) and isinstance(new, dict):
         missing = "(absent)"
         return [
@@ -300,4 +301,8 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
                 old.get(key, missing), new.get(key, missing), f"{name}.{key}" if name else key
             )
         ]
-    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+    if old == new:
+        return []
+    shown = f"{old!r} -> {new!r}"
+    is_long = list in (type(old), type(new)) and len(shown) > _SHOWN
+    return [f"{name}: other values" if is_long else f"{name}: {shown}"]

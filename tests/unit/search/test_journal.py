@@ -118,6 +118,17 @@ def test_changed_settings_are_refused_with_their_differences(path):
     assert "scale" not in message
 
 
+def test_changed_vectors_of_factors_are_named_and_not_printed(tmp_path):
+    factors = {"yarn": [1.25] * 65}
+    tokens = [0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 64, 128, 256]
+    Journal(tmp_path / "x", {"references": factors, "start_tokens": [0]}).close()
+    changed = {"references": {"yarn": [2.5] * 65, "warm": [1.5] * 65}, "start_tokens": tokens}
+    assert (
+        "other settings: references.warm: other values; references.yarn: other values; "
+        f"start_tokens: [0] -> {tokens}; resume"
+    ) in refusal(tmp_path / "x", changed, resume=True)
+
+
 def test_the_order_of_settings_does_not_matter(path):
     assert len(scores_after_resume(path, dict(reversed(SETTINGS.items())))) == 3
 
