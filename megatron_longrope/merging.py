@@ -31,9 +31,7 @@ def merge_configs(configs: Mapping[str, LongRopeConfig]) -> LongRopeConfig:
     (first_name, first), *others = configs.items()
     merged, owners = first, {item.max_length: first_name for item in first.factor_sets}
     for name, config in others:
-        check_same_model(
-            name, config, first_name, first, "only factors of one model can be merged"
-        )
+        check_same_model(name, config, first_name, first, "only factors of one model can be merged")
         if _attention(config) != _attention(first):
             raise LongRopeError(
                 f"{name} has {_attention(config)} and {first_name} has {_attention(first)}; "

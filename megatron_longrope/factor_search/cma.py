@@ -15,7 +15,7 @@ The search has four parts, each a generation or more:
 
 Neighbouring dimensions rotate at similar speeds, so that good factors vary smoothly around a good
 seed. CMA-ES therefore starts from a smooth prior: its coordinates are the leading eigenvectors of a
-squared-exponential covariance over the dimension index, which cuts 64 factors to about a dozen
+squared-exponential covariance over the dimension index, which cuts 64 factors to 9 or 10
 numbers; the polish then frees every factor.
 """
 
@@ -57,8 +57,8 @@ class CmaParameters:
     """Budget, in evaluations of all samples: a quarter of the evolution's 1,344. An evaluation of
     fewer samples, in successive halving, counts as its share."""
     population_size: int | None = None
-    """Candidates of a CMA-ES generation; None is the package's 4 + 3 ln n. Give a multiple of the
-    number of replicas, or a lookahead, to keep many of them busy."""
+    """Candidates of a CMA-ES generation; None is the package's 4 + 3 ln n, 10 here. Give a multiple
+    of the number of replicas, or a lookahead, to keep many of them busy."""
     initial_deviation: float = 0.1
     """Of the logarithm of the factors, relative to that of the largest factor of the best seed."""
     num_samples: int = 5

@@ -119,7 +119,7 @@ class _Algorithm(Options):
     """factors for a near window of the same model, such as another second search's result: one more
     starting point"""
     population_size: int | None = flag(None, type=int, metavar="P")
-    """evolution: 64; cma: 4 + 3 ln n"""
+    """evolution: 64; cma: 10, which is 4 + 3 ln n of the 9 or 10 numbers that it moves"""
     num_mutations: int | None = flag(None, type=int, metavar="N1")
     """evolution: 16"""
     num_crossovers: int | None = flag(None, type=int, metavar="N2")

@@ -55,6 +55,17 @@ def run(search, score) -> list[tuple]:
     return told
 
 
+@pytest.mark.parametrize("space", ["floored", "full", "critical"])
+@pytest.mark.parametrize(
+    ("dim", "base", "window"), [(64, 1e5, 8192), (96, 1e4, 4096), (128, 5e5, 8192)]
+)
+def test_9_or_10_coordinates_and_a_population_of_10_as_the_docs_say(dim, base, window, space):
+    problem = make_problem(identity_config(base, dim, window), 16 * window, space=space)
+    for seed in problem.seeds.values():
+        size = Coordinates(problem.space, seed).size
+        assert size in (9, 10) and 4 + int(3 * math.log(size)) == 10
+
+
 def cost(told, num_samples: int) -> int:
     """Sample-forwards, where nothing is scored twice."""
     scored = {}
