@@ -130,7 +130,6 @@ def _run_verify(options: VerifyOptions) -> None:
         target_length=lengths[1],
         tolerance=options.tolerance,
         sliding_window=options.sliding_window,
-        made_of=None,
     )
     if options.json:
         print(json.dumps(report.to_dict()))

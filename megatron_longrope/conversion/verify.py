@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_longrope.checkpoint.hf.folder import HfFolder
 from megatron_longrope.checkpoint.hf.source import open_folder
 from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.opening import open_checkpoint
@@ -79,7 +78,6 @@ def verify(
     target_length: int | None = None,
     tolerance: float = TOLERANCE,
     sliding_window: str = "refuse",
-    made_of: str | None = "checkpoint",
     remedy: str = "do not use this folder",
 ) -> VerificationReport:
     """Run both models in fp32 on random tokens, within and past every limit of config.json.
@@ -90,8 +88,6 @@ def verify(
         checkpoint_path (str | Path, optional): None compares transformers with the engine on the
             folder itself.
         longrope_config (LongRopeConfig, optional): What was exported; None for plain RoPE.
-        made_of (str, optional): What the other of the two was made of, `checkpoint` or `folder`.
-            None is for a pair of unknown origin: a checkpoint that was imported may be either.
         remedy (str): What to do about a difference.
 
     Raises:
@@ -106,11 +102,17 @@ def verify(
         config = exported_config(longrope_config, short_length, target_length)
     window = folder.dropped_window or folder.kept_window
     hf_config = {**folder.config, "sliding_window": window} if window else folder.config
-    vocab_size, rounding = hf_config["vocab_size"], _allowed_rounding(checkpoint, folder, made_of)
+    vocab_size = hf_config["vocab_size"]
+    stored = {info.dtype for info in checkpoint.keys().values()}
+    written = {info.dtype for name, info in folder.tensors.items() if not name.endswith("inv_freq")}
     differences = []
     try:
         engine = fp32_engine(checkpoint, config)
         model = _load_transformers_model(folder.directory, folder.dropped_window is not None)
+        # In either direction: whichever was made of the other, both now hold the narrower values.
+        _round(engine.model, written)
+        _round(engine.model, stored)
+        _round(model, stored)
         for name, length in windows_to_compare(config, hf_config):
             tokens = random_tokens(vocab_size, length, seed=0)
             count = min(length, _COMPARED_TOKENS)
@@ -119,11 +121,10 @@ def verify(
                 ours = engine.logits(tokens, count)[..., :vocab_size]
             difference = replace(compare(name, ours, theirs), num_tokens=length)
             differences.append(difference)
-            allowed = tolerance + rounding * _largest(ours)
-            if not difference.max_abs_diff <= allowed:  # also catches NaN
+            if not difference.max_abs_diff <= tolerance:  # also catches NaN
                 raise LongRopeError(
                     f"verification failed on {length} tokens ({_describe(name)}): "
-                    f"{_how_they_differ(difference, ours, theirs, allowed)}; {remedy}"
+                    f"{_how_they_differ(difference, ours, theirs, tolerance)}; {remedy}"
                     f"{_unread(folder.directory)}"
                 )
     except RuntimeError as error:
@@ -150,7 +151,6 @@ def verify_import(
         longrope_config=MegatronCheckpoint.open(checkpoint_path).longrope,
         tolerance=tolerance,
         sliding_window=sliding_window,
-        made_of="folder",
         remedy="nothing was written",
     )
 
@@ -302,38 +302,15 @@ def windows_to_compare(
     return windows
 
 
-def _allowed_rounding(checkpoint: Checkpoint, folder: HfFolder, made_of: str | None) -> float:
-    """Relative error to expect of what was made of the other."""
-    stored = {info.dtype for info in checkpoint.keys().values()}
-    written = {info.dtype for name, info in folder.tensors.items() if not name.endswith("inv_freq")}
-    if made_of is None and not _is_imported(checkpoint):
-        made_of = "checkpoint"
-    return max(
-        0.0 if made_of == "folder" else expected_rounding(stored, written),
-        0.0 if made_of == "checkpoint" else expected_rounding(written, stored),
-    )
+def _round(model: nn.Module, dtypes: set[torch.dtype]) -> None:
+    """Round a model's weights, one at a time, to the dtype that the other model is stored in.
 
-
-def _is_imported(checkpoint: Checkpoint) -> bool:
-    args = getattr(checkpoint, "args", None)  # a folder has none
-    return getattr(args, "longrope_hf_family", None) is not None
-
-
-def expected_rounding(source: set[torch.dtype], target: set[torch.dtype]) -> float:
-    """Relative error to expect of logits when tensors were converted.
-
-    Args:
-        source (set): Dtypes that the tensors had.
-        target (set): Dtypes that they have; the same set is tensors that were left as they were.
+    A conversion that narrows gives all tensors one dtype; where there are several, it kept them.
     """
-    if source == target:
-        return 0.0
-    narrowed = (
-        torch.finfo(kind).eps
-        for kind in target
-        if any(torch.promote_types(other, kind) != kind for other in source)
-    )
-    return 32 * max(narrowed, default=0.0)
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.to(dtype))
 
 
 def fp32_engine(checkpoint: Checkpoint, config: LongRopeConfig | None) -> Any:

@@ -79,6 +79,8 @@ def test_a_checkpoint_of_another_model_than_its_arguments_say_is_refused(
 
 def test_logits_that_differ_leave_nothing(untied_gqa, tmp_path, monkeypatch, capsys):
     class Wrong:
+        model = torch.nn.Identity()
+
         def logits(self, tokens, count):
             return torch.zeros(1, count, maker.PADDED)
 
@@ -172,26 +174,34 @@ def test_verify_compares_a_pair_of_either_origin_or_a_folder_alone(
     assert "stored in the folder, up to 256 tokens" in capsys.readouterr().out
 
 
-def test_verify_allows_an_import_in_a_narrower_dtype_its_rounding(hf, tmp_path):
-    narrow = ("--dtype", "bfloat16", "--no-verify")
-    assert convert("from-hf", "--hf", hf, "--output", tmp_path / "imported", *narrow) == 0
-    assert convert("verify", "--load", tmp_path / "imported", "--hf", hf) == 0
-
-
-def test_an_import_that_rounds_only_some_of_the_tensors_is_allowed_their_rounding(hf, tmp_path):
-    mixed = shutil.copytree(hf, tmp_path / "mixed")
-    for path in mixed.glob("*.safetensors"):
-        tensors = load_file(path)
-        narrow = {name: value for name, value in tensors.items() if "norm" not in name}
-        tensors |= {name: value.to(torch.bfloat16) for name, value in narrow.items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-    arguments = ("--hf", mixed, "--output", tmp_path / "imported", "--dtype", "bfloat16")
-    assert convert("from-hf", *arguments) == 0
-    kept = tmp_path / "kept"
-    assert convert("from-hf", "--hf", mixed, "--output", kept, "--no-verify") == 0
-    dtypes = {info.dtype for info in MegatronCheckpoint.open(kept).keys().values()}
-    assert dtypes == {torch.bfloat16, torch.float32}
-    assert convert("verify", "--load", kept, "--hf", mixed) == 0
+@pytest.mark.parametrize("way", ["exported", "imported", "imported from two dtypes", "kept"])
+def test_a_narrower_dtype_widens_no_tolerance(untied_gqa, hf, tmp_path, capsys, way):
+    folder, load, narrow = shutil.copytree(hf, tmp_path / "hf"), tmp_path / "load", "bfloat16"
+    if way == "exported":
+        load = untied_gqa.path
+        assert to_hf(load, tmp_path / "narrow", "--dtype", narrow) == 0
+        folder = tmp_path / "narrow"
+    else:
+        for path in folder.glob("*.safetensors") if way != "imported" else ():
+            tensors = load_file(path)
+            halves = {name: value for name, value in tensors.items() if "norm" not in name}
+            tensors |= {name: value.to(torch.bfloat16) for name, value in halves.items()}
+            save_file(tensors, path, metadata={"format": "pt"})
+        dtype = "keep" if way == "kept" else narrow
+        assert convert("from-hf", "--hf", folder, "--output", load, "--dtype", dtype) == 0
+    dtypes = {info.dtype for info in MegatronCheckpoint.open(load).keys().values()}
+    assert len(dtypes) == (2 if way == "kept" else 1)
+    pair = ("verify", "--load", load, "--hf", folder)
+    capsys.readouterr()
+    assert convert(*pair, "--json") == 0
+    windows = json.loads(capsys.readouterr().out)["windows"]
+    assert all(item["max_abs_diff"] < 1e-5 for item in windows)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 5000.0
+    config["rope_scaling"].pop("rope_theta", None)
+    path.write_text(json.dumps(config))
+    assert "transformers' logits differ from Megatron's by up to" in refused(capsys, *pair)
 
 
 @pytest.mark.parametrize("way", ["drop", "keep"])
