@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -67,16 +66,14 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     The content goes to a temporary file in the same directory, is flushed to disk and then renamed.
 
     Raises:
-        LongRopeError: The directory does not let anybody write there.
+        LongRopeError: The file cannot be begun, because of the OSError that is its cause.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     except OSError as error:
-        if error.errno == errno.EIO:  # a failing disk, as while the content is written
-            raise
-        raise LongRopeError(f"{path}: cannot be written: {error.strerror}") from None
+        raise LongRopeError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         with os.fdopen(fd, "wb") as file:
             yield file
@@ -168,7 +165,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError:
         raise LongRopeError(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise LongRopeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise LongRopeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     if not text.strip():
         raise LongRopeError(f"{path}: the file is empty; expected a JSON object")
     try:

@@ -112,7 +112,7 @@ def load_metadata(path: Path) -> Metadata:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
     except Exception as error:  # a damaged pickle raises almost anything
-        raise LongRopeError(f"{path}: not readable as checkpoint metadata: {error}") from None
+        raise LongRopeError(f"{path}: not readable as checkpoint metadata: {error}") from error
     if not isinstance(metadata, Metadata):
         raise LongRopeError(f"{path}: holds a {type(metadata).__name__}, expected Metadata")
     return metadata
@@ -156,7 +156,7 @@ def _load_object(data: bytes | Path, where: str) -> Any:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source())
     except Exception as error:
-        raise LongRopeError(f"{where}: not readable as a torch archive: {_line(error)}") from None
+        raise LongRopeError(f"{where}: not readable as a torch archive: {_line(error)}") from error
     allowed = []
     for name in names:
         if name in _ARGUMENT_CLASSES:
@@ -174,7 +174,7 @@ def _load_object(data: bytes | Path, where: str) -> Any:
                 source(), map_location="cpu", weights_only=True, mmap=isinstance(data, Path)
             )
     except Exception as error:
-        raise LongRopeError(f"{where}: not readable: {_line(error)}") from None
+        raise LongRopeError(f"{where}: not readable: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:

@@ -103,7 +103,7 @@ class Shards:
             raise LongRopeError(
                 f"{self.directory}: the data of {name!r} is damaged, copy the checkpoint again: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from None
+            ) from error
 
 
 class _Sink:

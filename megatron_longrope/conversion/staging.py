@@ -260,12 +260,14 @@ def staging_folder(
         raise
     except NotVerified as error:
         raise LongRopeError(f"{error}; {staging.keep('with --no-verify ')}") from error
-    except LongRopeError:
-        staging.remove()
-        raise
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise LongRopeError(f"{output_dir}: {error}; {staging.keep()}") from error
+    except (LongRopeError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            staging.remove()
+            raise
+        if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            where = f"{output_dir}: " if cause is error else ""
+            raise LongRopeError(f"{where}{error}; {staging.keep()}") from error
         staging.remove()
         raise LongRopeError(
             f"{output_dir.parent}: the disk is full; nothing was left behind, so make room or give "

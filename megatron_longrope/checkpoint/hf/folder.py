@@ -97,13 +97,13 @@ class HfFolder:
                 while target:  # one call reads at most 2 GiB
                     count = stream.readinto(target)
                     if not count:
-                        raise OSError("the file ends early")
+                        raise EOFError("the file ends early")
                     target = target[count:]
-        except OSError as error:
+        except (OSError, EOFError) as error:
             raise LongRopeError(
                 f"{self.directory / file}: tensor {name} cannot be read, copy the file again: "
                 f"{error}"
-            ) from None
+            ) from error
         return result
 
     def _listed(self) -> dict[str, set[str] | None]:
@@ -156,7 +156,7 @@ class HfFolder:
         except (SafetensorError, OSError) as error:
             raise LongRopeError(
                 f"{path}: truncated or damaged, download it again: {error}"
-            ) from None
+            ) from error
         if lacking := (names or found) - found:
             raise LongRopeError(
                 f"{path}: lacks tensor {sorted(lacking)[0]}, which is not what {_INDEX} says; "

@@ -43,6 +43,13 @@ class Interrupt:
             raise self.error
 
 
+class Calls(list):
+    """A `progress` that remembers the bytes done; the first are those of an earlier run."""
+
+    def __call__(self, done, total):
+        self.append(done)
+
+
 @pytest.fixture
 def interrupted(untied_gqa, config, tmp_path):
     """Ctrl-C in the middle of an export to `tmp_path/hf`; gives its staging folder."""
@@ -240,30 +247,51 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["a file is begun", "a file is written"])
+@pytest.mark.parametrize(
+    ("code", "place"),
+    [
+        ("EIO", None),
+        ("EIO", "tempfile.mkstemp"),
+        ("ESTALE", "tempfile.mkstemp"),
+        ("EACCES", "tempfile.mkstemp"),
+        ("EMFILE", "torch.distributed.checkpoint.FileSystemReader.read_data"),
+        ("ESTALE", "pathlib.Path.open"),
+    ],
+)
 def test_another_error_of_the_disk_is_one_sentence_and_keeps_what_is_complete(
-    untied_gqa, config, tmp_path, monkeypatch, early
+    untied_gqa, config, exported, tmp_path, monkeypatch, code, place
 ):
-    error = OSError(errno.EIO, os.strerror(errno.EIO))
+    number = getattr(errno, code)
+    error = OSError(number, os.strerror(number))
 
-    def begin(*_, **__):
+    def break_off(*_, **__):
         raise error
 
-    def export(**how):
-        return write_hf_folder(
-            untied_gqa.path, tmp_path / "hf", longrope_config=config, **how, **SHARDS
-        )
+    def convert(progress):
+        if place == "pathlib.Path.open":
+            write_checkpoint(exported, tmp_path / "x", progress=progress, **SHARDS)
+        else:
+            write_hf_folder(
+                untied_gqa.path,
+                tmp_path / "x",
+                longrope_config=config,
+                progress=progress,
+                **SHARDS,
+            )
 
-    def fail(done, total):
-        if done >= 0.6 * total and early:
-            monkeypatch.setattr("tempfile.mkstemp", begin)
-        elif done >= 0.6 * total:
-            raise error
+    with monkeypatch.context() as patch:
 
-    with pytest.raises(ValueError, match=r"Input/output error; complete files are kept in "):
-        export(progress=fail)
-    monkeypatch.undo()
-    assert export().resumed
+        def fail(done, total):
+            if done >= 0.6 * total and place:
+                patch.setattr(place, break_off)
+            elif done >= 0.6 * total:
+                raise error
+
+        sentence = rf"{os.strerror(number)}; complete files are kept in .*\.x\.converting"
+        with pytest.raises(ValueError, match=sentence):
+            convert(fail)
+    convert(calls := Calls())
+    assert calls[0] > 0
 
 
 def test_a_result_that_cannot_take_its_name_is_kept_and_so_is_what_has_it(
