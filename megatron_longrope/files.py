@@ -132,7 +132,8 @@ def hold(path: Path, what: str, remedy: str, wait: float = 0.0) -> BaseFileLock:
             stacklevel=3,
         )
     else:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk, say, which needs no note to be locked
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     return lock
 
 

@@ -132,8 +132,9 @@ class StagingFolder:
         self.remove()
 
     def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the folder, unless another process has it."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
         self.close()
 
     def keep(self, how: str = "") -> str:
@@ -252,8 +253,8 @@ def staging_folder(
             converting to the same output, or the output appeared in the meantime.
     """
     staging = StagingFolder(output_dir, overwrite)
-    staging.lock()
     try:
+        staging.lock()
         yield staging, staging.begin(identity)
     except NotPutInPlace:
         staging.close()

@@ -415,6 +415,17 @@ def test_the_lock_ends_with_its_folder(tmp_path):
         pass
 
 
+def test_a_second_conversion_to_an_output_is_refused_and_leaves_the_first_its_files(tmp_path):
+    with staging_folder(tmp_path / "x", {}) as (staging, _):
+        (staging.result / "a.safetensors").touch()
+        with (
+            pytest.raises(ValueError, match="is being written by process"),
+            staging_folder(tmp_path / "x", {}),
+        ):
+            pass
+        assert (staging.result / "a.safetensors").exists()
+
+
 def test_files_are_told_apart_by_content_or_by_size_and_time(tmp_path, monkeypatch):
     (tmp_path / "inside").mkdir()
     path = tmp_path / "inside" / "file"
