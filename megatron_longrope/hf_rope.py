@@ -86,7 +86,7 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
     return HfRope(
         rope_type=kind,
         stated_type=str(values.get("rope_type", values.get("type", "default"))),
-        rope_theta=_rope_theta(config, holder, values, model_type),
+        rope_theta=_rope_theta(config, values, model_type),
         partial_rotary_factor=1.0 if partial is None else float(partial),
         original_max_position_embeddings=original,
         parameters=_parameters(values, kind),
@@ -186,9 +186,7 @@ def _stated_once(
     return stated[0][1] if stated else None
 
 
-def _rope_theta(
-    config: Mapping[str, Any], holder: str, values: Mapping[str, Any], model_type: str
-) -> float:
+def _rope_theta(config: Mapping[str, Any], values: Mapping[str, Any], model_type: str) -> float:
     inside = {
         name: config[name]
         for name in ("rope_scaling", "rope_parameters")

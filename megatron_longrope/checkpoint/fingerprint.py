@@ -8,7 +8,7 @@ from pathlib import Path
 _BLOCK_BYTES = 4096
 _NUM_BLOCKS = 64
 # What weights and their geometry are stored in; a tokenizer or a card does not change the model.
-_SUFFIXES = {".safetensors", ".distcp", ".pt", ".metadata", ".pth"}
+_SUFFIXES = {".safetensors", ".distcp", ".pt", ".pth"}
 _NAMES = {"config.json", ".metadata", "metadata.json"}
 
 

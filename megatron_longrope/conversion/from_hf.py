@@ -60,8 +60,6 @@ class ImportReport:
     """The model's arguments, as Megatron finds them in the checkpoint."""
     verification: Any = None
     """What the `check` returned."""
-    resumed: bool = False
-    """Whether an interrupted conversion was continued."""
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -126,7 +124,7 @@ def write_checkpoint(
         dropped_window=folder.dropped_window,
     )
     identity = _identity(folder, plan, max_shard_bytes, sliding_window)
-    with staging_folder(output_dir, identity) as (staging, resumed):
+    with staging_folder(output_dir, identity) as staging:
         load = _loader(source, folder, vocabulary, shape.vocab_size)
         common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}  # qkv group by group
         write_release(staging, plan, load, common, progress, max_shard_bytes)
@@ -146,7 +144,6 @@ def write_checkpoint(
         left_out=source.left_out,
         args=args,
         verification=verification,
-        resumed=resumed,
     )
 
 

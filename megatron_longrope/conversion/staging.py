@@ -55,14 +55,11 @@ class StagingFolder:
         self.shards = self.path / _SHARDS
         self._lock: BaseFileLock | None = None
 
-    def begin(self, identity: Mapping[str, Any]) -> bool:
-        """Find what is to be continued, or clear the folder, which is locked.
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Keep the work of an earlier run with the same identity, or clear the folder.
 
         Args:
             identity (Mapping): What is converted and how, as JSON.
-
-        Returns:
-            bool: Whether an earlier run with the same identity has left its work here.
         """
         self._restore()
         known = self.path / _FINGERPRINT
@@ -71,14 +68,13 @@ class StagingFolder:
                 if read_json(known) == identity:
                     for half in self.result.rglob(".*.tmp"):  # of a process that was killed
                         half.unlink()
-                    return self.has_data()
+                    return
         for name in (_RESULT, _SHARDS, _REPLACED):
             shutil.rmtree(self.path / name, ignore_errors=True)
         known.unlink(missing_ok=True)
         self.result.mkdir()
         self.shards.mkdir()
         write_json_atomic(known, dict(identity))
-        return False
 
     def has_data(self) -> bool:
         """Whether a file of tensors is complete."""
@@ -237,8 +233,8 @@ def _is_there(path: Path) -> bool:
 @contextmanager
 def staging_folder(
     output_dir: Path, identity: Mapping[str, Any], overwrite: bool = False
-) -> Iterator[tuple[StagingFolder, bool]]:
-    """The staging folder of an output, and whether an earlier run's work is in it.
+) -> Iterator[StagingFolder]:
+    """The staging folder of an output, with what an earlier run of the same conversion completed.
 
     What is refused, or fills the disk, leaves nothing. What ends otherwise, be it by an error of
     the system, leaves the files that were complete, if any; the exception says so, or its note.
@@ -255,7 +251,8 @@ def staging_folder(
     staging = StagingFolder(output_dir, overwrite)
     try:
         staging.lock()
-        yield staging, staging.begin(identity)
+        staging.begin(identity)
+        yield staging
     except NotPutInPlace:
         staging.close()
         raise

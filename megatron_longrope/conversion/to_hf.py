@@ -80,8 +80,6 @@ class ConversionReport:
     """Sentences about what some readers of the folder cannot do."""
     tokenizer: Path | None = None
     """File or folder that the tokenizer was taken from; None if none is included."""
-    resumed: bool = False
-    """Whether an interrupted conversion was continued."""
 
 
 def write_hf_folder(
@@ -134,7 +132,7 @@ def write_hf_folder(
     )
     export = _Export(checkpoint, chosen, factors, dtype, tokenizer, beside)
     identity = export.identity(max_shard_bytes)
-    with staging_folder(output_dir, identity, overwrite) as (staging, resumed):
+    with staging_folder(output_dir, identity, overwrite) as staging:
         source, hf_config, included = export.write_small_files(staging.result, output_dir.name)
         staging.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
         files = write_safetensors(
@@ -155,7 +153,6 @@ def write_hf_folder(
         dropped_start_tokens=factors.dropped,
         remarks=() if factors.rope is None else factors.rope.remarks,
         tokenizer=included,
-        resumed=resumed,
     )
 
 

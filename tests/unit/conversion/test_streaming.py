@@ -81,15 +81,10 @@ def test_what_was_complete_is_not_written_again(
     kept = {path.name: path.stat() for path in (interrupted / "result").glob("*.safetensors")}
     assert kept
     assert not list(interrupted.rglob(".*.tmp"))
-    names, calls = files_read(monkeypatch), []
+    names, calls = files_read(monkeypatch), Calls()
     report = write_hf_folder(
-        untied_gqa.path,
-        tmp_path / "hf",
-        longrope_config=config,
-        progress=lambda done, total: calls.append(done),
-        **SHARDS,
+        untied_gqa.path, tmp_path / "hf", longrope_config=config, progress=calls, **SHARDS
     )
-    assert report.resumed
     assert 0 < calls[0] < calls[-1] == report.num_bytes
     assert 0 < len(names) < report.num_tensors
     for name, before in kept.items():
@@ -106,16 +101,20 @@ def test_other_options_start_anew(untied_gqa, config, tmp_path, interrupted, cha
     names = files_read(monkeypatch)
     options = {"longrope_config": config, **SHARDS, **changes}
     report = write_hf_folder(untied_gqa.path, tmp_path / "hf", **options)
-    assert not report.resumed
     assert len(names) == report.num_tensors
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_another_checkpoint_starts_anew(megatron_runs, config, tmp_path, interrupted):
-    report = write_hf_folder(
-        megatron_runs["tied_mha"].path, tmp_path / "hf", longrope_config=config, **SHARDS
+    calls = Calls()
+    write_hf_folder(
+        megatron_runs["tied_mha"].path,
+        tmp_path / "hf",
+        longrope_config=config,
+        progress=calls,
+        **SHARDS,
     )
-    assert not report.resumed
+    assert calls[0] == 0
     assert "lm_head.weight" not in tensors(tmp_path / "hf")
 
 
@@ -145,8 +144,8 @@ def test_a_verification_that_fails_leaves_nothing_of_an_interrupted_export(
 def test_a_verification_that_runs_out_of_memory_or_breaks_keeps_what_was_converted(
     exported, tmp_path, monkeypatch
 ):
-    def convert(check=None):
-        return write_checkpoint(exported, tmp_path / "x", check=check, **SHARDS)
+    def convert(check=None, progress=None):
+        write_checkpoint(exported, tmp_path / "x", check=check, progress=progress, **SHARDS)
 
     def breaks(error):
         def raises(*_):
@@ -163,7 +162,8 @@ def test_a_verification_that_runs_out_of_memory_or_breaks_keeps_what_was_convert
     )
     error = breaks(RuntimeError("a bug"))
     assert "complete files are kept in" in error.__notes__[0]
-    assert convert().resumed
+    convert(progress=(calls := Calls()))
+    assert calls[0] > 0
 
 
 @pytest.fixture(scope="module")
@@ -182,11 +182,8 @@ def test_an_interrupted_import_goes_on(exported, tmp_path, monkeypatch):
     (staging,) = tmp_path.iterdir()
     kept = {path.name: path.stat() for path in staging.rglob("*.distcp")}
     assert len(kept) > 2
-    calls = []
-    report = write_checkpoint(
-        exported, tmp_path / "ckpt", progress=lambda done, total: calls.append(done), **SHARDS
-    )
-    assert report.resumed
+    calls = Calls()
+    report = write_checkpoint(exported, tmp_path / "ckpt", progress=calls, **SHARDS)
     assert 0 < calls[0] < calls[-1] == report.num_bytes
     for name, before in kept.items():
         assert (tmp_path / "ckpt" / "release" / name).stat().st_mtime_ns == before.st_mtime_ns
@@ -221,8 +218,8 @@ def test_a_killed_process_leaves_what_the_same_command_continues(exported, tmp_p
     process.wait()
     process.stdout.close()
     assert not output.exists()
-    report = write_checkpoint(exported, output, **SHARDS)
-    assert report.resumed
+    report = write_checkpoint(exported, output, progress=(calls := Calls()), **SHARDS)
+    assert calls[0] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
     back = tmp_path / "back"
     write_hf_folder(output, back, longrope_config=report.longrope_config)
@@ -244,6 +241,23 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
             )
         else:
             write_checkpoint(exported, tmp_path / "x", progress=full, **SHARDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "calls", [("pathlib.Path.mkdir",), ("pathlib.Path.write_text", "tempfile.mkstemp")]
+)
+def test_a_disk_that_is_full_from_the_beginning_is_one_sentence_and_leaves_nothing(
+    exported, tmp_path, monkeypatch, calls
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        for name in calls:
+            patch.setattr(name, full)
+        with pytest.raises(ValueError, match="the disk is full; nothing was left behind"):
+            write_checkpoint(exported, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,7 +327,8 @@ def test_a_result_that_cannot_take_its_name_is_kept_and_so_is_what_has_it(
         with pytest.raises(ValueError, match=r"cannot take its name .*; the result is complete "):
             write_hf_folder(untied_gqa.path, output, **options)
     assert (output / "precious").exists()
-    assert write_hf_folder(untied_gqa.path, output, **options).resumed
+    write_hf_folder(untied_gqa.path, output, progress=(calls := Calls()), **options)
+    assert calls[0] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -346,7 +361,8 @@ def test_an_export_into_a_folder_that_it_reads_is_continued(
     options = {"longrope_config": config, "tokenizer": tokenizer, **SHARDS}
     with pytest.raises(KeyboardInterrupt):
         write_hf_folder(*arguments, progress=Interrupt(0.6), **options)
-    assert write_hf_folder(*arguments, **options).resumed
+    write_hf_folder(*arguments, progress=(calls := Calls()), **options)
+    assert calls[0] > 0
 
 
 def test_an_output_that_is_or_holds_what_is_read_is_refused(untied_gqa, config, exported, tmp_path):
@@ -406,8 +422,7 @@ def test_a_process_that_ended_between_two_renames_gives_back_what_was_there(tmp_
 
 
 def test_the_lock_ends_with_its_folder(tmp_path):
-    with staging_folder(tmp_path / "x", {}) as (staging, resumed):
-        assert not resumed
+    with staging_folder(tmp_path / "x", {}) as staging:
         with (staging.path / "lock").open("w") as lock, pytest.raises(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         staging.put_in_place()
@@ -416,7 +431,7 @@ def test_the_lock_ends_with_its_folder(tmp_path):
 
 
 def test_a_second_conversion_to_an_output_is_refused_and_leaves_the_first_its_files(tmp_path):
-    with staging_folder(tmp_path / "x", {}) as (staging, _):
+    with staging_folder(tmp_path / "x", {}) as staging:
         (staging.result / "a.safetensors").touch()
         with (
             pytest.raises(ValueError, match="is being written by process"),
@@ -459,7 +474,10 @@ def test_a_folder_that_appears_during_a_conversion_stays_and_so_does_the_result(
     assert (output / "precious").exists()
     assert (tmp_path / ".hf.converting" / "result" / "config.json").exists()
     output.rename(tmp_path / "theirs")
-    assert write_hf_folder(untied_gqa.path, output, longrope_config=config, **SHARDS).resumed
+    write_hf_folder(
+        untied_gqa.path, output, longrope_config=config, progress=(calls := Calls()), **SHARDS
+    )
+    assert calls[0] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "theirs"]
 
 
