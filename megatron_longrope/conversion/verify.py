@@ -315,8 +315,9 @@ def _round(model: nn.Module, dtypes: set[torch.dtype]) -> None:
 
 def fp32_engine(checkpoint: Checkpoint, config: LongRopeConfig | None) -> Any:
     """The evaluation engine with transformers' arithmetic, on the CPU as transformers' model is."""
-    from megatron_longrope.engine import load_engine
+    from megatron_longrope.engine import load_engine, process_groups
 
     return load_engine(
         checkpoint, longrope_config=config, dtype=torch.float32, device="cpu", hf_parity=True
     )
+    process_groups.initialize(alone=True)  # a pod may have set RANK for the training to come

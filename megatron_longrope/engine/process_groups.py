@@ -19,7 +19,11 @@ have shorter timeouts, so that a job that hangs ends."""
 
 
 def initialize(
-    tensor_parallel: int = 1, context_parallel: int = 1, *, replicas: bool = False
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
+    *,
+    replicas: bool = False,
+    alone: bool = False,
 ) -> None:
     """Join torchrun's processes, or be alone, and lay out TP x CP groups. Idempotent.
 
@@ -28,13 +32,15 @@ def initialize(
         context_parallel (int): Ranks that share a sequence. Defaults to 1.
         replicas (bool): Take any multiple of TP x CP processes. Each block of TP x CP neighbouring
             ranks holds a whole model; see :func:`replica`. Defaults to False.
+        alone (bool): Wait for no other process, whatever the environment says of ranks. Defaults to
+            False.
 
     Raises:
         LongRopeError: The number of processes does not fit, or groups exist with another layout.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if "RANK" in os.environ:
+        if "RANK" in os.environ and not alone:
             if backend == "nccl":  # which binds the rank to the device that is current
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(backend)

@@ -41,7 +41,7 @@ def measured(
         LongRopeError: The documents are missing, too short, or of another tokenizer.
     """
     from megatron_longrope.checkpoint import MegatronCheckpoint
-    from megatron_longrope.engine import load_engine
+    from megatron_longrope.engine import load_engine, process_groups
     from megatron_longrope.evaluation.perplexity import perplexity
     from megatron_longrope.evaluation.scored_documents import read_scored_documents
     from megatron_longrope.evaluation.targets import NamedModel, check_tokenizer_fits
@@ -63,6 +63,7 @@ def measured(
         for count in (item.factor_set.num_start_tokens, 0):
             pinned = _pinned(config, item.factor_set, count, factor)
             if engine is None:
+                process_groups.initialize(alone=True)  # as a conversion is
                 engine = load_engine(checkpoint, longrope_config=pinned)
             engine.set_config(pinned)
             result = perplexity(engine.nll, documents.tokens, documents.bos_id, length)

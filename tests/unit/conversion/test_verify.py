@@ -73,6 +73,23 @@ def test_both_models_are_on_the_cpu_where_there_is_a_gpu(untied_gqa, config, mon
     assert {value.device.type for value in engine.model.parameters()} == {"cpu"}
 
 
+def test_a_verification_waits_for_no_other_process_where_the_environment_names_ranks(
+    untied_gqa, config, monkeypatch
+):
+    class Joined(Exception):
+        """Ends the verification where it would join others."""
+
+    def join(backend, store=None, **how):
+        raise Joined(type(store), how)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    with pytest.raises(Joined) as caught:
+        fp32_engine(MegatronCheckpoint.open(untied_gqa.path), config)
+    assert caught.value.args == (torch.distributed.HashStore, {"rank": 0, "world_size": 1})
+
+
 def test_one_changed_weight_is_found(untied_gqa, config, folder, lengths, monkeypatch):
     path = folder / "model.safetensors"
     from safetensors.torch import load_file, save_file
