@@ -92,8 +92,9 @@ def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(directory), **LOCAL_ONLY)
-    except Exception as error:  # transformers raises many kinds
-        raise LongRopeError(f"{path}: transformers cannot load this tokenizer: {error}") from None
+    except Exception as error:  # transformers raises many kinds, with messages of many lines
+        reason = " ".join(str(error).split())
+        raise LongRopeError(f"{path}: transformers cannot load this tokenizer: {reason}") from None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         _check_sentencepiece_ids(path, loaded)
     largest = max(loaded.get_vocab().values())

@@ -142,3 +142,13 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(untied_gqa, tmp_path,
     with pytest.raises(ValueError, match=r"has ids up to \d+, the model's embedding \d+ rows"):
         write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=None, tokenizer=path)
     assert not (tmp_path / "hf").exists()
+
+
+def test_what_transformers_says_of_a_tokenizer_is_one_line(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer_config.json").write_text("{}")  # and no vocabulary
+    with pytest.raises(ValueError, match="transformers cannot load this tokenizer: ") as caught:
+        write_tokenizer(source, target, max_length=64)
+    assert "\n" not in str(caught.value)
