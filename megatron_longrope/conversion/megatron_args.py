@@ -37,7 +37,11 @@ _VALUES = (
         ("--moe-router-load-balancing-type", "moe_router_load_balancing_type"),
         ("--moe-aux-loss-coeff", "moe_aux_loss_coeff"),
     ),
-    (("--make-vocab-size-divisible-by", "make_vocab_size_divisible_by"),),
+    # Megatron pads the tokenizer's vocabulary, and drops an embedding's rows beyond in silence.
+    (
+        ("--make-vocab-size-divisible-by", "make_vocab_size_divisible_by"),
+        ("--padded-vocab-size", "padded_vocab_size"),
+    ),
     (("--tokenizer-type", "tokenizer_type"), ("--tokenizer-model", "tokenizer_model")),
     (("--longrope-config", "longrope_config"),),
 )

@@ -323,5 +323,9 @@ def with_true_vocabulary(checkpoint: MegatronCheckpoint, info: TokenizerInfo) ->
             f"the tokenizer has ids up to {info.vocab_size - 1}, the model's embedding "
             f"{shape.padded_vocab_size} rows; it is not the one the model was trained with"
         )
-    # Megatron stores --vocab-size only where the user gave it; the tokenizer knows otherwise.
-    return replace(shape, vocab_size=stored or info.vocab_size)
+    # Megatron stores --vocab-size only where the user gave it; what the tokenizer comes from knows
+    # otherwise.
+    rows = info.model_vocab_size
+    if rows is None or not info.vocab_size <= rows <= shape.padded_vocab_size:
+        rows = info.vocab_size
+    return replace(shape, vocab_size=stored or rows)

@@ -70,17 +70,20 @@ def run_once(arguments, directory, processes=1):
     return float(run.losses[0]), run.log
 
 
-def test_the_printed_flags_load_it_on_one_process_with_another_padding(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "rows"), [(["--vocab-size", "99"], 384), (["--padded-vocab-size", "304"], 304)]
+)
+def test_the_printed_flags_load_it_with_a_smaller_tokenizer_and_with_another_padding(
+    tmp_path, change, rows
+):
     config = Qwen3Config(**GEOMETRY, head_dim=32)
     folder = hf_folder(tmp_path / "hf", config)
     report = write_checkpoint(folder, tmp_path / "megatron")
     assert report.shape.padded_vocab_size == 384
     flags = shlex.split(" ".join(report.flags))
-    flags[flags.index("--make-vocab-size-divisible-by") + 1] = "16"
-    arguments = ["--load", str(tmp_path / "megatron"), *flags, *RUN]
-    ours, log = run_once(arguments, tmp_path / "run")
-    assert "(new size: 304)" in log
-    theirs = loss_of_transformers(folder, tmp_path / "run", padding=304 - VOCAB)
+    arguments = ["--load", str(tmp_path / "megatron"), *flags, *RUN, *change]
+    ours, _ = run_once(arguments, tmp_path / "run")
+    theirs = loss_of_transformers(folder, tmp_path / "run", padding=rows - VOCAB)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 

@@ -66,3 +66,14 @@ def test_an_export_with_a_tokenizer_keeps_that_token(arguments):
     assert with_true_vocabulary(checkpoint, TokenizerInfo(51)).vocab_size == 51
     with pytest.raises(LongRopeError, match="52 tokens, the model's vocabulary 51"):
         with_true_vocabulary(checkpoint, TokenizerInfo(52))
+
+
+@pytest.mark.parametrize(("stated", "kept"), [(60, 60), (64, 64), (49, 50), (65, 50), (None, 50)])
+def test_an_export_has_the_rows_that_the_config_beside_its_tokenizer_states(
+    arguments, stated, kept
+):
+    """As Qwen's models, which have more rows than their tokenizers have tokens."""
+    args = arguments(vocab_size=None, padded_vocab_size=64)
+    checkpoint = SimpleNamespace(args=args, shape=ModelShape.from_args(args))
+    info = TokenizerInfo(50, model_vocab_size=stated)
+    assert with_true_vocabulary(checkpoint, info).vocab_size == kept

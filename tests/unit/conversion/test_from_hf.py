@@ -192,7 +192,7 @@ def test_flags_of_a_model(folders, tmp_path):
         "--kv-channels 16 --num-query-groups 2 --seq-length 64 --max-position-embeddings 64 "
         "--position-embedding-type rope --rotary-base 10000 --normalization RMSNorm "
         "--norm-epsilon 1e-06 --attention-dropout 0.0 --hidden-dropout 0.0 "
-        "--make-vocab-size-divisible-by 128 --swiglu --disable-bias-linear "
+        "--make-vocab-size-divisible-by 128 --padded-vocab-size 256 --swiglu --disable-bias-linear "
         "--group-query-attention --untie-embeddings-and-output-weights --qk-layernorm --bf16"
     )
     assert report.flags_beside_checkpoint_args == (
