@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import Any
 
 from megatron_longrope import api
@@ -16,6 +17,8 @@ from megatron_longrope.conversion.options import (
     ToHfOptions,
     VerifyOptions,
 )
+from megatron_longrope.files import read_json
+from megatron_longrope.progress import format_duration
 
 
 def add_parser(commands: Any, about: str | None = None) -> None:
@@ -59,9 +62,9 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 
 def _run_to_hf(options: ToHfOptions) -> None:
-    _say_factors(options)
+    config = _say_factors(options)
     if not options.no_verify:
-        _say_memory(options.load, None, options.iteration)
+        _say_cost_of_export(options, config)
     report = api.convert_to_hf(options, ByteProgress("writing"))
     for item in report.dropped_start_tokens:
         print(item.describe())
@@ -78,8 +81,11 @@ def _run_to_hf(options: ToHfOptions) -> None:
 
 
 def _run_from_hf(options: FromHfOptions) -> None:
+    from megatron_longrope.checkpoint.opening import open_checkpoint
+
     if not options.no_verify:
-        _say_memory(None, options.hf, sliding_window=options.sliding_window)
+        checkpoint = open_checkpoint(None, options.hf, sliding_window=options.sliding_window)
+        _say_cost(checkpoint, checkpoint.longrope, read_json(Path(options.hf, "config.json")))
     report = api.convert_from_hf(options, ByteProgress("writing"))
     _print_verification(report.verification)
     shape = report.shape
@@ -161,15 +167,41 @@ def _say_factors(
     return config
 
 
-def _say_memory(*opened: Any, **how: Any) -> None:
+def _say_cost_of_export(options: ToHfOptions, config: Any) -> None:
     from megatron_longrope.checkpoint.opening import open_checkpoint
-    from megatron_longrope.conversion.verify import memory_needed
 
-    weights, per_token = memory_needed(open_checkpoint(*opened, **how))
+    checkpoint = open_checkpoint(options.load, None, options.iteration)
+    window = checkpoint.shape.max_position_embeddings
+    if config is not None:
+        window = options.target_length or config.max_length
+    written = {
+        "max_position_embeddings": window,
+        "sliding_window": checkpoint.shape.sliding_window,
+        "rope_scaling": config and config.base_frequencies,
+    }
+    _say_cost(checkpoint, config, written, (options.short_length, options.target_length))
+
+
+def _say_cost(
+    checkpoint: Any,
+    config: Any,
+    hf_config: Any,
+    lengths: tuple[int | None, int | None] = (None, None),
+) -> None:
+    from megatron_longrope.conversion.verify import (
+        exported_config,
+        memory_needed,
+        operations_needed,
+    )
+
+    weights, per_token = memory_needed(checkpoint)
+    exported = None if config is None else exported_config(config, *lengths)
+    operations = operations_needed(checkpoint.shape, exported, hf_config)
     print(
         f"verifying: holds the model in memory twice, in fp32, {weights / 2**30:.1f} GiB of "
         f"weights, and about {per_token / 2**20:.2f} MiB for each token of an input that is just "
-        "longer than the original window; --no-verify leaves it out",
+        f"longer than the original window; takes {operations:.1e} operations on the CPU, "
+        f"{format_duration(operations / 1e12)} at 10^12 a second; --no-verify leaves it out",
         flush=True,
     )
 

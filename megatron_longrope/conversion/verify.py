@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_longrope.checkpoint.hf.source import open_folder
 from megatron_longrope.checkpoint.loader import Checkpoint
+from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
@@ -24,6 +25,7 @@ from megatron_longrope.conversion.config_keys import unread_keys
 from megatron_longrope.conversion.staging import NotVerified
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
+from megatron_longrope.flops import forward_flops
 from megatron_longrope.hf_rope import read_hf_rope
 from megatron_longrope.local_folder import LOCAL_ONLY
 from megatron_longrope.out_of_memory import is_out_of_memory
@@ -223,6 +225,14 @@ def memory_needed(checkpoint: Checkpoint) -> tuple[int, int]:
     return 2 * elements * size, (4 * ffn + 6 * shape.hidden_size) * size
 
 
+def operations_needed(
+    shape: ModelShape, config: LongRopeConfig | None, hf_config: Mapping[str, Any]
+) -> int:
+    """Floating-point operations of both models; the rest as for :func:`windows_to_compare`."""
+    lengths = [length for _, length in windows_to_compare(config, hf_config)]
+    return 2 * sum(sum(forward_flops(shape, length)) for length in lengths)
+
+
 def exported_config(
     config: LongRopeConfig, short_length: int | None = None, target_length: int | None = None
 ) -> LongRopeConfig:
@@ -317,7 +327,7 @@ def fp32_engine(checkpoint: Checkpoint, config: LongRopeConfig | None) -> Any:
     """The evaluation engine with transformers' arithmetic, on the CPU as transformers' model is."""
     from megatron_longrope.engine import load_engine, process_groups
 
+    process_groups.initialize(alone=True)  # a pod may have set RANK for the training to come
     return load_engine(
         checkpoint, longrope_config=config, dtype=torch.float32, device="cpu", hf_parity=True
     )
-    process_groups.initialize(alone=True)  # a pod may have set RANK for the training to come

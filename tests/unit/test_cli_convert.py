@@ -141,7 +141,7 @@ def test_progress_is_lines_with_a_rate_where_there_is_no_terminal(capsys):
     assert line.endswith(" MB/s")
 
 
-def test_the_memory_of_a_verification_is_stated_and_can_be_spared(
+def test_memory_and_operations_of_a_verification_are_stated_and_can_be_spared(
     untied_gqa, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("megatron_longrope.conversion.verify._COMPARED_TOKENS", 16)
@@ -151,6 +151,10 @@ def test_the_memory_of_a_verification_is_stated_and_can_be_spared(
         "verifying: holds the model in memory twice, in fp32, 0.0 GiB of weights, and about 0.00 "
         "MiB for each token of an input that is just longer than the original window"
     ) in printed
+    # Both models on 64 and 128 tokens, with 3 layers of 64 columns, 4 heads and 2 groups of 16.
+    weights = 3 * 64 * (2 * 64 + 2 * 32 + 3 * 96) + 64 * 250
+    total = 2 * (2 * weights * (64 + 128) + 2 * 3 * 64 * (64**2 + 128**2))
+    assert f"takes {total:.1e} operations on the CPU, {total / 1e12:.3g} s at 10^12" in printed
     assert "no tokenizer included" in printed
     assert "stored in the checkpoint, up to 256 tokens" in printed
     assert "verified long      128 tokens" in printed
