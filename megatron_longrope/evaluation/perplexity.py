@@ -134,7 +134,8 @@ def perplexity(
     """Score documents at one window length; copies of the model share the windows.
 
     Args:
-        nll (Callable): `[1, n] -> [1, n - 1]`, such as :meth:`megatron_longrope.engine.Engine.nll`.
+        nll (Callable): `[1, n] -> [1, n - 1]` under the factors of `length`, however short the
+            window; such as :meth:`megatron_longrope.engine.Engine.nll`, pinned.
         documents (Sequence[np.ndarray]): Token ids without special tokens; each fills a window.
         bos_id (int, optional): Put before every window; None for nothing.
         stride (int, optional): Tokens between windows; see :func:`windows`. Defaults to None, the

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from megatron_longrope.context_parallel import padding
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.cost import Speed, StepSpeed, measure_speed, measure_steps
 from megatron_longrope.evaluation.records import Records
@@ -26,7 +25,6 @@ from megatron_longrope.flops import forward_flops
 from megatron_longrope.out_of_memory import is_out_of_memory
 from megatron_longrope.progress import Progress, format_duration
 from megatron_longrope.ranks import rank
-from megatron_longrope.selection import FactorSelection
 
 Trial = Callable[[Any, torch.Tensor], Any]
 """A forward pass of an engine over tokens `[1, n]`, to be timed."""
@@ -49,15 +47,6 @@ class Cell:
     def record(self) -> dict[str, Any]:
         """Return the record's fields that are known before measuring."""
         return {**self.target.fields, **self.fields}
-
-    def check_splits(self, cp_size: int) -> None:
-        """Refuse a length that the engine would refuse under context parallelism.
-
-        Raises:
-            LongRopeError: It does not split over the ranks, and padded it takes other factors.
-        """
-        for length in self.forwards:
-            padding(FactorSelection(self.target.config), length, cp_size)
 
     @property
     def num_forwards(self) -> int:

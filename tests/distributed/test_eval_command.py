@@ -20,7 +20,7 @@ def inputs(tmp_path_factory, megatron_runs, data):
     """Flags that all commands share, and the prefix of the data."""
     factors = tmp_path_factory.mktemp("inputs") / "factors.json"
     vector = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
-    maker.longrope_config().with_factor_set(FactorSet(1024, vector)).save(factors)
+    maker.longrope_config().with_factor_set(FactorSet(1022, vector)).save(factors)
     load = ["--load", str(megatron_runs["untied_gqa"].path), "--longrope-config", str(factors)]
     return load, data
 
@@ -39,23 +39,34 @@ def records(path):
 def test_two_copies_and_two_parallel_ranks_measure_what_one_process_measures(inputs, tmp_path):
     load, data = inputs
     flags = [
-        *load, "--data", data["heldout"], "--num-documents", "3", "--lengths", "64,250",
+        *load, "--data", data["heldout"], "--num-documents", "3", "--lengths", "64,250,1022",
         "--stride", "disjoint",
     ]  # fmt: skip
     evaluate("ppl", tmp_path / "one", *flags)
     output = evaluate("ppl", tmp_path / "copies", *flags, processes=2)
     assert output.count("wrote ") == 1  # rank 0 alone speaks
-    # 250 tokens, and the windows at the documents' ends, do not split into four chunks.
+    # 250 tokens, and the windows at the documents' ends, do not split into four chunks. What fills
+    # up 1022 reaches beyond the longest factor set.
     evaluate("ppl", tmp_path / "cp", *flags, "--context-parallel-size", "2", processes=2)
     evaluate("ppl", tmp_path / "tp", *flags, "--tensor-model-parallel-size", "2", processes=2)
     expected = records(tmp_path / "one/ppl.jsonl")
     for name in ("copies", "cp", "tp"):
         rows = records(tmp_path / name / "ppl.jsonl")
-        assert [row["length"] for row in rows] == [64, 250]
+        assert [row["length"] for row in rows] == [64, 250, 1022]
         for row, theirs in zip(rows, expected, strict=True):
             assert row["sha256"] == theirs["sha256"] and row["num_tokens"] == theirs["num_tokens"]
             assert row["nll_per_document"] == pytest.approx(theirs["nll_per_document"], abs=1e-5)
             assert row["ppl_window_mean"] == pytest.approx(theirs["ppl_window_mean"], rel=1e-5)
+
+
+def test_a_prompt_that_fills_the_longest_factor_set_splits_over_ranks(inputs, tmp_path):
+    load, data = inputs
+    flags = [*load, "--tokenizer", data["tokenizer"], "--lengths", "1022", "--trials", "1"]
+    evaluate("passkey", tmp_path / "one", *flags)
+    parallel = ("--context-parallel-size", "2")
+    evaluate("passkey", tmp_path / "cp", *flags, *parallel, processes=2)
+    (row,), (other,) = (records(tmp_path / name / "passkey.jsonl") for name in ("one", "cp"))
+    assert row["nll"] == pytest.approx(other["nll"], abs=1e-5)
 
 
 def test_passkey_trials_are_shared_and_survive_kill_9(inputs, tmp_path):

@@ -88,6 +88,25 @@ def test_the_truncated_perplexity_is_that_of_a_plain_forward(untied_gqa, data, f
     assert [row["length"] for row in table] == ["64", "256"] and table[0]["model"] == "m"
 
 
+def test_the_short_last_window_of_a_document_has_the_factors_of_its_length(
+    untied_gqa, data, factors, tmp_path
+):
+    text = make_text(1, 400)[: 511 + 50]  # fifty tokens more than a window, a character each
+    (tmp_path / "held.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (row,) = evaluate(
+        "ppl", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
+        "--data", tmp_path / "held.jsonl", "--tokenizer", data["tokenizer"],
+        "--num-documents", 1, "--lengths", "512", "--stride", "disjoint",
+    )  # fmt: skip
+    engine = load_engine(untied_gqa.path, longrope_config=longrope_config(), device="cpu")
+    ids = load_tokenizer(data["tokenizer"]).encode(text)
+    with engine.pinned(512):
+        losses = [engine.nll(torch.tensor([[1, *part]])) for part in (ids[:511], ids[511:])]
+    assert row["num_windows"] == 2 and row["num_tokens"] == 561
+    mean = torch.cat(losses, dim=1).double().mean().item()
+    assert row["ppl_token_weighted"] == pytest.approx(math.exp(mean), rel=1e-6)
+
+
 def test_a_hugging_face_folder_measures_like_the_checkpoint_it_came_from(
     untied_gqa, data, factors, folder, tmp_path
 ):
@@ -333,9 +352,6 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
     assert "too short for the passkey prompt" in short
     none = refused(capsys, "passkey", *load, "--lengths", "512", *output)
     assert "prompts need a tokenizer" in none
-    odd = ("--lengths", "1022", "--context-parallel-size", 3, *output)
-    for kind, given in (("ppl", (*heldout, "--num-documents", 3)), ("passkey", tokenizer)):
-        assert "sequence length 1022 is not divisible" in refused(capsys, kind, *load, *given, *odd)
     code = refused(
         capsys, "needle", *load, *tokenizer, "--data", f"{data['heldout']}.jsonl",
         "--lengths", "9k", *output,

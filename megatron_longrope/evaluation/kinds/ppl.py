@@ -147,20 +147,19 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
 
     def measure(engine, cell, on_window) -> Row:
         length = cell.fields["length"]
-        result = perplexity(
-            engine.nll,
-            documents.tokens,
-            documents.bos_id,
-            length,
-            stride=options.stride_at(length),
-            places=places,
-            on_window=on_window,
-        )
+        with engine.pinned(length):  # the last window of a document may be shorter
+            result = perplexity(
+                engine.nll,
+                documents.tokens,
+                documents.bos_id,
+                length,
+                stride=options.stride_at(length),
+                places=places,
+                on_window=on_window,
+            )
         return asdict(result)
 
     cells = [_cell(options, length, target, documents, places) for length, target in targets]
-    for cell in cells:
-        cell.check_splits(options.context_parallel_size)
     return Plan(cells, measure, shared=False)
 
 
