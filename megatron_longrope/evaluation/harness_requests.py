@@ -259,7 +259,8 @@ class RequestCounter(RequestReader):
     def continuations(self, prompts: Sequence[Prompt]) -> list[str]:
         """Count the prompts."""
         for prompt in prompts:
-            self._digest.update(prompt.data + repr(prompt.decoding).encode())
+            what = prompt.data + repr((prompt.decoding, self._text.eos_id)).encode()
+            self._digest.update(what)
             self.lengths[prompt.total] += 1
             self.num_new_tokens = max(self.num_new_tokens, prompt.decoding.max_new_tokens)
         return [""] * len(prompts)

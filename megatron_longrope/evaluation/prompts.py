@@ -62,12 +62,13 @@ class Prompts:
         )
 
 
-def open_prompts(options: Any, models: Sequence[NamedModel]) -> Prompts:
+def open_prompts(options: Any, models: Sequence[NamedModel], *, generate: bool = False) -> Prompts:
     """Check what the kinds share of their options, and load the tokenizer.
 
     Args:
         options (EvaluationOptions): With `tokenizer`, `bos` and `seed`.
         models (Sequence[NamedModel]): To be asked.
+        generate (bool): Answers are generated, which EOS ends. Defaults to False.
 
     Raises:
         LongRopeError: A seed out of range, factors that do not cover a length, no tokenizer or
@@ -82,8 +83,9 @@ def open_prompts(options: Any, models: Sequence[NamedModel]) -> Prompts:
         "seed": options.seed,
         "tokenizer_sha256": tokenizer.sha256,
         "bos": bos_name(tokenizer.bos_id),
-        "requested_bos": options.bos,
     }
+    if generate:
+        fields["eos"] = id_name(tokenizer.eos_id)
     return Prompts(targets, tokenizer, fields)
 
 

@@ -24,7 +24,7 @@ from megatron_longrope.evaluation.table import Table, Value, length_column
 REQUIRED = {"length": COUNT, "seed": ANYTHING, "trial": ANYTHING}
 """Fields of every trial."""
 
-_PROMPTS = ("tokenizer_sha256", "requested_bos")  # what they depend on, beside the trial
+_PROMPTS = ("tokenizer_sha256", "bos")  # what they depend on, beside the trial
 
 OPTIONAL = {"requested_depth": SHARE, "depth": SHARE, "nll": NUMBER}
 """Fields that a trial may have."""

@@ -190,6 +190,34 @@ def test_a_second_command_measures_only_what_is_new(untied_gqa, data, factors, t
     assert (tmp_path / "ppl.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["bos", "eos"])
+@pytest.mark.parametrize("kind", ["ppl", "passkey"])
+def test_another_bos_or_eos_is_another_cell_though_the_flags_are_the_same(
+    untied_gqa, data, factors, tmp_path, kind, name
+):
+    """A tokenizer's hash is that of what decides the ids of a text, which no special token does."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(data["tokenizer"], folder)
+    given = {
+        "ppl": ("--data", f"{data['heldout']}.jsonl", "--num-documents", 1, "--lengths", 64),
+        "passkey": ("--lengths", 512, "--trials", 1, "--scoring", "generate"),
+    }[kind]
+    found = []
+    for token in ("<s>", "</s>"):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        changed = json.dumps(settings | {f"{name}_token": token})
+        (folder / "tokenizer_config.json").write_text(changed)
+        found.append(evaluate(
+            kind, tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
+            "--tokenizer", folder, *given,
+        ))  # fmt: skip
+    assert len(found[1]) == (1 if (kind, name) == ("ppl", "eos") else 2)
+    if len(found[1]) == 2:
+        assert [row[name] for row in found[1]] == [1, 2]
+        with (tmp_path / f"{kind}.csv").open() as file:
+            assert [row[name] for row in csv.DictReader(file)] == ["1", "2"]
+
+
 def test_a_folder_without_bos_is_measured_with_its_own_tokenizer(
     untied_gqa, factors, folder, tmp_path
 ):

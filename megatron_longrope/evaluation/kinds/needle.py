@@ -160,7 +160,7 @@ def _sections(rows: Rows, window: int | None) -> list[Section]:
         # Documents are a sample like trials, and pooled; prompts of two tokenizers are not.
         place = ("length", "requested_depth", "seed", "trial", "documents_sha256")
         some = parts[task, detail]
-        for more, part in split_repeats(some, place, ("tokenizer_sha256", "requested_bos")).items():
+        for more, part in split_repeats(some, place, ("tokenizer_sha256", "bos")).items():
             words = joined(task, detail if several[task] > 1 else "", more)
             sections.append(_section(words, part, window))
     return sections
@@ -211,7 +211,7 @@ NEEDLE = Kind(
     summary=_summary,
     key=(
         "task", "length", "requested_depth", "seed", "trial", "num_needles", "num_queries",
-        "documents_sha256", "tokenizer_sha256", "requested_bos",
+        "documents_sha256", "tokenizer_sha256", "bos",
     ),
     required={**trials.REQUIRED, "task": TEXT, "recall": SHARE, "documents_sha256": TEXT},
     optional=trials.OPTIONAL,

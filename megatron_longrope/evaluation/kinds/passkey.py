@@ -56,9 +56,9 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.evaluation import passkey_prompt
     from megatron_longrope.evaluation.prompts import generated_text, open_prompts
 
-    prompts = open_prompts(options, models)
-    answers = passkey_prompt.check_tokenizer(prompts.tokenizer)
     generates = options.scoring == "generate"
+    prompts = open_prompts(options, models, generate=generates)
+    answers = passkey_prompt.check_tokenizer(prompts.tokenizer)
     # Ten new tokens must fit behind a prompt that is to be continued.
     spare = passkey_prompt.MAX_NEW_TOKENS - 1 if generates else 0
 
@@ -128,8 +128,8 @@ def _teacher_forced(engine: Any, trial: PasskeyTrial, tokenizer: Tokenizer) -> R
 
 
 def _summary(rows: Sequence[Row]) -> list[Row]:
-    lines = []
-    for names, tally in trials.summary(rows, ("scoring", "length", "requested_depth"), "correct"):
+    lines, settings = [], ("eos", "scoring", "length", "requested_depth")
+    for names, tally in trials.summary(rows, settings, "correct"):
         low, high = tally.interval
         lines.append({
             **names, "trials": tally.trials, "accuracy": tally.share, "wilson_low": low,
@@ -146,9 +146,7 @@ def _sections(rows: Rows, window: int | None) -> list[Section]:
         by_scoring[row["scoring"]].append((series, row))
     for scoring, some in sorted(by_scoring.items(), reverse=True):
         place = ("length", "requested_depth", "seed", "trial")
-        for detail, part in split_repeats(
-            some, place, ("tokenizer_sha256", "requested_bos")
-        ).items():
+        for detail, part in split_repeats(some, place, ("tokenizer_sha256", "bos", "eos")).items():
             parts[joined(scoring, detail)] = part
     return [_section(number, *part, window) for number, part in enumerate(parts.items(), 1)]
 
@@ -196,7 +194,8 @@ PASSKEY = Kind(
         "trial",
         "scoring",
         "tokenizer_sha256",
-        "requested_bos",
+        "bos",
+        "eos",
     ),
     required={**trials.REQUIRED, "correct": BOOLEAN, "scoring": TEXT},
     optional=trials.OPTIONAL,

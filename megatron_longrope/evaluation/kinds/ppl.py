@@ -54,7 +54,7 @@ _PROTOCOLS = {
 }  # in the order of a report
 
 _SETTINGS = (
-    "random_windows", "seed", "sources", "documents_sha256", "requested_bos", "original_length",
+    "random_windows", "seed", "sources", "documents_sha256", "bos", "original_length",
     "config_sha256",
 )  # fmt: skip
 
@@ -205,7 +205,6 @@ def _cell(
             "sources": f"{options.data}:{len(documents.tokens)}",
             "documents_sha256": documents.sha256,
             "bos": bos_name(documents.bos_id),
-            "requested_bos": options.bos,
         },
         Counter(span.end - span.start + front for _, span in spans),
     )
@@ -365,9 +364,7 @@ _BOUNDS = (
 )
 _PERPLEXITY = (lambda value: is_number(value) and not value <= 0, "a number above 0")
 
-_KEY = (
-    "length", "requested_stride", "random_windows", "seed", "documents_sha256", "requested_bos",
-)  # fmt: skip
+_KEY = ("length", "requested_stride", "random_windows", "seed", "documents_sha256", "bos")
 _COLUMNS = (
     *MODEL_COLUMNS, *_KEY, "protocol", "stride", "ppl_window_mean", "ppl_window_mean_low",
     "ppl_window_mean_high", "ppl_token_weighted", "ppl_token_weighted_low",

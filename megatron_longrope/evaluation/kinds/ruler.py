@@ -80,7 +80,7 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
     from megatron_longrope.evaluation.ruler.sources import read_sources
     from megatron_longrope.evaluation.ruler.tasks import score
 
-    prompts = open_prompts(options, models)
+    prompts = open_prompts(options, models, generate=True)
     tasks = [TASKS[name] for name in options.tasks]
     sources = read_sources(tasks, options.essays, options.squad, options.hotpotqa, options.words)
     sampler = Sampler(prompts.tokenizer, sources, options.seed)
@@ -126,14 +126,14 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
 def _summary(rows: Sequence[Row]) -> list[Row]:
     return [
         {**names, "samples": tally.trials, "score": tally.share}
-        for names, tally in summary(rows, ("data_sha256", "task", "length"), "score")
+        for names, tally in summary(rows, ("eos", "data_sha256", "task", "length"), "score")
     ]
 
 
 def _sections(rows: Rows, window: int | None) -> list[Section]:
     """Return a section for each seed, tokenizer or text where a model has several."""
     place = ("length", "task", "sample")
-    settings = ("seed", "tokenizer_sha256", "requested_bos", "data_sha256")
+    settings = ("seed", "tokenizer_sha256", "bos", "eos", "data_sha256")
     parts = split_repeats(rows, place, settings)
     return [_section(number, *part, window) for number, part in enumerate(parts.items(), 1)]
 
@@ -269,7 +269,7 @@ RULER = Kind(
     plan=_plan,
     unit="samples",
     summary=_summary,
-    key=("task", "length", "sample", "seed", "tokenizer_sha256", "requested_bos", "data_sha256"),
+    key=("task", "length", "sample", "seed", "tokenizer_sha256", "bos", "eos", "data_sha256"),
     required={
         "task": (lambda value: value in TASKS, "one of RULER's tasks"),
         "length": COUNT,
