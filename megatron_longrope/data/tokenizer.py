@@ -211,6 +211,11 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
     return loaded
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds the files of a tokenizer."""
+    return any((folder / names[0]).is_file() for names in _HF_FILES)
+
+
 def _defining_files(folder: Path) -> list[Path]:
     """The files that transformers makes the tokenizer of a folder from."""
     for names in _HF_FILES:

@@ -35,6 +35,8 @@ class ScoredDocuments:
     """Put before every window; None for a tokenizer without BOS."""
     vocab_size: int
     """Largest token id that the tokenizer has, plus one."""
+    tokenizer: str | None
+    """File or folder of the tokenizer; None where that of a prepared set is gone."""
     sha256: str
     """Of the tokens."""
 
@@ -78,6 +80,8 @@ def read_scored_documents(
             )
         tokens, bos_id = read_window_documents(data, window, count, bos=bos, least=least)
         vocab_size = int(manifest["vocab_size"])
+        if tokenizer is None and Path(manifest["tokenizer"]).exists():
+            tokenizer = manifest["tokenizer"]
     else:
         if not Path(data).exists():
             raise LongRopeError(
@@ -93,7 +97,7 @@ def read_scored_documents(
         content = window - len(bos_prefix(loaded.bos_id))
         tokens = _tokenize(read_texts(data, text_key), data, loaded, content, count, least or count)
         bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
-    return ScoredDocuments(tokens, bos_id, vocab_size, _sha256(tokens))
+    return ScoredDocuments(tokens, bos_id, vocab_size, tokenizer, _sha256(tokens))
 
 
 def read_texts(

@@ -58,7 +58,7 @@ def measured(
     for item in dropped:
         length = min(windows[item.window], data_length or windows[item.window])
         documents = read_scored_documents(data, tokenizer, length, num_documents)
-        check_tokenizer_fits(documents.vocab_size, f"the tokenizer of {data}", [model])
+        check_tokenizer_fits(documents.vocab_size, None, f"the tokenizer of {data}", [model])
         values = []
         for count in (item.factor_set.num_start_tokens, 0):
             pinned = _pinned(config, item.factor_set, count, factor)

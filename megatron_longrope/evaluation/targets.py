@@ -240,12 +240,38 @@ def prompt_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str:
     return path
 
 
-def check_tokenizer_fits(vocab_size: int, what: str, models: Sequence[NamedModel]) -> None:
-    """Refuse token ids that one of the models does not have, as :func:`check_vocabulary` does."""
+def check_tokenizer_fits(
+    vocab_size: int, path: str | None, what: str, models: Sequence[NamedModel]
+) -> None:
+    """Refuse the tokenizer of another model.
+
+    Args:
+        vocab_size (int): Largest token id that it has, plus one.
+        path (str, optional): Where it lies, if it is still there.
+        what (str): What it is called.
+        models (Sequence[NamedModel]): That read its tokens.
+
+    Raises:
+        LongRopeError: A model has fewer tokens, or a tokenizer beside its weights that reads the
+            same text as other ones.
+    """
     from megatron_longrope.checkpoint.opening import check_vocabulary
+    from megatron_longrope.data.tokenizer import PROBES, has_tokenizer, load_tokenizer
 
     for model in models:
         check_vocabulary(vocab_size, what, model.checkpoint.shape, model.path)
+        folder = Path(model.path)
+        if path is None or not model.hugging_face or not has_tokenizer(folder):
+            continue
+        if Path(path).resolve() == folder.resolve():
+            continue
+        given, own = load_tokenizer(path), load_tokenizer(folder)
+        for text in PROBES:
+            if given.encode(text) != own.encode(text):
+                raise LongRopeError(
+                    f"{what} reads {text!r} as other tokens than the tokenizer in {folder}; it is "
+                    "not the model's tokenizer"
+                )
 
 
 def labelled(items: Sequence[str]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.prepare import prepare
-from megatron_longrope.data.segments import FixedSegments
+from megatron_longrope.data.segments import FixedSegments, WholeDocuments
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import load_engine
 from megatron_longrope.engine.generation import generate
@@ -380,6 +380,19 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
     assert "too short for the passkey prompt" in short
     none = refused(capsys, "passkey", *load, "--lengths", "512", *output)
     assert "prompts need a tokenizer" in none
+    other = tmp_path / "other"
+    shutil.copytree(data["tokenizer"], other)
+    swapped = (other / "tokenizer.json").read_text().replace('"H":', '"?":', 1)
+    (other / "tokenizer.json").write_text(swapped.replace('"e":', '"H":', 1))
+    prepare([f"{data['heldout']}.jsonl"], tmp_path / "set", other, WholeDocuments())
+    theirs, few = ("--hf", folder, "--lengths", 512, *output), ("--num-documents", 1)
+    for kind, given in (
+        ("passkey", ("--tokenizer", other)),
+        ("ppl", ("--data", f"{data['heldout']}.jsonl", "--tokenizer", other, *few)),
+        ("ppl", ("--data", tmp_path / "set", *few)),
+    ):
+        said = refused(capsys, kind, *theirs, *given)
+        assert f"reads 'Hello world' as other tokens than the tokenizer in {folder}; it" in said
     code = refused(
         capsys, "needle", *load, *tokenizer, "--data", f"{data['heldout']}.jsonl",
         "--lengths", "9k", *output,

@@ -141,7 +141,8 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
         lengths = [len(tokens) for tokens in documents.tokens]
         bos = documents.bos_id is not None
         places = random_places(lengths, max(options.lengths), count, options.seed, bos=bos)
-    check_tokenizer_fits(documents.vocab_size, f"the tokenizer of {options.data}", models)
+    whose = f"the tokenizer of {options.data}"
+    check_tokenizer_fits(documents.vocab_size, documents.tokenizer, whose, models)
     if rank() == 0:
         print(f"lengths: {', '.join(map(str, options.lengths))} tokens", flush=True)
 

@@ -126,9 +126,9 @@ def test_the_default_dtype_of_a_cpu_never_stands_for_that_of_a_gpu(untied_gqa, m
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(untied_gqa):
     models = open_models([str(untied_gqa.path)], [])
-    check_tokenizer_fits(maker.VOCAB, "tokenizer t", models)
+    check_tokenizer_fits(maker.VOCAB, None, "tokenizer t", models)
     with pytest.raises(ValueError, match=r"tokenizer t has 251 tokens, the vocabulary of .* 250; "):
-        check_tokenizer_fits(maker.VOCAB + 1, "tokenizer t", models)
+        check_tokenizer_fits(maker.VOCAB + 1, None, "tokenizer t", models)
 
 
 # Documents
