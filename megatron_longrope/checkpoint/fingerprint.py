@@ -23,6 +23,10 @@ def content_sha256(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
+        # Hidden folders hold what a download leaves behind, such as the times of its files.
+        *folders, name = path.relative_to(directory).parts
+        if any(part[0] == "." for part in folders) or (name[0] == "." and name not in _NAMES):
+            continue
         if path.is_file() and (path.suffix in _SUFFIXES or path.name in _NAMES):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(directory)} {size}\n".encode())

@@ -18,6 +18,10 @@ def test_a_copy_is_the_same_model_and_another_step_is_not(tmp_path):
     copy = shutil.copytree(first, tmp_path / "b" / "iter_0000010")
     assert content_sha256(first) == content_sha256(copy)
     (copy / "README.md").write_text("a card")
+    left = copy / ".cache/huggingface/download/__0_0.distcp.metadata"
+    left.parent.mkdir(parents=True)
+    left.write_text("commit\nhash\n1700000000.0\n")
+    shutil.copy(left, copy / ".DS_Store.metadata")
     assert content_sha256(first) == content_sha256(copy)
     assert content_sha256(first) != content_sha256(weights(tmp_path / "c", 2))
 
