@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.files import read_json
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 # Files that define a Hugging Face tokenizer, in the order in which transformers prefers them.
@@ -52,6 +53,8 @@ class Tokenizer(Protocol):
     """Begin-of-sequence token, None when the tokenizer has none (stock Qwen2, Qwen2.5, Qwen3)."""
     eos_id: int | None
     """End-of-sequence token, None when the tokenizer has none."""
+    end_ids: Sequence[int]
+    """Tokens that end a generated text: EOS, and those of the folder's generation_config.json."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; `</s>` in the text is ordinary text."""
@@ -70,6 +73,8 @@ class SentencePieceTokenizer:
     to a space; all other text survives the round trip through a model with byte fallback that does
     not normalize.
     """
+
+    end_ids: Sequence[int] = ()
 
     def __init__(self, path: str | Path) -> None:
         self._processor = load_sentencepiece(path)
@@ -124,6 +129,8 @@ def load_sentencepiece(path: str | Path) -> Any:
 
 class HuggingFaceTokenizer:
     """A local Hugging Face tokenizer folder; nothing is downloaded and no remote code runs."""
+
+    end_ids: Sequence[int] = ()
 
     def __init__(self, path: str | Path) -> None:
         defining = _defining_files(Path(path))
@@ -208,7 +215,16 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
     if bos is not None:
         check_bos(bos, loaded.vocab_size)
         loaded.bos_id = bos
+    loaded.end_ids = _end_ids(Path(path), loaded.eos_id)
     return loaded
+
+
+def _end_ids(path: Path, eos_id: int | None) -> list[int]:
+    """EOS and, as transformers has it, every id that a folder's generation_config.json names."""
+    settings = path / "generation_config.json"
+    named = read_json(settings).get("eos_token_id") if settings.is_file() else None
+    ids = named if isinstance(named, list) else [named]
+    return sorted({token for token in (*ids, eos_id) if token is not None})
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -296,7 +312,7 @@ def decode_generated(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
     A model may have more tokens than its tokenizer, and an untrained one may choose them.
     """
-    special = {tokenizer.bos_id, tokenizer.eos_id}
+    special = {tokenizer.bos_id, *tokenizer.end_ids}
     return tokenizer.decode(
         [token for token in ids if token < tokenizer.vocab_size and token not in special]
     )

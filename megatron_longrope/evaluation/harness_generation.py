@@ -142,7 +142,7 @@ def continuations(
         top_k=decoding.top_k,
         top_p=decoding.top_p,
         seed=seed + prompts[0].index,
-        eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        eos_ids=tokenizer.end_ids,
         stop=stopped if decoding.stop else None,
     )
     # Whatever ended the row, the text must end at the first stop sequence in it.

@@ -259,7 +259,7 @@ class RequestCounter(RequestReader):
     def continuations(self, prompts: Sequence[Prompt]) -> list[str]:
         """Count the prompts."""
         for prompt in prompts:
-            what = prompt.data + repr((prompt.decoding, self._text.eos_id)).encode()
+            what = prompt.data + repr((prompt.decoding, self._text.end_ids)).encode()
             self._digest.update(what)
             self.lengths[prompt.total] += 1
             self.num_new_tokens = max(self.num_new_tokens, prompt.decoding.max_new_tokens)

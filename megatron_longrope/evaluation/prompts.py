@@ -86,7 +86,7 @@ def open_prompts(options: Any, models: Sequence[NamedModel], *, generate: bool =
         "bos": bos_name(tokenizer.bos_id),
     }
     if generate:
-        fields["eos"] = id_name(tokenizer.eos_id)
+        fields["eos"] = " ".join(map(str, tokenizer.end_ids)) or "none"
     return Prompts(targets, tokenizer, fields)
 
 
@@ -100,8 +100,11 @@ def generated_text(
     """
     from megatron_longrope.engine.generation import generate
 
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     (new,) = generate(
-        engine, torch.tensor([tokens]), num_new_tokens, factor_length=length, eos_ids=ends
+        engine,
+        torch.tensor([tokens]),
+        num_new_tokens,
+        factor_length=length,
+        eos_ids=tokenizer.end_ids,
     )
     return decode_generated(tokenizer, new), len(new)

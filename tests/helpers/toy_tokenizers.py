@@ -7,6 +7,7 @@ class CharacterTokenizer:
     """One token per character, except that BOS is 1: stable prefixes, exact lengths."""
 
     path, sha256, vocab_size, bos_id, eos_id = "characters", "", 2**16, BOS, None
+    end_ids = ()
 
     def encode(self, text):
         return [ord(character) for character in text]

@@ -213,7 +213,7 @@ def test_another_bos_or_eos_is_another_cell_though_the_flags_are_the_same(
         ))  # fmt: skip
     assert len(found[1]) == (1 if (kind, name) == ("ppl", "eos") else 2)
     if len(found[1]) == 2:
-        assert [row[name] for row in found[1]] == [1, 2]
+        assert [str(row[name]) for row in found[1]] == ["1", "2"]
         with (tmp_path / f"{kind}.csv").open() as file:
             assert [row[name] for row in csv.DictReader(file)] == ["1", "2"]
 

@@ -127,6 +127,16 @@ def test_a_folder_may_add_special_tokens_but_none_that_is_found_in_text(prefixed
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(("named", "ends"), [(None, [2]), (300, [2, 300]), ([2, 301], [2, 301])])
+def test_every_token_that_ends_a_text_in_transformers_ends_it(prefixed, tmp_path, named, ends):
+    folder = shutil.copytree(prefixed, tmp_path / "instruct")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    tokenizer = load_tokenizer(folder)
+    assert list(tokenizer.end_ids) == ends
+    assert list(load_tokenizer(prefixed).end_ids) == [2]
+    assert decode_generated(tokenizer, [290, *ends]) == tokenizer.decode([290])
+
+
 def test_the_hash_covers_settings_that_change_ids_and_no_others(prefixed, tmp_path):
     from transformers import AutoTokenizer
 

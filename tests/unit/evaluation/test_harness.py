@@ -1,4 +1,5 @@
 import importlib.metadata
+import json
 import math
 import os
 import shutil
@@ -142,6 +143,21 @@ def test_greedy_text_is_that_of_lm_evals_own_model(ours, theirs, context, argume
     pair = (context, arguments)
     with warned(context):
         assert generated(ours, [pair]) == generated(theirs, [pair])
+
+
+def test_every_end_token_of_a_folder_ends_a_text_as_in_lm_evals_own_model(
+    engine, exported, theirs, tmp_path, monkeypatch
+):
+    pair = ("the window of the", {"until": [], "max_gen_toks": 30})
+    (whole,) = generated(short_lm(engine, load_tokenizer(exported)), [pair])
+    end = load_tokenizer(exported).encode(whole)[5]
+    folder = shutil.copytree(exported, tmp_path / "instruct")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    monkeypatch.setattr(theirs.model.generation_config, "eos_token_id", [2, end])
+    (our_text,) = generated(short_lm(engine, load_tokenizer(folder)), [pair])
+    (their_text,) = generated(theirs, [pair])  # with the text of the end: it is no special token
+    assert whole.startswith(their_text) and their_text.startswith(our_text)
+    assert len(our_text) < len(their_text) < len(whole)
 
 
 def test_batches_of_one_and_eight_give_the_same_results_in_the_order_of_the_requests(
