@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from megatron_longrope.evaluation.targets import NamedModel, Target
 
 _LOW_IS_GOOD = ("ppl", "perplexity", "loss", "bits", "byte", "brier", "nll")
+_OF_HUNDRED = ("bleu", "chrf")  # metrics from 0 to 100
 _NOTE = (
     "Under a value: its standard error, the number of questions, and of its requests how many lost "
     "their beginning. Accuracies are percentages. The best of each column is marked, whether or "
@@ -223,10 +224,11 @@ def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) ->
     columns, cells = [], []
     for (task, shots, metric), pairs in parts.items():
         low = _is_low_good(metric, [row for _, row in pairs])
+        percent = not low and _are_shares(metric, [float(row["value"]) for _, row in pairs])
         for detail, some in split_repeats(pairs, (), settings).items():
             below = joined(metric, "" if shots is None else f"{shots}-shot", detail)
             columns.append(Column(task, below, "lowest" if low else "highest", f"In {task}"))
-            cells.append({series.name: _value(row, low=low) for series, row in some})
+            cells.append({series.name: _value(row, percent=percent) for series, row in some})
     names = dict.fromkeys(series.name for series, _ in rows)
     table = Table(
         name, title, columns,
@@ -258,12 +260,19 @@ def _is_low_good(metric: str, records: Sequence[Row]) -> bool:
     return any(word in metric.lower() for word in _LOW_IS_GOOD)
 
 
-def _value(row: Row, *, low: bool) -> Value:
-    """Return value and standard error; shares of examples as percentages."""
+def _are_shares(metric: str, values: Sequence[float]) -> bool:
+    """Return whether all of a column are from 0 to 1; a lost model has that on any scale."""
+    if any(word in metric.lower() for word in _OF_HUNDRED):
+        return False
+    return all(0 <= value <= 1 for value in values if math.isfinite(value))
+
+
+def _value(row: Row, *, percent: bool) -> Value:
+    """Return value and standard error, in percent or as they are."""
     value, error = float(row["value"]), row.get("stderr")
     if not math.isfinite(value):
         return Value("not finite", value)
-    scale, digits = (1.0, 3) if low or not 0 <= value <= 1 else (100.0, 1)
+    scale, digits = (100.0, 1) if percent else (1.0, 3)
     below = [] if error is None else [f"\N{PLUS-MINUS SIGN} {scale * error:.{digits}f}"]
     if row.get("samples"):
         below.append(f"{row['samples']:,} questions")

@@ -140,12 +140,19 @@ def test_a_directory_without_records_is_refused(tmp_path):
         ("ter", False, "lowest", "0.500"),
         ("acc", None, "highest", "50.0"),  # where nothing is said the name tells
         ("bits_per_byte", None, "lowest", "0.500"),
+        ("bleu", True, "highest", "0.500"),
     ],
 )
 def test_which_scores_are_good_is_what_the_harness_says(metric, higher, best, text):
     row = short("task", 0.5, metric=metric, higher_is_better=higher)
     table = KINDS["tasks"].sections_of([row])[0].tables[0]
     assert table.columns[0].best == best and table.rows["base"][0].text == text
+
+
+def test_a_column_has_one_scale_though_one_model_of_it_is_lost():
+    rows = [short("task", value, metric="f1") | whose(f"m{value}") for value in (12.3, 0.8, 1.0)]
+    (table,) = KINDS["tasks"].sections_of(rows)[0].tables
+    assert [row[0].text for row in table.rows.values()] == ["12.300", "0.800", "1.000"]
 
 
 def shown_in(directory, kind):
