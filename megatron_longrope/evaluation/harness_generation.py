@@ -59,6 +59,8 @@ class Decoding:
             LongRopeError: An argument that this model does not know.
         """
         values = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
+        if values.get("num_beams") == 1:  # greedy decoding, or sampling, as without it
+            del values["num_beams"]
         if unknown := sorted(values.keys() - _ARGUMENTS):
             raise LongRopeError(
                 f"the task wants the generation argument {unknown[0]}, which the Megatron engine "

@@ -136,6 +136,7 @@ def test_a_rolling_likelihood_is_that_of_lm_evals_own_model(ours, theirs, text):
         {"until": ["ar"], "max_new_tokens": 30, "do_sample": False, "temperature": 0.7},
         {"max_gen_toks": 1},
         {"until": [], "max_gen_toks": 50},
+        {"until": ["."], "max_gen_toks": 9, "num_beams": 1},
     ],
 )
 @pytest.mark.parametrize("context", ["the window of the", "Answer:", LONG])
