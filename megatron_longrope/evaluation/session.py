@@ -258,7 +258,7 @@ def _note(cell: Cell) -> str:
     record = cell.record
     names = (record["model"], record["label"], record["policy"], record.get("task"))
     words = [str(name) for name in names if name]
-    return " ".join(words) + (f" at {record['length']}" if "length" in record else "")
+    return " ".join(words) + (f" at {record['length']} tokens" if "length" in record else "")
 
 
 @contextlib.contextmanager
@@ -272,8 +272,9 @@ def _named_memory_error(cell: Cell) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        smaller = "" if "length" in cell.fields else "lower --batch-size, "
         raise RuntimeError(
-            f"out of memory for {_note(cell)} tokens: start more processes and raise "
+            f"out of memory for {_note(cell)}: {smaller}start more processes and raise "
             "--context-parallel-size, or give --dtype bfloat16; finished cells are kept, and the "
             "same command goes on from there"
         ) from error

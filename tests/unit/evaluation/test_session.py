@@ -158,7 +158,7 @@ def test_nothing_is_measured_twice(make):
         vars(cell.target.model)["content_sha256"] = "one"
     with pytest.raises(ValueError, match=r"a and b are the same model .*; give one of them"):
         session.run(each(same))
-    with pytest.raises(ValueError, match="a pi at 64 was asked for twice; ask for it once"):
+    with pytest.raises(ValueError, match="a pi at 64 tokens was asked for twice; ask for it once"):
         session.run(each(cells("a")[:1] * 2))
     assert loaded == []
 
@@ -243,5 +243,9 @@ def test_running_out_of_memory_names_the_cell_and_the_remedy(make):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     session, _ = make()
-    with pytest.raises(RuntimeError, match=r"out of memory for a pi at 64 tokens: .*--context"):
+    with pytest.raises(RuntimeError, match=r"for a pi at 64 tokens: start more .*--context"):
         session.run(shared(cells("a"), too_much))
+    session, _ = make()
+    task = Cell(cells("a")[0].target, {"task": "mmlu"}, {64: 1})
+    with pytest.raises(RuntimeError, match=r"for a pi mmlu: lower --batch-size, start .*--context"):
+        session.run(shared([task], too_much))

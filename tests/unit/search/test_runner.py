@@ -148,6 +148,8 @@ def test_an_existing_journal_is_not_overwritten_silently(problem, tmp_path):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (RuntimeError("CUDA error: out of memory\nCompile with"), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory"),
         (math.nan, "the loss of sample 1 is nan"),
         (1e5, "is no perplexity"),
     ],
