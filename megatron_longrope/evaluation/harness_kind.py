@@ -68,7 +68,7 @@ class HarnessOptions(EvaluationOptions):
     lengths: Sequence[int] = flag((), hidden=True)  # prompts are as long as they are
 
     tokenizer: str | None = flag(None, metavar="T")
-    """the models' tokenizer (default: of --hf)"""
+    """the models' tokenizer (default: of a single --hf)"""
     include_path: str | None = flag(None, metavar="DIR")
     """directory with YAML files of tasks of your own"""
     limit: float | None = flag(None, type=float, metavar="K")

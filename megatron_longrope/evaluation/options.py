@@ -80,7 +80,7 @@ def tokenizer_flag() -> Any:
         None,
         metavar="T",
         help="the models' tokenizer, a sentencepiece .model file or a Hugging Face folder "
-        "(default: of --hf)",
+        "(default: of a single --hf)",
     )
 
 
