@@ -69,10 +69,6 @@ class PasskeyTrial:
     """The hidden number, 1 to 50,000."""
     depth: float
     """Share of the filler's characters that stand before the key, 0 to 1."""
-    num_characters: int
-    """Characters of filler."""
-    num_before: int
-    """How many of them stand before the key."""
 
     @property
     def answer(self) -> list[int]:
@@ -83,11 +79,6 @@ class PasskeyTrial:
     def prompt_tokens(self) -> list[int]:
         """Return what generation starts from: everything before the answer."""
         return self.tokens[: -self.num_answer_tokens]
-
-    @property
-    def text(self) -> str:
-        """Return prompt and answer, written anew at each call."""
-        return f"{prompt(self.key, self.num_characters, self.num_before)} {self.key}"
 
 
 def prompt(key: int, num_characters: int, num_before: int) -> str:
@@ -157,8 +148,6 @@ def make_trial(
         num_answer_tokens=len(tail) - _TAIL,
         key=key,
         depth=before / total if total else 0.0,
-        num_characters=total,
-        num_before=before,
     )
 
 

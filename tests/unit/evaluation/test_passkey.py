@@ -144,12 +144,13 @@ def test_a_trial_has_exactly_the_length_asked_for_at_the_depth_asked_for(tokeniz
     def check(length, depth, seed):
         trial = trial_of(tokenizer, length, depth, seed)
         assert len(trial.tokens) == length
-        assert trial.tokens == [tokenizer.bos_id, *tokenizer.encode(trial.text)]
+        whole = tokenizer.decode(trial.tokens[1:])
+        assert trial.tokens == [tokenizer.bos_id, *tokenizer.encode(whole)]
         assert trial.prompt_tokens + trial.answer == trial.tokens
-        text = trial.text.removesuffix(f" {trial.key}")
+        text = whole.removesuffix(f" {trial.key}")
         assert trial.prompt_tokens[1:] == tokenizer.encode(text)
         assert tokenizer.decode(trial.tokens[-trial.num_answer_tokens :]).strip() == str(trial.key)
-        before, information, after, question = trial.text.split("\n")[1:]
+        before, information, after, question = whole.split("\n")[1:]
         assert (
             information == f"The pass key is {trial.key}. Remember it. {trial.key} is the pass key."
         )
@@ -187,7 +188,8 @@ def test_few_encodings_find_the_exact_count(tokenizers, kind):
 def test_a_count_that_short_prompts_do_not_foretell_is_found_all_the_same():
     tokenizer = CountingTokenizer(DriftingTokenizer())
     trial = trial_of(tokenizer, 20_000)
-    assert trial.tokens == [BOS, *DriftingTokenizer().encode(trial.text)]
+    text = "".join(map(chr, trial.tokens)).lstrip(chr(BOS))
+    assert trial.tokens == [BOS, *DriftingTokenizer().encode(text)]
     assert len(trial.tokens) == 20_000
     assert sum(count > 15_000 for count in tokenizer.characters) <= 4
 
@@ -231,7 +233,7 @@ def test_without_a_begin_token_prompt_and_answer_fill_the_length():
     tokenizer = CharacterTokenizer()
     tokenizer.bos_id = None
     trial = trial_of(tokenizer, 600)
-    assert tokenizer.decode(trial.tokens) == trial.text
+    assert tokenizer.decode(trial.tokens).startswith("There is an important info")
     assert len(trial.tokens) == 600
 
 
@@ -247,7 +249,8 @@ def test_a_length_below_the_bare_prompt_is_refused_with_the_minimum(tokenizers, 
             shortest = shortest or trial_of(tokenizers[kind], length)
         except ValueError as error:
             assert re.search("too short|found no passkey prompt of exactly", str(error))
-    assert shortest.num_characters < 20
+    filler = tokenizers[kind].decode(shortest.tokens[1:]).split("\n")[1:4:2]
+    assert len("".join(filler)) < 20
 
 
 def test_a_count_that_the_tokenizer_never_gives_is_refused():
