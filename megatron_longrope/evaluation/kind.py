@@ -60,8 +60,9 @@ class Kind:
     name: str
     """Of the command and of its files: `longrope eval <name>` writes `<name>.jsonl`."""
     key: tuple[str, ...]
-    """Fields that, with :data:`TARGET_KEY`, identify a cell. The recorder, which resumes by it, and
-    the report read this one tuple: a setting that is missing here is overwritten without a word."""
+    """Fields that, with :data:`TARGET_KEY`, identify a cell. The recorder resumes by it: a setting
+    that is missing here is overwritten without a word. `sections` must split by whatever of it its
+    tables do not show; test_reading.py checks that."""
     required: Mapping[str, Check]
     """Fields that a record must hold."""
     help: str
@@ -100,16 +101,13 @@ class Kind:
         window = windows.pop() if len(windows) == 1 else None
         return self.sections(list(zip(series, rows, strict=True)), window)
 
-    def check(self, row: Any, where: str) -> Row:
+    def check(self, value: Any, where: str) -> Row:
         """Complete and check a record; `where` it stands is for the error.
 
         Raises:
             LongRopeError: It is no record of this kind.
         """
-        if not isinstance(row, dict):
-            raise LongRopeError(
-                f"{where}: a record must be a JSON object, got {type(row).__name__}"
-            )
+        row = check_object(value, where)
         self.restore(row)
         for name, (good, rule) in {**self.required, "checkpoint_sha256": TEXT}.items():
             if name not in row:
@@ -123,6 +121,19 @@ class Kind:
             if row.get(name) is not None and not good(row[name]):
                 raise LongRopeError(f"{where}: {name} is {row[name]!r}; it must be {rule} or null")
         return row
+
+
+def check_object(row: Any, where: str) -> Row:
+    """Return a record; `where` it stands is for the error.
+
+    Raises:
+        LongRopeError: It is none.
+    """
+    if not isinstance(row, dict):
+        raise LongRopeError(
+            f"{where}: a record must be a JSON object, got {type(row).__name__}; move the file away"
+        )
+    return row
 
 
 def cell_key(row: Mapping[str, Any], names: tuple[str, ...]) -> str:

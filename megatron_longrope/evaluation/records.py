@@ -9,14 +9,35 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.errors import LongRopeError
-from megatron_longrope.evaluation.kind import cell_key
+from megatron_longrope.evaluation.kind import cell_key, check_object
+from megatron_longrope.evaluation.series import Row
 from megatron_longrope.files import finite_json, json_lines, write_text_atomic
 from megatron_longrope.ranks import rank
+
+
+def read_rows(
+    path: Path, key: tuple[str, ...], check: Callable[[Any, str], Row]
+) -> tuple[dict[str, Row], int]:
+    """Read the last record of each cell, by what identifies it.
+
+    Args:
+        path (Path): A JSONL file.
+        key (tuple[str, ...]): Fields that identify a cell.
+        check (Callable): Completes or refuses a record, given with the place where it stands.
+
+    Returns:
+        tuple[dict[str, Row], int]: Records, and the bytes behind which the file may be torn.
+
+    Raises:
+        LongRopeError: A line before the last is not JSON, or a record is refused.
+    """
+    lines, whole = json_lines(path)
+    rows = [check(row, f"{path}, line {number}") for number, row in lines]
+    return {cell_key(row, key): row for row in rows}, whole
 
 
 class Records:
@@ -30,29 +51,22 @@ class Records:
 
     def __init__(self, path: Path, key: Sequence[str]) -> None:
         self.path, self._key = path, tuple(key)
-        self._found: dict[str, dict[str, Any]] = {}
+        self._found: dict[str, Row] = {}
         if path.exists():
-            self._read()
+            self._found, whole = read_rows(path, self._key, check_object)
+            if rank() == 0:
+                self._end_with_a_line(whole)
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """The finished records; of several of one cell the last."""
         return list(self._found.values())
 
-    def _read(self) -> None:
-        rows, whole = json_lines(self.path)
-        for number, row in rows:
-            if not isinstance(row, dict):
-                raise LongRopeError(
-                    f"{self.path}, line {number}: not a record but {type(row).__name__}; move the "
-                    "file away"
-                )
-            self._found[self.key_of(row)] = row
-        if rank() != 0:
-            return
+    def _end_with_a_line(self, whole: int) -> None:
+        """Drop what is torn behind so many bytes; the next record stands alone."""
         if whole < self.path.stat().st_size:
             os.truncate(self.path, whole)
-        elif whole and not self.path.read_bytes().endswith(b"\n"):  # the next line stands alone
+        elif whole and not self.path.read_bytes().endswith(b"\n"):
             with self.path.open("ab") as file:
                 file.write(b"\n")
 
@@ -60,7 +74,7 @@ class Records:
         """Return what two records of one cell have in common."""
         return cell_key(row, self._key)
 
-    def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
+    def find(self, cell: Mapping[str, Any]) -> Row | None:
         """Return the finished record with the same key fields, or None."""
         return self._found.get(self.key_of(cell))
 

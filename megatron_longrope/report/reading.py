@@ -14,8 +14,9 @@ from typing import Any
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import Row, cell_key
 from megatron_longrope.evaluation.kinds import KINDS
+from megatron_longrope.evaluation.records import read_rows
 from megatron_longrope.evaluation.series import Identity, Rows, Series, identify, name_series
-from megatron_longrope.files import json_lines, read_json
+from megatron_longrope.files import read_json
 
 FACTS = "facts.json"
 """Further facts about a run: `{title: {name: value}}`."""
@@ -66,13 +67,12 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
             if (kind := names.get(path.name)) is None:
                 continue
             if path.resolve() not in found:
-                rows = [
-                    kind.check(row, f"{path}, line {number}") for number, row in json_lines(path)[0]
-                ]
                 # The last record of a cell knows what its model is called by now.
-                last = {cell_key(row, kind.cell_fields): row for row in rows}.values()
+                rows, _ = read_rows(path, kind.cell_fields, kind.check)
                 folder = path.parent.resolve()
-                found[path.resolve()] = [(identify(row), folder, kind.name, row) for row in last]
+                found[path.resolve()] = [
+                    (identify(row), folder, kind.name, row) for row in rows.values()
+                ]
             some += found[path.resolve()]
         if not some:
             raise LongRopeError(
