@@ -222,8 +222,13 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
 def _end_ids(path: Path, eos_id: int | None) -> list[int]:
     """EOS and, as transformers has it, every id that a folder's generation_config.json names."""
     settings = path / "generation_config.json"
-    named = read_json(settings).get("eos_token_id") if settings.is_file() else None
+    values = read_json(settings) if settings.is_file() else {}
+    named = values.get("eos_token_id") if isinstance(values, dict) else values
     ids = named if isinstance(named, list) else [named]
+    if not all(token is None or isinstance(token, int) for token in ids):
+        raise LongRopeError(
+            f"{settings}: eos_token_id is {named!r}; it must be a token id or a list of them"
+        )
     return sorted({token for token in (*ids, eos_id) if token is not None})
 
 

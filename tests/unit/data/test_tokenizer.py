@@ -135,6 +135,9 @@ def test_every_token_that_ends_a_text_in_transformers_ends_it(prefixed, tmp_path
     assert list(tokenizer.end_ids) == ends
     assert list(load_tokenizer(prefixed).end_ids) == [2]
     assert decode_generated(tokenizer, [290, *ends]) == tokenizer.decode([290])
+    (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match=r"eos_token_id is '</s>'; it must be a token id or"):
+        load_tokenizer(folder)
 
 
 def test_the_hash_covers_settings_that_change_ids_and_no_others(prefixed, tmp_path):
