@@ -71,7 +71,7 @@ class _Objective(Options):
     tokenizer: str | None = flag(None, metavar="T")
     """the data's tokenizer, to hide numbers in it (default, for the closing table only: where the
     data's manifest says)"""
-    needle_depths: str | None = flag(None, metavar="LIST")
+    needle_depths: str | None = flag(None, type=str, metavar="LIST")
     """where needles stand, from 0 (start; all of them in the LongRoPE2 paper) to 1, for example
     0,0.5,1 (default: evenly spread over the documents)"""
     tokens_per_forward: int = flag(8192, type=parse_length, metavar="N")
@@ -95,7 +95,7 @@ class _Space(Options):
     critical_dimension: int | None = flag(None, type=int, metavar="I")
     """fix it, as an index of frequencies (default: floored: by the trained window; critical:
     searched)"""
-    start_tokens: str | None = flag(None, metavar="LIST")
+    start_tokens: str | None = flag(None, type=str, metavar="LIST")
     """choices of n_hat, for example 0,1,2,4, or `paper` for its fourteen; export to Hugging Face
     needs 0 (default: the base's, 0 for plain RoPE)"""
     upper: float | None = flag(None, type=float)

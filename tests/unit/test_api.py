@@ -117,6 +117,12 @@ def test_lists_are_read_as_the_command_line_reads_them():
     assert replace(options).depths == options.depths
     options = longrope.PerplexityOptions(hf=["m"], output="o", data="d", lengths=[64], baselines=[])
     assert options.baselines == ()
+    for kind in (longrope.TaskOptions, longrope.BenchmarkOptions):
+        assert kind(hf="m", output="o", tasks=["hellaswag:5", "piqa"]).tasks == "hellaswag:5,piqa"
+    options = longrope.SearchOptions(
+        hf="m", output="o", data="d", target_length=64, start_tokens=[0, 4], needle_depths=0.5
+    )
+    assert (options.start_tokens, options.needle_depths) == ("0,4", "0.5")
 
 
 @pytest.mark.parametrize(

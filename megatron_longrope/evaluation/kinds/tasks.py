@@ -49,7 +49,7 @@ class BenchmarkOptions(HarnessOptions):
 
     GROUP: ClassVar[str] = "benchmarks"
 
-    tasks: str = flag("paper", metavar="LIST")
+    tasks: str = flag("paper", type=str, metavar="LIST")
     """NAME[:SHOTS[:METRIC]],... of lm-evaluation-harness or --include-path; `paper` is
     arc_challenge:25:acc_norm,hellaswag:10:acc_norm,mmlu:5:acc,truthfulqa_mc2:0:acc (default)"""
 
@@ -60,7 +60,7 @@ class TaskOptions(HarnessOptions):
 
     GROUP: ClassVar[str] = "benchmarks"
 
-    tasks: str = flag(metavar="LIST")
+    tasks: str = flag(type=str, metavar="LIST")
     """NAME[:SHOTS[:METRIC]],... of lm-evaluation-harness or --include-path"""
     window: int | None = flag(None, type=parse_length, metavar="N")
     """give every sequence the factors of N tokens, such as 128k, and take no longer ones (default:
