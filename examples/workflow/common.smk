@@ -20,8 +20,11 @@ os.environ.setdefault("LONGROPE_BIN", str(Path(sys.executable).parent))
 def given(path):
     """A path of the configuration, which counts from where Snakemake was started."""
     found = STARTED_IN / Path(str(path).format(output=config["output"])).expanduser()
-    # For plan.py any file stands in for what is not there yet.
-    return str(found if found.exists() or not config.get("planning") else workflow.main_snakefile)
+    if config.get("planning") and not found.exists():
+        # For plan.py an empty folder stands in for what is not there yet.
+        found = Path(f"{config['planning']}{found}")
+        found.mkdir(parents=True, exist_ok=True)
+    return str(found)
 
 
 def words(*blocks):

@@ -32,9 +32,6 @@ from megatron_longrope.plan.hardware import GIB, parse_gpu
 from megatron_longrope.plan.search_cost import SearchCost, estimate_command
 from megatron_longrope.progress import format_duration
 
-MISSING = "missing"
-"""Stands in commands for an input that does not exist yet."""
-
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 HEADER = ("rule", "GPU memory", "fits", "FLOP", "time", "")
@@ -90,8 +87,10 @@ def list_commands(snakefile: str, config: dict[str, Any]) -> list[Command]:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        # Inputs that are missing do not matter; in an empty folder everything is still to be done.
-        path.write_text(json.dumps({**config, "output": f"{folder}/output", "planning": True}))
+        # What stands in for missing inputs lies here, see common.smk; in an empty folder everything
+        # is still to be done.
+        missing = f"{folder}/missing"
+        path.write_text(json.dumps({**config, "output": f"{folder}/output", "planning": missing}))
         done = subprocess.run(
             [sys.executable, "-m", "snakemake", "-s", snakefile, "--configfile", str(path),
              "--dry-run", "--printshellcmds", "--cores", "1", "--nocolor"],
@@ -99,8 +98,7 @@ def list_commands(snakefile: str, config: dict[str, Any]) -> list[Command]:
         )  # fmt: skip
     if done.returncode:
         raise ValueError(f"Snakemake refuses {snakefile}:\n{done.stdout}{done.stderr}")
-    # The Snakefile itself stands in for inputs that are not there, see common.smk.
-    listing = (done.stdout + done.stderr).replace(snakefile, MISSING)
+    listing = (done.stdout + done.stderr).replace(missing, "")
     found = set(commands_of(listing, config.get("nodes", 1)))
     return sorted(found, key=lambda command: command.rule)
 

@@ -68,7 +68,7 @@ def examine(commands: Sequence[plan.Command], config: dict[str, Any]) -> Iterato
                 command.rule,
                 f"script {words[2]}"
                 if found
-                else "`script` of the settings does not exist; it is "
+                else f"`script` of the settings does not exist: {words[2]}; it is "
                 "pretrain_gpt.py of a Megatron-LM checkout",
             )
     yield from _memory(commands, config.get("gpu", "h100"))
@@ -78,8 +78,8 @@ def examine(commands: Sequence[plan.Command], config: dict[str, Any]) -> Iterato
 
 def _model(folder: Path) -> Iterator[Finding]:
     if not (folder / "config.json").is_file():
-        where = "it does not exist" if str(folder) == plan.MISSING else f"{folder} is none"
-        yield Finding("FAIL", "hf", f"`hf` of the settings is the base model's folder; {where}")
+        text = f"`hf` of the settings is the base model's folder; {folder} is none"
+        yield Finding("FAIL", "hf", text)
         return
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
     size = sum(path.stat().st_size for path in weights) / GIB

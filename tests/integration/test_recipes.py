@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -376,6 +377,8 @@ def test_preflight_names_everything_that_is_missing(tmp_path):
     assert {"hf", "finetune 128k", "documents search", "segments 256k"} <= {
         f.subject for f in found
     }
+    (texts,) = {f.text for f in found if f.subject == "documents search"}
+    assert re.search(r"/\S+ does not exist", texts), texts
     (script,) = {f.text for f in found if "pretrain_gpt.py" in f.text}
     assert "`script` of the settings does not exist" in script
 
