@@ -83,10 +83,12 @@ def _print_facts(prefix: str, manifest: dict[str, Any]) -> None:
     if manifest["held_out"]:
         print(f"  held out         {manifest['held_out_documents']:,} documents, a share of "
               f"{manifest['held_out']} (seed {manifest['seed']})")  # fmt: skip
-    for source in manifest["sources"]:
+    for source in manifest["sources"] if len(manifest["sources"]) > 1 else ():
+        share = source["used_tokens"] / max(1, manifest["used_tokens"])
         print(f"  {source['name']:<16} {source['documents']:,} documents, "
-              f"{source['source_tokens']:,} tokens; used {source['used_documents']:,}, "
-              f"{source['used_tokens']:,} ({_share(source, manifest):.1%})")  # fmt: skip
+              f"{source['source_tokens']:,} tokens; in the mix: {source['used_documents']:,} "
+              f"documents, {source['used_tokens']:,} tokens, {100 * share:.1f} % "
+              "(before cutting and --min-length)")  # fmt: skip
     hidden, others = manifest.get("hidden_skipped"), manifest.get("other_files")
     print(f"  skipped          {manifest['skipped']['count']} unreadable documents"
           f"{f', {hidden} hidden files or folders' if hidden else ''}"
@@ -98,10 +100,6 @@ def _print_facts(prefix: str, manifest: dict[str, Any]) -> None:
           f"EOS {manifest['eos_id']})")  # fmt: skip
     print(f"  tokenizer sha256 {manifest['tokenizer_sha256']}")
     print(f"  token sha256     {manifest['token_sha256']}")
-
-
-def _share(source: dict[str, Any], manifest: dict[str, Any]) -> float:
-    return source["used_tokens"] / max(1, manifest["used_tokens"])
 
 
 def _describe_entries(manifest: dict[str, Any]) -> str:

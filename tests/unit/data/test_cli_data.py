@@ -55,7 +55,9 @@ def test_skipped_lines_are_printed(corpus, model_path, tmp_path, capsys):
     prefix = tmp_path / "set"
     prepare = ("prepare", "--input", corpus, "--tokenizer", model_path, "--output", prefix)
     longrope(*prepare, "--whole-documents", "--on-error", "skip")
-    assert "corpus.jsonl:13: not valid JSON" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "corpus.jsonl:13: not valid JSON" in output
+    assert "  source  " in output and "  input  " not in output  # one source is all of it
 
 
 def test_a_mix_with_sets_beside_it_is_prepared_and_inspected(corpus, model_path, tmp_path, capsys):
@@ -69,7 +71,8 @@ def test_a_mix_with_sets_beside_it_is_prepared_and_inspected(corpus, model_path,
     assert longrope(*prepare, "--segment-length", "128", *more, "--short-window", "64") == 0
     output = capsys.readouterr().out
     assert "entries of 256 tokens, each 2 consecutive segments of 128 tokens" in output
-    assert re.search(r"b +12 documents, .* tokens; used \d+, .* \(\d+\.\d%\)", output)
+    mixed = r"b +12 documents, .* tokens; in the mix: \d+ documents, .* tokens, \d+\.\d % \(before"
+    assert re.search(mixed, output)
     assert f"beside it: {prefix}_heldout\nbeside it: {prefix}_short\n" in output
     for suffix in ("", "_heldout", "_short"):
         assert longrope("inspect", f"{prefix}{suffix}") == 0
