@@ -67,6 +67,8 @@ class GenerationPlan:
     """The GPU assumed."""
     mfu: float | None = None
     """Part of the peak in place of the anchors of :func:`.time.rates`."""
+    gpus_per_node: int = 8
+    """How many NVLink joins."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_new_tokens < self.length:
@@ -170,9 +172,13 @@ class GenerationPlan:
             f"{format_duration(self.seconds)} in all",
         ]
         if self.fits:
+            fewest = -(-gpus // self.gpus_per_node)
+            nodes = next(count for count in range(fewest, gpus + 1) if gpus % count == 0)
+            several = f"--nnodes {nodes} " if nodes > 1 else ""
             lines.append(
-                f"flags: torchrun --nproc-per-node {gpus} ... --tensor-model-parallel-size "
-                f"{self.tensor} --context-parallel-size {self.context}"
+                f"flags: torchrun {several}--nproc-per-node {gpus // nodes} ... "
+                f"--tensor-model-parallel-size {self.tensor} "
+                f"--context-parallel-size {self.context}"
             )
         return "\n".join(lines)
 
@@ -223,8 +229,8 @@ def rank_generation(
                 fixed.get("tensor", tensor),
                 fixed.get("context", context),
             ):
-                copies = gpus // (tensor * context)
-                found.append(replace(plan, tensor=tensor, context=context, copies=copies))
+                chosen = {"tensor": tensor, "context": context, "gpus_per_node": gpus_per_node}
+                found.append(replace(plan, copies=gpus // (tensor * context), **chosen))
     if not found:
         raise LongRopeError(
             f"no layout of {gpus} GPUs keeps the rules: tensor x context parallel must divide the "

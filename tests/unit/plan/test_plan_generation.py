@@ -104,6 +104,19 @@ def test_the_command_says_what_generation_takes(capsys):
     assert found["samples"] == 500 and found["fits"]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "words"),
+    [
+        ("4", "torchrun --nproc-per-node 4 "),
+        ("16", "torchrun --nnodes 2 --nproc-per-node 8 "),
+        ("8 --gpus-per-node 4", "torchrun --nnodes 2 --nproc-per-node 4 "),
+    ],
+)
+def test_the_flags_start_as_many_processes_as_a_node_has_gpus(gpus, words, capsys):
+    assert run(f"--model llama3-8b --length 128k --generate 128 --gpus {gpus}") == 0
+    assert words in capsys.readouterr().out
+
+
 def test_generation_that_does_not_fit_says_on_how_many_gpus_it_would(capsys):
     assert run("--model llama3-70b --length 128k --gpus 1 --generate 128") == 1
     shown = capsys.readouterr().out
