@@ -24,7 +24,7 @@ _COMMANDS = {
     "eval": "measure perplexity, passkey, needles, RULER, benchmarks or any task",
     "convert": "Megatron checkpoint to Hugging Face folder and back",
     "data": "text to Megatron .bin/.idx: BOS/EOS segments for training, whole held-out documents",
-    "factors": "show, make, import, export, compare, sort or merge factor files",
+    "factors": "show, make, import, export, compare or merge factor files",
     "plan": "memory, hours and Megatron flags of a fine-tuning run, or of generating text",
     "report": "one self-contained HTML page, PNG figures and CSV data from evaluations",
     "doctor": "versions, kernels, and whether the hooks fit this Megatron",
