@@ -100,6 +100,7 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
     parts = 2 * context if context > 1 else 1
     split = tensor * context if layout.sequence_parallel else context
     samples = layout.data * layout.micro_batch_size
+    experts, ranks = model.num_experts, tensor * context * layout.data
     rules: list[tuple[object, str]] = [
         (heads % tensor, f"tensor parallel {tensor} does not divide the {heads} heads"),
         (
@@ -120,6 +121,19 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
             f"tensor x context parallel = {split}",
         ),
         (
+            experts is None and layout.expert > 1,
+            f"expert parallel {layout.expert} has no experts to divide",
+        ),
+        (
+            experts is not None and experts % layout.expert,
+            f"expert parallel {layout.expert} does not divide the {experts} experts",
+        ),
+        (
+            experts is not None and ranks % (layout.expert * layout.expert_tensor),
+            f"expert parallel {layout.expert} x expert tensor parallel {layout.expert_tensor} does "
+            f"not divide the {ranks} ranks of a stage",
+        ),
+        (
             training.global_batch_size % samples,
             f"{layout.data} data-parallel ranks of {layout.micro_batch_size} sequences do not "
             f"divide the batch of {training.global_batch_size}",
@@ -129,20 +143,7 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
             f"a2a needs context parallel {context} to divide the heads of a rank, "
             f"{heads // tensor} of queries and {max(1, groups // tensor)} of keys",
         ),
-        (
-            model.num_experts is None and layout.expert > 1,
-            f"expert parallel {layout.expert} has no experts to divide",
-        ),
     ]
-    if model.num_experts is not None:
-        ranks = tensor * context * layout.data
-        rules.append(
-            (
-                model.num_experts % layout.expert or ranks % (layout.expert * layout.expert_tensor),
-                f"expert parallel {layout.expert} x expert tensor parallel {layout.expert_tensor} "
-                f"divides neither {model.num_experts} experts nor the {ranks} ranks of a stage",
-            )
-        )
     return next((text for broken, text in rules if broken), None)
 
 

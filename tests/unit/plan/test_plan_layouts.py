@@ -26,7 +26,8 @@ def best(model, length, gpus, fixed=None, **training):
         (LLAMA, Layout(context=3), "no multiple of 2 x context parallel = 6"),
         (LLAMA, Layout(data=5), "5 data-parallel ranks of 1 sequences do not divide the batch"),
         (LLAMA, Layout(8, 8, cp_comm_type="a2a"), "a2a needs context parallel 8 to divide"),
-        (MIXTRAL, Layout(data=8, expert=3), "expert parallel 3"),
+        (MIXTRAL, Layout(data=48, expert=3), "expert parallel 3 does not divide the 8 experts"),
+        (MIXTRAL, Layout(data=12, expert=8), "1 does not divide the 12 ranks of a stage"),
     ],
 )
 def test_a_layout_that_megatron_would_refuse_is_named_with_its_rule(model, layout, message):
