@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
 from megatron_longrope.options import (
     Loading,
@@ -126,7 +125,7 @@ class _Algorithm(Options):
     """evolution: 16"""
     num_parents: int | None = flag(None, type=int, metavar="K")
     """evolution: top 32 kept"""
-    max_iterations: int | None = flag(None, type=int, metavar="T", name="--iterations")
+    iterations: int | None = flag(None, type=int, metavar="T")
     """evolution: 40"""
     mutation_prob: float | None = flag(None, type=float, metavar="p")
     """evolution: 0.3 per gene"""
@@ -195,19 +194,17 @@ recovery the base's)"""
         from megatron_longrope.factor_search.cma import CmaParameters
         from megatron_longrope.factor_search.evolution import EvolutionParameters
 
-        flags = {item.name: item for item in fields(_Algorithm)}
+        flags = {item.name for item in fields(_Algorithm)} - {"max_evaluations"}
+        renamed = {"max_iterations": "iterations"}  # whose flag has another name, as in journals
         names = {
-            kind: {item.name for item in fields(sizes)} & (flags.keys() - {"max_evaluations"})
+            kind: {renamed.get(item.name, item.name) for item in fields(sizes)} & flags
             for kind, sizes in (("cma", CmaParameters), ("evolution", EvolutionParameters))
         }
-        ours = names[self.algorithm]
-        for name in sorted((names["cma"] | names["evolution"]) - ours):
-            if getattr(self, name) is not None:
-                flag_name = flags[name].metadata.get("name", f"--{name.replace('_', '-')}")
-                raise LongRopeError(
-                    f"{flag_name} has no meaning with --algorithm {self.algorithm}; leave it "
-                    "out or choose the other algorithm"
-                )
+        ours, beside = names[self.algorithm], f"--algorithm {self.algorithm}"
+        refuse_idle(*(
+            (f"--{name.replace('_', '-')}", beside, getattr(self, name) is not None)
+            for name in sorted((names["cma"] | names["evolution"]) - ours)
+        ))  # fmt: skip
         given = {name: value for name in ours if (value := getattr(self, name)) is not None}
         halved = self.target_length >= _HALVED_FROM
         if self.algorithm == "cma":
@@ -218,6 +215,8 @@ recovery the base's)"""
         defaults = EvolutionParameters(32, 8, 8) if halved else EvolutionParameters()
         if "population_size" in given and "num_parents" not in given:
             given["num_parents"] = min(defaults.num_parents, given["population_size"])
+        if "iterations" in given:
+            given["max_iterations"] = given.pop("iterations")
         return replace(defaults, **given)
 
     def check_meaning(self) -> None:

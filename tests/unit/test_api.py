@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +123,12 @@ def test_lists_are_read_as_the_command_line_reads_them():
         hf="m", output="o", data="d", target_length=64, start_tokens=[0, 4], needle_depths=0.5
     )
     assert (options.start_tokens, options.needle_depths) == ("0,4", "0.5")
+
+
+def test_options_have_the_flags_names_and_the_package_lists_them():
+    assert set(longrope.__all__) == set(dir(longrope))
+    kinds = [getattr(longrope, name) for name in longrope.__all__ if name.endswith("Options")]
+    assert not [item.name for kind in kinds for item in fields(kind) if "name" in item.metadata]
 
 
 @pytest.mark.parametrize(
