@@ -35,12 +35,14 @@ def check_folder(path: Path) -> None:
 
 
 def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """Refuse when one of `paths` exists, unless `overwrite` is set.
+    """Refuse when one of the files `paths` exists, unless `overwrite` is set.
 
     Raises:
-        LongRopeError: One exists.
+        LongRopeError: One exists, or is a directory.
     """
     for path in paths:
+        if path.is_dir():
+            raise LongRopeError(f"{path} is a directory; give the name of a file")
         if path.exists() and not overwrite:
             raise LongRopeError(
                 f"{path} exists; outputs are not replaced silently, "

@@ -192,6 +192,8 @@ def test_no_file_is_replaced_unless_asked_for(tmp_path, capsys, words):
     assert precious.read_text() == "days of search"
     assert run(*words, "--output", precious, "--overwrite") == 0
     assert precious.read_text() != "days of search"
+    assert run(*words, "--output", tmp_path, "--overwrite") == 2
+    assert f"{tmp_path} is a directory; give the name of a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
