@@ -27,9 +27,9 @@ class _Run(Options):
     length: int = flag(type=parse_length, metavar="N")
     """tokens of a sequence"""
     global_batch_size: int = flag(32, type=int, metavar="B")
-    """default 32"""
+    """sequences of a step"""
     steps: int = flag(600, type=int, metavar="K")
-    """default: 600"""
+    """steps of the run"""
     chunked_loss: bool = flag(True, action=argparse.BooleanOptionalAction)
     """with --longrope-chunked-loss (default), or with the logits of all tokens at once"""
 
@@ -55,23 +55,24 @@ class _Cluster(Options):
     memory: float | None = flag(None, type=float, metavar="GIB")
     """of a GPU (default: its own)"""
     gpus_per_node: int = flag(8, type=int, metavar="G")
-    """default: 8"""
+    """GPUs of a node, which NVLink joins"""
     mfu: float | None = flag(None, type=float, metavar="U")
     """part of the peak that all operations run at (default: measured by others, by GPU)"""
 
 
-def _size(name: str) -> Any:
-    return flag(None, name=f"--{name}-model-parallel-size", type=int, metavar="N")
+def _size(name: str, who: str) -> Any:
+    words = f"GPUs {who} (default: chosen)"
+    return flag(None, name=f"--{name}-parallel-size", type=int, metavar="N", help=words)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout(Options):
     GROUP: ClassVar = ("layout", "what is given is not chosen")
 
-    tensor: int | None = _size("tensor")
-    context: int | None = flag(None, name="--context-parallel-size", type=int, metavar="N")
-    pipeline: int | None = _size("pipeline")
-    expert: int | None = _size("expert")
+    tensor: int | None = _size("tensor-model", "that share a layer")
+    context: int | None = _size("context", "that share a sequence")
+    pipeline: int | None = _size("pipeline-model", "with different layers")
+    expert: int | None = _size("expert-model", "with different experts")
 
     recompute: str | None = flag(None, choices=("none", "mlp", "full"))
     """mlp: experts, too"""

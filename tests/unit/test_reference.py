@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def parsers(parser, name=("longrope",)):
         if isinstance(action, argparse._SubParsersAction):
             for word, below in action.choices.items():
                 yield from parsers(below, (*name, word))
+
+
+def test_every_flag_has_a_help_that_names_its_default_once():
+    for name, parser in parsers(build_parser()):
+        for action in parser._actions:
+            if action.option_strings:
+                assert action.help, (name, action.option_strings)
+                assert not re.search(r"default.*\(default: ", action.help), (name, action.help)
 
 
 def commands():
