@@ -141,9 +141,9 @@ def run(options: PlanOptions) -> int:
     print(best.text())
     if not best.fits:
         parts = best.memory
-        over = parts.total / GIB - best.gpu.gib
+        over, most = parts.total / GIB - best.gpu.gib, parts.NAMES[parts.largest]
         print(
-            f"no layout fits; the smallest is {over:.1f} GiB over, most of it {parts.largest} "
+            f"no layout fits; the smallest is {over:.1f} GiB over, most of it {most} "
             f"({getattr(parts, parts.largest) / GIB:.1f} GiB). What would fit:"
         )
         print("\n".join(f"  {remedy}" for remedy in advice or ["nothing that was tried"]))

@@ -25,18 +25,6 @@ from megatron_longrope.plan.model import Model
 from megatron_longrope.plan.time import Flops, rates, step_flops, step_seconds
 from megatron_longrope.progress import format_duration
 
-_PARTS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer",
-    "activations": "activations kept",
-    "kv": "keys and values of context parallelism",
-    "rotary": "rotary table",
-    "loss": "logits and loss",
-    "layer": "one layer's backward pass",
-    "reserve": "reserve (CUDA, NCCL, fragmentation)",
-}
-
 _FIELDS = {
     "tensor": "tensor-parallel size",
     "context": "context-parallel size",
@@ -122,7 +110,7 @@ class Estimate:
             f"({format_length(training.length)}), batch {training.global_batch_size}, "
             f"{training.steps} steps on {self.layout.gpus} x {self.gpu.name} "
             f"({self.gpu.gib:g} GiB): {self.short()}",
-            *self.memory.lines(self.gpu, _PARTS),
+            *self.memory.lines(self.gpu),
             "  (loss and a layer's backward pass are not at work at the same time)",
             *self._activations(),
             f"operations of a step: {step.model:.2e} FLOP, {step.hardware:.2e} with recomputation, "

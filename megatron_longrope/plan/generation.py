@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops
@@ -20,18 +20,19 @@ from megatron_longrope.progress import format_duration
 _SLICE = 4096  # tokens that an MLP of the engine takes at once
 _READING = 0.6  # part of the memory's bandwidth that weights and keys are read at; assumed
 _WIDTH = 2  # bytes of a value, half precision
-_NAMES = {
-    "weights": "weights",
-    "cache": "keys and values",
-    "activations": "activations of a chunk of the prompt",
-    "rotary": "rotary table",
-    "reserve": "reserve (CUDA, NCCL, fragmentation)",
-}
 
 
 @dataclass(frozen=True)
 class GenerationMemory(Parts):
     """Bytes per GPU."""
+
+    NAMES: ClassVar = {
+        "weights": "weights",
+        "cache": "keys and values",
+        "activations": "activations of a chunk of the prompt",
+        "rotary": "rotary table",
+        "reserve": "reserve (CUDA, NCCL, fragmentation)",
+    }
 
     weights: int
     """Parameters, in half precision."""
@@ -166,7 +167,7 @@ class GenerationPlan:
             f"{self.model.parameters / 1e9:.2f} B parameters, {self.samples} x {self.length} "
             f"tokens ({format_length(self.length)}), {self.num_new_tokens} of them generated, on "
             f"{gpus} x {self.gpu.name} ({self.gpu.gib:g} GiB): {self.short()}",
-            *self.memory.lines(self.gpu, _NAMES),
+            *self.memory.lines(self.gpu),
             f"expected: {format_duration(self.prefill_seconds)} to read a prompt "
             f"({self.prefill_flops:.2e} FLOP), {1000 * self.token_seconds:.1f} ms a new token, "
             f"{format_duration(self.seconds)} in all",
@@ -229,8 +230,9 @@ def rank_generation(
                 fixed.get("tensor", tensor),
                 fixed.get("context", context),
             ):
-                chosen = {"tensor": tensor, "context": context, "gpus_per_node": gpus_per_node}
-                found.append(replace(plan, copies=gpus // (tensor * context), **chosen))
+                layout_of = replace(plan, tensor=tensor, context=context)
+                copies = gpus // (tensor * context)
+                found.append(replace(layout_of, copies=copies, gpus_per_node=gpus_per_node))
     if not found:
         raise LongRopeError(
             f"no layout of {gpus} GPUs keeps the rules: tensor x context parallel must divide the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from megatron_longrope.plan.hardware import GIB, Gpu
 from megatron_longrope.plan.layouts import FULL, Layout, Training
@@ -28,6 +29,9 @@ STAGES = ("first", "last")
 class Parts:
     """Bytes per GPU by part."""
 
+    NAMES: ClassVar[Mapping[str, str]]
+    """The parts' names for people."""
+
     @property
     def total(self) -> int:
         """Bytes at the worst moment."""
@@ -43,19 +47,34 @@ class Parts:
         names = [field.name for field in fields(self)] + ["total"]
         return {name: round(getattr(self, name) / GIB, 3) for name in names}
 
-    def lines(self, gpu: Gpu, names: Mapping[str, str]) -> list[str]:
+    def lines(self, gpu: Gpu) -> list[str]:
         """The total with a verdict, and the parts by their names for people."""
         room = gpu.gib - self.total / GIB
         verdict = f"fits, {room:.1f} GiB free" if room >= 0 else f"does NOT fit, {-room:.1f} over"
         return [
             f"memory per GPU: {self.total / GIB:.1f} GiB at the worst moment, {verdict}",
-            *(f"  {name:<40}{getattr(self, part) / GIB:8.2f} GiB" for part, name in names.items()),
+            *(
+                f"  {name:<40}{getattr(self, part) / GIB:8.2f} GiB"
+                for part, name in self.NAMES.items()
+            ),
         ]
 
 
 @dataclass(frozen=True)
 class Memory(Parts):
     """Bytes per GPU. Loss and layer are not at work at the same time: the larger one counts."""
+
+    NAMES: ClassVar = {
+        "weights": "weights",
+        "gradients": "gradients",
+        "optimizer": "optimizer",
+        "activations": "activations kept",
+        "kv": "keys and values of context parallelism",
+        "rotary": "rotary table",
+        "loss": "logits and loss",
+        "layer": "one layer's backward pass",
+        "reserve": "reserve (CUDA, NCCL, fragmentation)",
+    }
 
     weights: int
     """Parameters."""
