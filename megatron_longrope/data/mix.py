@@ -44,12 +44,12 @@ class Source:
     """Key or column of the text; None for that of all sources."""
 
     def __post_init__(self) -> None:
-        for field in ("weight", "long_factor"):
-            value = getattr(self, field)
+        numbers = {"weight": self.weight, "upsample_long factor": self.long_factor}
+        for key, value in numbers.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not 0 < value <= 1000:
                 raise LongRopeError(
-                    f"source {self.name!r}: {field} is {value!r}; it must be a number above 0 and "
+                    f"source {self.name!r}: {key} is {value!r}; it must be a number above 0 and "
                     "at most 1000; leave a source out to give it none"
                 )
         if self.text_key is not None and not (self.text_key and isinstance(self.text_key, str)):
@@ -117,7 +117,11 @@ def _source(path: Path, name: str, entry: Any) -> Source:
         _check_keys(upsample, _LONG_KEYS, f"{where}, upsample_long")
         if upsample.keys() != _LONG_KEYS:
             raise LongRopeError(f"{where}: upsample_long needs both above (tokens) and factor")
-        above, factor = parse_length(str(upsample["above"])), upsample["factor"]
+        factor = upsample["factor"]
+        try:
+            above = parse_length(str(upsample["above"]))
+        except ValueError as error:
+            raise LongRopeError(f"{where}: upsample_long above: {error}") from None
     resolved = tuple(str(path.parent / item) for item in map(str, paths))
     try:
         weight, text_key = entry.get("weight", 1.0), entry.get("text_key")

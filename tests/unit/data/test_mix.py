@@ -230,6 +230,16 @@ def test_a_mix_file_names_sources_relative_to_itself(two_sources):
         ({"a": {"paths": ["x"], "weight": 0}}, "weight is 0; it must be a number above 0"),
         ({"a": {"paths": ["x"], "weight": True}}, "weight is True"),
         ({"a": {"paths": ["x"], "upsample_long": {"above": 9}}}, "needs both above"),
+        *(
+            (
+                {"a": {"paths": ["x"], "upsample_long": {"above": 9, "factor": 2, **wrong}}},
+                rf"mix\.json: source 'a': upsample_long {message}",
+            )
+            for wrong, message in (
+                ({"above": "x"}, "above: length 'x' is not a positive integer"),
+                ({"factor": "two"}, "factor is 'two'; it must be a number above 0"),
+            )
+        ),
     ],
 )
 def test_a_mix_that_breaks_a_rule_is_refused(tmp_path, content, message):
