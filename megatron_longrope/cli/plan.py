@@ -9,9 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from megatron_longrope.cli.flags import add_command
-from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import Options, flag, parse_positive
+from megatron_longrope.options import Options, flag, parse_positive, refuse_idle
 
 _SIZES = ("tensor", "context", "pipeline", "expert")
 
@@ -26,9 +25,9 @@ class _Run(Options):
     """local Hugging Face folder"""
     length: int = flag(type=parse_length, metavar="N")
     """tokens of a sequence"""
-    global_batch_size: int = flag(32, type=int, metavar="B")
+    global_batch_size: int = flag(32, type=parse_positive, metavar="B")
     """sequences of a step"""
-    steps: int = flag(600, type=int, metavar="K")
+    steps: int = flag(600, type=parse_positive, metavar="K")
     """steps of the run"""
     chunked_loss: bool = flag(True, action=argparse.BooleanOptionalAction)
     """with --longrope-chunked-loss (default), or with the logits of all tokens at once"""
@@ -48,13 +47,13 @@ class _Generation(Options):
 class _Cluster(Options):
     GROUP: ClassVar = "cluster"
 
-    gpus: int = flag(type=int, metavar="G")
+    gpus: int = flag(type=parse_positive, metavar="G")
     """GPUs of the run"""
     gpu: str = flag("h100", metavar="NAME")
     """a100-80, h100, ... or TFLOPS:GIB, with --generate TFLOPS:GIB:TB/s"""
     memory: float | None = flag(None, type=float, metavar="GIB")
     """of a GPU (default: its own)"""
-    gpus_per_node: int = flag(8, type=int, metavar="G")
+    gpus_per_node: int = flag(8, type=parse_positive, metavar="G")
     """GPUs of a node, which NVLink joins"""
     mfu: float | None = flag(None, type=float, metavar="U")
     """part of the peak that all operations run at (default: measured by others, by GPU)"""
@@ -62,7 +61,8 @@ class _Cluster(Options):
 
 def _size(name: str, who: str) -> Any:
     words = f"GPUs {who} (default: chosen)"
-    return flag(None, name=f"--{name}-parallel-size", type=int, metavar="N", help=words)
+    name = f"--{name}-parallel-size"
+    return flag(None, name=name, type=parse_positive, metavar="N", help=words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,21 +91,18 @@ class PlanOptions(_Layout, _Cluster, _Generation, _Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for item in fields(self):
-            name, value = item.name, getattr(self, item.name)
-            if name in (*_SIZES, "gpus", "gpus_per_node", "global_batch_size", "steps"):
-                flag = item.metadata.get("name", f"--{name.replace('_', '-')}")
-                if value is not None and value < 1:
-                    raise LongRopeError(f"{flag} is {value}; give 1 or more")
         training = ("pipeline", "expert", "recompute", "steps", "global_batch_size", "chunked_loss")
-        wrong = ("samples",) if self.generate is None else training
-        for item in fields(self):
-            if item.name in wrong and getattr(self, item.name) != item.default:
-                raise LongRopeError(
-                    f"{item.name} applies only with --generate; leave it out"
-                    if self.generate is None
-                    else f"{item.name} is of a training, and --generate has none; leave it out"
-                )
+        idle, beside = training, "--generate"
+        if self.generate is None:
+            idle, beside = ("samples",), "a training, which is planned without --generate"
+        refuse_idle(*(
+            (
+                item.metadata.get("name", f"--{item.name.replace('_', '-')}"),
+                beside,
+                getattr(self, item.name) != item.default,
+            )
+            for item in fields(self) if item.name in idle
+        ))  # fmt: skip
 
 
 def add_parser(commands: Any, about: str | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import Options, bos_flag, flag, parse_positive
+from megatron_longrope.options import Options, bos_flag, flag, parse_positive, refuse_idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +82,15 @@ class PrepareOptions(Options):
         needed = dict.fromkeys(("min_length", "max_length", "max_documents"), whole)
         needed |= dict.fromkeys(("tail", "joined", "cut", "short_window"), segments)
         mode = whole if self.whole_documents else segments
-        for name, wanted in needed.items():
-            if getattr(self, name) is not None and wanted != mode:
-                raise LongRopeError(f"--{name.replace('_', '-')} applies only with {wanted}")
+        refuse_idle(
+            *(
+                (f"--{name.replace('_', '-')}", mode, getattr(self, name) is not None)
+                for name, wanted in needed.items() if wanted != mode
+            ),
+            ("--upsample-long", "--mix", self.mix is not None and self.upsample_long is not None),
+        )  # fmt: skip
         if self.short_multiple is not None and self.short_window is None:
             raise LongRopeError("--short-multiple applies only with --short-window")
-        if self.mix is not None and self.upsample_long is not None:
-            raise LongRopeError(
-                "--upsample-long applies only with --input; a mix has upsample_long"
-            )
 
     def sources(self) -> Any:
         """Return the sources of a mix, or the one of --input with its upsampling."""

@@ -60,12 +60,12 @@ class _Objective(Options):
     number's, from one pass. The latter two need --tokenizer"""
     needle_weight: float = flag(0.1, type=float, metavar="W")
     """of the number's loss in the joint objective"""
-    num_samples: int = flag(5, type=int, metavar="K")
+    num_samples: int = flag(5, type=parse_positive, metavar="K")
     """documents per evaluation"""
     pool: int | None = flag(None, type=int, metavar="N")
     """documents that generations take in turn, K each, instead of the same K for all; a quarter is
     kept to choose among the best at the end (default: no rotation)"""
-    windows_per_document: int = flag(1, type=int, metavar="W")
+    windows_per_document: int = flag(1, type=parse_positive, metavar="W")
     """consecutive windows per document; useful for short windows"""
     tokenizer: str | None = flag(None, metavar="T")
     """the data's tokenizer, to hide numbers in it (default, for the closing table only: where the

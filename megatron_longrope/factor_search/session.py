@@ -110,8 +110,6 @@ class SearchPlan:
             LongRopeError: Something does not fit; one sentence says what.
         """
         args, parameters = options, options.parameters()
-        if min(args.num_samples, args.windows_per_document) < 1:
-            raise LongRopeError("--num-samples and --windows-per-document must be at least 1")
         if not 0 < args.needle_weight < math.inf:
             raise LongRopeError(f"--needle-weight {args.needle_weight} must be above 0")
         args.check_meaning()

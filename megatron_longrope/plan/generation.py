@@ -14,10 +14,10 @@ from megatron_longrope.plan.hardware import GIB, MOST_GPUS, USABLE, Gpu
 from megatron_longrope.plan.layouts import Layout, Training, problem
 from megatron_longrope.plan.memory import Parts, rank_parameters
 from megatron_longrope.plan.model import Model
+from megatron_longrope.plan.search_cost import TOKENS_PER_MLP_SLICE
 from megatron_longrope.plan.time import rates
 from megatron_longrope.progress import format_duration
 
-_SLICE = 4096  # tokens that an MLP of the engine takes at once
 _READING = 0.6  # part of the memory's bandwidth that weights and keys are read at; assumed
 _WIDTH = 2  # bytes of a value, half precision
 
@@ -115,7 +115,7 @@ class GenerationPlan:
         width = model.ffn_hidden_size
         if model.num_experts is not None:
             width = model.moe_router_topk * model.moe_ffn_hidden_size
-        mlp = min(own, _SLICE) * _WIDTH * 3 * width // tensor + own * _WIDTH * hidden
+        mlp = min(own, TOKENS_PER_MLP_SLICE) * _WIDTH * 3 * width // tensor + own * _WIDTH * hidden
         return max(before + attention, own * _WIDTH * 2 * hidden + mlp)
 
     @property

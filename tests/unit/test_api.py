@@ -147,6 +147,15 @@ def test_options_have_the_flags_names_and_the_package_lists_them():
             ),
             "space is 'flored'; it must be one of floored, full, critical",
         ),
+        *(
+            (
+                lambda name=name: longrope.SearchOptions(
+                    hf="b", data="d", target_length="4k", output="o", **{name: 0}
+                ),
+                f"{name}: '0' is not a positive integer",
+            )
+            for name in ("num_samples", "windows_per_document")
+        ),
         (
             lambda: longrope.SearchOptions(hf="b", data="d", target_length="4x", output="o"),
             "target_length: length '4x'",

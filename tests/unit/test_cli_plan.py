@@ -95,24 +95,22 @@ def test_a_checkpoint_is_planned_from_its_own_shape(untied_gqa, capsys):
     ("flags", "message"),
     [
         ("--model llama9 --gpus 8", "model 'llama9' is unknown"),
-        ("--model llama2-7b --gpus 0", "--gpus is 0; give 1 or more"),
         ("--model llama2-7b --gpus 8 --gpu v100", "GPU 'v100' is unknown"),
         ("--model llama2-7b --gpus 8 --memory -1", "--memory -1.0 is no size"),
         ("--model llama2-7b --gpus 8 --mfu 2", "--mfu 2.0 is not in"),
         ("--model llama2-7b --gpus 7", "no layout of 7 GPUs keeps Megatron's rules"),
         ("--model llama3-8b --gpus 8 --expert-model-parallel-size 2", "parallel 2 has no experts"),
-        ("--model llama2-7b --gpus 8 --samples 5", "samples applies only with --generate"),
+        ("--model llama2-7b --gpus 8 --samples 5", "--samples has no meaning with a training"),
         *(
-            (f"--model llama2-7b --gpus 8 --generate 8 {flag}", f"{name} is of a training")
-            for flag, name in (
-                ("--steps 7", "steps"),
-                ("--global-batch-size 5", "global_batch_size"),
-                ("--no-chunked-loss", "chunked_loss"),
+            (
+                f"--model llama2-7b --gpus 8 --generate 8 {flag}",
+                f"{name} has no meaning with --generate",
             )
-        ),
-        (
-            "--model llama2-7b --gpus 8 --tensor-model-parallel-size 0",
-            "--tensor-model-parallel-size is 0",
+            for flag, name in (
+                ("--steps 7", "--steps"),
+                ("--global-batch-size 5", "--global-batch-size"),
+                ("--no-chunked-loss", "--chunked-loss"),
+            )
         ),
     ],
 )
@@ -120,6 +118,13 @@ def test_bad_input_is_one_sentence(flags, message):
     with pytest.raises(ValueError, match=message) as caught:
         run(f"--length 256k {flags}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--steps", "--tensor-model-parallel-size"])
+def test_a_number_that_is_not_positive_is_refused_where_flags_are_read(flag, capsys):
+    with pytest.raises(SystemExit):
+        run(f"--length 256k --model llama2-7b --gpus 8 {flag} 0")
+    assert f"argument {flag}: '0' is not a positive integer" in capsys.readouterr().err
 
 
 def test_planning_needs_no_torch():

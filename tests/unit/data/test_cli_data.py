@@ -94,15 +94,15 @@ def test_long_documents_of_plain_input_are_repeated(corpus, model_path, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--whole-documents", "--cut", "tokens"), "--cut applies only with --segment-length"),
+        (("--whole-documents", "--cut", "tokens"), "--cut has no meaning with --whole-documents"),
         (("--segment-length", "4k", "--short-multiple", "8"), "only with --short-window"),
         (("--segment-length", "4k", "--mix", "m.json"), "not allowed with argument --input"),
         (("--whole-documents", "--upsample-long", "4x", "2"), "--upsample-long: length '4x'"),
         ((), "one of the arguments --segment-length --whole-documents is required"),
         (("--segment-length", "4x"), "length '4x' is not a positive integer"),
         (("--segment-length", "4k", "--whole-documents"), "not allowed with"),
-        (("--segment-length", "4k", "--min-length", "1k"), "applies only with --whole-documents"),
-        (("--whole-documents", "--tail", "pad"), "applies only with --segment-length"),
+        (("--segment-length", "4k", "--min-length", "1k"), "no meaning with --segment-length"),
+        (("--whole-documents", "--tail", "pad"), "no meaning with --whole-documents"),
         (("--whole-documents", "--max-documents", "0"), "'0' is not a positive integer"),
     ],
 )

@@ -143,7 +143,7 @@ def test_what_would_fit_keeps_the_sizes_that_are_fixed(capsys):
     ("given", "message"),
     [
         ("--gpu 312:80", "the bandwidth of GPU '312:80' is unknown"),
-        ("--recompute full", "recompute is of a training, and --generate has none; leave it out"),
+        ("--recompute full", "--recompute has no meaning with --generate; leave it out"),
         ("--length 128", "128 new tokens leave no prompt in 128 tokens"),
     ],
 )
