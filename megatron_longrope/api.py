@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_longrope.factor_search.options import SearchOptions
 
 Progress = Callable[[int, int], None]
-"""Is called with bytes written and bytes in all."""
+"""Is called with bytes done and bytes in all."""
 
 
 def search(options: SearchOptions) -> LongRopeConfig | None:
@@ -267,7 +267,7 @@ def convert_from_hf(options: FromHfOptions, progress: Progress | None = None) ->
     )
 
 
-def prepare_data(options: PrepareOptions, *, progress: bool = False) -> dict[str, Any]:
+def prepare_data(options: PrepareOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Tokenize text into `output`.bin, `output`.idx and the manifest `output`.json.
 
     With several workers, which import the calling script, call it under

@@ -1,4 +1,4 @@
-"""Progress of a conversion."""
+"""Progress of a conversion or preparation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MEGABYTE = 10**6
 
 
 class ByteProgress:
-    """Shows how many bytes are written; made for the converters' `progress`.
+    """Shows how many bytes are done; made for the `progress` of conversions and preparation.
 
     Args:
         label (str): What is being done.
@@ -41,5 +41,5 @@ class ByteProgress:
     def _begin(self, megabytes: int, done: int) -> None:
         self._started, self._resumed = time.monotonic(), done
         if done:
-            print(f"continuing an interrupted conversion: {done} bytes are written", flush=True)
+            print(f"continuing an interrupted run: {done} bytes are done", flush=True)
             self._shown.update(count=megabytes, resumed=True)

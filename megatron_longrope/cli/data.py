@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_longrope import api
+from megatron_longrope.cli.byte_progress import ByteProgress
 from megatron_longrope.cli.flags import add_command
 from megatron_longrope.data.options import InspectSetOptions, PrepareOptions
 from megatron_longrope.lengths import format_length
@@ -39,7 +40,7 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 
 def _run_prepare(options: PrepareOptions) -> None:
-    _print_facts(options.output, api.prepare_data(options, progress=True))
+    _print_facts(options.output, api.prepare_data(options, ByteProgress("preparing")))
     for suffix, wanted in (("_heldout", options.held_out), ("_short", options.short_window)):
         if wanted:
             print(f"beside it: {options.output}{suffix}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def prepare(
     on_error: str = "fail",
     workers: int = 1,
     overwrite: bool = False,
-    progress: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write `output`.bin, `output`.idx and the manifest `output`.json; return the manifest.
 
@@ -58,7 +57,7 @@ def prepare(
         on_error (str): `fail` stops at an unreadable document, `skip` counts it and goes on.
         workers (int): Processes that tokenize. Defaults to 1, which is this one.
         overwrite (bool): Replace existing output.
-        progress (bool): Show a progress bar over the source bytes on stderr.
+        progress (Callable, optional): Is called with source bytes read and in all.
 
     Raises:
         LongRopeError: An input, the tokenizer or the output is unfit, or nothing is left to write.
@@ -85,7 +84,8 @@ def prepare(
             make_encoder(loaded, packing, sources, files, text_key, on_error),
             directory,
             split,
-            stack.enter_context(_progress_bar(sum(sizes.values()), progress)),
+            sum(sizes.values()),
+            progress or (lambda done, total: None),
         )
         staged = {key: [directory / f"{path.name}.tmp" for path in paths[key]] for key in paths}
         writers = {
@@ -239,19 +239,4 @@ def _nothing_left(packing: Packing, suffix: str, counts: Counts) -> str:
     return (
         f"{read} fills a segment of {packing.segment_length} tokens{joined}, {longest}; "
         "lower --segment-length, or keep tails with --tail pack"
-    )
-
-
-def _progress_bar(total: int, enabled: bool) -> Any:
-    from tqdm import tqdm
-
-    # Outside a terminal every refresh stays in the log, so refresh seldom.
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="prepare",
-        mininterval=interval,
-        disable=not enabled,
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from megatron_longrope.data.counts import Counts
 from megatron_longrope.data.mix import Source, draw
@@ -56,12 +55,13 @@ class DocumentStream:
         encoder: Encoder,
         directory: Path,
         split: Split,
-        bar: Any,
+        num_bytes: int,
+        progress: Callable[[int, int], None],
     ) -> None:
         self.counts = Counts(sources)
         self._sources, self._files = sources, files
         self._encoder, self._directory = encoder, directory
-        self._split, self._bar = split, bar
+        self._split, self._num_bytes, self._progress = split, num_bytes, progress
         self._parts: list[tuple[int, Path]] = []
 
     def training(
@@ -129,22 +129,30 @@ class DocumentStream:
     def _first_turn(
         self, text_key: str, skip_errors: bool, workers: int
     ) -> Iterator[tuple[int, TokenizedDocument]]:
-        found = 0
+        read, total, begun = 0, self._num_bytes, False
         batches = read_batches(self._sources, self._files, text_key, skip_errors)
-        with closing(store_batches(batches, self._encoder, self._directory, workers)) as stored:
-            for batch in stored:
-                if batch.error is not None:
-                    raise batch.error
-                self.counts.add_skips(batch.skips)
-                self._bar.update(batch.bytes_read)
-                if batch.part is None:
-                    continue
-                found += batch.found
-                if found:
-                    self._bar.set_postfix_str(f"{found} parts of an earlier run", refresh=False)
-                self._parts.append((batch.source, batch.part))
-                for document in self._encoder.load(batch.part):
-                    yield batch.source, document
+        try:
+            with closing(store_batches(batches, self._encoder, self._directory, workers)) as stored:
+                for batch in stored:
+                    if batch.error is not None:
+                        raise batch.error
+                    self.counts.add_skips(batch.skips)
+                    if not begun and not batch.found:  # what an earlier run left is said first
+                        self._progress(read, total)
+                        begun = True
+                    read += batch.bytes_read
+                    if begun and batch.bytes_read:
+                        self._progress(read, total)
+                    if batch.part is None:
+                        continue
+                    self._parts.append((batch.source, batch.part))
+                    for document in self._encoder.load(batch.part):
+                        yield batch.source, document
+        finally:
+            if begun and read < total:  # --max-documents, or an error
+                self._progress(read, read)
+        if not begun:
+            self._progress(read, total)
 
 
 def make_encoder(

@@ -124,7 +124,7 @@ def test_an_interruption_says_what_is_left_and_the_same_command_goes_on(
         ),
     )
     assert to_hf(untied_gqa.path, output, "--no-verify") == 0
-    assert "continuing an interrupted conversion: " in capsys.readouterr().out
+    assert "continuing an interrupted run: " in capsys.readouterr().out
     assert [path.name for path in output.parent.iterdir()] == ["hf"]
 
 

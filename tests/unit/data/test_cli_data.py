@@ -57,6 +57,7 @@ def test_skipped_lines_are_printed(corpus, model_path, tmp_path, capsys):
     longrope(*prepare, "--whole-documents", "--on-error", "skip")
     output = capsys.readouterr().out
     assert "corpus.jsonl:13: not valid JSON" in output
+    assert output.startswith("preparing: 1/1 MB, 0 s")
     assert "  source  " in output and "  input  " not in output  # one source is all of it
 
 

@@ -87,7 +87,11 @@ def test_an_interrupted_run_finds_its_parts_and_ends_with_the_same_bytes(
 
     encoded.clear()
     monkeypatch.setattr(parts.Encoder, "_encode", counted)
-    assert run(corpus, model_path, tmp_path / "set") == expected
+    told = []
+    resumed = run(corpus, model_path, tmp_path / "set", progress=lambda *sizes: told.append(sizes))
+    assert resumed == expected
+    # First what the earlier run left, at the end everything.
+    assert told[0][0] > 0 and told[-1] == (told[0][1], told[0][1])
     assert 0 < len(encoded) < 40
     assert not (tmp_path / ".set.parts").exists()
 
