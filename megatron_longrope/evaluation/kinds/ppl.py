@@ -82,7 +82,7 @@ class PerplexityOptions(EvaluationOptions):
     """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by
     side, so that every length scores the same tokens (default: one window per document,
     `truncated`)"""
-    random_windows: int | None = flag(None, type=int, metavar="W")
+    random_windows: int | None = flag(None, type=parse_positive, metavar="W")
     """W windows at random places of these documents instead (`random`), the same places at every
     length"""
     seed: int = flag(42, type=int)
