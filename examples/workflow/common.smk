@@ -19,7 +19,7 @@ os.environ.setdefault("LONGROPE_BIN", str(Path(sys.executable).parent))
 
 def given(path):
     """A path of the configuration, which counts from where Snakemake was started."""
-    found = STARTED_IN / Path(str(path).format(output=config["output"])).expanduser()
+    found = STARTED_IN / Path(str(path).format(output=config.get("planned", config["output"]))).expanduser()
     if config.get("planning") and not found.exists():
         # For plan.py an empty folder stands in for what is not there yet.
         found = Path(f"{config['planning']}{found}")
@@ -87,7 +87,7 @@ rule plan:
     localrule: True
     params:
         snakefile=workflow.main_snakefile,
-        config=json.dumps(config),
+        config=lambda wildcards: json.dumps(config),  # a setting may hold {output}
     shell:
         "cd {STARTED_IN:q} && python {EXAMPLES:q}/workflow/plan.py {params.snakefile:q} {params.config:q}"
 
@@ -97,6 +97,6 @@ rule preflight:
     localrule: True
     params:
         snakefile=workflow.main_snakefile,
-        config=json.dumps(config),
+        config=lambda wildcards: json.dumps(config),  # a setting may hold {output}
     shell:
         "cd {STARTED_IN:q} && python {EXAMPLES:q}/workflow/preflight.py {params.snakefile:q} {params.config:q}"

@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,11 +64,16 @@ class StagingFolder:
         self._restore()
         known = self.path / _FINGERPRINT
         if known.is_file() and self.result.is_dir():
-            with suppress(ValueError):  # damaged, so not known to be the same
-                if read_json(known) == identity:
-                    for half in self.result.rglob(".*.tmp"):  # of a process that was killed
-                        half.unlink()
-                    return
+            try:
+                same = read_json(known) == identity
+            except LongRopeError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise
+                same = False  # damaged, so not known to be the same
+            if same:
+                for half in self.result.rglob(".*.tmp"):  # of a process that was killed
+                    half.unlink()
+                return
         for name in (_RESULT, _SHARDS, _REPLACED):
             shutil.rmtree(self.path / name, ignore_errors=True)
         known.unlink(missing_ok=True)

@@ -149,6 +149,9 @@ class DocumentStream:
                     for document in self._encoder.load(batch.part):
                         yield batch.source, document
         finally:
+            if not begun and read:  # all that was read an earlier run left
+                self._progress(read, total)
+                begun = True
             if begun and read < total:  # --max-documents, or an error
                 self._progress(read, read)
         if not begun:

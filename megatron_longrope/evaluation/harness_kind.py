@@ -262,7 +262,8 @@ def _is_low_good(metric: str, records: Sequence[Row]) -> bool:
 
 def _are_shares(metric: str, values: Sequence[float]) -> bool:
     """Return whether all of a column are from 0 to 1; a lost model has that on any scale."""
-    if any(word in metric.lower() for word in _OF_HUNDRED):
+    name = metric.lower()
+    if any(word in name for word in _OF_HUNDRED) and not name.endswith("_acc"):
         return False
     return all(0 <= value <= 1 for value in values if math.isfinite(value))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,8 +82,7 @@ def read_scored_documents(
             )
         tokens, bos_id = read_window_documents(data, window, count, bos=bos, least=least)
         vocab_size = int(manifest["vocab_size"])
-        if tokenizer is None and Path(manifest["tokenizer"]).exists():
-            tokenizer = manifest["tokenizer"]
+        tokenizer = tokenizer or _tokenizer_of(manifest)
     else:
         if not Path(data).exists():
             raise LongRopeError(
@@ -98,6 +99,15 @@ def read_scored_documents(
         tokens = _tokenize(read_texts(data, text_key), data, loaded, content, count, least or count)
         bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
     return ScoredDocuments(tokens, bos_id, vocab_size, tokenizer, _sha256(tokens))
+
+
+def _tokenizer_of(manifest: Mapping[str, Any]) -> str | None:
+    """Return where a set's tokenizer lies, unless another one, or none, lies there by now."""
+    path = manifest["tokenizer"]
+    with contextlib.suppress(LongRopeError):
+        if Path(path).exists() and load_tokenizer(path).sha256 == manifest["tokenizer_sha256"]:
+            return path
+    return None
 
 
 def read_texts(

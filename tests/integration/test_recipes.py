@@ -362,13 +362,19 @@ def test_the_table_of_costs_has_every_training_and_search():
 def test_the_plan_is_a_target_of_the_recipe_itself(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "-s", "examples/llama3_8b/Snakefile", "--cores", "1",
-         "--quiet", "all", "--config", f"output={tmp_path / 'out'}", "--", "plan"],
+         "--quiet", "all", "--config", f"output={tmp_path / 'out'}", "hf={output}/hf",
+         "--", "plan"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "64 x h100 for every job on GPUs" in done.stdout
     assert "finetune  " in done.stdout
     assert done.stdout.count("not estimated") == 1  # short benchmarks
+
+
+def test_a_setting_within_the_output_is_planned_by_its_real_path():
+    found = commands("llama2_7b", output="/absent/out", hf="{output}/inputs/hf")
+    assert any(word == "/absent/out/inputs/hf" for command in found for word in command.words)
 
 
 def test_preflight_names_everything_that_is_missing(tmp_path):

@@ -393,6 +393,11 @@ def test_what_is_wrong_with_the_input_is_said_before_weights_are_loaded(
     ):
         said = refused(capsys, kind, *theirs, *given)
         assert f"reads 'Hello world' as other tokens than the tokenizer in {folder}; it" in said
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "tokenizer.json").write_text("{")  # why another one is given
+    said = refused(capsys, "passkey", "--hf", broken, *tokenizer, "--lengths", "64", *output)
+    assert "too short for the passkey prompt" in said
     code = refused(
         capsys, "needle", *load, *tokenizer, "--data", f"{data['heldout']}.jsonl",
         "--lengths", "9k", *output,

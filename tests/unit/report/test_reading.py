@@ -141,6 +141,7 @@ def test_a_directory_without_records_is_refused(tmp_path):
         ("acc", None, "highest", "50.0"),  # where nothing is said the name tells
         ("bits_per_byte", None, "lowest", "0.500"),
         ("bleu", True, "highest", "0.500"),
+        ("bleu_acc", True, "highest", "50.0"),  # a share of questions
     ],
 )
 def test_which_scores_are_good_is_what_the_harness_says(metric, higher, best, text):
