@@ -230,9 +230,15 @@ def rank_generation(
                 fixed.get("tensor", tensor),
                 fixed.get("context", context),
             ):
-                layout_of = replace(plan, tensor=tensor, context=context)
-                copies = gpus // (tensor * context)
-                found.append(replace(layout_of, copies=copies, gpus_per_node=gpus_per_node))
+                found.append(
+                    replace(
+                        plan,
+                        tensor=tensor,
+                        context=context,
+                        copies=gpus // (tensor * context),
+                        gpus_per_node=gpus_per_node,
+                    )
+                )
     if not found:
         raise LongRopeError(
             f"no layout of {gpus} GPUs keeps the rules: tensor x context parallel must divide the "
