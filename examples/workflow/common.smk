@@ -19,10 +19,11 @@ os.environ.setdefault("LONGROPE_BIN", str(Path(sys.executable).parent))
 
 def given(path):
     """A path of the configuration, which counts from where Snakemake was started."""
-    found = STARTED_IN / Path(str(path).format(output=config.get("planned", config["output"]))).expanduser()
-    if config.get("planning") and not found.exists():
-        # For plan.py an empty folder stands in for what is not there yet.
-        found = Path(f"{config['planning']}{found}")
+    planning = config.get("planning", {})  # of plan.py
+    found = STARTED_IN / Path(str(path).format(output=planning.get("output", config["output"]))).expanduser()
+    if planning and not found.exists():
+        # An empty folder stands in for what is not there yet.
+        found = Path(f"{planning['missing']}{found}")
         found.mkdir(parents=True, exist_ok=True)
     return str(found)
 

@@ -90,10 +90,10 @@ def list_commands(snakefile: str, config: dict[str, Any]) -> list[Command]:
         # What stands in for missing inputs lies here, see common.smk; in an empty folder everything
         # is still to be done.
         missing = f"{folder}/missing"
-        planning = {"output": f"{folder}/output", "planning": missing}
+        planning = {"missing": missing}
         if "output" in config:  # else the Snakefile's own
-            planning["planned"] = config["output"]
-        path.write_text(json.dumps({**config, **planning}))
+            planning["output"] = config["output"]
+        path.write_text(json.dumps(config | {"output": f"{folder}/output", "planning": planning}))
         done = subprocess.run(
             [sys.executable, "-m", "snakemake", "-s", snakefile, "--configfile", str(path),
              "--dry-run", "--printshellcmds", "--cores", "1", "--nocolor"],

@@ -74,8 +74,6 @@ class SentencePieceTokenizer:
     not normalize.
     """
 
-    end_ids: Sequence[int] = ()
-
     def __init__(self, path: str | Path) -> None:
         self._processor = load_sentencepiece(path)
         self.path = str(path)
@@ -83,6 +81,7 @@ class SentencePieceTokenizer:
         self.vocab_size = self._processor.vocab_size()
         self.bos_id = _valid_id(self._processor.bos_id())
         self.eos_id = _valid_id(self._processor.eos_id())
+        self.end_ids = _end_ids(Path(path), self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
@@ -130,8 +129,6 @@ def load_sentencepiece(path: str | Path) -> Any:
 class HuggingFaceTokenizer:
     """A local Hugging Face tokenizer folder; nothing is downloaded and no remote code runs."""
 
-    end_ids: Sequence[int] = ()
-
     def __init__(self, path: str | Path) -> None:
         defining = _defining_files(Path(path))
         self._tokenizer = _load_auto(path)
@@ -148,6 +145,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.bos_id = self._tokenizer.bos_token_id
         self.eos_id = self._tokenizer.eos_token_id
+        self.end_ids = _end_ids(Path(path), self.eos_id)
 
     def _is_as_stored(self, file: Path) -> bool:
         """Return whether tokenizer.json alone gives the same ids."""
@@ -215,7 +213,6 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
     if bos is not None:
         check_bos(bos, loaded.vocab_size)
         loaded.bos_id = bos
-    loaded.end_ids = _end_ids(Path(path), loaded.eos_id)
     return loaded
 
 
@@ -289,6 +286,7 @@ def _sentencepiece_folder(path: str | Path, file: Path) -> SentencePieceTokenize
     loaded.path = str(path)
     loaded.vocab_size = max(loaded.vocab_size, max(vocabulary.values()) + 1)
     loaded.bos_id, loaded.eos_id = theirs.bos_token_id, theirs.eos_token_id
+    loaded.end_ids = _end_ids(Path(path), loaded.eos_id)
     return loaded
 
 

@@ -117,8 +117,8 @@ def plan_tasks(
     longest = [window_of(target) or target.config.max_length for target in targets]
     _check(options, min(longest))
     tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models))
-    path = tokenizer.path
-    check_tokenizer_fits(tokenizer.vocab_size, path, f"tokenizer {path}", models)
+    what = f"tokenizer {tokenizer.path}"
+    check_tokenizer_fits(tokenizer.vocab_size, tokenizer, what, models)
     loaded = check_tasks(
         specs,
         include_path=options.include_path,

@@ -78,8 +78,8 @@ def open_prompts(options: Any, models: Sequence[NamedModel], *, generate: bool =
         raise LongRopeError(f"--seed {options.seed} must be at least 0")
     targets = targets_at(models, options.longrope_config, options.lengths)
     tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models), options.bos)
-    path = tokenizer.path
-    check_tokenizer_fits(tokenizer.vocab_size, path, f"tokenizer {path}", models)
+    what = f"tokenizer {tokenizer.path}"
+    check_tokenizer_fits(tokenizer.vocab_size, tokenizer, what, models)
     fields = {
         "seed": options.seed,
         "tokenizer_sha256": tokenizer.sha256,

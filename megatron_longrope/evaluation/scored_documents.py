@@ -37,8 +37,8 @@ class ScoredDocuments:
     """Put before every window; None for a tokenizer without BOS."""
     vocab_size: int
     """Largest token id that the tokenizer has, plus one."""
-    tokenizer: str | None
-    """File or folder of the tokenizer; None where that of a prepared set is gone."""
+    tokenizer: Tokenizer | None
+    """What made the tokens; None where the tokenizer of a prepared set is gone."""
     sha256: str
     """Of the tokens."""
 
@@ -75,14 +75,14 @@ def read_scored_documents(
     """
     if is_prepared(data):
         manifest = read_manifest(data)
-        if tokenizer and load_tokenizer(tokenizer).sha256 != manifest["tokenizer_sha256"]:
+        loaded = load_tokenizer(tokenizer) if tokenizer else _tokenizer_of(manifest)
+        if loaded and loaded.sha256 != manifest["tokenizer_sha256"]:
             raise LongRopeError(
                 f"{data} was made with another tokenizer than {tokenizer}; give --tokenizer the "
                 f"one that made it ({manifest['tokenizer']})"
             )
         tokens, bos_id = read_window_documents(data, window, count, bos=bos, least=least)
         vocab_size = int(manifest["vocab_size"])
-        tokenizer = tokenizer or _tokenizer_of(manifest)
     else:
         if not Path(data).exists():
             raise LongRopeError(
@@ -98,15 +98,15 @@ def read_scored_documents(
         content = window - len(bos_prefix(loaded.bos_id))
         tokens = _tokenize(read_texts(data, text_key), data, loaded, content, count, least or count)
         bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
-    return ScoredDocuments(tokens, bos_id, vocab_size, tokenizer, _sha256(tokens))
+    return ScoredDocuments(tokens, bos_id, vocab_size, loaded, _sha256(tokens))
 
 
-def _tokenizer_of(manifest: Mapping[str, Any]) -> str | None:
-    """Return where a set's tokenizer lies, unless another one, or none, lies there by now."""
-    path = manifest["tokenizer"]
+def _tokenizer_of(manifest: Mapping[str, Any]) -> Tokenizer | None:
+    """Load the tokenizer of a set, unless another one, or none, lies there by now."""
     with contextlib.suppress(LongRopeError):
-        if Path(path).exists() and load_tokenizer(path).sha256 == manifest["tokenizer_sha256"]:
-            return path
+        loaded = load_tokenizer(manifest["tokenizer"])
+        if loaded.sha256 == manifest["tokenizer_sha256"]:
+            return loaded
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.checkpoint.loader import Checkpoint
@@ -16,6 +16,9 @@ from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.methods import method
 from megatron_longrope.ranks import rank
+
+if TYPE_CHECKING:
+    from megatron_longrope.data.tokenizer import Tokenizer
 
 OWN = "checkpoint"
 """Label of a checkpoint's own factors."""
@@ -241,13 +244,13 @@ def prompt_tokenizer(given: str | None, models: Sequence[NamedModel]) -> str:
 
 
 def check_tokenizer_fits(
-    vocab_size: int, path: str | None, what: str, models: Sequence[NamedModel]
+    vocab_size: int, tokenizer: Tokenizer | None, what: str, models: Sequence[NamedModel]
 ) -> None:
     """Refuse the tokenizer of another model.
 
     Args:
         vocab_size (int): Largest token id that it has, plus one.
-        path (str, optional): Where it lies, if it is still there.
+        tokenizer (Tokenizer, optional): It itself, if it is still there.
         what (str): What it is called.
         models (Sequence[NamedModel]): That read its tokens.
 
@@ -261,16 +264,16 @@ def check_tokenizer_fits(
     for model in models:
         check_vocabulary(vocab_size, what, model.checkpoint.shape, model.path)
         folder = Path(model.path)
-        if path is None or not model.hugging_face or not has_tokenizer(folder):
+        if tokenizer is None or not model.hugging_face or not has_tokenizer(folder):
             continue
-        if Path(path).resolve() == folder.resolve():
+        if Path(tokenizer.path).resolve() == folder.resolve():
             continue
         try:
-            given, own = load_tokenizer(path), load_tokenizer(folder)
+            own = load_tokenizer(folder)
         except LongRopeError:  # another one was given because this cannot be loaded
             continue
         for text in PROBES:
-            if given.encode(text) != own.encode(text):
+            if tokenizer.encode(text) != own.encode(text):
                 raise LongRopeError(
                     f"{what} reads {text!r} as other tokens than the tokenizer in {folder}; it is "
                     "not the model's tokenizer"
