@@ -20,6 +20,8 @@ from megatron_longrope.conversion.options import (
 from megatron_longrope.files import read_json
 from megatron_longrope.progress import format_duration
 
+_LEFT_OUT = "; --no-verify leaves it out"
+
 
 def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the command and its actions."""
@@ -85,7 +87,8 @@ def _run_from_hf(options: FromHfOptions) -> None:
 
     if not options.no_verify:
         checkpoint = open_checkpoint(None, options.hf, sliding_window=options.sliding_window)
-        _say_cost(checkpoint, checkpoint.longrope, read_json(Path(options.hf, "config.json")))
+        written = read_json(Path(options.hf, "config.json"))
+        _say_cost(checkpoint, checkpoint.longrope, written, advice=_LEFT_OUT)
     report = api.convert_from_hf(options, ByteProgress("writing"))
     _print_verification(report.verification)
     shape = report.shape
@@ -120,6 +123,8 @@ def _run_from_hf(options: FromHfOptions) -> None:
 
 
 def _run_verify(options: VerifyOptions) -> None:
+    from megatron_longrope.checkpoint.hf.source import open_folder
+    from megatron_longrope.checkpoint.opening import open_checkpoint
     from megatron_longrope.conversion.start_tokens import drop_start_tokens
     from megatron_longrope.conversion.verify import verify
 
@@ -127,6 +132,10 @@ def _run_verify(options: VerifyOptions) -> None:
     lengths = options.short_length, options.target_length
     if options.drop_start_tokens:
         config, _ = drop_start_tokens(config, *lengths)
+    if not options.json:
+        window, source = options.sliding_window, None if options.load else options.hf
+        checkpoint = open_checkpoint(options.load, source, options.iteration, window)
+        _say_cost(checkpoint, config, open_folder(options.hf, window).config, lengths)
     report = verify(
         options.load,
         options.hf,
@@ -179,7 +188,8 @@ def _say_cost_of_export(options: ToHfOptions, config: Any) -> None:
         "sliding_window": checkpoint.shape.sliding_window,
         "rope_scaling": config and config.base_frequencies,
     }
-    _say_cost(checkpoint, config, written, (options.short_length, options.target_length))
+    lengths = options.short_length, options.target_length
+    _say_cost(checkpoint, config, written, lengths, advice=_LEFT_OUT)
 
 
 def _say_cost(
@@ -187,6 +197,7 @@ def _say_cost(
     config: Any,
     hf_config: Any,
     lengths: tuple[int | None, int | None] = (None, None),
+    advice: str = "",
 ) -> None:
     from megatron_longrope.conversion.verify import (
         exported_config,
@@ -201,7 +212,7 @@ def _say_cost(
         f"verifying: holds the model in memory twice, in fp32, {weights / 2**30:.1f} GiB of "
         f"weights, and about {per_token / 2**20:.2f} MiB for each token of an input that is just "
         f"longer than the original window; takes {operations:.1e} operations on the CPU, "
-        f"{format_duration(operations / 1e12)} at 10^12 a second; --no-verify leaves it out",
+        f"{format_duration(operations / 1e12)} at 10^12 a second{advice}",
         flush=True,
     )
 

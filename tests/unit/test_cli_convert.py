@@ -161,6 +161,8 @@ def test_memory_and_operations_of_a_verification_are_stated_and_can_be_spared(
     assert to_hf(untied_gqa.path, tmp_path / "b", "--no-verify") == 0
     printed = capsys.readouterr().out
     assert "not verified (--no-verify)" in printed and "verifying" not in printed
+    assert convert("verify", "--load", untied_gqa.path, "--hf", tmp_path / "a") == 0
+    assert f"takes {total:.1e} operations" in capsys.readouterr().out
 
 
 def test_verify_compares_a_pair_of_either_origin_or_a_folder_alone(
