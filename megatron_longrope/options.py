@@ -75,6 +75,8 @@ def _read(item: Field[Any], value: Any) -> Any:
             value = how["type"](",".join("random" if i is None else str(i) for i in items))
         except ValueError as error:
             raise LongRopeError(f"{item.name}: {error}") from None
+    if item.type in ("str", "str | None") and not isinstance(value, str):
+        raise LongRopeError(f"{item.name} is of type {type(value).__name__}; give a text or a path")
     if "choices" in how and value not in how["choices"]:
         raise LongRopeError(
             f"{item.name} is {value!r}; it must be one of {', '.join(how['choices'])}"

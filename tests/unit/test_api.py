@@ -157,6 +157,12 @@ def test_options_have_the_flags_names_and_the_package_lists_them():
             for name in ("num_samples", "windows_per_document")
         ),
         (
+            lambda: longrope.SearchOptions(
+                hf="b", data="d", target_length="4k", output="o", base_config=4
+            ),
+            "base_config is of type int; give a text or a path",
+        ),
+        (
             lambda: longrope.SearchOptions(hf="b", data="d", target_length="4x", output="o"),
             "target_length: length '4x'",
         ),
