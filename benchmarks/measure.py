@@ -63,18 +63,6 @@ def sample_interleaved(
     return seconds
 
 
-def time_interleaved(
-    functions: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    *,
-    warmup: int = 1,
-    prepare: Callable[[], Any] | None = None,
-) -> dict[str, float]:
-    """Median seconds by name; see :func:`sample_interleaved`."""
-    samples = sample_interleaved(functions, repeats, warmup=warmup, prepare=prepare)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
 def paired_ratios(ours: Sequence[float], baseline: Sequence[float]) -> tuple[float, float, float]:
     """Quartiles of the ratios of neighbouring calls; the second is their median.
 

@@ -216,7 +216,7 @@ def exported_factors(
         sliding_window (str): Of that folder; see :func:`.hf.source.open_folder`.
 
     Raises:
-        LongRopeError: There are none to drop start tokens from, or they cannot be read.
+        LongRopeError: There are none, and an option is about them; or they cannot be read.
     """
     from megatron_longrope.checkpoint.opening import open_checkpoint
     from megatron_longrope.config import LongRopeConfig
@@ -228,11 +228,12 @@ def exported_factors(
     where = "in the folder" if folder else "in the checkpoint"
     if config is not None:
         return config, f"stored {where}, up to {config.max_length} tokens"
-    if options.drop_start_tokens:
-        raise LongRopeError(
-            "--drop-start-tokens has no factors to drop them from: none are stored; give a file "
-            "with --longrope-config or leave the flag out"
-        )
+    for name in ("drop_start_tokens", "short_length", "target_length"):
+        if getattr(options, name):
+            raise LongRopeError(
+                f"--{name.replace('_', '-')} is about factors, and none are stored {where}; give a "
+                "file with --longrope-config or leave the flag out"
+            )
     return None, f"none stored {where}, plain RoPE"
 
 

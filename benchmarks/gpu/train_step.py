@@ -237,13 +237,11 @@ def main() -> None:
         raise SystemExit("no length fitted into memory; give shorter --lengths")
     gpu.record(options.output, part="train_step", environment=gpu.environment(device))
     longest = results[max(results)]
-    measure.finish(
-        f"gpu_train_step_{options.attention}",
-        longest["longrope"]["seconds"] / longest["stock"]["seconds"],
-        full_run=device.type == "cuda" and not options.quick,
+    gpu.record(
+        options.output,
+        part="train_step",
+        ratio=longest["longrope"]["seconds"] / longest["stock"]["seconds"],
         ratio_of="seconds per step with LongRoPE over stock RoPE at the longest length",
-        gpu=gpu.environment(device)["gpu"],
-        lengths=results,
     )
 
 

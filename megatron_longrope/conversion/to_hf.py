@@ -184,11 +184,6 @@ class _Factors:
             # Plain RoPE would be another model where the base is scaled.
             config = checkpoint.longrope if is_bare_base(checkpoint.longrope) else None
         if config is None:
-            if any(lengths) or without_start_tokens:
-                raise LongRopeError(
-                    "short_length, target_length and without_start_tokens need a longrope "
-                    "configuration"
-                )
             return cls(None)
         check_fits(config, checkpoint.shape, checkpoint.longrope)
         dropped: tuple[DroppedStartTokens, ...] = ()

@@ -29,20 +29,6 @@ def test_the_step_overhead_benchmark_ends_with_its_result():
     assert row["seconds"].keys() == {"stock", "plugin"}
 
 
-@pytest.mark.slow
-@pytest.mark.release  # it starts a process for every peak of memory
-def test_the_eval_overhead_benchmark_ends_with_its_result():
-    tiny = ("--tokens", "64", "--repeats", "2", "--memory-lengths", "1024", "2048")
-    result = result_of("eval_overhead.py", *tiny)
-    (row,) = result["rows"]
-    assert (row["tokens"], row["ratio"]) == (64, result["ratio"])
-    assert row["seconds"].keys() == {"forward", "candidate", "added"}
-    assert 0 < row["added_share"] == result["added_share"]
-    # Memory is no matter of speed.
-    assert result["memory"]["peak_mib"].keys() == {"1024", "2048"}
-    assert result["memory"]["bytes_per_token"] > 0
-
-
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda p: p.stem)
 def test_a_stored_result_is_one_of_a_script_that_exists(path):
     result = json.loads(path.read_text())

@@ -210,6 +210,15 @@ def test_a_narrower_dtype_widens_no_tolerance(untied_gqa, hf, tmp_path, capsys, 
     assert "transformers' logits differ from Megatron's by up to" in refused(capsys, *pair)
 
 
+@pytest.mark.parametrize(
+    "option", [("--target-length", "64"), ("--short-length", "8"), ("--drop-start-tokens",)]
+)
+def test_what_is_about_factors_is_refused_where_there_are_none(tmp_path, capsys, option):
+    tiny_hf.make_hf_folder(tmp_path / "llama", "llama")
+    sentence = refused(capsys, "verify", "--hf", tmp_path / "llama", *option)
+    assert f"{option[0]} is about factors, and none are stored in the folder" in sentence
+
+
 @pytest.mark.parametrize("way", ["drop", "keep"])
 def test_verify_takes_the_sliding_window_that_its_refusal_advises(tmp_path, capsys, way):
     folder = tmp_path / "mistral"
