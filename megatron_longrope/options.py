@@ -60,8 +60,10 @@ class Options:
 def _read(item: Field[Any], value: Any) -> Any:
     """Return a field's value as the command line would have read it."""
     how = item.metadata
-    if value is None or value is item.default:
+    if value is item.default or value is None and item.type.endswith("None"):
         return value
+    if value is None:
+        raise LongRopeError(f"{item.name} is None; leave it out or give a value")
     if value == [] and item.default == ():
         return item.default
     value = _text_of(value)
@@ -77,6 +79,8 @@ def _read(item: Field[Any], value: Any) -> Any:
             raise LongRopeError(f"{item.name}: {error}") from None
     if item.type in ("str", "str | None") and not isinstance(value, str):
         raise LongRopeError(f"{item.name} is of type {type(value).__name__}; give a text or a path")
+    if item.type == "bool" and not isinstance(value, bool):  # any text would be true
+        raise LongRopeError(f"{item.name} is {value!r}; it must be True or False")
     if "choices" in how and value not in how["choices"]:
         raise LongRopeError(
             f"{item.name} is {value!r}; it must be one of {', '.join(how['choices'])}"

@@ -156,11 +156,18 @@ def test_options_have_the_flags_names_and_the_package_lists_them():
             )
             for name in ("num_samples", "windows_per_document")
         ),
-        (
-            lambda: longrope.SearchOptions(
-                hf="b", data="d", target_length="4k", output="o", base_config=4
-            ),
-            "base_config is of type int; give a text or a path",
+        *(
+            (
+                lambda given=given: longrope.SearchOptions(
+                    hf="b", data="d", target_length="4k", output="o", **given
+                ),
+                sentence,
+            )
+            for given, sentence in (
+                ({"base_config": 4}, "base_config is of type int; give a text or a path"),
+                ({"overwrite": "false"}, "overwrite is 'false'; it must be True or False"),
+                ({"num_samples": None}, "num_samples is None; leave it out or give a value"),
+            )
         ),
         (
             lambda: longrope.SearchOptions(hf="b", data="d", target_length="4x", output="o"),
