@@ -60,7 +60,7 @@ class Options:
 def _read(item: Field[Any], value: Any) -> Any:
     """Return a field's value as the command line would have read it."""
     how = item.metadata
-    if value is item.default or value is None and item.type.endswith("None"):
+    if value is item.default or (value is None and item.type.endswith("None")):
         return value
     if value is None:
         raise LongRopeError(f"{item.name} is None; leave it out or give a value")
