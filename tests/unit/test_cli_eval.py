@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from megatron_longrope.data.documents import read_documents
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, WholeDocuments
 from megatron_longrope.data.tokenizer import load_tokenizer
-from megatron_longrope.engine import load_engine
+from megatron_longrope.engine import Answer, Engine, generation, load_engine
 from megatron_longrope.engine.generation import generate
 from megatron_longrope.evaluation.passkey_prompt import is_retrieved, make_trial
 
@@ -145,9 +146,10 @@ def test_random_windows_of_a_parquet_file_with_the_folders_own_tokenizer(
     with (tmp_path / "ppl.csv").open() as file:
         table = list(csv.DictReader(file))
     assert float(table[0]["ppl_window_mean_low"]) == low
-    # Another seed is another cell; the same one is not measured twice.
-    more = evaluate("ppl", tmp_path, *given, "--text-key", "content", "--seed", 1)
-    assert len(more) == 4 and more[2]["sha256"] != rows[0]["sha256"]
+    # Another seed is another cell, and so is another longest length: it decides the places, too.
+    for changed, cells in ((("--seed", 1), 4), (("--lengths", 64), 5)):
+        found = evaluate("ppl", tmp_path, *given, "--text-key", "content", *changed)
+        assert len({row["sha256"] for row in found}) == len(found) == cells
     assert refused(capsys, "ppl", "--output", tmp_path, *given, "--stride", 8) == (
         "longrope eval: error: --random-windows 9 and --stride 8 are two ways of placing windows; "
         "give one of them\n"
@@ -242,8 +244,19 @@ def test_a_folder_without_bos_is_measured_with_its_own_tokenizer(
     assert trial["bos"] == "none" and trial["num_tokens"] == 512
 
 
+@pytest.fixture
+def known_answers(monkeypatch):
+    """Right up to 512 tokens, beyond wrong in the last one; losses of 1, 2, ... nats."""
+
+    def answer(engine, tokens, count):
+        *first, last = tokens[0, -count:].tolist()
+        return Answer([*first, last + (tokens.shape[1] > 512), 1], [*range(1, count + 1)])
+
+    monkeypatch.setattr(Engine, "answer", answer)
+
+
 def test_passkey_trials_are_exactly_as_long_as_asked_for(
-    untied_gqa, data, factors, tmp_path, capsys
+    untied_gqa, data, factors, tmp_path, capsys, known_answers
 ):
     rows = evaluate(
         "passkey", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
@@ -252,41 +265,37 @@ def test_passkey_trials_are_exactly_as_long_as_asked_for(
     assert len(rows) == 2 * 3 * 2
     assert all(row["num_tokens"] == row["length"] for row in rows)
     assert sorted({row["requested_depth"] for row in rows}) == [0.0, 0.5, 1.0]
-    assert all(row["correct"] is False and row["nll"] > 0 for row in rows)  # a random model
+    for row in rows:
+        assert row["correct"] is (row["length"] == 512)
+        assert row["nll"] == (row["num_answer_tokens"] + 1) / 2
     assert "split between tokens" in capsys.readouterr().out  # the tokenizer's report
     with (tmp_path / "passkey.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == 6 and {row["trials"] for row in table} == {"2"}
 
 
-def test_generated_answers_are_judged_by_the_papers_parse(untied_gqa, data, factors, tmp_path):
-    (row,) = evaluate(
-        "passkey", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
-        "--tokenizer", data["tokenizer"], "--lengths", "512", "--trials", 1,
-        "--scoring", "generate",
-    )  # fmt: skip
-    assert row["scoring"] == "generate" and row["nll"] is None and row["correct"] is False
-    assert len(row["text"]) <= 10 and row["num_tokens"] <= 512
-
-
-def test_generated_answers_have_the_factors_of_their_length(
-    untied_gqa, data, tmp_path, monkeypatch
+def test_generated_answers_are_judged_by_the_papers_parse_under_the_factors_of_their_length(
+    untied_gqa, data, factors, tmp_path, monkeypatch
 ):
     """The answer may leave the sequence a few tokens shorter, within the set below."""
-    from megatron_longrope.engine import generation
+    tokenizer = load_tokenizer(data["tokenizer"])
 
-    given, original = [], generation.generate
-    monkeypatch.setattr(
-        generation, "generate",
-        lambda *words, **more: given.append(more) or original(*words, **more),
-    )  # fmt: skip
-    longrope_config().save(tmp_path / "f.json")
-    evaluate(
-        "passkey", tmp_path, "--load", untied_gqa.path, "--longrope-config", tmp_path / "f.json",
-        "--tokenizer", data["tokenizer"], "--lengths", "515", "--trials", 1,
+    def writes(engine, tokens, *words, **more):
+        if more.get("factor_length") != 515:
+            return generate(engine, tokens, *words, **more)
+        key = re.search(r"key is (\d+)", tokenizer.decode(tokens[0].tolist()))[1]
+        return [tokenizer.encode(f" {key}. 7")]
+
+    monkeypatch.setattr(generation, "generate", writes)
+    rows = evaluate(
+        "passkey", tmp_path, "--load", untied_gqa.path, "--longrope-config", factors,
+        "--tokenizer", data["tokenizer"], "--lengths", "512,515", "--trials", 1,
         "--scoring", "generate",
     )  # fmt: skip
-    assert given[-1]["factor_length"] == 515
+    assert [row["correct"] for row in rows] == [False, True]
+    for row in rows:
+        assert row["scoring"] == "generate" and row["nll"] is None
+        assert len(row["text"]) <= 10 and row["num_tokens"] <= row["length"]
 
 
 @pytest.mark.parametrize("trial", range(3))
@@ -308,7 +317,7 @@ def test_teacher_forcing_passes_exactly_when_greedy_decoding_writes_the_answer(
 
 
 def test_needles_are_asked_for_in_every_task_length_and_depth(
-    untied_gqa, data, factors, tmp_path, capsys
+    untied_gqa, data, factors, tmp_path, capsys, known_answers
 ):
     books = tmp_path / "books"
     books.mkdir()
@@ -320,9 +329,11 @@ def test_needles_are_asked_for_in_every_task_length_and_depth(
             "--tokenizer", data["tokenizer"], "--data", source, "--lengths", "1k",
             "--depths", "0,1", "--trials", 1, "--num-documents", most,
         )  # fmt: skip
-    assert {row["task"] for row in rows} == {"single", "multi_key", "multi_query"}
+    # A space or ", " of losses 1 or 9 and 10 comes before each number.
+    assert {(row["task"], row["recall"], row["nll"]) for row in rows} == {
+        ("single", 0.0, 5.0), ("multi_key", 0.0, 5.0), ("multi_query", 0.5, 9.5),
+    }  # fmt: skip
     assert len(rows) == 12 and all(row["num_tokens"] == 1024 for row in rows)
-    assert all(0 <= row["recall"] <= 1 and row["nll"] > 0 for row in rows)
     assert "Needle perplexity" in capsys.readouterr().out
     assert (tmp_path / "needle.csv").read_text().count("\n") == 7
 
