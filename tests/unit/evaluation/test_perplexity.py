@@ -139,11 +139,11 @@ def test_a_position_bucket_begins_at_the_first_position_that_falls_into_it(num_t
         assert item["from"] + 1 <= item["nll"] <= following
 
 
-def test_the_hash_tells_different_text_apart():
-    hashes = {
-        perplexity(position_nll, [np.arange(start, start + 9)], 0, 8).sha256 for start in (0, 1)
-    }
-    assert len(hashes) == 2
+def test_the_hash_is_of_every_scored_token():
+    texts = [np.arange(9) + (np.arange(9) == place) for place in range(9)]
+    hashes = [perplexity(position_nll, [text], 0, 8).sha256 for text in texts]
+    assert hashes[7] == hashes[8]  # seven tokens stand behind BOS
+    assert len(set(hashes)) == 8
 
 
 def test_a_loss_without_a_finite_perplexity_is_infinite_not_an_error():
@@ -189,15 +189,6 @@ def test_random_windows_begin_at_the_same_places_at_every_length():
     assert seen == [[1, 13, 14], [1, 40, 41], [1, 13, 14, 15, 16], [1, 40, 41, 42, 43]]
 
 
-def test_the_interval_of_equal_documents_is_students():
-    from scipy import stats
-
-    values = [2.0, 2.5, 1.75, 3.0, 2.25]
-    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert ratio_interval(values, [1] * 5) == pytest.approx((theirs.low, theirs.high))
-    assert ratio_interval([2.0], [1]) is None
-
-
 def test_the_interval_covers_the_mean_about_as_often_as_it_says():
     """Documents of one to nine windows whose losses hang together."""
     rng, covered = np.random.default_rng(0), 0
@@ -209,17 +200,25 @@ def test_the_interval_covers_the_mean_about_as_often_as_it_says():
     assert 0.92 < covered / 600 < 0.97
 
 
-def test_documents_are_the_units_of_the_interval():
-    """Many windows of few documents do not make it narrower than the documents allow."""
+def test_documents_are_the_units_of_both_means_and_intervals():
+    """Many windows of few documents do not make them narrower than the documents allow."""
+    from scipy import stats
 
     def nll(tokens):
-        return torch.full((1, tokens.shape[1] - 1), 2.0 if tokens[0, 1] < 100 else 3.0)
+        return position_nll(tokens) + tokens[0, 1] // 100
 
-    few = perplexity(nll, [np.arange(20), np.arange(100, 120)], 0, 5, stride=4)
-    low, high = few.ppl_window_mean_interval
-    assert few.ppl_window_mean == pytest.approx(math.exp(2.5))
-    # t with one degree of freedom at 97.5 %: 12.706; both documents lie 0.5 from the mean.
-    assert math.log(high) - 2.5 == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert math.log(low) == pytest.approx(2.5 - 12.706 * 0.5, rel=1e-3)
-    one = perplexity(nll, [np.arange(20)], 0, 5)
-    assert one.ppl_token_weighted_interval is None
+    # Windows of 4 tokens, of which the last of the others hold 2 and 1.
+    documents = [np.arange(20), np.arange(100, 106), np.arange(200, 213)]
+    found = perplexity(nll, documents, 0, 5, stride=4)
+    assert found.nll_per_document == [2.5, 3.0, 4.125]
+    assert found.nll_per_document_token_weighted == pytest.approx([2.5, 19 / 6, 57 / 13])
+    for mean, interval, sums, counts in (
+        (found.ppl_window_mean, found.ppl_window_mean_interval, [12.5, 6.0, 16.5], [5, 2, 4]),
+        (found.ppl_token_weighted, found.ppl_token_weighted_interval, [50, 19, 57], [20, 6, 13]),
+    ):
+        expected = sum(sums) / sum(counts)
+        error = stats.sem(np.array(sums) - expected * np.array(counts)) / np.mean(counts)
+        assert math.log(mean) == pytest.approx(expected)
+        assert np.log(interval) == pytest.approx(stats.t.interval(0.95, 2, expected, error))
+    one = perplexity(nll, documents[:1], 0, 5, stride=4)
+    assert one.ppl_window_mean_interval is one.ppl_token_weighted_interval is None
