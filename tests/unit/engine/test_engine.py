@@ -1,6 +1,7 @@
 import argparse
 import math
 import re
+from types import SimpleNamespace
 
 import make_megatron_checkpoint as maker
 import pytest
@@ -50,6 +51,19 @@ def test_token_losses_equal_cross_entropy_of_the_logits(engines, name):
     ours = engine.nll(tokens)
     assert ours.shape == (2, 99)
     torch.testing.assert_close(ours.flatten(), theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_losses_of_bf16_states_are_computed_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 32, generator=generator).bfloat16() for n in (20, 500))
+    model = SimpleNamespace(
+        share_embeddings_and_output_weights=False, output_layer=SimpleNamespace(weight=weight),
+        pg_collection=SimpleNamespace(tp=SimpleNamespace(size=lambda: 1)),
+    )  # fmt: skip
+    labels = torch.arange(20)
+    exact = F.cross_entropy(F.linear(hidden, weight).double(), labels, reduction="none")
+    ours = loss_module.token_nll(model, hidden, labels, 500)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=1e-6)
 
 
 def test_losses_do_not_depend_on_the_chunk_size(engines, monkeypatch):
