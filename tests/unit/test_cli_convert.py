@@ -272,8 +272,10 @@ def test_inspect_counts_the_tokens_seen(checkpoint, capsys):
 
 @pytest.fixture
 def with_start_tokens(config, tmp_path):
-    short, long = config.factor_sets
-    changed = replace(config, factor_sets=(short, replace(long, num_start_tokens=4)))
+    """The tokens of a short set of ones do nothing."""
+    sets = [replace(item, num_start_tokens=4) for item in config.factor_sets]
+    sets[0] = replace(sets[0], rescale_factors=(1.0,) * 8)
+    changed = replace(config, factor_sets=tuple(sets))
     changed.save(tmp_path / "start.json")
     return changed, tmp_path / "start.json"
 
@@ -290,7 +292,7 @@ def test_start_tokens_are_refused_with_both_remedies(
 
 
 def test_start_tokens_can_be_dropped_and_that_is_recorded(
-    untied_gqa, with_start_tokens, config, tmp_path, capsys
+    untied_gqa, with_start_tokens, tmp_path, capsys
 ):
     output = tmp_path / "hf"
     options = ("--longrope-config", with_start_tokens[1], "--drop-start-tokens")
@@ -299,9 +301,9 @@ def test_start_tokens_can_be_dropped_and_that_is_recorded(
     assert sentence in capsys.readouterr().out
     assert sentence in (output / "README.md").read_text()
     exported = LongRopeConfig.load(output / "longrope.json")
-    assert [item.num_start_tokens for item in exported.factor_sets] == [0, 0]
+    assert [item.num_start_tokens for item in exported.factor_sets] == [4, 0]
     assert exported.factor_sets[1].origin["dropped_start_tokens"] == 4
-    assert exported.factor_sets[0] == config.factor_sets[0]
+    assert exported.factor_sets[0] == with_start_tokens[0].factor_sets[0]
     assert convert("verify", "--load", untied_gqa.path, "--hf", output, *options) == 0
 
 

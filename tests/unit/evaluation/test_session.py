@@ -117,6 +117,14 @@ def test_a_model_with_nothing_left_to_measure_is_not_loaded(make, capsys):
     assert loaded == [] and "already measured" in capsys.readouterr().out
 
 
+def test_the_first_rank_says_what_is_left_to_measure(make, monkeypatch):
+    where = "megatron_longrope.engine.process_groups.from_first_rank"
+    monkeypatch.setattr(where, lambda found: [True] * len(found))
+    session, loaded = make()
+    session.run(each(cells("a")))
+    assert loaded == []
+
+
 def test_a_model_is_gone_before_the_next_one_is_loaded(make):
     for plan in (each(cells("a", "b", "c")), shared(cells("d", "e"), lambda *_: {"value": 1})):
         session, loaded = make()
