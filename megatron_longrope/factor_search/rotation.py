@@ -111,9 +111,9 @@ def validate(
     leading = score_trial(Trial(0, winner), problem, objective, Race("off"))
     of_anchor = leading.score
     for given in finalists:
-        incumbent = leading.sample_nlls
+        incumbent = leading.sample_nlls if is_complete(leading) else None  # the anchor may fail
         found = score_trial(Trial(0, given), problem, objective, race, incumbent=incumbent)
-        if is_complete(found) and not found.score >= leading.score:
+        if found.score < leading.score:
             winner, leading = given, found
     score = best.get(winner, math.exp(anchor.level))
     return winner, score, {"longrope": leading.score, "anchor": of_anchor}

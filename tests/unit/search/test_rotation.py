@@ -8,6 +8,9 @@ from synthetic_search import Synthetic, drop_seconds, small_problem
 
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.journal import Evaluation, best_scores
+from megatron_longrope.factor_search.known_scores import KnownScores
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.rotation import Anchor, split_pool, validate
 from megatron_longrope.factor_search.runner import (
@@ -16,6 +19,7 @@ from megatron_longrope.factor_search.runner import (
     score_anchor,
     score_references,
 )
+from megatron_longrope.factor_search.scoring import score_trial
 
 SMALL = EvolutionParameters(
     population_size=8, num_mutations=4, num_crossovers=4, max_iterations=3, num_parents=4
@@ -98,17 +102,45 @@ def test_windows_that_no_generation_saw_decide_among_the_best(tmp_path):
     class Unseen(Synthetic):
         """Only one of the best holds on these windows, and the others fail there."""
 
-        def _loss(self, config, index):
-            factors = config.factor_set_for(2048).rescale_factors
-            value = 1.0 if factors == third.rescale_factors else 3.0
-            return value if factors != anchor.given.rescale_factors else 2.0
+        last = 2.0  # the anchor's on the last of them
 
-    winner, score, on_unseen = validate(PROBLEM, found.records, anchor, Unseen())
+        def _loss(self, config, index):
+            self.calls += 1
+            factors = config.factor_set_for(2048).rescale_factors
+            if factors == anchor.given.rescale_factors:
+                return self.last if index == 4 else 2.0
+            return 1.0 if factors == third.rescale_factors else 3.0
+
+    unseen = Unseen()
+    winner, score, on_unseen = validate(PROBLEM, found.records, anchor, unseen)
     assert winner.rescale_factors == third.rescale_factors and score == third.score
     assert on_unseen == {"longrope": math.exp(1.0), "anchor": math.exp(2.0)}
-    # Where none of them holds, the anchor is the result.
+    assert unseen.calls == 5 + 2 + 2 + 5 + 2  # the worse ones are given up by a paired test
+    # Where none of them holds, the anchor is the result, unless it fails itself.
     records = [replace(item, rescale_factors=(1.5,) * 16) for item in ranked]
-    assert validate(PROBLEM, records, anchor, Unseen())[0] == anchor.given
+    assert validate(PROBLEM, records, anchor, unseen)[0] == anchor.given
+    unseen.last = math.nan
+    winner, _, on_unseen = validate(PROBLEM, records, anchor, unseen)
+    assert winner.rescale_factors == (1.5,) * 16
+    assert on_unseen == {"longrope": math.exp(3.0), "anchor": math.inf}
+
+
+def test_what_was_not_scored_to_its_end_counts_as_no_score():
+    given = PROBLEM.references["pi"]
+    whole = Evaluation(given.rescale_factors, 0, 9.0, (2.0,) * 5)
+    halved = replace(whole, score=2.0, stopped="budget")
+    records = [whole, halved, replace(whole, score=math.inf, error="out of memory")]
+    assert best_scores(records) == {given: 9.0}
+    assert KnownScores(PROBLEM, records).score(given) == 9.0
+    assert Anchor(given, ((2.0,) * 5,)).adjusted(records) == [whole]
+
+
+def test_a_part_of_a_block_is_scored_by_itself_and_against_that_part_of_the_anchors_losses():
+    anchor = Anchor(PROBLEM.references["pi"], ((1.0, 3.0, 3.0, 3.0, 3.0),))
+    trial, pairs = Trial(0, PROBLEM.references["ntk"], samples=1), Synthetic(samples_per_forward=2)
+    found = score_trial(trial, PROBLEM, pairs, Race("off"), anchor=anchor)
+    assert len(found.sample_nlls) == 2
+    assert found.score == pytest.approx(math.exp(found.sample_nlls[0] + anchor.level - 1.0))
 
 
 def test_a_rival_of_a_race_is_moved_to_the_windows_of_the_runner():
