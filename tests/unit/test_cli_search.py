@@ -175,20 +175,48 @@ def test_references_that_ran_out_of_memory_are_scored_again_on_resume(
     assert (tmp_path / "factors.journal.references.jsonl").read_bytes() == before
 
 
+def die(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_a_discarded_journal_does_not_come_back_when_the_new_search_dies_early(
     options, tmp_path, capsys, monkeypatch
 ):
     small = ["--max-evaluations", "4", "--no-figures", "--retrieval-trials", "0"]
     assert main([*options, *small]) == 0
     assert num_journaled(tmp_path / "factors.journal.jsonl") == 4
-
-    def die(*_, **__):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(runner, "score_trial", die)
     assert main([*options, *small, "--overwrite"]) == 130
     assert "0 evaluations are in" in capsys.readouterr().err
     assert num_journaled(tmp_path / "factors.journal.jsonl") == 0
+
+
+def test_whatever_a_journal_was_begun_with_is_compared_when_it_is_resumed(
+    options, data, megatron_runs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(runner, "score_trial", die)
+    begun = "--objective joint --target-length 640 --start-tokens 0,4 --retrieval-trials 0"
+    assert main([*options, *begun.split(), "--tokenizer", data["tokenizer"]]) == 130
+    maker.longrope_config().save(tmp_path / "base.json")  # for a second search
+    other = ["--base-config", str(tmp_path / "base.json"), "--data", data["heldout"],
+             "--load", str(megatron_runs["tied_mha"].path)]  # fmt: skip
+    changed = (
+        "--target-length 512 --algorithm evolution --lookahead 1 --space critical --upper 3 "
+        "--seed 1 --num-samples 1 --pool 2 --windows-per-document 2 --patience 9 --bos 5 "
+        "--tokens-per-forward 640 --dtype bfloat16 --racing off --retrieval-trials 0 --resume"
+    )
+    capsys.readouterr()
+    assert main([*options, *other, *changed.split()]) == 2
+    told = (
+        capsys.readouterr().err.partition("was written with other settings: ")[2].split("; ")[:-1]
+    )
+    named = {part.partition(":")[0].partition(".")[0] for part in told}
+    assert " ".join(sorted(named)) == (
+        "algorithm attention base bos checkpoint_sha256 critical_dimensions data_sha256 dtype "
+        "floor_dimension lookahead needle_weight needles num_samples objective parameters patience "
+        "pool racing references seed space stage start_tokens target_length tokens_per_forward "
+        "upper windows_per_document"
+    )
 
 
 def test_an_evolution_goes_on_with_more_iterations_and_not_with_fewer(options, tmp_path, capsys):
@@ -301,8 +329,6 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert main([*options, *more, *flags.split(), "--resume"]) == 0
     assert (tmp_path / "factors.journal.jsonl").read_bytes() == before
     assert json.loads((tmp_path / "factors.json").read_text()) == config
-    assert main([*options, *more, *flags.split(), "--resume", "--dtype", "bfloat16"]) == 2
-    assert "dtype" in capsys.readouterr().err
 
 
 def test_a_needle_search_names_its_needles(options, data, tmp_path):
