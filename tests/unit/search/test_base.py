@@ -1,5 +1,6 @@
 """What a search extends, by its options and what the model carries."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -66,7 +67,8 @@ def test_only_factors_are_announced_as_the_models_own_factors(stored, capsys):
 def test_another_models_factors_are_no_base(other, message, tmp_path):
     path = str(tmp_path / "factors.json")
     TUNED.save(path)
-    assert base(SCALED, base_config=path) == TUNED
+    of_a_list = replace(TUNED, base_frequencies=None)  # which says nothing of what it multiplies
+    assert base(SCALED, base_config=path) == base(of_a_list, base_config=path) == TUNED
     other.save(path)
     with pytest.raises(ValueError, match=message):
         base(SCALED, base_config=path)

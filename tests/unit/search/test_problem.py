@@ -41,6 +41,14 @@ def test_a_second_search_multiplies_the_fine_tuned_factors(extended):
     assert config.factor_set_for(8192).origin == {"method": "x"}
 
 
+def test_a_second_search_multiplies_the_running_maximum_of_factors_that_decrease(plain):
+    tuned = plain.with_factor_set(FactorSet(2048, (4.0, 3.0, *(8.0,) * 14)))
+    with pytest.warns(UserWarning, match="factors for 2048 tokens decrease in places"):
+        problem = make_problem(tuned, 8192)
+    found = problem.config(problem.space.encode([2.0] * 16))
+    assert [item.rescale_factors[1] for item in found.factor_sets] == [1.0, 3.0, 8.0]
+
+
 def test_yarn_starts_a_second_search_at_the_rotations_of_the_tuned_frequencies(plain):
     tuned = plain.with_factor_set(FactorSet(2048, (8.0,) * 16))
     problem = make_problem(tuned, 8192)
@@ -60,12 +68,13 @@ def test_a_published_method_is_scored_as_it_is_and_not_as_its_nearest_grid_point
 
 def test_a_recovery_searchs_bound_covers_the_factors_that_the_base_has(extended):
     problem = make_problem(extended, 256)
-    assert problem.stage == "recovery"
+    assert problem.stage == "recovery" and make_problem(extended, 512).space.scale == 1.0
     assert problem.space.decode(problem.space.encode([99.0] * 16))[0] == (8.0,) * 16
     config = problem.config(problem.seeds["longest"])
     longest = extended.factor_set_for(2048)
     assert config.factor_set_for(256).rescale_factors == longest.rescale_factors
     assert config.factor_set_for(2048) == longest
+    assert "near-longest" in make_problem(extended, 256, upper=7.8).seeds
 
 
 def test_a_recovery_starts_from_every_set_of_the_base(extended):
