@@ -195,11 +195,13 @@ def test_attention_factor_follows_the_set_in_use():
 def test_swapping_factors_never_returns_a_stale_table():
     rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM)
     seen = [rotary(128)]
+    rotary.get_cos_sin(128)
     for factor in (1.5, 2.5, 3.5):
         factors = (1.0, *[factor] * 7)
         rotary.set_config(THREE_SETS.with_factor_set(FactorSet(128, factors)))
         table = rotary(128)[:, 0, 0, : DIM // 2]
         assert distance_on_the_circle(table, angles_in_numpy(range(128), factors)) < 1e-6
+        assert torch.equal(rotary.get_cos_sin(128)[0], torch.cos(table))
         seen.append(rotary(128))
     rotary.set_config(THREE_SETS)
     assert torch.equal(rotary(128), seen[0])
@@ -280,7 +282,7 @@ def test_hf_parity_equals_transformers_cos_and_sin_bit_for_bit(length):
 def test_a_context_parallel_rank_builds_its_own_rows_and_never_the_whole_table(
     monkeypatch, cp_size
 ):
-    whole = LongRopeRotaryEmbedding(THREE_SETS, DIM)(128)
+    whole = LongRopeRotaryEmbedding(THREE_SETS, DIM)(128, offset=8)
     built = []
     build = rotary_module.build_table
 
@@ -292,11 +294,9 @@ def test_a_context_parallel_rank_builds_its_own_rows_and_never_the_whole_table(
     for rank in range(cp_size):
         group = FakeGroup(rank, cp_size)
         rows = zigzag_positions(128, rank, cp_size)
-        assert torch.equal(
-            LongRopeRotaryEmbedding(THREE_SETS, DIM, cp_group=group)(128), whole[rows]
-        )
-        passed = LongRopeRotaryEmbedding(THREE_SETS, DIM)(128, cp_group=group)
-        assert torch.equal(passed, whole[rows])
+        own = LongRopeRotaryEmbedding(THREE_SETS, DIM, cp_group=group)(128, offset=8)
+        passed = LongRopeRotaryEmbedding(THREE_SETS, DIM)(128, offset=8, cp_group=group)
+        assert torch.equal(own, whole[rows]) and torch.equal(passed, whole[rows])
     assert set(built) == {128 // cp_size}
 
 
@@ -413,21 +413,26 @@ def test_a_sequence_that_needs_another_attention_factor_than_the_run_carries_is_
         THREE_SETS, DIM, run_length=128, carried_attention_factor=carried
     )
     rotary(64)
-    with pytest.raises(ValueError) as error:
-        rotary(129)
-    assert str(error.value) == (
-        "a sequence of 129 tokens needs attention factor 1.22474, but this run carries 1.08012, "
-        "that of 128 tokens; set --seq-length to the longest sequence of the run"
-    )
+    for ask in (rotary, rotary.get_emb):
+        with pytest.raises(ValueError) as error:
+            ask(10, offset=119)
+        assert str(error.value) == (
+            "a sequence of 129 tokens needs attention factor 1.22474, but this run carries 1.08012,"
+            " that of 128 tokens; set --seq-length to the longest sequence of the run"
+        )
 
 
 @pytest.mark.parametrize("in_cos_sin", [False, True])
 def test_flash_decoding_gets_the_factor_with_cos_and_sin_where_nothing_else_carries_it(in_cos_sin):
-    rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, factor_in_cos_sin=in_cos_sin)
+    scale = SimpleNamespace(capacity=64)  # of a static batch that was served without them
+    rotary = LongRopeRotaryEmbedding(
+        THREE_SETS, DIM, factor_in_cos_sin=in_cos_sin, document_scale=scale
+    )
     factor = THREE_SETS.attention_factor_for(128) if in_cos_sin else 1.0
-    expected = angles_in_numpy(range(100), MIDDLE)
-    for ours, function in zip(rotary.get_cos_sin(100), (np.cos, np.sin), strict=True):
+    expected = angles_in_numpy(range(40, 100), MIDDLE)
+    for ours, function in zip(rotary.get_cos_sin(60, offset=40), (np.cos, np.sin), strict=True):
         assert np.abs(ours.numpy() - factor * function(expected)).max() < 1e-6
+    assert scale.capacity is None
 
 
 def test_cosines_and_sines_follow_the_length_that_the_factors_are_pinned_to():
@@ -444,7 +449,7 @@ def test_cosines_and_sines_follow_the_length_that_the_factors_are_pinned_to():
 def pack(*lengths: int, padded: bool = False) -> SimpleNamespace:
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return SimpleNamespace(
-        cu_seqlens_q=None if padded else offsets,
+        cu_seqlens_q=offsets // 2 if padded else offsets,  # with padding the tokens alone
         cu_seqlens_q_padded=offsets if padded else None,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
@@ -463,7 +468,8 @@ def test_a_mixed_pack_has_a_row_per_token_with_each_documents_own_factors(padded
             [angles_in_numpy(range(n), SHORT if n <= 64 else MIDDLE) for n in lengths]
         )
         assert distance_on_the_circle(table[:, 0, 0, : DIM // 2], expected) < 1e-6
-        assert len(rotary._tables) <= 2
+        # As long as the set and the run allow: no later pack makes them again.
+        assert sorted(map(len, rotary._tables.values())) == [64, 128]
 
 
 def test_a_mixed_run_refuses_a_batch_that_is_not_packed():

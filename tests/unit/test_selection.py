@@ -43,6 +43,12 @@ def test_each_mode_chooses_its_set(mode, length, run_length, expected):
     assert chosen(mode, length, run_length) == expected
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pinned_length_chooses_in_every_mode_and_for_every_length(mode):
+    pinned = FactorSelection(CONFIG, mode, 512, pinned_length=100)
+    assert {pinned.factor_set(length).max_length for length in (20, 64, 512)} == {128}
+
+
 @given(length=st.integers(1, 512), run_length=st.integers(0, 512))
 def test_a_run_never_switches_sets_below_its_own_length(length, run_length):
     if length <= run_length:
