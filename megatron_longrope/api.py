@@ -150,7 +150,6 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
     from megatron_longrope.conversion.staging import check_apart
     from megatron_longrope.conversion.to_hf import write_hf_folder
     from megatron_longrope.conversion.verify import verify
-    from megatron_longrope.evaluation.start_token_effect import measured
 
     # A training may save a later iteration meanwhile.
     load = str(iteration_directory(Path(options.load), options.iteration))
@@ -158,7 +157,7 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
     # The one file of an earlier export that is read now and written again.
     again = Path(factors) == Path(options.output, "longrope.json")
     others = None if again or not os.path.exists(factors) else factors
-    check_apart(options.output, [options.data, others])
+    check_apart(options.output, [others])
     config, _ = exported_factors(replace(options, load=load))
     lengths: dict[str, Any] = {
         "short_length": options.short_length,
@@ -176,27 +175,12 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
             **lengths,
         )
 
-    def measure(searched: LongRopeConfig, dropped: Any) -> Any:
-        assert options.data is not None  # or it is not called
-        return measured(
-            load,
-            None,
-            searched,
-            dropped,
-            data=options.data,
-            tokenizer=options.tokenizer,
-            num_documents=options.num_documents,
-            data_length=options.data_length,
-            **lengths,
-        )
-
     return write_hf_folder(
         load,
         options.output,
         longrope_config=config,
         tokenizer=options.tokenizer,
         without_start_tokens=options.drop_start_tokens,
-        measure=measure if options.data else None,
         dtype=None if options.dtype == "keep" else dtype_named(options.dtype),
         family=options.family,
         overwrite=options.overwrite,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import DTYPES, Options, flag, parse_positive, sliding_window_flag
+from megatron_longrope.options import DTYPES, Options, flag, sliding_window_flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,22 +50,7 @@ class _Folder(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Effect(Options):
-    GROUP: ClassVar = "what --drop-start-tokens does to the perplexity"
-
-    data: str | None = flag(None, metavar="PREFIX|TEXT")
-    """held-out documents to measure it on: a prepared set, or a .txt, .jsonl or .jsonl.gz file or
-    directory, for which --tokenizer is needed (default: it is not measured)"""
-    num_documents: int = flag(10, type=parse_positive, metavar="K")
-    """documents"""
-    data_length: int | None = flag(None, type=parse_length, metavar="N")
-    """longest window, in tokens, to measure (default: those exported for)"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Written(Options):
-    GROUP: ClassVar = None
-
     dtype: str = flag("keep", choices=(*DTYPES, "keep"))
     """dtype of the weights (default: as on disk)"""
     no_verify: bool = flag(False)
@@ -76,21 +59,13 @@ class _Written(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class _Tolerance(Options):
-    GROUP: ClassVar = None
-
     tolerance: float = flag(1e-4, type=float)
     """largest difference of a logit"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToHfOptions(_Tolerance, _Written, _Effect, _Folder, ExportedFactors, _Checkpoint):
+class ToHfOptions(_Tolerance, _Written, _Folder, ExportedFactors, _Checkpoint):
     """What `longrope convert to-hf` is told."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data and not self.drop_start_tokens:
-            raise LongRopeError("--data measures what --drop-start-tokens does; give both or "
-                                "neither")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

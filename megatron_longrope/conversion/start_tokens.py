@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-
-
-@dataclass(frozen=True)
-class PerplexityEffect:
-    """What dropping a set's start tokens does, measured with the engine."""
-
-    length: int
-    """Window, in tokens."""
-    num_documents: int
-    """Documents, one window each."""
-    before: float
-    """Perplexity with the start tokens."""
-    after: float
-    """Perplexity without them."""
 
 
 @dataclass(frozen=True)
@@ -30,25 +15,13 @@ class DroppedStartTokens:
     """`short` or `long`: which of transformers' two vectors it becomes."""
     factor_set: FactorSet
     """The set as it was searched."""
-    effect: PerplexityEffect | None = None
-    """What that does; None if it was not measured."""
 
     def describe(self) -> str:
         """One sentence."""
-        start = (
+        return (
             f"{self.window}_factor (set up to {self.factor_set.max_length} tokens): "
-            f"{self.factor_set.num_start_tokens} start tokens dropped; "
+            f"{self.factor_set.num_start_tokens} start tokens dropped"
         )
-        if self.effect is None:
-            return start + "the effect on perplexity was not measured"
-        return start + (
-            f"perplexity {self.effect.before:.4f} with them, {self.effect.after:.4f} without, at "
-            f"{self.effect.length} tokens over {self.effect.num_documents} documents"
-        )
-
-
-Measure = Callable[[LongRopeConfig, Sequence[DroppedStartTokens]], Sequence[DroppedStartTokens]]
-"""Gives what was dropped from a configuration together with its effects."""
 
 
 def drop_start_tokens(

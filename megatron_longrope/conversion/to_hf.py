@@ -36,11 +36,7 @@ from megatron_longrope.conversion.staging import (
     output_folder,
     staging_folder,
 )
-from megatron_longrope.conversion.start_tokens import (
-    DroppedStartTokens,
-    Measure,
-    drop_start_tokens,
-)
+from megatron_longrope.conversion.start_tokens import DroppedStartTokens, drop_start_tokens
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import (
     TokenizerInfo,
@@ -92,7 +88,6 @@ def write_hf_folder(
     short_length: int | None = None,
     target_length: int | None = None,
     without_start_tokens: bool = False,
-    measure: Measure | None = None,
     dtype: torch.dtype | None = None,
     family: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -109,7 +104,6 @@ def write_hf_folder(
 
     Args:
         longrope_config (LongRopeConfig, optional): Factors to export; None writes plain RoPE.
-        measure (Callable, optional): Finds out what dropping start tokens does to the perplexity.
         max_shard_bytes (int): Largest safetensors file.
         check (Callable, optional): Called with the finished folder before it is put in place.
         progress (Callable, optional): Called with bytes written and bytes in all.
@@ -127,9 +121,7 @@ def write_hf_folder(
     chosen = select_family(checkpoint.shape, checkpoint.args, family)
     dtype_name(dtype or checkpoint.shape.params_dtype)  # refuses others before any work
     lengths = short_length, target_length
-    factors = _Factors.of(
-        checkpoint, chosen, longrope_config, lengths, without_start_tokens, measure
-    )
+    factors = _Factors.of(checkpoint, chosen, longrope_config, lengths, without_start_tokens)
     export = _Export(checkpoint, chosen, factors, dtype, tokenizer, beside)
     identity = export.identity(max_shard_bytes)
     with staging_folder(output_dir, identity, overwrite) as staging:
@@ -177,7 +169,6 @@ class _Factors:
         config: LongRopeConfig | None,
         lengths: tuple[int | None, int | None],
         without_start_tokens: bool,
-        measure: Measure | None,
     ) -> _Factors:
         """Check the factors and drop their start tokens where that is asked for."""
         if config is None and checkpoint.longrope is not None:
@@ -188,10 +179,7 @@ class _Factors:
         check_fits(config, checkpoint.shape, checkpoint.longrope)
         dropped: tuple[DroppedStartTokens, ...] = ()
         if without_start_tokens:
-            given = config
-            config, dropped = drop_start_tokens(given, *lengths)
-            if measure and dropped:
-                dropped = tuple(measure(given, dropped))
+            config, dropped = drop_start_tokens(config, *lengths)
         return cls(config, lengths, export_rope(config, family, *lengths), dropped)
 
     @property

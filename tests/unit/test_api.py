@@ -73,17 +73,15 @@ def test_an_export_is_of_the_iteration_that_was_the_latest_when_it_began(untied_
     assert longrope.convert_to_hf(options, train_on).verification is not None
 
 
-def test_an_export_does_not_replace_its_factors_or_documents(untied_gqa, config, tmp_path):
-    config.save(tmp_path / "old" / "f.json")
-    for inside in (
-        {"longrope_config": str(tmp_path / "old" / "f.json")},
-        {"data": str(tmp_path / "old" / "prefix"), "drop_start_tokens": True},
-    ):
-        options = longrope.ToHfOptions(
-            load=str(untied_gqa.path), output=str(tmp_path / "old"), overwrite=True, **inside
-        )
-        with pytest.raises(longrope.LongRopeError, match="which is read; give another --output"):
-            longrope.convert_to_hf(options)
+def test_an_export_does_not_replace_its_factors(untied_gqa, config, tmp_path):
+    factors = tmp_path / "old" / "f.json"
+    config.save(factors)
+    options = longrope.ToHfOptions(
+        load=str(untied_gqa.path), output=str(tmp_path / "old"), overwrite=True,
+        longrope_config=str(factors),
+    )  # fmt: skip
+    with pytest.raises(longrope.LongRopeError, match="which is read; give another --output"):
+        longrope.convert_to_hf(options)
 
 
 def test_an_export_is_replaced_by_one_of_its_own_factors(untied_gqa, config, tmp_path):
