@@ -3,14 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_longrope.data.tokenizer import Tokenizer
+from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
 
 # How far, in tokens, a needle may move to the end of a line or sentence.
 _SEARCHED = 64
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A document with needles in it, and the question about them, as tokens."""
+
+    ids: list[int]
+    """BOS if any, instruction, document with needles, question and answer."""
+    text: slice
+    """Of `ids`: the document with the needles."""
+    needles: tuple[slice, ...]
+    """Of `ids`: each needle."""
+    depths: tuple[float, ...]
+    """Where each needle stands: the share of the document's tokens that come before it."""
+    num_answer_tokens: int
+    """Tokens at the end that are the answer: numbers, and the spaces and commas before them."""
+    spans: tuple[slice, ...]
+    """For each number asked for, its tokens among the answer's."""
+
+
+def hide(
+    document: np.ndarray,
+    what: str,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    bos_id: int | None,
+    instruction: str,
+    needles: Sequence[str],
+    depths: Sequence[float],
+    question: str,
+    values: Sequence[int],
+) -> Hidden:
+    """Put needles into as much of a document as fits, and ask for numbers that they hold.
+
+    A needle stands where a line (failing that, a sentence) of the document ends within 64 tokens
+    of its depth, else at the depth itself; no two stand at the same end.
+
+    Args:
+        document (np.ndarray): Token ids, int64 [n], without special tokens; the first are used.
+        what (str): What the document is called where it is refused.
+        tokenizer (Tokenizer): The one that made it.
+        length (int): Tokens in all, BOS and answer included.
+        bos_id (int, optional): First token; None for none.
+        instruction (str): Stands before the document.
+        needles (Sequence[str]): Texts to hide.
+        depths (Sequence[float]): Of each needle, 0 (before the document's text) to 1 (behind it).
+        question (str): The question, up to where the first number follows.
+        values (Sequence[int]): What is answered; commas stand between them.
+
+    Raises:
+        LongRopeError: The length leaves no room; the document is too short or of another
+            tokenizer; or the tokenizer merges question and answer, or loses digits.
+    """
+    asked, answer, spans = _question_and_answer(tokenizer, question, values)
+    before = [*bos_prefix(bos_id), *tokenizer.encode(instruction)]
+    own = [encode_within(tokenizer, needle) for needle in needles]
+    beside = sum(map(len, [before, *own, asked, answer]))
+    text = _cut(document, what, tokenizer, length, beside)
+    places: list[int] = []
+    for depth in depths:
+        places.append(_place(text, depth, tokenizer, places))
+    ids, done, found = [*before], 0, [slice(0)] * len(own)
+    for j in np.argsort(places).tolist():
+        ids += text[done : places[j]]
+        found[j], done = slice(len(ids), len(ids) + len(own[j])), places[j]
+        ids += own[j]
+    ids += text[done:]
+    return Hidden(
+        ids=[*ids, *asked, *answer],
+        text=slice(len(before), len(ids)),
+        needles=tuple(found),
+        depths=tuple(place / len(text) for place in places),
+        num_answer_tokens=len(answer),
+        spans=spans,
+    )
 
 
 def encode_within(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -35,20 +112,10 @@ def encode_within(tokenizer: Tokenizer, text: str) -> list[int]:
     )
 
 
-def question_and_answer(
+def _question_and_answer(
     tokenizer: Tokenizer, text: str, values: Sequence[int]
 ) -> tuple[list[int], list[int], tuple[slice, ...]]:
-    """Return the tokens of a question, of its answer, and of each number in it.
-
-    Args:
-        tokenizer (Tokenizer): Of the text before the question.
-        text (str): The question, up to where the first number follows.
-        values (Sequence[int]): What is answered; commas stand between them.
-
-    Raises:
-        LongRopeError: The tokenizer merges the question with the answer, or a number with what
-            follows it, so that scoring would not equal generation; or it does not keep the digits.
-    """
+    """Return the tokens of a question, of its answer, and of each number in the answer."""
     question = encode_within(tokenizer, text)
     ids, spans = question, []
     for value in values:
@@ -76,12 +143,10 @@ def question_and_answer(
     return question, ids[len(question) :], tuple(spans)
 
 
-def cut_document(document: np.ndarray, what: str, length: int, beside: int) -> list[int]:
-    """As many tokens of a document as fit into a sample of `length` beside those of the prompt.
-
-    Raises:
-        LongRopeError: The length leaves no room, or the document does not fill it.
-    """
+def _cut(
+    document: np.ndarray, what: str, tokenizer: Tokenizer, length: int, beside: int
+) -> list[int]:
+    """As many tokens of a document as fit into a sample of `length` beside those of the prompt."""
     if length <= beside:
         raise LongRopeError(
             f"length {length} is too short for a needle sample, which needs {beside} tokens "
@@ -92,19 +157,19 @@ def cut_document(document: np.ndarray, what: str, length: int, beside: int) -> l
             f"{what} has {len(document)} tokens; a needle sample of {length} tokens "
             f"needs {length - beside} of a document: give longer documents or a shorter length"
         )
-    return document[: length - beside].tolist()
+    text = document[: length - beside].tolist()
+    if max(text) >= tokenizer.vocab_size:
+        raise LongRopeError(
+            f"{what} holds token {max(text)}, the tokenizer has {tokenizer.vocab_size}; "
+            "give the tokenizer that the documents were made with"
+        )
+    return text
 
 
-def needle_place(
-    text: list[int], depth: float, tokenizer: Tokenizer, taken: Collection[int] = ()
-) -> int:
+def _place(text: list[int], depth: float, tokenizer: Tokenizer, taken: Collection[int]) -> int:
     """Number of tokens before a needle: the nearest end of a line, else of a sentence, else exact.
 
-    Args:
-        text (list[int]): Tokens of the document.
-        depth (float): 0 (before the text) to 1 (behind it).
-        tokenizer (Tokenizer): The one that made them.
-        taken (Collection[int]): Ends where other needles stand. Defaults to none.
+    Ends in `taken`, where other needles stand, do not count.
     """
     exact = round(depth * len(text))
     low, high = max(exact - _SEARCHED, 0), min(exact + _SEARCHED, len(text))

@@ -18,12 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_longrope.data.answers import (
-    cut_document,
-    encode_within,
-    needle_place,
-    question_and_answer,
-)
+from megatron_longrope.data.answers import hide
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.needle_text import (
@@ -73,7 +68,7 @@ def make_sample(
 ) -> NeedleSample:
     """Hide numbers in a document and ask for some; the arguments alone decide everything.
 
-    Needles stand on lines of their own, where :func:`needle_place` puts them: the first one asked
+    Needles stand on lines of their own, where :func:`.hide` puts them: the first one asked
     for at `depth`, the others at random.
 
     Args:
@@ -99,36 +94,30 @@ def make_sample(
     # One integer for each depth; a list that ends in 0 would seed like one without it.
     rng = np.random.default_rng([seed, trial, length, TASKS.index(task), 1 + round(depth * 2**31)])
     keys, values = draw_keys(count, rng)
-
-    front = bos_prefix(bos_id)
-    begin = [*front, *tokenizer.encode(INSTRUCTION)]
-    asked_for = question_text(keys[:asked])
-    question, answer, spans = question_and_answer(tokenizer, asked_for, values[:asked])
-    texts = [needle_text(*pair) for pair in zip(keys, values, strict=True)]
-    needles = [encode_within(tokenizer, text) for text in texts]
-    beside = sum(map(len, [begin, *needles, question, answer]))
-    text = cut_document(document, "the document", length, beside)
-    places: list[int] = []
-    for each in [depth, *rng.random(count - 1)]:
-        places.append(needle_place(text, each, tokenizer, places))
-
-    ids, done, positions = begin, 0, [0] * count
-    for j in np.argsort(places).tolist():
-        ids += text[done : places[j]]
-        positions[j], done = len(ids), places[j]
-        ids += needles[j]
-    ids += [*text[done:], *question, *answer]
-    for written, at, own in zip(texts, positions, needles, strict=True):
-        around = ids[max(at - _BESIDE, len(front)) : at + len(own) + _BESIDE]
-        _check_readable(tokenizer, written.strip(), around)
+    needles = [needle_text(*pair) for pair in zip(keys, values, strict=True)]
+    hidden = hide(
+        document,
+        "the document",
+        tokenizer,
+        length,
+        bos_id=bos_id,
+        instruction=INSTRUCTION,
+        needles=needles,
+        depths=[depth, *rng.random(count - 1)],
+        question=question_text(keys[:asked]),
+        values=values[:asked],
+    )
+    for needle, at in zip(needles, hidden.needles, strict=True):
+        first = max(at.start - _BESIDE, len(bos_prefix(bos_id)))
+        _check_readable(tokenizer, needle.strip(), hidden.ids[first : at.stop + _BESIDE])
     return NeedleSample(
-        tokens=torch.tensor([ids]),
-        num_answer_tokens=len(answer),
-        spans=spans,
+        tokens=torch.tensor([hidden.ids]),
+        num_answer_tokens=hidden.num_answer_tokens,
+        spans=hidden.spans,
         keys=keys,
         values=values,
-        positions=tuple(positions),
-        depths=tuple(place / len(text) for place in places),
+        positions=tuple(at.start for at in hidden.needles),
+        depths=hidden.depths,
     )
 
 

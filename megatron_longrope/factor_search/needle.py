@@ -20,13 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_longrope.config_rules import check_int
-from megatron_longrope.data.answers import (
-    cut_document,
-    encode_within,
-    needle_place,
-    question_and_answer,
-)
-from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
+from megatron_longrope.data.answers import hide
+from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.errors import LongRopeError
 
 _INSTRUCTION = (
@@ -84,8 +79,8 @@ def needle_samples(
     """Hide a number in each document and ask for it.
 
     Sample j takes document j and depth j, starting over at the end of either list; there are as
-    many samples as the longer list has entries. A needle stands on a line of its own, where a line
-    (failing that, a sentence) of the document ends within 64 tokens of its depth.
+    many samples as the longer list has entries. A needle stands on a line of its own, where
+    :func:`.hide` puts it.
 
     Args:
         documents (Sequence[np.ndarray]): Token ids, int64 [n], without special tokens; the first
@@ -112,50 +107,23 @@ def needle_samples(
     positions = []
     for row, number in enumerate(numbers.tolist()):
         which = row % len(documents)
-        parts = _Parts.of(tokenizer, bos_id, number)
-        text = _trimmed(documents[which], which, length, parts, tokenizer)
-        place = needle_place(text, depths[row % len(depths)], tokenizer)
-        ids = [*parts.before, *text[:place], *parts.needle, *text[place:], *parts.after]
-        tokens[row] = torch.tensor(ids)
-        scored[row, length - 1 - parts.num_answer_tokens :] = True
-        first, answered = len(parts.before), length - len(parts.after)
-        of_text[row, first - 1 : answered - 1] = True
-        of_text[row, first + place - 1 : first + place + len(parts.needle) - 1] = False
-        positions.append(first + place)
+        hidden = hide(
+            documents[which],
+            f"document {which}",
+            tokenizer,
+            length,
+            bos_id=bos_id,
+            instruction=_INSTRUCTION,
+            needles=[_NEEDLE.format(number=number)],
+            depths=[depths[row % len(depths)]],
+            question=_QUESTION,
+            values=[number],
+        )
+        (needle,), (answer,) = hidden.needles, hidden.spans
+        tokens[row] = torch.tensor(hidden.ids)
+        scored[row, answer.start - answer.stop :] = True
+        of_text[row, hidden.text.start - 1 : hidden.text.stop - 1] = True
+        of_text[row, needle.start - 1 : needle.stop - 1] = False
+        positions.append(needle.start)
     used = tuple(float(depths[row % len(depths)]) for row in range(count))
     return NeedleSamples(tokens, scored, of_text, used, tuple(positions), tuple(numbers.tolist()))
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Tokens of a sample that are not the document's."""
-
-    before: list[int]
-    needle: list[int]
-    after: list[int]
-    """Question and answer."""
-    num_answer_tokens: int
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, bos_id: int | None, number: int) -> _Parts:
-        question, answer, (span,) = question_and_answer(tokenizer, _QUESTION, [number])
-        return cls(
-            [*bos_prefix(bos_id), *tokenizer.encode(_INSTRUCTION)],
-            encode_within(tokenizer, _NEEDLE.format(number=number)),
-            [*question, *answer],
-            span.stop - span.start,
-        )
-
-
-def _trimmed(
-    document: np.ndarray, index: int, length: int, parts: _Parts, tokenizer: Tokenizer
-) -> list[int]:
-    """As much of the document as fits beside the other parts."""
-    fixed = len(parts.before) + len(parts.needle) + len(parts.after)
-    text = cut_document(document, f"document {index}", length, fixed)
-    if max(text) >= tokenizer.vocab_size:
-        raise LongRopeError(
-            f"document {index} holds token {max(text)}, the tokenizer has {tokenizer.vocab_size}; "
-            "give the tokenizer that the documents were made with"
-        )
-    return text
