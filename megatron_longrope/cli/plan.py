@@ -121,13 +121,14 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 def run(options: PlanOptions) -> int:
     """Run the command."""
-    from megatron_longrope.plan.estimate import with_memory
+    from megatron_longrope.plan.estimate import Cluster, with_memory
     from megatron_longrope.plan.hardware import GIB, parse_gpu
 
     gpu = with_memory(parse_gpu(options.gpu), options.memory)
+    cluster = Cluster(gpu, options.gpus, options.gpus_per_node, options.mfu)
     fixed = {name: size for name in _SIZES if (size := getattr(options, name)) is not None}
     planned = _training if options.generate is None else _generation
-    ranked, advice, row = planned(options, _model(options), gpu, fixed)
+    ranked, advice, row = planned(options, _model(options), cluster, fixed)
     best, fitting = ranked[0], [one for one in ranked if one.fits]
     if options.json:
         answer = {**best.as_dict(), "would_fit": advice}
@@ -138,7 +139,7 @@ def run(options: PlanOptions) -> int:
     print(best.text())
     if not best.fits:
         parts = best.memory
-        over, most = parts.total / GIB - best.gpu.gib, parts.NAMES[parts.largest]
+        over, most = parts.total / GIB - gpu.gib, parts.NAMES[parts.largest]
         print(
             f"no layout fits; the smallest is {over:.1f} GiB over, most of it {most} "
             f"({getattr(parts, parts.largest) / GIB:.1f} GiB). What would fit:"
@@ -150,16 +151,15 @@ def run(options: PlanOptions) -> int:
     return 0 if best.fits else 1
 
 
-def _training(options: PlanOptions, model, gpu, fixed) -> tuple[list, list[str], Callable]:
+def _training(options: PlanOptions, model, cluster, fixed) -> tuple[list, list[str], Callable]:
     """The estimates, the best first; what would fit if it does not; a line of the list of all."""
-    from megatron_longrope.plan import Cluster, Training, rank, remedies
+    from megatron_longrope.plan import Training, rank, remedies
     from megatron_longrope.plan.flags import DEFAULT_CHUNK
     from megatron_longrope.plan.hardware import GIB
     from megatron_longrope.plan.layouts import FULL
 
     chunk = DEFAULT_CHUNK if options.chunked_loss else None
     training = Training(options.length, options.global_batch_size, options.steps, chunk)
-    cluster = Cluster(gpu, options.gpus, options.gpus_per_node, options.mfu)
     if options.recompute is not None:
         kinds = {"none": (), "mlp": (model.mlp_module,), "full": FULL}
         fixed["recompute"] = kinds[options.recompute]
@@ -172,20 +172,19 @@ def _training(options: PlanOptions, model, gpu, fixed) -> tuple[list, list[str],
     )
 
 
-def _generation(options: PlanOptions, model, gpu, fixed) -> tuple[list, list[str], Callable]:
+def _generation(options: PlanOptions, model, cluster, fixed) -> tuple[list, list[str], Callable]:
     """The same of generating text."""
-    from megatron_longrope.plan.generation import GenerationPlan, enough_gpus, rank_generation
+    from megatron_longrope.plan.estimate import more_gpus
+    from megatron_longrope.plan.generation import GenerationPlan, rank_generation
 
-    first = GenerationPlan(
-        model, options.length, options.generate, options.samples, 1, 1, 1, gpu, options.mfu
-    )
-    ranked = rank_generation(first, options.gpus, options.gpus_per_node, fixed)
-    advice = []
-    if not ranked[0].fits and (
-        larger := enough_gpus(first, options.gpus, options.gpus_per_node, fixed)
-    ):
-        gpus = larger.tensor * larger.context * larger.copies
-        advice.append(f"{gpus} GPUs ({larger.short()})")
+    def ranked_on(cluster) -> list:
+        plan = GenerationPlan(
+            model, options.length, options.generate, options.samples, 1, 1, cluster
+        )
+        return rank_generation(plan, fixed)
+
+    ranked = ranked_on(cluster)
+    advice = [] if ranked[0].fits else more_gpus(cluster, ranked_on)
     return ranked, advice, lambda one: f"{one.short():<32}{one.seconds:12.1f} s"
 
 

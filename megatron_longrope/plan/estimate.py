@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -238,7 +238,7 @@ def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> li
     ) -> Estimate | None:
         try:
             first = rank(model, training, cluster, fixed)[0]
-        except ValueError:  # no layout at all
+        except LongRopeError:  # no layout at all
             return None
         return first if first.fits else None
 
@@ -252,17 +252,30 @@ def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> li
             found.append(f"leaving the {_FIELDS[name]} to choose ({other.short()})")
     if not found and (other := fitting(chunked, fixed={})):
         found.append(f"--chunked-loss, and leaving everything to choose ({other.short()})")
-    gpus = 2 * cluster.gpus
-    while gpus <= MOST_GPUS:
-        if other := fitting(cluster=replace(cluster, gpus=gpus)):
-            found.append(f"{gpus} GPUs ({other.short()})")
-            break
-        gpus *= 2
+    found += more_gpus(cluster, lambda larger: rank(model, training, larger, fixed))
     for gpu in GPUS.values():
         if gpu.gib > cluster.gpu.gib and (other := fitting(cluster=replace(cluster, gpu=gpu))):
             found.append(f"GPUs of {gpu.gib:g} GiB, such as {gpu.name} ({other.short()})")
             break
     return found
+
+
+def more_gpus(cluster: Cluster, ranked: Callable[[Cluster], Sequence[Any]]) -> list[str]:
+    """The remedy of more GPUs, doubled until a plan fits; none where none does.
+
+    Args:
+        cluster (Cluster): On which none fits.
+        ranked (Callable): The plans on another cluster, the best first, as :func:`rank` gives them.
+    """
+    while 2 * cluster.gpus <= MOST_GPUS:
+        cluster = replace(cluster, gpus=2 * cluster.gpus)
+        try:
+            best = ranked(cluster)[0]
+        except LongRopeError:  # no layout at all
+            continue
+        if best.fits:
+            return [f"{cluster.gpus} GPUs ({best.short()})"]
+    return []
 
 
 def plan_command(

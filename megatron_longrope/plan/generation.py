@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops
 from megatron_longrope.lengths import PREFILL_TOKENS, format_length
-from megatron_longrope.plan.hardware import GIB, MOST_GPUS, USABLE, Gpu
+from megatron_longrope.plan.estimate import Cluster
+from megatron_longrope.plan.hardware import GIB, USABLE
 from megatron_longrope.plan.layouts import Layout, Training, problem
 from megatron_longrope.plan.memory import Parts, rank_parameters
 from megatron_longrope.plan.model import Model
@@ -62,14 +63,8 @@ class GenerationPlan:
     """GPUs that share a layer."""
     context: int
     """GPUs that share a sequence."""
-    copies: int
-    """Copies of the model, each with prompts of its own."""
-    gpu: Gpu
-    """The GPU assumed."""
-    mfu: float | None = None
-    """Part of the peak in place of the anchors of :func:`.time.rates`."""
-    gpus_per_node: int = 8
-    """How many NVLink joins."""
+    cluster: Cluster
+    """The GPUs; those beyond one copy of the model hold others."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_new_tokens < self.length:
@@ -77,11 +72,16 @@ class GenerationPlan:
                 f"{self.num_new_tokens} new tokens leave no prompt in {self.length} tokens; "
                 "--length counts prompt and new tokens"
             )
-        if self.gpu.tb_per_s is None:
+        if self.cluster.gpu.tb_per_s is None:
             raise LongRopeError(
-                f"the bandwidth of GPU {self.gpu.name!r} is unknown, and every new token reads all "
-                "weights; give it as TFLOPS:GIB:TB/s, such as 312:80:2.0"
+                f"the bandwidth of GPU {self.cluster.gpu.name!r} is unknown, and every new token "
+                "reads all weights; give it as TFLOPS:GIB:TB/s, such as 312:80:2.0"
             )
+
+    @property
+    def copies(self) -> int:
+        """Copies of the model, each with prompts of its own."""
+        return self.cluster.gpus // (self.tensor * self.context)
 
     @property
     def memory(self) -> GenerationMemory:
@@ -95,7 +95,7 @@ class GenerationPlan:
             cache=2 * _WIDTH * model.num_layers * min(room, self.length) * model.key(tensor),
             activations=self._activations(),
             rotary=4 * self.length * model.rotary_dim,
-            reserve=round((1 - USABLE) * self.gpu.gib * GIB),
+            reserve=round((1 - USABLE) * self.cluster.gpu.gib * GIB),
         )
 
     def _activations(self) -> int:
@@ -121,7 +121,7 @@ class GenerationPlan:
     @property
     def fits(self) -> bool:
         """Whether it fits."""
-        return self.memory.total <= self.gpu.gib * GIB
+        return self.memory.total <= self.cluster.gpu.gib * GIB
 
     @property
     def prefill_flops(self) -> float:
@@ -133,10 +133,11 @@ class GenerationPlan:
     @property
     def prefill_seconds(self) -> float:
         """Expected seconds of reading a prompt."""
-        of_matmul, of_attention = rates(self.gpu, self.mfu)
+        gpu = self.cluster.gpu
+        of_matmul, of_attention = rates(gpu, self.cluster.mfu)
         attention = forward_flops(self.model, self.length - self.num_new_tokens)[1]
         busy = (self.prefill_flops - attention) / of_matmul + attention / of_attention
-        return busy / (self.gpu.tflops * 1e12 * self.tensor * self.context)
+        return busy / (gpu.tflops * 1e12 * self.tensor * self.context)
 
     @property
     def token_seconds(self) -> float:
@@ -146,8 +147,9 @@ class GenerationPlan:
         if self.model.num_experts is not None:  # of the experts, only those of one token
             own = self.model.num_layers * self.model.mlp_parameters * _WIDTH // self.tensor
             weights -= own - own * self.model.moe_router_topk // self.model.num_experts
-        assert self.gpu.tb_per_s is not None
-        return (weights + parts.cache) / (self.gpu.tb_per_s * 1e12 * _READING)
+        bandwidth = self.cluster.gpu.tb_per_s
+        assert bandwidth is not None
+        return (weights + parts.cache) / (bandwidth * 1e12 * _READING)
 
     @property
     def seconds(self) -> float:
@@ -162,18 +164,18 @@ class GenerationPlan:
 
     def text(self) -> str:
         """The plan for people, several lines."""
-        gpus = self.tensor * self.context * self.copies
+        gpu, gpus = self.cluster.gpu, self.cluster.gpus
         lines = [
             f"{self.model.parameters / 1e9:.2f} B parameters, {self.samples} x {self.length} "
             f"tokens ({format_length(self.length)}), {self.num_new_tokens} of them generated, on "
-            f"{gpus} x {self.gpu.name} ({self.gpu.gib:g} GiB): {self.short()}",
-            *self.memory.lines(self.gpu),
+            f"{gpus} x {gpu.name} ({gpu.gib:g} GiB): {self.short()}",
+            *self.memory.lines(gpu),
             f"expected: {format_duration(self.prefill_seconds)} to read a prompt "
             f"({self.prefill_flops:.2e} FLOP), {1000 * self.token_seconds:.1f} ms a new token, "
             f"{format_duration(self.seconds)} in all",
         ]
         if self.fits:
-            fewest = -(-gpus // self.gpus_per_node)
+            fewest = -(-gpus // self.cluster.gpus_per_node)
             nodes = next(count for count in range(fewest, gpus + 1) if gpus % count == 0)
             several = f"--nnodes {nodes} " if nodes > 1 else ""
             lines.append(
@@ -187,7 +189,7 @@ class GenerationPlan:
         """For JSON: sizes in GiB."""
         return {
             "fits": self.fits,
-            "gpu": asdict(self.gpu),
+            "gpu": asdict(self.cluster.gpu),
             "layout": {"tensor": self.tensor, "context": self.context, "copies": self.copies},
             "length": self.length,
             "num_new_tokens": self.num_new_tokens,
@@ -201,23 +203,19 @@ class GenerationPlan:
 
 
 def rank_generation(
-    plan: GenerationPlan,
-    gpus: int,
-    gpus_per_node: int = 8,
-    fixed: Mapping[str, int] | None = None,
+    plan: GenerationPlan, fixed: Mapping[str, int] | None = None
 ) -> list[GenerationPlan]:
     """All layouts of a plan, the best first: those that fit by their time, then by their size.
 
     Args:
         plan (GenerationPlan): Whose layout does not matter.
-        gpus (int): GPUs there are.
-        gpus_per_node (int): How many NVLink joins. Defaults to 8.
         fixed (Mapping, optional): `tensor` or `context`, where they are not to choose.
 
     Raises:
         LongRopeError: No layout keeps the rules.
     """
     fixed, found = fixed or {}, []
+    gpus, gpus_per_node = plan.cluster.gpus, plan.cluster.gpus_per_node
     for tensor in range(1, min(gpus, gpus_per_node) + 1):
         for context in range(1, gpus // tensor + 1):
             layout = Layout(tensor=tensor, context=context)
@@ -226,19 +224,8 @@ def rank_generation(
                 continue
             if plan.model.num_query_groups % tensor:
                 continue  # Megatron would copy groups, the engine gives every rank its own
-            if (tensor, context) == (
-                fixed.get("tensor", tensor),
-                fixed.get("context", context),
-            ):
-                found.append(
-                    replace(
-                        plan,
-                        tensor=tensor,
-                        context=context,
-                        copies=gpus // (tensor * context),
-                        gpus_per_node=gpus_per_node,
-                    )
-                )
+            if (fixed.get("tensor", tensor), fixed.get("context", context)) == (tensor, context):
+                found.append(replace(plan, tensor=tensor, context=context))
     if not found:
         raise LongRopeError(
             f"no layout of {gpus} GPUs keeps the rules: tensor x context parallel must divide the "
@@ -253,25 +240,3 @@ def rank_generation(
         return (1, one.memory.total, one.context, one.tensor)
 
     return sorted(found, key=key)
-
-
-def enough_gpus(
-    plan: GenerationPlan,
-    gpus: int,
-    gpus_per_node: int = 8,
-    fixed: Mapping[str, int] | None = None,
-) -> GenerationPlan | None:
-    """The first plan that fits when the number of GPUs is doubled, if any.
-
-    Args:
-        See :func:`rank_generation`.
-    """
-    while 2 * gpus <= MOST_GPUS:
-        gpus *= 2
-        try:
-            best = rank_generation(plan, gpus, gpus_per_node, fixed)[0]
-        except LongRopeError:
-            continue
-        if best.fits:
-            return best
-    return None

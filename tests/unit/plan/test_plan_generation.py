@@ -9,6 +9,7 @@ import torch
 from megatron_longrope.cli import main
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import PREFILL_TOKENS
+from megatron_longrope.plan import Cluster
 from megatron_longrope.plan.generation import GenerationPlan, rank_generation
 from megatron_longrope.plan.hardware import GPUS, Gpu, parse_gpu
 from megatron_longrope.plan.model import MODELS, Model
@@ -16,9 +17,9 @@ from megatron_longrope.plan.model import MODELS, Model
 LLAMA3 = MODELS["llama3-8b"]
 
 
-def planned(model=LLAMA3, length=131072, new=128, tensor=1, context=1, **options):
-    gpu = options.pop("gpu", GPUS["h100"])
-    return GenerationPlan(model, length, new, 1, tensor, context, 1, gpu, **options)
+def planned(model=LLAMA3, length=131072, new=128, tensor=1, context=1, samples=1, **options):
+    cluster = Cluster(**{"gpu": GPUS["h100"], "gpus": 8, **options})
+    return GenerationPlan(model, length, new, samples, tensor, context, cluster)
 
 
 def run(text: str) -> int:
@@ -63,9 +64,8 @@ def test_a_prompt_takes_its_operations_and_a_token_its_bytes():
     assert plan.prefill_seconds == pytest.approx(plan.prefill_flops / (0.5 * 989e12))
     read = plan.memory.weights + plan.memory.cache
     assert plan.token_seconds == pytest.approx(read / (0.6 * 3.35e12))
-    assert replace(plan, samples=9, copies=4).seconds == pytest.approx(
-        3 * (plan.prefill_seconds + plan.token_seconds)
-    )
+    many = replace(plan, samples=9, cluster=Cluster(GPUS["h100"], 4, mfu=0.5))
+    assert many.seconds == pytest.approx(3 * (plan.prefill_seconds + plan.token_seconds))
 
 
 def test_of_experts_a_token_reads_those_it_is_sent_to():
@@ -75,15 +75,15 @@ def test_of_experts_a_token_reads_those_it_is_sent_to():
 
 
 def test_layouts_that_fit_come_first_and_copies_are_taken_for_many_prompts():
-    many = rank_generation(replace(planned(), samples=512), 8)
+    many = rank_generation(planned(samples=512))
     assert many[0].fits and many[0].copies == 8
-    million = rank_generation(planned(length=2**20), 8)
+    million = rank_generation(planned(length=2**20))
     assert million[0].fits and million[0].context * million[0].tensor > 1
     assert [plan.fits for plan in million] == sorted((p.fits for p in million), reverse=True)
-    (fixed,) = rank_generation(planned(), 8, fixed={"tensor": 2, "context": 4})
+    (fixed,) = rank_generation(planned(), {"tensor": 2, "context": 4})
     assert (fixed.tensor, fixed.context, fixed.copies) == (2, 4, 1)
     with pytest.raises(LongRopeError, match="no layout of 8 GPUs keeps the rules"):
-        rank_generation(planned(), 8, fixed={"tensor": 3})
+        rank_generation(planned(), {"tensor": 3})
 
 
 def test_the_command_says_what_generation_takes(capsys):
@@ -127,10 +127,10 @@ def test_generation_that_does_not_fit_says_on_how_many_gpus_it_would(capsys):
 
 def test_layouts_that_the_engine_refuses_are_not_proposed():
     few_groups = replace(LLAMA3, num_attention_heads=16, num_query_groups=2)
-    found = rank_generation(planned(few_groups, length=2**20), 8)
+    found = rank_generation(planned(few_groups, length=2**20))
     assert {plan.tensor for plan in found} == {1, 2}
     with pytest.raises(LongRopeError, match="tensor parallel the 2 query groups"):
-        rank_generation(planned(few_groups), 8, fixed={"tensor": 4})
+        rank_generation(planned(few_groups), {"tensor": 4})
 
 
 def test_what_would_fit_keeps_the_sizes_that_are_fixed(capsys):

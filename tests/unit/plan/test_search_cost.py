@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_longrope.plan import search_cost
+from megatron_longrope.plan import Cluster, search_cost
 from megatron_longrope.plan.generation import GenerationPlan
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
 from megatron_longrope.plan.model import MODELS, Model
@@ -103,7 +103,7 @@ def test_an_evaluation_left_over_takes_a_round_of_its_own():
 @pytest.mark.parametrize("mfu", [None, 0.2])
 def test_a_forward_pass_takes_as_long_as_the_same_prompt_of_a_generation(gpu, mfu):
     length, model = 2097152, MODELS["llama2-7b"]
-    plan = GenerationPlan(model, length + 1, 1, 1, 1, 8, 1, GPUS[gpu], mfu)
+    plan = GenerationPlan(model, length + 1, 1, 1, 1, 8, Cluster(GPUS[gpu], 8, mfu=mfu))
     cost = seven_b(length, samples=1, context_parallel=8, gpu=GPUS[gpu], mfu=mfu)
     assert cost.evaluation_seconds == pytest.approx(plan.prefill_seconds, rel=1e-3)
 
