@@ -55,19 +55,10 @@ def search(options: SearchOptions) -> LongRopeConfig | None:
     )
     if found is None:
         return None
-    problem, outcome = found
     if not options.no_figures:
         from megatron_longrope.report.search_figures import draw_search_figures
 
-        path = Path(options.output)
-        draw_search_figures(
-            outcome.records,
-            problem,
-            outcome.candidate,
-            path.with_name(f"{path.stem}_figures"),
-            name=path.stem,
-            seeds=outcome.seed_scores,
-        )
+        draw_search_figures(options.output, options.journal, plan.problem.target_length)
     return LongRopeConfig.load(options.output)
 
 

@@ -14,13 +14,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.evaluation.table import format_ratio, format_score
 from megatron_longrope.factor_search.journal import Evaluation, is_complete, is_failed
-from megatron_longrope.factor_search.problem import SearchProblem
-from megatron_longrope.factor_search.space import Candidate, GivenFactors
 from megatron_longrope.lengths import format_length
 from megatron_longrope.report.axes import panel_title, start_token_axis
 from megatron_longrope.report.search_history import (
     SearchHistory,
     StartTokenCurve,
+    read_history,
     reference_factors,
     start_token_curve,
 )
@@ -43,44 +42,34 @@ _MARKS = ("Best so far", "Fully scored", "Scored in part", "Beyond the frame or 
 """Legend of the search progress, in order."""
 
 
-def draw_search_figures(
-    records: Sequence[Evaluation],
-    problem: SearchProblem,
-    winner: Candidate | GivenFactors,
-    directory: str | Path,
-    *,
-    name: str,
-    seeds: Mapping[str, float] | None = None,
-) -> list[Path]:
-    """Draw the way to the winner, its factors, and what start tokens did to perplexity.
+def draw_search_figures(output: str | Path, journal: Path, target_length: int) -> list[Path]:
+    """Draw the way to the factors that were found, these, and what start tokens did to perplexity.
 
-    What the records do not hold is not drawn: progress needs a candidate scored on every sample,
+    What the journal does not hold is not drawn: progress needs a candidate scored on every sample,
     the start-token curve needs one vector of factors scored with two different n_hat.
 
     Args:
-        records (Sequence): The journal's evaluations, in any order.
-        problem (SearchProblem): What was searched.
-        winner (Candidate | GivenFactors): The result.
-        directory (str | Path): Where the files go; made if it does not exist.
-        name (str): What the search is called; the files start with it.
-        seeds (Mapping, optional): Perplexity of each named starting point.
+        output (str | Path): `F.json`, which the search wrote; the files go to `F_figures`.
+        journal (Path): Its evaluations.
+        target_length (int): Window, in tokens, that was searched.
 
     Returns:
-        list[Path]: `<name>_search_progress`, `<name>_rescale_factors` and `<name>_start_tokens`,
-            each as .png and .csv, as far as they were drawn.
+        list[Path]: `F_search_progress`, `F_rescale_factors` and `F_start_tokens`, each as .png and
+            .csv, as far as they were drawn.
     """
-    names: dict[tuple[float, ...], str] = {}
-    for seed, candidate in problem.seeds.items():
-        names.setdefault(problem.factor_set(candidate).rescale_factors, seed)
-    history = SearchHistory(name, records, names, seeds or {})
-    config = problem.config(winner)
-    drawings = [draw_factors([(name, config, config.factor_set_for(problem.target_length))])]
+    output = Path(output)
+    history = read_history(output.stem, journal, output)
+    config = LongRopeConfig.load(output)
+    drawings = [draw_factors([(output.stem, config, config.factor_set_for(target_length))])]
     if any(map(is_complete, history.records)):
         drawings.insert(0, draw_search([history]))
     if curve := start_token_curve(history):
         drawings.append(draw_start_tokens([curve]))
+    directory = output.with_name(f"{output.stem}_figures")
     return [
-        path for drawing in drawings for path in drawing.save(directory, f"{name}_{drawing.name}")
+        path
+        for drawing in drawings
+        for path in drawing.save(directory, f"{output.stem}_{drawing.name}")
     ]
 
 
@@ -276,13 +265,9 @@ def _ring(axes: Axes, lowest: int, curve: StartTokenCurve) -> None:
 
 
 def _curve_detail(curve: StartTokenCurve) -> str:
-    if curve.whose == "best":
-        whose = "factors of the best candidate"
-    elif curve.whose is not None:
-        whose = f"factors of {style_of(curve.whose).label}"
-    else:
-        whose = f"factors {min(curve.factors):.3g} to {max(curve.factors):.3g}"
-    return f"{whose}, {_samples(curve.num_samples)}"
+    values = f"{min(curve.factors):.3g} to {max(curve.factors):.3g}"
+    whose = "of the best candidate" if curve.is_best else values
+    return f"factors {whose}, {_samples(curve.num_samples)}"
 
 
 def _samples(count: int) -> str:

@@ -43,8 +43,6 @@ class SearchHistory:
     """What the search is called in a figure."""
     records: Sequence[Evaluation]
     """The journal's records, sorted by index here."""
-    names: Mapping[tuple[float, ...], str] = field(default_factory=dict)
-    """Rescale factors, as recorded, that have a name (`pi`, `ntk`, `yarn`, ...)."""
     seeds: Mapping[str, float | None] = field(default_factory=dict)
     """Perplexity of each named starting point; those without a finite one are left out here."""
 
@@ -79,8 +77,8 @@ class StartTokenCurve:
     """Name of the search."""
     factors: tuple[float, ...]
     """The rescale factors that all points share."""
-    whose: str | None
-    """Name of the factors, `best` for those of the best candidate, or None."""
+    is_best: bool
+    """Whether they are those of the best candidate."""
     num_samples: int
     """Samples behind each point: those that every one of them has scored."""
     points: Mapping[int, float]
@@ -112,12 +110,10 @@ def start_token_curve(history: SearchHistory) -> StartTokenCurve | None:
     factors, samples, points = max(
         curves, key=lambda curve: (len(curve[2]), curve[1], -min(curve[2].values()))
     )
-    whose = history.names.get(factors)
-    complete = [record for record in history.records if is_complete(record)]
-    if whose is None and complete:
-        best = min(complete, key=lambda record: record.score)
-        whose = "best" if tuple(best.rescale_factors) == factors else None
-    return StartTokenCurve(history.name, factors, whose, samples, points)
+    complete = filter(is_complete, history.records)
+    best = min(complete, key=lambda record: record.score, default=None)
+    is_best = best is not None and tuple(best.rescale_factors) == factors
+    return StartTokenCurve(history.name, factors, is_best, samples, points)
 
 
 def _perplexity(nlls: Sequence[float]) -> float:
@@ -156,29 +152,35 @@ def find_factor_sets(
 
 
 def find_search_histories(directory: str | Path) -> list[SearchHistory]:
-    """Read every search journal below `directory` that scored a candidate completely.
-
-    Lines that cannot be read are passed over. What its starting points scored says the factor file
-    that the search wrote beside it.
-    """
+    """Read every search below `directory` that scored a candidate completely."""
     histories = []
     for path, name in files_below(Path(directory), _JOURNAL):
-        records = read_records(path)
-        if any(map(is_complete, records)):
-            seeds = _starting_points(path)
-            histories.append(SearchHistory(name.removesuffix(_JOURNAL), records, seeds=seeds))
+        factors = path.with_name(f"{path.name.removesuffix(_JOURNAL)}.json")
+        history = read_history(name.removesuffix(_JOURNAL), path, factors)
+        if any(map(is_complete, history.records)):
+            histories.append(history)
     return histories
 
 
-def _starting_points(journal: Path) -> dict[str, Any]:
+def read_history(name: str, journal: Path, factors: Path) -> SearchHistory:
+    """Read what a search wrote.
+
+    Args:
+        name (str): What it is called in a figure.
+        journal (Path): Its evaluations; lines that cannot be read are passed over.
+        factors (Path): Its factor file, which says what the starting points scored; there is none
+            before the search has ended.
+    """
+    return SearchHistory(name, read_records(journal), _starting_points(journal, factors))
+
+
+def _starting_points(journal: Path, factors: Path) -> dict[str, Any]:
     """Return the perplexities in the origin of the searched set; nothing without a factor file."""
     try:
         with journal.open(encoding="utf-8") as file:
             settings = json.loads(file.readline())["settings"]
             wanted = {key: settings.get(key) for key in _OF_A_SCORE}
-        config = LongRopeConfig.load(
-            journal.with_name(f"{journal.name.removesuffix(_JOURNAL)}.json")
-        )
+        config = LongRopeConfig.load(factors)
     except (
         ValueError,
         TypeError,

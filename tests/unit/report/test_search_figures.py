@@ -34,9 +34,24 @@ def record(index, score, factors=OTHER, start_tokens=0, nlls=None, stopped=None)
     return Evaluation(factors, start_tokens, score, tuple(nlls), 1.0, index=index, stopped=stopped)
 
 
-def draw(records, directory, **options):
-    winner = PROBLEM.space.encode(OTHER)
-    return draw_search_figures(records, PROBLEM, winner, directory, name="eight", **options)
+def save_config(path, factors=OTHER, **origin):
+    sets = (FactorSet(256, (1.0,) * 8), FactorSet(2048, factors, 4, origin))
+    LongRopeConfig(10000.0, 16, 256, sets).save(path)
+
+
+def save_journal(path, records):
+    settings = {"target_length": 2048, "data_sha256": "a", "checkpoint_sha256": "b"}
+    with Journal(path, settings) as journal:
+        for item in records:
+            journal.append(item)
+
+
+def draw(records, directory):
+    """The files that are drawn of a search with these records."""
+    factors, journal = directory / "eight.json", directory / "eight.journal.jsonl"
+    save_config(factors)
+    save_journal(journal, records)
+    return draw_search_figures(factors, journal, 2048)
 
 
 def rows(path):
@@ -56,12 +71,12 @@ SEEDED = [
 
 def test_every_figure_is_a_png_with_its_data(tmp_path):
     records = [*SEEDED, record(6, 38.5, start_tokens=4)]
-    paths = draw(records, tmp_path / "figures")
+    paths = draw(records, tmp_path)
     stems = ("search_progress", "rescale_factors", "start_tokens")
     assert [path.name for path in paths] == [
         f"eight_{stem}.{kind}" for stem in stems for kind in ("png", "csv")
     ]
-    assert set(paths) == set((tmp_path / "figures").iterdir())
+    assert set(paths) == set((tmp_path / "eight_figures").iterdir())
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[::2])
 
 
@@ -101,7 +116,7 @@ def test_without_a_complete_candidate_progress_is_not_drawn(tmp_path):
 
 
 def test_starting_points_without_a_finite_score_have_no_line():
-    history = SearchHistory("x", SEEDED, {}, {"pi": 3.0, "none": math.inf, "yarn": None})
+    history = SearchHistory("x", SEEDED, {"pi": 3.0, "none": math.inf, "yarn": None})
     assert history.seeds == {"pi": 3.0}
 
 
@@ -112,16 +127,16 @@ def test_the_curve_compares_on_the_samples_that_all_share():
         record(2, 1.0, PI, 16, (3.1, 3.3, 9.0), "paired"),
         record(3, math.inf, PI, 64, ()),  # failed: no point, and no reason to drop the others
     ]
-    curve = start_token_curve(SearchHistory("x", records, {PI: "pi"}))
-    assert (curve.factors, curve.whose, curve.num_samples) == (PI, "pi", 2)
+    curve = start_token_curve(SearchHistory("x", records))
+    assert (curve.factors, curve.is_best, curve.num_samples) == (PI, True, 2)
     assert curve.points == pytest.approx({0: math.exp(3.1), 4: math.exp(2.9), 16: math.exp(3.2)})
 
 
 def test_the_curve_takes_the_factors_with_the_most_start_token_choices():
     few = [record(n, 9.0, PI, n) for n in (0, 1)]
     many = [record(10 + n, 10.0, OTHER, n, (2.3,)) for n in (0, 4, 8)]
-    assert start_token_curve(SearchHistory("x", [*few, *many])).factors == OTHER
-    assert start_token_curve(SearchHistory("x", few)).whose == "best"
+    curve = start_token_curve(SearchHistory("x", [*few, *many]))
+    assert curve.factors == OTHER and not curve.is_best
 
 
 def test_the_curve_never_compares_scores_on_different_blocks_of_samples():
@@ -144,21 +159,9 @@ def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
 # Found in a folder
 
 
-def save_config(path, factors=OTHER, **origin):
-    sets = (FactorSet(256, (1.0,) * 8), FactorSet(2048, factors, 4, origin))
-    LongRopeConfig(10000.0, 16, 256, sets).save(path)
-
-
-def save_journal(path, records):
-    settings = {"target_length": 2048, "data_sha256": "a", "checkpoint_sha256": "b"}
-    with Journal(path, settings) as journal:
-        for item in records:
-            journal.append(item)
-
-
 def history_of(name, scores, seeds):
     return SearchHistory(
-        name, [Evaluation(OTHER, 0, score, index=i) for i, score in enumerate(scores)], {}, seeds
+        name, [Evaluation(OTHER, 0, score, index=i) for i, score in enumerate(scores)], seeds
     )
 
 
@@ -215,7 +218,7 @@ def test_a_search_without_a_complete_candidate_has_no_history(tmp_path):
     "points", [{0: 3.0, 1: 3.0}, {4: 2.0, 256: 9e5}, {0: 1.0, 20: 1.1, 24: 1.2, 28: 1.3, 32: 1.0}]
 )
 def test_flat_wild_and_crowded_start_token_curves_can_be_drawn(points):
-    drawing = draw_start_tokens([StartTokenCurve("x", OTHER, "yarn", 5, points)])
+    drawing = draw_start_tokens([StartTokenCurve("x", OTHER, True, 5, points)])
     assert drawing.png.startswith(b"\x89PNG") and "over 5 samples" in drawing.caption
 
 
@@ -230,5 +233,5 @@ def test_of_many_unpublished_starting_points_only_the_best_has_a_line():
 def test_a_search_whose_candidates_all_fit_the_frame_is_laid_out_without_a_warning(recwarn):
     draw_search([history_of(str(i), [3.0, 2.9, 2.8], {"pi": 3.0}) for i in range(5)])
     points = {0: 3.0, 1: 2.9, 2: 2.8, 256: 90.0}
-    draw_start_tokens([StartTokenCurve("x", OTHER, None, 1, points)] * 5)
+    draw_start_tokens([StartTokenCurve("x", OTHER, False, 1, points)] * 5)
     assert not [item for item in recwarn if "layout" in str(item.message)]
