@@ -159,7 +159,7 @@ class Cost:
 
 
 def _training(command: Command, gpu: str, commands: Sequence[Command]) -> Cost:
-    found = plan_command(command.words, gpu, command.gpus, None)
+    found = plan_command(command.words, gpu, command.gpus)
     return Cost(found.memory.total, found.fits, found.flops, found.hours, found.short())
 
 

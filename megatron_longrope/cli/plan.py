@@ -51,8 +51,6 @@ class _Cluster(Options):
     """GPUs of the run"""
     gpu: str = flag("h100", metavar="NAME")
     """a100-80, h100, ... or TFLOPS:GIB, with --generate TFLOPS:GIB:TB/s"""
-    memory: float | None = flag(None, type=float, metavar="GIB")
-    """of a GPU (default: its own)"""
     gpus_per_node: int = flag(8, type=parse_positive, metavar="G")
     """GPUs of a node, which NVLink joins"""
     mfu: float | None = flag(None, type=float, metavar="U")
@@ -121,10 +119,10 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 def run(options: PlanOptions) -> int:
     """Run the command."""
-    from megatron_longrope.plan.estimate import Cluster, with_memory
+    from megatron_longrope.plan.estimate import Cluster
     from megatron_longrope.plan.hardware import GIB, parse_gpu
 
-    gpu = with_memory(parse_gpu(options.gpu), options.memory)
+    gpu = parse_gpu(options.gpu)
     cluster = Cluster(gpu, options.gpus, options.gpus_per_node, options.mfu)
     fixed = {name: size for name in _SIZES if (size := getattr(options, name)) is not None}
     planned = _training if options.generate is None else _generation

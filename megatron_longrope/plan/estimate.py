@@ -278,16 +278,13 @@ def more_gpus(cluster: Cluster, ranked: Callable[[Cluster], Sequence[Any]]) -> l
     return []
 
 
-def plan_command(
-    words: Sequence[str], gpu: str = "h100", gpus: int = 8, memory: float | None = None
-) -> Estimate:
+def plan_command(words: Sequence[str], gpu: str = "h100", gpus: int = 8) -> Estimate:
     """The estimate of a Megatron training command as it stands.
 
     Args:
         words (Sequence[str]): The command, see :func:`.flags.parse`.
         gpu (str): See :func:`.hardware.parse_gpu`. Defaults to "h100".
         gpus (int): GPUs of the run. Defaults to 8.
-        memory (float, optional): GiB of a GPU. Defaults to the GPU's.
 
     Raises:
         LongRopeError: The command lacks a flag that matters, Megatron would refuse its layout, or
@@ -298,17 +295,4 @@ def plan_command(
         raise LongRopeError(f"Megatron would refuse the command: {broken}; change the size")
     if fuses_rope(words) and (overflow := rope_overflow(model, training, layout)):
         raise LongRopeError(overflow)
-    return Estimate(model, training, layout, with_memory(parse_gpu(gpu), memory))
-
-
-def with_memory(gpu: Gpu, gib: float | None) -> Gpu:
-    """A GPU with other memory; None leaves it.
-
-    Raises:
-        LongRopeError: `gib` is not positive.
-    """
-    if gib is None:
-        return gpu
-    if not 0 < gib < float("inf"):
-        raise LongRopeError(f"--memory {gib} is no size; give the GiB of a GPU, such as 80")
-    return replace(gpu, gib=gib)
+    return Estimate(model, training, layout, parse_gpu(gpu))

@@ -81,9 +81,9 @@ def test_memory_and_utilisation_can_be_given(capsys):
     _, slow = answer(capsys, f"{base} --mfu 0.1")
     assert slow["utilisation"] == pytest.approx(0.1, rel=0.1)
     assert slow["hours"] > all_of_it["hours"]
-    _, tight = answer(capsys, f"{base} --memory 20")
+    _, tight = answer(capsys, f"{base} --gpu 989:20")
     assert tight["fits"] and tight["memory_gib"]["total"] <= 20 < all_of_it["memory_gib"]["total"]
-    assert answer(capsys, f"{base} --memory 10")[0] == 1
+    assert answer(capsys, f"{base} --gpu 989:10")[0] == 1
 
 
 def test_a_checkpoint_is_planned_from_its_own_shape(untied_gqa, capsys):
@@ -96,7 +96,6 @@ def test_a_checkpoint_is_planned_from_its_own_shape(untied_gqa, capsys):
     [
         ("--model llama9 --gpus 8", "model 'llama9' is unknown"),
         ("--model llama2-7b --gpus 8 --gpu v100", "GPU 'v100' is unknown"),
-        ("--model llama2-7b --gpus 8 --memory -1", "--memory -1.0 is no size"),
         ("--model llama2-7b --gpus 8 --mfu 2", "--mfu 2.0 is not in"),
         ("--model llama2-7b --gpus 7", "no layout of 7 GPUs keeps Megatron's rules"),
         ("--model llama3-8b --gpus 8 --expert-model-parallel-size 2", "parallel 2 has no experts"),

@@ -136,7 +136,7 @@ def test_a_whole_command_is_read_and_what_does_not_matter_passed_over():
     assert estimate.layout == Layout(4, 8, 1, 2)
     assert estimate.training == Training(262144, 32, 600, 1024)
     assert estimate.fits and estimate.hours > 0
-    assert not plan_command(COMMAND, gpu="h100", gpus=64, memory=40).fits
+    assert not plan_command(COMMAND, gpu="989:40", gpus=64).fits
 
 
 def test_every_communication_that_is_read_is_written():
