@@ -16,7 +16,8 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 COMMANDS = """\
 # Commands
 
-Every flag of every command, as `longrope COMMAND --help` prints it. A test compares them.
+Every flag of every command, as `longrope COMMAND --help` prints it. A group of flags that
+an earlier command has, too, is a line that names it. A test compares them.
 """
 RECORDS = """\
 # Records
@@ -45,10 +46,16 @@ def test_every_flag_has_a_help_that_names_its_default_once():
 
 
 def commands():
-    """The page of commands."""
-    parts = [COMMANDS]
+    """The page of commands: a group of flags stands once among commands of one parent."""
+    parts, first = [COMMANDS], {}
     for name, parser in parsers(build_parser()):
-        parts.append(f"## {' '.join(name)}\n\n```text\n{parser.format_help().rstrip()}\n```\n")
+        command, sections = " ".join(name), []
+        for section in re.split(r"\n\n(?=\S)", parser.format_help().rstrip()):
+            owner = first.setdefault((name[:-1], section), command)
+            heading = section.partition("\n")[0]
+            sections.append(section if owner == command else f"{heading} as in `{owner}`")
+        text = "\n\n".join(sections)
+        parts.append(f"## {command}\n\n```text\n{text}\n```\n")
     return "\n".join(parts)
 
 
