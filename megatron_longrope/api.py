@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Is called with bytes done and bytes in all."""
+Announce = Callable[[str], None]
+"""Is called with what a verification takes, in words, right before it."""
 
 
 def search(options: SearchOptions) -> LongRopeConfig | None:
@@ -128,7 +130,9 @@ def kind_of(options: EvaluationOptions) -> Kind:
     raise LongRopeError(f"{type(options).__name__} are no options of an evaluation; give {names}")
 
 
-def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> ConversionReport:
+def convert_to_hf(
+    options: ToHfOptions, progress: Progress | None = None, announce: Announce | None = None
+) -> ConversionReport:
     """Convert a Megatron checkpoint to a Hugging Face folder, and compare their logits.
 
     Raises:
@@ -163,6 +167,7 @@ def convert_to_hf(options: ToHfOptions, progress: Progress | None = None) -> Con
             longrope_config=exported,
             tolerance=options.tolerance,
             remedy="nothing was written",
+            announce=announce,
             **lengths,
         )
 
@@ -212,7 +217,9 @@ def exported_factors(
     return None, f"none stored {where}, plain RoPE"
 
 
-def convert_from_hf(options: FromHfOptions, progress: Progress | None = None) -> ImportReport:
+def convert_from_hf(
+    options: FromHfOptions, progress: Progress | None = None, announce: Announce | None = None
+) -> ImportReport:
     """Convert a Hugging Face folder to a Megatron checkpoint, and compare their logits.
 
     Raises:
@@ -229,6 +236,7 @@ def convert_from_hf(options: FromHfOptions, progress: Progress | None = None) ->
             options.hf,
             tolerance=options.tolerance,
             sliding_window=options.sliding_window,
+            announce=announce,
         )
 
     return write_checkpoint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from megatron_longrope import api
@@ -17,10 +17,6 @@ from megatron_longrope.conversion.options import (
     ToHfOptions,
     VerifyOptions,
 )
-from megatron_longrope.files import read_json
-from megatron_longrope.progress import format_duration
-
-_LEFT_OUT = "; --no-verify leaves it out"
 
 
 def add_parser(commands: Any, about: str | None = None) -> None:
@@ -64,10 +60,8 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 
 def _run_to_hf(options: ToHfOptions) -> None:
-    config = _say_factors(options)
-    if not options.no_verify:
-        _say_cost_of_export(options, config)
-    report = api.convert_to_hf(options, ByteProgress("writing"))
+    _say_factors(options)
+    report = api.convert_to_hf(options, ByteProgress("writing"), _announce)
     for item in report.dropped_start_tokens:
         print(item.describe())
     for remark in report.remarks:
@@ -83,13 +77,7 @@ def _run_to_hf(options: ToHfOptions) -> None:
 
 
 def _run_from_hf(options: FromHfOptions) -> None:
-    from megatron_longrope.checkpoint.opening import open_checkpoint
-
-    if not options.no_verify:
-        checkpoint = open_checkpoint(None, options.hf, sliding_window=options.sliding_window)
-        written = read_json(Path(options.hf, "config.json"))
-        _say_cost(checkpoint, checkpoint.longrope, written, advice=_LEFT_OUT)
-    report = api.convert_from_hf(options, ByteProgress("writing"))
+    report = api.convert_from_hf(options, ByteProgress("writing"), _announce)
     _print_verification(report.verification)
     shape = report.shape
     print(
@@ -123,8 +111,6 @@ def _run_from_hf(options: FromHfOptions) -> None:
 
 
 def _run_verify(options: VerifyOptions) -> None:
-    from megatron_longrope.checkpoint.hf.source import open_folder
-    from megatron_longrope.checkpoint.opening import open_checkpoint
     from megatron_longrope.conversion.start_tokens import drop_start_tokens
     from megatron_longrope.conversion.verify import verify
 
@@ -132,10 +118,6 @@ def _run_verify(options: VerifyOptions) -> None:
     lengths = options.short_length, options.target_length
     if options.drop_start_tokens:
         config, _ = drop_start_tokens(config, *lengths)
-    if not options.json:
-        window, source = options.sliding_window, None if options.load else options.hf
-        checkpoint = open_checkpoint(options.load, source, options.iteration, window)
-        _say_cost(checkpoint, config, open_folder(options.hf, window).config, lengths)
     report = verify(
         options.load,
         options.hf,
@@ -145,6 +127,7 @@ def _run_verify(options: VerifyOptions) -> None:
         target_length=lengths[1],
         tolerance=options.tolerance,
         sliding_window=options.sliding_window,
+        announce=None if options.json else partial(print, flush=True),
     )
     if options.json:
         print(json.dumps(report.to_dict()))
@@ -176,43 +159,11 @@ def _say_factors(
     return config
 
 
-def _say_cost_of_export(options: ToHfOptions, config: Any) -> None:
-    from megatron_longrope.checkpoint.opening import open_checkpoint
-
-    checkpoint = open_checkpoint(options.load, None, options.iteration)
-    window = checkpoint.shape.max_position_embeddings
-    if config is not None:
-        window = options.target_length or config.max_length
-    written = {
-        "max_position_embeddings": window,
-        "sliding_window": checkpoint.shape.sliding_window,
-        "rope_scaling": config and config.base_frequencies,
-    }
-    lengths = options.short_length, options.target_length
-    _say_cost(checkpoint, config, written, lengths, advice=_LEFT_OUT)
-
-
-def _say_cost(
-    checkpoint: Any,
-    config: Any,
-    hf_config: Any,
-    lengths: tuple[int | None, int | None] = (None, None),
-    advice: str = "",
-) -> None:
-    from megatron_longrope.conversion.verify import (
-        exported_config,
-        memory_needed,
-        operations_needed,
-    )
-
-    weights, per_token = memory_needed(checkpoint)
-    exported = None if config is None else exported_config(config, *lengths)
-    operations = operations_needed(checkpoint.shape, exported, hf_config)
+def _announce(cost: str) -> None:
+    """Print what the verification of a conversion takes, and how to do without."""
     print(
-        f"verifying: holds the model in memory twice, in fp32, {weights / 2**30:.1f} GiB of "
-        f"weights, and about {per_token / 2**20:.2f} MiB for each token of an input that is just "
-        f"longer than the original window; takes {operations:.1e} operations on the CPU, "
-        f"{format_duration(operations / 1e12)} at 10^12 a second{advice}",
+        f"{cost}; interrupted here, the files are kept, and the same command with --no-verify goes "
+        "on",
         flush=True,
     )
 

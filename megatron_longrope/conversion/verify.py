@@ -1,13 +1,13 @@
 """Compare a Hugging Face folder with a Megatron checkpoint, logit by logit.
 
-Both models are in memory at once, in fp32: :func:`memory_needed` says how much that is. Logits are
-taken of the last tokens only: those of 128k tokens of a large vocabulary are 67 GB.
+Both models are in memory at once, in fp32. Logits are taken of the last tokens only: those of 128k
+tokens of a large vocabulary are 67 GB.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from megatron_longrope.checkpoint.hf.source import open_folder
 from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
@@ -29,6 +28,7 @@ from megatron_longrope.flops import forward_flops
 from megatron_longrope.hf_rope import read_hf_rope
 from megatron_longrope.local_folder import LOCAL_ONLY
 from megatron_longrope.out_of_memory import is_out_of_memory
+from megatron_longrope.progress import format_duration
 
 TOLERANCE = 1e-4
 _SHORT_TOKENS = 512
@@ -81,6 +81,7 @@ def verify(
     tolerance: float = TOLERANCE,
     sliding_window: str = "refuse",
     remedy: str = "do not use this folder",
+    announce: Callable[[str], None] | None = None,
 ) -> VerificationReport:
     """Run both models in fp32 on random tokens, within and past every limit of config.json.
 
@@ -91,6 +92,8 @@ def verify(
             folder itself.
         longrope_config (LongRopeConfig, optional): What was exported; None for plain RoPE.
         remedy (str): What to do about a difference.
+        announce (Callable, optional): Called with what it takes, in words, before a model is
+            loaded.
 
     Raises:
         NotVerified: transformers cannot load the folder, or memory runs out.
@@ -107,6 +110,8 @@ def verify(
     vocab_size = hf_config["vocab_size"]
     stored = {info.dtype for info in checkpoint.keys().values()}
     written = {info.dtype for name, info in folder.tensors.items() if not name.endswith("inv_freq")}
+    if announce is not None:
+        announce(_cost(checkpoint, config, hf_config))
     differences = []
     try:
         engine = fp32_engine(checkpoint, config)
@@ -145,6 +150,7 @@ def verify_import(
     *,
     tolerance: float = TOLERANCE,
     sliding_window: str = "refuse",
+    announce: Callable[[str], None] | None = None,
 ) -> VerificationReport:
     """Compare a new checkpoint with the folder that it was made of; see :func:`verify`."""
     return verify(
@@ -154,6 +160,7 @@ def verify_import(
         tolerance=tolerance,
         sliding_window=sliding_window,
         remedy="nothing was written",
+        announce=announce,
     )
 
 
@@ -214,23 +221,25 @@ def _unread(hf_dir: Path) -> str:
     return ""
 
 
-def memory_needed(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Bytes of both models' weights, and about those of each token of an input."""
+def _cost(
+    checkpoint: Checkpoint, config: LongRopeConfig | None, hf_config: Mapping[str, Any]
+) -> str:
+    """What a verification takes; config and hf_config as for :func:`windows_to_compare`."""
     shape, size = checkpoint.shape, torch.float32.itemsize
-    elements = sum(math.prod(info.shape) for info in checkpoint.keys().values())
+    lengths = [length for _, length in windows_to_compare(config, hf_config)]
+    weights = 2 * size * sum(math.prod(info.shape) for info in checkpoint.keys().values())
     ffn = shape.ffn_hidden_size
     if shape.num_experts is not None:
         ffn = (shape.moe_ffn_hidden_size or ffn) * (shape.moe_router_topk or 1)
     # transformers holds an MLP's intermediates whole, and some hidden states beside them.
-    return 2 * elements * size, (4 * ffn + 6 * shape.hidden_size) * size
-
-
-def operations_needed(
-    shape: ModelShape, config: LongRopeConfig | None, hf_config: Mapping[str, Any]
-) -> int:
-    """Floating-point operations of both models; the rest as for :func:`windows_to_compare`."""
-    lengths = [length for _, length in windows_to_compare(config, hf_config)]
-    return 2 * sum(sum(forward_flops(shape, length)) for length in lengths)
+    at_work = (4 * ffn + 6 * shape.hidden_size) * size * max(lengths)
+    operations = 2 * sum(sum(forward_flops(shape, length)) for length in lengths)
+    return (
+        f"verifying: holds the model in memory twice, in fp32, {weights / 2**30:.1f} GiB of "
+        f"weights, and about {at_work / 2**30:.1f} GiB for an input of {max(lengths)} tokens; "
+        f"takes {operations:.1e} operations on the CPU, "
+        f"{format_duration(operations / 1e12)} at 10^12 a second"
+    )
 
 
 def exported_config(

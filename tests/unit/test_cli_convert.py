@@ -147,8 +147,8 @@ def test_memory_and_operations_of_a_verification_are_stated_and_can_be_spared(
     assert to_hf(untied_gqa.path, tmp_path / "a", "--target-length", "256") == 0
     printed = capsys.readouterr().out
     assert (
-        "verifying: holds the model in memory twice, in fp32, 0.0 GiB of weights, and about 0.00 "
-        "MiB for each token of an input that is just longer than the original window"
+        "verifying: holds the model in memory twice, in fp32, 0.0 GiB of weights, and about 0.0 "
+        "GiB for an input of 128 tokens"
     ) in printed
     # Both models on 64 and 128 tokens, with 3 layers of 64 columns, 4 heads and 2 groups of 16.
     weights = 3 * 64 * (2 * 64 + 2 * 32 + 3 * 96) + 64 * 250
@@ -162,6 +162,19 @@ def test_memory_and_operations_of_a_verification_are_stated_and_can_be_spared(
     assert "not verified (--no-verify)" in printed and "verifying" not in printed
     assert convert("verify", "--load", untied_gqa.path, "--hf", tmp_path / "a") == 0
     assert f"takes {total:.1e} operations" in capsys.readouterr().out
+
+
+def test_a_verification_that_is_interrupted_keeps_the_files_as_it_announced(
+    untied_gqa, tmp_path, monkeypatch, capsys
+):
+    def interrupt(checkpoint, config):
+        assert "same command with --no-verify goes on" in capsys.readouterr().out
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_longrope.conversion.verify.fp32_engine", interrupt)
+    assert to_hf(untied_gqa.path, tmp_path / "hf") == 130
+    assert to_hf(untied_gqa.path, tmp_path / "hf", "--no-verify") == 0
+    assert "continuing an interrupted run: " in capsys.readouterr().out
 
 
 def test_verify_compares_a_pair_of_either_origin_or_a_folder_alone(
