@@ -9,12 +9,11 @@ a quarter of their sample-forwards (one window through the model, which is what 
 `ratio_from_yarn` asks the same against the released operators started from YaRN, which is harder.
 
 The quickstart's base model (256 tokens) is extended 8 times, without training. An arm is a search;
-all arms score the same windows of search text, with the same attention factor, but for those that
-rotate over a pool, whose first windows these are. Arms with `full` in their name get the budget of
-the released search, so that equal costs are compared too. Every seed of every arm is a run. Scores
-are kept in `--output` as they come: an interrupted run goes on, and a long benchmark may be split
-over processes (`--arms released --seeds 0`); the last call, without those two flags, puts
-everything together.
+all arms score the same windows of search text, with the same attention factor. Arms with `full` in
+their name get the budget of the released search, so that equal costs are compared too. Every seed
+of every arm is a run. Scores are kept in `--output` as they come: an interrupted run goes on, and a
+long benchmark may be split over processes (`--arms released --seeds 0`); the last call, without
+those two flags, puts everything together.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ import measure
 import torch
 from released_operators import ReleasedSearch, released_seed, released_space
 from search_curves import ArmRun, draw_curves, print_summary, summarise
-from search_texts import Pool, Scores, Windows, perplexity, pool_price
+from search_texts import Scores, Windows, perplexity
 
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
@@ -69,9 +68,6 @@ class Sizes:
     held_out: int
     """Windows of held-out text."""
 
-    pool: int
-    """Windows of search text for the arms that rotate."""
-
     @property
     def budget(self) -> int:
         """Sample-forwards of the released search from begin to end."""
@@ -79,14 +75,13 @@ class Sizes:
 
 
 # Three samples, as in the paper from 512k on; its five for shorter targets would take hours more.
-FULL = Sizes(EvolutionParameters(), samples=3, held_out=8, pool=24)
+FULL = Sizes(EvolutionParameters(), samples=3, held_out=8)
 QUICK = Sizes(
     EvolutionParameters(
         population_size=16, num_mutations=4, num_crossovers=4, max_iterations=5, num_parents=8
     ),
     samples=2,
     held_out=2,
-    pool=4,
 )
 
 
@@ -99,8 +94,6 @@ class Bench:
     held_out: Windows
     settings: dict[str, Any]
     sizes: Sizes
-    open_windows: Callable[[int, int], Windows]
-    """(first document, number) -> windows of the search text."""
 
     @classmethod
     def load(cls, model: Path, sizes: Sizes) -> Bench:
@@ -124,7 +117,6 @@ class Bench:
             Windows(engine, model / "data/heldout", length, sizes.held_out),
             settings,
             sizes,
-            lambda first, count: Windows(engine, model / "data/search", length, count, first),
         )
 
     def orientation(self) -> dict[str, dict[str, float]]:
@@ -177,20 +169,14 @@ def _evolution(bench: Bench, seed: int, evaluations: int) -> EvolutionSearch:
     )
 
 
-def _cma(bench: Bench, seed: int, evaluations: int, blocks: int = 1) -> GenerationalSearch:
+def _cma(bench: Bench, seed: int, evaluations: int) -> GenerationalSearch:
     from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 
     problem = bench.problem
     seeds = list(problem.seeds.values())
     # The search plans with its budget.
     parameters = CmaParameters(max_evaluations=evaluations, num_samples=bench.sizes.samples)
-    return CmaSearch(problem.space, parameters, seeds, seed, blocks=blocks)
-
-
-def _cma_pool(bench: Bench, seed: int, evaluations: int) -> GenerationalSearch:
-    """On rotating samples; the anchor and the final are paid out of the same budget."""
-    blocks, anchor, final = pool_price(bench.sizes.pool, bench.sizes.samples)
-    return _cma(bench, seed, max(evaluations - anchor - final, 1), blocks)
+    return CmaSearch(problem.space, parameters, seeds, seed)
 
 
 ARMS: dict[str, Maker] = {
@@ -199,26 +185,21 @@ ARMS: dict[str, Maker] = {
     "evolution": _evolution,
     "cma": _cma,
     "cma_paired": _cma,
-    "cma_pool": _cma_pool,
     "cma_full": _cma,
-    "cma_pool_full": _cma_pool,
 }
 """A search may ask for some of the samples only (`Trial.samples`): its arm then pays for those."""
 
 RACES = {"cma_paired": Race("paired")}
 """Arms that stop scoring a candidate early; the others score every sample."""
 
-ROTATING = ("cma_pool", "cma_pool_full")
-"""Arms whose generations take turns on a pool."""
-
 BASELINES = ("released", "released_yarn")
 """The first is what was released and sets the target of the claim; the second, which starts where
 ours do, tells what is the operators' share."""
 
-WHOLE = (*BASELINES, "cma_full", "cma_pool_full")
+WHOLE = (*BASELINES, "cma_full")
 """Arms that get the whole budget."""
 
-STANDARD = (*BASELINES, "evolution", "cma", "cma_pool", "cma_full", "cma_pool_full")
+STANDARD = (*BASELINES, "evolution", "cma", "cma_full")
 """The arms of a full run."""
 
 SHARE = 0.25
@@ -239,24 +220,11 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
         stack.callback(scores.close)
         held_out = Scores(path.with_suffix(".heldout.jsonl"), bench.settings, bench.held_out)
         stack.callback(held_out.close)
-        pool = None
-        if name in ROTATING:
-
-            def open_scores(part: str, first: int, count: int) -> Scores:
-                where = path.with_suffix(f".{part}.jsonl")
-                opened = Scores(where, bench.settings, bench.open_windows(first, count))
-                stack.callback(opened.close)
-                return opened
-
-            pool = Pool(open_scores, problem, bench.sizes.pool, samples)
-            # On the first block YaRN is a starting point like the others.
-            run.forwards = samples * (len(pool.blocks) - 1)
         left = max(budget - scores.num_resumed, 1)
         bar = stack.enter_context(Progress(left, f"{name} seed {seed}", "forwards"))
 
-        def look_at_held_out(winner: Any = None) -> None:
-            config = problem.config(winner or search.best[0])
-            nlls, _ = held_out.nlls(config, bench.sizes.held_out)
+        def look_at_held_out() -> None:
+            nlls, _ = held_out.nlls(problem.config(search.best[0]), bench.sizes.held_out)
             run.held_out.append((run.forwards, perplexity(nlls)))
 
         def measure_trial(trial: Trial) -> tuple[int, float, int]:
@@ -271,10 +239,8 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
                     fresh += computed
                     if verdict := race.lost(nlls, incumbent):
                         return seen, math.exp(verdict[1]), fresh
-            source = scores if pool is None else pool.blocks[trial.block]
-            nlls, computed = source.nlls(config, count)
-            value = perplexity(nlls) if pool is None else pool.value(trial, nlls)
-            return count, value, fresh + computed
+            nlls, computed = scores.nlls(config, count)
+            return count, perplexity(nlls), fresh + computed
 
         def score(trial: Trial) -> None:
             count, value, fresh = measure_trial(trial)
@@ -296,11 +262,7 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
             for trial in trials:
                 if run.forwards < budget:
                     score(trial)
-        if pool is not None:
-            winner = pool.winner()
-            run.forwards += pool.forwards
-            look_at_held_out(winner)
-        elif run.held_out[-1][0] < run.forwards:
+        if run.held_out[-1][0] < run.forwards:
             look_at_held_out()
     run.notes = {"capped": search.num_capped} if isinstance(search, ReleasedSearch) else {}
     return run
@@ -436,7 +398,6 @@ def main() -> int:
         extension_ratio=EXTENSION,
         attention_factor_policy=POLICY,
         samples=sizes.samples,
-        pool=sizes.pool,
         held_out_samples=sizes.held_out,
         seeds=seeds,
         evolution_parameters=asdict(sizes.parameters),

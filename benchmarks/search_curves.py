@@ -34,9 +34,7 @@ STYLES = {
     "released_yarn": Style("Released, from YaRN", "#E69F00", "v", (0, (5, 2))),
     "evolution": Style("Evolution", "#0072B2", "o", "-"),
     "cma": Style("CMA-ES", "#009E73", "D", (0, (3, 1.5))),
-    "cma_pool": Style("CMA-ES, rotating", "#56B4E9", "P", "-"),
     "cma_full": Style("CMA-ES, whole budget", "#009E73", "X", (0, (1, 1.2))),
-    "cma_pool_full": Style("CMA-ES, rotating, whole budget", "#56B4E9", "*", (0, (1, 1.2))),
     "cma_paired": Style("CMA-ES, paired races", "#CC79A7", "^", (0, (1, 1.2))),
 }
 

@@ -178,7 +178,7 @@ def _documents_of(options: PrepareOptions, commands: Sequence[plan.Command]) -> 
         if options.output in (getattr(args, "data", None), getattr(args, "held_out", None)):
             if command.words[1] == "search":
                 length = args.target_length * args.windows_per_document
-                count = max(args.num_samples, args.pool or 0)
+                count = args.num_samples
             else:
                 length, count = max(args.lengths), args.num_documents
             length = max(length, shortest)

@@ -137,8 +137,6 @@ class CmaSearch(GenerationalSearch):
     def _price(self, candidate: Candidate, samples: int | None) -> int:
         """Sample-forwards of a trial; what an earlier one has scored is not scored again."""
         wanted = samples or self.parameters.num_samples
-        if self._blocks > 1:
-            return wanted  # a later generation scores other windows
         return max(0, wanted - self._paid.get(candidate, 0))
 
     def _ask(

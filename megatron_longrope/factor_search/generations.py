@@ -40,8 +40,6 @@ class Trial:
     certain: bool = True
     """Whether losing to the incumbent means for certain that it does not matter. Where it is only
     likely, as in CMA-ES, the exact rule stops nobody."""
-    block: int = 0
-    """Of a rotating pool: which samples."""
 
 
 @dataclass
@@ -78,7 +76,6 @@ class GenerationalSearch(ABC):
             Defaults to 0.
         patience (int, optional): Draw no further generation when so many evaluations in a row have
             not lowered the best score by more than 0.1 %.
-        blocks (int): Of a rotating pool; the generations take them in turn. Defaults to 1.
     """
 
     def __init__(
@@ -88,17 +85,14 @@ class GenerationalSearch(ABC):
         max_evaluations: int | None = None,
         lookahead: int = 0,
         patience: int | None = None,
-        blocks: int = 1,
     ) -> None:
         if max_evaluations is not None:
             check_int("max_evaluations", max_evaluations, 1)
         if patience is not None:
             check_int("patience", patience, 1)
         check_int("lookahead", lookahead, 0)
-        check_int("blocks", blocks, 1)
         self.space = space
         self.lookahead = lookahead
-        self._blocks = blocks
         self._max_evaluations, self._patience = max_evaluations, patience
         self._generations: list[Generation] = []
         self._num_asked = 0
@@ -180,9 +174,8 @@ class GenerationalSearch(ABC):
             chosen = chosen[: self._max_evaluations - self._num_asked]
         if not chosen:
             return None
-        block = len(self._generations) % self._blocks
         trials = tuple(
-            Trial(index, candidate, samples, incumbent, certain, block)
+            Trial(index, candidate, samples, incumbent, certain)
             for index, candidate in enumerate(chosen, start=self._num_asked)
         )
         self._num_asked += len(trials)

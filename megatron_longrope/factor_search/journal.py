@@ -51,8 +51,6 @@ class Evaluation:
     stopped: str | None = None
     """Why samples are missing: `exact` or `paired`, a race was lost; `budget`, only so many were
     asked for. None when every sample was scored."""
-    block: int = 0
-    """Of a rotating pool: which samples these are. Left out of the file where it is 0."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score) and not self.error:
@@ -67,11 +65,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object with null in place of infinity."""
-        values = asdict(self)
-        if not self.block:
-            del values["block"]
         return {
-            **values,
+            **asdict(self),
             "rescale_factors": list(self.rescale_factors),
             "score": _null_if_inf(self.score),
             "sample_nlls": [_null_if_inf(value) for value in self.sample_nlls],
@@ -86,7 +81,7 @@ class Evaluation:
                 type.
         """
         names = {item.name for item in fields(cls)}
-        if not isinstance(value, dict) or value.keys() | {"block"} != names:
+        if not isinstance(value, dict) or value.keys() != names:
             raise LongRopeError(f"expected an object with the keys {sorted(names)}")
         nlls = value["sample_nlls"]
         score = value["score"]
@@ -276,7 +271,7 @@ def fresh_samples(record: Evaluation, counted: dict[Any, int]) -> int:
     `counted` is what earlier calls noted; a candidate that halving promotes is recorded again with
     the samples that it already had.
     """
-    key = (tuple(record.rescale_factors), record.num_start_tokens, record.block)
+    key = (tuple(record.rescale_factors), record.num_start_tokens)
     before = counted.get(key, 0)
     counted[key] = max(before, len(record.sample_nlls))
     return counted[key] - before

@@ -19,8 +19,8 @@ from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.space import Candidate
 from megatron_longrope.factor_search.trial_queue import SharedTrialQueue, TrialQueue
 
-Key = tuple[tuple[float, ...], int, int]
-"""Factors, start tokens and the block of a rotating pool."""
+Key = tuple[tuple[float, ...], int]
+"""Factors and start tokens."""
 
 
 class KnownScores:
@@ -35,7 +35,7 @@ class KnownScores:
         self._problem = problem
         self._by_index: dict[int, Evaluation] = {}
         self._losses: dict[Key, tuple[float, ...]] = {}
-        self._scores: dict[tuple[tuple[float, ...], int], float] = {}
+        self._complete: set[Key] = set()
         for record in records:
             self.add(record)
         self.num_resumed = len(self._by_index)
@@ -47,9 +47,9 @@ class KnownScores:
 
     def add_losses(self, record: Evaluation) -> None:
         """Remember the losses of an evaluation, which may be another search's."""
-        key = record.rescale_factors, record.num_start_tokens, record.block
+        key = record.rescale_factors, record.num_start_tokens
         if is_complete(record):
-            self._scores[key[:2]] = record.score
+            self._complete.add(key)
         if record.error is None and len(record.sample_nlls) > len(self._losses.get(key, ())):
             self._losses[key] = record.sample_nlls
 
@@ -62,8 +62,7 @@ class KnownScores:
         record = self._by_index.get(trial.index)
         if record is None:
             return None
-        key = record.rescale_factors, record.num_start_tokens, record.block
-        if key != self._key(trial.candidate, trial.block):
+        if (record.rescale_factors, record.num_start_tokens) != self._key(trial.candidate):
             raise LongRopeError(
                 f"evaluation {trial.index}, of the journal or of another replica, is not the "
                 "candidate that this search asks for; it comes from another release of this "
@@ -72,17 +71,17 @@ class KnownScores:
             )
         return record
 
-    def losses(self, candidate: Candidate, block: int = 0) -> tuple[float, ...]:
-        """Losses of the candidate's first samples of a block, as far as they are known."""
-        return self._losses.get(self._key(candidate, block), ())
+    def losses(self, candidate: Candidate) -> tuple[float, ...]:
+        """Losses of the candidate's first samples, as far as they are known."""
+        return self._losses.get(self._key(candidate), ())
 
-    def score(self, candidate: Candidate) -> float | None:
-        """The candidate's score over all samples of a block, if it has one."""
-        return self._scores.get(self._key(candidate, 0)[:2])
+    def complete_losses(self, candidate: Candidate) -> tuple[float, ...] | None:
+        """Losses of the candidate on all samples, if it has a score over them."""
+        return self.losses(candidate) if self._key(candidate) in self._complete else None
 
-    def _key(self, candidate: Candidate, block: int) -> Key:
+    def _key(self, candidate: Candidate) -> Key:
         target = self._problem.factor_set(candidate)
-        return target.rescale_factors, target.num_start_tokens, block
+        return target.rescale_factors, target.num_start_tokens
 
 
 @dataclass(frozen=True)

@@ -58,16 +58,6 @@ class PerplexityObjective:
         self.samples_per_forward = max(1, tokens_per_forward // samples.shape[1])
         self.target_length = samples.shape[1]
 
-    def part(self, first: int, count: int) -> PerplexityObjective:
-        """The same over `count` samples from `first` on."""
-        rows = slice(first, first + count)
-        return PerplexityObjective(
-            self._engine,
-            self._samples[rows],
-            weights=None if self._weights is None else self._weights[rows],
-            tokens_per_forward=self.samples_per_forward * self.target_length,
-        )
-
     def losses(self, config: LongRopeConfig, first: int) -> list[float]:
         """Score sample `first` and those that share its forward pass, in nats.
 

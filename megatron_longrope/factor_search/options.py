@@ -62,9 +62,6 @@ class _Objective(Options):
     """of the number's loss in the joint objective"""
     num_samples: int = flag(5, type=parse_positive, metavar="K")
     """documents per evaluation"""
-    pool: int | None = flag(None, type=int, metavar="N")
-    """documents that generations take in turn, K each, instead of the same K for all; a quarter is
-    kept to choose among the best at the end (default: no rotation)"""
     windows_per_document: int = flag(1, type=parse_positive, metavar="W")
     """consecutive windows per document; useful for short windows"""
     tokenizer: str | None = flag(None, metavar="T")

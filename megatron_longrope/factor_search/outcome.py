@@ -51,18 +51,12 @@ def write(
 
 
 def export_notes(
-    problem: SearchProblem,
-    outcome: SearchOutcome,
-    objective: PerplexityObjective,
-    *,
-    is_scored: bool = True,
+    problem: SearchProblem, outcome: SearchOutcome, objective: PerplexityObjective
 ) -> list[str]:
     """What keeps the result from Hugging Face, and what it costs to do without; [] if nothing.
 
     Args:
-        objective (PerplexityObjective): Windows of text.
-        is_scored (bool): Whether the outcome's score is of these windows; a pool's is not, and is
-            then computed. Defaults to True.
+        objective (PerplexityObjective): What the outcome's score is of.
     """
     config, original = (
         problem.config(outcome.candidate),
@@ -72,8 +66,6 @@ def export_notes(
     if chosen.num_start_tokens:
         without = {"without": GivenFactors(chosen.rescale_factors)}
         scores = {"longrope": outcome.score, **scores_on(objective, problem, without)}
-        if not is_scored:
-            scores |= scores_on(objective, problem, {"longrope": outcome.candidate})
         notes.append(
             f"{chosen.num_start_tokens} start tokens cannot be exported to Hugging Face; `convert "
             f"to-hf --drop-start-tokens` leaves them out, at {cell(scores, 'without')} "

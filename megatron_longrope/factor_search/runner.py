@@ -11,12 +11,11 @@ from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch, Trial
-from megatron_longrope.factor_search.journal import Evaluation, is_complete
+from megatron_longrope.factor_search.journal import Evaluation
 from megatron_longrope.factor_search.known_scores import KnownScores, Team, open_journal
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
-from megatron_longrope.factor_search.rotation import Anchor
 from megatron_longrope.factor_search.scoring import score_trial
 from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.factor_search.telemetry import SearchStatus, Telemetry
@@ -82,12 +81,11 @@ def open_run(
 def run_search(
     search: GenerationalSearch,
     problem: SearchProblem,
-    blocks: Sequence[PerplexityObjective],
+    objective: PerplexityObjective,
     run: SearchRun,
     *,
     label: str = "search",
     known: Sequence[Evaluation] = (),
-    anchor: Anchor | None = None,
     opened: tuple[KnownScores, TrialQueue] | None = None,
 ) -> SearchOutcome:
     """Score what `search` asks for until it is done.
@@ -95,14 +93,12 @@ def run_search(
     Args:
         search (GenerationalSearch): A new one; the journal brings it up to date.
         problem (SearchProblem): What the candidates mean.
-        blocks (Sequence[PerplexityObjective]): What a trial is scored on, by its block: of a
-            rotating pool several of the same size, else one.
+        objective (PerplexityObjective): What a trial is scored on.
         run (SearchRun): Where and how.
         label (str): Of the progress line.
         known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
             another search: what they scored costs nothing here. Complete ones are incumbents of the
             winner.
-        anchor (Anchor, optional): What scores on different blocks are relative to.
         opened (tuple, optional): The run's journal, from :func:`open_run`. Defaults to opening it.
 
     Raises:
@@ -110,10 +106,9 @@ def run_search(
         LongRopeError: No candidate could be scored, or a replica died.
         LongRopeError: The journal holds more than the search asks for.
     """
-    num_samples = blocks[0].num_samples
-    status = SearchStatus(num_samples)
+    status = SearchStatus(objective.num_samples)
     records: dict[int, Evaluation] = {}
-    total = search.total_samples(num_samples)
+    total = search.total_samples(objective.num_samples)
     with (
         nullcontext(opened) if opened else open_run(run, problem) as (scores, queue),
         Progress(total, label, "samples") as bar,
@@ -124,7 +119,7 @@ def run_search(
         while trials := search.trials():
             arrived = [record for trial in trials if (record := scores.find(trial))]
             if not arrived:
-                _score_next(trials, problem, blocks, anchor, run.race, scores, queue)
+                _score_next(trials, problem, objective, run.race, scores, queue)
                 continue  # and find there whether it is what was asked for
             trials_by_index = {trial.index: trial for trial in trials}
             for record in sorted(arrived, key=lambda item: item.index):
@@ -163,7 +158,11 @@ def _outcome(
         if seed_scores.get(name, math.inf) < score:
             candidate, score = given, seed_scores[name]
     if not math.isfinite(score):
-        raise LongRopeError(f"no candidate could be scored; {_remedy(run.journal)}")
+        raise LongRopeError(
+            f"no candidate could be scored; see the error fields in {run.journal} for the reason; "
+            "once it is gone (out of memory: with a larger --context-parallel-size or "
+            "--tensor-model-parallel-size) run the same command with --resume"
+        )
     return SearchOutcome(
         candidate,
         score,
@@ -177,8 +176,8 @@ def _outcome(
 
 
 def _score_next(
-    trials: Sequence[Trial], problem: SearchProblem, blocks: Sequence[PerplexityObjective],
-    anchor: Anchor | None, race: Race, scores: KnownScores, queue: TrialQueue,
+    trials: Sequence[Trial], problem: SearchProblem, objective: PerplexityObjective,
+    race: Race, scores: KnownScores, queue: TrialQueue,
 ) -> None:  # fmt: skip
     """Add another replica's results to `scores`, or else that of one trial; or wait for either."""
     arrived = [record for trial in trials if (record := queue.fetch(trial.index))]
@@ -193,15 +192,9 @@ def _score_next(
     incumbent = None
     # An incumbent that was itself stopped has no score to compare with.
     if trial.incumbent is not None and (trial.certain or race.rule == "paired"):
-        score = scores.score(trial.incumbent)
-        if score is not None and anchor is None:
-            incumbent = scores.losses(trial.incumbent)
-        elif score is not None:
-            incumbent = anchor.losses_of(score, trial.block)
-    known = scores.losses(trial.candidate, trial.block)
-    record = score_trial(
-        trial, problem, blocks[trial.block], race, known=known, incumbent=incumbent, anchor=anchor
-    )
+        incumbent = scores.complete_losses(trial.incumbent)
+    known = scores.losses(trial.candidate)
+    record = score_trial(trial, problem, objective, race, known=known, incumbent=incumbent)
     queue.publish(record)
     scores.add(record)
 
@@ -223,73 +216,30 @@ def _named_scores(problem: SearchProblem, records: Iterable[Evaluation]) -> dict
 
 
 class SeedSearch(GenerationalSearch):
-    """Scores given factors on every block, and that is all."""
+    """Scores given factors, and that is all."""
 
-    def __init__(
-        self, space: SearchSpace, candidates: Sequence[GivenFactors], blocks: int = 1
-    ) -> None:
-        super().__init__(space, blocks=blocks)
+    def __init__(self, space: SearchSpace, candidates: Sequence[GivenFactors]) -> None:
+        super().__init__(space)
         self._candidates = list(dict.fromkeys(candidates))
         self._advance()
 
     def total_samples(self, num_samples: int) -> int:
         """Sample-forwards of all candidates."""
-        return num_samples * len(self._candidates) * self._blocks
+        return num_samples * len(self._candidates)
 
     def _draw(self, number: int) -> Generation | None:
-        return self._generation(self._candidates) if number < self._blocks else None
+        return self._generation(self._candidates) if number == 0 else None
 
 
 def score_references(
     problem: SearchProblem, objective: PerplexityObjective, run: SearchRun
 ) -> SearchOutcome:
-    """Score the problem's references, all samples of each; `run` is that of the search."""
-    given = list(problem.references.values())
-    return _score_given(given, problem, (objective,), run, "references")
-
-
-def score_anchor(
-    given: GivenFactors,
-    problem: SearchProblem,
-    blocks: Sequence[PerplexityObjective],
-    run: SearchRun,
-    known: Sequence[Evaluation],
-) -> Anchor:
-    """Score the factors that a rotating search is relative to, on every block.
+    """Score the problem's references, all samples of each.
 
     Args:
-        given (GivenFactors): A reference of the problem.
-        run (SearchRun): Of the search that follows.
-        known (Sequence[Evaluation]): Scores on the first block, which are not repeated.
+        run (SearchRun): Of the search; the references have a journal of their own beside its.
     """
-    # In the journal's name: a reference that failed before may be the best of a resumed search.
-    label = f"anchor-{next(key for key, item in problem.references.items() if item == given)}"
-    records = _score_given([given], problem, blocks, run, label, known).records
-    losses = {record.block: record.sample_nlls for record in records if is_complete(record)}
-    if len(losses) < len(blocks):
-        path = _journal_beside(run, label)
-        raise LongRopeError(f"the anchor could not be scored on every block; {_remedy(path)}")
-    return Anchor(given, tuple(losses[block] for block in range(len(blocks))))
-
-
-def _score_given(
-    given: Sequence[GivenFactors], problem: SearchProblem, blocks: Sequence[PerplexityObjective],
-    run: SearchRun, label: str, known: Sequence[Evaluation] = (),
-) -> SearchOutcome:  # fmt: skip
-    """Score factors on every block, with a journal of their own beside the search's."""
-    journal = _journal_beside(run, label)
-    part = replace(run, journal=journal, race=Race("off"), tensorboard=None)
-    search = SeedSearch(problem.space, given, len(blocks))
-    return run_search(search, problem, blocks, part, label=label, known=known)
-
-
-def _remedy(journal: Path) -> str:
-    return (
-        f"see the error fields in {journal} for the reason; once it is gone (out of memory: with a "
-        "larger --context-parallel-size or --tensor-model-parallel-size) run the same command with "
-        "--resume"
-    )
-
-
-def _journal_beside(run: SearchRun, label: str) -> Path:
-    return run.journal.with_suffix(f".{label}.jsonl")
+    journal = run.journal.with_suffix(".references.jsonl")
+    beside = replace(run, journal=journal, race=Race("off"), tensorboard=None)
+    search = SeedSearch(problem.space, list(problem.references.values()))
+    return run_search(search, problem, objective, beside, label="references")

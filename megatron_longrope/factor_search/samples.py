@@ -53,12 +53,6 @@ def read_samples(args: SearchOptions, prefix: str, objective: str, num_documents
             f"--objective {objective} writes text into documents: give their --tokenizer"
         )
     depths = _depths(args.needle_depths) or _even(args.num_samples)
-    if args.pool is not None and len(depths) > args.num_samples:
-        raise LongRopeError(
-            f"--needle-depths has {len(depths)} depths, and with --pool a generation sees "
-            f"--num-samples {args.num_samples} documents, each at one; give fewer depths or more "
-            "samples"
-        )
     tokenizer = _tokenizer(args.tokenizer, prefix)
     samples = needle_samples(
         documents, tokenizer, length, bos_id=bos_id, depths=depths, seed=args.seed

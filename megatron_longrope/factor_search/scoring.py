@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,6 @@ from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.out_of_memory import is_out_of_memory
 
-if TYPE_CHECKING:
-    from megatron_longrope.factor_search.rotation import Anchor
-
 
 def score_trial(
     trial: Trial,
@@ -28,7 +24,6 @@ def score_trial(
     *,
     known: Sequence[float] = (),
     incumbent: Sequence[float] | None = None,
-    anchor: Anchor | None = None,
 ) -> Evaluation:
     """The evaluation of a trial.
 
@@ -38,7 +33,6 @@ def score_trial(
     Args:
         known (Sequence[float]): Losses of the candidate's first samples, from an earlier trial.
         incumbent (Sequence[float], optional): Losses of the trial's incumbent on all samples.
-        anchor (Anchor, optional): Makes scores on different blocks of a pool comparable.
 
     Returns:
         Evaluation: With the reason instead of a score when memory ran out or a loss is not finite.
@@ -71,9 +65,6 @@ def score_trial(
     if error is None and stopped is None:
         mean = math.fsum(losses[:wanted]) / wanted
         stopped = "budget" if wanted < objective.num_samples else None
-    if error is None and anchor is not None:
-        compared = wanted if stopped in (None, "budget") else objective.num_samples
-        mean += anchor.offset(trial.block, compared)
     try:
         score = math.exp(mean)
     except OverflowError:
@@ -87,5 +78,4 @@ def score_trial(
         error,
         trial.index,
         None if error else stopped,
-        trial.block,
     )

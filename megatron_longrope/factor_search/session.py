@@ -46,37 +46,17 @@ from megatron_longrope.factor_search.retrieval import (
     check_retrieval,
     measure_retrieval,
 )
-from megatron_longrope.factor_search.rotation import FINALISTS, split_pool, validate
 from megatron_longrope.factor_search.runner import (
     SearchOutcome,
     SearchRun,
     open_run,
     run_search,
-    score_anchor,
     score_references,
 )
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
 from megatron_longrope.factor_search.trial_queue import shared_store
 from megatron_longrope.files import check_folder
 from megatron_longrope.ranks import rank
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What the search itself leaves, before its winner is examined."""
-
-    problem: SearchProblem
-    """What was searched, under the attention factor of the search."""
-    outcome: SearchOutcome
-    """The winner; of a pool, the one on its validation windows."""
-    settings: dict[str, Any]
-    """What it was made with."""
-    block: PerplexityObjective
-    """The windows that the search saw; of a pool, the first of them."""
-    judge: PerplexityObjective
-    """The windows that a decision about the winner is made on."""
-    validation: dict[str, float] | None
-    """Of :func:`.rotation.validate`; None without a pool."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +77,6 @@ class SearchPlan:
     """What candidates are scored on."""
     held_out: Samples | None
     """Windows of the held-out documents, if there are any; perplexity is measured on them."""
-    rotating: int
-    """Blocks of samples that generations take in turn; 1 without --pool."""
     needles: NeedleSamples | str
     """What references and winner are asked for at the end, or why they are not."""
 
@@ -146,45 +124,21 @@ class SearchPlan:
         )
         check_divisible(args.target_length, args.context_parallel_size)
         _check_tokens(args, checkpoint)
-        rotating, kept = (1, 0) if args.pool is None else split_pool(args.pool, args.num_samples)
-        blocks = rotating + kept
-        samples = read_samples(args, args.data, args.objective, blocks * args.num_samples)
-        if isinstance(parameters, CmaParameters):
-            # The same forwards with a pool: the anchor on every block, and the finalists.
-            budget = parameters.max_evaluations - (rotating - 1 + kept * (FINALISTS + 1))
-            if budget < 1:
-                raise LongRopeError(
-                    f"--pool {args.pool} leaves nothing of {parameters.max_evaluations} evaluations"
-                    " for the search; give a smaller pool or a larger --max-evaluations"
-                )
-            parameters = replace(
-                parameters, num_samples=len(samples) // blocks, max_evaluations=budget
-            )
+        samples = read_samples(args, args.data, args.objective, args.num_samples)
         race = Race(args.racing, args.racing_significance)
         held_out = None
         if args.held_out:
             held_out = read_samples(args, args.held_out, "ppl", args.num_samples)
         needles = needles_or_reason(args)
-        plan = cls(
-            options, parameters, checkpoint, problem, race, samples, held_out, rotating, needles
-        )
+        plan = cls(options, parameters, checkpoint, problem, race, samples, held_out, needles)
         plan._algorithm()  # seeds that do not fit its sizes
         if isinstance(needles, str) and rank() == 0:
             print(f"retrieval will not be measured: {needles}", flush=True)
         return plan
 
-    @property
-    def num_samples(self) -> int:
-        """Samples behind one score; the others of a pool rotate or are kept for the end."""
-        if self.options.pool is None:
-            return len(self.samples)
-        return self.options.num_samples * self.options.windows_per_document
-
     def _algorithm(self) -> CmaSearch | EvolutionSearch:
         args, space, seeds = self.options, self.problem.space, list(self.problem.seeds.values())
-        shared: dict[str, Any] = {
-            "lookahead": args.lookahead, "patience": args.patience, "blocks": self.rotating
-        }  # fmt: skip
+        shared: dict[str, Any] = {"lookahead": args.lookahead, "patience": args.patience}
         if isinstance(self.parameters, CmaParameters):
             return CmaSearch(space, self.parameters, seeds, args.seed, **shared)
         shared["max_evaluations"] = args.max_evaluations
@@ -197,16 +151,10 @@ class SearchPlan:
 
         args = self.options
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
-        count = self.num_samples
+        count = len(self.samples)
         forwards = self._algorithm().total_samples(count)
-        forwards += count * (self.rotating - 1)
-        kept = len(self.samples) - self.rotating * count  # the validation windows of a pool
-        forwards += kept * (FINALISTS + 1)
         if args.attention_factor == "search":
-            # Only on validation windows is the score under the search's own value unknown.
-            forwards += (
-                count * ATTENTION_EVALUATIONS if not kept else kept * (ATTENTION_EVALUATIONS + 1)
-            )
+            forwards += count * ATTENTION_EVALUATIONS
         gpus = args.num_gpus or model_ranks
         if gpus % model_ranks:
             raise LongRopeError(
@@ -260,7 +208,7 @@ class SearchPlan:
         found = self._find(model, team)
         if found is None:
             return None
-        problem, outcome = found.problem, found.outcome
+        problem, outcome, settings, objective = found
         verdict = None
         if not isinstance(self.needles, str):
             verdict = check_retrieval(
@@ -269,9 +217,7 @@ class SearchPlan:
             outcome = verdict.outcome
         settled = None
         if args.attention_factor == "search":
-            # A pool's scores are relative to its anchor, hence none of the validation windows.
-            own = outcome.score if found.validation is None else None
-            scores = attention_scores(problem, outcome.candidate, found.judge, own)
+            scores = attention_scores(problem, outcome.candidate, objective, outcome.score)
             settled = settle_attention(
                 problem, outcome.candidate, scores, verdict,
                 lambda config: measure_retrieval(model, self.needles, config),
@@ -281,16 +227,9 @@ class SearchPlan:
             outcome = replace(outcome, score=outcome.score * settled.gain)
         # The references keep the value that they were scored under.
         written = problem if settled is None else settled.problem
-        validation = found.validation
-        if validation is not None and (written, outcome.candidate) != (
-            problem, found.outcome.candidate
-        ):  # fmt: skip
-            candidates = {"longrope": outcome.candidate}
-            validation = validation | outcome_files.scores_on(found.judge, written, candidates)
         origin = {
-            **self._origin(found, outcome),
+            **self._origin(problem, outcome, settings),
             "attention_factor_perplexity": {} if settled is None else settled.scores,
-            "validation_perplexity": validation,
             "retrieval": self.needles if verdict is None else verdict.to_dict(),
         }
         held_out = {}
@@ -308,60 +247,52 @@ class SearchPlan:
             notes.append(f"retrieval was not measured: {self.needles}")
         elif verdict.reason:
             notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
-        notes += outcome_files.export_notes(
-            written, outcome, found.block, is_scored=validation is None
-        )
-        if validation is not None:
-            ours, anchor = (outcome_files.cell(validation, key) for key in ("longrope", "anchor"))
-            windows = f"{found.judge.num_samples} windows that no generation saw"
-            notes.append(f"on {windows}: {ours}, the anchor {anchor}")
+        notes += outcome_files.export_notes(written, outcome, objective)
         for note in notes:
             print(note)
         print(f"wrote {args.output}")
         return written, outcome
 
-    def _find(self, model: Replica, team: Team) -> _Found | None:
-        """Run the search to its end; None on every rank but the first."""
+    def _find(
+        self, model: Replica, team: Team
+    ) -> tuple[SearchProblem, SearchOutcome, dict[str, Any], PerplexityObjective] | None:
+        """Run the search to its end.
+
+        Returns:
+            tuple: The problem under the attention factor of the search, the winner, the settings
+                that it was found with and what it was scored on; None on every rank but the first.
+        """
         args = self.options
         objective, problem = self._objective(model, self.samples), self._with_attention()
         settings = self._settings()
         # An evolution of more iterations goes on from one of fewer.
         sizes = {k: v for k, v in settings["parameters"].items() if k != "max_iterations"}
         attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
+        # Journals of searches that could rotate their samples say that they did not.
+        journaled = {**settings, "parameters": sizes, "attention": attention, "pool": None}
         run = SearchRun(
-            args.journal, {**settings, "parameters": sizes, "attention": attention}, self.race,
+            args.journal, journaled, self.race,
             args.resume, args.overwrite, team,
             Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
-        count = self.num_samples
-        blocks = [objective.part(i * count, count) for i in range(self.rotating)]
         # Opened before anything is scored: --overwrite must not leave the discarded search there.
         with open_run(run, problem) as opened:
             # Once the search has begun it depends on what it was told of them, failures included.
             before = replace(run, retry_failed=not opened[0].num_resumed)
-            references = score_references(problem, blocks[0], before)
-            known, anchor = references.records, None
-            if args.pool:
-                anchor = score_anchor(references.candidate, problem, blocks, before, known)
-                known = anchor.adjusted(known)
+            known = score_references(problem, objective, before).records
             outcome = run_search(
-                self._algorithm(), problem, blocks, run, known=known, anchor=anchor, opened=opened
+                self._algorithm(), problem, objective, run, known=known, opened=opened
             )
-        if rank() != 0:
-            return None
-        if anchor is None:
-            return _Found(problem, outcome, settings, blocks[0], blocks[0], None)
-        unseen = objective.part(self.rotating * count, len(self.samples))
-        winner, score, validation = validate(problem, outcome.records, anchor, unseen)
-        outcome = replace(outcome, candidate=winner, score=score)
-        return _Found(problem, outcome, settings, blocks[0], unseen, validation)
+        return (problem, outcome, settings, objective) if rank() == 0 else None
 
-    def _origin(self, found: _Found, outcome: SearchOutcome) -> dict[str, Any]:
+    def _origin(
+        self, problem: SearchProblem, outcome: SearchOutcome, settings: dict[str, Any]
+    ) -> dict[str, Any]:
         """Where the factors come from, but for what is measured at the end."""
         return {
             "method": f"longrope-{self.options.algorithm}",
-            "stage": found.problem.stage,
-            "scale": found.problem.space.scale,
+            "stage": problem.stage,
+            "scale": problem.space.scale,
             "search_perplexity": outcome.score,
             "seed_perplexity": outcome.seed_scores,
             "evaluations": outcome.num_evaluations,
@@ -369,7 +300,7 @@ class SearchPlan:
             "sample_forwards": outcome.sample_forwards,
             "sample_forwards_saved": outcome.sample_forwards_saved,
             "checkpoint": str(self.checkpoint.directory),
-            **{key: value for key, value in found.settings.items() if key != "base"},
+            **{key: value for key, value in settings.items() if key != "base"},
             "racing": self.race.rule,
             "date": datetime.date.today().isoformat(),
             "versions": outcome_files.versions(),
@@ -418,7 +349,6 @@ class SearchPlan:
             "seed": args.seed,
             "objective": args.objective,
             "num_samples": args.num_samples,
-            "pool": args.pool,
             "windows_per_document": args.windows_per_document,
             "needles": self.samples.needles,
             "needle_weight": args.needle_weight if args.objective == "joint" else None,

@@ -90,17 +90,16 @@ def start_token_curve(history: SearchHistory) -> StartTokenCurve | None:
 
     On a tie the larger number of common samples decides, then the lower perplexity.
     """
-    # A search that rotates its samples scores each block of them on other text.
-    groups: dict[tuple[tuple[float, ...], int], dict[int, tuple[float, ...]]] = {}
+    groups: dict[tuple[float, ...], dict[int, tuple[float, ...]]] = {}
     for record in history.records:
         nlls = tuple(record.sample_nlls)
         if not nlls or not all(map(math.isfinite, nlls)):
             continue
-        group = groups.setdefault((tuple(record.rescale_factors), record.block), {})
+        group = groups.setdefault(tuple(record.rescale_factors), {})
         known = group.get(record.num_start_tokens, ())
         group[record.num_start_tokens] = max(known, nlls, key=len)
     curves = []
-    for (factors, _), group in groups.items():
+    for factors, group in groups.items():
         if len(group) > 1:
             samples = min(map(len, group.values()))
             points = {n: _perplexity(group[n][:samples]) for n in sorted(group)}

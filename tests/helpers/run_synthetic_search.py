@@ -77,7 +77,7 @@ def main() -> int:
         search = EvolutionSearch(problem.space, SMALL, seeds, 1, lookahead=args.lookahead)
     run = SearchRun(args.journal, {"seed": 1}, Race(args.racing), resume=True, team=team)
     objective = Uneven(team, args.seconds, die_after, args.together, noise=0.1)
-    outcome = run_search(search, problem, [objective], run)
+    outcome = run_search(search, problem, objective, run)
     if team.index == 0:
         print(
             json.dumps(

@@ -82,7 +82,6 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--needle-weight 0.5", "--needle-weight has no meaning with --objective ppl"),
         ("--objective needle --needle-weight 0.5", "--needle-weight has no meaning with --obj"),
         ("--needle-depths 0,1", "--needle-depths has no meaning with --objective ppl"),
-        ("--pool 5 --num-samples 2", "a pool of 5 documents is no multiple of a generation's 2"),
         ("--target-length 254 --context-parallel-size 2", "length 254 is not divisible by 2 x"),
         ("--lookahead -1", "lookahead is -1"),
         ("--attention-factor big", "must be a finite number above 0, `longest` or `search`"),
@@ -202,7 +201,7 @@ def test_whatever_a_journal_was_begun_with_is_compared_when_it_is_resumed(
              "--load", str(megatron_runs["tied_mha"].path)]  # fmt: skip
     changed = (
         "--target-length 512 --algorithm evolution --lookahead 1 --space critical --upper 3 "
-        "--seed 1 --num-samples 1 --pool 2 --windows-per-document 2 --patience 9 --bos 5 "
+        "--seed 1 --num-samples 1 --windows-per-document 2 --patience 9 --bos 5 "
         "--tokens-per-forward 640 --dtype bfloat16 --racing off --retrieval-trials 0 --resume"
     )
     capsys.readouterr()
@@ -214,9 +213,47 @@ def test_whatever_a_journal_was_begun_with_is_compared_when_it_is_resumed(
     assert " ".join(sorted(named)) == (
         "algorithm attention base bos checkpoint_sha256 critical_dimensions data_sha256 dtype "
         "floor_dimension lookahead needle_weight needles num_samples objective parameters patience "
-        "pool racing references seed space stage start_tokens target_length tokens_per_forward "
+        "racing references seed space stage start_tokens target_length tokens_per_forward "
         "upper windows_per_document"
     )
+
+
+# Of version 0.2, whose searches had options that are gone.
+HEADER = {
+    "algorithm": "cma", "stage": "first", "target_length": 256,
+    "base": {
+        "schema": 1, "rope_type": "longrope", "rotary_base": 50000.0, "rotary_dim": 16,
+        "original_max_position_embeddings": 64, "attention_factor": None,
+        "attention_factor_policy": "su",
+        "factor_sets": [
+            {"max_length": 64, "rescale_factors": [1.0] * 8, "num_start_tokens": 0,
+             "origin": {"method": "none"}},
+        ],
+    },
+    "parameters": {
+        "max_evaluations": 4, "population_size": None, "initial_deviation": 0.1, "num_samples": 3,
+        "polish_share": 0.25, "polish_step": 0.04,
+    },
+    "lookahead": 0, "space": "floored", "start_tokens": [0], "critical_dimensions": [],
+    "floor_dimension": 2, "upper": 400, "seed": 0, "objective": "ppl", "num_samples": 3,
+    "pool": None, "windows_per_document": 1, "needles": None, "needle_weight": None,
+    "patience": None, "tokens_per_forward": 8192, "bos": 1, "sliding_window": None,
+    "dtype": "float32", "attention": [1.1547005383792517, "su"], "racing": ["exact", 0.05],
+}  # fmt: skip
+COMPUTED = ("references", "data_sha256", "checkpoint_sha256")
+
+
+def test_a_search_of_an_earlier_version_goes_on(options, tmp_path):
+    small = ["--max-evaluations", "4", "--no-figures", "--retrieval-trials", "0"]
+    assert main([*options, *small]) == 0
+    journal = tmp_path / "factors.journal.jsonl"
+    header, *lines = journal.read_text().splitlines(keepends=True)
+    ours = json.loads(header)["settings"]
+    earlier = {"journal": 2, "settings": HEADER | {key: ours[key] for key in COMPUTED}}
+    begun = json.dumps(earlier) + "\n" + "".join(lines[:2])
+    journal.write_text(begun)
+    assert main([*options, *small, "--resume"]) == 0
+    assert journal.read_text().startswith(begun) and num_journaled(journal) == 4
 
 
 def test_an_evolution_goes_on_with_more_iterations_and_not_with_fewer(options, tmp_path, capsys):
@@ -255,16 +292,6 @@ def test_a_number_of_gpus_is_positive(options, capsys, flag):
     with pytest.raises(SystemExit):
         main([*options, "--dry-run", flag, "0"])
     assert f"argument {flag}: '0' is not a positive integer" in capsys.readouterr().err
-
-
-def test_more_needle_depths_than_a_generation_has_documents_are_refused(
-    options, data, no_weights, capsys
-):
-    needles = ["--objective", "needle", "--tokenizer", data["tokenizer"], "--pool", "4",
-               "--num-samples", "2", "--target-length", "640"]  # fmt: skip
-    assert main([*options, *needles, "--needle-depths", "0,0.5,1"]) == 2
-    assert "--needle-depths has 3 depths" in capsys.readouterr().err
-    assert main([*options, *needles, "--needle-depths", "0,1", "--dry-run"]) == 0
 
 
 def test_a_dry_run_assumes_the_checkpoints_own_type(options, no_weights, capsys):
@@ -414,27 +441,6 @@ def test_the_factors_that_a_model_carries_are_the_base(options, data, tmp_path, 
     assert "--original-length 128 contradicts" in capsys.readouterr().err
 
 
-def test_a_rotating_search_resumes_and_is_judged_on_windows_that_no_generation_saw(
-    options, data, tmp_path, capsys
-):
-    flags = ["--pool", "5", "--num-samples", "1", "--max-evaluations", "16", "--no-figures",
-             "--attention-factor-policy", "su"]  # fmt: skip
-    assert main([*options, *flags]) == 0
-    assert "on 2 windows that no generation saw: " in capsys.readouterr().out
-    config = json.loads((tmp_path / "factors.json").read_text())
-    origin = config["factor_sets"][-1]["origin"]
-    on_unseen = origin["validation_perplexity"]
-    assert on_unseen["longrope"] <= on_unseen["anchor"]
-    journal = (tmp_path / "factors.journal.jsonl").read_bytes()
-    blocks = {json.loads(line).get("block", 0) for line in journal.splitlines()[1:]}
-    assert blocks <= {0, 1, 2}
-    assert main([*options, *flags, "--resume"]) == 0
-    assert (tmp_path / "factors.journal.jsonl").read_bytes() == journal
-    assert json.loads((tmp_path / "factors.json").read_text()) == config
-    assert main([*options, *flags, "--max-evaluations", "12", "--dry-run"]) == 2
-    assert "--pool 5 leaves nothing of 12 evaluations" in capsys.readouterr().err
-
-
 def test_data_without_bos_can_be_searched(options, no_weights, tmp_path, capsys):
     data = make_search_data(tmp_path, bos=False)
     options[options.index("--data") + 1] = data["search"]
@@ -443,23 +449,6 @@ def test_data_without_bos_can_be_searched(options, no_weights, tmp_path, capsys)
         assert main([*options, *flags, "--dry-run"]) == 0, capsys.readouterr().err
     assert main([*options, "--bos", "5000", "--dry-run"]) == 2
     assert "--bos 5000 is no token id" in capsys.readouterr().err
-
-
-def test_with_a_pool_the_attention_factor_is_settled_on_the_validation_windows(
-    options, data, tmp_path, capsys
-):
-    flags = ["--pool", "5", "--num-samples", "1", "--max-evaluations", "16", "--no-figures",
-             "--attention-factor", "search"]  # fmt: skip
-    assert main([*options, *flags]) == 0
-    config = json.loads((tmp_path / "factors.json").read_text())
-    origin = config["factor_sets"][-1]["origin"]
-    tried = {float(value): score for value, score in origin["attention_factor_perplexity"].items()}
-    # What is recorded of the validation windows is what is written.
-    assert min(tried.values()) == pytest.approx(origin["validation_perplexity"]["longrope"])
-    assert config["attention_factor"] == min(tried, key=tried.get)
-    assert main([*options, *flags, "--dry-run"]) == 0
-    # A pool is paid out of the budget; each of nine values costs the two validation windows.
-    assert f"{16 + 2 * (ATTENTION_EVALUATIONS + 1)} evaluations" in capsys.readouterr().out
 
 
 def test_needles_that_could_not_be_asked_are_a_reason_before_the_search_and_no_failure_after_it(

@@ -89,18 +89,6 @@ def test_the_search_benchmark_ends_with_its_result_however_it_is_split(model, tm
         assert scores[0] == scores[1] and len(scores[0]) == 1 + 24
 
 
-@pytest.mark.slow  # a process of its own: the benchmark chooses the number of threads
-def test_an_arm_that_rotates_pays_for_its_anchor_and_its_final(model, tmp_path):
-    options = ("--model", model, "--budget", 30, "--budget-fraction", 1, "--samples", 1,
-               "--arms", "cma_pool,cma")  # fmt: skip
-    result = result_of(*options, "--output", tmp_path / "run")
-    rotating, fixed = result["rows"]
-    # Equal costs, up to what a paired test saves in the final.
-    assert rotating["forwards"][0] <= fixed["forwards"][0] <= 30
-    assert rotating["final_held_out_perplexity"] > 1 and rotating["evaluations"] == [30 - 2 - 5]
-    assert result_of(*options, "--output", tmp_path / "run")["rows"] == result["rows"]
-
-
 @pytest.mark.slow
 def test_a_quick_run_without_a_model_says_what_it_needs():
     assert "--quick needs --model DIR" in run(ok=False).stderr

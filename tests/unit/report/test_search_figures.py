@@ -139,12 +139,6 @@ def test_the_curve_takes_the_factors_with_the_most_start_token_choices():
     assert curve.factors == OTHER and not curve.is_best
 
 
-def test_the_curve_never_compares_scores_on_different_blocks_of_samples():
-    first = record(0, 9.0, PI, 0, (2.0, 2.1))
-    other = Evaluation(PI, 4, 8.0, (1.0, 1.1), index=1, block=1)
-    assert start_token_curve(SearchHistory("x", [first, other])) is None
-
-
 def test_a_promoted_candidate_keeps_its_larger_number_of_samples():
     records = [
         record(0, 9.0, PI, 0, (2.0,), "budget"),

@@ -147,17 +147,6 @@ def test_a_start_that_no_step_leaves_gives_way_to_the_second_best():
     assert sum(not trial.certain for trial, _ in told) > 10
 
 
-def test_on_samples_that_rotate_every_round_of_halving_is_paid_in_full():
-    space = SearchSpace(16, 8.0, start_tokens=START_TOKENS)
-    search = CmaSearch(space, SMALL, published(space), 0, blocks=3)
-    told = run(search, objective(space))
-    scored = {}
-    for trial, _ in told:
-        key = trial.block, trial.candidate
-        scored[key] = max(scored.get(key, 0), trial.samples or 4)
-    assert sum(scored.values()) <= 4 * SMALL.max_evaluations
-
-
 def test_start_tokens_are_found_for_a_fraction_of_what_trying_them_all_costs():
     space = SearchSpace(16, 8.0, start_tokens=START_TOKENS)
     search = CmaSearch(space, CmaParameters(max_evaluations=200), published(space), 0)

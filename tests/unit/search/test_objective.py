@@ -132,7 +132,7 @@ def test_a_needles_answer_alone_decides_its_score(engine, config, data):
 def test_the_joint_objective_takes_both_losses_from_one_pass(engine, config, data):
     args = SimpleNamespace(
         windows_per_document=1, target_length=640, num_samples=3, tokenizer=data["tokenizer"],
-        needle_depths="0,0.5,1", needle_weight=0.25, seed=3, bos=None, pool=None,
+        needle_depths="0,0.5,1", needle_weight=0.25, seed=3, bos=None,
     )  # fmt: skip
     samples = read_samples(args, data["search"], "joint", 3)
     wide = config.with_factor_set(FactorSet(640, config.factor_sets[-1].rescale_factors))

@@ -12,10 +12,13 @@ from megatron_longrope.config import FactorSet, identity_config
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.factor_search.journal import Journal
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.journal import Evaluation, Journal, best_scores
+from megatron_longrope.factor_search.known_scores import KnownScores
 from megatron_longrope.factor_search.problem import make_problem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.runner import SearchRun, run_search, score_references
+from megatron_longrope.factor_search.scoring import score_trial
 
 SMALL = EvolutionParameters(
     population_size=8, num_mutations=4, num_crossovers=4, max_iterations=3, num_parents=4
@@ -52,7 +55,7 @@ def test_a_second_search_never_ends_above_the_best_composed_baseline(new_search,
     yarn = extension("yarn", tuned, 8192).rescale_factors
     # Lowest for the exact vector, and a little higher already for its nearest grid point.
     objective = OnlyOneIsGood(yarn, at=8192)
-    outcome = run_search(new_search(problem), problem, [objective], SearchRun(tmp_path / "j.jsonl"))
+    outcome = run_search(new_search(problem), problem, objective, SearchRun(tmp_path / "j.jsonl"))
     assert outcome.score == outcome.seed_scores["yarn"] == pytest.approx(math.exp(2.0))
     assert problem.factor_set(outcome.candidate).rescale_factors == yarn
 
@@ -63,7 +66,7 @@ def drop_time(record):
 
 def test_the_winner_is_at_least_as_good_as_every_seed(problem, new_search, tmp_path):
     search = new_search(problem)
-    outcome = run_search(search, problem, [Synthetic()], SearchRun(tmp_path / "j.jsonl"))
+    outcome = run_search(search, problem, Synthetic(), SearchRun(tmp_path / "j.jsonl"))
     assert set(outcome.seed_scores) == {"pi", "ntk", "yarn"}
     assert outcome.score < min(outcome.seed_scores.values())
     assert outcome.num_evaluations == len(outcome.records)
@@ -71,7 +74,7 @@ def test_the_winner_is_at_least_as_good_as_every_seed(problem, new_search, tmp_p
 
 def test_an_evolution_scores_what_its_parameters_say(problem, tmp_path):
     outcome = run_search(
-        evolution(problem), problem, [Synthetic()], SearchRun(tmp_path / "j", race=OFF)
+        evolution(problem), problem, Synthetic(), SearchRun(tmp_path / "j", race=OFF)
     )
     assert outcome.num_evaluations == 8 + 3 * 8
     assert outcome.sample_forwards == 32 * Synthetic.num_samples
@@ -79,7 +82,7 @@ def test_an_evolution_scores_what_its_parameters_say(problem, tmp_path):
 
 def test_the_journal_holds_every_samples_loss_of_every_candidate(problem, tmp_path):
     path = tmp_path / "j.jsonl"
-    run_search(evolution(problem), problem, [Synthetic()], SearchRun(path, race=OFF))
+    run_search(evolution(problem), problem, Synthetic(), SearchRun(path, race=OFF))
     with Journal(path, {"racing": ["off", 0.05]}, resume=True) as journal:
         for index, record in enumerate(journal.records):
             assert record.index == index
@@ -97,13 +100,13 @@ def test_an_interrupted_search_resumes_to_the_same_journal_without_repeating_wor
     race = Race(rule)
     whole = Synthetic()
     run = SearchRun(tmp_path / "whole.jsonl", {"seed": 1}, race)
-    outcome = run_search(new_search(problem), problem, [whole], run)
+    outcome = run_search(new_search(problem), problem, whole, run)
     cut = SearchRun(tmp_path / "cut.jsonl", {"seed": 1}, race, resume=True)
     first = Synthetic(fail_after=stop)
     with pytest.raises(KeyboardInterrupt):
-        run_search(new_search(problem), problem, [first], cut)
+        run_search(new_search(problem), problem, first, cut)
     rest = Synthetic()
-    assert run_search(new_search(problem), problem, [rest], cut) == outcome
+    assert run_search(new_search(problem), problem, rest, cut) == outcome
     assert drop_seconds(cut.journal) == drop_seconds(run.journal)
     # Only the trial that was interrupted is scored again.
     assert 0 <= first.calls + rest.calls - whole.calls < Synthetic.num_samples
@@ -111,36 +114,36 @@ def test_an_interrupted_search_resumes_to_the_same_journal_without_repeating_wor
 
 def test_a_torn_last_line_costs_one_evaluation(problem, new_search, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    outcome = run_search(new_search(problem), problem, [Synthetic()], run)
+    outcome = run_search(new_search(problem), problem, Synthetic(), run)
     run.journal.write_bytes(run.journal.read_bytes()[:-20])
     rest = Synthetic()
-    assert run_search(new_search(problem), problem, [rest], run) == outcome
+    assert run_search(new_search(problem), problem, rest, run) == outcome
     assert rest.calls <= Synthetic.num_samples
 
 
 def test_a_changed_setting_refuses_to_resume_and_shows_it(problem, tmp_path):
     path = tmp_path / "j.jsonl"
-    run_search(evolution(problem), problem, [Synthetic()], SearchRun(path, {"seed": 1}))
+    run_search(evolution(problem), problem, Synthetic(), SearchRun(path, {"seed": 1}))
     with pytest.raises(ValueError, match="seed: 1 -> 2"):
         changed = SearchRun(path, {"seed": 2}, resume=True)
-        run_search(evolution(problem, 2), problem, [Synthetic()], changed)
+        run_search(evolution(problem, 2), problem, Synthetic(), changed)
     with pytest.raises(ValueError, match="racing"):
         changed = SearchRun(path, {"seed": 1}, OFF, resume=True)
-        run_search(evolution(problem), problem, [Synthetic()], changed)
+        run_search(evolution(problem), problem, Synthetic(), changed)
 
 
 def test_a_journal_of_other_candidates_is_refused(problem, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    run_search(evolution(problem, 1), problem, [Synthetic()], run)
+    run_search(evolution(problem, 1), problem, Synthetic(), run)
     with pytest.raises(ValueError, match="not the candidate that this search asks for"):
-        run_search(evolution(problem, 2), problem, [Synthetic()], run)
+        run_search(evolution(problem, 2), problem, Synthetic(), run)
 
 
 def test_an_existing_journal_is_not_overwritten_silently(problem, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl")
-    run_search(evolution(problem), problem, [Synthetic()], run)
+    run_search(evolution(problem), problem, Synthetic(), run)
     with pytest.raises(ValueError, match="resume"):
-        run_search(evolution(problem), problem, [Synthetic()], run)
+        run_search(evolution(problem), problem, Synthetic(), run)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_a_failed_evaluation_is_recorded_with_its_reason_and_the_search_goes_on(
     problem, new_search, tmp_path, failure, reason
 ):
     objective = Synthetic(failures={1: failure})
-    outcome = run_search(new_search(problem), problem, [objective], SearchRun(tmp_path / "j.jsonl"))
+    outcome = run_search(new_search(problem), problem, objective, SearchRun(tmp_path / "j.jsonl"))
     assert outcome.num_failed == 1
     (failed,) = [record for record in outcome.records if record.error]
     assert failed.index == 1 and failed.score == math.inf and reason in failed.error
@@ -168,14 +171,14 @@ def test_an_unknown_failure_ends_the_search_with_the_journal_intact(problem, tmp
     path = tmp_path / "j.jsonl"
     objective = Synthetic(failures={3: RuntimeError("NCCL error")})
     with pytest.raises(RuntimeError, match="NCCL"):
-        run_search(evolution(problem), problem, [objective], SearchRun(path))
+        run_search(evolution(problem), problem, objective, SearchRun(path))
     assert len(path.read_text().splitlines()) == 1 + 3
 
 
 def test_a_search_in_which_every_evaluation_fails_says_so(problem, new_search, tmp_path):
     broken = Synthetic(failures=dict.fromkeys(range(1000), math.nan))
     with pytest.raises(LongRopeError, match="no candidate could be scored"):
-        run_search(new_search(problem), problem, [broken], SearchRun(tmp_path / "j.jsonl"))
+        run_search(new_search(problem), problem, broken, SearchRun(tmp_path / "j.jsonl"))
 
 
 def test_what_the_references_scored_is_not_scored_again(problem, new_search, tmp_path):
@@ -186,11 +189,11 @@ def test_what_the_references_scored_is_not_scored_again(problem, new_search, tmp
     assert objective.calls == 3 * Synthetic.num_samples
     again = Synthetic()
     assert score_references(problem, again, run) == references and not again.calls
-    outcome = run_search(new_search(problem), problem, [objective], run, known=references.records)
+    outcome = run_search(new_search(problem), problem, objective, run, known=references.records)
     # The whole search, references included, costs what the search alone did.
     alone = Synthetic()
     other = SearchRun(tmp_path / "alone.jsonl")
-    assert run_search(new_search(problem), problem, [alone], other) == outcome
+    assert run_search(new_search(problem), problem, alone, other) == outcome
     assert objective.calls == alone.calls
 
 
@@ -203,6 +206,24 @@ def test_failed_references_are_scored_again_where_the_run_says_so(problem, tmp_p
     whole = score_references(problem, again, replace(run, retry_failed=True))
     assert whole.num_failed == 0 and again.calls == Synthetic.num_samples
     assert score_references(problem, Synthetic(), run) == whole
+
+
+def test_what_was_not_scored_to_its_end_counts_as_no_score(problem):
+    given = problem.references["pi"]
+    whole = Evaluation(given.rescale_factors, 0, 9.0, (2.0,) * 5)
+    halved = replace(whole, score=2.0, stopped="budget")
+    records = [halved, replace(whole, score=math.inf, error="out of memory")]
+    assert best_scores(records) == {} and KnownScores(problem, records).losses(given) == (2.0,) * 5
+    assert KnownScores(problem, records).complete_losses(given) is None
+    assert best_scores([*records, whole]) == {given: 9.0}
+    assert KnownScores(problem, [*records, whole]).complete_losses(given) == (2.0,) * 5
+
+
+def test_a_part_of_the_samples_is_scored_by_itself_whatever_shares_its_forward_pass(problem):
+    trial, pairs = Trial(0, problem.references["ntk"], samples=1), Synthetic(samples_per_forward=2)
+    found = score_trial(trial, problem, pairs, Race("off"))
+    assert len(found.sample_nlls) == 2 and found.stopped == "budget"
+    assert found.score == pytest.approx(math.exp(found.sample_nlls[0]))
 
 
 class OnlyOneIsGood(Synthetic):
@@ -225,7 +246,7 @@ def test_a_recovery_keeps_the_tuned_factors_that_nothing_beats(new_search, tmp_p
     run = SearchRun(tmp_path / "j.jsonl")
     objective = OnlyOneIsGood(tuned)
     known = score_references(problem, objective, run).records
-    outcome = run_search(new_search(problem), problem, [objective], run, known=known)
+    outcome = run_search(new_search(problem), problem, objective, run, known=known)
     assert problem.factor_set(outcome.candidate).rescale_factors == tuned
     assert outcome.seed_scores["longest"] == outcome.score == pytest.approx(math.exp(2.0))
 
@@ -233,7 +254,7 @@ def test_a_recovery_keeps_the_tuned_factors_that_nothing_beats(new_search, tmp_p
 def test_patience_ends_a_search_that_finds_nothing_better(problem, new_search, tmp_path):
     def run(name, **options):
         search = new_search(problem, **options)
-        return run_search(search, problem, [Synthetic()], SearchRun(tmp_path / name, resume=True))
+        return run_search(search, problem, Synthetic(), SearchRun(tmp_path / name, resume=True))
 
     whole, cut = run("whole.jsonl"), run("cut.jsonl", patience=9)
     assert cut.num_evaluations < whole.num_evaluations
@@ -256,7 +277,7 @@ def test_exact_racing_changes_neither_the_winner_nor_the_population(problem, tmp
         search = evolution(problem)
         objective = Synthetic(offset=0.0)
         run = SearchRun(tmp_path / f"{rule}.jsonl", race=Race(rule))
-        outcome = run_search(search, problem, [objective], run)
+        outcome = run_search(search, problem, objective, run)
         results[rule] = outcome.candidate, outcome.score, search._ranked()[:4]
         if rule == "exact":
             assert outcome.sample_forwards_saved > 0
@@ -269,14 +290,14 @@ def test_exact_racing_changes_nothing_in_cma_either(problem, tmp_path):
     winners = []
     for rule in ("off", "exact"):
         run = SearchRun(tmp_path / f"{rule}.jsonl", race=Race(rule))
-        outcome = run_search(covariance(problem), problem, [Synthetic(offset=0.0)], run)
+        outcome = run_search(covariance(problem), problem, Synthetic(offset=0.0), run)
         winners.append((outcome.candidate, outcome.score))
     assert winners[0] == winners[1]
 
 
 def test_a_stopped_candidate_never_wins(problem, new_search, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl", race=Race("paired", 0.4))
-    outcome = run_search(new_search(problem), problem, [Synthetic(noise=0.3)], run)
+    outcome = run_search(new_search(problem), problem, Synthetic(noise=0.3), run)
     complete = [record.score for record in outcome.records if record.stopped is None]
     stopped = [record.score for record in outcome.records if record.stopped == "paired"]
     assert stopped and outcome.score == min(complete) < min(stopped)
@@ -285,14 +306,14 @@ def test_a_stopped_candidate_never_wins(problem, new_search, tmp_path):
 def test_samples_that_share_a_forward_pass_race_together(problem, tmp_path):
     objective = Synthetic(offset=0.0, samples_per_forward=2)
     run = SearchRun(tmp_path / "j.jsonl")
-    outcome = run_search(evolution(problem), problem, [objective], run)
+    outcome = run_search(evolution(problem), problem, objective, run)
     stopped = {len(record.sample_nlls) for record in outcome.records if record.stopped}
     assert stopped and stopped <= {2, 4}
 
 
 def test_journals_are_plain_json_with_the_provenance_in_their_first_line(problem, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl", {"data_sha256": "abc"})
-    run_search(evolution(problem), problem, [Synthetic()], run)
+    run_search(evolution(problem), problem, Synthetic(), run)
     header, *lines = map(json.loads, run.journal.read_text().splitlines())
     assert header["settings"] == {"data_sha256": "abc", "racing": ["exact", 0.05]}
     assert all(line["seconds"] >= 0 for line in lines)

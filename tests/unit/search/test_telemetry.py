@@ -23,7 +23,6 @@ def record(index, score, *, samples=5, stopped=None, start_tokens=0, factors=Non
         seconds=1.5,
         stopped=stopped,
         error=None if math.isfinite(score) else "OutOfMemoryError",
-        block=0,
     )
 
 

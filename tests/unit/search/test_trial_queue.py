@@ -43,9 +43,9 @@ def test_another_replicas_result_of_another_candidate_is_refused(tmp_path):
         return EvolutionSearch(problem.space, parameters, list(problem.seeds.values()), seed)
 
     other = SearchRun(tmp_path / "2.jsonl")
-    theirs = run_search(search(2), problem, [Synthetic()], other).records[7]
+    theirs = run_search(search(2), problem, Synthetic(), other).records[7]
     store, path = dist.TCPStore("127.0.0.1", 0, is_master=True), tmp_path / "1.jsonl"
     shared = dist.PrefixStore(str(path), store)
     shared.set("record/7", json.dumps(theirs.to_dict()))
     with pytest.raises(ValueError, match="evaluation 7, of the journal or of another replica, is"):
-        run_search(search(1), problem, [Synthetic()], SearchRun(path, team=Team(0, 2, store)))
+        run_search(search(1), problem, Synthetic(), SearchRun(path, team=Team(0, 2, store)))
