@@ -19,15 +19,15 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
     Raises:
         LongRopeError: An option contradicts them, or given factors are another model's.
     """
-    if args.attention_factor not in (None, "longest", "search"):
+    if args.attention_factor not in (None, "longest"):
         try:
             valid = 0 < float(args.attention_factor) < math.inf
         except ValueError:
             valid = False
         if not valid:
             raise LongRopeError(
-                f"--attention-factor {args.attention_factor} must be a finite number above 0, "
-                "`longest` or `search`"
+                f"--attention-factor {args.attention_factor} must be a finite number above 0, or "
+                "`longest`"
             )
     shape, stored = checkpoint.shape, checkpoint.longrope
     if args.base_config and args.base_config != "none":
@@ -53,16 +53,13 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
         window = args.original_length or stored.original_max_position_embeddings
         own = stored.base_frequencies
         base = identity_config(shape.rotary_base, shape.rotary_dim, window, own)
-    original = base.original_max_position_embeddings
-    if args.attention_factor == "longest" and base.max_length == original:
+    if (
+        args.attention_factor == "longest"
+        and base.max_length == base.original_max_position_embeddings
+    ):
         raise LongRopeError(
             "--attention-factor longest takes the value that the model was tuned with, and plain "
             "RoPE has none: leave it out, or give the tuned model's --base-config"
-        )
-    if args.attention_factor == "search" and base.max_length != original:
-        raise LongRopeError(
-            "--attention-factor search would change the value that the base's other windows have: "
-            "it is for a first search; leave it out, or give the value itself"
         )
     return base
 

@@ -169,9 +169,7 @@ class SearchOptions(
 one the same by the base's policy, or the base's own value where it is not by the policy; in a
 recovery the base's)"""
     attention_factor: str | None = flag(None, metavar="F", exclusive="attention factor")
-    """one value for every window; `longest` takes the base config's value at its largest window;
-    `search`, of a first search, searches under the default and then looks for the value that the
-    winner is best with"""
+    """one value for every window; `longest` takes the base config's value at its largest window"""
     resume: bool = flag(False, exclusive="journal")
     """continue from the journal if any"""
     overwrite: bool = flag(False, exclusive="journal")

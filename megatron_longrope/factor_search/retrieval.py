@@ -97,20 +97,6 @@ class RetrievalVerdict:
     reason: str | None
     """Why the outcome is not the search's own, or why it would not be; None if it retrieves."""
 
-    @property
-    def decides(self) -> bool:
-        """Whether any reference answers anything right; where none does, differences are noise."""
-        return any(item.correct for item in self._references)
-
-    @property
-    def passed(self) -> list[Retrieval]:
-        """References that what is written retrieves as well as."""
-        return [item for item in self._references if not self.written.is_worse_than(item)]
-
-    @property
-    def _references(self) -> list[Retrieval]:
-        return [item for name, item in self.measured.items() if name != "longrope"]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON for a result's origin."""
         return {

@@ -21,11 +21,6 @@ from megatron_longrope.engine import Engine
 from megatron_longrope.engine.loading import default_dtype
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search import outcome as outcome_files
-from megatron_longrope.factor_search.attention import (
-    ATTENTION_EVALUATIONS,
-    attention_scores,
-    settle_attention,
-)
 from megatron_longrope.factor_search.base import base_of, start_token_choices
 from megatron_longrope.factor_search.cma import (
     POLISH_SHARE,
@@ -42,10 +37,7 @@ from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.problem import SearchProblem, make_problem
 from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.replicas import Replica
-from megatron_longrope.factor_search.retrieval import (
-    check_retrieval,
-    measure_retrieval,
-)
+from megatron_longrope.factor_search.retrieval import check_retrieval
 from megatron_longrope.factor_search.runner import (
     SearchOutcome,
     SearchRun,
@@ -153,8 +145,6 @@ class SearchPlan:
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
         count = len(self.samples)
         forwards = self._algorithm().total_samples(count)
-        if args.attention_factor == "search":
-            forwards += count * ATTENTION_EVALUATIONS
         gpus = args.num_gpus or model_ranks
         if gpus % model_ranks:
             raise LongRopeError(
@@ -189,8 +179,8 @@ class SearchPlan:
             engine (Engine): This rank's part of the model, loaded with `replicas=True`.
 
         Returns:
-            tuple[SearchProblem, SearchOutcome]: What was searched, its attention factor settled,
-                and what was found; None on every rank but the first.
+            tuple[SearchProblem, SearchOutcome]: What was searched, under its attention factor, and
+                what was found; None on every rank but the first.
         """
         args = self.options
         replica = Replica(engine, args.tensor_model_parallel_size * args.context_parallel_size)
@@ -215,43 +205,33 @@ class SearchPlan:
                 model, self.needles, problem, outcome, accept_worse=args.accept_worse_retrieval
             )
             outcome = verdict.outcome
-        settled = None
-        if args.attention_factor == "search":
-            scores = attention_scores(problem, outcome.candidate, objective, outcome.score)
-            settled = settle_attention(
-                problem, outcome.candidate, scores, verdict,
-                lambda config: measure_retrieval(model, self.needles, config),
-                accept_worse=args.accept_worse_retrieval,
-            )  # fmt: skip
-            verdict = settled.verdict
-            outcome = replace(outcome, score=outcome.score * settled.gain)
-        # The references keep the value that they were scored under.
-        written = problem if settled is None else settled.problem
         origin = {
             **self._origin(problem, outcome, settings),
-            "attention_factor_perplexity": {} if settled is None else settled.scores,
             "retrieval": self.needles if verdict is None else verdict.to_dict(),
         }
         held_out = {}
         if self.held_out is not None:
             # First without: what fails from here on must not take the winner along.
-            outcome_files.write(args.output, written, outcome, origin)
-            held_out = self._scores_on_held_out(model, problem, written, outcome)
+            outcome_files.write(args.output, problem, outcome, origin)
+            measured = {**problem.references, "longrope": outcome.candidate}
+            held_out = outcome_files.scores_on(
+                self._objective(model, self.held_out), problem, measured
+            )
             origin["held_out_perplexity"] = held_out
             origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
-        outcome_files.write(args.output, written, outcome, origin)
+        outcome_files.write(args.output, problem, outcome, origin)
         name = "perplexity" if args.objective == "ppl" else "score"
-        outcome_files.print_summary(written, outcome, held_out, verdict, name)
-        notes = [] if settled is None else [settled.note]
+        outcome_files.print_summary(problem, outcome, held_out, verdict, name)
+        notes = []
         if verdict is None:
             notes.append(f"retrieval was not measured: {self.needles}")
         elif verdict.reason:
             notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
-        notes += outcome_files.export_notes(written, outcome, objective)
+        notes += outcome_files.export_notes(problem, outcome, objective)
         for note in notes:
             print(note)
         print(f"wrote {args.output}")
-        return written, outcome
+        return problem, outcome
 
     def _find(
         self, model: Replica, team: Team
@@ -304,16 +284,6 @@ class SearchPlan:
             "racing": self.race.rule,
             "date": datetime.date.today().isoformat(),
             "versions": outcome_files.versions(),
-        }
-
-    def _scores_on_held_out(
-        self, model: Replica, problem: SearchProblem, written: SearchProblem, outcome: SearchOutcome
-    ) -> dict[str, float | None]:
-        """Perplexity of the references and of the outcome, each under its attention factor."""
-        objective = self._objective(model, self.held_out)
-        return {
-            **outcome_files.scores_on(objective, problem, problem.references),
-            **outcome_files.scores_on(objective, written, {"longrope": outcome.candidate}),
         }
 
     def _objective(self, model: Replica, samples: Samples) -> PerplexityObjective:
@@ -370,7 +340,7 @@ class SearchPlan:
         # One value for every window is what Hugging Face's longrope and its readers hold.
         if args.attention_factor == "longest":
             value = base.attention_factor_for(base.max_length)
-        elif args.attention_factor not in (None, "search"):
+        elif args.attention_factor is not None:
             value = float(args.attention_factor)
         elif problem.stage == "first":
             policy = "su"

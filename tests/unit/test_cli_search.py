@@ -16,10 +16,9 @@ from megatron_longrope.cli.flags import read_flags
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.engine import Engine
 from megatron_longrope.factor_search import runner, session
-from megatron_longrope.factor_search.attention import ATTENTION_EVALUATIONS
 from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.samples import needles_or_reason
-from megatron_longrope.factor_search.session import SearchPlan, num_journaled
+from megatron_longrope.factor_search.session import num_journaled
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--needle-depths 0,1", "--needle-depths has no meaning with --objective ppl"),
         ("--target-length 254 --context-parallel-size 2", "length 254 is not divisible by 2 x"),
         ("--lookahead -1", "lookahead is -1"),
-        ("--attention-factor big", "must be a finite number above 0, `longest` or `search`"),
+        ("--attention-factor big", "must be a finite number above 0, or `longest`"),
         ("--attention-factor nan --dry-run", "must be a finite number above 0"),
         ("--space critical --start-tokens paper", "cannot be searched in the critical space"),
         (f"--output {__file__}/F.json", "is a file; name another one"),
@@ -147,7 +146,7 @@ def test_a_winner_outlives_a_failure_on_held_out_text(options, data, tmp_path, m
     def fail(*_):
         raise RuntimeError("NCCL error")
 
-    monkeypatch.setattr(SearchPlan, "_scores_on_held_out", fail)
+    monkeypatch.setattr(session.outcome_files, "scores_on", fail)
     with pytest.raises(RuntimeError, match="NCCL"):
         main([*options, "--max-evaluations", "4", "--held-out", data["heldout"]])
     (*_, found) = LongRopeConfig.load(tmp_path / "factors.json").factor_sets
@@ -301,13 +300,6 @@ def test_a_dry_run_assumes_the_checkpoints_own_type(options, no_weights, capsys)
     assert "memory per GPU in bfloat16" in capsys.readouterr().out
 
 
-def test_a_dry_run_counts_the_evaluations_that_settle_the_attention_factor(
-    options, no_weights, capsys
-):
-    assert main([*options, "--dry-run", "--attention-factor", "search"]) == 0
-    assert f"{336 + ATTENTION_EVALUATIONS} evaluations" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -368,24 +360,6 @@ def test_a_needle_search_names_its_needles(options, data, tmp_path):
     assert origin["parameters"].items() >= {"polish_share": 0.25, "polish_step": 0.04}.items()
     assert all(10**6 <= number < 10**7 for number in origin["needles"]["numbers"])
     assert not (tmp_path / "factors_figures").exists()
-
-
-def test_a_first_search_can_settle_the_attention_factor_on_its_winner(options, tmp_path, capsys):
-    small = ["--max-evaluations", "6", "--no-figures", "--attention-factor", "search"]
-    assert main([*options, *small, "--target-length", "256"]) == 0
-    config = json.loads((tmp_path / "factors.json").read_text())
-    origin = config["factor_sets"][-1]["origin"]
-    tried = {float(value): score for value, score in origin["attention_factor_perplexity"].items()}
-    assert config["attention_factor"] == min(tried, key=tried.get)
-    assert origin["search_perplexity"] == min(tried.values()) and len(tried) > 4
-    # Settled again, alike, when the search is resumed.
-    assert main([*options, *small, "--target-length", "256", "--resume"]) == 0
-    assert json.loads((tmp_path / "factors.json").read_text()) == config
-    # A model that has windows already was tuned with its value.
-    base = ["--base-config", str(tmp_path / "factors.json"), "--output", str(tmp_path / "2.json")]
-    capsys.readouterr()
-    assert main([*options, *small, *base, "--target-length", "512"]) == 2
-    assert "it is for a first search" in capsys.readouterr().err
 
 
 def test_a_second_search_multiplies_and_a_recovery_search_replaces(options, data, tmp_path):
