@@ -45,7 +45,6 @@ from megatron_longrope.engine import load_engine
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.generations import GenerationalSearch, Trial
 from megatron_longrope.factor_search.problem import SearchProblem, make_problem
-from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.files import write_text_atomic
 from megatron_longrope.progress import Progress
 
@@ -184,13 +183,9 @@ ARMS: dict[str, Maker] = {
     "released_yarn": _released_yarn,
     "evolution": _evolution,
     "cma": _cma,
-    "cma_paired": _cma,
     "cma_full": _cma,
 }
 """A search may ask for some of the samples only (`Trial.samples`): its arm then pays for those."""
-
-RACES = {"cma_paired": Race("paired")}
-"""Arms that stop scoring a candidate early; the others score every sample."""
 
 BASELINES = ("released", "released_yarn")
 """The first is what was released and sets the target of the claim; the second, which starts where
@@ -209,7 +204,7 @@ SHARE = 0.25
 def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) -> ArmRun:
     """One search to its end, or until `budget` sample-forwards are spent."""
     samples = bench.sizes.samples
-    search, race = ARMS[name](bench, seed, budget // samples), RACES.get(name)
+    search = ARMS[name](bench, seed, budget // samples)
     problem = replace(bench.problem, space=search.space)
     paid: dict[Any, int] = {}  # windows of each candidate that this search has paid for
     run = ArmRun(name, seed)
@@ -227,23 +222,10 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
             nlls, _ = held_out.nlls(problem.config(search.best[0]), bench.sizes.held_out)
             run.held_out.append((run.forwards, perplexity(nlls)))
 
-        def measure_trial(trial: Trial) -> tuple[int, float, int]:
-            """Samples scored, perplexity to tell, and how many losses were computed now."""
-            config = problem.config(trial.candidate)
-            count, fresh = trial.samples or samples, 0
-            # An incumbent that was itself stopped has not got the samples to compare on.
-            if race is not None and paid.get(trial.incumbent) == samples:
-                incumbent, _ = scores.nlls(problem.config(trial.incumbent), samples)
-                for seen in range(1, count):
-                    nlls, computed = scores.nlls(config, seen)
-                    fresh += computed
-                    if verdict := race.lost(nlls, incumbent):
-                        return seen, math.exp(verdict[1]), fresh
-            nlls, computed = scores.nlls(config, count)
-            return count, perplexity(nlls), fresh + computed
-
         def score(trial: Trial) -> None:
-            count, value, fresh = measure_trial(trial)
+            count = trial.samples or samples
+            nlls, fresh = scores.nlls(problem.config(trial.candidate), count)
+            value = perplexity(nlls)
             # What the search costs, whatever of it came from the file.
             run.forwards += max(0, count - paid.get(trial.candidate, 0))
             paid[trial.candidate] = max(count, paid.get(trial.candidate, 0))

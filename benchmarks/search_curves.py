@@ -35,7 +35,6 @@ STYLES = {
     "evolution": Style("Evolution", "#0072B2", "o", "-"),
     "cma": Style("CMA-ES", "#009E73", "D", (0, (3, 1.5))),
     "cma_full": Style("CMA-ES, whole budget", "#009E73", "X", (0, (1, 1.2))),
-    "cma_paired": Style("CMA-ES, paired races", "#CC79A7", "^", (0, (1, 1.2))),
 }
 
 

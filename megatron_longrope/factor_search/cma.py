@@ -123,7 +123,6 @@ class CmaSearch(GenerationalSearch):
         *,
         samples: int | None = None,
         incumbent: Candidate | None = None,
-        certain: bool = True,
     ) -> Generation | None:
         chosen = []
         for candidate in candidates:
@@ -132,7 +131,7 @@ class CmaSearch(GenerationalSearch):
             self._left -= price
             self._paid[candidate] = self._paid.get(candidate, 0) + price
             chosen.append(candidate)
-        return super()._generation(chosen, samples=samples, incumbent=incumbent, certain=certain)
+        return super()._generation(chosen, samples=samples, incumbent=incumbent)
 
     def _price(self, candidate: Candidate, samples: int | None) -> int:
         """Sample-forwards of a trial; what an earlier one has scored is not scored again."""
@@ -140,14 +139,11 @@ class CmaSearch(GenerationalSearch):
         return max(0, wanted - self._paid.get(candidate, 0))
 
     def _ask(
-        self,
-        candidates: Iterable[Candidate],
-        incumbent: Candidate | None = None,
-        certain: bool = True,
+        self, candidates: Iterable[Candidate], incumbent: Candidate | None = None
     ) -> Iterator[Generation]:
         """One generation of those among `candidates` that have not been asked for."""
         new = [item for item in dict.fromkeys(candidates) if item not in self._asked]
-        generation = self._generation(new, incumbent=incumbent, certain=certain)
+        generation = self._generation(new, incumbent=incumbent)
         if generation is not None:
             yield generation
 
@@ -223,8 +219,7 @@ class CmaSearch(GenerationalSearch):
         coordinates = Coordinates(self.space, start)
         strategy = self._strategy(coordinates.size, deviation)
         waiting: list[tuple[list[np.ndarray], list[Candidate]]] = []
-        incumbent, stale = None, 0
-        best, unimproved = start, 0
+        best, unimproved, stale = start, 0, 0
         self._synchronous = False
         while self._left > reserve and stale < _STALE:
             if unimproved >= (_FRUITLESS if best == start and self._runner_up else _PATIENCE):
@@ -234,7 +229,7 @@ class CmaSearch(GenerationalSearch):
             points, candidates = self._promising(strategy, coordinates)
             waiting.append((points, candidates))
             before = self._left
-            yield from self._ask(candidates, incumbent, certain=False)
+            yield from self._ask(candidates)
             stale = stale + 1 if self._left == before else 0
             if stale:  # nothing to wait for, hence wait for what is on its way
                 yield from self._barrier()
@@ -246,7 +241,6 @@ class CmaSearch(GenerationalSearch):
                     # With a lookahead, points come from an earlier distribution than the latest.
                     warnings.simplefilter("ignore", cma.evolution_strategy.InjectionWarning)
                     strategy.tell(points, self._fitness(candidates))
-                incumbent = self._median(candidates)
                 leader = min(candidates, key=lambda item: self._scores[item])
                 better = self._scores[leader] < self._scores[best]
                 best, unimproved = (leader, 0) if better else (best, unimproved + 1)
@@ -310,12 +304,6 @@ class CmaSearch(GenerationalSearch):
         losses = [math.log(value) for value in scores if math.isfinite(value)]
         failed = max(losses, default=0.0) + 1.0
         return [math.log(value) if math.isfinite(value) else failed for value in scores]
-
-    def _median(self, candidates: Sequence[Candidate]) -> Candidate | None:
-        """Whom a member of the next generation must beat to pull the mean its way."""
-        ranked = sorted(set(candidates), key=lambda item: (self._scores[item], self._asked[item]))
-        middle = ranked[(len(ranked) - 1) // 2]
-        return middle if math.isfinite(self._scores[middle]) else None
 
     # Polish
 

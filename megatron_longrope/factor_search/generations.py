@@ -37,9 +37,6 @@ class Trial:
     incumbent: Candidate | None = None
     """A candidate, scored on all samples, that this one must beat to matter; scoring may stop as
     soon as it cannot. None: its score is needed whatever it is."""
-    certain: bool = True
-    """Whether losing to the incumbent means for certain that it does not matter. Where it is only
-    likely, as in CMA-ES, the exact rule stops nobody."""
 
 
 @dataclass
@@ -166,7 +163,6 @@ class GenerationalSearch(ABC):
         *,
         samples: int | None = None,
         incumbent: Candidate | None = None,
-        certain: bool = True,
     ) -> Generation | None:
         """A generation of `candidates`, cut to the budget; None when nothing is left of it."""
         chosen = list(candidates)
@@ -175,7 +171,7 @@ class GenerationalSearch(ABC):
         if not chosen:
             return None
         trials = tuple(
-            Trial(index, candidate, samples, incumbent, certain)
+            Trial(index, candidate, samples, incumbent)
             for index, candidate in enumerate(chosen, start=self._num_asked)
         )
         self._num_asked += len(trials)

@@ -36,8 +36,8 @@ class Evaluation:
     num_start_tokens: int
     """n_hat as evaluated."""
     score: float
-    """Perplexity, which the search minimises. Of a candidate that a race stopped, a bound or an
-    estimate that its incumbent beats; infinity when the evaluation failed."""
+    """Perplexity, which the search minimises. Of a candidate that a race stopped, a bound
+    that its incumbent beats; infinity when the evaluation failed."""
     sample_nlls: tuple[float, ...] = ()
     """Mean negative log-likelihood per token of each sample scored, from the first one."""
     seconds: float = 0.0
@@ -49,8 +49,8 @@ class Evaluation:
     number and speed of the replicas; apart from that and from `seconds`, journals of one seed are
     the same."""
     stopped: str | None = None
-    """Why samples are missing: `exact` or `paired`, a race was lost; `budget`, only so many were
-    asked for. None when every sample was scored."""
+    """Why samples are missing: `exact`, a race was lost; `budget`, only so many were asked for.
+    None when every sample was scored."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.score) and not self.error:

@@ -128,11 +128,9 @@ class _Algorithm(Options):
     """evolution: 0.3 per gene"""
     initial_deviation: float | None = flag(None, type=float, metavar="D")
     """cma: of log factors, relative to the largest seed factor's (default: 0.1)"""
-    racing: str = flag("exact", choices=("exact", "paired", "off"))
+    racing: str = flag("exact", choices=("exact", "off"))
     """when to stop scoring a candidate. exact: when it certainly cannot survive; the result stays
-    the same. paired: also when a paired t-test says so"""
-    racing_significance: float = flag(0.05, type=float, metavar="A")
-    """of the paired test"""
+    the same"""
     lookahead: int = flag(0, type=int, metavar="G")
     """generations that may start before an earlier one is complete, so that replicas do not wait
     for the slowest; 0 is the published algorithm"""
@@ -220,7 +218,7 @@ recovery the base's)"""
         Raises:
             LongRopeError: One was given.
         """
-        objective, racing = f"--objective {self.objective}", f"--racing {self.racing}"
+        objective = f"--objective {self.objective}"
         refuse_idle(
             ("--windows-per-document", objective, self.objective != "ppl"
              and self.windows_per_document > 1),
@@ -228,6 +226,4 @@ recovery the base's)"""
              and self.needle_weight != SearchOptions.needle_weight),
             ("--needle-depths", objective, self.objective == "ppl"
              and self.needle_depths is not None),
-            ("--racing-significance", racing, self.racing != "paired"
-             and self.racing_significance != SearchOptions.racing_significance),
         )  # fmt: skip

@@ -13,7 +13,6 @@ from megatron_longrope import __version__
 from megatron_longrope.factor_search.generations import Trial
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
-from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.retrieval import RetrievalVerdict
 from megatron_longrope.factor_search.runner import SearchOutcome
 from megatron_longrope.factor_search.scoring import score_trial
@@ -30,7 +29,7 @@ def scores_on(
     """Perplexity of each candidate by its name; None where scoring failed."""
     scores = {}
     for name, item in candidates.items():
-        score = score_trial(Trial(0, item), problem, objective, Race("off")).score
+        score = score_trial(Trial(0, item), problem, objective).score
         scores[name] = score if math.isfinite(score) else None
     return scores
 

@@ -15,7 +15,6 @@ from megatron_longrope.factor_search.journal import Evaluation
 from megatron_longrope.factor_search.known_scores import KnownScores, Team, open_journal
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
-from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.scoring import score_trial
 from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.factor_search.telemetry import SearchStatus, Telemetry
@@ -53,8 +52,8 @@ class SearchRun:
     """One line per evaluation; see :class:`Journal`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What must not change between a run and its resumption."""
-    race: Race = field(default_factory=Race)
-    """When a candidate is given up."""
+    racing: str = "exact"
+    """`exact`: a candidate that cannot beat its incumbent is given up. `off`: none is."""
     resume: bool = False
     """Continue the journal, if there is one."""
     overwrite: bool = False
@@ -71,7 +70,8 @@ def open_run(
     run: SearchRun, problem: SearchProblem
 ) -> AbstractContextManager[tuple[KnownScores, TrialQueue]]:
     """The journal of a run, as :func:`open_journal` opens it."""
-    settings = {**run.settings, "racing": [run.race.rule, run.race.significance]}
+    # As journals were written when a search could rotate its samples and race by a test.
+    settings = {**run.settings, "pool": None, "racing": [run.racing, 0.05]}
     return open_journal(
         run.journal, settings, problem, run.team,
         resume=run.resume, overwrite=run.overwrite, retry_failed=run.retry_failed,
@@ -119,7 +119,7 @@ def run_search(
         while trials := search.trials():
             arrived = [record for trial in trials if (record := scores.find(trial))]
             if not arrived:
-                _score_next(trials, problem, objective, run.race, scores, queue)
+                _score_next(trials, problem, objective, run.racing, scores, queue)
                 continue  # and find there whether it is what was asked for
             trials_by_index = {trial.index: trial for trial in trials}
             for record in sorted(arrived, key=lambda item: item.index):
@@ -177,7 +177,7 @@ def _outcome(
 
 def _score_next(
     trials: Sequence[Trial], problem: SearchProblem, objective: PerplexityObjective,
-    race: Race, scores: KnownScores, queue: TrialQueue,
+    racing: str, scores: KnownScores, queue: TrialQueue,
 ) -> None:  # fmt: skip
     """Add another replica's results to `scores`, or else that of one trial; or wait for either."""
     arrived = [record for trial in trials if (record := queue.fetch(trial.index))]
@@ -191,10 +191,10 @@ def _score_next(
         return
     incumbent = None
     # An incumbent that was itself stopped has no score to compare with.
-    if trial.incumbent is not None and (trial.certain or race.rule == "paired"):
+    if trial.incumbent is not None and racing == "exact":
         incumbent = scores.complete_losses(trial.incumbent)
     known = scores.losses(trial.candidate)
-    record = score_trial(trial, problem, objective, race, known=known, incumbent=incumbent)
+    record = score_trial(trial, problem, objective, known=known, incumbent=incumbent)
     queue.publish(record)
     scores.add(record)
 
@@ -240,6 +240,6 @@ def score_references(
         run (SearchRun): Of the search; the references have a journal of their own beside its.
     """
     journal = run.journal.with_suffix(".references.jsonl")
-    beside = replace(run, journal=journal, race=Race("off"), tensorboard=None)
+    beside = replace(run, journal=journal, racing="off", tensorboard=None)
     search = SeedSearch(problem.space, list(problem.references.values()))
     return run_search(search, problem, objective, beside, label="references")

@@ -12,7 +12,7 @@ from megatron_longrope.factor_search.generations import Trial
 from megatron_longrope.factor_search.journal import Evaluation
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
-from megatron_longrope.factor_search.racing import Race
+from megatron_longrope.factor_search.racing import losing_bound
 from megatron_longrope.out_of_memory import is_out_of_memory
 
 
@@ -20,7 +20,6 @@ def score_trial(
     trial: Trial,
     problem: SearchProblem,
     objective: PerplexityObjective,
-    race: Race,
     *,
     known: Sequence[float] = (),
     incumbent: Sequence[float] | None = None,
@@ -32,7 +31,8 @@ def score_trial(
 
     Args:
         known (Sequence[float]): Losses of the candidate's first samples, from an earlier trial.
-        incumbent (Sequence[float], optional): Losses of the trial's incumbent on all samples.
+        incumbent (Sequence[float], optional): Losses of the trial's incumbent on all samples; the
+            trial races them. Defaults to scoring every sample that it asks for.
 
     Returns:
         Evaluation: With the reason instead of a score when memory ran out or a loss is not finite.
@@ -53,8 +53,8 @@ def score_trial(
             if bad := [i for i in range(first, len(losses)) if not math.isfinite(losses[i])]:
                 error = f"the loss of sample {bad[0]} is {losses[bad[0]]}"
                 break
-            if incumbent is not None and (verdict := race.lost(losses, incumbent)):
-                stopped, mean = verdict
+            if incumbent is not None and (bound := losing_bound(losses, incumbent)) is not None:
+                stopped, mean = "exact", bound
                 break
     except RuntimeError as failure:
         if not is_out_of_memory(failure):

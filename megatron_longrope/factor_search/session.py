@@ -35,7 +35,6 @@ from megatron_longrope.factor_search.needle import NeedleSamples
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.problem import SearchProblem, make_problem
-from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.replicas import Replica
 from megatron_longrope.factor_search.retrieval import check_retrieval
 from megatron_longrope.factor_search.runner import (
@@ -63,8 +62,6 @@ class SearchPlan:
     """Whose model is searched for; only its metadata has been read."""
     problem: SearchProblem
     """What is searched, under the base's attention factor."""
-    race: Race
-    """When candidates are given up."""
     samples: Samples
     """What candidates are scored on."""
     held_out: Samples | None
@@ -117,12 +114,11 @@ class SearchPlan:
         check_divisible(args.target_length, args.context_parallel_size)
         _check_tokens(args, checkpoint)
         samples = read_samples(args, args.data, args.objective, args.num_samples)
-        race = Race(args.racing, args.racing_significance)
         held_out = None
         if args.held_out:
             held_out = read_samples(args, args.held_out, "ppl", args.num_samples)
         needles = needles_or_reason(args)
-        plan = cls(options, parameters, checkpoint, problem, race, samples, held_out, needles)
+        plan = cls(options, parameters, checkpoint, problem, samples, held_out, needles)
         plan._algorithm()  # seeds that do not fit its sizes
         if isinstance(needles, str) and rank() == 0:
             print(f"retrieval will not be measured: {needles}", flush=True)
@@ -248,10 +244,8 @@ class SearchPlan:
         # An evolution of more iterations goes on from one of fewer.
         sizes = {k: v for k, v in settings["parameters"].items() if k != "max_iterations"}
         attention = [problem.base.attention_factor, problem.base.attention_factor_policy]
-        # Journals of searches that could rotate their samples say that they did not.
-        journaled = {**settings, "parameters": sizes, "attention": attention, "pool": None}
         run = SearchRun(
-            args.journal, journaled, self.race,
+            args.journal, {**settings, "parameters": sizes, "attention": attention}, args.racing,
             args.resume, args.overwrite, team,
             Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
@@ -281,7 +275,7 @@ class SearchPlan:
             "sample_forwards_saved": outcome.sample_forwards_saved,
             "checkpoint": str(self.checkpoint.directory),
             **{key: value for key, value in settings.items() if key != "base"},
-            "racing": self.race.rule,
+            "racing": self.options.racing,
             "date": datetime.date.today().isoformat(),
             "versions": outcome_files.versions(),
         }

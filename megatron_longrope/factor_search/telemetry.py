@@ -9,9 +9,6 @@ from typing import Any, Self
 from megatron_longrope.factor_search.journal import fresh_samples, is_complete, is_failed
 from megatron_longrope.ranks import rank
 
-RACING = ("exact", "paired")
-"""Values of `stopped` that racing gives; a budget of halving is meant to be spent in part only."""
-
 
 class SearchStatus:
     """Counts what a search has done and what racing has spared it.
@@ -48,7 +45,7 @@ class SearchStatus:
         """
         self.evaluations += 1
         self.sample_forwards += fresh_samples(record, self._counted)
-        if record.stopped in RACING:
+        if record.stopped == "exact":  # a budget of halving is meant to be spent in part only
             self.avoided += max((wanted or self.num_samples) - len(record.sample_nlls), 0)
         self.failed += is_failed(record)
         if is_complete(record) and (self.best is None or record.score < self.best.score):

@@ -19,7 +19,6 @@ from synthetic_search import Synthetic, small_problem
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.known_scores import Team
-from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.runner import SearchRun, run_search
 from megatron_longrope.factor_search.trial_queue import shared_store
 
@@ -58,7 +57,6 @@ def main() -> int:
     parser.add_argument("journal", type=Path)
     parser.add_argument("--lookahead", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.0)
-    parser.add_argument("--racing", default="paired")
     parser.add_argument("--die", default="")
     parser.add_argument("--together", action="store_true")
     args = parser.parse_args()
@@ -75,7 +73,7 @@ def main() -> int:
         search = CmaSearch(problem.space, parameters, seeds, 1, lookahead=args.lookahead)
     else:
         search = EvolutionSearch(problem.space, SMALL, seeds, 1, lookahead=args.lookahead)
-    run = SearchRun(args.journal, {"seed": 1}, Race(args.racing), resume=True, team=team)
+    run = SearchRun(args.journal, {"seed": 1}, resume=True, team=team)
     objective = Uneven(team, args.seconds, die_after, args.together, noise=0.1)
     outcome = run_search(search, problem, objective, run)
     if team.index == 0:

@@ -76,8 +76,6 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--needle-weight 0", "--needle-weight 0.0 must be above 0"),
         ("--objective joint", "--objective joint writes text into documents"),
         ("--space critical --critical-dimension 99", "must be below rotary_dim / 2 = 8"),
-        ("--racing paired --racing-significance 0.7", "significance is 0.7"),
-        ("--racing-significance 0.1", "--racing-significance has no meaning with --racing exact"),
         ("--needle-weight 0.5", "--needle-weight has no meaning with --objective ppl"),
         ("--objective needle --needle-weight 0.5", "--needle-weight has no meaning with --obj"),
         ("--needle-depths 0,1", "--needle-depths has no meaning with --objective ppl"),

@@ -124,7 +124,7 @@ def test_the_curve_compares_on_the_samples_that_all_share():
     records = [
         record(0, 1.0, PI, 0, (3.0, 3.2, 9.0, 9.0)),
         record(1, 1.0, PI, 4, (2.8, 3.0), "budget"),
-        record(2, 1.0, PI, 16, (3.1, 3.3, 9.0), "paired"),
+        record(2, 1.0, PI, 16, (3.1, 3.3, 9.0), "exact"),
         record(3, math.inf, PI, 64, ()),  # failed: no point, and no reason to drop the others
     ]
     curve = start_token_curve(SearchHistory("x", records))

@@ -16,14 +16,12 @@ from megatron_longrope.factor_search.generations import Trial
 from megatron_longrope.factor_search.journal import Evaluation, Journal, best_scores
 from megatron_longrope.factor_search.known_scores import KnownScores
 from megatron_longrope.factor_search.problem import make_problem
-from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.runner import SearchRun, run_search, score_references
 from megatron_longrope.factor_search.scoring import score_trial
 
 SMALL = EvolutionParameters(
     population_size=8, num_mutations=4, num_crossovers=4, max_iterations=3, num_parents=4
 )
-OFF = Race("off")
 
 
 @pytest.fixture
@@ -74,7 +72,7 @@ def test_the_winner_is_at_least_as_good_as_every_seed(problem, new_search, tmp_p
 
 def test_an_evolution_scores_what_its_parameters_say(problem, tmp_path):
     outcome = run_search(
-        evolution(problem), problem, Synthetic(), SearchRun(tmp_path / "j", race=OFF)
+        evolution(problem), problem, Synthetic(), SearchRun(tmp_path / "j", racing="off")
     )
     assert outcome.num_evaluations == 8 + 3 * 8
     assert outcome.sample_forwards == 32 * Synthetic.num_samples
@@ -82,8 +80,8 @@ def test_an_evolution_scores_what_its_parameters_say(problem, tmp_path):
 
 def test_the_journal_holds_every_samples_loss_of_every_candidate(problem, tmp_path):
     path = tmp_path / "j.jsonl"
-    run_search(evolution(problem), problem, Synthetic(), SearchRun(path, race=OFF))
-    with Journal(path, {"racing": ["off", 0.05]}, resume=True) as journal:
+    run_search(evolution(problem), problem, Synthetic(), SearchRun(path, racing="off"))
+    with Journal(path, {"pool": None, "racing": ["off", 0.05]}, resume=True) as journal:
         for index, record in enumerate(journal.records):
             assert record.index == index
             assert len(record.sample_nlls) == Synthetic.num_samples
@@ -91,17 +89,16 @@ def test_the_journal_holds_every_samples_loss_of_every_candidate(problem, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("rule", "stop"),
-    [("exact", 0), ("exact", 38), ("paired", 7), ("paired", 77), ("off", 7), ("off", 38)],
+    ("racing", "stop"),
+    [("exact", 0), ("exact", 38), ("exact", 77), ("off", 7), ("off", 38)],
 )
 def test_an_interrupted_search_resumes_to_the_same_journal_without_repeating_work(
-    problem, new_search, tmp_path, rule, stop
+    problem, new_search, tmp_path, racing, stop
 ):
-    race = Race(rule)
     whole = Synthetic()
-    run = SearchRun(tmp_path / "whole.jsonl", {"seed": 1}, race)
+    run = SearchRun(tmp_path / "whole.jsonl", {"seed": 1}, racing)
     outcome = run_search(new_search(problem), problem, whole, run)
-    cut = SearchRun(tmp_path / "cut.jsonl", {"seed": 1}, race, resume=True)
+    cut = SearchRun(tmp_path / "cut.jsonl", {"seed": 1}, racing, resume=True)
     first = Synthetic(fail_after=stop)
     with pytest.raises(KeyboardInterrupt):
         run_search(new_search(problem), problem, first, cut)
@@ -128,7 +125,7 @@ def test_a_changed_setting_refuses_to_resume_and_shows_it(problem, tmp_path):
         changed = SearchRun(path, {"seed": 2}, resume=True)
         run_search(evolution(problem, 2), problem, Synthetic(), changed)
     with pytest.raises(ValueError, match="racing"):
-        changed = SearchRun(path, {"seed": 1}, OFF, resume=True)
+        changed = SearchRun(path, {"seed": 1}, "off", resume=True)
         run_search(evolution(problem), problem, Synthetic(), changed)
 
 
@@ -221,7 +218,7 @@ def test_what_was_not_scored_to_its_end_counts_as_no_score(problem):
 
 def test_a_part_of_the_samples_is_scored_by_itself_whatever_shares_its_forward_pass(problem):
     trial, pairs = Trial(0, problem.references["ntk"], samples=1), Synthetic(samples_per_forward=2)
-    found = score_trial(trial, problem, pairs, Race("off"))
+    found = score_trial(trial, problem, pairs)
     assert len(found.sample_nlls) == 2 and found.stopped == "budget"
     assert found.score == pytest.approx(math.exp(found.sample_nlls[0]))
 
@@ -273,13 +270,13 @@ def test_patience_ends_a_search_that_finds_nothing_better(problem, new_search, t
 def test_exact_racing_changes_neither_the_winner_nor_the_population(problem, tmp_path):
     # Losses close to zero for good candidates, so that the bound stops many.
     results = {}
-    for rule in ("off", "exact"):
+    for racing in ("off", "exact"):
         search = evolution(problem)
         objective = Synthetic(offset=0.0)
-        run = SearchRun(tmp_path / f"{rule}.jsonl", race=Race(rule))
+        run = SearchRun(tmp_path / f"{racing}.jsonl", racing=racing)
         outcome = run_search(search, problem, objective, run)
-        results[rule] = outcome.candidate, outcome.score, search._ranked()[:4]
-        if rule == "exact":
+        results[racing] = outcome.candidate, outcome.score, search._ranked()[:4]
+        if racing == "exact":
             assert outcome.sample_forwards_saved > 0
             assert outcome.sample_forwards + outcome.sample_forwards_saved == 32 * 5
             assert objective.calls == outcome.sample_forwards
@@ -288,18 +285,19 @@ def test_exact_racing_changes_neither_the_winner_nor_the_population(problem, tmp
 
 def test_exact_racing_changes_nothing_in_cma_either(problem, tmp_path):
     winners = []
-    for rule in ("off", "exact"):
-        run = SearchRun(tmp_path / f"{rule}.jsonl", race=Race(rule))
-        outcome = run_search(covariance(problem), problem, Synthetic(offset=0.0), run)
+    for racing in ("off", "exact"):
+        run = SearchRun(tmp_path / f"{racing}.jsonl", racing=racing)
+        objective = Synthetic(offset=0.0, noise=1.0)
+        outcome = run_search(covariance(problem), problem, objective, run)
         winners.append((outcome.candidate, outcome.score))
-    assert winners[0] == winners[1]
+    assert winners[0] == winners[1] and outcome.sample_forwards_saved > 0
 
 
 def test_a_stopped_candidate_never_wins(problem, new_search, tmp_path):
-    run = SearchRun(tmp_path / "j.jsonl", race=Race("paired", 0.4))
-    outcome = run_search(new_search(problem), problem, Synthetic(noise=0.3), run)
+    run = SearchRun(tmp_path / "j.jsonl")
+    outcome = run_search(new_search(problem), problem, Synthetic(offset=0.0, noise=1.0), run)
     complete = [record.score for record in outcome.records if record.stopped is None]
-    stopped = [record.score for record in outcome.records if record.stopped == "paired"]
+    stopped = [record.score for record in outcome.records if record.stopped == "exact"]
     assert stopped and outcome.score == min(complete) < min(stopped)
 
 
@@ -315,5 +313,5 @@ def test_journals_are_plain_json_with_the_provenance_in_their_first_line(problem
     run = SearchRun(tmp_path / "j.jsonl", {"data_sha256": "abc"})
     run_search(evolution(problem), problem, Synthetic(), run)
     header, *lines = map(json.loads, run.journal.read_text().splitlines())
-    assert header["settings"] == {"data_sha256": "abc", "racing": ["exact", 0.05]}
+    assert header["settings"] == {"data_sha256": "abc", "pool": None, "racing": ["exact", 0.05]}
     assert all(line["seconds"] >= 0 for line in lines)

@@ -8,7 +8,6 @@ import pytest
 from megatron_longrope.factor_search.cma import CmaParameters
 from megatron_longrope.factor_search.critical import CriticalSpace
 from megatron_longrope.factor_search.evolution import EvolutionParameters
-from megatron_longrope.factor_search.racing import Race
 from megatron_longrope.factor_search.space import SearchSpace
 
 SPACE = partial(SearchSpace, 4, 2.0)
@@ -49,9 +48,6 @@ CRITICAL = partial(CriticalSpace, 4, 2.0)
         (EvolutionParameters, {"mutation_prob": 0.0}, "mutation_prob is 0.0"),
         (EvolutionParameters, {"mutation_prob": math.nan}, "mutation_prob is nan"),
         (EvolutionParameters, {"num_mutations": 0, "num_crossovers": 0}, "both 0"),
-        (Race, {"rule": "fast"}, "'fast' is unknown; choose exact, paired, off"),
-        (Race, {"significance": 0.0}, "significance is 0.0"),
-        (Race, {"significance": 0.5}, "significance is 0.5"),
     ],
 )
 def test_a_bad_size_is_named_with_its_value(kind, fields, message):

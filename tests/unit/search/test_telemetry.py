@@ -55,7 +55,7 @@ def test_the_note_says_best_saving_and_failures():
     status.add(record(1, 13.0, samples=4, stopped="exact"))
     saving = "best 12.3456 (n_hat 4), 1 sample-forward saved (10 %)"
     assert status.note() == f"2 evaluations, {saving}"
-    status.add(record(2, 14.0, samples=1, stopped="paired"))
+    status.add(record(2, 14.0, samples=1, stopped="exact"))
     status.add(record(3, math.inf, samples=0))
     saving = "best 12.3456 (n_hat 4), 5 sample-forwards saved (33 %)"
     assert status.note() == f"4 evaluations, {saving}, 1 failed"
@@ -66,7 +66,7 @@ def test_only_complete_evaluations_become_the_best():
     status.add(record(0, 9.0, samples=2, stopped="budget"))
     assert status.best is None
     status.add(record(1, 12.0))
-    status.add(record(2, 11.0, samples=3, stopped="paired"))
+    status.add(record(2, 11.0, samples=3, stopped="exact"))
     assert status.best.score == 12.0
 
 
@@ -76,7 +76,7 @@ def test_a_budget_is_no_saving_by_racing_and_an_infinite_bound_no_failure():
     status.add(record(1, math.inf, samples=3, stopped="exact"))
     assert (status.sample_forwards, status.avoided, status.failed) == (5, 2, 0)
     assert status.saving == 2 / 7
-    status.add(record(2, 9.9, samples=1, stopped="paired"), wanted=2)
+    status.add(record(2, 9.9, samples=1, stopped="exact"), wanted=2)
     assert status.avoided == 3
 
 
