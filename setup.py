@@ -63,7 +63,6 @@ setup(
         "data": ["zstandard", "pyarrow", "datasets"],
         "gguf": ["gguf"],
         "docs": ["mkdocs-material"],
-        "tensorboard": ["tensorboard"],
         "recipes": RECIPES,
         "dev": [
             *RECIPES,

@@ -15,8 +15,8 @@ class ReportOptions(Options):
     """What `longrope report` is told."""
 
     directory: tuple[Path, ...] = flag(positional=True, type=Path, nargs="+", metavar="DIR")
-    """holds, at any depth, what `longrope eval` wrote (ppl.jsonl, passkey.jsonl, ...); also
-    LongRoPE JSON files, *.journal.jsonl and, at its top, facts.json"""
+    """holds, at any depth, what `longrope eval` wrote (ppl.jsonl, passkey.jsonl, ...) or a search
+    that may still run (*.journal.jsonl); also LongRoPE JSON files and, at its top, facts.json"""
     output: str | None = flag(None, metavar="FILE")
     """the page to write (default: DIR/report.html, and with several DIR ./report.html)"""
     expect: str | None = flag(None, metavar="F.csv")
@@ -43,5 +43,6 @@ def run(options: ReportOptions) -> None:
     from megatron_longrope.report.page import write_report
 
     page, tables = write_report(options.directory, options.output, options.expect)
-    print(tables)
+    if tables:
+        print(tables)
     print(f"wrote {page}, {page.parent / 'figures'} and {page.parent / 'tables'}")

@@ -44,8 +44,6 @@ class _InputsAndOutputs(Options):
     """pre-trained window in tokens (default: the model's)"""
     held_out: str | None = flag(None, metavar="PREFIX")
     """other documents, to compare the winner on at the end"""
-    tensorboard_dir: str | None = flag(None, metavar="DIR")
-    """write scalars while the search runs"""
     no_figures: bool = flag(False)
     """write no PNG and CSV files"""
 

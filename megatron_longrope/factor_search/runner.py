@@ -11,13 +11,17 @@ from typing import Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Generation, GenerationalSearch, Trial
-from megatron_longrope.factor_search.journal import Evaluation
+from megatron_longrope.factor_search.journal import (
+    Evaluation,
+    fresh_samples,
+    is_complete,
+    is_failed,
+)
 from megatron_longrope.factor_search.known_scores import KnownScores, Team, open_journal
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.scoring import score_trial
 from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
-from megatron_longrope.factor_search.telemetry import SearchStatus, Telemetry
 from megatron_longrope.factor_search.trial_queue import TrialQueue
 from megatron_longrope.progress import Progress
 
@@ -60,10 +64,65 @@ class SearchRun:
     """Discard the journal, if there is one."""
     team: Team = field(default_factory=Team)
     """Replicas that share the work."""
-    tensorboard: Path | None = None
-    """Directory for TensorBoard scalars."""
     retry_failed: bool = False
     """Score anew what failed before; only for trials that do not depend on one another's scores."""
+
+
+class SearchStatus:
+    """Counts what a search has done and what racing has spared it.
+
+    Args:
+        num_samples (int): Samples behind a complete evaluation.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+        self.evaluations = 0
+        """Records counted, those replayed from a journal included."""
+        self.sample_forwards = 0
+        """Forward passes over one sample."""
+        self.avoided = 0
+        """Sample-forwards that racing made unnecessary."""
+        self.failed = 0
+        """Evaluations without a score."""
+        self.best: Evaluation | None = None
+        """The best record scored on every sample; None before the first."""
+        self._counted: dict[Any, int] = {}
+
+    @property
+    def saving(self) -> float:
+        """Part of all sample-forwards, done and avoided, that racing avoided."""
+        return self.avoided / max(self.avoided + self.sample_forwards, 1)
+
+    def add(self, record: Evaluation, wanted: int | None = None) -> None:
+        """Count an evaluation; a promoted candidate's earlier samples are not counted again.
+
+        Args:
+            record (Evaluation): The evaluation.
+            wanted (int, optional): Samples that it would have had without racing. Defaults to all.
+        """
+        self.evaluations += 1
+        self.sample_forwards += fresh_samples(record, self._counted)
+        if record.stopped == "exact":  # a budget of halving is meant to be spent in part only
+            self.avoided += max((wanted or self.num_samples) - len(record.sample_nlls), 0)
+        self.failed += is_failed(record)
+        if is_complete(record) and (self.best is None or record.score < self.best.score):
+            self.best = record
+
+    def note(self) -> str:
+        """`71 evaluations, best 12.3456 (n_hat 4), 118 sample-forwards saved (34 %), 1 failed`."""
+        parts = [f"{self.evaluations:,} evaluation{'' if self.evaluations == 1 else 's'}"]
+        if self.best is None:
+            parts.append("no score yet")
+        else:
+            parts.append(f"best {self.best.score:.4f} (n_hat {self.best.num_start_tokens})")
+        if self.avoided:
+            plural = "s" if self.avoided > 1 else ""
+            saved = f"{self.avoided:,} sample-forward{plural} saved"
+            parts.append(f"{saved} ({100 * self.saving:.0f} %)")
+        if self.failed:
+            parts.append(f"{self.failed:,} failed")
+        return ", ".join(parts)
 
 
 def open_run(
@@ -112,7 +171,6 @@ def run_search(
     with (
         nullcontext(opened) if opened else open_run(run, problem) as (scores, queue),
         Progress(total, label, "samples") as bar,
-        Telemetry(run.tensorboard) as telemetry,
     ):
         for record in known:
             scores.add_losses(record)
@@ -131,8 +189,6 @@ def run_search(
                 bar.update(
                     status.note(), status.sample_forwards + status.avoided - done, resumed=resumed
                 )
-                if not resumed:
-                    telemetry.evaluated(record, status)
         bar.finish(status.note())
     # With patience, what was asked ahead may be beyond the end.
     if scores.num_resumed > len(records) and not search.has_patience:
@@ -240,6 +296,6 @@ def score_references(
         run (SearchRun): Of the search; the references have a journal of their own beside its.
     """
     journal = run.journal.with_suffix(".references.jsonl")
-    beside = replace(run, journal=journal, racing="off", tensorboard=None)
+    beside = replace(run, journal=journal, racing="off")
     search = SeedSearch(problem.space, list(problem.references.values()))
     return run_search(search, problem, objective, beside, label="references")

@@ -7,7 +7,6 @@ import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +81,6 @@ class SearchPlan:
         args.check_meaning()
         if args.retrieval_trials < 0:
             raise LongRopeError(f"--retrieval-trials {args.retrieval_trials} must be at least 0")
-        if args.tensorboard_dir and Path(args.tensorboard_dir).is_file():
-            raise LongRopeError(
-                f"--tensorboard-dir {args.tensorboard_dir} is a file; name a directory"
-            )
-        if args.tensorboard_dir and find_spec("tensorboard") is None:
-            raise LongRopeError(
-                "--tensorboard-dir needs the tensorboard package, which is not installed; "
-                "pip install 'megatron-longrope[tensorboard]', or leave the flag out"
-            )
         if Path(args.output).is_dir():
             raise LongRopeError(f"--output {args.output} is a directory; name a JSON file")
         for path in (Path(args.output), args.journal):
@@ -247,7 +237,6 @@ class SearchPlan:
         run = SearchRun(
             args.journal, {**settings, "parameters": sizes, "attention": attention}, args.racing,
             args.resume, args.overwrite, team,
-            Path(args.tensorboard_dir) if args.tensorboard_dir else None,
         )  # fmt: skip
         # Opened before anything is scored: --overwrite must not leave the discarded search there.
         with open_run(run, problem) as opened:

@@ -4,9 +4,10 @@
     write_report("runs/quickstart")  # ppl.jsonl, ... -> report.html, figures/*.png, figures/*.csv
     write_report(["runs/base", "runs/extended"], "comparison/report.html")
 
-A directory holds, at any depth, the records of `longrope eval`; besides, LongRoPE JSON files,
-`*.journal.jsonl` and, at its top, `facts.json`. What was not measured is left out; nothing is ever
-filled in. What there is to show of a kind of evaluation its own file says: this page knows none.
+A directory holds, at any depth, the records of `longrope eval` or the `*.journal.jsonl` of a
+search; besides, LongRoPE JSON files and, at its top, `facts.json`. What was not measured is left
+out; nothing is ever filled in. What there is to show of a kind of evaluation its own file says:
+this page knows none.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from megatron_longrope.progress import format_duration
 from megatron_longrope.report.expected import compare, read_expected
 from megatron_longrope.report.figures import draw
 from megatron_longrope.report.reading import (
+    JOURNAL,
     Measurements,
     folder_names,
     folder_prefix,
@@ -67,7 +69,7 @@ def write_report(
 
     Args:
         directories (str | Path | Sequence): One or several directories, each with the records of
-            `longrope eval` at any depth.
+            `longrope eval` or the journal of a search at any depth.
         output (str | Path | None): The page; by default `report.html` in the directory if there is
             one, and where the program runs if there are several. `figures/` and `tables/` go beside
             it.
@@ -101,12 +103,12 @@ def write_report(
     text = _template().render(
         name=name,
         about=f"{name} \N{MIDDLE DOT} original window {window:,} tokens" if window else name,
-        summary=sections[0].tables[0].sentence(_things(measurements)),
+        summary=sections[0].tables[0].sentence(_things(measurements)) if sections else "",
         sections=drawn,
         series=_series_table(measurements),
         facts=_all_facts(sections, measurements),
         notes=notes,
-        origin=", ".join(f"{kind}.jsonl" for kind in measurements.rows),
+        origin=", ".join(f"{kind}.jsonl" for kind in measurements.rows) or f"*{JOURNAL}",
         version=__version__,
         neutrals=NEUTRALS,
         absent=ABSENT,

@@ -21,6 +21,9 @@ from megatron_longrope.files import read_json
 FACTS = "facts.json"
 """Further facts about a run: `{title: {name: value}}`."""
 
+JOURNAL = ".journal.jsonl"
+"""How the name of a search's journal ends."""
+
 Found = tuple[Identity, Path, str, Row]
 """Of a record: whose it is, its folder, its kind, its fields."""
 
@@ -74,10 +77,10 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
                     (identify(row), folder, kind.name, row) for row in rows.values()
                 ]
             some += found[path.resolve()]
-        if not some:
+        if not some and not files_below(directory, JOURNAL):
             raise LongRopeError(
-                f"{directory} has no record in {', '.join(names)} at any depth; give the directory "
-                "of an evaluation"
+                f"{directory} has no record in {', '.join(names)} and no journal of a search, at "
+                "any depth; give the directory of an evaluation or of a search"
             )
         if (directory / FACTS).is_file():
             prefix = folder_prefix(directory, directories, ": ")

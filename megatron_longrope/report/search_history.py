@@ -20,12 +20,10 @@ from megatron_longrope.factor_search.journal import (
 )
 from megatron_longrope.factor_search.problem import SEED_METHODS
 from megatron_longrope.files import read_json
-from megatron_longrope.report.reading import files_below
+from megatron_longrope.report.reading import JOURNAL, files_below
 
 _LARGEST_JSON = 16 * 2**20
 """Bytes above which a JSON file is no LongRoPE file; tokenizers and weight indices can be huge."""
-
-_JOURNAL = ".journal.jsonl"
 
 _OF_A_SCORE = ("target_length", "data_sha256", "checkpoint_sha256", "objective", "num_samples")
 """Settings of a search that its starting points' scores depend on most; a factor file with others
@@ -153,9 +151,9 @@ def find_factor_sets(
 def find_search_histories(directory: str | Path) -> list[SearchHistory]:
     """Read every search below `directory` that scored a candidate completely."""
     histories = []
-    for path, name in files_below(Path(directory), _JOURNAL):
-        factors = path.with_name(f"{path.name.removesuffix(_JOURNAL)}.json")
-        history = read_history(name.removesuffix(_JOURNAL), path, factors)
+    for path, name in files_below(Path(directory), JOURNAL):
+        factors = path.with_name(f"{path.name.removesuffix(JOURNAL)}.json")
+        history = read_history(name.removesuffix(JOURNAL), path, factors)
         if any(map(is_complete, history.records)):
             histories.append(history)
     return histories

@@ -90,7 +90,6 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--seed -1", "rng_seed is -1"),
         ("--output .", "--output . is a directory"),
         (f"--output {__file__} --resume", "exists without its journal"),
-        (f"--tensorboard-dir {__file__}", "is a file; name a directory"),
         ("--dry-run --gpu abacus", "abacus"),
         ("--dry-run --num-gpus 3 --context-parallel-size 2", "not a multiple"),
     ],
@@ -99,14 +98,6 @@ def test_bad_input_is_one_sentence(options, no_weights, capsys, flags, message):
     assert main([*options, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1
-
-
-def test_a_missing_tensorboard_is_said_before_any_weight_is_loaded(
-    options, no_weights, capsys, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(session, "find_spec", lambda _: None)
-    assert main([*options, "--tensorboard-dir", str(tmp_path)]) == 2
-    assert "pip install 'megatron-longrope[tensorboard]'" in capsys.readouterr().err
 
 
 def test_a_needle_search_refuses_another_tokenizer(options, no_weights, capsys, tmp_path):
@@ -312,8 +303,8 @@ def test_a_dry_run_assumes_the_checkpoints_own_type(options, no_weights, capsys)
 def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     options, data, capsys, tmp_path, flags
 ):
-    more = ["--max-evaluations", "12", "--held-out", data["heldout"], "--tensorboard-dir",
-            str(tmp_path / "tb"), "--tokenizer", data["tokenizer"]]  # fmt: skip
+    more = ["--max-evaluations", "12", "--held-out", data["heldout"],
+            "--tokenizer", data["tokenizer"]]  # fmt: skip
     assert main([*options, *more, *flags.split()]) == 0
     output = capsys.readouterr().out
     assert "held-out text" in output and "longrope" in output
@@ -336,7 +327,6 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert origin["sample_forwards"] <= 12 * 3
     figures = {path.name for path in (tmp_path / "factors_figures").iterdir()}
     assert {"factors_search_progress.png", "factors_rescale_factors.csv"} <= figures
-    assert list((tmp_path / "tb").iterdir())
     if flags != "--start-tokens 0,4":  # what follows tells the same with any flags
         return
     # The same again: not without being told, and then nothing is scored twice.

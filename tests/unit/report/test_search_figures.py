@@ -5,7 +5,9 @@ import json
 import math
 
 import pytest
+from strict_page import StrictPage
 
+from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
 from megatron_longrope.factor_search.journal import Evaluation, Journal, read_records
 from megatron_longrope.factor_search.problem import make_problem
@@ -195,6 +197,17 @@ def test_starting_points_are_those_of_the_factor_file_and_damaged_lines_are_pass
         earlier = {**search, key: value}
         save_config(tmp_path / "first.json", **earlier, seed_perplexity=scores)
         assert find_search_histories(tmp_path)[0].seeds == {}
+
+
+def test_a_search_that_still_runs_has_a_page(tmp_path, capsys):
+    with Journal(tmp_path / "first.journal.jsonl", {}) as journal:
+        for item in SEEDED:
+            journal.append(item)
+        assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("wrote ")
+    progress = rows(tmp_path / "figures/search_progress.csv")
+    assert [row["best_score"] for row in progress][-1] == "39.0"
+    assert "figures/search_progress.png" in StrictPage((tmp_path / "report.html").read_text()).links
 
 
 @pytest.mark.parametrize("scores", [(5.0,), (math.inf, 4.0), (9e9, 3.0, math.inf, 2.0)])
