@@ -202,9 +202,7 @@ def _engine_attention() -> str:
     from megatron_longrope.engine.kernels import describe
     from megatron_longrope.engine.model import default_device
 
-    text = describe(default_device(), torch.bfloat16)
-    usable = compat.transformer_engine_is_usable() and torch.cuda.is_available()
-    return f"{text}; --attention te is there too" if usable else text
+    return describe(default_device(), torch.bfloat16)
 
 
 def _flags(transformer_impl: str) -> argparse.Namespace:

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.attention import Attention
 from torch import Tensor
 
-from megatron_longrope.attention import SdpaCoreAttention
 from megatron_longrope.config_rules import check_int
 from megatron_longrope.engine import loss
 from megatron_longrope.engine.engine import Engine
@@ -74,7 +72,6 @@ def generate(
         LongRopeError: An argument outside its range, tokens outside the vocabulary, or a length
             that no factor set covers.
     """
-    _check_layout(engine)
     engine._check_tokens(tokens)
     check_int("max_new_tokens", max_new_tokens, 1)
     if prefill_chunk is not None:
@@ -178,17 +175,6 @@ def _agreed(engine: Engine, chosen: Tensor) -> Tensor:
 
 
 # What is refused
-
-
-def _check_layout(engine: Engine) -> None:
-    for module in engine.model.modules():
-        if isinstance(module, Attention) and not isinstance(
-            module.core_attention, SdpaCoreAttention
-        ):
-            raise LongRopeError(
-                "generation needs attention that aligns its causal mask with the last key, which "
-                f"{type(module.core_attention).__name__} does not; use attention 'sdpa' or 'flash'"
-            )
 
 
 def _pinned_length(total: int, factor_length: int | None) -> int:

@@ -6,9 +6,8 @@ import torch
 
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention, flash_kernels
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.integration import compat
 
-ATTENTIONS = ("auto", "sdpa", "flash", "te")
+ATTENTIONS = ("auto", "sdpa", "flash")
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -17,14 +16,13 @@ def core_attention(attention: str, device: torch.device, dtype: torch.dtype) -> 
     """The class for the model's `core_attention` slot.
 
     Args:
-        attention (str): `sdpa`, `flash`, `te` (Transformer Engine), or `auto`: a flash-attention
-            package where one can run, else SDPA, which on CUDA in half precision takes torch's own
-            flash kernel.
+        attention (str): `sdpa`, `flash`, or `auto`: a flash-attention package where one can run,
+            else SDPA, which on CUDA in half precision takes torch's own flash kernel.
         device (torch.device): Where the model will be.
         dtype (torch.dtype): What it will compute in.
 
     Raises:
-        LongRopeError: Another name, or `flash` or `te` where it cannot run.
+        LongRopeError: Another name, or `flash` where it cannot run.
     """
     if attention not in ATTENTIONS:
         raise LongRopeError(
@@ -33,20 +31,14 @@ def core_attention(attention: str, device: torch.device, dtype: torch.dtype) -> 
         )
     if attention == "sdpa":
         return SdpaCoreAttention
-    obstacle = _no_half_on_cuda(device, dtype)
-    if attention == "te":
-        if obstacle is None and not compat.transformer_engine_is_usable():
-            obstacle = "megatron-core cannot import Transformer Engine"
-        if obstacle is not None:
-            raise _refusal(attention, "Transformer Engine", obstacle)
-        from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-        return TEDotProductAttention
-    obstacle = obstacle or _flash_obstacle(device)
+    obstacle = _flash_obstacle(device, dtype)
     if obstacle is None:
         return FlashCoreAttention
     if attention == "flash":
-        raise _refusal(attention, "a flash-attention package", obstacle)
+        raise LongRopeError(
+            "attention 'flash' needs a flash-attention package and a half-precision model on a "
+            f"CUDA device, but {obstacle}; use attention 'sdpa'"
+        )
     return SdpaCoreAttention
 
 
@@ -55,21 +47,12 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     chosen = core_attention("auto", device, dtype)
     if chosen is FlashCoreAttention:
         return f"flash ({flash_kernels.find(torch.cuda.get_device_capability(device)).name})"
-    return f"sdpa ({_no_half_on_cuda(device, dtype) or _flash_obstacle(device)})"
+    return f"sdpa ({_flash_obstacle(device, dtype)})"
 
 
-def _refusal(attention: str, package: str, obstacle: str) -> LongRopeError:
-    return LongRopeError(
-        f"attention {attention!r} needs {package} and a half-precision model on a CUDA device, but "
-        f"{obstacle}; use attention 'sdpa'"
-    )
-
-
-def _no_half_on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+def _flash_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"the device is {device}"
-    return None if dtype in _HALF else f"the dtype is {dtype}"
-
-
-def _flash_obstacle(device: torch.device) -> str | None:
+    if dtype not in _HALF:
+        return f"the dtype is {dtype}"
     return flash_kernels.obstacle(torch.cuda.get_device_capability(device))

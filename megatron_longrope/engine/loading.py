@@ -51,7 +51,7 @@ def load_engine(
         mode (str): How a sequence chooses its factor set. Defaults to "auto".
         hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
         attention (str): `auto` takes a flash-attention package where one can run (CUDA, half
-            precision), else torch SDPA; `sdpa`, `flash` or `te` insist. Defaults to "auto".
+            precision), else torch SDPA; `sdpa` or `flash` insist. Defaults to "auto".
         replicas (bool): Accept a multiple of TP x CP processes, each TP x CP of which hold a copy
             of the model; :attr:`Engine.replica` tells which. Defaults to False.
 

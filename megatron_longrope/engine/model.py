@@ -197,23 +197,20 @@ def set_attention_factor(model: nn.Module, factor: float) -> None:
 
     transformers multiplies cos and sin. In its parity mode so do we, which makes the logits of an
     fp32 model equal to the last bit; through the softmax scale they differ by fp32 rounding.
-    Transformer Engine's attention hands its softmax scale to its kernels when it is built, hence
-    cos and sin there.
 
     Args:
         factor (float): Multiplier m of q and k; logits get m^2.
     """
     head_dim = model.config.kv_channels
     rotary = model.rotary_pos_emb
-    whole_heads = rotary.rotary_dim == head_dim and not rotary.hf_parity
+    by_softmax = rotary.rotary_dim == head_dim and not rotary.hf_parity
     for layer in model.decoder.layers:
         attention = layer.self_attention
         if not isinstance(attention, Attention):
             continue  # an MLP layer of HybridModel
-        core = attention.core_attention
-        by_softmax = whole_heads and isinstance(core, SdpaCoreAttention)
         compat.set_cos_sin_factor(attention, 1.0 if by_softmax else factor)
-        core.softmax_scale = softmax_scale(factor if by_softmax else 1.0, head_dim)
+        scale = softmax_scale(factor if by_softmax else 1.0, head_dim)
+        attention.core_attention.softmax_scale = scale
 
 
 def vocab_range(model: nn.Module, vocab_size: int) -> tuple[int, int]:

@@ -26,9 +26,9 @@ _HALVED_FROM = 512 * 1024  # tokens; section 4.1 of the paper
 
 @dataclass(frozen=True, kw_only=True)
 class _InputsAndOutputs(Options):
-    attention: str = flag("auto", choices=("auto", "sdpa", "flash", "te"))
-    """kernels: a flash-attention package, torch SDPA or Transformer Engine (default: auto, flash
-    where one can run, else sdpa; `longrope doctor` says which)"""
+    attention: str = flag("auto", choices=("auto", "sdpa", "flash"))
+    """kernels: a flash-attention package or torch SDPA (default: auto, flash where one can run,
+    else sdpa; `longrope doctor` says which)"""
     data: str = flag(metavar="PREFIX")
     """search documents (longrope data prepare)"""
     bos: int | None = bos_flag()

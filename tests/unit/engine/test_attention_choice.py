@@ -11,10 +11,8 @@ from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.engine import Engine, load_engine, process_groups
-from megatron_longrope.engine.generation import generate
 from megatron_longrope.engine.kernels import core_attention, describe
 from megatron_longrope.engine.model import build_model
-from megatron_longrope.integration import compat
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 HALF = torch.bfloat16
@@ -59,46 +57,8 @@ def test_sdpa_is_sdpa_everywhere(flash_installed):
 
 
 def test_another_name_is_refused(megatron_runs):
-    with pytest.raises(ValueError, match=r"attention 'xla' is unknown .* auto, sdpa, flash, te"):
+    with pytest.raises(ValueError, match=r"attention 'xla' is unknown .* auto, sdpa, flash"):
         load_engine(megatron_runs["tied_mha"].path, device="cpu", attention="xla")
-
-
-def test_transformer_engine_is_taken_where_it_can_run(monkeypatch):
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    with pytest.raises(ValueError, match="megatron-core cannot import Transformer Engine"):
-        core_attention("te", CUDA, HALF)
-    monkeypatch.setattr(compat, "transformer_engine_is_usable", lambda: True)
-    assert core_attention("te", CUDA, HALF) is TEDotProductAttention
-    with pytest.raises(ValueError, match=r"the dtype is torch\.float32; use attention 'sdpa'"):
-        core_attention("te", CUDA, torch.float32)
-
-
-class TransformerEngineLike(torch.nn.Module):
-    """Core attention that has given its softmax scale away by the time the engine sets one."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-        self.kernel = SdpaCoreAttention(*args, **kwargs)
-        self.softmax_scale = self.kernel.softmax_scale
-
-    def forward(self, *args, **kwargs):
-        return self.kernel(*args, **kwargs)
-
-
-def test_attention_with_a_scale_of_its_own_gets_the_factor_by_cos_and_sin(megatron_runs):
-    process_groups.initialize()
-    checkpoint = MegatronCheckpoint.open(megatron_runs["untied_gqa"].path)
-    tokens = random_tokens(maker.VOCAB, maker.LONG_TOKENS, 1)
-    losses = []
-    for kernel in (SdpaCoreAttention, TransformerEngineLike):
-        model = build_model(checkpoint.shape, maker.longrope_config(), core_attention=kernel)
-        load_into(model, checkpoint)
-        assert model.rotary_pos_emb.attention_factor(maker.LONG_TOKENS) != 1.0
-        losses.append(Engine(model, checkpoint.shape).nll(tokens))
-    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="TransformerEngineLike does not; use attention 'sdpa'"):
-        generate(Engine(model, checkpoint.shape), tokens, 1)
 
 
 def test_a_model_on_flash_gives_the_losses_of_sdpa(flash_installed, megatron_runs):
