@@ -206,7 +206,7 @@ def test_whatever_a_journal_was_begun_with_is_compared_when_it_is_resumed(
     )
 
 
-# Of version 0.2, whose searches had options that are gone.
+# As it was written when a search could rotate its samples and race by a test.
 HEADER = {
     "algorithm": "cma", "stage": "first", "target_length": 256,
     "base": {
