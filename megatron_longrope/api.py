@@ -46,16 +46,10 @@ def search(options: SearchOptions) -> LongRopeConfig | None:
     if options.dry_run:
         print("\n".join(plan.estimate()))
         return None
-    found = plan.run(
-        load_engine_for(
-            options,
-            plan.checkpoint,
-            plan.problem.base,
-            attention=options.attention,
-            replicas=True,
-        )
+    engine = load_engine_for(
+        options, plan.checkpoint, plan.problem.base, attention=options.attention, replicas=True
     )
-    if found is None:
+    if not plan.run(engine):
         return None
     if not options.no_figures:
         from megatron_longrope.report.search_figures import draw_search_figures

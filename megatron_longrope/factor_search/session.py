@@ -158,32 +158,31 @@ class SearchPlan:
             )
         return lines
 
-    def run(self, engine: Engine) -> tuple[SearchProblem, SearchOutcome] | None:
+    def run(self, engine: Engine) -> bool:
         """Search, and write the winner with what is known about it.
 
         Args:
             engine (Engine): This rank's part of the model, loaded with `replicas=True`.
 
         Returns:
-            tuple[SearchProblem, SearchOutcome]: What was searched, under its attention factor, and
-                what was found; None on every rank but the first.
+            bool: Whether this is the first rank, which has written it.
         """
         args = self.options
         replica = Replica(engine, args.tensor_model_parallel_size * args.context_parallel_size)
         store = shared_store() if replica.count > 1 else None
         if not replica.is_leader:
             replica.serve()
-            return None
+            return False
         try:
             return self._lead(replica, Team(replica.index, replica.count, store))
         finally:
             replica.close()
 
-    def _lead(self, model: Replica, team: Team) -> tuple[SearchProblem, SearchOutcome] | None:
+    def _lead(self, model: Replica, team: Team) -> bool:
         args = self.options
         found = self._find(model, team)
         if found is None:
-            return None
+            return False
         problem, outcome, settings, objective = found
         verdict = None
         if not isinstance(self.needles, str):
@@ -217,7 +216,7 @@ class SearchPlan:
         for note in notes:
             print(note)
         print(f"wrote {args.output}")
-        return problem, outcome
+        return True
 
     def _find(
         self, model: Replica, team: Team
