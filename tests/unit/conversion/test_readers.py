@@ -4,6 +4,7 @@
 test writes the tables of docs/models.md, which it otherwise compares.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -102,14 +103,28 @@ def test_every_tensor_comes_back_to_the_bit_and_greedy_generation_is_the_engines
     assert torch.equal(theirs, ours)
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_the_installed_transformers_reads_an_export_without_a_word(exports, case, capfd):
-    source, output, longrope, _ = exports[case]
+@pytest.fixture
+def said():
+    """What transformers logs; its own handler writes to where stderr was when it was imported."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
     hf_logging.warning_once.cache_clear()
+    logging.getLogger("transformers").addHandler(handler)
+    yield messages
+    logging.getLogger("transformers").removeHandler(handler)
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_installed_transformers_reads_an_export_without_a_word(exports, case, said):
+    source, output, longrope, _ = exports[case]
     report = verify(source, output, longrope_config=longrope)
     windows = [item.window for item in report.windows]
     assert windows == (["short"] if case[1] == "bare" else ["short", "long"])
-    assert "rope" not in capfd.readouterr().err
+    if FAMILIES[MODELS[case[0]][0]].bare_longrope and case[1] == "su":
+        # 4.57 refuses the `factor` that 5.x would like.
+        assert [text[:33] for text in said] == ["This model config has set a `rope"]
+        return
+    assert not said
 
 
 @pytest.mark.parametrize("name", list(MODELS)[len(FAMILIES) :])
