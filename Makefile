@@ -34,8 +34,7 @@ DEV := $(VENV)/.installed-dev
 MATRIX := 0.17.1 0.18.2
 MATRIX_TESTS := tests/unit/test_rotary.py tests/unit/test_training_loss.py tests/unit/integration tests/unit/engine \
 	$(addprefix tests/unit/checkpoint/test_,loader.py formats_of_megatron.py) tests/unit/test_doctor.py \
-	$(addprefix tests/unit/attention/test_,sdpa_attention.py packed_attention.py \
-	attention_in_megatron.py) \
+	$(addprefix tests/unit/attention/test_,sdpa_attention.py packed_attention.py) \
 	$(addprefix tests/distributed/test_,launcher.py hybrid_launcher.py mixed_windows.py patches.py \
 	from_hf_launcher.py)
 # Among them, but without any Megatron.

@@ -49,20 +49,6 @@ def test_evaluate_returns_a_record_for_each_cell_and_measures_none_twice(
     assert (tmp_path / "ppl.csv").is_file()
 
 
-def test_a_conversion_there_and_back_says_what_was_written(untied_gqa, tmp_path):
-    exported = longrope.convert_to_hf(
-        longrope.ToHfOptions(load=str(untied_gqa.path), output=str(tmp_path / "hf"))
-    )
-    assert exported.verification.windows[0].max_abs_diff <= 1e-4
-    imported = longrope.convert_from_hf(
-        longrope.FromHfOptions(
-            hf=str(exported.output_dir), output=str(tmp_path / "back"), no_verify=True
-        )
-    )
-    assert imported.num_tensors == exported.num_tensors
-    assert imported.longrope_config.factor_set_for(256) is not None
-
-
 def test_an_export_is_of_the_iteration_that_was_the_latest_when_it_began(untied_gqa, tmp_path):
     save = shutil.copytree(untied_gqa.path, tmp_path / "save")
 

@@ -76,23 +76,6 @@ def test_a_checkpoint_of_another_model_than_its_arguments_say_is_refused(
 # Failures on the way
 
 
-def test_logits_that_differ_leave_nothing(untied_gqa, tmp_path, monkeypatch, capsys):
-    class Wrong:
-        model = torch.nn.Identity()
-
-        def logits(self, tokens, count):
-            return torch.zeros(1, count, maker.PADDED)
-
-    monkeypatch.setattr(
-        "megatron_longrope.conversion.verify.fp32_engine", lambda checkpoint, config: Wrong()
-    )
-    arguments = ("to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf")
-    sentence = refused(capsys, *arguments)
-    assert "verification failed on 64 tokens (short factors)" in sentence
-    assert "nothing was written" in sentence
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_interruption_says_what_is_left_and_the_same_command_goes_on(
     untied_gqa, tmp_path, monkeypatch, capsys
 ):
@@ -290,17 +273,6 @@ def with_start_tokens(config, tmp_path):
     changed = replace(config, factor_sets=tuple(sets))
     changed.save(tmp_path / "start.json")
     return changed, tmp_path / "start.json"
-
-
-def test_start_tokens_are_refused_with_both_remedies(
-    untied_gqa, with_start_tokens, tmp_path, capsys
-):
-    sentence = refused(
-        capsys, "to-hf", "--load", untied_gqa.path, "--output", tmp_path / "hf",
-        "--longrope-config", with_start_tokens[1],
-    )  # fmt: skip
-    assert "the long factor set (max_length 256) has num_start_tokens 4" in sentence
-    assert "--start-tokens 0" in sentence and "--drop-start-tokens" in sentence
 
 
 def test_start_tokens_can_be_dropped_and_that_is_recorded(

@@ -1,15 +1,12 @@
 """The JSON artifact: what is refused and how, what a round trip keeps, what transformers reads."""
 
-import copy
 import json
-import logging
 import math
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from fp32_angles import angles_fp32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -474,24 +471,6 @@ def test_a_long_window_below_the_original_one_is_refused_at_export():
         exportable().to_hf(long_length=2048)
 
 
-def test_the_legacy_spelling_of_phi_3_is_read():
-    config = LongRopeConfig.from_hf(
-        {
-            "max_position_embeddings": 131072,
-            "original_max_position_embeddings": 4096,
-            "rope_theta": 500000.0,
-            "rope_scaling": {
-                "type": "su",
-                "short_factor": list(SHORT),
-                "long_factor": list(LONG),
-            },
-        }
-    )
-    assert config.rotary_base == 500000.0
-    assert config.rotary_dim == DIM
-    assert config.attention_factor == pytest.approx(1.190238, abs=5e-7)
-
-
 def hf_without(key: str) -> dict:
     value = exportable().to_hf()
     for holder in (value, value["rope_scaling"], value["rope_parameters"]):
@@ -547,130 +526,30 @@ def test_a_config_json_field_of_a_wrong_type_is_refused_by_name(key, value):
         LongRopeConfig.from_hf(hf)
 
 
-def test_factors_in_a_config_json_are_named_by_their_key():
-    hf = exportable().to_hf()
-    hf["rope_scaling"]["long_factor"] = [1.0, 2.0]
-    with pytest.raises(ValueError, match=r"^long_factor has 2 values; rotary_dim 8 needs 4$"):
+@pytest.mark.parametrize(("index", "key"), enumerate(["short_factor", "long_factor"]))
+def test_factors_in_a_config_json_are_named_by_their_key(index, key):
+    hf, unusual = exportable().to_hf(), (0.9978, 2.0, 1.5, 4.0)
+    hf["rope_scaling"][key] = [1.0, 2.0]
+    with pytest.raises(ValueError, match=rf"^{key} has 2 values; rotary_dim 8 needs 4$"):
         LongRopeConfig.from_hf(hf)
-    hf["rope_scaling"]["long_factor"] = [0.9978, 2.0, 1.5, 4.0]
-    with pytest.warns(UserWarning, match=r"^config\.json: long_factor\[0\] is 0\.9978, below 1, "):
-        assert LongRopeConfig.from_hf(hf).factor_sets[1].rescale_factors == (0.9978, 2.0, 1.5, 4.0)
+    hf["rope_scaling"][key] = list(unusual)
+    with pytest.warns(UserWarning, match=rf"^config\.json: {key}\[0\] is 0\.9978, below 1, "):
+        assert LongRopeConfig.from_hf(hf).factor_sets[index].rescale_factors == unusual
 
 
-# A real transformers model
-
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-SMALL_WINDOW = exportable(
-    rotary_base=500000.0,
-    original_max_position_embeddings=16,
-    factor_sets=(FactorSet(16, SHORT), FactorSet(64, (1.0, 1.94, 5.18, 7.5))),
-    attention_factor=1.25,
-)
-
-
-@pytest.fixture
-def transformers_messages():
-    """Everything transformers logs or warns about while the test runs."""
-    pytest.importorskip("transformers")
-    from transformers.utils import logging as hf_logging
-
-    messages = []
-
-    class Collector(logging.Handler):
-        def emit(self, record):
-            messages.append(record.getMessage())
-
-    handler = Collector(level=logging.WARNING)
-    library = logging.getLogger("transformers")
-    library.addHandler(handler)
-    hf_logging.warning_once.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield lambda: messages + [str(item.message) for item in caught]
-        finally:
-            library.removeHandler(handler)
-
-
-def rope_messages(messages) -> list[str]:
-    return [text for text in messages() if "rope" in text.lower() or "factor" in text.lower()]
-
-
-def test_the_collector_of_rope_warnings_sees_one_about_a_bad_factor(transformers_messages):
-    from transformers import LlamaConfig
-
-    value = SMALL_WINDOW.to_hf()
-    for key in ("rope_scaling", "rope_parameters"):
-        value[key]["short_factor"] = [1.0]
-    LlamaConfig(**TINY, **value)
-    assert any("short_factor" in text for text in rope_messages(transformers_messages))
-
-
-@pytest.mark.parametrize("dropped", ["rope_scaling", "rope_parameters", None])
-def test_a_llama_config_reads_our_export_without_a_warning_about_rope(
-    transformers_messages, tmp_path, dropped
-):
-    from transformers import LlamaConfig
-
-    value = SMALL_WINDOW.to_hf()
-    value.pop(dropped, None)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY, **value}))
-    for theirs in (LlamaConfig(**TINY, **value), LlamaConfig.from_pretrained(tmp_path)):
-        assert theirs.rope_parameters == SMALL_WINDOW.to_hf()["rope_parameters"]
-        assert theirs.max_position_embeddings == 64
-    assert rope_messages(transformers_messages) == []
-
-
-def test_a_llama_saved_and_loaded_by_transformers_rotates_as_ours_in_both_windows(
-    transformers_messages, tmp_path
-):
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    LlamaForCausalLM(LlamaConfig(**TINY, **SMALL_WINDOW.to_hf())).save_pretrained(tmp_path)
-    rotary = AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb
-    for length in (16, 17, 64, 16):  # at the switch, just over it, the longest, and back
-        ours = SMALL_WINDOW.factor_set_for(length)
-        factors = torch.tensor(ours.rescale_factors, dtype=torch.float64)
-        positions = torch.arange(length)
-        their_cos, their_sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
-        our_inv_freq = inv_freq_fp32(500000.0, DIM, factors)
-        our_scale = SMALL_WINDOW.attention_factor_for(length)
-        our_angles = angles_fp32(positions, 500000.0, DIM, factors).repeat(1, 2)
-        assert torch.equal(rotary.inv_freq, our_inv_freq)
-        assert rotary.attention_scaling == our_scale
-        assert torch.equal(their_cos[0], our_angles.cos() * our_scale)
-        assert torch.equal(their_sin[0], our_angles.sin() * our_scale)
-    assert rope_messages(transformers_messages) == []
-
-
-def test_a_config_json_written_by_transformers_reads_back_as_ours(transformers_messages, tmp_path):
-    from transformers import LlamaConfig
-
-    LlamaConfig(**TINY, **SMALL_WINDOW.to_hf()).save_pretrained(tmp_path)
-    config = LongRopeConfig.from_hf(json.loads((tmp_path / "config.json").read_text()))
-    assert config.to_hf() == SMALL_WINDOW.to_hf()
-
-
-@pytest.mark.parametrize(
-    "stated", [{}, {"factor": 3.0}, {"factor": 0.5}, {"attention_factor": 1.5}]
-)
-def test_the_attention_factor_of_a_config_json_is_read_as_transformers_reads_it(
-    transformers_messages, stated
-):
+def test_transformers_rotates_as_an_export_says_and_what_it_saves_reads_back(tmp_path):
+    """Of whole models: tests/unit/conversion/test_readers.py."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    value = SMALL_WINDOW.to_hf()
-    del value["rope_scaling"], value["rope_parameters"]["factor"]
-    del value["rope_parameters"]["attention_factor"]
-    value["rope_parameters"].update(stated)
-    ours = LongRopeConfig.from_hf(copy.deepcopy(value)).attention_factor
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**TINY, **value)).attention_scaling
-    assert ours == theirs
+    ours = exportable(rotary_base=500000.0)
+    heads = {"hidden_size": 2 * DIM, "num_attention_heads": 2}
+    LlamaConfig(**heads, **ours.to_hf()).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert LongRopeConfig.from_hf(saved).to_hf() == ours.to_hf()
+    theirs = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))
+    assert theirs.attention_scaling == ours.attention_factor
+    for length in (4096, 4097, 4096):  # up to the original window, past it, and back
+        theirs(torch.zeros(1), torch.arange(length)[None])
+        factors = torch.tensor(ours.factor_set_for(length).rescale_factors, dtype=torch.float64)
+        assert torch.equal(theirs.inv_freq, inv_freq_fp32(500000.0, DIM, factors))

@@ -1,13 +1,10 @@
-"""The formula against transformers, megatron-core, mpmath and the papers' identities."""
+"""The formula against transformers, megatron-core and the papers' identities."""
 
 import math
 from itertools import pairwise
 
-import mpmath
 import pytest
 import torch
-from angles import distance_on_the_circle
-from fp32_angles import angles_fp32
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -112,31 +109,6 @@ def test_factors_of_one_equal_megatron_core_bit_for_bit(base, head_dim, percent)
 
 
 # Exact angles
-
-
-@pytest.mark.parametrize(("base", "dim"), GEOMETRIES)
-def test_angles_agree_with_mpmath_to_a_microradian_up_to_two_million_tokens(base, dim):
-    factors = longrope_factors(dim)
-    positions = [0, 1, 3, 4, 5, 4095, 4096, 4097, 65535, 65536, 262143, 2**20 + 1, 2**21 - 1, 2**21]
-    ours = angles(torch.tensor(positions), base, dim, factors)
-    assert ours.dtype == torch.float32
-    assert ours.shape == (len(positions), dim // 2)
-    assert ours.abs().max().item() <= math.pi + 2e-7  # pi itself rounds up in fp32
-    with mpmath.workdps(40):
-        turn = 2 * mpmath.pi
-        for row, position in enumerate(positions):
-            for i, factor in enumerate(factors.tolist()):
-                beta = mpmath.mpf(base) ** (mpmath.mpf(2 * i) / dim)
-                error = mpmath.mpf(ours[row, i].item()) - position / (mpmath.mpf(factor) * beta)
-                error -= mpmath.nint(error / turn) * turn
-                assert abs(error) < 1e-6, (position, i)
-
-
-def test_plain_fp32_angles_are_off_by_a_tenth_of_a_radian_at_two_million_tokens():
-    positions = torch.arange(2**21 - 4096, 2**21)
-    ones = torch.ones(64)
-    exact, plain = angles(positions, 1e4, 128, ones), angles_fp32(positions, 1e4, 128, ones)
-    assert 0.1 < distance_on_the_circle(plain, exact) < 0.4
 
 
 def test_a_default_dtype_of_bfloat16_does_not_reach_the_angles():
@@ -299,20 +271,6 @@ def test_every_named_vector_is_finite_non_decreasing_within_the_ratio_and_a_vali
     assert factors[-1] <= ratio
     target = math.ceil(window * ratio)
     LongRopeConfig(base, 2 * half, window, (FactorSet(target, tuple(factors)),))
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    half=st.integers(2, 64),
-    ratio=st.floats(1.0, 512.0),
-    positions=st.lists(st.integers(0, 2**22), min_size=1, max_size=8),
-)
-def test_angles_are_the_fp64_product_reduced_for_any_factors(half, ratio, positions):
-    factors = longrope_factors(2 * half, ratio)
-    ours = angles(torch.tensor(positions), 1e4, 2 * half, factors)
-    for row, position in enumerate(positions):
-        exact = position * (inv_freq(1e4, 2 * half) / factors)
-        assert distance_on_the_circle(ours[row], exact) < 1e-6
 
 
 # Attention factor

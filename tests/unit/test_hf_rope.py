@@ -187,24 +187,6 @@ def test_the_old_names_of_longrope_in_phi3_are_read(name):
     assert read_hf_rope(config).rope_type == "longrope"
 
 
-@pytest.mark.parametrize("key", ["short_factor", "long_factor"])
-def test_a_factor_list_is_refused_by_its_own_key(key):
-    config = {
-        **PHI3,
-        "original_max_position_embeddings": 32,
-        "rope_scaling": {"type": "longrope", **LISTS},
-    }
-    for change, sentence in (
-        (lambda values: values.append(5.0), f"^{key} has 5 values; rotary_dim 8 needs 4"),
-        (lambda values: values.__setitem__(1, None), rf"^{key}\[1\] is None; it must be a number"),
-        (lambda values: values.__setitem__(1, -1.0), rf"^{key}\[1\] is -1.0; .* above 0"),
-    ):
-        broken = copy.deepcopy(config)
-        change(broken["rope_scaling"][key])
-        with pytest.raises(ValueError, match=sentence):
-            LongRopeConfig.from_hf(broken, rotary_dim=8)
-
-
 def test_a_longrope_that_transformers_4_57_reads_otherwise_is_warned_of(recwarn):
     rope = {"rope_type": "longrope", **LISTS}
     top = {**BASE, "original_max_position_embeddings": 64}

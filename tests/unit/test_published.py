@@ -83,33 +83,6 @@ def test_a_deployed_model_is_read_and_rotates_as_in_transformers(name, head):
         assert torch.equal(rotary.inv_freq, inv_freq_fp32(stored.rotary_base, 96, factors))
 
 
-def test_a_folder_with_deployed_factors_is_converted_with_transformers_logits(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    from megatron_longrope.conversion.from_hf import write_checkpoint
-    from megatron_longrope.conversion.verify import verify_import
-
-    # The factors and the 32 x extension are the model's; a window of 64 keeps the long input short.
-    short, long = (list(item.rescale_factors) for item in load("phi-3.5-mini")[0].factor_sets)
-    config = transformers.Phi3Config(
-        vocab_size=64, hidden_size=192, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, pad_token_id=None, bos_token_id=None,
-        eos_token_id=None, max_position_embeddings=2048, original_max_position_embeddings=64,
-        initializer_range=0.2,
-        rope_scaling={"type": "longrope", "short_factor": short, "long_factor": long},
-    )  # fmt: skip
-    torch.manual_seed(1)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
-    with pytest.warns(UserWarning, match=r"config\.json: long_factor\[\d+\] is 64\.\d+, over 64"):
-        report = write_checkpoint(
-            tmp_path / "hf",
-            tmp_path / "out",
-            check=lambda path: verify_import(path, tmp_path / "hf"),
-        )
-    windows = {item.window: item for item in report.verification.windows}
-    assert list(windows) == ["short", "long"]
-    assert all(item.max_abs_diff < 1e-4 for item in windows.values())
-
-
 def test_an_unknown_name_is_refused_with_those_that_exist():
     with pytest.raises(
         ValueError, match=r"^published:llama9: no such factors; published are llama"

@@ -82,41 +82,19 @@ def assert_refused(folder, sentence):
     assert [item for item in folder.parent.iterdir() if "out" in item.name] == []
 
 
-# There and back
+# There and back; every family in single precision: test_readers.py
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back_every_tensor_is_the_same_to_the_bit(folders, tmp_path, family):
-    folder = folders(family, torch.bfloat16)
+def test_half_precision_stays_as_it_was_there_and_back(folders, tmp_path):
+    folder = folders("qwen3", torch.bfloat16)
     report = write_checkpoint(folder, tmp_path / "megatron")
-    checkpoint = MegatronCheckpoint.open(tmp_path / "megatron")
-    back = write_hf_folder(
-        tmp_path / "megatron", tmp_path / "back", longrope_config=checkpoint.longrope
-    )
+    back = write_hf_folder(tmp_path / "megatron", tmp_path / "back", longrope_config=None)
     before, after = tensors(folder), tensors(tmp_path / "back")
-    assert back.family == report.family == family
     assert report.num_tensors == back.num_tensors == len(before)
-    assert report.left_out == ()
+    assert {value.dtype for value in after.values()} == {torch.bfloat16}
     assert before.keys() == after.keys()
-    for key, value in before.items():
-        assert value.dtype == after[key].dtype == torch.bfloat16
-        assert torch.equal(value, after[key]), key
-    configs = [
-        transformers.AutoConfig.from_pretrained(path) for path in (folder, tmp_path / "back")
-    ]
-    for name in (*tiny_hf.GEOMETRY, "rms_norm_eps", "tie_word_embeddings", "dtype"):
-        assert getattr(configs[0], name) == getattr(configs[1], name)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_agree_with_transformers(folders, tmp_path, family):
-    folder = folders(family)
-    report = write_checkpoint(
-        folder, tmp_path / "megatron", check=lambda path: verify_import(path, folder)
-    )
-    windows = {item.window: item for item in report.verification.windows}
-    assert list(windows) == (["short", "long"] if family == "phi3" else ["short"])
-    assert all(item.max_abs_diff < 1e-5 for item in windows.values())
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
 
 
 def test_a_folder_in_several_files_gives_the_same_checkpoint(folders, tmp_path):
@@ -308,6 +286,7 @@ def test_tensors_that_others_determine_are_left_out_and_reported(folders, tmp_pa
         "lm_head.weight",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
     )
+    assert report.num_tensors == len(stored) - 2
     stored["lm_head.weight"][0, 0] += 1
     save_file(stored, folder / "model.safetensors")
     assert_refused(folder, "lm_head.weight differs from model.embed_tokens.weight")
@@ -567,14 +546,9 @@ def test_a_folder_that_transformers_cannot_load_is_one_sentence_with_the_remedy(
 
 
 def test_partly_rotated_heads_become_megatrons_rotary_percent(tmp_path):
-    """Phi-4-mini's, end to end; its exports are read in test_readers.py."""
+    """Phi-4-mini's; test_readers.py compares its logits."""
     tiny_hf.make_hf_folder(tmp_path / "hf", "phi3", partial_rotary_factor=0.75, hidden_size=64)
-    report = write_checkpoint(
-        tmp_path / "hf",
-        tmp_path / "megatron",
-        check=lambda path: verify_import(path, tmp_path / "hf"),
-    )
-    assert report.verification.windows[0].max_abs_diff < 1e-5
+    report = write_checkpoint(tmp_path / "hf", tmp_path / "megatron")
     assert report.shape.rotary_dim == 12
     assert "--rotary-percent 0.75" in report.flags
 

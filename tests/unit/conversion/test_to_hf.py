@@ -11,7 +11,6 @@ from tiny_hf import tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.errors import LongRopeError
@@ -68,21 +67,6 @@ def test_a_hybrid_checkpoint_of_another_order_is_refused(hybrid_runs, config, tm
 def test_loading_into_a_fresh_gpt_model_gives_the_same_logits(run):
     ours, theirs = (run.logits[name][..., : maker.VOCAB] for name in ("long", "loaded"))
     assert torch.equal(ours, theirs)
-
-
-def test_config_json_holds_both_spellings_of_the_factors(untied_gqa, config, tmp_path):
-    report = write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config)
-    written = json.loads((tmp_path / "hf" / "config.json").read_text())
-    for spelling in ("rope_scaling", "rope_parameters"):
-        assert written[spelling]["rope_type"] == "longrope"
-        assert written[spelling]["attention_factor"] == 1.15
-        assert written[spelling]["long_factor"] == list(config.factor_sets[1].rescale_factors)
-    assert written["max_position_embeddings"] == report.max_position_embeddings == 256
-    assert written["rope_theta"] == maker.BASE
-    assert written["vocab_size"] == report.vocab_size == 250
-    loaded = AutoConfig.from_pretrained(str(tmp_path / "hf"))
-    assert loaded.rope_parameters["rope_theta"] == maker.BASE
-    assert LongRopeConfig.load(tmp_path / "hf" / "longrope.json") == config
 
 
 def test_the_model_card_states_provenance_and_limits(untied_gqa, config, tmp_path):
@@ -156,13 +140,6 @@ def test_factors_of_another_model_are_refused(untied_gqa, config, tmp_path):
     other = replace(config, rotary_base=10000.0)
     with pytest.raises(ValueError, match="rotary_base 10000, the model has 50000"):
         write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=other)
-
-
-def test_factors_that_transformers_cannot_hold_are_refused(untied_gqa, config, tmp_path):
-    differing = replace(config, attention_factor=None)
-    with pytest.raises(ValueError, match=r"factor 1 at 64 .* differs.*--attention-factor"):
-        write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=differing)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shorter_target_exports_the_set_that_covers_it(untied_gqa, config, tmp_path):

@@ -15,7 +15,6 @@ from megatron_longrope.factor_search.critical import (
     critical_seeds,
     first_incomplete,
 )
-from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.operators import crossover, mutate, random_candidate
 from megatron_longrope.factor_search.space import Candidate
 
@@ -172,25 +171,6 @@ def test_steps_below_the_critical_dimension_do_not_tell_candidates_apart():
 def test_the_size_is_the_number_of_candidates(dimensions):
     space = CriticalSpace(3, 2.0, upper=2.05, critical_dimensions=dimensions)
     assert len(list(all_candidates(space))) == space.size
-
-
-@settings(max_examples=10, deadline=None)
-@given(scale=st.floats(1.01, 1024.0), rng_seed=st.integers(0, 1000))
-def test_a_search_evaluates_no_factors_twice_and_reproduces_itself(scale, rng_seed):
-    parameters = EvolutionParameters(24, 8, 8, max_iterations=5, num_parents=8)
-    space = CriticalSpace(16, scale, critical_dimensions=(3, 4, 5, 6, 7))
-
-    def run() -> list:
-        search = EvolutionSearch(space, parameters, list(critical_seeds(space).values()), rng_seed)
-        told = []
-        while trials := search.trials():
-            told.append(space.decode(trials[0].candidate))
-            search.tell(trials[0].candidate, abs(math.log(told[-1][0][5] / scale)) + 1)
-        return told
-
-    told = run()
-    assert len(told) == len(set(told)) == 24 + 5 * 16
-    assert run() == told
 
 
 # Operators

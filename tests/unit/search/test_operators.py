@@ -55,17 +55,6 @@ def test_decoding_and_encoding_returns_the_same_candidate(space, seed):
     assert space.with_factors(candidate, genes, values) == candidate
 
 
-@QUICK
-@given(space=spaces() | critical_spaces(), seed=seeds)
-def test_the_same_generator_state_gives_the_same_child(space, seed):
-    def children() -> list[Candidate]:
-        rng = np.random.default_rng(seed)
-        a, b = random_candidate(space, rng), random_candidate(space, rng)
-        return [mutate(a, space, rng), crossover(a, b, space, rng)]
-
-    assert children() == children()
-
-
 def test_mutation_draws_between_the_updated_left_and_the_parents_right_neighbour():
     space = SearchSpace(3, 4, start_tokens=(0,))
     rng = np.random.default_rng(0)

@@ -1,4 +1,3 @@
-import json
 import math
 from dataclasses import replace
 
@@ -107,40 +106,6 @@ def test_an_interrupted_search_resumes_to_the_same_journal_without_repeating_wor
     assert drop_seconds(cut.journal) == drop_seconds(run.journal)
     # Only the trial that was interrupted is scored again.
     assert 0 <= first.calls + rest.calls - whole.calls < Synthetic.num_samples
-
-
-def test_a_torn_last_line_costs_one_evaluation(problem, new_search, tmp_path):
-    run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    outcome = run_search(new_search(problem), problem, Synthetic(), run)
-    run.journal.write_bytes(run.journal.read_bytes()[:-20])
-    rest = Synthetic()
-    assert run_search(new_search(problem), problem, rest, run) == outcome
-    assert rest.calls <= Synthetic.num_samples
-
-
-def test_a_changed_setting_refuses_to_resume_and_shows_it(problem, tmp_path):
-    path = tmp_path / "j.jsonl"
-    run_search(evolution(problem), problem, Synthetic(), SearchRun(path, {"seed": 1}))
-    with pytest.raises(ValueError, match="seed: 1 -> 2"):
-        changed = SearchRun(path, {"seed": 2}, resume=True)
-        run_search(evolution(problem, 2), problem, Synthetic(), changed)
-    with pytest.raises(ValueError, match="racing"):
-        changed = SearchRun(path, {"seed": 1}, "off", resume=True)
-        run_search(evolution(problem), problem, Synthetic(), changed)
-
-
-def test_a_journal_of_other_candidates_is_refused(problem, tmp_path):
-    run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    run_search(evolution(problem, 1), problem, Synthetic(), run)
-    with pytest.raises(ValueError, match="not the candidate that this search asks for"):
-        run_search(evolution(problem, 2), problem, Synthetic(), run)
-
-
-def test_an_existing_journal_is_not_overwritten_silently(problem, tmp_path):
-    run = SearchRun(tmp_path / "j.jsonl")
-    run_search(evolution(problem), problem, Synthetic(), run)
-    with pytest.raises(ValueError, match="resume"):
-        run_search(evolution(problem), problem, Synthetic(), run)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +272,3 @@ def test_samples_that_share_a_forward_pass_race_together(problem, tmp_path):
     outcome = run_search(evolution(problem), problem, objective, run)
     stopped = {len(record.sample_nlls) for record in outcome.records if record.stopped}
     assert stopped and stopped <= {2, 4}
-
-
-def test_journals_are_plain_json_with_the_provenance_in_their_first_line(problem, tmp_path):
-    run = SearchRun(tmp_path / "j.jsonl", {"data_sha256": "abc"})
-    run_search(evolution(problem), problem, Synthetic(), run)
-    header, *lines = map(json.loads, run.journal.read_text().splitlines())
-    assert header["settings"] == {"data_sha256": "abc", "pool": None, "racing": ["exact", 0.05]}
-    assert all(line["seconds"] >= 0 for line in lines)
