@@ -42,17 +42,6 @@ def validate(path, **changes):
     return wrappers.with_validation(lambda args: args)(args)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_what_may_be_wrong_with_one_ranks_file_waits_until_the_ranks_have_met(
-    monkeypatch, capsys, rank
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", str(rank))
-    validate("absent.json", rank=rank)
-    assert agreement._pending.error == "absent.json: no such file; check the path"
-    assert capsys.readouterr() == ("", "")
-
-
 def test_a_good_file_is_compared_between_ranks_by_its_content(monkeypatch, path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     validate(path)

@@ -135,20 +135,6 @@ def test_two_processes_train_like_one(tmp_path, continued, one_process, layout, 
     assert_same_losses(two, one_process)
 
 
-# The attention factor
-
-
-@pytest.mark.one_release
-def test_both_carriers_of_the_attention_factor_give_the_same_losses(
-    directory, continued, one_process
-):
-    flags = [*continued, "--longrope-attention-factor-carrier", "rope"]
-    rope = train([pretrain_command(flags)], directory / "rope-carrier")
-    assert "attention factor 1.08012 by softmax" in one_process.log
-    assert "attention factor 1.08012 by rope" in rope.log
-    assert_same_losses(rope, one_process)
-
-
 # What a checkpoint holds
 
 

@@ -36,11 +36,6 @@ def test_none_extends_the_window_without_rescaling():
     assert config.factor_set_for(8192).is_identity and config.max_length == 8192
 
 
-def test_an_unknown_method_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown method 'alibi'"):
-        extended_config("alibi", PLAIN, 2048)
-
-
 @pytest.fixture
 def tuned():
     """A model that was tuned for 2048 tokens under YaRN's factors and the su attention factor."""

@@ -41,11 +41,6 @@ def test_output_and_gradients_equal_a_causal_softmax_with_grouped_queries(groups
     assert_equal_to_the_reference(core_attention(), batch)
 
 
-def test_the_softmax_scale_replaces_the_default():
-    module = core_attention(softmax_scale=0.77)
-    assert_equal_to_the_reference(module, random_batch(12, batch=2), scale=0.77)
-
-
 @pytest.mark.parametrize("queries", [12, 1])
 def test_the_document_scale_is_that_of_the_whole_sequence(queries):
     module = core_attention(with_scale(SdpaCoreAttention), softmax_scale=0.5)

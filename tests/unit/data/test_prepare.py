@@ -30,14 +30,6 @@ def names(prefix):
     return sorted(path.name for path in prefix.parent.glob("[!.]*"))
 
 
-def contents(prefix):
-    """Every file of the sets that begin with this prefix."""
-    return {
-        path.name.removeprefix(prefix.name): path.read_bytes()
-        for path in prefix.parent.glob(f"{prefix.name}*")
-    }
-
-
 @pytest.mark.parametrize("tail", ["drop", "pad", "pack"])
 def test_prepared_segments_are_sound_and_described(corpus, model_path, prefix, tail):
     manifest = prepare([corpus], prefix, model_path, FixedSegments(S, tail))
@@ -65,13 +57,6 @@ def test_whole_documents_round_trip_to_the_text(corpus, model_path, prefix):
     assert [tokenizer.decode(item) for item in read_documents(prefix)] == texts
     assert manifest["tokens"] == manifest["source_tokens"]
     assert check_set(prefix) == []
-
-
-def test_same_input_gives_the_same_bytes(corpus, model_path, tmp_path):
-    for name in ("a", "b"):
-        prepare([corpus], tmp_path / name, model_path, FixedSegments(S, "pack"))
-    for suffix in (".bin", ".idx", ".json"):
-        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 def test_stock_gpt_dataset_samples_are_the_segments(corpus, model_path, prefix, tmp_path):

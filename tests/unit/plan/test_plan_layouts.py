@@ -70,11 +70,6 @@ def test_every_layout_uses_all_gpus_once():
     assert all(problem(LLAMA, TRAINING, layout) is None for layout in found)
 
 
-def test_what_fits_without_recomputation_recomputes_nothing():
-    chosen = best(LLAMA, 262144, 64)
-    assert chosen.fits and chosen.layout.recompute == ()
-
-
 def test_fewer_gpus_recompute_first_mlps_then_layers():
     chosen = [best(LLAMA, 262144, gpus).layout.recompute for gpus in (64, 16, 8)]
     assert chosen == [(), ("mlp",), FULL]

@@ -139,14 +139,6 @@ def test_a_passkey_table_has_trials_interval_and_loss(tmp_path):
     )
 
 
-def test_trials_on_a_grid_and_anywhere_have_a_figure_each(tmp_path):
-    save(tmp_path, "passkey", [passkey(4096, True, 0, 0.5), passkey(4096, False, 1)])
-    text = page_of(tmp_path)
-    names = {path.stem for path in (tmp_path / "figures").iterdir()}
-    assert names == {"passkey", "passkey_by_depth"}
-    StrictPage(text)
-
-
 def test_needle_perplexity_is_exp_of_the_mean_loss(tmp_path):
     save(tmp_path, "needle", [needle(4096, 1.0, 0, nll=0.5), needle(4096, 0.5, 1, nll=1.5)])
     text = page_of(tmp_path)

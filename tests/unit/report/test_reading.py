@@ -361,13 +361,6 @@ def test_needles_of_other_numbers_are_not_pooled(tmp_path):
     assert titles == ["single", "multi key, 4 needles", "multi key, 8 needles"]
 
 
-def test_two_sources_of_one_model_are_two_tables(tmp_path):
-    save(tmp_path / "pg19", "ppl", [ppl(4096, 3.0, sources="pg19", documents_sha256="a")])
-    save(tmp_path / "proof", "ppl", [ppl(4096, 2.0, sources="proof", documents_sha256="b")])
-    found = [(table.title.split("(")[1], cells(table)["base"]) for table in tables(tmp_path)]
-    assert found == [("truncated, pg19)", {"4k": 3.0}), ("truncated, proof)", {"4k": 2.0})]
-
-
 def test_no_row_leads_over_two_corpora_though_no_length_was_measured_on_both(tmp_path):
     far = {"sources": "books:20", "documents_sha256": "d1"}
     save(tmp_path / "far", "ppl", [ppl(524288, 6.2, **far), ppl(1048576, 6.3, **far)])
@@ -446,13 +439,6 @@ def test_the_wilson_interval_matches_published_values():
     assert wilson_interval(1.0, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
     assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
     assert wilson_interval(0.5, 100) == pytest.approx((0.403832, 0.596168), abs=1e-6)
-
-
-def test_benchmarks_with_other_shots_are_other_columns(tmp_path):
-    save(tmp_path, "short", [short("arc", 0.5), short("arc", 0.4, num_fewshot=0)])
-    assert cells(tables(tmp_path)[0]) == {
-        "base": {"acc_norm, 10-shot": 0.5, "acc_norm, 0-shot": 0.4}
-    }
 
 
 # Tables
