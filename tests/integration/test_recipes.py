@@ -60,12 +60,15 @@ def megatron():
     return add_longrope_args(arguments.add_megatron_arguments(parser))
 
 
-# A rehearsal replaces the same settings in every recipe; all of them are walked through below.
+# Replaces the same settings in every recipe; all rehearsals are walked through below.
+REHEARSAL = {"rehearsal": True, "output": "/absent/out", "hf": "{output}/inputs/hf"}
+
+
 @pytest.mark.parametrize(
-    ("name", "rehearsal"), [*((name, False) for name in RECIPES), ("llama2_7b", True)]
+    ("name", "options"), [*((name, {}) for name in RECIPES), ("llama2_7b", REHEARSAL)]
 )
-def test_every_command_is_one_that_the_command_line_takes(name, rehearsal):
-    found = commands(name, rehearsal=rehearsal)
+def test_every_command_is_one_that_the_command_line_takes(name, options):
+    found = commands(name, **options)
     for command in found:
         try:
             args = build_parser().parse_args(command.words[1:])
@@ -74,7 +77,7 @@ def test_every_command_is_one_that_the_command_line_takes(name, rehearsal):
         assert args.command == command.words[1]
     kinds = {" ".join(command.words[1:3]) for command in found}
     assert {"convert from-hf", "convert to-hf", "data prepare", "eval ppl", "eval short"} <= kinds
-    assert all(command.gpus == 1 for command in found) or not rehearsal
+    assert all(command.gpus == 1 for command in found) or not options
 
 
 def test_the_task_of_a_rehearsal_finds_its_questions_from_any_folder(tmp_path, monkeypatch):
@@ -373,7 +376,7 @@ def test_the_plan_is_a_target_of_the_recipe_itself(tmp_path):
 
 
 def test_a_setting_within_the_output_is_planned_by_its_real_path():
-    found = commands("llama2_7b", output="/absent/out", hf="{output}/inputs/hf")
+    found = commands("llama2_7b", **REHEARSAL)
     assert any(word == "/absent/out/inputs/hf" for command in found for word in command.words)
 
 
