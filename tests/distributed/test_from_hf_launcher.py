@@ -7,47 +7,27 @@ import torch
 import torch.nn.functional as F
 from launching import pretrain_command, train
 from recorded_batches import RECORDER, first_loss
-from transformers import AutoModelForCausalLM, Phi3Config, Qwen3Config
+from tiny_hf import GEOMETRY, WINDOW, make_hf_folder
+from transformers import AutoModelForCausalLM
 
 from megatron_longrope.conversion.from_hf import write_checkpoint
 
 pytest.importorskip("megatron.training")
 pytestmark = pytest.mark.slow
 
-VOCAB, WINDOW = 300, 128
-GEOMETRY = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": WINDOW,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+VOCAB = GEOMETRY["vocab_size"]
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
-    "short_factor": [1.0, 1.0, 1.1, 1.1, 1.2, 1.2, 1.3, 1.3],
-    "long_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 2.0, 4.0],
 }
 # The run's own: nothing of the model.
 RUN = shlex.split(
     "--micro-batch-size 2 --global-batch-size 4 --train-iters 1 --lr 1e-3 --mock-data "
-    "--tokenizer-type NullTokenizer --vocab-size 299 --eval-iters 0 --eval-interval 100 "
+    f"--tokenizer-type NullTokenizer --vocab-size {VOCAB - 1} --eval-iters 0 --eval-interval 100 "
     "--log-interval 1 --seed 1"
 )
-
-
-def hf_folder(directory, config):
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        parameter.data = 0.1 * torch.randn(parameter.shape) + ("norm" in name)
-    model.save_pretrained(directory)
-    return directory
 
 
 def loss_of_transformers(folder, directory, padding=0):
@@ -71,32 +51,30 @@ def run_once(arguments, directory, processes=1):
 
 
 @pytest.mark.parametrize(
-    ("change", "rows"), [(["--vocab-size", "99"], 384), (["--padded-vocab-size", "304"], 304)]
+    ("change", "rows"), [(["--vocab-size", "99"], 256), (["--padded-vocab-size", "304"], 304)]
 )
 def test_the_printed_flags_load_it_with_a_smaller_tokenizer_and_with_another_padding(
     tmp_path, change, rows
 ):
-    config = Qwen3Config(**GEOMETRY, head_dim=32)
-    folder = hf_folder(tmp_path / "hf", config)
-    report = write_checkpoint(folder, tmp_path / "megatron")
-    assert report.shape.padded_vocab_size == 384
+    make_hf_folder(tmp_path / "hf", "qwen3")
+    report = write_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    assert report.shape.padded_vocab_size == 256
     flags = shlex.split(" ".join(report.flags))
     arguments = ["--load", str(tmp_path / "megatron"), *flags, *RUN, *change]
     ours, _ = run_once(arguments, tmp_path / "run")
-    theirs = loss_of_transformers(folder, tmp_path / "run", padding=rows - VOCAB)
+    theirs = loss_of_transformers(tmp_path / "hf", tmp_path / "run", padding=rows - VOCAB)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_checkpoint_args_load_it_with_its_factors_at_tensor_parallel_2(tmp_path):
-    config = Phi3Config(
-        **GEOMETRY, original_max_position_embeddings=WINDOW // 2, rope_parameters=LONGROPE
-    )
-    folder = hf_folder(tmp_path / "hf", config)
-    padding = {"make_vocab_size_divisible_by": 50, "tensor_model_parallel_size": 2}  # none at all
-    report = write_checkpoint(folder, tmp_path / "megatron", **padding)
+    window = {"original_max_position_embeddings": WINDOW // 2}
+    make_hf_folder(tmp_path / "hf", "phi3", rope_parameters=LONGROPE, **window)
+    padding = {"make_vocab_size_divisible_by": 125, "tensor_model_parallel_size": 2}  # none at all
+    report = write_checkpoint(tmp_path / "hf", tmp_path / "megatron", **padding)
     rest = shlex.split(" ".join(report.flags_beside_checkpoint_args))
     arguments = ["--load", str(tmp_path / "megatron"), "--use-checkpoint-args", "--finetune", *rest]
     layout = ["--tensor-model-parallel-size", "2"]
     ours, log = run_once([*arguments, *layout, *RUN], tmp_path / "run", processes=2)
     assert f"attention factor {report.longrope_config.attention_factor:.6g} by softmax" in log
-    assert ours == pytest.approx(loss_of_transformers(folder, tmp_path / "run"), rel=1e-5)
+    theirs = loss_of_transformers(tmp_path / "hf", tmp_path / "run")
+    assert ours == pytest.approx(theirs, rel=1e-5)

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import tiny_gpt
 import torch
 import torch.distributed as dist
 from launching import spawn
+from tiny_gpt import ORIGINAL, RUN, random_tokens
 
 pytest.importorskip("megatron.training")
 
@@ -14,9 +16,7 @@ from megatron_longrope.context_parallel import shard_documents
 
 pytestmark = pytest.mark.slow
 
-ORIGINAL, RUN = 32, 64
 LENGTHS = (16, 64, 32, 36, 4)  # divisible by 2 x CP; two are beyond the original window
-VOCAB = 96
 CONFIG = LongRopeConfig(
     rotary_base=10000.0,
     rotary_dim=8,
@@ -28,58 +28,21 @@ CONFIG = LongRopeConfig(
 def build(mode: str):
     """A GPTModel as Megatron builds it in a run with these factors, the same weights every time."""
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
 
-    from megatron_longrope.integration import hooks, wrappers
-    from megatron_longrope.integration.settings import LongRopeSettings
-    from megatron_longrope.selection import FactorSelection
-
-    hooks.apply()
-    selection = FactorSelection(CONFIG, mode, RUN)
-    factor = selection.attention_factor(RUN)
-    wrappers.activate(wrappers.Run(LongRopeSettings(selection, "softmax", factor), "sdpa"))
-    torch.manual_seed(3)
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=8,
-        ffn_hidden_size=48,
-        use_cpu_initialization=True,
-        context_parallel_size=parallel_state.get_context_parallel_world_size(),
-        softmax_scale=factor**2 / 8**0.5,
-        init_method_std=0.2,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
-    return GPTModel(
-        config,
-        get_gpt_layer_local_spec(),
-        vocab_size=VOCAB,
-        max_sequence_length=RUN,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-
-
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(0, VOCAB, (1, sum(LENGTHS) + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
+    size = parallel_state.get_context_parallel_world_size()
+    how = {"dataloader_inter_document_masking": mode == "mixed", "context_parallel_size": size}
+    args = tiny_gpt.start_run(CONFIG, longrope_mode=mode, **how)
+    model = tiny_gpt.build(args)
+    tiny_gpt.fill(model)
+    return model
 
 
 def each_document_alone() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Losses `[1, t]` and gradients: stock RoPE within the original window, the run's beyond."""
     models = {mode: build(mode) for mode in ("short", "auto")}
     losses = []
-    for tokens, labels in zip(*(tensor.split(LENGTHS, dim=1) for tensor in batch()), strict=True):
+    documents = (tensor.split(LENGTHS, dim=1) for tensor in random_tokens(1, sum(LENGTHS)))
+    for tokens, labels in zip(*documents, strict=True):
         length = tokens.shape[1]
         model = models["short" if length <= ORIGINAL else "auto"]
         losses.append(model(tokens, torch.arange(length)[None], None, labels=labels))
@@ -96,7 +59,7 @@ def packed(rank: int, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     model = build("mixed")
-    tokens, labels = batch()
+    tokens, labels = random_tokens(1, sum(LENGTHS))
     offsets = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
     group = parallel_state.get_context_parallel_group()
     inputs = {"tokens": tokens, "labels": labels, "cu_seqlens": offsets[None]}

@@ -2,14 +2,13 @@
 
 import json
 import math
+import runpy
 import shutil
 import sys
 from pathlib import Path
 
 import launching
-import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from search_curves import ArmRun, draw_curves, forwards_to_reach, summarise, value_at
@@ -17,37 +16,17 @@ from search_curves import ArmRun, draw_curves, forwards_to_reach, summarise, val
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def write_documents(prefix, seed):
-    """Four documents of made-up tokens, as `longrope data prepare` would leave them."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    from megatron_longrope.data.documents import _MANIFEST_KEYS
-    from megatron_longrope.data.prepare import MANIFEST_SCHEMA
-
-    prefix.parent.mkdir(exist_ok=True)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(4):
-        builder.add_item(torch.randint(2, 250, (520,), generator=generator))
-        builder.end_document()
-    builder.finalize(f"{prefix}.idx")
-    manifest = dict.fromkeys(_MANIFEST_KEYS) | {"schema": MANIFEST_SCHEMA, "mode": "whole"}
-    manifest |= {"bos_id": 1, "token_sha256": f"{seed}", "min_length": 520, "max_length": 520}
-    Path(f"{prefix}.json").write_text(json.dumps(manifest))
-
-
 @pytest.fixture
-def model(untied_gqa, tmp_path):
+def model(untied_gqa, data, tmp_path):
     """A directory as the quickstart leaves it, with a model that has learned nothing."""
     shutil.copytree(untied_gqa.path, tmp_path / "model/checkpoints/base")
-    for seed, name in enumerate(("search", "heldout")):
-        write_documents(tmp_path / "model/data" / name, seed)
+    shutil.copytree(Path(data["search"]).parent, tmp_path / "model/data")
     return tmp_path / "model"
 
 
-def run(*options, ok=True):
+def run(*options):
     done = launching.python(BENCHMARKS / "search.py", "--quick", *options)
-    assert (done.returncode == 0) == ok, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
@@ -56,7 +35,7 @@ def result_of(*options):
 
 
 @pytest.mark.slow
-@pytest.mark.release  # it starts the benchmark four times; the test below has it twice
+@pytest.mark.release  # it starts the benchmark four times
 @pytest.mark.usefixtures("benchmark_results_stay")
 def test_the_search_benchmark_ends_with_its_result_however_it_is_split(model, tmp_path):
     half = ("--model", model, "--budget", 48, "--budget-fraction", 1)
@@ -89,9 +68,11 @@ def test_the_search_benchmark_ends_with_its_result_however_it_is_split(model, tm
         assert scores[0] == scores[1] and len(scores[0]) == 1 + 24
 
 
-@pytest.mark.slow
-def test_a_quick_run_without_a_model_says_what_it_needs():
-    assert "--quick needs --model DIR" in run(ok=False).stderr
+def test_a_quick_run_without_a_model_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["search.py", "--quick"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(BENCHMARKS / "search.py"), run_name="__main__")
+    assert "--quick needs --model DIR" in capsys.readouterr().err
 
 
 def arm_run(arm, seed, *held_out, search=((5, 30.0),)):
