@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from forked_commands import forked_commands
 from killing import kill
-from launching import LONGROPE, python
 
 from megatron_longrope.config import LongRopeConfig
 
@@ -144,20 +143,3 @@ def test_killed_at_ten_moments_it_ends_with_the_artifacts_of_an_undisturbed_walk
         theirs = tmp_path / "out/factors" / journal.name
         assert theirs.read_text().count("\n") == journal.read_text().count("\n")
     assert not (tmp_path / "out/stale").exists()
-
-
-# What a user may do next with the walk's files
-
-
-def test_a_measured_cell_is_not_measured_again(output):
-    before = (output / "searched/ppl.jsonl").read_bytes()
-    # A cell is known by its checkpoint's content, however its path is written.
-    done = python(
-        *LONGROPE, "eval", "ppl", "--load", output / "checkpoints/base", "--data", "data/heldout",
-        "--num-documents", 2, "--stride", "disjoint", "--lengths", "2048",
-        "--longrope-config", "longrope_search=factors/search_8x.json", "--output", "searched",
-        directory=output,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "already measured" in done.stdout
-    assert (output / "searched/ppl.jsonl").read_bytes() == before

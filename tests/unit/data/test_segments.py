@@ -78,12 +78,6 @@ def test_drop_keeps_the_full_pieces_and_nothing_else(lengths, length):
 
 
 @given(lengths, segment_lengths)
-def test_packing_never_needs_more_segments_than_padding(lengths, length):
-    documents = numbered(lengths)
-    assert len(arrange(length, "pack", documents)) <= len(arrange(length, "pad", documents))
-
-
-@given(lengths, segment_lengths)
 def test_packed_pieces_each_stand_between_their_own_bos_and_eos(lengths, length):
     documents = numbered(lengths)
     owner = {int(token): k for k, document in enumerate(documents) for token in document}
