@@ -120,7 +120,9 @@ def draw_search(histories: Sequence[SearchHistory]) -> Drawing:
     """Draw the best score after each evaluation of each search, with its known seeds."""
     rows: list[tuple[Any, ...]] = []
     used: dict[str, Line2D] = {}
-    with panels("Search progress", len(histories), "Evaluation", "Perplexity") as (figure, grid):
+    only_perplexity = all(history.objective == "ppl" for history in histories)
+    ylabel = "Perplexity" if only_perplexity else "Score"
+    with panels("Search progress", len(histories), "Evaluation", ylabel) as (figure, grid):
         for axes, history in zip(grid, histories, strict=True):
             best = history.best_scores
             rows += [

@@ -42,7 +42,9 @@ class SearchHistory:
     records: Sequence[Evaluation]
     """The journal's records, sorted by index here."""
     seeds: Mapping[str, float | None] = field(default_factory=dict)
-    """Perplexity of each named starting point; those without a finite one are left out here."""
+    """Score of each named starting point; those without a finite one are left out here."""
+    objective: str = "ppl"
+    """What a score is: perplexity, or that of needle answers (`needle`) or both (`joint`)."""
 
     def __post_init__(self) -> None:
         records = tuple(sorted(self.records, key=lambda record: record.index))
@@ -52,7 +54,7 @@ class SearchHistory:
 
     @property
     def best_scores(self) -> list[float]:
-        """Return the best perplexity of a completely scored candidate after each record."""
+        """Return the best score of a completely scored candidate after each record."""
         best = math.inf
         return [
             best := min(best, record.score) if is_complete(record) else best
@@ -168,22 +170,21 @@ def read_history(name: str, journal: Path, factors: Path) -> SearchHistory:
         factors (Path): Its factor file, which says what the starting points scored; there is none
             before the search has ended.
     """
-    return SearchHistory(name, read_records(journal), _starting_points(journal, factors))
-
-
-def _starting_points(journal: Path, factors: Path) -> dict[str, Any]:
-    """Return the perplexities in the origin of the searched set; nothing without a factor file."""
     try:
         with journal.open(encoding="utf-8") as file:
-            settings = json.loads(file.readline())["settings"]
-            wanted = {key: settings.get(key) for key in _OF_A_SCORE}
+            settings = dict(json.loads(file.readline())["settings"])
+    except (ValueError, TypeError, KeyError):  # of an older version, or broken
+        settings = {}
+    seeds = _starting_points(settings, factors) if settings else {}
+    return SearchHistory(name, read_records(journal), seeds, settings.get("objective", "ppl"))
+
+
+def _starting_points(settings: Mapping[str, Any], factors: Path) -> dict[str, Any]:
+    """Return the scores in the origin of the searched set; nothing without a factor file."""
+    wanted = {key: settings.get(key) for key in _OF_A_SCORE}
+    try:
         config = LongRopeConfig.load(factors)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ):  # of an older version, or the search has not ended
+    except (ValueError, TypeError, KeyError, AttributeError):  # or the search has not ended
         return {}
     for item in config.factor_sets:
         if all(item.origin.get(key) == value for key, value in wanted.items()):

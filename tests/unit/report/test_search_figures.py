@@ -122,6 +122,14 @@ def test_starting_points_without_a_finite_score_have_no_line():
     assert history.seeds == {"pi": 3.0}
 
 
+@pytest.mark.parametrize(("objective", "label"), [("ppl", "Perplexity"), ("joint", "Score")])
+def test_the_axis_says_what_a_search_minimized(objective, label, tmp_path):
+    settings = {"objective": objective}
+    with Journal(tmp_path / "a.journal.jsonl", settings) as journal:
+        journal.append(record(0, 3.0))
+    assert f"<!-- {label} -->" in draw_search(find_search_histories(tmp_path)).svg
+
+
 def test_the_curve_compares_on_the_samples_that_all_share():
     records = [
         record(0, 1.0, PI, 0, (3.0, 3.2, 9.0, 9.0)),
