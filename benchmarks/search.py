@@ -13,19 +13,16 @@ all arms score the same windows of search text, with the same attention factor. 
 their name get the budget of the released search, so that equal costs are compared too. Every seed
 of every arm is a run. Scores are kept in `--output` as they come: an interrupted run goes on, and a
 long benchmark may be split over processes (`--arms released --seeds 0`); the last call, without
-those two flags, puts everything together.
+those two flags, puts everything together. Other sizes need another `--output`.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,21 +34,45 @@ import measure
 import torch
 from released_operators import ReleasedSearch, released_seed, released_space
 from search_curves import ArmRun, draw_curves, print_summary, summarise
-from search_texts import Scores, Windows, perplexity
 
+from megatron_longrope.checkpoint.fingerprint import content_sha256
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
-from megatron_longrope.config import LongRopeConfig, identity_config
+from megatron_longrope.config import identity_config
+from megatron_longrope.data.documents import read_manifest, read_window_documents
 from megatron_longrope.engine import load_engine
+from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
-from megatron_longrope.factor_search.generations import GenerationalSearch, Trial
+from megatron_longrope.factor_search.generations import Trial
+from megatron_longrope.factor_search.journal import (
+    Evaluation,
+    Journal,
+    fresh_samples,
+    is_complete,
+)
+from megatron_longrope.factor_search.objective import PerplexityObjective, window_samples
+from megatron_longrope.factor_search.outcome import scores_on
 from megatron_longrope.factor_search.problem import SearchProblem, make_problem
+from megatron_longrope.factor_search.runner import SearchRun, run_search
+from megatron_longrope.factor_search.scoring import score_trial
+from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
 from megatron_longrope.files import write_text_atomic
-from megatron_longrope.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 EXTENSION = 8
 POLICY = "su"
 GRID_RATIO = 1.25  # between the numbers of forwards at which held-out text is looked at
+
+BASELINES = ("released", "released_yarn")
+"""The first is what was released and sets the target of the claim; the second starts from the true
+YaRN, as ours do, without the release's mistake in its ramp: it tells the operators' share."""
+
+ARMS = (*BASELINES, "evolution", "cma", "cma_full")
+
+WHOLE = (*BASELINES, "cma_full")
+"""Arms that get the whole budget."""
+
+SHARE = 0.25
+"""Part of the budget that the other arms get: what the claim is about, and CMA-ES' default."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +107,13 @@ QUICK = Sizes(
 
 @dataclass(frozen=True)
 class Bench:
-    """The model, the problem and the text that all arms share."""
+    """The model, the problem and the texts, `search` and `held_out`, that all arms share."""
 
     problem: SearchProblem
-    search_text: Windows
-    held_out: Windows
-    settings: dict[str, Any]
+    objectives: dict[str, PerplexityObjective]
+    settings: dict[str, dict[str, Any]]
+    """What the scores on a text depend on."""
+
     sizes: Sizes
 
     @classmethod
@@ -103,150 +125,96 @@ class Bench:
         window = engine.config.original_max_position_embeddings
         base = identity_config(shape.rotary_base, shape.rotary_dim, window)
         problem = make_problem(base, EXTENSION * window, start_tokens=(0,))
-        problem = problem.with_attention(None, POLICY)
+        bench = cls(problem.with_attention(None, POLICY), {}, {}, sizes)
         length = problem.target_length
-        settings = {
-            "checkpoint": content_sha256(MegatronCheckpoint.open(checkpoint).directory),
-            "target_length": length,
-            "attention_factor_policy": POLICY,
-        }
-        return cls(
-            problem,
-            Windows(engine, model / "data/search", length, sizes.samples),
-            Windows(engine, model / "data/heldout", length, sizes.held_out),
-            settings,
-            sizes,
-        )
+        for text, name, count in (
+            ("search", "search", sizes.samples),
+            ("held_out", "heldout", sizes.held_out),
+        ):
+            documents, bos_id = read_window_documents(model / "data" / name, length, count)
+            # One window at a time: on a CPU a batch is no faster.
+            bench.objectives[text] = PerplexityObjective(
+                engine, window_samples(documents, bos_id, length), tokens_per_forward=length
+            )
+            bench.settings[text] = {
+                "checkpoint": content_sha256(MegatronCheckpoint.open(checkpoint).directory),
+                "target_length": length,
+                "attention_factor_policy": POLICY,
+                "text": read_manifest(model / "data" / name)["token_sha256"],
+                "windows": count,
+            }
+        return bench
+
+    def search(
+        self, arm: str, seed: int, evaluations: int
+    ) -> ReleasedSearch | EvolutionSearch | CmaSearch:
+        """An arm's search, of at most so many evaluations."""
+        space, sizes = self.problem.space, self.sizes.parameters
+        seeds = list(self.problem.seeds.values())
+        if arm == "evolution":
+            return EvolutionSearch(space, sizes, seeds, seed, max_evaluations=evaluations)
+        if arm in ("cma", "cma_full"):
+            # The search plans with its budget.
+            parameters = CmaParameters(evaluations, num_samples=self.sizes.samples)
+            return CmaSearch(space, parameters, seeds, seed)
+        released, start = self.released_start()
+        if arm == "released_yarn":
+            start = self.problem.seeds["yarn"]  # both grids have the same points
+        return ReleasedSearch(released, sizes, [start], seed, evaluations)
+
+    def released_start(self) -> tuple[SearchSpace, Candidate]:
+        """Space and starting point of the release."""
+        base, ours = self.problem.base, self.problem.space
+        space = released_space(ours.num_factors, ours.scale)
+        seed = released_seed(space, base.rotary_base, base.original_max_position_embeddings)
+        return space, seed
 
     def orientation(self) -> dict[str, dict[str, float]]:
         """Perplexity of the starting points on both texts."""
-        return {
-            name: {
-                text: round(perplexity(windows.nlls(config, 0, windows.count)), 4)
-                for text, windows in (("search", self.search_text), ("held_out", self.held_out))
-            }
-            for name, config in self._starting_points().items()
+        points = {**self.problem.seeds, "released_seed": self.released_start()[1]}
+        scores = {
+            text: scores_on(objective, self.problem, points)
+            for text, objective in self.objectives.items()
         }
-
-    def _starting_points(self) -> dict[str, LongRopeConfig]:
-        ours = {name: self.problem.config(seed) for name, seed in self.problem.seeds.items()}
-        released = released_problem(self.problem)
-        return {**ours, "released_seed": released.config(*released.seeds.values())}
-
-
-Maker = Callable[[Bench, int, int], GenerationalSearch]
-"""(bench, seed, number of evaluations) -> search."""
-
-
-def released_problem(problem: SearchProblem) -> SearchProblem:
-    """The same problem with the space and the starting point of the release."""
-    base = problem.base
-    space = released_space(problem.space.num_factors, problem.space.scale)
-    seed = released_seed(space, base.rotary_base, base.original_max_position_embeddings)
-    return replace(problem, space=space, seeds={"released": seed}, exact={})
-
-
-def _released(bench: Bench, seed: int, evaluations: int) -> ReleasedSearch:
-    problem = released_problem(bench.problem)
-    seeds = list(problem.seeds.values())
-    return ReleasedSearch(problem.space, bench.sizes.parameters, seeds, seed, evaluations)
-
-
-def _released_yarn(bench: Bench, seed: int, evaluations: int) -> ReleasedSearch:
-    """The released operators from the true YaRN, without the release's mistake in its ramp."""
-    problem = released_problem(bench.problem)
-    yarn, _ = bench.problem.space.decode(bench.problem.seeds["yarn"])
-    seeds = [problem.space.encode(yarn)]
-    return ReleasedSearch(problem.space, bench.sizes.parameters, seeds, seed, evaluations)
-
-
-def _evolution(bench: Bench, seed: int, evaluations: int) -> EvolutionSearch:
-    problem = bench.problem
-    seeds = list(problem.seeds.values())
-    return EvolutionSearch(
-        problem.space, bench.sizes.parameters, seeds, seed, max_evaluations=evaluations
-    )
-
-
-def _cma(bench: Bench, seed: int, evaluations: int) -> GenerationalSearch:
-    from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
-
-    problem = bench.problem
-    seeds = list(problem.seeds.values())
-    # The search plans with its budget.
-    parameters = CmaParameters(max_evaluations=evaluations, num_samples=bench.sizes.samples)
-    return CmaSearch(problem.space, parameters, seeds, seed)
-
-
-ARMS: dict[str, Maker] = {
-    "released": _released,
-    "released_yarn": _released_yarn,
-    "evolution": _evolution,
-    "cma": _cma,
-    "cma_full": _cma,
-}
-"""A search may ask for some of the samples only (`Trial.samples`): its arm then pays for those."""
-
-BASELINES = ("released", "released_yarn")
-"""The first is what was released and sets the target of the claim; the second, which starts where
-ours do, tells what is the operators' share."""
-
-WHOLE = (*BASELINES, "cma_full")
-"""Arms that get the whole budget."""
-
-STANDARD = (*BASELINES, "evolution", "cma", "cma_full")
-"""The arms of a full run."""
-
-SHARE = 0.25
-"""Part of the budget that the other arms get: what the claim is about, and CMA-ES' default."""
+        return {name: {text: round(scores[text][name], 4) for text in scores} for name in points}
 
 
 def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) -> ArmRun:
-    """One search to its end, or until `budget` sample-forwards are spent."""
+    """One search with `budget` sample-forwards, then its curves from what it has recorded."""
     samples = bench.sizes.samples
-    search = ARMS[name](bench, seed, budget // samples)
-    problem = replace(bench.problem, space=search.space)
-    paid: dict[Any, int] = {}  # windows of each candidate that this search has paid for
-    run = ArmRun(name, seed)
-    checkpoints = grid(samples, budget)
-    with ExitStack() as stack:
-        path = directory / f"{name}-{seed}.jsonl"
-        scores = Scores(path, bench.settings, bench.search_text)
-        stack.callback(scores.close)
-        held_out = Scores(path.with_suffix(".heldout.jsonl"), bench.settings, bench.held_out)
-        stack.callback(held_out.close)
-        left = max(budget - scores.num_resumed, 1)
-        bar = stack.enter_context(Progress(left, f"{name} seed {seed}", "forwards"))
-
-        def look_at_held_out() -> None:
-            nlls, _ = held_out.nlls(problem.config(search.best[0]), bench.sizes.held_out)
-            run.held_out.append((run.forwards, perplexity(nlls)))
-
-        def score(trial: Trial) -> None:
-            count = trial.samples or samples
-            nlls, fresh = scores.nlls(problem.config(trial.candidate), count)
-            value = perplexity(nlls)
-            # What the search costs, whatever of it came from the file.
-            run.forwards += max(0, count - paid.get(trial.candidate, 0))
-            paid[trial.candidate] = max(count, paid.get(trial.candidate, 0))
-            run.evaluations += 1
-            search.tell(trial.candidate, value)
-            if count == samples and (not run.search or value < run.search[-1][1]):
-                run.search.append((run.forwards, value))
-            if fresh:
-                bar.update(f"best {run.search[-1][1]:.4f}" if run.search else "", fresh)
-            if run.search and run.forwards >= checkpoints[0]:
-                while len(checkpoints) > 1 and run.forwards >= checkpoints[0]:
-                    checkpoints.pop(0)
-                look_at_held_out()
-
-        while run.forwards < budget and (trials := search.trials()):
-            for trial in trials:
-                if run.forwards < budget:
-                    score(trial)
-        if run.held_out[-1][0] < run.forwards:
-            look_at_held_out()
-    run.notes = {"capped": search.num_capped} if isinstance(search, ReleasedSearch) else {}
+    search = bench.search(name, seed, budget // samples)
+    journal = directory / f"{name}-{seed}.jsonl"
+    settings = {**bench.settings["search"], "parameters": asdict(search.parameters)}
+    outcome = run_search(
+        search, bench.problem, bench.objectives["search"],
+        # Whoever is stopped by a race costs less, and the claim is not about races.
+        SearchRun(journal, settings, racing="off", resume=True),
+        label=f"{name} seed {seed}",
+    )  # fmt: skip
+    run = ArmRun(name, seed, evaluations=outcome.num_evaluations)
+    if isinstance(search, ReleasedSearch):
+        run.notes = {"capped": search.num_capped}
+    due, counted = grid(samples, budget), {}
+    leaders: list[tuple[int, Evaluation]] = []  # the best wherever held-out text is looked at
+    for record in outcome.records:
+        run.forwards += fresh_samples(record, counted)
+        if is_complete(record) and (not run.search or record.score < run.search[-1][1]):
+            run.search.append((run.forwards, record.score))
+            best = record
+        if run.search and (run.forwards >= due[0] or record is outcome.records[-1]):
+            due = [number for number in due if number > run.forwards] or [budget]
+            leaders.append((run.forwards, best))
+    path = journal.with_suffix(".heldout.jsonl")
+    with Journal(path, bench.settings["held_out"], resume=True) as looked_at:
+        known = {record.rescale_factors: record.score for record in looked_at.records}
+        for forwards, best in leaders:
+            factors = best.rescale_factors
+            if factors not in known:
+                trial = Trial(len(known), GivenFactors(factors))
+                record = score_trial(trial, bench.problem, bench.objectives["held_out"])
+                looked_at.append(record)
+                known[factors] = record.score
+            run.held_out.append((forwards, known[factors]))
     return run
 
 
@@ -258,24 +226,16 @@ def grid(samples: int, budget: int) -> list[int]:
     return [samples * number for number in sorted(candidates)]
 
 
-def content_sha256(directory: Path) -> str:
-    """Of all files of a directory."""
-    digest = hashlib.sha256()
-    for path in sorted(item for item in directory.rglob("*") if item.is_file()):
-        digest.update(path.relative_to(directory).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 def quickstart_model(output: Path) -> Path:
     """Run the quickstart's stages up to its base model.
 
     Raises:
-        RuntimeError: One of them failed.
+        SystemExit: One of them failed.
     """
     command = [ROOT / "examples/run.sh", "quickstart-full", output, "--until", "pretrain"]
     environment = {**os.environ, "PYTHON": sys.executable}
     if subprocess.run(list(map(str, command)), env=environment).returncode:
-        raise RuntimeError("the quickstart's base model is not there; see above")
+        raise SystemExit("search benchmark: the quickstart's base model is not there; see above")
     return output
 
 
@@ -294,7 +254,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("build/benchmarks/search"), help="model and scores"
     )
-    parser.add_argument("--arms", type=comma_list, default=list(STANDARD), help=", ".join(ARMS))
+    parser.add_argument("--arms", type=comma_list, default=list(ARMS), help=", ".join(ARMS))
     parser.add_argument("--seeds", type=comma_list, help="default: 0,1,2; with --quick 0")
     parser.add_argument("--samples", type=int, help="windows of search text")
     parser.add_argument("--held-out-samples", type=int, help="windows of held-out text")
@@ -308,7 +268,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    if unknown := sorted(set(options.arms) - ARMS.keys()):
+    if unknown := sorted(set(options.arms) - set(ARMS)):
         parser.error(f"--arms: {unknown[0]!r} is unknown; choose among {', '.join(ARMS)}")
     if options.quick and options.model is None:
         parser.error(
@@ -321,7 +281,7 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def main() -> int:
+def main() -> None:
     """Run what is missing, print a table and the result."""
     options = parse_options()
     sizes = QUICK if options.quick else FULL
@@ -333,22 +293,19 @@ def main() -> int:
     )
     full_run = (
         not (options.quick or options.samples or options.held_out_samples or options.budget)
-        and set(STANDARD) <= set(options.arms)
+        and set(ARMS) <= set(options.arms)
         and len(seeds) >= 3
     )
     torch.set_num_threads(options.threads)
     measure.print_environment()
-    try:
-        bench = Bench.load(options.model or quickstart_model(options.output), sizes)
-    except RuntimeError as error:
-        print(f"search benchmark: {error}", file=sys.stderr)
-        return 1
+    bench = Bench.load(options.model or quickstart_model(options.output), sizes)
+    directory = options.output / ("quick" if options.quick else "runs")
     budget = options.budget or sizes.budget
     finished = []
     for arm in options.arms:
         for seed in seeds:
             share = 1.0 if arm in WHOLE else options.budget_fraction or SHARE
-            run = run_arm(bench, arm, seed, int(share * budget), options.output / "runs")
+            run = run_arm(bench, arm, seed, int(share * budget), directory)
             finished.append(run)
             print(
                 f"{arm} seed {seed}: {run.forwards} forwards, perplexity "
@@ -386,8 +343,7 @@ def main() -> int:
         orientation=orientation,
         **{key: value for key, value in summary.items() if key != "ratio"},
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

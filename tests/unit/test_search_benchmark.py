@@ -60,7 +60,7 @@ def test_the_search_benchmark_ends_with_its_result_however_it_is_split(model, tm
     again = result_of(*small, *split)
     assert again["rows"] == result["rows"]
     for name in ("released-0.jsonl", "evolution-0.jsonl"):
-        runs = [tmp_path / way / "runs" / name for way in ("whole", "split")]
+        runs = [tmp_path / way / "quick" / name for way in ("whole", "split")]
         scores = [
             [json.loads(line).get("score") for line in path.read_text().splitlines()]
             for path in runs
