@@ -24,8 +24,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -126,19 +124,7 @@ def run_arm(name: str, directory: Path) -> None:
     started = time.perf_counter()
     function()
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes()}))
-
-
-def peak_bytes() -> int:
-    """Peak of this process' resident set since it began."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held when it forked
-        lines = status.read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    print(json.dumps({"seconds": seconds, "peak_bytes": measure.resident_peak()}))
 
 
 def drop_cache(directory: Path) -> None:
@@ -155,18 +141,13 @@ def drop_cache(directory: Path) -> None:
 def measure_all(directory: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
     """Runs of every arm, which take turns; every other round in reverse order."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for turn in range(repeats):
         for name in ARMS[:: -1 if turn % 2 else 1]:
             drop_cache(directory)
-            done = subprocess.run(
-                [sys.executable, __file__, "--arm", name, str(directory)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                env=environment,
+            found = measure.in_own_process(
+                __file__, "--arm", name, directory, env={"OMP_NUM_THREADS": "1"}
             )
-            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[name].append(found)
             shutil.rmtree(directory / f"output_{name}")
     return runs
 

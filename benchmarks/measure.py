@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, peak memory, the machine, the result line."""
+"""What benchmarks share: timing in turns, peak memory, a random model, machine, result line."""
 
 from __future__ import annotations
 
@@ -9,18 +9,32 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.files import write_json_atomic
+from megatron_longrope.methods import yarn_factors
 
 RESULTS = Path(__file__).parent / "results"
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    # A fixed threshold: glibc would raise it, keep what is freed, and hide it from the peak.
+    "MALLOC_MMAP_THRESHOLD_": str(2**18),
+}
+"""Environment of a process whose peaks are measured: what it frees is gone."""
+
+ROTARY_BASE = 10000.0
+EXTENSION = 8  # of the random Llama's original window
+HEAD_DIM = 64
 
 
 def sample_interleaved(
@@ -83,24 +97,85 @@ def peak_growth(function: Callable[[], Any]) -> int:
     the system would be used again unseen.
     """
     gc.collect()
-    status = Path("/proc/self/status")
-    if not status.exists():  # no Linux: the peak since the process began, in bytes on macOS
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        kept = function()
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        del kept
-        return (after - before) * (1 if sys.platform == "darwin" else 1024)
-
-    def field(name: str) -> int:
-        line = next(row for row in status.read_text().splitlines() if row.startswith(name + ":"))
-        return int(line.split()[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
-    before = field("VmRSS")
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
+    before = resident_peak()
     kept = function()
-    after = field("VmHWM")
+    after = resident_peak()
     del kept
     return after - before
+
+
+def resident_peak() -> int:
+    """Most bytes of this process' resident set since it began."""
+    if sys.platform == "linux":  # getrusage would count what the parent held when it forked
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def in_own_process(script: str, *words: object, env: Mapping[str, str]) -> dict[str, Any]:
+    """Run a script and return the JSON object on its last line.
+
+    Args:
+        script (str): Path.
+        words (object): Its arguments.
+        env (Mapping[str, str]): On top of this process' environment.
+
+    Raises:
+        RuntimeError: It failed; with the end of what it said.
+    """
+    command = [sys.executable, script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Size of a Llama-type model with heads of `HEAD_DIM` dimensions."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+def write_llama(
+    directory: Path, geometry: Geometry, longest: int, *, room: int = 0, seed: int = 0, **more: Any
+) -> None:
+    """Write a random Llama with LongRoPE factors as an HF folder.
+
+    Args:
+        directory (Path): The folder.
+        geometry (Geometry): Size of the model.
+        longest (int): Tokens, `EXTENSION` times the original window.
+        room (int): Tokens that its window has beyond them.
+        seed (int): Of the weights.
+        more: Further keys of its `config.json`.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    window = longest // EXTENSION
+    factors = tuple(yarn_factors(HEAD_DIM, EXTENSION, ROTARY_BASE, window))
+    sets = (FactorSet(window, (1.0,) * (HEAD_DIM // 2)), FactorSet(longest + room, factors))
+    # transformers has one attention factor for both windows.
+    longrope = LongRopeConfig(ROTARY_BASE, HEAD_DIM, window, sets, attention_factor=1.1)
+    config = LlamaConfig(
+        **longrope.to_hf(),
+        vocab_size=geometry.vocab_size,
+        hidden_size=geometry.hidden_size,
+        intermediate_size=geometry.hidden_size * 43 // 16,  # Llama-2-7B's proportion
+        num_hidden_layers=geometry.num_layers,
+        num_attention_heads=geometry.hidden_size // HEAD_DIM,
+        # Far from uniform predictions: rounding would decide which token is the most likely, and
+        # every model would have the perplexity V.
+        initializer_range=0.1,
+        **more,
+    )
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(directory)
 
 
 def environment() -> dict[str, Any]:

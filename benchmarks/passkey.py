@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "quickstart"))
 
 import measure
 import torch
+from measure import Geometry
 from torch import Tensor, nn
 from train_tokenizer import train_sentencepiece
 
 from megatron_longrope.checkpoint.hf.checkpoint import HfCheckpoint
-from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_longrope.engine import Engine, load_engine
 from megatron_longrope.evaluation.passkey_prompt import (
@@ -55,22 +55,9 @@ from megatron_longrope.evaluation.passkey_prompt import (
     prompt,
 )
 from megatron_longrope.local_folder import LOCAL_ONLY
-from megatron_longrope.methods import yarn_factors
 
 ARMS = ("ours", "released", "cached")
-ROTARY_BASE = 10000.0
-EXTENSION = 8  # the original window is an eighth of the longest sequence
-HEAD_DIM = 64
 SEED = 42
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Size of a Llama-type model with heads of 64 dimensions."""
-
-    num_layers: int = 4
-    hidden_size: int = 256
-    vocab_size: int = 32000
 
 
 @dataclass(frozen=True)
@@ -82,36 +69,8 @@ class Plan:
     trials: int
 
 
-FULL = Plan(Geometry(), (2048, 8192), 4)
-QUICK = Plan(Geometry(num_layers=2, vocab_size=8192), (1024, 2048), 2)
-
-
-def make_model(directory: Path, geometry: Geometry, longest: int) -> None:
-    """A random Llama with LongRoPE factors, as an HF folder."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    window = longest // EXTENSION
-    factors = tuple(yarn_factors(HEAD_DIM, EXTENSION, ROTARY_BASE, window))
-    sets = (
-        FactorSet(window, (1.0,) * (HEAD_DIM // 2)),
-        FactorSet(longest + MAX_NEW_TOKENS, factors),
-    )
-    # transformers has one attention factor for both windows.
-    longrope = LongRopeConfig(ROTARY_BASE, HEAD_DIM, window, sets, attention_factor=1.1)
-    config = LlamaConfig(
-        **longrope.to_hf(),
-        vocab_size=geometry.vocab_size,
-        hidden_size=geometry.hidden_size,
-        intermediate_size=geometry.hidden_size * 43 // 16,  # Llama-2-7B's proportion
-        num_hidden_layers=geometry.num_layers,
-        num_attention_heads=geometry.hidden_size // HEAD_DIM,
-        bos_token_id=None,
-        eos_token_id=None,  # ten tokens always
-        # Far from uniform predictions, lest rounding decided which token is the most likely.
-        initializer_range=0.1,
-    )
-    torch.manual_seed(SEED)
-    LlamaForCausalLM(config).save_pretrained(directory)
+FULL = Plan(Geometry(4, 256, 32000), (2048, 8192), 4)
+QUICK = Plan(Geometry(2, 256, 8192), (1024, 2048), 2)
 
 
 def make_tokenizer(directory: Path) -> Tokenizer:
@@ -261,7 +220,11 @@ def main() -> None:
         tokenizer = make_tokenizer(Path(directory))
         print(f"tokenizer: {check_tokenizer(tokenizer)}", flush=True)
         folder = Path(directory) / "model"
-        make_model(folder, plan.geometry, lengths[-1])
+        # No EOS: ten tokens always.
+        measure.write_llama(
+            folder, plan.geometry, lengths[-1],
+            room=MAX_NEW_TOKENS, seed=SEED, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", **LOCAL_ONLY
         ).eval()
@@ -299,7 +262,7 @@ def main() -> None:
         "length",
         ratio_to_cached=max(row["ratio_to_cached"] for row in rows),
         verdicts_agree=True,
-        geometry=asdict(plan.geometry) | {"head_dim": HEAD_DIM},
+        geometry=asdict(plan.geometry) | {"head_dim": measure.HEAD_DIM},
         dtype="float32",
         rows=rows,
         transformers=measure._version("transformers"),

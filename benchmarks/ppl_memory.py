@@ -35,11 +35,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,61 +49,25 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"
 import measure
 import numpy as np
 import torch
+from measure import HEAD_DIM, MALLOC, Geometry
 
-from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.engine import load_engine
 from megatron_longrope.evaluation.perplexity import perplexity
 from megatron_longrope.local_folder import LOCAL_ONLY
-from megatron_longrope.methods import yarn_factors
 
 ARMS = ("ours", "theirs")
-ROTARY_BASE = 10000.0
-EXTENSION = 8  # the original window is an eighth of the longest one measured
-HEAD_DIM = 64
+GEOMETRY = Geometry(num_layers=2, hidden_size=512, vocab_size=32000)
 BOS = 1
 WARM_UP = 512  # tokens that load all code before memory is measured
 AGREEMENT = 1e-4  # largest relative difference of the perplexities
 FULL = (12288, 16384, 20480, 24576)
 QUICK = (12288, 14336)
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    # A fixed threshold: glibc would raise it, keep what is freed, and hide it from the peak.
-    "MALLOC_MMAP_THRESHOLD_": str(2**18),
-}
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Size of a Llama-type model with heads of 64 dimensions."""
-
-    hidden_size: int = 512
-    vocab_size: int = 32000
-    num_layers: int = 2
 
 
 def make_checkpoints(directory: Path, geometry: Geometry, longest: int) -> None:
     """A random Llama as `directory/theirs` (HF folder) and `directory/ours` (Megatron)."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    window = longest // EXTENSION
-    factors = tuple(yarn_factors(HEAD_DIM, EXTENSION, ROTARY_BASE, window))
-    sets = (FactorSet(window, (1.0,) * (HEAD_DIM // 2)), FactorSet(longest, factors))
-    # transformers has one attention factor for both windows.
-    longrope = LongRopeConfig(ROTARY_BASE, HEAD_DIM, window, sets, attention_factor=1.1)
-    config = LlamaConfig(
-        **longrope.to_hf(),
-        vocab_size=geometry.vocab_size,
-        hidden_size=geometry.hidden_size,
-        intermediate_size=geometry.hidden_size * 43 // 16,  # Llama-2-7B's proportion
-        num_hidden_layers=geometry.num_layers,
-        num_attention_heads=geometry.hidden_size // HEAD_DIM,
-        bos_token_id=BOS,
-        # Far from uniform predictions, lest every model had the perplexity V.
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory / "theirs")
+    measure.write_llama(directory / "theirs", geometry, longest, bos_token_id=BOS)
     write_checkpoint(directory / "theirs", directory / "ours")
 
 
@@ -149,11 +112,8 @@ def print_peak(arm: str, directory: Path, length: int) -> None:
 
 def peak_of(arm: str, directory: Path, length: int) -> dict[str, Any]:
     """Peak memory and perplexity of one arm at one length, from a process of its own."""
-    command = [sys.executable, str(Path(__file__)), "--peak", arm, str(directory), str(length)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return {"arm": arm, "tokens": length, **json.loads(done.stdout.splitlines()[-1])}
+    found = measure.in_own_process(__file__, "--peak", arm, directory, length, env=MALLOC)
+    return {"arm": arm, "tokens": length, **found}
 
 
 def measure_peaks(directory: Path, lengths: Sequence[int]) -> list[dict[str, Any]]:
@@ -226,7 +186,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)  # as the processes that are measured
     changes = {"hidden_size": options.hidden_size, "vocab_size": options.vocab_size}
-    geometry = Geometry(**{name: value for name, value in changes.items() if value})
+    geometry = replace(GEOMETRY, **{name: value for name, value in changes.items() if value})
     lengths = sorted(set(options.lengths or (QUICK if options.quick else FULL)))
     measure.print_environment()
     with tempfile.TemporaryDirectory() as directory:

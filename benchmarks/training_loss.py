@@ -30,11 +30,8 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 # Megatron decorates small functions with torch.compile, which costs minutes on a CPU.
@@ -49,11 +46,6 @@ ARMS = ("ours", "stock")
 VOCABULARIES = (32000, 131072)
 WARM_UP = 16  # tokens that load all code before anything is measured
 AGREEMENT = 1e-4  # largest relative difference of the sums
-MALLOC = {
-    "MALLOC_ARENA_MAX": "1",
-    # A fixed threshold: glibc would raise it, keep what is freed, and hide it from the peak.
-    "MALLOC_MMAP_THRESHOLD_": str(2**18),
-}
 
 
 def stock_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -74,7 +66,7 @@ def stock_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
 
 
 def print_step(arm: str, tokens: int, hidden_size: int, vocabulary: int, chunk: int) -> None:
-    """The other side of :func:`step_of`."""
+    """One step of one arm, in a process of its own: print peak memory, time and sums."""
     from megatron_longrope.engine import process_groups
 
     torch.set_num_threads(1)
@@ -103,15 +95,6 @@ def print_step(arm: str, tokens: int, hidden_size: int, vocabulary: int, chunk: 
     print(json.dumps({"peak_bytes": peak, "seconds": seconds[-1], "sums": sums}))
 
 
-def step_of(arm: str, sizes: Sequence[int]) -> dict[str, Any]:
-    """Peak memory, time and sums of one step of one arm, from a process of its own."""
-    command = [sys.executable, str(Path(__file__)), "--step", arm, *map(str, sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure_vocabulary(
     tokens: int, hidden_size: int, vocabulary: int, chunk: int, repeats: int
 ) -> dict[str, Any]:
@@ -119,7 +102,9 @@ def measure_vocabulary(
     steps: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for turn in range(repeats):
         for arm in ARMS[:: -1 if turn % 2 else 1]:
-            steps[arm].append(step_of(arm, (tokens, hidden_size, vocabulary, chunk)))
+            sizes = (tokens, hidden_size, vocabulary, chunk)
+            step = measure.in_own_process(__file__, "--step", arm, *sizes, env=measure.MALLOC)
+            steps[arm].append(step)
     for ours, theirs in zip(*(steps[arm][0]["sums"] for arm in ARMS), strict=True):
         if abs(ours - theirs) > AGREEMENT * abs(theirs):
             raise RuntimeError(f"the arms disagree: {ours} and {theirs} are not the same work")

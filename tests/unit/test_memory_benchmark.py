@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+from measure import in_own_process  # noqa: E402
 from ppl_memory import AGREEMENT, WARM_UP, parse, summarise  # noqa: E402
 
 
@@ -68,6 +69,13 @@ def test_what_cannot_be_measured_is_refused(options, sentence, capsys):
     with pytest.raises(SystemExit):
         parse(options)
     assert sentence in capsys.readouterr().err
+
+
+def test_a_measurement_that_fails_says_why(tmp_path):
+    script = tmp_path / "arm.py"  # a process, as it is what fails
+    script.write_text("raise SystemExit('the disk is full')")
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        in_own_process(str(script), "copy", env={})
 
 
 @pytest.mark.slow
