@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 # Behind everything: what the machine has comes before run.sh's wheels.
@@ -17,6 +17,10 @@ import measure
 import torch
 
 from megatron_longrope.integration import cpu_host
+from megatron_longrope.plan import Model
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def options(description: str) -> argparse.ArgumentParser:
@@ -46,6 +50,28 @@ def start(quick: bool) -> torch.device:
     process_groups.initialize()
     tensor_parallel.model_parallel_cuda_manual_seed(0)
     return device
+
+
+def transformer_config(model: Model, device: torch.device, **more: Any) -> TransformerConfig:
+    """Megatron's settings of a Llama-type model without dropout, and `more` of them."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=device.type == "cpu",
+        **more,
+    )
 
 
 def record(path: Path | None, **values: Any) -> None:

@@ -15,13 +15,22 @@ import device as gpu
 import measure
 import torch
 
+from megatron_longrope.checkpoint.hf.families import shape_from_hf_config
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.flops import forward_flops
 from megatron_longrope.methods import yarn_factors
 
 _BASE, _WINDOW, _ANSWER = 500000.0, 8192, 5
-# layers, hidden, ffn, heads, groups, head dimension, vocabulary
+_KEYS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 _SIZES = {
     "evaluation": (16, 2048, 8192, 32, 8, 64, 32000),
     "passkey": (8, 1024, 2816, 8, 2, 128, 32000),
@@ -42,31 +51,17 @@ def make_engine(kind: str, length: int, attention: str, device: torch.device):
     from megatron_longrope.engine.kernels import core_attention
     from megatron_longrope.engine.model import build_model
 
-    layers, hidden, ffn, heads, groups, head_dim, vocabulary = _SIZES[kind]
     window = min(_WINDOW, length // 2)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = ModelShape(
-        num_layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=head_dim,
-        vocab_size=vocabulary,
-        padded_vocab_size=vocabulary,
-        norm_epsilon=1e-5,
-        rotary_base=_BASE,
-        rotary_percent=1.0,
-        rotary_interleaved=False,
-        untie_embeddings=True,
-        qk_layernorm=False,
-        add_qkv_bias=False,
-        add_bias_linear=False,
-        swiglu=True,
-        normalization="RMSNorm",
-        max_position_embeddings=window,
-        seq_length=window,
-        params_dtype=dtype,
+    shape = shape_from_hf_config(
+        {
+            "model_type": "llama",
+            **dict(zip(_KEYS, _SIZES[kind], strict=True)),
+            "rms_norm_eps": 1e-5,
+            "rope_theta": _BASE,
+            "max_position_embeddings": window,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
     )
     kernel = core_attention(attention, device, dtype)
     config = factors(shape, length, 2.0)

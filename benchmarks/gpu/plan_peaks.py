@@ -74,29 +74,17 @@ def peak_of_a_step(
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.module import Float16Module
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_longrope.integration import compat
 
     has_te = compat.transformer_engine_is_usable() and device.type == "cuda"
-    config = TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+    config = gpu.transformer_config(
+        model,
+        device,
         bias_activation_fusion=device.type == "cuda",
         apply_rope_fusion=has_te,
-        add_bias_linear=False,
-        normalization="RMSNorm",
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
         bf16=True,
         params_dtype=torch.bfloat16,
-        use_cpu_initialization=device.type == "cpu",
         **RECOMPUTATION[recompute],
     )
     if device.type == "cuda":

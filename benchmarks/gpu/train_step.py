@@ -1,10 +1,10 @@
 """Training steps of a 1B-class model at 32k to 256k tokens on one GPU, the plugin against stock.
 
-bf16 weights and gradients, fused AdamW, full activation recompute, loss in chunks of the sequence
-(no [sequence, vocabulary] logits). Both arms run SdpaCoreAttention or FlashCoreAttention on the
-same shapes and take turns, step by step; only the rotary module and the softmax scale differ. An
-arm's peak leaves out what the other one holds. Model FLOPs leave recomputation out. `ratio` is the
-plugin's seconds over stock's at the longest length that fits.
+bf16 weights and gradients, fused AdamW, full activation recompute, the package's loss in chunks of
+the sequence (no [sequence, vocabulary] logits). Both arms run SdpaCoreAttention or
+FlashCoreAttention on the same shapes and take turns, step by step; only the rotary module and the
+softmax scale differ. An arm's peak leaves out what the other one holds. Model FLOPs leave
+recomputation out. `ratio` is the plugin's seconds over stock's at the longest length that fits.
 
     python benchmarks/gpu/train_step.py [--quick] [--attention sdpa|flash] [--lengths 32k,64k,...]
 
@@ -21,40 +21,27 @@ from dataclasses import dataclass
 import device as gpu
 import measure
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.flops import forward_flops
 from megatron_longrope.lengths import parse_lengths
 from megatron_longrope.methods import yarn_factors
+from megatron_longrope.plan import Model
+from megatron_longrope.training_loss import chunked_linear_cross_entropy
 
-_LOSS_ROWS = 4096
+_LOSS_CHUNK = 4096
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A Llama-type model."""
+class Shape(Model):
+    """A Llama-type model, with the base and the window of its RoPE."""
 
-    layers: int = 16
-    hidden: int = 2048
-    ffn: int = 8192
-    heads: int = 32
-    groups: int = 8
-    head_dim: int = 64
-    vocabulary: int = 32000
     base: float = 500000.0
     window: int = 8192
 
-    def flops(self, length: int) -> float:
-        """Model FLOPs of a training step on one sequence: backward is twice forward."""
-        projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
-        weights = self.layers * (projections + 3 * self.hidden * self.ffn)
-        weights += self.hidden * self.vocabulary
-        attention = self.layers * 2 * length * self.heads * self.head_dim  # causal: half of s^2
-        return 3 * length * (2 * weights + attention)
 
-
-TOY = Shape(2, 64, 128, 4, 2, 16, 512, 10000.0, 128)
+FULL = Shape(16, 2048, 8192, 32, 8, 32000, 64)
+TOY = Shape(2, 64, 128, 4, 2, 512, 16, base=10000.0, window=128)
 
 
 def longrope(shape: Shape, length: int) -> LongRopeConfig:
@@ -67,11 +54,10 @@ def longrope(shape: Shape, length: int) -> LongRopeConfig:
     return LongRopeConfig(shape.base, shape.head_dim, shape.window, sets)
 
 
-def build(shape: Shape, length: int, attention: str, *, plugin: bool, device: str):
+def build(shape: Shape, length: int, attention: str, *, plugin: bool, device: torch.device):
     """A GPTModel that returns hidden states, as Megatron builds it with or without the plugin."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_longrope.integration import hooks, wrappers
     from megatron_longrope.integration.settings import LongRopeSettings
@@ -86,36 +72,20 @@ def build(shape: Shape, length: int, attention: str, *, plugin: bool, device: st
         scale = factor**2 / math.sqrt(shape.head_dim)
     wrappers.activate(wrappers.Run(settings, attention))
     torch.manual_seed(0)
-    config = TransformerConfig(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.groups,
-        kv_channels=shape.head_dim,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+    config = gpu.transformer_config(
+        shape,
+        device,
         softmax_scale=scale,
-        bf16=device == "cuda",
-        params_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        bf16=device.type == "cuda",
+        params_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         recompute_granularity="full",
         recompute_method="uniform",
         recompute_num_layers=1,
-        use_cpu_initialization=device == "cpu",
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
     )
     model = GPTModel(
         config,
         get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=shape.vocabulary,
+        vocab_size=shape.vocab_size,
         max_sequence_length=length,
         position_embedding_type="rope",
         rotary_base=int(shape.base),
@@ -128,16 +98,10 @@ def build(shape: Shape, length: int, attention: str, *, plugin: bool, device: st
 def training_step(model, optimizer, tokens: torch.Tensor):
     """One optimizer step on `[1, s + 1]` tokens; returns the loss as a number."""
     positions = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
-    hidden = model(tokens[:, :-1], positions, None)[:, 0]  # [s, 1, h] -> [s, h]
-    weight, labels = model.output_layer.weight, tokens[0, 1:]
-
-    def chunk_loss(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy((rows @ weight.T).float(), targets, reduction="sum")
-
-    loss = sum(
-        checkpoint(chunk_loss, rows, targets, use_reentrant=False)
-        for rows, targets in zip(hidden.split(_LOSS_ROWS), labels.split(_LOSS_ROWS), strict=True)
-    ) / len(labels)
+    hidden = model(tokens[:, :-1], positions, None)  # [s, 1, h]
+    loss = chunked_linear_cross_entropy(
+        hidden, model.output_layer.weight, tokens[:, 1:].t(), chunk_tokens=_LOSS_CHUNK
+    ).mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -158,7 +122,7 @@ class Arm:
     def __init__(
         self, shape: Shape, length: int, attention: str, plugin: bool, device: torch.device
     ) -> None:
-        self.model = build(shape, length, attention, plugin=plugin, device=device.type)
+        self.model = build(shape, length, attention, plugin=plugin, device=device)
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=fused)
         self.device = device
@@ -189,7 +153,7 @@ def measure_length(
         for name, plugin in (("stock", False), ("longrope", True))
     }
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, shape.vocabulary, (1, length + 1), generator=generator).to(device)
+    tokens = torch.randint(0, shape.vocab_size, (1, length + 1), generator=generator).to(device)
     samples = measure.sample_interleaved(
         {name: lambda arm=arm: arm.step(tokens) for name, arm in arms.items()},
         steps,
@@ -201,7 +165,8 @@ def measure_length(
         found[name] = {
             "seconds": seconds,
             "tokens_per_second": length / seconds,
-            "model_tflops": shape.flops(length) / seconds / 1e12,
+            # Backward is twice forward.
+            "model_tflops": 3 * sum(forward_flops(shape, length)) / seconds / 1e12,
             "peak_gib": max(arm.peaks) / 2**30,
             "first_loss": arm.losses[0],
             "last_loss": arm.losses[-1],
@@ -218,7 +183,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="that do not")
     options = parser.parse_args()
     device = gpu.start(options.quick)
-    shape = TOY if options.quick else Shape()
+    shape = TOY if options.quick else FULL
     default = "256,512" if options.quick else "32k,64k,128k"
     results: dict[int, dict] = {}
     for length in parse_lengths(options.lengths or default):
