@@ -62,6 +62,8 @@ def _read(item: Field[Any], value: Any) -> Any:
     how = item.metadata
     if value is item.default or (value is None and item.type.endswith("None")):
         return value
+    if value is None and item.default in (False, ()):  # as of a caller's own option
+        return item.default
     if value is None:
         raise LongRopeError(f"{item.name} is None; leave it out or give a value")
     if value == [] and item.default == ():
@@ -79,8 +81,10 @@ def _read(item: Field[Any], value: Any) -> Any:
             raise LongRopeError(f"{item.name}: {error}") from None
     if item.type in ("str", "str | None") and not isinstance(value, str):
         raise LongRopeError(f"{item.name} is of type {type(value).__name__}; give a text or a path")
-    if item.type == "bool" and not isinstance(value, bool):  # any text would be true
-        raise LongRopeError(f"{item.name} is {value!r}; it must be True or False")
+    if item.type == "bool":
+        if value not in (True, False):  # any text would be true
+            raise LongRopeError(f"{item.name} is {value!r}; it must be True or False")
+        value = bool(value)
     if "choices" in how and value not in how["choices"]:
         raise LongRopeError(
             f"{item.name} is {value!r}; it must be one of {', '.join(how['choices'])}"

@@ -164,7 +164,7 @@ class SearchOptions(
     cannot hold (default: in a first search su's value of the target for every window; in a second
 one the same by the base's policy, or the base's own value where it is not by the policy; in a
 recovery the base's)"""
-    attention_factor: str | None = flag(None, metavar="F", exclusive="attention factor")
+    attention_factor: str | None = flag(None, type=str, metavar="F", exclusive="attention factor")
     """one value for every window; `longest` takes the base config's value at its largest window"""
     resume: bool = flag(False, exclusive="journal")
     """continue from the journal if any"""

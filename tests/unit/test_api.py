@@ -150,6 +150,7 @@ def test_options_have_the_flags_names_and_the_package_lists_them():
             for given, sentence in (
                 ({"base_config": 4}, "base_config is of type int; give a text or a path"),
                 ({"overwrite": "false"}, "overwrite is 'false'; it must be True or False"),
+                ({"attention_factor": 1.0, "load": "a"}, "load and hf exclude each other"),
                 ({"num_samples": None}, "num_samples is None; leave it out or give a value"),
             )
         ),
