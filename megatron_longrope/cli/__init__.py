@@ -26,7 +26,7 @@ _COMMANDS = {
     "data": "text to Megatron .bin/.idx: BOS/EOS segments for training, whole held-out documents",
     "factors": "show, make, import, export, compare or merge factor files",
     "plan": "memory, hours and Megatron flags of a fine-tuning run, or of generating text",
-    "report": "one self-contained HTML page, PNG figures and CSV data from evaluations",
+    "report": "one self-contained HTML page, PNG figures and CSV data of evaluations and searches",
     "doctor": "versions, kernels, and whether the hooks fit this Megatron",
 }
 _MODULES = {"eval": "evaluate"}

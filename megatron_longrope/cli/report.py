@@ -32,9 +32,9 @@ def add_parser(commands: Any, about: str | None = None) -> None:
         ReportOptions,
         run,
         help=about,
-        description="Write a self-contained HTML page about one evaluated run, or one that "
-        "compares several models, and beside it figures/ with PNG images and the CSV data behind "
-        "them.",
+        description="Write a self-contained HTML page about one evaluated run or a search, or one "
+        "that compares several models, and beside it figures/ with PNG images and the CSV data "
+        "behind them.",
     )
 
 
@@ -45,4 +45,6 @@ def run(options: ReportOptions) -> None:
     page, tables = write_report(options.directory, options.output, options.expect)
     if tables:
         print(tables)
-    print(f"wrote {page}, {page.parent / 'figures'} and {page.parent / 'tables'}")
+    beside = [page.parent / name for name in ("figures", "tables")]
+    *written, last = [str(path) for path in (page, *beside) if path.exists()]
+    print(f"wrote {', '.join(written)} and {last}" if written else f"wrote {last}")

@@ -32,7 +32,7 @@ class Samples:
         return len(self.tokens)
 
 
-def read_samples(args: SearchOptions, prefix: str, objective: str, num_documents: int) -> Samples:
+def read_samples(args: SearchOptions, prefix: str, objective: str) -> Samples:
     """Samples of a data set for `ppl`, `needle` or `joint`.
 
     `joint` is the loss of the document's tokens plus --needle-weight x the loss of the answer's, in
@@ -44,7 +44,7 @@ def read_samples(args: SearchOptions, prefix: str, objective: str, num_documents
     """
     windows, length = args.windows_per_document, args.target_length
     documents, bos_id = read_window_documents(
-        prefix, length, num_documents, windows=windows, bos=args.bos
+        prefix, length, args.num_samples, windows=windows, bos=args.bos
     )
     if objective == "ppl":
         return Samples(window_samples(documents, bos_id, length, windows), bos_name(bos_id))

@@ -103,10 +103,13 @@ class SearchPlan:
         )
         check_divisible(args.target_length, args.context_parallel_size)
         _check_tokens(args, checkpoint)
-        samples = read_samples(args, args.data, args.objective, args.num_samples)
+        samples = read_samples(args, args.data, args.objective)
+        if isinstance(parameters, CmaParameters):
+            # More needle depths than documents are more samples.
+            parameters = replace(parameters, num_samples=len(samples))
         held_out = None
         if args.held_out:
-            held_out = read_samples(args, args.held_out, "ppl", args.num_samples)
+            held_out = read_samples(args, args.held_out, "ppl")
         needles = needles_or_reason(args)
         plan = cls(options, parameters, checkpoint, problem, samples, held_out, needles)
         plan._algorithm()  # seeds that do not fit its sizes

@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page about finished evaluations, with figures and data beside it.
+"""Write one self-contained HTML page of evaluations and searches, figures and data beside it.
 
     from megatron_longrope.report.page import write_report
     write_report("runs/quickstart")  # ppl.jsonl, ... -> report.html, figures/*.png, figures/*.csv
@@ -92,6 +92,8 @@ def write_report(
     sets, notes = _factor_sets(folders)
     sections = sections_of(measurements, expected)
     drawn = [*_draw(sections, measurements), *_draw_searches(sets, _histories(folders))]
+    if not drawn:
+        notes.append("no candidate of the search has been scored on every sample yet")
     for part in drawn:
         for drawing in part.drawings:
             drawing.save(page.parent / "figures")

@@ -63,7 +63,7 @@ def read_measurements(directories: Sequence[str | Path]) -> Measurements:
         if not directory.is_dir():
             raise LongRopeError(
                 f"{directory} is no directory; give one that holds, at any depth, "
-                f"{', '.join(names)}"
+                f"{', '.join(names)} or *{JOURNAL}"
             )
         some = []
         for path, _ in files_below(directory, ".jsonl"):

@@ -120,8 +120,7 @@ def draw_search(histories: Sequence[SearchHistory]) -> Drawing:
     """Draw the best score after each evaluation of each search, with its known seeds."""
     rows: list[tuple[Any, ...]] = []
     used: dict[str, Line2D] = {}
-    only_perplexity = all(history.objective == "ppl" for history in histories)
-    ylabel = "Perplexity" if only_perplexity else "Score"
+    ylabel = _score_name(histories)
     with panels("Search progress", len(histories), "Evaluation", ylabel) as (figure, grid):
         for axes, history in zip(grid, histories, strict=True):
             best = history.best_scores
@@ -168,10 +167,10 @@ def draw_search(histories: Sequence[SearchHistory]) -> Drawing:
 
 
 def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
-    """Draw perplexity against the number of start tokens, the factors held fixed."""
-    xlabel, ylabel = "Start tokens that keep their positions", "Perplexity"
+    """Draw the score against the number of start tokens, the factors held fixed."""
+    xlabel, ylabel = "Start tokens that keep their positions", _score_name(curves)
     rows: list[tuple[Any, ...]] = []
-    with panels("Perplexity by start tokens", len(curves), xlabel, ylabel) as (figure, grid):
+    with panels(f"{ylabel} by start tokens", len(curves), xlabel, ylabel) as (figure, grid):
         for axes, curve in zip(grid, curves, strict=True):
             counts, values = list(curve.points), list(curve.points.values())
             rows += [(curve.name, n, value, curve.num_samples) for n, value in curve.points.items()]
@@ -191,8 +190,12 @@ def draw_start_tokens(curves: Sequence[StartTokenCurve]) -> Drawing:
             figure, "start_tokens",
             f"Each point is the same rescale factors with another number of start tokens, over "
             f"{many}. The ring marks the lowest, the dashed line no start tokens.",
-            ("journal", "num_start_tokens", "perplexity", "samples"), rows,
+            ("journal", "num_start_tokens", "score", "samples"), rows,
         )  # fmt: skip
+
+
+def _score_name(drawn: Sequence[SearchHistory | StartTokenCurve]) -> str:
+    return "Perplexity" if all(item.objective == "ppl" for item in drawn) else "Score"
 
 
 def _draw_candidates(axes: Axes, records: Sequence[Evaluation]) -> dict[str, Line2D]:

@@ -71,7 +71,7 @@ class SearchHistory:
 
 @dataclass(frozen=True)
 class StartTokenCurve:
-    """Perplexity against n_hat for one vector of rescale factors, always on the same samples."""
+    """Score against n_hat for one vector of rescale factors, always on the same samples."""
 
     name: str
     """Name of the search."""
@@ -82,13 +82,15 @@ class StartTokenCurve:
     num_samples: int
     """Samples behind each point: those that every one of them has scored."""
     points: Mapping[int, float]
-    """Perplexity of each n_hat, ascending in n_hat."""
+    """Score of each n_hat, ascending in n_hat."""
+    objective: str = "ppl"
+    """What a score is."""
 
 
 def start_token_curve(history: SearchHistory) -> StartTokenCurve | None:
     """Find the factors that were scored with the most different n_hat; None if none had two.
 
-    On a tie the larger number of common samples decides, then the lower perplexity.
+    On a tie the larger number of common samples decides, then the lower score.
     """
     groups: dict[tuple[float, ...], dict[int, tuple[float, ...]]] = {}
     for record in history.records:
@@ -112,7 +114,7 @@ def start_token_curve(history: SearchHistory) -> StartTokenCurve | None:
     complete = filter(is_complete, history.records)
     best = min(complete, key=lambda record: record.score, default=None)
     is_best = best is not None and tuple(best.rescale_factors) == factors
-    return StartTokenCurve(history.name, factors, is_best, samples, points)
+    return StartTokenCurve(history.name, factors, is_best, samples, points, history.objective)
 
 
 def _perplexity(nlls: Sequence[float]) -> float:
@@ -151,12 +153,16 @@ def find_factor_sets(
 
 
 def find_search_histories(directory: str | Path) -> list[SearchHistory]:
-    """Read every search below `directory` that scored a candidate completely."""
+    """Read every search below `directory` that scored a candidate completely.
+
+    One with rotating samples, which an earlier version had, is left out: its scores are no scores
+    of the same samples.
+    """
     histories = []
     for path, name in files_below(Path(directory), JOURNAL):
         factors = path.with_name(f"{path.name.removesuffix(JOURNAL)}.json")
         history = read_history(name.removesuffix(JOURNAL), path, factors)
-        if any(map(is_complete, history.records)):
+        if not _settings(path).get("pool") and any(map(is_complete, history.records)):
             histories.append(history)
     return histories
 
@@ -170,13 +176,18 @@ def read_history(name: str, journal: Path, factors: Path) -> SearchHistory:
         factors (Path): Its factor file, which says what the starting points scored; there is none
             before the search has ended.
     """
-    try:
-        with journal.open(encoding="utf-8") as file:
-            settings = dict(json.loads(file.readline())["settings"])
-    except (ValueError, TypeError, KeyError):  # of an older version, or broken
-        settings = {}
+    settings = _settings(journal)
     seeds = _starting_points(settings, factors) if settings else {}
     return SearchHistory(name, read_records(journal), seeds, settings.get("objective", "ppl"))
+
+
+def _settings(journal: Path) -> dict[str, Any]:
+    """Return the settings in a journal's first line; nothing of an older version, or broken."""
+    try:
+        with journal.open(encoding="utf-8") as file:
+            return dict(json.loads(file.readline())["settings"])
+    except (ValueError, TypeError, KeyError):
+        return {}
 
 
 def _starting_points(settings: Mapping[str, Any], factors: Path) -> dict[str, Any]:

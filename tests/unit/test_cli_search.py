@@ -340,10 +340,12 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
 
 def test_a_needle_search_names_its_needles(options, data, tmp_path):
     flags = ["--objective", "needle", "--tokenizer", data["tokenizer"], "--target-length", "640",
-             "--max-evaluations", "4", "--attention-factor-policy", "su"]  # fmt: skip
+             "--max-evaluations", "4", "--attention-factor-policy", "su", "--num-samples", "2",
+             "--needle-depths", "0,0.5,1"]  # fmt: skip
     assert main([*options, *flags, "--no-figures"]) == 0
     origin = json.loads((tmp_path / "factors.json").read_text())["factor_sets"][-1]["origin"]
     assert origin["needles"]["depths"] == [0.0, 0.5, 1.0]
+    assert origin["parameters"]["num_samples"] == 3  # two documents take turns
     # Constants now; a journal of an earlier version names them, and can be resumed.
     assert origin["parameters"].items() >= {"polish_share": 0.25, "polish_step": 0.04}.items()
     assert all(10**6 <= number < 10**7 for number in origin["needles"]["numbers"])

@@ -124,10 +124,14 @@ def test_starting_points_without_a_finite_score_have_no_line():
 
 @pytest.mark.parametrize(("objective", "label"), [("ppl", "Perplexity"), ("joint", "Score")])
 def test_the_axis_says_what_a_search_minimized(objective, label, tmp_path):
-    settings = {"objective": objective}
-    with Journal(tmp_path / "a.journal.jsonl", settings) as journal:
-        journal.append(record(0, 3.0))
-    assert f"<!-- {label} -->" in draw_search(find_search_histories(tmp_path)).svg
+    for name, pool in (("a", None), ("rotating", 8)):
+        path = tmp_path / f"{name}.journal.jsonl"
+        with Journal(path, {"objective": objective, "pool": pool}) as journal:
+            journal.append(record(0, 3.0))
+            journal.append(record(1, 4.0, start_tokens=4))
+    (history,) = find_search_histories(tmp_path)  # of an earlier version's pool there is none
+    for drawing in (draw_search([history]), draw_start_tokens([start_token_curve(history)])):
+        assert f"<!-- {label} -->" in drawing.svg
 
 
 def test_the_curve_compares_on_the_samples_that_all_share():

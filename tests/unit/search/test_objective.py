@@ -134,7 +134,7 @@ def test_the_joint_objective_takes_both_losses_from_one_pass(engine, config, dat
         windows_per_document=1, target_length=640, num_samples=3, tokenizer=data["tokenizer"],
         needle_depths="0,0.5,1", needle_weight=0.25, seed=3, bos=None,
     )  # fmt: skip
-    samples = read_samples(args, data["search"], "joint", 3)
+    samples = read_samples(args, data["search"], "joint")
     wide = config.with_factor_set(FactorSet(640, config.factor_sets[-1].rescale_factors))
     objective = PerplexityObjective(engine, samples.tokens, weights=samples.weights)
     losses = all_losses(objective, wide)
