@@ -62,12 +62,12 @@ def _read(item: Field[Any], value: Any) -> Any:
     how = item.metadata
     if value is item.default or (value is None and item.type.endswith("None")):
         return value
-    if value is None and item.default in (False, ()):  # as of a caller's own option
+    is_empty = value is None or value == []
+    # A switch or list that a caller passes on from options of its own.
+    if (item.default == () and is_empty) or (item.default is False and value is None):
         return item.default
     if value is None:
         raise LongRopeError(f"{item.name} is None; leave it out or give a value")
-    if value == [] and item.default == ():
-        return item.default
     value = _text_of(value)
     if how.get("action") == "append" or "nargs" in how:
         value = (value,) if isinstance(value, str) else tuple(map(_text_of, value))

@@ -43,14 +43,19 @@ class SearchHistory:
     """The journal's records, sorted by index here."""
     seeds: Mapping[str, float | None] = field(default_factory=dict)
     """Score of each named starting point; those without a finite one are left out here."""
-    objective: str = "ppl"
-    """What a score is: perplexity, or that of needle answers (`needle`) or both (`joint`)."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the journal's first line."""
 
     def __post_init__(self) -> None:
         records = tuple(sorted(self.records, key=lambda record: record.index))
         object.__setattr__(self, "records", records)
         finite = {name: score for name, score in self.seeds.items() if is_finite(score)}
         object.__setattr__(self, "seeds", finite)
+
+    @property
+    def objective(self) -> str:
+        """What a score is: perplexity, or that of needle answers (`needle`) or both (`joint`)."""
+        return self.settings.get("objective", "ppl")
 
     @property
     def best_scores(self) -> list[float]:
@@ -162,7 +167,7 @@ def find_search_histories(directory: str | Path) -> list[SearchHistory]:
     for path, name in files_below(Path(directory), JOURNAL):
         factors = path.with_name(f"{path.name.removesuffix(JOURNAL)}.json")
         history = read_history(name.removesuffix(JOURNAL), path, factors)
-        if not _settings(path).get("pool") and any(map(is_complete, history.records)):
+        if not history.settings.get("pool") and any(map(is_complete, history.records)):
             histories.append(history)
     return histories
 
@@ -178,7 +183,7 @@ def read_history(name: str, journal: Path, factors: Path) -> SearchHistory:
     """
     settings = _settings(journal)
     seeds = _starting_points(settings, factors) if settings else {}
-    return SearchHistory(name, read_records(journal), seeds, settings.get("objective", "ppl"))
+    return SearchHistory(name, read_records(journal), seeds, settings)
 
 
 def _settings(journal: Path) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def test_options_have_the_flags_names_and_the_package_lists_them():
                 ({"overwrite": "false"}, "overwrite is 'false'; it must be True or False"),
                 ({"attention_factor": 1.0, "load": "a"}, "load and hf exclude each other"),
                 ({"num_samples": None}, "num_samples is None; leave it out or give a value"),
+                ({"seed": None}, "seed is None; leave it out or give a value"),
             )
         ),
         (
