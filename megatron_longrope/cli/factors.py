@@ -248,7 +248,9 @@ def _origin(origin: dict[str, Any]) -> str:
         return ", ".join(str(word) for word in words if word) or "-"
     found = f"{origin['stage']} search"
     if "search_perplexity" in origin:
-        found += f", perplexity {origin['search_perplexity']:.6g}"
+        objective = origin.get("objective", "ppl")
+        score = "perplexity" if objective == "ppl" else f"score by {objective}"
+        found += f", {score} {origin['search_perplexity']:.6g}"
     return f"{found} ({origin['method']})" if "method" in origin else found
 
 

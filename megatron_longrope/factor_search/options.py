@@ -72,7 +72,8 @@ class _Objective(Options):
     """shorter samples share a forward pass up to so many tokens (default: 8k)"""
     retrieval_trials: int = flag(3, type=int, metavar="N")
     """numbers that the references and the winner are asked for at the end; a winner that finds
-    fewer than the best reference gives way to the best that does not; 0 asks for none"""
+    fewer than the best reference, or as many at a loss more than 0.2 nats per token higher, gives
+    way to the best that does not; 0 asks for none"""
     accept_worse_retrieval: bool = flag(False)
     """write the winner even so"""
 
@@ -82,16 +83,16 @@ class _Space(Options):
     GROUP: ClassVar = "space"
 
     space: str = flag("floored", choices=("floored", "full", "critical"))
-    """full: every factor in [1, 1.25 s] (LongRoPE). floored: the same, but at least s from the
-    critical dimension on, the first that completes no period in the trained window; less is hardly
-    seen by perplexity and loses retrieval. critical: factors in [s, 2 s] from the critical
-    dimension up, NTK below (LongRoPE2)"""
+    """full: every factor in [1, 1.25 s], s = target length / window (LongRoPE). floored: the same,
+    but at least s from the critical dimension on, the first that completes no period in the trained
+    window; less is hardly seen by perplexity and loses retrieval. critical: factors in [s, 2 s]
+    from the critical dimension up, NTK below (LongRoPE2)"""
     critical_dimension: int | None = flag(None, type=int, metavar="I")
     """fix it, as an index of frequencies (default: floored: by the trained window; critical:
     searched)"""
     start_tokens: str | None = flag(None, type=str, metavar="LIST")
-    """choices of n_hat, for example 0,1,2,4, or `paper` for its fourteen; export to Hugging Face
-    needs 0 (default: the base's, 0 for plain RoPE)"""
+    """numbers of start tokens to try, for example 0,1,2,4, or `paper` for its fourteen; export to
+    Hugging Face needs 0 (default: the base's, 0 for plain RoPE)"""
     upper: float | None = flag(None, type=float)
     """largest factor (default: 1.25 s, critical: 2 s, recovery: max(3, 1 + s) or the largest
     of the base's sets)"""

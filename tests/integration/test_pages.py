@@ -64,7 +64,7 @@ def steps():
     """README's commands, the one of pretraining as its diff leaves it."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     text = text.partition("## From a checkpoint")[2].partition("\n## ")[0]
-    text = re.sub(r"^```diff\n(?:-.*\n)*", "", text, flags=re.M)
+    text = re.sub(r"^```diff\n(?:[- ].*\n)*", "", text, flags=re.M)
     return list(commands(re.sub(r"^[+ ](?=torchrun|    |--)", "    ", text, flags=re.M)))
 
 

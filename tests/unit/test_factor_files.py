@@ -232,6 +232,21 @@ def test_show_prints_every_factor_on_demand_and_json(capsys):
     assert len(short["factor_sets"][1]["rescale_factors"]) == 3
 
 
+def test_show_names_the_score_that_a_search_went_by(tmp_path, capsys):
+    found = {"stage": "first", "search_perplexity": 23.66, "method": "longrope-cma"}
+    for objective, shown in (
+        ({}, "perplexity"),  # of older files, which had no other
+        ({"objective": "ppl"}, "perplexity"),
+        ({"objective": "joint"}, "score by joint"),
+    ):
+        file = tmp_path / "factors.json"
+        LongRopeConfig(
+            10000.0, 8, 64, (FactorSet(256, (1.0, 2.0, 3.0, 4.0), origin={**found, **objective}),)
+        ).save(file)
+        assert run("show", file) == 0
+        assert f"first search, {shown} 23.66 (longrope-cma)" in capsys.readouterr().out
+
+
 def test_the_published_factors_are_listed_with_their_licence(capsys):
     assert run("list") == 0
     lines = capsys.readouterr().out.splitlines()
