@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
+import ctypes
 import logging
+import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 
 # Flags with their values or number of values. Each CPU run needs all of SUPPLIED and none of
 # DROPPED.
@@ -152,7 +156,6 @@ def enable() -> None:
         if hasattr(torch.optim.Optimizer, name):
             setattr(torch.optim.Optimizer, name, lambda self: None)
     _use_gloo(torch.distributed)
-    _fork_the_results_server()
     _cuda_to_cpu_mode(torch).__enter__()
 
 
@@ -260,17 +263,28 @@ def _use_gloo(distributed) -> None:
     distributed.new_group = new_gloo_group
 
 
-def _fork_the_results_server() -> None:
-    """Checkpoint writers report to a server process, which Megatron spawns, for the sake of CUDA.
+def start_results_server() -> None:
+    """Start the process that checkpoint writers report to, while this one is small.
 
-    A spawned process imports torch and Megatron anew, some eight seconds for a queue; without CUDA
-    it can be forked.
+    Megatron starts it at the first save and, for the sake of CUDA, by spawning: it imports torch
+    and Megatron anew, some eight seconds for a queue. Without CUDA it can be forked; but forked at
+    a save it would keep that moment's model, gradients and optimizer to the end of the run.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    queue = getattr(filesystem_async, "get_write_results_queue", None)
-    if queue is not None:  # else a release without that server
-        filesystem_async.get_write_results_queue = functools.partial(queue, "fork")
+    if not hasattr(filesystem_async, "get_write_results_queue"):
+        return  # a release without that server
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_end_with_parent)
+    queue = manager.Queue()
+    filesystem_async.get_write_results_queue = lambda *_, **__: queue
+
+
+def _end_with_parent() -> None:
+    """A killed training would leave the server behind for good."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _cuda_to_cpu_mode(torch):

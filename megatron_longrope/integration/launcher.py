@@ -53,6 +53,7 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         if rank() == 0:
             print(rewrite.describe(), flush=True)
         cpu_host.enable()
+        cpu_host.start_results_server()
     from megatron_longrope.integration import compat, hooks
 
     if not compat.helpers_are_compiled() and (obstacle := compat.helpers_obstacle()):

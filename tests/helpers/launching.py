@@ -43,6 +43,7 @@ from megatron_longrope.integration import cpu_host, launcher
 cpu_host.prepare_environment()
 rewrite = cpu_host.cpu_arguments(sys.argv[2:])
 cpu_host.enable()
+cpu_host.start_results_server()
 launcher._default_rendezvous()
 from megatron.core.datasets import utils
 utils.compile_helpers = lambda: None  # the wheel ships no Makefile

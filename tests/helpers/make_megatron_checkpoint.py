@@ -144,7 +144,7 @@ def answer_for_cuda():
 
     from megatron_longrope.integration import cpu_host
 
-    cpu_host._fork_the_results_server()  # a spawned one would import Megatron again
+    cpu_host.start_results_server()  # a spawned one would import Megatron again
 
     class Tracker:
         def fork(self, name=None):

@@ -1,8 +1,16 @@
 """The command line of a GPU run, made fit for the CPU."""
 
+import multiprocessing
+import time
+
 import pytest
 
-from megatron_longrope.integration.cpu_host import DROPPED, SUPPLIED, cpu_arguments
+from megatron_longrope.integration.cpu_host import (
+    DROPPED,
+    SUPPLIED,
+    cpu_arguments,
+    start_results_server,
+)
 
 ALL_SUPPLIED = [word for flag, value in SUPPLIED.items() for word in (flag, *value)]
 
@@ -88,3 +96,30 @@ def test_the_log_says_what_changed():
         "> cpu: dropped  --bf16 --attention-backend flash",
     ]
     assert cpu_arguments(ALL_SUPPLIED).describe() == "> cpu: supplied nothing"
+
+
+def test_the_server_of_checkpoint_writers_is_there_before_a_save_and_ends_with_a_killed_training():
+    # A process: it is killed, and what it has forked must end, too.
+    context = multiprocessing.get_context("fork")
+    said, says = context.Pipe(duplex=False)
+
+    def train():
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        start_results_server()
+        queue = filesystem_async.get_write_results_queue("spawn")
+        queue.put("written")
+        says.send((queue.get(), [child.pid for child in multiprocessing.active_children()]))
+        time.sleep(600)
+
+    training = context.Process(target=train)
+    training.start()
+    says.close()
+    assert said.poll(300)
+    written, (server,) = said.recv()
+    assert written == "written" and server != training.pid
+    training.kill()
+    training.join()
+    # The server has the pipe's other end, too, which closes with the last process that holds it.
+    with pytest.raises(EOFError):
+        said.poll(60) and said.recv()
