@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 sys.path.insert(0, str(GPU))
 import run as gpu_run  # noqa: E402
+import train_step  # noqa: E402
 
 
 # The script is what runs unseen on a GPU, so its processes are real ones here.
@@ -58,6 +60,26 @@ def test_a_part_that_fails_or_hangs_leaves_its_results_and_the_others(tmp_path, 
         "works": "done",
     }
     assert all(part["results"] == 1 for part in ended.values())
+
+
+def test_training_steps_record_the_ratio_of_each_length_once(tmp_path, monkeypatch):
+    def measured(_, length, *__):
+        if length > 512:
+            raise torch.OutOfMemoryError
+        return {"stock": {"seconds": 2.0}, "longrope": {"seconds": 2.0 + length / 256}}
+
+    monkeypatch.setattr(train_step, "measure_length", measured)
+    monkeypatch.setattr(train_step.gpu, "start", lambda _: torch.device("cpu"))
+    output = tmp_path / "train_step.jsonl"
+    words = ["train_step.py", "--quick", "--lengths", "256,512,1k", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    train_step.main()
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["tokens"], row["ratio"]) for row in rows if "ratio" in row] == [
+        (256, 1.5),
+        (512, 2.0),
+    ]
+    assert "environment" in rows[-1]
 
 
 def test_all_parts_together_end_within_eight_minutes():
