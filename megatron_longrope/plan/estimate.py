@@ -236,11 +236,7 @@ def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> li
     def fitting(
         training: Training = training, cluster: Cluster = cluster, fixed: Fixed = fixed
     ) -> Estimate | None:
-        try:
-            first = rank(model, training, cluster, fixed)[0]
-        except LongRopeError:  # no layout at all
-            return None
-        return first if first.fits else None
+        return _fitting(rank, model, training, cluster, fixed)
 
     found = []
     chunked = replace(training, loss_chunk=DEFAULT_CHUNK)
@@ -269,13 +265,18 @@ def more_gpus(cluster: Cluster, ranked: Callable[[Cluster], Sequence[Any]]) -> l
     """
     while 2 * cluster.gpus <= MOST_GPUS:
         cluster = replace(cluster, gpus=2 * cluster.gpus)
-        try:
-            best = ranked(cluster)[0]
-        except LongRopeError:  # no layout at all
-            continue
-        if best.fits:
+        if best := _fitting(ranked, cluster):
             return [f"{cluster.gpus} GPUs ({best.short()})"]
     return []
+
+
+def _fitting[Plan: Any](ranked: Callable[..., Sequence[Plan]], *given: Any) -> Plan | None:
+    """The best plan if it fits; None where it does not, or where there is no layout at all."""
+    try:
+        best = ranked(*given)[0]
+    except LongRopeError:
+        return None
+    return best if best.fits else None
 
 
 def plan_command(words: Sequence[str], gpu: str = "h100", gpus: int = 8) -> Estimate:
