@@ -13,7 +13,7 @@ from search_data import make_search_data
 
 from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.flags import read_flags
-from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.engine import Engine
 from megatron_longrope.factor_search import runner, session
 from megatron_longrope.factor_search.options import SearchOptions
@@ -204,6 +204,20 @@ def test_whatever_a_journal_was_begun_with_is_compared_when_it_is_resumed(
         "racing references seed space stage start_tokens target_length tokens_per_forward "
         "upper windows_per_document"
     )
+
+
+def test_a_first_search_runs_under_longropes_attention_factor_whatever_its_base_names(
+    options, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "score_trial", die)
+    plain = replace(identity_config(50000.0, 16, 64), attention_factor_policy="yarn")
+    plain.save(tmp_path / "base.json")
+    words = ["--base-config", str(tmp_path / "base.json"), "--retrieval-trials", "0"]
+    assert main([*options, *words]) == 130
+    with (tmp_path / "factors.journal.jsonl").open() as journal:
+        attention = json.loads(next(journal))["settings"]["attention"]
+    # From 64 to 256 tokens; YaRN's would be 0.1 ln 4 + 1.
+    assert attention == [pytest.approx(math.sqrt(1 + math.log(4) / math.log(64))), "su"]
 
 
 # As it was written when a search could rotate its samples and race by a test.
