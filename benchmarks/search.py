@@ -13,7 +13,7 @@ all arms score the same windows of search text, with the same attention factor. 
 their name get the budget of the released search, so that equal costs are compared too. Every seed
 of every arm is a run. Scores are kept in `--output` as they come: an interrupted run goes on, and a
 long benchmark may be split over processes (`--arms released --seeds 0`); the last call, without
-those two flags, puts everything together. Other sizes need another `--output`.
+those two flags, puts everything together. Other sizes need another `--output`, or `--overwrite`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import identity_config
 from megatron_longrope.data.documents import read_manifest, read_window_documents
 from megatron_longrope.engine import load_engine
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.generations import Trial
@@ -179,7 +180,9 @@ class Bench:
         return {name: {text: round(scores[text][name], 4) for text in scores} for name in points}
 
 
-def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) -> ArmRun:
+def run_arm(
+    bench: Bench, name: str, seed: int, budget: int, directory: Path, *, overwrite: bool = False
+) -> ArmRun:
     """One search with `budget` sample-forwards, then its curves from what it has recorded."""
     samples = bench.sizes.samples
     search = bench.search(name, seed, budget // samples)
@@ -188,7 +191,7 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
     outcome = run_search(
         search, bench.problem, bench.objectives["search"],
         # Whoever is stopped by a race costs less, and the claim is not about races.
-        SearchRun(journal, settings, racing="off", resume=True),
+        SearchRun(journal, settings, racing="off", resume=True, overwrite=overwrite),
         label=f"{name} seed {seed}",
     )  # fmt: skip
     run = ArmRun(name, seed, evaluations=outcome.num_evaluations)
@@ -205,7 +208,7 @@ def run_arm(bench: Bench, name: str, seed: int, budget: int, directory: Path) ->
             due = [number for number in due if number > run.forwards] or [budget]
             leaders.append((run.forwards, best))
     path = journal.with_suffix(".heldout.jsonl")
-    with Journal(path, bench.settings["held_out"], resume=True) as looked_at:
+    with Journal(path, bench.settings["held_out"], resume=True, overwrite=overwrite) as looked_at:
         known = {record.rescale_factors: record.score for record in looked_at.records}
         for forwards, best in leaders:
             factors = best.rescale_factors
@@ -266,6 +269,9 @@ def parse_options() -> argparse.Namespace:
         type=float,
         help="of the budget, for our arms without `full` in their name (default: 0.25)",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="discard the scores of these arms and seeds"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if unknown := sorted(set(options.arms) - set(ARMS)):
@@ -305,7 +311,9 @@ def main() -> None:
     for arm in options.arms:
         for seed in seeds:
             share = 1.0 if arm in WHOLE else options.budget_fraction or SHARE
-            run = run_arm(bench, arm, seed, int(share * budget), directory)
+            run = run_arm(
+                bench, arm, seed, int(share * budget), directory, overwrite=options.overwrite
+            )
             finished.append(run)
             print(
                 f"{arm} seed {seed}: {run.forwards} forwards, perplexity "
@@ -346,4 +354,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LongRopeError as error:  # such as scores of an earlier version
+        raise SystemExit(f"search benchmark: {error}") from None

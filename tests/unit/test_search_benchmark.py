@@ -9,6 +9,7 @@ from pathlib import Path
 
 import launching
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from search_curves import ArmRun, draw_curves, forwards_to_reach, summarise, value_at
@@ -73,6 +74,30 @@ def test_a_quick_run_without_a_model_says_what_it_needs(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(BENCHMARKS / "search.py"), run_name="__main__")
     assert "--quick needs --model DIR" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("benchmark_results_stay")
+def test_scores_of_other_settings_are_refused_in_one_sentence_until_they_are_overwritten(
+    model, tmp_path, monkeypatch, capsys
+):
+    scores = tmp_path / "out/quick/cma-0.jsonl"
+    scores.parent.mkdir(parents=True)
+    scores.write_text('{"journal": 2, "settings": {"operators": "of an earlier version"}}\n')
+
+    def start(*more):
+        words = ["--quick", "--model", model, "--output", tmp_path / "out", "--arms", "cma",
+                 "--budget", 48, "--threads", torch.get_num_threads(), *more]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["search.py", *map(str, words)])
+        runpy.run_path(str(BENCHMARKS / "search.py"), run_name="__main__")
+
+    with pytest.raises(SystemExit) as refused:
+        start()
+    sentence = f"search benchmark: {scores} was written with other settings: "
+    assert str(refused.value).startswith(sentence)
+    assert str(refused.value).endswith("discard the journal with --overwrite")
+    start("--overwrite")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["arm"] == "cma"
+    assert "earlier version" not in scores.read_text()
 
 
 def arm_run(arm, seed, *held_out, search=((5, 30.0),)):
