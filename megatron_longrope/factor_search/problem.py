@@ -159,27 +159,7 @@ def make_problem(
         return _extension(
             base, target_length, upper, start_tokens, named, SearchSpace, floor_dimension=dimension
         )
-    if warm_start is not None:
-        raise LongRopeError(
-            "a warm start belongs to a search beyond the base's window; a recovery starts from the "
-            "base's own factors"
-        )
-    if critical_dimension is not None:
-        raise LongRopeError(
-            f"critical_dimension {critical_dimension} has no meaning in a recovery, whose factors "
-            "have no floor; leave it out"
-        )
-    if base.max_length <= original:
-        raise LongRopeError(
-            f"target length {target_length} is the original window and the model is not extended; "
-            "nothing to search: give a longer --target-length, or a --base-config to recover"
-        )
-    if space == "critical":
-        raise LongRopeError(
-            f"target length {target_length} lies within the base's window, which is a recovery, "
-            "and LongRoPE2's critical space only extends (its short factors are 1); "
-            "search the full space"
-        )
+    _check_recovery(base, target_length, space, critical_dimension, warm_start)
     return _recovery(base, target_length, upper, start_tokens)
 
 
@@ -211,6 +191,41 @@ def _extension(
     space = kind(base.rotary_dim // 2, scale, upper=upper, start_tokens=start_tokens, **dimensions)
     seeds = critical_seeds(space) if isinstance(space, CriticalSpace) else None
     return _problem(stage, base, target_length, space, multiplier, named, seeds)
+
+
+def _check_recovery(
+    base: LongRopeConfig,
+    target_length: int,
+    space: str,
+    critical_dimension: int | None,
+    warm_start: LongRopeConfig | None,
+) -> None:
+    """Refuse what only an extension has, and a model that is not extended.
+
+    Raises:
+        LongRopeError: One of them.
+    """
+    if warm_start is not None:
+        raise LongRopeError(
+            "a warm start belongs to a search beyond the base's window; a recovery starts from the "
+            "base's own factors"
+        )
+    if critical_dimension is not None:
+        raise LongRopeError(
+            f"critical_dimension {critical_dimension} has no meaning in a recovery, whose factors "
+            "have no floor; leave it out"
+        )
+    if base.max_length <= base.original_max_position_embeddings:
+        raise LongRopeError(
+            f"target length {target_length} is the original window and the model is not extended; "
+            "nothing to search: give a longer --target-length, or a --base-config to recover"
+        )
+    if space == "critical":
+        raise LongRopeError(
+            f"target length {target_length} lies within the base's window, which is a recovery, "
+            "and LongRoPE2's critical space only extends (its short factors are 1); "
+            "search the full space"
+        )
 
 
 def _recovery(
