@@ -26,6 +26,8 @@ from megatron_longrope.lengths import parse_length
 from megatron_longrope.options import flag, parse_positive
 
 if TYPE_CHECKING:
+    from megatron_longrope.data.tokenizer import Tokenizer
+    from megatron_longrope.evaluation.harness_tasks import LoadedTask, TaskSpec
     from megatron_longrope.evaluation.session import Plan
     from megatron_longrope.evaluation.targets import NamedModel, Target
 
@@ -107,25 +109,14 @@ def plan_tasks(
         LongRopeError: A number is out of its range; or tasks, their data, tokenizer or factors are
             missing or do not fit.
     """
-    from megatron_longrope.data.tokenizer import load_tokenizer
     from megatron_longrope.evaluation.harness import count_requests, measure_task
-    from megatron_longrope.evaluation.harness_tasks import check_tasks, parse_tasks
+    from megatron_longrope.evaluation.harness_tasks import parse_tasks
     from megatron_longrope.evaluation.session import Cell, Plan
-    from megatron_longrope.evaluation.targets import check_tokenizer_fits, prompt_tokenizer
 
     specs = parse_tasks(options.tasks)
     longest = [window_of(target) or target.config.max_length for target in targets]
     _check(options, min(longest))
-    tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models))
-    what = f"tokenizer {tokenizer.path}"
-    check_tokenizer_fits(tokenizer.vocab_size, tokenizer, what, models)
-    loaded = check_tasks(
-        specs,
-        include_path=options.include_path,
-        metadata=None if metadata is None else {"tokenizer": str(tokenizer.path), **metadata},
-        allow_download=options.allow_download,
-    )
-    tasks = {task.spec.name: task for task in loaded}
+    tokenizer, tasks = _load(options, models, specs, metadata)
     asked = {"limit": options.limit, "seed": options.seed, "allow_download": options.allow_download}
 
     @cache
@@ -188,6 +179,29 @@ def _check(options: Any, window: int) -> None:
             f"--max-length {max_length} must be from 2 to the window of {window} tokens; leave it "
             "out to use the window"
         )
+
+
+def _load(
+    options: Any,
+    models: Sequence[NamedModel],
+    specs: Sequence[TaskSpec],
+    metadata: Mapping[str, Any] | None,
+) -> tuple[Tokenizer, dict[str, LoadedTask]]:
+    """Load the tokenizer, which must be the models', and the tasks by their names."""
+    from megatron_longrope.data.tokenizer import load_tokenizer
+    from megatron_longrope.evaluation.harness_tasks import check_tasks
+    from megatron_longrope.evaluation.targets import check_tokenizer_fits, prompt_tokenizer
+
+    tokenizer = load_tokenizer(prompt_tokenizer(options.tokenizer, models))
+    what = f"tokenizer {tokenizer.path}"
+    check_tokenizer_fits(tokenizer.vocab_size, tokenizer, what, models)
+    loaded = check_tasks(
+        specs,
+        include_path=options.include_path,
+        metadata=None if metadata is None else {"tokenizer": str(tokenizer.path), **metadata},
+        allow_download=options.allow_download,
+    )
+    return tokenizer, {task.spec.name: task for task in loaded}
 
 
 def _lengths(cell: Any, window: int | None) -> Row:
