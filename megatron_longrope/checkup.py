@@ -12,7 +12,7 @@ from importlib import metadata
 from megatron_longrope import __version__
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import compat, hooks, wrappers
-from megatron_longrope.integration.settings import attention_from_args
+from megatron_longrope.integration.attention_choice import attention_from_args
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def _spec(has_te: bool):
     from megatron.core.models.gpt import gpt_layer_specs
 
     from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
-    from megatron_longrope.integration.settings import flash_obstacle
+    from megatron_longrope.integration.attention_choice import flash_obstacle
 
     if has_te:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()

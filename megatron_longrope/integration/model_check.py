@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_longrope.integration import agreement, chunked_loss, compat
-from megatron_longrope.integration.settings import OURS
+from megatron_longrope.integration.attention_choice import OURS
 from megatron_longrope.ranks import rank
 
 

@@ -28,13 +28,15 @@ from megatron_longrope.integration import (
     provenance,
 )
 from megatron_longrope.integration.arguments import add_longrope_args
-from megatron_longrope.integration.settings import (
+from megatron_longrope.integration.attention_choice import (
     OURS,
+    attention_from_args,
+    check_norms,
+)
+from megatron_longrope.integration.settings import (
     DocumentScale,
     LongRopeSettings,
-    attention_from_args,
     check_flags,
-    check_norms,
     check_spec,
     check_unused,
     config_from_args,
@@ -49,7 +51,7 @@ class Run:
     settings: LongRopeSettings | None = None
     """None leaves RoPE stock."""
     attention: str = "te"
-    """`te`, `flash`, `sdpa` or `local`; see :func:`.settings.attention_from_args`."""
+    """`te`, `flash`, `sdpa` or `local`; see :func:`.attention_choice.attention_from_args`."""
     loss_chunk: int | None = None
     """Tokens whose logits exist at the same time in the training loss; None leaves it stock."""
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.integration import compat
-from megatron_longrope.integration.settings import flash_obstacle
+from megatron_longrope.integration.attention_choice import flash_obstacle
 from megatron_longrope.methods import yarn_factors
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 

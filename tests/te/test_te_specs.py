@@ -24,8 +24,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 
 from megatron_longrope.engine import process_groups
 from megatron_longrope.integration import compat, hooks, wrappers
+from megatron_longrope.integration.attention_choice import attention_from_args
 from megatron_longrope.integration.model_check import check_models
-from megatron_longrope.integration.settings import attention_from_args, settings_from_args
+from megatron_longrope.integration.settings import settings_from_args
 from megatron_longrope.rotary import LongRopeRotaryEmbedding
 
 LAYERS = 2

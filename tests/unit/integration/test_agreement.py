@@ -7,7 +7,7 @@ import pytest
 from launching import TIMEOUT_S, Command, Ranks
 from tiny_gpt import run_arguments
 
-from megatron_longrope.integration import agreement, settings, wrappers
+from megatron_longrope.integration import agreement, attention_choice, wrappers
 from megatron_longrope.integration.agreement import Finding, disagreement
 
 
@@ -114,7 +114,7 @@ def test_an_error_of_one_rank_waits_for_the_others(monkeypatch):
 
 def test_attention_that_one_node_lacks_is_said_once_the_others_can_hear(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(settings, "flash_obstacle", lambda dropout: "no flash-attn here")
+    monkeypatch.setattr(attention_choice, "flash_obstacle", lambda dropout: "no flash-attn here")
     wrappers.configure(run_arguments(longrope_attention="flash"))
     assert "no flash-attn here" in agreement._pending.error
 

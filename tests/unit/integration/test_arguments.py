@@ -10,11 +10,10 @@ import torch
 from tiny_gpt import run_arguments
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.integration import settings as settings_module
+from megatron_longrope.integration import attention_choice
 from megatron_longrope.integration.arguments import add_longrope_args
+from megatron_longrope.integration.attention_choice import attention_from_args, check_norms
 from megatron_longrope.integration.settings import (
-    attention_from_args,
-    check_norms,
     check_spec,
     check_unused,
     config_from_args,
@@ -445,7 +444,7 @@ def test_attention_is_the_one_asked_for_or_else_fits_the_implementation(changes,
 
 
 def test_auto_attention_is_flash_for_half_precision_where_it_can_run(monkeypatch):
-    monkeypatch.setattr(settings_module, "flash_obstacle", lambda dropout: dropout or None)
+    monkeypatch.setattr(attention_choice, "flash_obstacle", lambda dropout: dropout or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert attention_from_args(namespace(None, bf16=True)) == "flash"
     assert attention_from_args(namespace(None)) == "sdpa"
@@ -456,7 +455,7 @@ def test_auto_attention_is_flash_for_half_precision_where_it_can_run(monkeypatch
 
 def test_flash_attention_that_cannot_run_is_refused_with_the_reason(monkeypatch):
     reason = "flash-attn 2 cannot be used (No module named 'flash_attn')"
-    monkeypatch.setattr(settings_module, "flash_obstacle", lambda dropout: reason)
+    monkeypatch.setattr(attention_choice, "flash_obstacle", lambda dropout: reason)
     with pytest.raises(ValueError, match=r"but flash-attn 2 cannot be used .*; install one \(pip"):
         attention_from_args(namespace(None, longrope_attention="flash"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -464,7 +463,7 @@ def test_flash_attention_that_cannot_run_is_refused_with_the_reason(monkeypatch)
 
 
 def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
-    monkeypatch.setattr(settings_module, "transformer_engine_version", lambda: None)
+    monkeypatch.setattr(attention_choice, "transformer_engine_version", lambda: None)
     args = namespace(None, longrope_attention="te", transformer_impl="transformer_engine")
     with pytest.raises(ValueError) as error:
         attention_from_args(args)
@@ -472,7 +471,7 @@ def test_te_attention_without_transformer_engine_is_refused(monkeypatch):
         "--longrope-attention te needs Transformer Engine, which is not installed; use "
         "--transformer-impl local with --longrope-attention sdpa"
     )
-    monkeypatch.setattr(settings_module, "transformer_engine_version", lambda: "2.9")
+    monkeypatch.setattr(attention_choice, "transformer_engine_version", lambda: "2.9")
     assert attention_from_args(args) == "te"
     with pytest.raises(ValueError) as error:  # Megatron would run its local attention
         attention_from_args(namespace(None, longrope_attention="te"))
