@@ -136,9 +136,11 @@ def store_batches(
         return
     settings = (encoder.tokenizer.path, encoder.splitter, encoder.splitter_sha256)
     # Forking this process would copy whatever threads torch and tokenizers have started, halfway
-    # through. A fresh one imports the package once, and all workers are forked from that.
+    # through. A fresh one imports once what costs each of them seconds, and all are forked from it.
     context = get_context("forkserver")
-    library = ["transformers"] if Path(encoder.tokenizer.path).is_dir() else []
+    auto = "transformers.models.auto.tokenization_auto"  # which `transformers` imports when asked
+    library = [auto] if Path(encoder.tokenizer.path).is_dir() else []
+    library += ["nltk.tokenize.punkt"] if encoder.splitter else []
     context.set_forkserver_preload([__name__, *library])
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=settings
