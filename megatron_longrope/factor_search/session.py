@@ -100,6 +100,7 @@ class SearchPlan:
             space=args.space,
             critical_dimension=args.critical_dimension,
             warm_start=LongRopeConfig.load(args.warm_start) if args.warm_start else None,
+            for_retrieval=args.objective != "ppl",
         )
         check_divisible(args.target_length, args.context_parallel_size)
         _check_tokens(args, checkpoint)

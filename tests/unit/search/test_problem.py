@@ -185,6 +185,23 @@ def test_the_floor_begins_where_no_period_is_completed_and_changes_ntk_but_not_y
     assert make_problem(plain, 2048, space="floored", critical_dimension=9).space.lowest(8) == 0
 
 
+def test_a_floored_search_for_retrieval_also_starts_from_the_slowest_factors(plain, extended):
+    def starts(base, length, **options):
+        problem = make_problem(base, length, for_retrieval=True, **options)
+        return {name: problem.space.decode(seed)[0] for name, seed in problem.seeds.items()}
+
+    added = starts(plain, 2048, space="floored")
+    assert set(added) == {"cd7x1.25", "pi", "near-ntk", "yarn"}
+    assert added["cd7x1.25"] == pytest.approx([10.0 ** min(i / 7, 1) for i in range(16)], abs=0.005)
+    assert starts(plain, 2048, space="floored", upper=12.0)["cd7x1.5"][-1] == 12.0
+    # Of a second search on top of what was tuned; of others none.
+    assert "cd7x1.25" in starts(plain.with_factor_set(FactorSet(2048, (8.0,) * 16)), 8192,
+                                space="floored")  # fmt: skip
+    assert set(starts(plain, 2048)) == {"pi", "ntk", "yarn"}
+    assert "pi" in starts(plain, 2048, space="floored", critical_dimension=0)
+    assert set(starts(extended, 256, space="floored")) == {"none", "longest"}
+
+
 def test_the_floor_of_a_second_search_counts_on_the_tuned_frequencies(plain):
     tuned = plain.with_factor_set(FactorSet(2048, (8.0,) * 16))
     assert make_problem(tuned, 8192, space="floored").space.floor_dimension == 7
