@@ -117,13 +117,10 @@ class CmaSearch(GenerationalSearch):
     def _draw(self, number: int) -> Generation | None:
         return next(self._parts, None)
 
-    def _generation(
-        self,
-        candidates: Iterable[Candidate],
-        *,
-        samples: int | None = None,
-        incumbent: Candidate | None = None,
+    def _affordable(
+        self, candidates: Iterable[Candidate], samples: int | None = None
     ) -> Generation | None:
+        """A generation of the first candidates that the budget is enough for."""
         chosen = []
         for candidate in candidates:
             if (price := self._price(candidate, samples)) > self._left:
@@ -131,19 +128,17 @@ class CmaSearch(GenerationalSearch):
             self._left -= price
             self._paid[candidate] = self._paid.get(candidate, 0) + price
             chosen.append(candidate)
-        return super()._generation(chosen, samples=samples, incumbent=incumbent)
+        return self._generation(chosen, samples=samples)
 
     def _price(self, candidate: Candidate, samples: int | None) -> int:
         """Sample-forwards of a trial; what an earlier one has scored is not scored again."""
         wanted = samples or self.parameters.num_samples
         return max(0, wanted - self._paid.get(candidate, 0))
 
-    def _ask(
-        self, candidates: Iterable[Candidate], incumbent: Candidate | None = None
-    ) -> Iterator[Generation]:
+    def _ask(self, candidates: Iterable[Candidate]) -> Iterator[Generation]:
         """One generation of those among `candidates` that have not been asked for."""
         new = [item for item in dict.fromkeys(candidates) if item not in self._asked]
-        generation = self._generation(new, incumbent=incumbent)
+        generation = self._affordable(new)
         if generation is not None:
             yield generation
 
@@ -171,12 +166,12 @@ class CmaSearch(GenerationalSearch):
         while len(choices) > 1 and samples < self.parameters.num_samples:
             if sum(self._price(item, samples) for item in choices) > self._left:
                 return  # half a round tells nothing
-            generation = self._generation(choices, samples=samples)
+            generation = self._affordable(choices, samples)
             yield generation
             kept = sorted(choices, key=lambda item: (generation.scores[item], choices.index(item)))
             choices = kept[: (len(kept) + 1) // 2]
             samples *= 2
-        yield from self._ask(choices, incumbent=best)
+        yield from self._ask(choices)
 
     # CMA-ES
 
@@ -318,7 +313,7 @@ class CmaSearch(GenerationalSearch):
                 moves = [(gene, sign * step) for gene in genes for sign in (1, -1)]
                 moved = {move: moved_candidate(self.space, best, [move]) for move in moves}
                 moved = self._promising_moves(moved, best)
-                yield from self._ask(moved.values(), incumbent=best)
+                yield from self._ask(moved.values())
                 gains = {
                     move: self._scores[item]
                     for move, item in moved.items()
@@ -327,7 +322,7 @@ class CmaSearch(GenerationalSearch):
                 order = sorted(gains, key=lambda move: gains[move])
                 parts = [order[: math.ceil(len(order) / divisor)] for divisor in (1, 2, 4)]
                 joined = [moved_candidate(self.space, best, part) for part in parts]
-                yield from self._ask(joined, incumbent=self.best[0])
+                yield from self._ask(joined)
                 improved = self.best[0] != best
             step /= 2
 

@@ -36,7 +36,7 @@ class Trial:
     """How many samples the score covers, from the first one; None for all of them."""
     incumbent: Candidate | None = None
     """A candidate, scored on all samples, that this one must beat to matter; scoring may stop as
-    soon as it cannot. None: its score is needed whatever it is."""
+    soon as it cannot. None, as always in CMA-ES: its score is needed whatever it is."""
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.generations import Trial
-from megatron_longrope.factor_search.journal import Evaluation, Journal, is_complete, is_failed
+from megatron_longrope.factor_search.journal import Evaluation, Journal, is_failed
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.space import Candidate
 from megatron_longrope.factor_search.trial_queue import SharedTrialQueue, TrialQueue
@@ -35,7 +35,6 @@ class KnownScores:
         self._problem = problem
         self._by_index: dict[int, Evaluation] = {}
         self._losses: dict[Key, tuple[float, ...]] = {}
-        self._complete: set[Key] = set()
         for record in records:
             self.add(record)
         self.num_resumed = len(self._by_index)
@@ -48,8 +47,6 @@ class KnownScores:
     def add_losses(self, record: Evaluation) -> None:
         """Remember the losses of an evaluation, which may be another search's."""
         key = record.rescale_factors, record.num_start_tokens
-        if is_complete(record):
-            self._complete.add(key)
         if record.error is None and len(record.sample_nlls) > len(self._losses.get(key, ())):
             self._losses[key] = record.sample_nlls
 
@@ -57,7 +54,8 @@ class KnownScores:
         """The trial's evaluation, if there is one.
 
         Raises:
-            LongRopeError: The trial of that index was another candidate.
+            LongRopeError: The trial of that index was another candidate, or its scoring was stopped
+                where this search needs the score.
         """
         record = self._by_index.get(trial.index)
         if record is None:
@@ -69,15 +67,17 @@ class KnownScores:
                 "package or of numpy and scipy: go on with that one on every node, or discard the "
                 "journal with --overwrite"
             )
+        if record.stopped == "exact" and trial.incumbent is None:
+            raise LongRopeError(
+                f"evaluation {trial.index} of the journal was stopped early, as CMA-ES did "
+                "in earlier releases, and what came after it may be due to that: discard the "
+                "journal with --overwrite, or go on with the release that began it"
+            )
         return record
 
     def losses(self, candidate: Candidate) -> tuple[float, ...]:
         """Losses of the candidate's first samples, as far as they are known."""
         return self._losses.get(self._key(candidate), ())
-
-    def complete_losses(self, candidate: Candidate) -> tuple[float, ...] | None:
-        """Losses of the candidate on all samples, if it has a score over them."""
-        return self.losses(candidate) if self._key(candidate) in self._complete else None
 
     def _key(self, candidate: Candidate) -> Key:
         target = self._problem.factor_set(candidate)

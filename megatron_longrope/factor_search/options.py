@@ -128,8 +128,8 @@ class _Algorithm(Options):
     initial_deviation: float | None = flag(None, type=float, metavar="D")
     """cma: of log factors, relative to the largest seed factor's (default: 0.1)"""
     racing: str = flag("exact", choices=("exact", "off"))
-    """when to stop scoring a candidate. exact: when it certainly cannot survive; the result stays
-    the same"""
+    """evolution: when to stop scoring a candidate. exact: when it certainly cannot survive; the
+    result stays the same"""
     lookahead: int = flag(0, type=int, metavar="G")
     """generations that may start before an earlier one is complete, so that replicas do not wait
     for the slowest; 0 is the published algorithm"""

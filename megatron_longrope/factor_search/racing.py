@@ -1,8 +1,8 @@
 """When to stop scoring a candidate: as soon as it certainly cannot matter to the search.
 
 Samples are scored in a fixed order. After each forward pass a candidate is compared with its
-incumbent, which it must beat to matter: for the evolution the last survivor when its generation was
-drawn; for the start tokens and the polish of CMA-ES the best candidate.
+incumbent, which it must beat to matter: the evolution's last survivor when its generation was
+drawn. In CMA-ES nobody races, because its regression learns from every score.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class SearchRun:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What must not change between a run and its resumption."""
     racing: str = "exact"
-    """`exact`: a candidate that cannot beat its incumbent is given up. `off`: none is."""
+    """`exact`: a candidate that cannot beat its incumbent, if it has one, is given up. `off`: none
+    is."""
     resume: bool = False
     """Continue the journal, if there is one."""
     overwrite: bool = False
@@ -156,8 +157,7 @@ def run_search(
         run (SearchRun): Where and how.
         label (str): Of the progress line.
         known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
-            another search: what they scored costs nothing here. Complete ones are incumbents of the
-            winner.
+            another search: what they scored costs nothing here. The winner must beat complete ones.
         opened (tuple, optional): The run's journal, from :func:`open_run`. Defaults to opening it.
 
     Raises:
@@ -246,9 +246,8 @@ def _score_next(
         queue.wait()
         return
     incumbent = None
-    # An incumbent that was itself stopped has no score to compare with.
     if trial.incumbent is not None and racing == "exact":
-        incumbent = scores.complete_losses(trial.incumbent)
+        incumbent = scores.losses(trial.incumbent)
     known = scores.losses(trial.candidate)
     record = score_trial(trial, problem, objective, known=known, incumbent=incumbent)
     queue.publish(record)

@@ -1,4 +1,4 @@
-"""Score one trial: sample by sample, racing its incumbent, and never dying of a bad candidate."""
+"""Score one trial: sample by sample, racing an incumbent if any, not dying of a bad candidate."""
 
 from __future__ import annotations
 

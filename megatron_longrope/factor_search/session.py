@@ -267,7 +267,7 @@ class SearchPlan:
             "sample_forwards_saved": outcome.sample_forwards_saved,
             "checkpoint": str(self.checkpoint.directory),
             **{key: value for key, value in settings.items() if key != "base"},
-            "racing": self.options.racing,
+            "racing": self.options.racing if self.options.algorithm == "evolution" else "off",
             "date": datetime.date.today().isoformat(),
             "versions": outcome_files.versions(),
         }
