@@ -85,6 +85,7 @@ def print_summary(
     outcome: SearchOutcome,
     held_out: Mapping[str, float | None],
     verdict: RetrievalVerdict | None,
+    asked_in: str,
     name: str = "perplexity",
 ) -> None:
     """Print the winner against the references: search text, held-out text, needle answers.
@@ -92,6 +93,7 @@ def print_summary(
     Args:
         held_out (Mapping): Perplexities of :func:`scores_on`; empty without held-out text.
         verdict (RetrievalVerdict, optional): None where retrieval was not measured.
+        asked_in (str): Which documents the needles were hidden in.
         name (str): What the score on the search text is.
     """
     length = problem.target_length
@@ -111,6 +113,7 @@ def print_summary(
         found = {**verdict.measured, "longrope": verdict.written}
         table["needle loss"] = {row: f"{item.loss:.4f}" for row, item in found.items()}
         table["answers"] = {row: f"{item.correct} of {item.trials}" for row, item in found.items()}
+        print(f"needle loss and answers: of numbers hidden in {asked_in}")
     print(f"{'':12}" + "".join(f"{title:>16}" for title in table))
     for row in [*problem.references, "longrope"]:
         print(f"{row:12}" + "".join(f"{cells.get(row, '-'):>16}" for cells in table.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,9 @@ def read_samples(args: SearchOptions, prefix: str, objective: str) -> Samples:
         raise LongRopeError(
             f"--objective {objective} writes text into documents: give their --tokenizer"
         )
-    depths = _depths(args.needle_depths) or _even(args.num_samples)
     tokenizer = _tokenizer(args.tokenizer, prefix)
     samples = needle_samples(
-        documents, tokenizer, length, bos_id=bos_id, depths=depths, seed=args.seed
+        documents, tokenizer, length, bos_id=bos_id, depths=_searched_depths(args), seed=args.seed
     )
     weights = mean_over(samples.scored)
     if objective == "joint":
@@ -64,7 +64,9 @@ def read_samples(args: SearchOptions, prefix: str, objective: str) -> Samples:
 
 
 def retrieval_samples(args: SearchOptions, prefix: str) -> NeedleSamples:
-    """Needles for the closing table, at depths spread evenly from 0 to 1.
+    """Needles for the closing table: none that a candidate was scored on.
+
+    Depths are spread evenly from 0 to 1; under an objective with needles over the gaps between its.
 
     Raises:
         LongRopeError: No tokenizer is at hand, it does not fit, or the window is too short.
@@ -73,13 +75,15 @@ def retrieval_samples(args: SearchOptions, prefix: str) -> NeedleSamples:
     if not path:
         raise LongRopeError(f"the manifest of {prefix} names no tokenizer")
     tokenizer = _tokenizer(path, prefix)
-    trials = args.retrieval_trials
+    trials, depths, seed = args.retrieval_trials, _even(args.retrieval_trials), args.seed
+    if args.objective != "ppl":
+        depths, seed = _between(_searched_depths(args), trials), args.seed + 1
     documents, bos_id = read_window_documents(
         prefix, args.target_length, args.num_samples, bos=args.bos
     )
     return needle_samples(
         documents[:trials], tokenizer, args.target_length, bos_id=bos_id,
-        depths=_even(trials), seed=args.seed,
+        depths=depths, seed=seed,
     )  # fmt: skip
 
 
@@ -105,6 +109,17 @@ def _even(count: int) -> list[float]:
     return [index / max(count - 1, 1) for index in range(count)]
 
 
+def _between(depths: Sequence[float], count: int) -> list[float]:
+    """`count` other depths, spread over the gaps that `depths` leave in [0, 1]."""
+    edges = sorted({0.0, *depths, 1.0})
+    gaps = [int((index + 0.5) * (len(edges) - 1) / count) for index in range(count)]
+    return [
+        edges[gap]
+        + (edges[gap + 1] - edges[gap]) * (1 + gaps[:index].count(gap)) / (1 + gaps.count(gap))
+        for index, gap in enumerate(gaps)
+    ]
+
+
 def _tokenizer(path: str, prefix: str) -> Tokenizer:
     tokenizer, manifest = load_tokenizer(path), read_manifest(prefix)
     if tokenizer.sha256 != manifest["tokenizer_sha256"]:
@@ -115,12 +130,13 @@ def _tokenizer(path: str, prefix: str) -> Tokenizer:
     return tokenizer
 
 
-def _depths(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
+def _searched_depths(args: SearchOptions) -> Sequence[float]:
+    """Where the objective's needles stand."""
+    if args.needle_depths is None:
+        return _even(args.num_samples)
     try:
-        return tuple(float(part) for part in text.split(","))
+        return [float(part) for part in args.needle_depths.split(",")]
     except ValueError:
         raise LongRopeError(
-            f"--needle-depths {text!r} must be numbers, for example 0,0.5,1"
+            f"--needle-depths {args.needle_depths!r} must be numbers, for example 0,0.5,1"
         ) from None

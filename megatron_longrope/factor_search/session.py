@@ -189,6 +189,7 @@ class SearchPlan:
             return False
         problem, outcome, settings, objective = found
         verdict = None
+        asked_in = "the held-out documents" if args.held_out else "the search's own documents"
         if not isinstance(self.needles, str):
             verdict = check_retrieval(
                 model, self.needles, problem, outcome, accept_worse=args.accept_worse_retrieval
@@ -196,7 +197,7 @@ class SearchPlan:
             outcome = verdict.outcome
         origin = {
             **self._origin(problem, outcome, settings),
-            "retrieval": self.needles if verdict is None else verdict.to_dict(),
+            "retrieval": ({"asked_in": asked_in, **verdict.to_dict()} if verdict else self.needles),
         }
         held_out = {}
         if self.held_out is not None:
@@ -210,7 +211,7 @@ class SearchPlan:
             origin["held_out_sha256"] = read_manifest(args.held_out)["token_sha256"]
         outcome_files.write(args.output, problem, outcome, origin)
         name = "perplexity" if args.objective == "ppl" else "score"
-        outcome_files.print_summary(problem, outcome, held_out, verdict, name)
+        outcome_files.print_summary(problem, outcome, held_out, verdict, asked_in, name)
         notes = []
         if verdict is None:
             notes.append(f"retrieval was not measured: {self.needles}")

@@ -17,7 +17,7 @@ from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.engine import Engine
 from megatron_longrope.factor_search import runner, session
 from megatron_longrope.factor_search.options import SearchOptions
-from megatron_longrope.factor_search.samples import needles_or_reason
+from megatron_longrope.factor_search.samples import needles_or_reason, read_samples
 from megatron_longrope.factor_search.session import num_journaled
 
 
@@ -336,6 +336,7 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert set(origin["held_out_perplexity"]) == {"pi", "ntk", "yarn", "longrope"}
     if asked:
         assert origin["retrieval"]["written"]["trials"] == 3
+        assert origin["retrieval"]["asked_in"] == "the held-out documents"
     assert len(origin["data_sha256"]) == len(origin["held_out_sha256"]) == 64
     assert origin["versions"]["torch"] and origin["checkpoint"]
     assert origin["sample_forwards"] <= 12 * 3
@@ -352,13 +353,15 @@ def test_a_search_leaves_factors_with_their_provenance_figures_and_a_table(
     assert json.loads((tmp_path / "factors.json").read_text()) == config
 
 
-def test_a_needle_search_names_its_needles(options, data, tmp_path):
+def test_a_needle_search_names_its_needles(options, data, tmp_path, capsys):
     flags = ["--objective", "needle", "--tokenizer", data["tokenizer"], "--target-length", "640",
              "--max-evaluations", "4", "--attention-factor-policy", "su", "--num-samples", "2",
              "--needle-depths", "0,0.5,1"]  # fmt: skip
     assert main([*options, *flags, "--no-figures"]) == 0
     origin = json.loads((tmp_path / "factors.json").read_text())["factor_sets"][-1]["origin"]
     assert origin["needles"]["depths"] == [0.0, 0.5, 1.0]
+    assert origin["retrieval"]["asked_in"] == "the search's own documents"
+    assert "numbers hidden in the search's own documents\n" in capsys.readouterr().out
     assert origin["parameters"]["num_samples"] == 3  # two documents take turns
     # Constants now; a journal of an earlier version names them, and can be resumed.
     assert origin["parameters"].items() >= {"polish_share": 0.25, "polish_step": 0.04}.items()
@@ -437,3 +440,17 @@ def test_needles_that_could_not_be_asked_are_a_reason_before_the_search_and_no_f
     reason = needles_or_reason(replace(args, target_length=32))
     assert "length 32 is too short" in reason
     assert needles_or_reason(replace(args, retrieval_trials=0)) == "--retrieval-trials is 0"
+
+
+@pytest.mark.parametrize("objective", ["needle", "joint"])
+@pytest.mark.parametrize(
+    "flags", ["", "--num-samples 2", "--needle-depths 0", "--needle-depths 1,0.5"]
+)
+def test_no_closing_question_is_one_that_candidates_were_scored_by(options, data, objective, flags):
+    more = f"--objective {objective} --target-length 640 --tokenizer {data['tokenizer']} {flags}"
+    args = parsed([*options, *more.split()])
+    scored, asked = read_samples(args, args.data, objective).needles, needles_or_reason(args)
+    assert len({*asked.depths, *scored["depths"]}) == 3 + len({*scored["depths"]})
+    # Another number of draws from one seed has nearly the same ones.
+    apart = [abs(one - other) for one in asked.numbers for other in scored["numbers"]]
+    assert min(apart) > 1000
