@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,3 +114,25 @@ def check_fits(
                 f"the longrope configuration has {name} {ours:g}, the model has {theirs:g}; "
                 "the factors were made for another model"
             )
+
+
+def warn_of_window(longrope_config: LongRopeConfig, what: str, checkpoint: Checkpoint) -> None:
+    """Warn of factors for another original window than that of a model without factors.
+
+    It is no error: what a model states need not be the window that it was trained in. Mistral's
+    published factors are for 4096 tokens, its config.json says 32768.
+
+    Args:
+        what (str): Where the factors come from.
+    """
+    if checkpoint.longrope is not None and not checkpoint.longrope.is_bare:
+        return
+    theirs = longrope_config.original_max_position_embeddings
+    own = model_config(checkpoint).original_max_position_embeddings
+    if theirs != own:
+        # At this place, whoever calls, so that Python shows it once.
+        warnings.warn(
+            f"{what} has factors for a model with an original window of {theirs} tokens, that of "
+            f"{checkpoint.directory} is {own}; make sure that they were made for this model",
+            stacklevel=1,
+        )

@@ -17,7 +17,7 @@ from megatron_longrope.checkpoint.hf.families import (
     select_family,
     to_hf_config,
 )
-from megatron_longrope.checkpoint.opening import check_fits
+from megatron_longrope.checkpoint.opening import check_fits, warn_of_window
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.card import model_card
 from megatron_longrope.conversion.companions import (
@@ -177,6 +177,7 @@ class _Factors:
         if config is None:
             return cls(None)
         check_fits(config, checkpoint.shape, checkpoint.longrope)
+        warn_of_window(config, "the longrope configuration", checkpoint)
         dropped: tuple[DroppedStartTokens, ...] = ()
         if without_start_tokens:
             config, dropped = drop_start_tokens(config, *lengths)

@@ -155,7 +155,7 @@ def targets_at(
         LongRopeError: A file is damaged or for another model, a label stands for two, or the
             factors do not cover a length.
     """
-    from megatron_longrope.checkpoint.opening import check_fits
+    from megatron_longrope.checkpoint.opening import check_fits, warn_of_window
 
     files = [(label, path, LongRopeConfig.load(path)) for label, path in labelled(factor_files)]
     _check_distinct([label for label, *_ in files], "factor files")
@@ -166,6 +166,7 @@ def targets_at(
                 check_fits(config, model.checkpoint.shape, model.checkpoint.longrope)
             except ValueError as error:
                 raise LongRopeError(f"{path} with {model.path}: {error}") from None
+            warn_of_window(config, path, model.checkpoint)
             targets.append(Target(model, label, config, path))
         if not files:
             targets.append(Target(model, OWN, model.config()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_longrope.checkpoint.loader import Checkpoint
-from megatron_longrope.checkpoint.opening import check_fits, model_config
+from megatron_longrope.checkpoint.opening import check_fits, model_config, warn_of_window
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.options import SearchOptions
@@ -39,6 +39,8 @@ def base_of(args: SearchOptions, checkpoint: Checkpoint) -> LongRopeConfig:
                 f"--original-length {args.original_length} contradicts --base-config "
                 f"{args.base_config}, made for {window}; leave it out"
             )
+        if args.original_length is None:
+            warn_of_window(base, args.base_config, checkpoint)
     elif stored is None or not args.base_config:
         base = model_config(checkpoint, args.original_length)
         if stored and not stored.is_bare and rank() == 0:

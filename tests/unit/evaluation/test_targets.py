@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -65,6 +66,29 @@ def test_factors_of_another_model_are_refused_naming_both(untied_gqa, tmp_path):
     config.save(tmp_path / "other.json")
     with pytest.raises(ValueError, match=r"other.json with .*rotary_base 10000"):
         targets_at([model], [str(tmp_path / "other.json")])
+
+
+def test_factors_for_another_window_are_a_warning_for_each_model_and_file(tmp_path):
+    shape = SimpleNamespace(rotary_base=10000.0, rotary_dim=16, max_position_embeddings=64)
+    models = [
+        SimpleNamespace(
+            path=name, checkpoint=SimpleNamespace(shape=shape, longrope=None, directory=name)
+        )
+        for name in ("one", "two")
+    ]
+    files = []
+    for window in (64, 128, 256):
+        files.append(str(tmp_path / f"{window}.json"))
+        identity_config(10000.0, 16, window).save(files[-1])
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            targets_at(models, files)
+    assert [str(item.message).partition(" is ")[0] for item in found] == [
+        f"{path} has factors for a model with an original window of {window} tokens, that of {name}"
+        for name in ("one", "two")
+        for path, window in zip(files[1:], (128, 256), strict=True)
+    ]
 
 
 def test_a_length_beyond_the_factor_sets_is_refused_naming_the_file(untied_gqa, tmp_path):

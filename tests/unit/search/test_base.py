@@ -1,5 +1,6 @@
 """What a search extends, by its options and what the model carries."""
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -41,6 +42,20 @@ def test_another_window_than_that_of_the_models_factors_is_refused():
         base(TUNED, original_length=16384)
     given = base(TUNED, base_config="none", original_length=16384)
     assert given == identity_config(10000.0, 32, 16384, LINEAR)
+
+
+@pytest.mark.parametrize("stored", [None, SCALED])
+def test_a_base_for_another_window_than_a_model_without_factors_has_is_a_warning(stored, tmp_path):
+    path, own = str(tmp_path / "factors.json"), stored and LINEAR
+    identity_config(10000.0, 32, 8192, own).save(path)
+    with pytest.warns(UserWarning, match=f"{path} .* window of 8192 tokens, that of model is 4096"):
+        base(stored, base_config=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base(stored, base_config=path, original_length=8192)
+        base(TUNED.with_factor_set(FactorSet(16384, (4.0,) * 16)), base_config=path)
+        identity_config(10000.0, 32, 4096, own).save(path)
+        base(stored, base_config=path)
 
 
 @pytest.mark.parametrize("stored", [None, SCALED, TUNED], ids=["plain", "scaled", "factors"])
