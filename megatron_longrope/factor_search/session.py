@@ -83,6 +83,11 @@ class SearchPlan:
             raise LongRopeError(f"--retrieval-trials {args.retrieval_trials} must be at least 0")
         if Path(args.output).is_dir():
             raise LongRopeError(f"--output {args.output} is a directory; name a JSON file")
+        if Path(args.output).suffix != ".json":  # `v1.2` and `v1.25` would share v1.journal.jsonl
+            raise LongRopeError(
+                f"--output {args.output} must end in .json: journal and figures have its name "
+                f"without that; give {args.output}.json"
+            )
         for path in (Path(args.output), args.journal):
             check_folder(path.parent)
         written = Path(args.output).exists() and not args.dry_run and not args.overwrite

@@ -57,6 +57,9 @@ def test_flags_override_single_numbers_of_the_algorithm():
     assert parameters("--target-length 1024k").max_evaluations == 168
 
 
+FACTORS = Path(__file__).parents[2] / "examples/smollm2_135m/longrope_16k.json"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -89,7 +92,8 @@ def test_flags_override_single_numbers_of_the_algorithm():
         ("--max-evaluations 0", "max_evaluations is 0"),
         ("--seed -1", "rng_seed is -1"),
         ("--output .", "--output . is a directory"),
-        (f"--output {__file__} --resume", "exists without its journal"),
+        (f"--output {FACTORS} --resume", "exists without its journal"),
+        ("--output out-v1.2", "--output out-v1.2 must end in .json: journal and figures"),
         ("--dry-run --gpu abacus", "abacus"),
         ("--dry-run --num-gpus 3 --context-parallel-size 2", "not a multiple"),
     ],
