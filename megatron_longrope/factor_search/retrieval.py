@@ -130,7 +130,7 @@ def choose_by_retrieval(
     best = measured[best_name]
     if not best.correct or not won.is_worse_than(best):
         return RetrievalVerdict(outcome, measured, won, None)
-    reason = f"the lowest perplexity retrieves worse than {best_name}: {won} against {best}"
+    reason = f"the best score retrieves worse than {best_name}: {won} against {best}"
     if accept_worse:
         return RetrievalVerdict(outcome, measured, won, f"{reason}; accepted as asked")
     fitting = {
@@ -140,7 +140,7 @@ def choose_by_retrieval(
         and not measured[name].is_worse_than(best)
     }
     if not fitting:  # it could not be scored on the search text
-        return RetrievalVerdict(outcome, measured, won, f"{reason}, which has no perplexity")
+        return RetrievalVerdict(outcome, measured, won, f"{reason}, which has no score")
     fallback = min(fitting, key=fitting.__getitem__)
     target = problem.factor_set(outcome.candidate)
     won_given = GivenFactors(target.rescale_factors, target.num_start_tokens)

@@ -221,7 +221,7 @@ class SearchPlan:
         if verdict is None:
             notes.append(f"retrieval was not measured: {self.needles}")
         elif verdict.reason:
-            notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the lowest)")
+            notes.append(f"{verdict.reason} (--accept-worse-retrieval keeps the best score)")
         notes += outcome_files.export_notes(problem, outcome, objective)
         for note in notes:
             print(note)
