@@ -49,6 +49,7 @@ DROPPED: dict[str, int] = {
     "--fp8-amax-compute-algo": 1,
     "--fp8-param-gather": 0,
     "--use-distributed-optimizer": 0,
+    "--dist-ckpt-optim-fully-reshardable": 0,
     "--use-precision-aware-optimizer": 0,
     "--optimizer-cpu-offload": 0,  # this and the next four need it
     "--main-grads-dtype": 1,
