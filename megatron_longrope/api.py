@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.ranks import rank
+from megatron_longrope.ranks import rank, require_alone
 
 if TYPE_CHECKING:
     from megatron_longrope.config import LongRopeConfig
@@ -68,7 +68,7 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
         list[Row]: A record for each cell; none on any rank but the first.
 
     Raises:
-        LongRopeError: An option contradicts another, a model or the data.
+        LongRopeError: An option contradicts another, a model or the data, or RANK is missing.
     """
     from megatron_longrope.engine import process_groups
     from megatron_longrope.engine.loading import load_engine_for
@@ -77,6 +77,7 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
     from megatron_longrope.evaluation.targets import open_models
     from megatron_longrope.files import check_folder, hold
 
+    require_alone()  # before they wait for one another's lock
     kind = kind_of(options)
     output = Path(options.output)
     check_folder(output)

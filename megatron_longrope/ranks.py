@@ -4,7 +4,29 @@ from __future__ import annotations
 
 import os
 
+from megatron_longrope.errors import LongRopeError
+
+# Processes that this one was started with: by torchrun's like, by srun, by mpirun. Not
+# SLURM_NTASKS, which a shell of salloc has as well.
+_COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
 
 def rank() -> int:
     """Global rank of this process; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
+
+
+def require_alone() -> None:
+    """Refuse to be one of several processes without RANK: each would do the whole work alone.
+
+    Raises:
+        LongRopeError: RANK is not set, and another variable says that there are several.
+    """
+    for name in _COUNTS:
+        value = os.environ.get(name, "")
+        if "RANK" not in os.environ and value.isdigit() and int(value) > 1:
+            raise LongRopeError(
+                f"{name} is {value} and RANK is not set, so that each of {value} processes would "
+                "run alone; start them with torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK, "
+                "MASTER_ADDR and MASTER_PORT"
+            )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.ranks import require_alone
 
 PATIENCE = timedelta(days=30)
 """How long a rank waits for another that is in a forward pass of its own. Collectives of layers
@@ -36,7 +37,8 @@ def initialize(
             False.
 
     Raises:
-        LongRopeError: The number of processes does not fit, or groups exist with another layout.
+        LongRopeError: The number of processes does not fit, RANK is missing, or groups exist with
+            another layout.
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -45,6 +47,8 @@ def initialize(
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             dist.init_process_group(backend)
         else:
+            if not alone:
+                require_alone()
             # One process needs no rendezvous, hence no port that could be taken.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _check_world(dist.get_world_size(), tensor_parallel, context_parallel, replicas)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import check_folder, hold
-from megatron_longrope.ranks import rank
+from megatron_longrope.ranks import rank, require_alone
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -32,16 +32,17 @@ def launch(script: str, arguments: Sequence[str], *, cpu: bool = False) -> None:
         cpu (bool): Host Megatron on the CPU; see :mod:`megatron_longrope.integration.cpu_host`.
 
     Raises:
-        LongRopeError: The script does not exist, another training writes to the `--save` folder, or
-            Megatron lacks a symbol or could not compile its dataset helpers.
+        LongRopeError: The script does not exist, this is one of several processes without RANK,
+            another training writes to the `--save` folder, or Megatron lacks a symbol or could not
+            compile its dataset helpers.
     """
     path = Path(script)
     if not path.is_file():
         raise LongRopeError(f"script {script} does not exist; give the path of a pretrain script")
+    _default_rendezvous()
     arguments = list(arguments)
     if rank() == 0 and (folder := save_folder(arguments)):
         hold_folder(Path(folder))
-    _default_rendezvous()
     # The script's neighbours (gpt_builders.py, model_provider.py) and its Megatron come first.
     sys.path.insert(0, str(path.resolve().parent))
     if cpu:
@@ -107,6 +108,7 @@ def _default_rendezvous() -> None:
     Port 0 says so to torch's store. A port that was looked for here could be taken by another
     process before the store binds it.
     """
+    require_alone()
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
