@@ -2,8 +2,9 @@
 
 Every checkpoint of a run with LongRoPE holds `longrope_config_value` (the factor sets by value) and
 `longrope_lineage` among its arguments. The lineage lists the stages that the weights went through,
-the latest last. A stage is a dict of plain values: `rope` (`stock` or `longrope`), `iteration` (of
-the checkpoint that it began from, 0 from scratch), `seq_length`, and with LongRoPE `max_length` of
+the latest last. A stage is a dict of plain values: `rope` (`stock`, `longrope`, or `unknown` of a
+checkpoint that stored no arguments), `iteration` (of the checkpoint that it began from, 0 from
+scratch), `seq_length` (None of an unknown one), and with LongRoPE `max_length` of
 the set in use, `attention_factor` and `sha256`, a hash of all that :class:`.rotation.InUse` holds.
 A stage in which the mode changed also has `mode_changes`: `iteration`, `from` and `to` of each.
 """
@@ -139,6 +140,15 @@ def _mode_change(
     return Verdict([*lineage[:-1], {**lineage[-1], "mode_changes": changes}], remark)
 
 
+def unknown(args: argparse.Namespace, settings: LongRopeSettings | None, iteration: int) -> Verdict:
+    """What follows from a checkpoint that tells nothing of its run, so that none can be refused."""
+    remark = "the checkpoint stores no arguments; its factors could not be compared with this run's"
+    if settings is None:
+        return Verdict([], remark)
+    past = {"rope": "unknown", "iteration": 0, "seq_length": None}
+    return Verdict([past, _stage(Rotary.of_run(args, settings), iteration)], remark)
+
+
 def begin(args: argparse.Namespace, settings: LongRopeSettings) -> list[dict[str, Any]]:
     """Lineage of a run that loads nothing."""
     return [_stage(Rotary.of_run(args, settings), 0)]
@@ -196,17 +206,27 @@ def _forget_softmax_scale(args: argparse.Namespace) -> None:
 
 
 def _read_saved_args(args: argparse.Namespace) -> argparse.Namespace | None:
-    from megatron_longrope.checkpoint.reader import MegatronCheckpoint
-
     for name in ("load", "pretrained_checkpoint"):  # the order in which Megatron looks for weights
         directory = getattr(args, name, None)
-        if not directory:
-            continue
-        try:
-            return MegatronCheckpoint.open(directory, getattr(args, "ckpt_step", None) or None).args
-        except ValueError:
-            continue  # no checkpoint yet, or another format: it is compared when Megatron loads it
+        # None: no checkpoint yet, or another format. It is compared when Megatron loads it.
+        if directory and (saved := saved_args(directory, args)) is not None:
+            return saved
     return None
+
+
+def saved_args(directory: str, args: argparse.Namespace) -> argparse.Namespace | None:
+    """Arguments of the checkpoint in a folder, Megatron-Bridge's too; None if nothing tells them.
+
+    Args:
+        directory (str): Megatron's `--load` or `--pretrained-checkpoint`.
+        args (Namespace): The run's, of which `ckpt_step` chooses an iteration.
+    """
+    from megatron_longrope.checkpoint.reader import MegatronCheckpoint
+
+    try:
+        return MegatronCheckpoint.open(directory, getattr(args, "ckpt_step", None) or None).args
+    except ValueError:
+        return None
 
 
 def _stage(rotary: Rotary, iteration: int) -> dict[str, Any]:

@@ -243,9 +243,13 @@ def _compare(args: argparse.Namespace, load_dir: str | None, state_dict: dict) -
         return
     error, verdict = None, None
     try:
-        if saved is not None:
+        if state_dict:
             iteration = state_dict.get("iteration") or 0
-            verdict = provenance.check(args, saved, _run.settings, iteration)
+            saved = saved or provenance.saved_args(load_dir, args)  # Megatron-Bridge stores a file
+            if saved is None:
+                verdict = provenance.unknown(args, _run.settings, iteration)
+            else:
+                verdict = provenance.check(args, saved, _run.settings, iteration)
     except ValueError as refusal:
         error = f"{load_dir}: {refusal}"
     agreement.decide(error)

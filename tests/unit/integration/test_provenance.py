@@ -478,6 +478,32 @@ def test_a_refusal_names_the_directory_and_ends_the_run(load, run, reason):
     assert str(error.value).startswith(f"longrope: error: a: {reason}")
 
 
+@pytest.mark.parametrize(("run", "past"), [(settings(), ["unknown", "longrope"]), (None, [])])
+def test_a_checkpoint_without_arguments_is_loaded_with_a_word_and_not_from_scratch(
+    load, capsys, run, past
+):
+    wrappers.activate(Run(run, "sdpa"))
+    args = arguments(load="a", pretrained_checkpoint=None)
+    load.content["a"] = {"iteration": 7}
+    load.read("a", args)
+    assert capsys.readouterr().out == (
+        "> longrope: a: the checkpoint stores no arguments; its factors could not be compared with "
+        "this run's\n"
+    )
+    lineage = getattr(args, "longrope_lineage", [])
+    assert [stage["rope"] for stage in lineage] == past
+    assert [stage["iteration"] for stage in lineage[1:]] == [7] * bool(run)
+
+
+def test_what_lies_beside_a_checkpoint_without_arguments_is_compared(load, untied_gqa):
+    """As the run_config.yaml of Megatron-Bridge."""
+    wrappers.activate(Run(settings(OTHER), "sdpa"))
+    path = str(untied_gqa.path)
+    load.content[path] = {"iteration": 7}
+    with pytest.raises(SystemExit, match="the checkpoint was trained with "):
+        load.read(path, arguments(load=path, pretrained_checkpoint=None))
+
+
 def test_another_models_checkpoint_is_not_compared(load):
     wrappers.activate(Run(settings(OTHER), "sdpa"))
     load.content["teacher"] = {"args": saved()}
