@@ -63,9 +63,10 @@ def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
             _flag("recompute-num-layers", layout.recompute_num_layers, "layers of a group"),
         ]
     elif layout.recompute:
+        attention = "computed again" if "core_attn" in layout.recompute else "kept"
         found += [
             _flag("recompute-granularity", "selective", dropped),
-            Flag(("--recompute-modules", *layout.recompute), "attention is kept"),
+            Flag(("--recompute-modules", *layout.recompute), f"attention is {attention}"),
         ]
     if layout.cp_comm_type == "gathered":
         found.append(_flag("longrope-attention", "flash", "this package's own attention"))

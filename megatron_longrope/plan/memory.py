@@ -281,6 +281,11 @@ class _Layer:
             return 0, 2 * gathered
         # Ours: every query chunk has a copy of all that it sees, 2 cp + 1 of 2 cp chunks in all.
         seen = (2 * size + 1) * pair // 2
+        kept, again = layers, 0  # layers that keep theirs, and that gather them again at once
         if self.layout.recompute == FULL:
-            return 0, 2 * (seen + gathered)
-        return layers * seen, seen + 2 * gathered
+            count = min(self.layout.recompute_num_layers, layers)
+            is_block = self.layout.recompute_method == "block"
+            kept, again = (layers - count, 1) if is_block else (0, count)
+        elif "core_attn" in self.layout.recompute:
+            kept, again = 0, 1
+        return kept * seen, (again + 1) * seen + 2 * gathered

@@ -159,6 +159,13 @@ def test_selective_recomputation_without_modules_is_attentions():
         assert parse([*COMMAND, *words.split()], 32)[2].recompute == ("core_attn",)
 
 
+def test_attention_is_called_kept_only_where_it_is():
+    for recompute, words in ((("mlp",), "attention is kept"), (("core_attn",), "computed again")):
+        flags = render(Layout(recompute=recompute), Training(8192), MODELS["llama2-7b"])
+        reason = {flag.words: flag.reason for flag in flags}["--recompute-modules", *recompute]
+        assert words in reason
+
+
 def test_the_local_implementation_means_our_own_attention():
     local = [*COMMAND, "--transformer-impl", "local"]
     assert parse(local, 32)[2].cp_comm_type == "gathered"

@@ -287,8 +287,14 @@ def test_our_own_attention_keeps_keys_and_values_of_all_ranks_unless_it_is_recom
     )
     assert ring < pair
     assert own > model.num_layers * pair
-    recomputed = layout(1, size, cp_comm_type="gathered", recompute=FULL)
-    assert memory(model, TRAINING, recomputed).kv < 5 * pair
+    for recompute in (FULL, ("core_attn",), ("mlp", "core_attn")):
+        again = layout(1, size, cp_comm_type="gathered", recompute=recompute)
+        assert memory(model, TRAINING, again).kv < 5 * pair
+    kept = layout(1, size, cp_comm_type="gathered", recompute=("mlp",))
+    assert memory(model, TRAINING, kept).kv == own
+    block = {"recompute": FULL, "recompute_method": "block", "recompute_num_layers": 8}
+    most = memory(model, TRAINING, layout(1, size, cp_comm_type="gathered", **block)).kv
+    assert 24 * pair < most < 30 * pair  # of 32 layers
 
 
 def test_more_key_heads_than_groups_are_copied():
