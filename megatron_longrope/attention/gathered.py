@@ -58,18 +58,23 @@ def attend_gathered(
     mine = documents.halves(rank, size)
     outputs: dict[tuple[int, int], Tensor] = {}
     queries = _split(query, mine)
-    for half, chunk in enumerate(zigzag_chunks(rank, size)):
+    # A chunk sees everything up to its own end: the lower one the beginning of what the upper one
+    # does. Of one document both are then the same memory.
+    ends = [chunk + 1 if causal else 2 * size for chunk in zigzag_chunks(rank, size)]
+    seen = [
+        _concatenate([chunks[document, index] for index in range(ends[1])])
+        for document in range(len(documents.rows))
+    ]
+    for half, end in enumerate(ends):
         rows = {at: tokens for at, tokens in queries.items() if at[1] == half and tokens.shape[1]}
         if not rows:
             continue
-        # A chunk sees everything up to its own end.
-        seen = range(chunk + 1) if causal else range(2 * size)
-        keys = [[chunks[document, index] for index in seen] for document, _ in rows]
+        keys = [seen[at][:, : end * documents.rows[at] // (2 * size)] for at, _ in rows]
         output = attend(
             _concatenate(list(rows.values())),
-            *_concatenate([piece for pieces in keys for piece in pieces]).split(widths, dim=-1),
+            *_concatenate(keys).split(widths, dim=-1),
             [tokens.shape[1] for tokens in rows.values()],
-            [sum(piece.shape[1] for piece in pieces) for pieces in keys],
+            [tokens.shape[1] for tokens in keys],
             [scales[document] for document, _ in rows],
             causal,
         )

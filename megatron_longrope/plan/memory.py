@@ -279,8 +279,7 @@ class _Layer:
         gathered = size * pair
         if self.layout.cp_comm_type == "all_gather":  # gathered again in the backward pass
             return 0, 2 * gathered
-        # Ours: every query chunk has a copy of all that it sees, 2 cp + 1 of 2 cp chunks in all.
-        seen = (2 * size + 1) * pair // 2
+        # Ours: a rank has one copy of all that it sees, on the first one everything.
         kept, again = layers, 0  # layers that keep theirs, and that gather them again at once
         if self.layout.recompute == FULL:
             count = min(self.layout.recompute_num_layers, layers)
@@ -288,4 +287,4 @@ class _Layer:
             kept, again = (layers - count, 1) if is_block else (0, count)
         elif "core_attn" in self.layout.recompute:
             kept, again = 0, 1
-        return kept * seen, (again + 1) * seen + 2 * gathered
+        return kept * gathered, (again + 3) * gathered
