@@ -6,9 +6,9 @@ import os
 
 from megatron_longrope.errors import LongRopeError
 
-# Processes that this one was started with: by torchrun's like, by srun, by mpirun. Not
-# SLURM_NTASKS, which a shell of salloc has as well.
-_COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Processes that this one was started with: by torchrun's like, by srun, by mpirun of Open MPI and
+# of MPICH. Not SLURM_NTASKS, which a shell of salloc has as well.
+_COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def rank() -> int:
@@ -28,5 +28,6 @@ def require_alone() -> None:
             raise LongRopeError(
                 f"{name} is {value} and RANK is not set, so that each of {value} processes would "
                 "run alone; start them with torchrun, or export RANK, WORLD_SIZE, LOCAL_RANK, "
-                "MASTER_ADDR and MASTER_PORT"
+                "MASTER_ADDR and MASTER_PORT; if each is meant to be a run of its own, unset "
+                f"{name}"
             )

@@ -12,6 +12,7 @@ from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import LongRopeConfig, identity_config
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.ranks import rank
 
 
 def open_checkpoint(
@@ -129,7 +130,7 @@ def warn_of_window(longrope_config: LongRopeConfig, what: str, checkpoint: Check
         return
     theirs = longrope_config.original_max_position_embeddings
     own = model_config(checkpoint).original_max_position_embeddings
-    if theirs != own:
+    if theirs != own and rank() == 0:
         # At this place, whoever calls, so that Python shows it once.
         warnings.warn(
             f"{what} has factors for a model with an original window of {theirs} tokens, that of "

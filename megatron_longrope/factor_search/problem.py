@@ -197,7 +197,7 @@ def _extension(
     upper = _bounded(upper, kind.upper_ratio * scale, limit)
     space = kind(base.rotary_dim // 2, scale, upper=upper, start_tokens=start_tokens, **dimensions)
     seeds = critical_seeds(space) if isinstance(space, CriticalSpace) else {}
-    if slowed and space.floor_dimension:
+    if slowed and space.floor_dimension and upper > scale:
         seeds = _slowed(space, space.floor_dimension)
     return _problem(stage, base, target_length, space, multiplier, named, seeds)
 

@@ -52,10 +52,9 @@ def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
     if layout.sequence_parallel and layout.tensor > 1:
         found.append(_flag("sequence-parallel", None, "splits norms and their inputs by TP, too"))
     if layout.distributed_optimizer:
-        found += [
-            _flag("use-distributed-optimizer", None, "splits Adam's state over DP x CP ranks"),
-            _flag("dist-ckpt-optim-fully-reshardable", None, "may go on at another TP or PP"),
-        ]
+        found.append(
+            _flag("use-distributed-optimizer", None, "splits Adam's state over DP x CP ranks")
+        )
     if layout.recompute == FULL:
         found += [
             _flag("recompute-granularity", "full", dropped),

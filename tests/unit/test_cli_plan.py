@@ -31,7 +31,6 @@ def test_a_run_that_fits_prints_its_memory_hours_and_flags(capsys):
         "activations kept without recomputation",
         "reserve (CUDA, NCCL, fragmentation)",
         "--use-distributed-optimizer",
-        "--dist-ckpt-optim-fully-reshardable ",
         "--no-create-attention-mask-in-dataloader      # the mask would take 64 GiB a sequence",
         "--longrope-chunked-loss",
         "tokens/s/GPU",

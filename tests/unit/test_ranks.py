@@ -7,7 +7,7 @@ from megatron_longrope.errors import LongRopeError
 from megatron_longrope.integration import launcher
 from megatron_longrope.ranks import require_alone
 
-COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]
-KINDS = (".md", ".sh", ".yaml")  # of files in examples/ with a training's flags
 
 
 def commands(page):
@@ -28,14 +27,6 @@ def test_every_command_shown_is_one_that_the_tool_understands(command):
 def test_the_readme_shows_the_main_commands():
     shown = {line.split()[1] for line in commands(REPOSITORY / "README.md")}
     assert {"data", "search", "eval", "convert"} <= shown
-
-
-def test_commands_that_spread_the_optimizer_store_it_for_any_layout():
-    examples = (path for path in (REPOSITORY / "examples").rglob("*") if path.suffix in KINDS)
-    texts = [path.read_text(encoding="utf-8") for path in (*PAGES[:1], *examples)]
-    spread = [text for text in texts if "--use-distributed-optimizer" in text]
-    assert len(spread) == 4
-    assert all("--dist-ckpt-optim-fully-reshardable" in text for text in spread)
 
 
 def anchors(page):

@@ -54,7 +54,6 @@ parallel=(
   --cp-comm-type p2p
   # Optimizer state and fp32 weights are split over all DP x CP ranks.
   --use-distributed-optimizer
-  --dist-ckpt-optim-fully-reshardable # the run may go on at another TP or PP
   --overlap-grad-reduce --overlap-param-gather # behind the backward and the forward pass
   # After so many minutes without an answer a collective fails, and torchrun starts the workers anew.
   # Longer than the slowest checkpoint; it is also what a hung node costs.

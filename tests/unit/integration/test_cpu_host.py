@@ -115,11 +115,13 @@ def test_the_server_of_checkpoint_writers_is_there_before_a_save_and_ends_with_a
     training = context.Process(target=train)
     training.start()
     says.close()
-    assert said.poll(300)
-    written, (server,) = said.recv()
-    assert written == "written" and server != training.pid
-    training.kill()
-    training.join()
+    try:
+        assert said.poll(300)
+        written, (server,) = said.recv()
+        assert written == "written" and server != training.pid
+    finally:
+        training.kill()
+        training.join()
     # The server has the pipe's other end, too, which closes with the last process that holds it.
     with pytest.raises(EOFError):
         said.poll(60) and said.recv()

@@ -198,6 +198,7 @@ def test_a_floored_search_for_retrieval_also_starts_from_the_slowest_factors(pla
     assert "cd7x1.25" in starts(plain.with_factor_set(FactorSet(2048, (8.0,) * 16)), 8192,
                                 space="floored")  # fmt: skip
     assert set(starts(plain, 2048)) == {"pi", "ntk", "yarn"}
+    assert "cd7x1" not in starts(plain, 2048, space="floored", upper=8.0)
     assert "pi" in starts(plain, 2048, space="floored", critical_dimension=0)
     assert set(starts(extended, 256, space="floored")) == {"none", "longest"}
 
