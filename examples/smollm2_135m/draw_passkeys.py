@@ -13,6 +13,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 ROWS = {  # (label, length): what it is called
     ("none", 8192): "no extension, at 8k",
     ("none", 16384): "no extension",
+    ("pi", 16384): "PI",
+    ("ntk", 16384): "NTK",
     ("yarn", 16384): "YaRN",
     ("longrope_by_perplexity", 16384): "LongRoPE by perplexity",
     ("longrope", 16384): "LongRoPE by joint",
