@@ -1,8 +1,10 @@
-"""Which process this is, known before any process group exists: torchrun says it in RANK."""
+"""Which process this is, known before any process group exists, and whom it ends with."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 
 from megatron_longrope.errors import LongRopeError
 
@@ -31,3 +33,13 @@ def require_alone() -> None:
                 "MASTER_ADDR and MASTER_PORT; if each is meant to be a run of its own, unset "
                 f"{name}"
             )
+
+
+def end_with_parent(signal_number: int) -> None:
+    """Have the system send this process a signal when the one that started it is gone (on Linux).
+
+    After kill -9 of a torchrun agent its workers would keep the GPUs and go on writing.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal_number)

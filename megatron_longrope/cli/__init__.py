@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_longrope import __version__
 from megatron_longrope.cli.flags import Parser
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.ranks import end_with_parent
 
 # Modules keep torch and megatron imports inside `run`, so that --help and usage errors are instant.
 _COMMANDS = {
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = build_parser(words).parse_args(words)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_agent()
+        end_with_parent(signal.SIGTERM)
     if args.command != "pretrain" and not args.debug:
         _quiet_imports()
         warnings.formatwarning = lambda message, *_: (
@@ -105,16 +105,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"longrope {args.command}: error: {error}", file=sys.stderr)
         return 2
-
-
-def _end_with_agent() -> None:
-    """Get SIGTERM when the torchrun agent is gone.
-
-    After kill -9 of an agent its workers would keep the GPUs and go on writing.
-    """
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _quiet_imports() -> None:

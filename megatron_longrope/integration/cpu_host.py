@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
+
+from megatron_longrope.ranks import end_with_parent
 
 # Flags with their values or number of values. Each CPU run needs all of SUPPLIED and none of
 # DROPPED.
@@ -276,16 +276,9 @@ def start_results_server() -> None:
     if not hasattr(filesystem_async, "get_write_results_queue"):
         return  # a release without that server
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_end_with_parent)
+    manager.start(end_with_parent, (signal.SIGKILL,))  # else a killed training leaves it behind
     queue = manager.Queue()
     filesystem_async.get_write_results_queue = lambda *_, **__: queue
-
-
-def _end_with_parent() -> None:
-    """A killed training would leave the server behind for good."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _cuda_to_cpu_mode(torch):

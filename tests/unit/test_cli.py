@@ -139,8 +139,8 @@ def test_a_reader_that_goes_early_gets_no_complaint():
 
 def test_a_worker_ends_when_its_torchrun_agent_is_killed():
     worker = (
-        "import time; from megatron_longrope.cli import _end_with_agent\n"
-        "_end_with_agent(); print('ready', flush=True); time.sleep(60)"
+        "import signal, time; from megatron_longrope.ranks import end_with_parent\n"
+        "end_with_parent(signal.SIGTERM); print('ready', flush=True); time.sleep(60)"
     )
     agent = (
         "import subprocess, sys\n"
