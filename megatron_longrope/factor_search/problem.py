@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from types import MappingProxyType
 from typing import Any
 
 from megatron_longrope.baselines import extension
@@ -196,8 +195,10 @@ def _extension(
         )
     upper = _bounded(upper, kind.upper_ratio * scale, limit)
     space = kind(base.rotary_dim // 2, scale, upper=upper, start_tokens=start_tokens, **dimensions)
-    seeds = critical_seeds(space) if isinstance(space, CriticalSpace) else {}
-    if slowed and space.floor_dimension and upper > scale:
+    seeds = None
+    if isinstance(space, CriticalSpace):
+        seeds = critical_seeds(space)
+    elif slowed and space.floor_dimension and upper > scale:
         seeds = _slowed(space, space.floor_dimension)
     return _problem(stage, base, target_length, space, multiplier, named, seeds)
 
@@ -289,7 +290,7 @@ def _problem(
     space: SearchSpace,
     multiplier: tuple[float, ...],
     references: Mapping[str, GivenFactors],
-    seeds: Mapping[str, Candidate] = MappingProxyType({}),
+    seeds: Mapping[str, Candidate] | None = None,
 ) -> SearchProblem:
     """The problem with a starting point for each reference; those that coincide stand once."""
     references = {
@@ -297,7 +298,7 @@ def _problem(
         for index, (name, given) in enumerate(references.items())
         if given not in list(references.values())[:index]
     }
-    seeds = dict(seeds)
+    seeds = dict(seeds or {})
     exact: dict[Candidate, GivenFactors] = {}
     for name, given in references.items():
         relative = [a / b for a, b in zip(given.rescale_factors, multiplier, strict=True)]
