@@ -9,7 +9,8 @@ def fused_rope_overflow(
     """Why the kernel would read the wrong memory, or None where it reaches every value.
 
     Its offsets are 32-bit (`offset_block` in transformer_engine/common/fused_rope), and queries and
-    keys come as views of the joint q, k, v projection, whose row they stride over.
+    keys come as views of the joint q, k, v projection, whose row they stride over. With fewer
+    groups than ranks Megatron gathers the row of all ranks.
 
     Args:
         rows (int): Tokens of a rank: of its part of the sequence, times the micro batch.
@@ -18,7 +19,9 @@ def fused_rope_overflow(
         head_dim (int): Width of a head.
         tensor_parallel (int): Ranks that share the heads.
     """
-    width = (num_heads + 2 * num_groups) * head_dim // tensor_parallel
+    width = (num_heads + 2 * num_groups) * head_dim
+    if num_groups >= tensor_parallel:
+        width //= tensor_parallel
     if rows * width <= 2**31:
         return None
     return (

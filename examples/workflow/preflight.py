@@ -25,6 +25,7 @@ from megatron_longrope.data.sources import SkippedDocument
 from megatron_longrope.data.tokenization import Skips
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length, parse_length
+from megatron_longrope.plan import NotCoveredError
 from megatron_longrope.plan.flags import parse
 from megatron_longrope.plan.hardware import GIB
 
@@ -221,7 +222,8 @@ def _memory(commands: Sequence[plan.Command], gpu: str) -> Iterator[Finding]:
                 cost = estimate(command, gpu, commands)
             except ValueError as error:
                 if command.words[1] != "eval":
-                    yield Finding("FAIL", command.rule, str(error))
+                    verdict = "look" if isinstance(error, NotCoveredError) else "FAIL"
+                    yield Finding(verdict, command.rule, str(error))
                 continue
             if not cost.fits:
                 yield Finding(
@@ -239,7 +241,10 @@ def _disk(commands: Sequence[plan.Command], output: Path) -> Finding:
         words = command.words
         if words[1] != "pretrain":
             continue
-        model, _, _ = parse(words, command.gpus)
+        try:
+            model, _, _ = parse(words, command.gpus)
+        except NotCoveredError as error:
+            return Finding("look", "disk", f"the size of checkpoints is unknown: {error}")
         steps = int(words[words.index("--train-iters") + 1])
         flag = "--save-retain-interval" if "--save-retain-interval" in words else "--save-interval"
         kept = steps // int(words[words.index(flag) + 1]) + 2  # the last, and one being written

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron_longrope.cli.flags import add_command
 from megatron_longrope.lengths import parse_length
-from megatron_longrope.options import Options, flag, parse_positive, refuse_idle
+from megatron_longrope.options import Options, flag, parse_positive
 
 _SIZES = ("tensor", "context", "pipeline", "expert")
 
@@ -34,27 +33,18 @@ class _Run(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Generation(Options):
-    GROUP: ClassVar = ("generation", "instead of training, as `longrope eval` generates text")
-
-    generate: int | None = flag(None, type=parse_positive, metavar="K")
-    """of the tokens of --length, K are generated"""
-    samples: int = flag(1, type=parse_positive, metavar="N")
-    """prompts in all"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Cluster(Options):
     GROUP: ClassVar = "cluster"
 
     gpus: int = flag(type=parse_positive, metavar="G")
     """GPUs of the run"""
     gpu: str = flag("h100", metavar="NAME")
-    """a100-80, h100, ... or TFLOPS:GIB, with --generate TFLOPS:GIB:TB/s"""
+    """a100-80, h100, ... or TFLOPS:GIB"""
     gpus_per_node: int = flag(8, type=parse_positive, metavar="G")
     """GPUs of a node, which NVLink joins"""
     mfu: float | None = flag(None, type=float, metavar="U")
-    """part of the peak that all operations run at (default: measured by others, by GPU)"""
+    """part of the peak that all operations run at (default: assumed and fitted
+    rates by GPU, see docs/plan.md)"""
 
 
 def _size(name: str, who: str) -> Any:
@@ -77,7 +67,7 @@ class _Layout(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(_Layout, _Cluster, _Generation, _Run):
+class PlanOptions(_Layout, _Cluster, _Run):
     """What `longrope plan` is told."""
 
     GROUP: ClassVar = None
@@ -86,21 +76,6 @@ class PlanOptions(_Layout, _Cluster, _Generation, _Run):
     """print one JSON object instead"""
     all: bool = flag(False)
     """list every layout that fits, too"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        training = ("pipeline", "expert", "recompute", "steps", "global_batch_size", "chunked_loss")
-        idle, beside = training, "--generate"
-        if self.generate is None:
-            idle, beside = ("samples",), "a training, which is planned without --generate"
-        refuse_idle(*(
-            (
-                item.metadata.get("name", f"--{item.name.replace('_', '-')}"),
-                beside,
-                getattr(self, item.name) != item.default,
-            )
-            for item in fields(self) if item.name in idle
-        ))  # fmt: skip
 
 
 def add_parser(commands: Any, about: str | None = None) -> None:
@@ -112,22 +87,29 @@ def add_parser(commands: Any, about: str | None = None) -> None:
         run,
         help=about,
         description="Memory per GPU, operations and hours of fine-tuning at a length, and the "
-        "parallel sizes and recomputation to run it with, as flags to paste; with --generate those "
-        "of generating text. Exits with 1 when it does not fit, and says what would.",
+        "parallel sizes and recomputation to run it with, as flags to paste. Exits with 1 when it "
+        "does not fit, and says what would.",
     )
 
 
 def run(options: PlanOptions) -> int:
     """Run the command."""
-    from megatron_longrope.plan.estimate import Cluster
+    from megatron_longrope.plan import Cluster, Training, rank, remedies
+    from megatron_longrope.plan.flags import DEFAULT_CHUNK
     from megatron_longrope.plan.hardware import GIB, parse_gpu
+    from megatron_longrope.plan.layouts import FULL
 
-    gpu = parse_gpu(options.gpu)
+    gpu, model = parse_gpu(options.gpu), _model(options)
     cluster = Cluster(gpu, options.gpus, options.gpus_per_node, options.mfu)
-    fixed = {name: size for name in _SIZES if (size := getattr(options, name)) is not None}
-    planned = _training if options.generate is None else _generation
-    ranked, advice, row = planned(options, _model(options), cluster, fixed)
+    chunk = DEFAULT_CHUNK if options.chunked_loss else None
+    training = Training(options.length, options.global_batch_size, options.steps, chunk)
+    fixed: Any = {name: size for name in _SIZES if (size := getattr(options, name)) is not None}
+    if options.recompute is not None:
+        kinds = {"none": (), "mlp": (model.mlp_module,), "full": FULL}
+        fixed["recompute"] = kinds[options.recompute]
+    ranked = rank(model, training, cluster, fixed)
     best, fitting = ranked[0], [one for one in ranked if one.fits]
+    advice = [] if best.fits else remedies(best, cluster, fixed)
     if options.json:
         answer = {**best.as_dict(), "would_fit": advice}
         if options.all:
@@ -145,45 +127,9 @@ def run(options: PlanOptions) -> int:
         print("\n".join(f"  {remedy}" for remedy in advice or ["nothing that was tried"]))
     elif options.all:
         print(f"all {len(fitting)} layouts that fit, the best first:")
-        print("\n".join(f"  {row(one)}" for one in fitting))
+        for one in fitting:
+            print(f"  {one.short():<48}{one.memory.total / GIB:7.1f} GiB{one.hours:10.1f} h")
     return 0 if best.fits else 1
-
-
-def _training(options: PlanOptions, model, cluster, fixed) -> tuple[list, list[str], Callable]:
-    """The estimates, the best first; what would fit if it does not; a line of the list of all."""
-    from megatron_longrope.plan import Training, rank, remedies
-    from megatron_longrope.plan.flags import DEFAULT_CHUNK
-    from megatron_longrope.plan.hardware import GIB
-    from megatron_longrope.plan.layouts import FULL
-
-    chunk = DEFAULT_CHUNK if options.chunked_loss else None
-    training = Training(options.length, options.global_batch_size, options.steps, chunk)
-    if options.recompute is not None:
-        kinds = {"none": (), "mlp": (model.mlp_module,), "full": FULL}
-        fixed["recompute"] = kinds[options.recompute]
-    ranked = rank(model, training, cluster, fixed)
-    advice = [] if ranked[0].fits else remedies(ranked[0], cluster, fixed)
-    return (
-        ranked,
-        advice,
-        lambda one: f"{one.short():<48}{one.memory.total / GIB:7.1f} GiB{one.hours:10.1f} h",
-    )
-
-
-def _generation(options: PlanOptions, model, cluster, fixed) -> tuple[list, list[str], Callable]:
-    """The same of generating text."""
-    from megatron_longrope.plan.estimate import more_gpus
-    from megatron_longrope.plan.generation import GenerationPlan, rank_generation
-
-    def ranked_on(cluster) -> list:
-        plan = GenerationPlan(
-            model, options.length, options.generate, options.samples, 1, 1, cluster
-        )
-        return rank_generation(plan, fixed)
-
-    ranked = ranked_on(cluster)
-    advice = [] if ranked[0].fits else more_gpus(cluster, ranked_on)
-    return ranked, advice, lambda one: f"{one.short():<32}{one.seconds:12.1f} s"
 
 
 def _model(options: PlanOptions):

@@ -3,7 +3,7 @@
 from megatron_longrope.plan.estimate import Cluster, Estimate, plan_command, rank, remedies
 from megatron_longrope.plan.layouts import Layout, Training
 from megatron_longrope.plan.memory import Memory
-from megatron_longrope.plan.model import MODELS, Model
+from megatron_longrope.plan.model import MODELS, Model, NotCoveredError
 
 __all__ = [
     "MODELS",
@@ -12,6 +12,7 @@ __all__ = [
     "Layout",
     "Memory",
     "Model",
+    "NotCoveredError",
     "Training",
     "plan_command",
     "rank",

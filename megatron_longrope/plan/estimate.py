@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.lengths import format_length
-from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, fuses_rope, parse, render
+from megatron_longrope.plan.flags import DEFAULT_CHUNK, Flag, parse, refuse_uncovered, render
 from megatron_longrope.plan.hardware import GIB, GPUS, MOST_GPUS, USABLE, Gpu, parse_gpu
 from megatron_longrope.plan.layouts import (
-    FULL,
     Fixed,
     Layout,
     Training,
@@ -112,7 +111,6 @@ class Estimate:
             f"({self.gpu.gib:g} GiB): {self.short()}",
             *self.memory.lines(self.gpu),
             "  (loss and a layer's backward pass are not at work at the same time)",
-            *self._activations(),
             f"operations of a step: {step.model:.2e} FLOP, {step.hardware:.2e} with recomputation, "
             f"{step.attention / step.model:.0%} attention",
             f"expected: {format_duration(self.step_seconds)} a step, "
@@ -124,19 +122,6 @@ class Estimate:
             flags = (f"  {' '.join(flag.words):<46}# {flag.reason}" for flag in self.flags())
             lines += ["flags:", *flags]
         return "\n".join(lines)
-
-    def _activations(self) -> list[str]:
-        """Kept activations, were more or less of them recomputed."""
-        module = self.model.mlp_module
-        sizes = (
-            replace(self, layout=replace(self.layout, recompute=kind)).memory.activations / GIB
-            for kind in ((), (module,), FULL)
-        )
-        nothing, some, all_of_it = (f"{size:.1f}" for size in sizes)
-        return [
-            f"  activations kept without recomputation {nothing} GiB, recomputing {module} {some}, "
-            f"whole layers {all_of_it}"
-        ]
 
     def flags(self) -> list[Flag]:
         """The flags to paste, with their reasons."""
@@ -206,7 +191,7 @@ def rank(
 
     def key(estimate: Estimate) -> tuple[float, ...]:
         if not estimate.fits:
-            return (1, estimate.memory.total, 0)
+            return (1, estimate.memory.total)
         sent = traffic(model, training, estimate.layout, cluster.gpus_per_node)
         return (0, float(f"{estimate.step_seconds:.3g}"), sent)
 
@@ -219,7 +204,7 @@ def _broken(model: Model, training: Training, cluster: Cluster, fixed: Fixed) ->
     if cluster.gpus % one.gpus:
         return f"tensor x context x pipeline parallel = {one.gpus} does not divide the GPUs"
     layout = replace(one, data=cluster.gpus // one.gpus)
-    return problem(model, training, layout, cluster.gpus_per_node) or "no size fits all of them"
+    return problem(model, training, layout) or "no size fits all of them"
 
 
 def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> list[str]:
@@ -236,7 +221,11 @@ def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> li
     def fitting(
         training: Training = training, cluster: Cluster = cluster, fixed: Fixed = fixed
     ) -> Estimate | None:
-        return _fitting(rank, model, training, cluster, fixed)
+        try:
+            other = rank(model, training, cluster, fixed)[0]
+        except LongRopeError:  # no layout at all
+            return None
+        return other if other.fits else None
 
     found = []
     chunked = replace(training, loss_chunk=DEFAULT_CHUNK)
@@ -248,35 +237,16 @@ def remedies(best: Estimate, cluster: Cluster, fixed: Fixed | None = None) -> li
             found.append(f"leaving the {_FIELDS[name]} to choose ({other.short()})")
     if not found and (other := fitting(chunked, fixed={})):
         found.append(f"--chunked-loss, and leaving everything to choose ({other.short()})")
-    found += more_gpus(cluster, lambda larger: rank(model, training, larger, fixed))
+    gpus = 2 * cluster.gpus
+    while gpus <= MOST_GPUS and not (other := fitting(cluster=replace(cluster, gpus=gpus))):
+        gpus *= 2
+    if gpus <= MOST_GPUS and other:
+        found.append(f"{gpus} GPUs ({other.short()})")
     for gpu in GPUS.values():
         if gpu.gib > cluster.gpu.gib and (other := fitting(cluster=replace(cluster, gpu=gpu))):
             found.append(f"GPUs of {gpu.gib:g} GiB, such as {gpu.name} ({other.short()})")
             break
     return found
-
-
-def more_gpus(cluster: Cluster, ranked: Callable[[Cluster], Sequence[Any]]) -> list[str]:
-    """The remedy of more GPUs, doubled until a plan fits; none where none does.
-
-    Args:
-        cluster (Cluster): On which none fits.
-        ranked (Callable): The plans on another cluster, the best first, as :func:`rank` gives them.
-    """
-    while 2 * cluster.gpus <= MOST_GPUS:
-        cluster = replace(cluster, gpus=2 * cluster.gpus)
-        if best := _fitting(ranked, cluster):
-            return [f"{cluster.gpus} GPUs ({best.short()})"]
-    return []
-
-
-def _fitting[Plan: Any](ranked: Callable[..., Sequence[Plan]], *given: Any) -> Plan | None:
-    """The best plan if it fits; None where it does not, or where there is no layout at all."""
-    try:
-        best = ranked(*given)[0]
-    except LongRopeError:
-        return None
-    return best if best.fits else None
 
 
 def plan_command(words: Sequence[str], gpu: str = "h100", gpus: int = 8) -> Estimate:
@@ -288,12 +258,14 @@ def plan_command(words: Sequence[str], gpu: str = "h100", gpus: int = 8) -> Esti
         gpus (int): GPUs of the run. Defaults to 8.
 
     Raises:
+        NotCoveredError: It has flags that the plan's formulas do not cover.
         LongRopeError: The command lacks a flag that matters, Megatron would refuse its layout, or
             its fused RoPE cannot index so many tokens.
     """
+    refuse_uncovered(words)
     model, training, layout = parse(words, gpus)
     if broken := problem(model, training, layout):
         raise LongRopeError(f"Megatron would refuse the command: {broken}; change the size")
-    if fuses_rope(words) and (overflow := rope_overflow(model, training, layout)):
+    if layout.rope_fusion and (overflow := rope_overflow(model, training, layout)):
         raise LongRopeError(overflow)
     return Estimate(model, training, layout, parse_gpu(gpu))

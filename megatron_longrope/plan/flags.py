@@ -10,11 +10,25 @@ from typing import Any, NoReturn
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.options import argument_type, parse_positive
-from megatron_longrope.plan.layouts import FULL, Layout, Training, rope_overflow
-from megatron_longrope.plan.model import MODELS, Model
+from megatron_longrope.plan.layouts import FULL, Layout, Training
+from megatron_longrope.plan.model import MODELS, Model, NotCoveredError
 
 DEFAULT_CHUNK = 1024
 """Tokens that `--longrope-chunked-loss` means without a number; a test compares."""
+
+UNCOVERED = (
+    "account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split",
+    "attention-output-gate", "cpu-offloading-num-layers", "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers", "experimental-attention-variant",
+    "fine-grained-activation-offloading", "heterogeneous-layers-config-encoded-json",
+    "heterogeneous-layers-config-path", "hybrid-layer-pattern", "hybrid-override-pattern",
+    "moe-latent-size", "moe-layer-freq", "moe-shared-expert-intermediate-size", "mtp-num-layers",
+    "multi-latent-attention", "num-distributed-optimizer-instances",
+    "num-layers-per-virtual-pipeline-stage", "num-virtual-stages-per-pipeline-rank",
+    "optimizer-cpu-offload", "pipeline-model-parallel-layout", "tensor-parallel-num-weight-shards",
+    "use-megatron-fsdp", "use-precision-aware-optimizer", "use-torch-fsdp2",
+)  # fmt: skip
+"""Flags of Megatron that change memory or hours in ways that the formulas do not know."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +43,10 @@ class Flag:
 
 def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
     """The flags that make Megatron use a layout, with a reason each; :func:`parse` reads them."""
+    part = "MLPs" if model.num_experts is None else "experts"
     dropped = "recomputes " + {
-        (): "nothing: all activations fit",
-        ("mlp",): "MLPs, the most memory for the fewest operations",
-        ("moe",): "experts, the most memory for the fewest operations",
-        FULL: "whole layers, their attention too: nothing less fits",
+        (model.mlp_module,): f"{part}, the most memory for the fewest operations",
+        FULL: "whole layers, their attention too",
     }.get(layout.recompute, "what was asked for")
     found = [
         _flag("tensor-model-parallel-size", layout.tensor, "GPUs that share a layer"),
@@ -56,10 +69,13 @@ def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
             _flag("use-distributed-optimizer", None, "splits Adam's state over DP x CP ranks")
         )
     if layout.recompute == FULL:
+        method, number = "keeps the inputs of groups", "layers of a group"
+        if layout.recompute_method == "block":
+            method, number = "keeps the other layers whole", "layers of a stage that are recomputed"
         found += [
             _flag("recompute-granularity", "full", dropped),
-            _flag("recompute-method", layout.recompute_method, "keeps the inputs of groups"),
-            _flag("recompute-num-layers", layout.recompute_num_layers, "layers of a group"),
+            _flag("recompute-method", layout.recompute_method, method),
+            _flag("recompute-num-layers", layout.recompute_num_layers, number),
         ]
     elif layout.recompute:
         attention = "computed again" if "core_attn" in layout.recompute else "kept"
@@ -85,7 +101,7 @@ def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
         ),
         _flag("calculate-per-token-loss", None, "the mean over tokens, whatever CP and DP are"),
     ]
-    if rope_overflow(model, training, layout) is not None:
+    if not layout.rope_fusion:
         found.append(_flag("no-rope-fusion", None, "the fused kernel's offsets have 32 bits"))
     if training.loss_chunk is not None:
         chunk = None if training.loss_chunk == DEFAULT_CHUNK else training.loss_chunk
@@ -151,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse(words: Sequence[str], gpus: int) -> tuple[Model, Training, Layout]:
-    """What a Megatron training command trains, and how. Flags without influence are passed over.
+    """What a Megatron training command trains, and how; flags that are not known are passed over.
 
     Args:
         words (Sequence[str]): The command's words; those before the first flag do not matter.
@@ -166,7 +182,7 @@ def parse(words: Sequence[str], gpus: int) -> tuple[Model, Training, Layout]:
     batch = args.global_batch_size or layout.data * layout.micro_batch_size
     steps = args.train_iters
     if steps is None and args.train_samples is not None:
-        steps = -(-args.train_samples // batch)
+        steps = args.train_samples // batch
     training = Training(
         length=_needed(args, "seq_length"),
         global_batch_size=batch,
@@ -180,10 +196,18 @@ def parse(words: Sequence[str], gpus: int) -> tuple[Model, Training, Layout]:
     return model, training, layout
 
 
-def fuses_rope(words: Sequence[str]) -> bool:
-    """Return whether a Megatron training command rotates with the fused kernel."""
-    args, _ = _parser().parse_known_args(list(words))
-    return not args.no_rope_fusion and args.transformer_impl != "local"
+def refuse_uncovered(words: Sequence[str]) -> None:
+    """Refuse a Megatron training command with flags that the plan's formulas do not cover.
+
+    Raises:
+        NotCoveredError: It has some.
+    """
+    given = {word.partition("=")[0] for word in words}
+    if found := ", ".join(flag for name in UNCOVERED if (flag := f"--{name}") in given):
+        raise NotCoveredError(
+            f"the Megatron command has {found}, which the plan's formulas do not cover; plan it "
+            "without, and measure the difference"
+        )
 
 
 def _needed(args: argparse.Namespace, name: str) -> Any:
@@ -231,6 +255,7 @@ def _layout(args: argparse.Namespace, model: Model, gpus: int) -> Layout:
         micro_batch_size=args.micro_batch_size,
         sequence_parallel=args.sequence_parallel or args.tensor_model_parallel_size == 1,
         distributed_optimizer=args.use_distributed_optimizer,
+        rope_fusion=not args.no_rope_fusion and args.transformer_impl != "local",
         cp_comm_type="gathered" if ours else args.cp_comm_type[0],
     )
 
@@ -241,7 +266,7 @@ def _model(args: argparse.Namespace) -> Model:
     layers, hidden = _needed(args, "num_layers"), _needed(args, "hidden_size")
     heads = _needed(args, "num_attention_heads")
     if not args.swiglu:
-        raise LongRopeError(
+        raise NotCoveredError(
             "the Megatron command has no --swiglu, and the plan's formulas are those of gated "
             "MLPs; plan a model with them"
         )

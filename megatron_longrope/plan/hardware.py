@@ -28,8 +28,6 @@ class Gpu:
     """Peak of dense bf16 matrix products, TFLOP/s."""
     gib: float
     """Memory, GiB."""
-    tb_per_s: float | None = None
-    """Bandwidth of the memory, TB/s; generating text needs it."""
     attention_rate: float = 0.27
     """Part of the peak that attention runs at, forward and backward, with the communication of
     context parallelism; its causal half counts. The default is Hopper's."""
@@ -38,21 +36,21 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", 312, 40, 1.555, 0.50),
-        Gpu("a100-80", 312, 80, 2.039, 0.50),
-        Gpu("h100", 989, 80, 3.35),
-        Gpu("h200", 989, 141, 4.8),
-        Gpu("b200", 2250, 180, 8.0, 0.36),
+        Gpu("a100-40", 312, 40, 0.50),
+        Gpu("a100-80", 312, 80, 0.50),
+        Gpu("h100", 989, 80),
+        Gpu("h200", 989, 141),
+        Gpu("b200", 2250, 180, 0.36),
     )
 }
 """NVIDIA's data sheets, SXM versions, without sparsity; docs/plan.md calibrates the rates."""
 
 
 def parse_gpu(text: str) -> Gpu:
-    """`h100`, or another GPU as TFLOP/s:GiB, such as `312:80`, or TFLOP/s:GiB:TB/s.
+    """`h100`, or another GPU as TFLOP/s:GiB, such as `312:80`.
 
     Raises:
-        LongRopeError: Neither a known name nor two or three positive numbers.
+        LongRopeError: Neither a known name nor two positive numbers.
     """
     known = GPUS.get(text.strip().lower())
     if known is not None:
@@ -61,9 +59,9 @@ def parse_gpu(text: str) -> Gpu:
         numbers = [float(part) for part in text.split(":")]
     except ValueError:
         numbers = []
-    if len(numbers) not in (2, 3) or not all(0 < number < math.inf for number in numbers):
+    if len(numbers) != 2 or not all(0 < number < math.inf for number in numbers):
         raise LongRopeError(
             f"GPU {text!r} is unknown; name one of {', '.join(GPUS)}, or give its dense bf16 "
-            "TFLOP/s and GiB, such as 312:80 (and TB/s: 312:80:2.0)"
+            "TFLOP/s and GiB, such as 312:80"
         )
     return Gpu(text.strip(), *numbers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from megatron_longrope.fused_rope import fused_rope_overflow
@@ -68,10 +68,13 @@ class Layout:
     sequence_parallel: bool = True
     """Norms are split over tensor-parallel ranks too; without effect for one rank."""
     distributed_optimizer: bool = True
-    """The optimizer's state is split over data- and context-parallel ranks."""
+    """The optimizer's state is split over data- and context-parallel ranks, that of experts over
+    the ranks that hold the same ones."""
     cp_comm_type: str = "p2p"
     """`p2p`, `all_gather` or `a2a` of Transformer Engine; `gathered` is this package's own
     attention, which gathers keys and values once per layer."""
+    rope_fusion: bool = True
+    """Queries and keys are rotated by the fused kernel, which keeps no cosines and sines."""
 
     @property
     def gpus(self) -> int:
@@ -93,7 +96,7 @@ class Fixed(TypedDict, total=False):
     recompute: tuple[str, ...]
 
 
-def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int = 8) -> str | None:
+def problem(model: Model, training: Training, layout: Layout) -> str | None:
     """The first of Megatron's rules that a layout breaks, as a sentence; None if none."""
     tensor, context = layout.tensor, layout.context
     heads, groups = model.num_attention_heads, model.num_query_groups
@@ -106,10 +109,6 @@ def problem(model: Model, training: Training, layout: Layout, gpus_per_node: int
         (
             groups % tensor and tensor % groups,
             f"tensor parallel {tensor} neither divides the {groups} query groups nor is a multiple",
-        ),
-        (
-            tensor > gpus_per_node,
-            f"tensor parallel {tensor} is more than the {gpus_per_node} GPUs of a node",
         ),
         (
             model.num_layers % layout.pipeline,
@@ -173,7 +172,7 @@ def layouts(
         model (Model): Its shape.
         training (Training): What is trained.
         gpus (int): GPUs of the run.
-        gpus_per_node (int): GPUs that NVLink joins.
+        gpus_per_node (int): GPUs that NVLink joins; tensor parallelism over more is no choice.
         fixed (Fixed): What is not chosen.
     """
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
@@ -199,8 +198,9 @@ def layouts(
             recompute=recompute,
             cp_comm_type=comm,
         )
-        if problem(model, training, layout, gpus_per_node) is None:
-            yield layout
+        if problem(model, training, layout) is None:
+            fusion = rope_overflow(model, training, layout) is None
+            yield replace(layout, rope_fusion=fusion)
 
 
 def _choices[T](fixed: T | None, values: list[T]) -> list[T]:
@@ -209,25 +209,34 @@ def _choices[T](fixed: T | None, values: list[T]) -> list[T]:
 
 def traffic(model: Model, training: Training, layout: Layout, gpus_per_node: int = 8) -> float:
     """Bytes that a GPU sends in a step, those between nodes weighted; only good for comparing."""
-    tensor, context, expert = layout.tensor, layout.context, layout.expert
+    tensor, context = layout.tensor, layout.context
     tokens = layout.micro_batch_size * training.length // context
     hidden = 2 * tokens * model.hidden_size
     repeats = 1 + (layout.recompute == FULL)
     # Two gathers and two scatters each way, and the inputs gathered again for their weights.
     layer = hidden * (tensor - 1) / tensor * (4 * repeats + 6 + 2 * ("mlp" in layout.recompute))
-    far = _NODE_FACTOR if tensor * context > gpus_per_node else 1
+
+    def far(ranks: int) -> int:
+        return _NODE_FACTOR if ranks > gpus_per_node else 1
+
     if layout.cp_comm_type == "a2a":
         pieces = 2 * tokens * (2 * model.query // tensor + 2 * model.key(tensor)) / context
-        layer += far * (context - 1) * pieces * (1 + repeats)
+        layer += far(tensor * context) * (context - 1) * pieces * (1 + repeats)
     else:  # keys and values, forward, backward, and their gradients
-        layer += far * (context - 1) * 4 * tokens * model.key(tensor) * (2 + repeats)
+        pair = 4 * tokens * model.key(tensor)
+        layer += far(tensor * context) * (context - 1) * pair * (2 + repeats)
+    dense, experts = model.parameters, 0
+    same = layout.expert * layout.expert_tensor  # ranks that have all experts once
     if model.num_experts is not None:
+        repeats = max(repeats, 1 + ("moe" in layout.recompute))
         there_and_back = 2 * hidden * model.moe_router_topk * (1 + repeats) / tensor
-        layer += there_and_back * (expert - 1) / expert * (far if expert > gpus_per_node else 1)
+        layer += there_and_back * (layout.expert - 1) / layout.expert * far(same)
+        experts = model.num_layers * model.mlp_parameters
+        dense -= experts
     per_batch = layer * model.num_layers / layout.pipeline
     if layout.pipeline > 1:
         per_batch += 2 * _NODE_FACTOR * hidden / tensor
-    parameters = model.parameters / (tensor * layout.pipeline)
-    shards = layout.data * context
-    far = _NODE_FACTOR if layout.gpus > gpus_per_node else 1
-    return per_batch * layout.microbatches(training) + far * 6 * parameters * (shards - 1) / shards
+    ranks = layout.gpus // layout.pipeline  # of which each holds a part, and sends the others
+    summed = dense * (1 / tensor - 1 / ranks) + experts * (1 / same - 1 / ranks)
+    summed *= 6 / layout.pipeline * far(layout.gpus)
+    return per_batch * layout.microbatches(training) + summed

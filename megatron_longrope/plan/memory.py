@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_longrope.plan.hardware import GIB, Gpu
@@ -26,45 +26,10 @@ STAGES = ("first", "last")
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Bytes per GPU by part."""
-
-    NAMES: ClassVar[Mapping[str, str]]
-    """The parts' names for people."""
-
-    @property
-    def total(self) -> int:
-        """Bytes at the worst moment."""
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    @property
-    def largest(self) -> str:
-        """Name of the largest part."""
-        return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
-
-    def gib(self) -> dict[str, float]:
-        """Parts and total in GiB."""
-        names = [field.name for field in fields(self)] + ["total"]
-        return {name: round(getattr(self, name) / GIB, 3) for name in names}
-
-    def lines(self, gpu: Gpu) -> list[str]:
-        """The total with a verdict, and the parts by their names for people."""
-        room = gpu.gib - self.total / GIB
-        verdict = f"fits, {room:.1f} GiB free" if room >= 0 else f"does NOT fit, {-room:.1f} over"
-        return [
-            f"memory per GPU: {self.total / GIB:.1f} GiB at the worst moment, {verdict}",
-            *(
-                f"  {name:<40}{getattr(self, part) / GIB:8.2f} GiB"
-                for part, name in self.NAMES.items()
-            ),
-        ]
-
-
-@dataclass(frozen=True)
-class Memory(Parts):
+class Memory:
     """Bytes per GPU. Loss and layer are not at work at the same time: the larger one counts."""
 
-    NAMES: ClassVar = {
+    NAMES: ClassVar[Mapping[str, str]] = {
         "weights": "weights",
         "gradients": "gradients",
         "optimizer": "optimizer",
@@ -75,6 +40,7 @@ class Memory(Parts):
         "layer": "one layer's backward pass",
         "reserve": "reserve (CUDA, NCCL, fragmentation)",
     }
+    """The parts' names for people."""
 
     weights: int
     """Parameters."""
@@ -98,12 +64,33 @@ class Memory(Parts):
     @property
     def total(self) -> int:
         """Bytes at the worst moment."""
-        return super().total - min(self.loss, self.layer)
+        return sum(getattr(self, name) for name in self.NAMES) - min(self.loss, self.layer)
 
     @property
     def allocated(self) -> int:
         """Bytes of tensors at the worst moment: all but the reserve."""
         return self.total - self.reserve
+
+    @property
+    def largest(self) -> str:
+        """Name of the largest part."""
+        return max(self.NAMES, key=lambda name: getattr(self, name))
+
+    def gib(self) -> dict[str, float]:
+        """Parts and total in GiB."""
+        return {name: round(getattr(self, name) / GIB, 3) for name in (*self.NAMES, "total")}
+
+    def lines(self, gpu: Gpu) -> list[str]:
+        """The total with a verdict, and the parts by their names for people."""
+        room = gpu.gib - self.total / GIB
+        verdict = f"fits, {room:.1f} GiB free" if room >= 0 else f"does NOT fit, {-room:.1f} over"
+        return [
+            f"memory per GPU: {self.total / GIB:.1f} GiB at the worst moment, {verdict}",
+            *(
+                f"  {name:<40}{getattr(self, part) / GIB:8.2f} GiB"
+                for part, name in self.NAMES.items()
+            ),
+        ]
 
 
 def memory(model: Model, training: Training, layout: Layout, reserve: int = 0) -> Memory:
@@ -149,7 +136,7 @@ def stage_memory(
         optimizer=-(-optimizer * dense // dense_shards) + -(-optimizer * experts // expert_shards),
         activations=tokens * (kept + inputs) * under_way,
         kv=tokens * (kv_kept * under_way + kv_working),
-        rotary=12 * tokens * model.rotary_dim,
+        rotary=12 * training.length // layout.context * model.rotary_dim,
         loss=_loss(model, training, layout, tokens, width) if last else 0,
         layer=tokens * (recomputed + layer.backward()),
         reserve=reserve,
@@ -211,15 +198,27 @@ class _Layer:
     def _key(self) -> int:
         return self.model.key(self.layout.tensor)
 
+    @property
+    def _projected(self) -> int:
+        """Width of what queries, keys and values are views of."""
+        model, tensor = self.model, self.layout.tensor
+        # With fewer groups than ranks Megatron gathers the projection of all of them.
+        whole = model.num_query_groups < tensor
+        return model.query + 2 * model.key() if whole else self._query + 2 * self._key
+
     def attention(self) -> int:
         """Inputs of norm, projection, kernel and output projection; the softmax's sums in fp32."""
         heads = self.model.num_attention_heads // self.layout.tensor
         # Values are a view of what q, k and v were projected to, and keep all of it alive, unless
         # context parallelism copies them.
-        values = self._query + 2 * self._key if self.layout.context == 1 else self._key
+        values = self._projected if self.layout.context == 1 else self._key
         kernel = self.width * (2 * self._query + self._key + values) + 4 * heads
         normed = self.width * (self._query + self._key) * self.model.qk_layernorm
-        return 2 * self._hidden + kernel + normed + self._dropout()
+        # Without the fused kernel: cosines and sines in half precision, of queries and of keys;
+        # those of all sequences of a microbatch are the same.
+        angles = 4 * self.width * self.model.rotary_dim // self.layout.micro_batch_size
+        rotated = 0 if self.layout.rope_fusion else angles
+        return 2 * self._hidden + kernel + normed + rotated + self._dropout()
 
     def mlp(self) -> int:
         """Inputs of norm and first product; the halves of the gate and what comes of them."""
@@ -246,18 +245,18 @@ class _Layer:
             if layout.recompute_method == "block":
                 return (layers - count) * whole + count * self._hidden, whole
             return -(-layers // count) * self._hidden, count * whole
-        # A dense MLP is recomputed from the input of its norm, which Transformer Engine has inside
-        # of it; experts from what their norm, a module of its own, makes of that.
-        inputs = {"mlp": 1, "moe": 2}
         dropped = 0
-        for module in inputs.keys() & set(layout.recompute):
-            dropped = self.mlp() - inputs[module] * self._hidden - self._dropout()
+        if self.model.mlp_module in layout.recompute:
+            # A dense MLP is recomputed from the input of its norm, which Transformer Engine has
+            # inside of it; experts from what their norm, a module of its own, makes of that.
+            inputs = 1 if self.model.num_experts is None else 2
+            dropped = self.mlp() - inputs * self._hidden - self._dropout()
         return layers * (whole - dropped), dropped
 
     def backward(self) -> int:
         """Gradients inside a layer, and inputs that sequence parallelism gathers once more."""
         gathered = self.width * self.model.hidden_size * (3 if self.split > 1 else 2)
-        attention = self.width * (self._query + 2 * (self._query + 2 * self._key))
+        attention = self.width * (2 * self._query + 2 * self._key + self._projected)
         attention += 4 * self._query  # the kernel's sum of the queries' gradient, in fp32
         if self.model.num_experts is None:
             mlp = 3 * self.width * self.model.ffn_hidden_size // self.layout.tensor

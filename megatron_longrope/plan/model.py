@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from megatron_longrope.checkpoint.model_args import ModelShape
 
 
+class NotCoveredError(LongRopeError):
+    """Refuse what Megatron trains and the plan's formulas do not cover."""
+
+
 @dataclass(frozen=True)
 class Model:
     """The part of a :class:`~megatron_longrope.checkpoint.ModelShape` that costs something.
@@ -57,16 +61,16 @@ class Model:
         """The model of a checkpoint.
 
         Raises:
-            LongRopeError: The formulas do not cover it.
+            NotCoveredError: The formulas do not cover it.
         """
         if shape.hybrid_layer_pattern is not None or not shape.swiglu:
             what = "a HybridModel" if shape.swiglu else "a model without gated MLPs (swiglu)"
-            raise LongRopeError(
+            raise NotCoveredError(
                 f"the checkpoint holds {what}, which the plan's formulas do not cover; plan a "
                 "GPTModel of the same shape with gated MLPs"
             )
         if shape.other_moe is not None:
-            raise LongRopeError(
+            raise NotCoveredError(
                 f"the checkpoint has {shape.other_moe}, which the plan's formulas do not cover; "
                 "plan a model with experts of equal width in every layer"
             )

@@ -67,7 +67,7 @@ def step_flops(model: Model, training: Training, layout: Layout) -> Flops:
             layers = min(layers, layout.recompute_num_layers * layout.pipeline)
         repeated_linear = blocks * layers / model.num_layers
         repeated_attention = attention * layers / model.num_layers
-    if {"mlp", "moe"} & set(layout.recompute):
+    if model.mlp_module in layout.recompute:
         repeated_linear = 2 * training.length * layer_weights(model, active=True)[1]
     if "core_attn" in layout.recompute:
         repeated_attention = attention

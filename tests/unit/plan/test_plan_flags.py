@@ -6,9 +6,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_longrope.plan import MODELS, Layout, Training, plan_command
-from megatron_longrope.plan.flags import DEFAULT_CHUNK, parse, render
-from megatron_longrope.plan.layouts import FULL, problem
+from megatron_longrope.plan import (
+    MODELS,
+    Cluster,
+    Layout,
+    NotCoveredError,
+    Training,
+    plan_command,
+    rank,
+)
+from megatron_longrope.plan.flags import DEFAULT_CHUNK, UNCOVERED, parse, render
+from megatron_longrope.plan.hardware import GPUS
+from megatron_longrope.plan.layouts import FULL, layouts, problem
 
 SEVEN_B = (
     "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 "
@@ -50,6 +59,8 @@ def runs(draw):
     if model.num_experts is not None:
         how["expert"] = draw(st.sampled_from([1, data]))
         how["expert_tensor"] = draw(st.sampled_from([1, tensor]))
+    if draw(st.booleans()):
+        how["rope_fusion"] = False
     if context > 1:
         how["cp_comm_type"] = draw(st.sampled_from(["p2p", "all_gather", "a2a", "gathered"]))
     layout = Layout(
@@ -96,15 +107,16 @@ def test_megatrons_own_parser_knows_every_flag():
         words = [w for f in render(spread, Training(8192), model) for w in f.words]
         args, unknown = parser.parse_known_args(words)
         assert not unknown
+        known = {name for action in parser._actions for name in action.option_strings}
+        assert {f"--{name}" for name in UNCOVERED} <= known
         assert args.context_parallel_size == 2 and args.longrope_chunked_loss == 1024
 
 
 def test_fused_rope_that_cannot_index_the_tokens_is_named_and_left_out():
     seven, training = MODELS["llama2-7b"], Training(262144)
-    words = [w for f in render(Layout(recompute=FULL), training, seven) for w in f.words]
-    assert "--no-rope-fusion" in words
-    split = Layout(context=2, recompute=FULL)
-    assert not any("--no-rope-fusion" in f.words for f in render(split, training, seven))
+    for context in (1, 2):
+        found = layouts(seven, training, context, 8, {"context": context})
+        assert {layout.rope_fusion for layout in found} == {context == 2}
     command = shlex.split(f"{SEVEN_B} --bf16 --hidden-dropout 0 --train-iters 9")
 
     def length(tokens):
@@ -149,7 +161,7 @@ def test_what_is_missing_is_megatrons_default():
     )  # fmt: skip
     assert model.ffn_hidden_size == 10880  # Megatron's, no power of two
     assert (model.num_query_groups, model.untie_embeddings) == (1, False)
-    assert training == Training(512, 4, 3, None, "fp32", hidden_dropout=True)
+    assert training == Training(512, 4, 2, None, "fp32", hidden_dropout=True)
     assert (layout.data, layout.distributed_optimizer, layout.recompute) == (4, False, ())
 
 
@@ -158,11 +170,38 @@ def test_selective_recomputation_without_modules_is_attentions():
         assert parse([*COMMAND, *words.split()], 32)[2].recompute == ("core_attn",)
 
 
-def test_attention_is_called_kept_only_where_it_is():
-    for recompute, words in ((("mlp",), "attention is kept"), (("core_attn",), "computed again")):
-        flags = render(Layout(recompute=recompute), Training(8192), MODELS["llama2-7b"])
-        reason = {flag.words: flag.reason for flag in flags}["--recompute-modules", *recompute]
-        assert words in reason
+@pytest.mark.parametrize(
+    ("layout", "flag", "words"),
+    [
+        (Layout(recompute=("mlp",)), "--recompute-modules", "attention is kept"),
+        (Layout(recompute=("core_attn",)), "--recompute-modules", "computed again"),
+        (Layout(recompute=("moe",)), "--recompute-granularity", "what was asked for"),
+        (Layout(recompute=FULL), "--recompute-method", "keeps the inputs of groups"),
+        (
+            Layout(recompute=FULL, recompute_method="block"),
+            "--recompute-method",
+            "keeps the other layers whole",
+        ),
+    ],
+)
+def test_a_recomputation_is_called_what_it_is(layout, flag, words):
+    flags = render(layout, Training(8192), MODELS["llama2-7b"])
+    assert words in {flag.words[0]: flag.reason for flag in flags}[flag]
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_a_flag_that_the_formulas_do_not_cover_is_refused(name):
+    message = f"has --{name}, which the plan's formulas do not cover"
+    for words in ([f"--{name}", "2"], [f"--{name}=2"]):
+        with pytest.raises(NotCoveredError, match=message):
+            plan_command([*COMMAND, *words], gpus=32)
+
+
+def test_tensor_parallelism_beyond_a_node_is_estimated_where_it_is_asked_for():
+    command = [*COMMAND, "--tensor-model-parallel-size", "16", "--context-parallel-size", "1"]
+    assert plan_command(command, gpus=16).layout == Layout(16)
+    fixed = rank(MODELS["llama2-7b"], Training(8192), Cluster(GPUS["h100"], 16), {"tensor": 16})
+    assert fixed[0].layout.tensor == 16
 
 
 def test_the_local_implementation_means_our_own_attention():
@@ -239,7 +278,7 @@ def test_a_command_that_cannot_be_estimated_is_refused_in_a_sentence(change, gpu
 
 
 def test_a_model_without_gated_mlps_is_refused():
-    with pytest.raises(ValueError, match="no --swiglu"):
+    with pytest.raises(NotCoveredError, match="no --swiglu"):
         plan_command([word for word in COMMAND if word != "--swiglu"], gpus=32)
 
 

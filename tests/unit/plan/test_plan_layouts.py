@@ -21,7 +21,6 @@ def best(model, length, gpus, fixed=None, **training):
     ("model", "layout", "message"),
     [
         (QWEN, Layout(tensor=8), "tensor parallel 8 does not divide the 28 heads"),
-        (LLAMA, Layout(tensor=16), "16 is more than the 8 GPUs of a node"),
         (LLAMA, Layout(pipeline=5), "5 does not divide the 32 layers"),
         (LLAMA, Layout(context=3), "no multiple of 2 x context parallel = 6"),
         (LLAMA, Layout(data=5), "5 data-parallel ranks of 1 sequences do not divide the batch"),
@@ -89,10 +88,18 @@ def test_among_equally_fast_layouts_the_one_that_sends_least_comes_first():
     assert sent == sorted(sent)
 
 
-def test_context_parallelism_across_nodes_counts_more_than_within_one():
-    within = traffic(LLAMA, TRAINING, Layout(1, 8, cp_comm_type="p2p"))
-    across = traffic(LLAMA, TRAINING, Layout(1, 8, cp_comm_type="p2p"), gpus_per_node=4)
-    assert across > 2 * within
+@pytest.mark.parametrize(
+    ("model", "layout"), [(LLAMA, Layout(1, 8)), (MIXTRAL, Layout(data=8, expert=8))]
+)
+def test_a_sequence_or_experts_across_nodes_count_more_than_within_one(model, layout):
+    near, far = (traffic(model, TRAINING, layout, gpus_per_node=size) for size in (8, 4))
+    assert far > 5 * near
+
+
+def test_gradients_of_experts_are_sent_to_those_that_hold_the_same():
+    spread = replace(TRAINING, length=8)  # hardly any activations
+    alone, all_of_them = (traffic(MIXTRAL, spread, Layout(data=8, expert=n)) for n in (8, 1))
+    assert alone < all_of_them / 10
 
 
 def test_the_ring_is_chosen_where_heads_do_not_divide():

@@ -75,14 +75,6 @@ def test_the_papers_fine_tuning_fits_on_its_gpus_and_needs_no_more_time(length, 
     assert days / 4 < best.hours / 24 < days  # it ran at 16 to 20 % of the peak
 
 
-def test_practical_layouts_of_the_reference_fit_as_stated():
-    """7B at 256k: TP8 with full recomputation on 8 GPUs, TP4 CP8 without on 32."""
-    small = published("llama2-7b", "h100", 256, 8, 1, 1, 1, recompute=("full",))
-    large = published("llama2-7b", "h100", 256, 4, 8, 1, 1)
-    assert small.fits and large.fits
-    assert not replace(small, layout=replace(small.layout, recompute=())).fits
-
-
 def test_activations_are_those_of_the_published_table():
     """GiB at 256k, 7B: 1028 without recomputation, 64 with (128k: 514 and 32)."""
     for length, plain, full in ((128, 514, 32), (256, 1028, 64)):

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_longrope.plan import Cluster, search_cost
-from megatron_longrope.plan.generation import GenerationPlan
+from megatron_longrope.plan import search_cost
 from megatron_longrope.plan.hardware import GPUS, parse_gpu
 from megatron_longrope.plan.model import MODELS, Model
 from megatron_longrope.plan.search_cost import SearchCost
@@ -97,15 +96,6 @@ def test_an_evaluation_left_over_takes_a_round_of_its_own():
     assert seven_b(evaluations=9, replicas=8).hours == pytest.approx(
         2 * seven_b().evaluation_seconds / 3600
     )
-
-
-@pytest.mark.parametrize("gpu", ["h100", "a100-80", "b200"])
-@pytest.mark.parametrize("mfu", [None, 0.2])
-def test_a_forward_pass_takes_as_long_as_the_same_prompt_of_a_generation(gpu, mfu):
-    length, model = 2097152, MODELS["llama2-7b"]
-    plan = GenerationPlan(model, length + 1, 1, 1, 1, 8, Cluster(GPUS[gpu], 8, mfu=mfu))
-    cost = seven_b(length, samples=1, context_parallel=8, gpu=GPUS[gpu], mfu=mfu)
-    assert cost.evaluation_seconds == pytest.approx(plan.prefill_seconds, rel=1e-3)
 
 
 def test_a_given_utilisation_is_that_of_all_operations():
@@ -227,7 +217,7 @@ def test_another_gpu_is_two_numbers():
 
 
 @pytest.mark.parametrize(
-    "text", ["v100", "", "312", "312:", "0:80", "nan:80", "312:inf", "1:2:3:4"]
+    "text", ["v100", "", "312", "312:", "0:80", "nan:80", "312:inf", "1:2:3"]
 )
 def test_an_unknown_gpu_is_refused_with_those_known(text):
     with pytest.raises(ValueError, match=r"a100-40, a100-80, h100, h200, b200, or .* 312:80"):
