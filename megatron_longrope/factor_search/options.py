@@ -147,7 +147,7 @@ class _Estimate(Options):
     num_gpus: int | None = flag(None, type=parse_positive, metavar="G")
     """GPUs of the job, for --dry-run (default: TP x CP, one replica)"""
     mfu: float | None = flag(None, type=float, metavar="U")
-    """part of the GPU's peak, for --dry-run (default: measured by others, as in `longrope plan`)"""
+    """part of the GPU's peak, for --dry-run (default: by GPU, as in `longrope plan`)"""
 
 
 @dataclass(frozen=True, kw_only=True)

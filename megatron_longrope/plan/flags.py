@@ -44,10 +44,11 @@ class Flag:
 def render(layout: Layout, training: Training, model: Model) -> list[Flag]:
     """The flags that make Megatron use a layout, with a reason each; :func:`parse` reads them."""
     part = "MLPs" if model.num_experts is None else "experts"
-    dropped = "recomputes " + {
+    reasons: dict[tuple[str, ...], str] = {
         (model.mlp_module,): f"{part}, the most memory for the fewest operations",
         FULL: "whole layers, their attention too",
-    }.get(layout.recompute, "what was asked for")
+    }
+    dropped = f"recomputes {reasons.get(layout.recompute, 'what was asked for')}"
     found = [
         _flag("tensor-model-parallel-size", layout.tensor, "GPUs that share a layer"),
         _flag("context-parallel-size", layout.context, "GPUs that share a sequence"),

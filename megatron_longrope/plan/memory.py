@@ -64,7 +64,8 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes at the worst moment."""
-        return sum(getattr(self, name) for name in self.NAMES) - min(self.loss, self.layer)
+        sizes: list[int] = [getattr(self, name) for name in self.NAMES]
+        return sum(sizes) - min(self.loss, self.layer)
 
     @property
     def allocated(self) -> int:

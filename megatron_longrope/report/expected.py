@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ def read_expected(path: str | Path) -> list[Expected]:
             bound, or a source has two of a cell.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # spreadsheets write a mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise LongRopeError(f"{path} cannot be read ({error}); give a CSV file") from None
     lines = [line for line in text.splitlines() if not line.startswith("#")]
@@ -59,16 +60,12 @@ def read_expected(path: str | Path) -> list[Expected]:
         raise LongRopeError(f"{path}: its first line must be {','.join(FIELDS)}")
     found = []
     for line in reader:
-        if (
-            None in line
-            or None in line.values()
-            or not re.fullmatch(r"[<>]?\d+(\.\d*)?(e\d+)?", line["value"])
-        ):
+        if None in line or None in line.values() or not _is_value(line["value"]):
             raise LongRopeError(
                 f"{path}: {','.join(map(str, line.values()))} is not {','.join(FIELDS)} with a "
                 "number or a bound such as >1e4 as its value"
             )
-        item = Expected(**line)
+        item = Expected(**{name: cell.strip() for name, cell in line.items()})
         if any(replace(other, value=item.value) == item for other in found):
             raise LongRopeError(
                 f"{path}: {item.source} has two values of {item.table}: {item.row}, {item.column}; "
@@ -76,6 +73,13 @@ def read_expected(path: str | Path) -> list[Expected]:
             )
         found.append(item)
     return found
+
+
+def _is_value(text: str) -> bool:
+    try:
+        return math.isfinite(float(text.strip().lstrip("<>")))
+    except ValueError:
+        return False
 
 
 def compare(expected: Sequence[Expected], tables: Sequence[Table], name: str) -> Section:

@@ -89,11 +89,9 @@ def write_report(
     if page.is_dir():
         raise LongRopeError(f"{page} is a directory; give the name of the HTML file to write")
     measurements = read_measurements(folders)
-    sets, notes = _factor_sets(folders)
+    sets, histories, notes = _searches(folders)
     sections = sections_of(measurements, expected)
-    drawn = [*_draw(sections, measurements), *_draw_searches(sets, _histories(folders))]
-    if not drawn:
-        notes.append("no candidate of the search has been scored on every sample yet")
+    drawn = [*_draw(sections, measurements), *_draw_searches(sets, histories)]
     for part in drawn:
         for drawing in part.drawings:
             drawing.save(page.parent / "figures")
@@ -250,20 +248,17 @@ def _listed(directories: str | Path | Sequence[str | Path]) -> list[Path]:
     return list({folder.resolve(): folder for folder in folders}.values())
 
 
-def _factor_sets(folders: Sequence[Path]) -> tuple[list[NamedSet], list[str]]:
-    """Return factor sets of all folders, and notes; with several folders the names say which."""
-    sets, notes = [], []
+def _searches(
+    folders: Sequence[Path],
+) -> tuple[list[NamedSet], list[SearchHistory], list[str]]:
+    """Return what searches left in all folders, and notes; of several folders names say which."""
+    sets, histories, notes = [], [], []
+    seen: set[Path] = set()  # of a folder within another, too, each file once
     for folder in folders:
-        found, broken = find_factor_sets(folder)
         prefix = folder_prefix(folder, folders, "/")
+        found, broken = find_factor_sets(folder, seen)
+        searches, left_out = find_search_histories(folder, seen)
         sets += [(f"{prefix}{name}", config, item) for name, config, item in found]
-        notes += [f"{prefix}{note}" for note in broken]
-    return sets, notes
-
-
-def _histories(folders: Sequence[Path]) -> list[SearchHistory]:
-    return [
-        replace(history, name=folder_prefix(folder, folders, "/") + history.name)
-        for folder in folders
-        for history in find_search_histories(folder)
-    ]
+        histories += [replace(history, name=f"{prefix}{history.name}") for history in searches]
+        notes += [f"{prefix}{note}" for note in (*broken, *left_out)]
+    return sets, histories, notes

@@ -104,15 +104,21 @@ def folder_prefix(directory: Path, directories: Sequence[str | Path], end: str) 
     return folder_names(directories)[directory.resolve()] + end if len(directories) > 1 else ""
 
 
-def files_below(directory: Path, suffix: str) -> list[tuple[Path, str]]:
+def files_below(
+    directory: Path, suffix: str, seen: set[Path] | None = None
+) -> list[tuple[Path, str]]:
     """Find files below `directory`, with their relative names, sorted.
 
-    Symbolic links are not entered.
+    Symbolic links are not entered. Files whose resolved paths are in `seen` are left out, and the
+    others are added to it.
     """
     found = []
     for folder, subfolders, files in directory.walk():
         subfolders[:] = [item for item in subfolders if item[0] != "."]
         found += [folder / item for item in files if item.endswith(suffix)]
+    if seen is not None:
+        found = [path for path in found if path.resolve() not in seen]
+        seen.update(path.resolve() for path in found)
     return sorted(
         (path, path.relative_to(directory).as_posix()) for path in found if path.is_file()
     )

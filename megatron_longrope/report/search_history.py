@@ -126,16 +126,15 @@ def _perplexity(nlls: Sequence[float]) -> float:
     return math.exp(min(sum(nlls) / len(nlls), 700.0))  # e^700 is near the largest float
 
 
-def find_factor_sets(
-    directory: str | Path,
-) -> tuple[list[NamedSet], list[str]]:
+def find_factor_sets(directory: Path, seen: set[Path]) -> tuple[list[NamedSet], list[str]]:
     """Find every different factor set below `directory`, and a note on each broken LongRoPE file.
 
-    Sets that change nothing are left out; the name is the path within `directory`.
+    Sets that change nothing are left out; the name is the path within `directory`. Files of `seen`
+    are passed over, and those that are found join it.
     """
     found: dict[tuple[Any, ...], NamedSet] = {}
     notes = []
-    for path, name in files_below(Path(directory), ".json"):
+    for path, name in files_below(directory, ".json", seen):
         if path.stat().st_size > _LARGEST_JSON:
             continue
         try:
@@ -151,25 +150,41 @@ def find_factor_sets(
             continue
         for item in config.factor_sets:
             if not item.is_identity:
-                key = (item.max_length, item.rescale_factors, item.num_start_tokens)
-                found.setdefault((*key, config.original_max_position_embeddings),
-                                 (name, config, item))  # fmt: skip
+                key = (
+                    item.max_length, item.rescale_factors, item.num_start_tokens,
+                    config.original_max_position_embeddings, config.rotary_base,
+                    config.attention_factor_for(item.max_length),
+                    json.dumps(config.base_frequencies, sort_keys=True),
+                )  # fmt: skip
+                found.setdefault(key, (name, config, item))
     return sorted(found.values(), key=lambda entry: (entry[2].max_length, entry[0])), notes
 
 
-def find_search_histories(directory: str | Path) -> list[SearchHistory]:
+def find_search_histories(
+    directory: Path, seen: set[Path]
+) -> tuple[list[SearchHistory], list[str]]:
     """Read every search below `directory` that scored a candidate completely.
 
     One with rotating samples, which an earlier version had, is left out: its scores are no scores
-    of the same samples.
+    of the same samples. A note says of each that is left out why. `seen` is that of
+    :func:`find_factor_sets`.
     """
-    histories = []
-    for path, name in files_below(Path(directory), JOURNAL):
+    histories, notes = [], []
+    for path, name in files_below(directory, JOURNAL, seen):
         factors = path.with_name(f"{path.name.removesuffix(JOURNAL)}.json")
         history = read_history(name.removesuffix(JOURNAL), path, factors)
-        if not history.settings.get("pool") and any(map(is_complete, history.records)):
+        reason = ""
+        if not history.records:
+            reason = "it has no record that this version reads"
+        elif history.settings.get("pool"):
+            reason = "its candidates were scored on different samples (--pool)"
+        elif not any(map(is_complete, history.records)):
+            reason = "no candidate has been scored on every sample yet"
+        if reason:
+            notes.append(f"{name} was left out: {reason}")
+        else:
             histories.append(history)
-    return histories
+    return histories, notes
 
 
 def read_history(name: str, journal: Path, factors: Path) -> SearchHistory:

@@ -6,9 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from fake_slurm import CLUSTER, Job, environment, wait_until
+
+from megatron_longrope.plan import Cluster, plan_command, rank
 
 pytestmark = pytest.mark.one_release
 
@@ -25,6 +28,7 @@ echo ready
 while :; do sleep 0.05; done
 """
 STUBBORN = WORK.replace("echo stopping; exit 9", ":")
+SLOW = WORK.replace("echo stopping", "sleep 5; echo stopping")
 
 
 def wait_for_work(job):
@@ -127,6 +131,10 @@ def test_training_starts_from_the_base_saves_in_time_and_takes_more_flags_last(t
         "--no-create-attention-mask-in-dataloader",
     ):
         assert part in text
+    chosen = plan_command(flags, "h100", 16)
+    best = rank(chosen.model, chosen.training, Cluster(chosen.gpu, 16))[0]
+    assert chosen.fits and chosen.hours <= 1.1 * best.hours
+    assert replace(chosen, training=replace(chosen.training, length=262144)).fits
 
 
 def test_samples_are_indexed_anew_for_another_set_under_the_same_name(tmp_path, training):
@@ -215,9 +223,14 @@ def test_a_requeued_job_ends_with_the_status_of_its_last_start(tmp_path, last):
     assert told == sorted(told)
 
 
-def test_a_cancelled_job_stops_in_good_order_and_does_not_come_back(tmp_path):
-    job = Job(tmp_path, "stage.sbatch", "bash", "-c", WORK)
+@pytest.mark.parametrize("at_its_time_limit", [False, True])
+def test_a_cancelled_job_stops_in_good_order_and_does_not_come_back(tmp_path, at_its_time_limit):
+    work = SLOW if at_its_time_limit else WORK
+    job = Job(tmp_path, "stage.sbatch", "bash", "-c", work, STOP_SECONDS=3)
     wait_for_work(job)
+    if at_its_time_limit:
+        job.signal(signal.SIGUSR1)
+        job.wait_for_log("SIGUSR1")
     job.signal(signal.SIGTERM)
     assert job.wait(PATIENCE_S) == 143
     assert "stopping\n" in job.log and "requeueing" not in job.log

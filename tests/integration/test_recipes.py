@@ -380,6 +380,15 @@ def test_a_setting_within_the_output_is_planned_by_its_real_path():
     assert any(word == "/absent/out/inputs/hf" for command in found for word in command.words)
 
 
+def test_preflight_only_looks_where_the_plan_does_not_cover_a_flag():
+    command = of_kind("llama2_7b", "pretrain")[0]
+    ours = replace(command, words=(*command.words, "--use-megatron-fsdp"))
+    (found,) = preflight._memory([ours], "h100")
+    assert found.verdict == "look" and "has --use-megatron-fsdp, which" in found.text
+    words = tuple(word for word in command.words if word != "--swiglu")
+    assert preflight._disk([replace(command, words=words)], ROOT).verdict == "look"
+
+
 def test_preflight_names_everything_that_is_missing(tmp_path):
     config = {"output": str(tmp_path), "gpu": "a100", "device": "--cpu"}
     found = [f for f in preflight.examine(commands("llama2_7b"), config) if f.verdict == "FAIL"]

@@ -55,6 +55,10 @@ ask() {
 }
 
 requeue() {
+  if [[ $asked == TERM ]]; then # the time that SIGUSR1 left is over, but Slurm has the last word
+    interrupted=yes
+    return
+  fi
   if ((restarts >= MAX_REQUEUES)); then
     say "restarted $restarts times, MAX_REQUEUES; submit the job again to go on"
     exit "$GOES_ON"

@@ -530,8 +530,9 @@ def test_fused_rope_that_cannot_index_the_tokens_of_a_rank_is_refused(path):
     with pytest.raises(ValueError, match="262144 tokens a rank"):
         settings_from_args(args, long, "te")
     # With fewer groups than ranks Megatron gathers the row of all ranks.
-    args = seven_b(262144, num_query_groups=2)
-    args.group_query_attention, args.tensor_model_parallel_size, args.micro_batch_size = True, 4, 2
+    args = seven_b(262144)
+    args.group_query_attention, args.num_query_groups = True, 2
+    args.tensor_model_parallel_size, args.micro_batch_size = 4, 2
     with pytest.raises(ValueError, match="524288 tokens a rank x 4608 values"):
         settings_from_args(args, long, "te")
 

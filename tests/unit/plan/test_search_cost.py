@@ -216,9 +216,7 @@ def test_another_gpu_is_two_numbers():
     assert (gpu.tflops, gpu.gib) == (312, 80)
 
 
-@pytest.mark.parametrize(
-    "text", ["v100", "", "312", "312:", "0:80", "nan:80", "312:inf", "1:2:3"]
-)
+@pytest.mark.parametrize("text", ["v100", "", "312", "312:", "0:80", "nan:80", "312:inf", "1:2:3"])
 def test_an_unknown_gpu_is_refused_with_those_known(text):
     with pytest.raises(ValueError, match=r"a100-40, a100-80, h100, h200, b200, or .* 312:80"):
         parse_gpu(text)

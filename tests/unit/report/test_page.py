@@ -210,6 +210,9 @@ def test_folders_of_one_name_keep_their_factors_and_facts(tmp_path):
     assert "<h2>a/eval: Run</h2>" in text and "<h2>b/eval: Run</h2>" in text
     table = (tmp_path / "tables" / "rescale_factors.csv").read_text()
     assert "a/eval/f.json" in table and "b/eval/f.json" in table
+    write_report([tmp_path / "a", tmp_path / "a/eval"], tmp_path / "report.html")
+    table = (tmp_path / "tables" / "rescale_factors.csv").read_text()
+    assert table.count("f.json") == 1
 
 
 def test_the_output_can_lie_elsewhere(tmp_path):
@@ -281,6 +284,13 @@ def test_published_values_stand_beside_ours_with_the_difference(tmp_path, capsys
     assert "1 of 3 published values were not measured here" in shown
     page = (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
     assert "+6.1 %" in table_after(page, "Beside table5.csv")
+    for value, difference in (("7.6e-1", "+400.0 %"), ("-1.0E1", "-138.0 %"), (" 3.8 ", "+0.0 %")):
+        (tmp_path / "table5.csv").write_text(  # with the mark that spreadsheets write
+            f"table,row,column,value,source\nperplexity,No extension,4k,{value},x\n",
+            encoding="utf-8-sig",
+        )
+        assert main(command) == 0
+        assert difference in capsys.readouterr().out
     (tmp_path / "table5.csv").write_text(
         "table,row,column,value,source\nperplexity,none,4k,much,x\n"
     )

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from strict_page import StrictPage
@@ -129,7 +130,8 @@ def test_the_axis_says_what_a_search_minimized(objective, label, tmp_path):
         with Journal(path, {"objective": objective, "pool": pool}) as journal:
             journal.append(record(0, 3.0))
             journal.append(record(1, 4.0, start_tokens=4))
-    (history,) = find_search_histories(tmp_path)  # of an earlier version's pool there is none
+    (history,), (note,) = find_search_histories(tmp_path, set())
+    assert "rotating.journal.jsonl was left out: its candidates were scored on different" in note
     for drawing in (draw_search([history]), draw_start_tokens([start_token_curve(history)])):
         assert f"<!-- {label} -->" in drawing.svg
 
@@ -178,15 +180,20 @@ def test_factor_sets_are_found_once_and_broken_files_are_named(tmp_path):
     (tmp_path / "deep").mkdir()
     save_config(tmp_path / "deep" / "copy.json")
     save_config(tmp_path / "deep" / "other.json", (*OTHER[:-1], 10.0))
+    first = LongRopeConfig.load(tmp_path / "b.json")
+    for name, changes in {
+        "attention": {"attention_factor": 1.3},
+        "base": {"rotary_base": 500000.0},
+        "frequencies": {"base_frequencies": {"rope_type": "linear", "factor": 2.0}},
+    }.items():
+        replace(first, **changes).save(tmp_path / f"{name}.json")
     broken = json.loads((tmp_path / "b.json").read_text())
     broken["factor_sets"][1]["rescale_factors"][0] = -1.0
     (tmp_path / "broken.json").write_text(json.dumps(broken))
     (tmp_path / "list.json").write_text("[1]")
-    sets, notes = find_factor_sets(tmp_path)
-    assert [(name, item.max_length) for name, _, item in sets] == [
-        ("b.json", 2048),
-        ("deep/other.json", 2048),
-    ]
+    sets, notes = find_factor_sets(tmp_path, set())
+    names = ["attention.json", "b.json", "base.json", "deep/other.json", "frequencies.json"]
+    assert [(name, item.max_length) for name, _, item in sets] == [(name, 2048) for name in names]
     assert len(notes) == 1 and notes[0].startswith("broken.json was left out: factor_sets[1]")
 
 
@@ -197,18 +204,18 @@ def test_starting_points_are_those_of_the_factor_file_and_damaged_lines_are_pass
     with path.open("a") as file:
         file.write('[]\n{"score": "x", "rescale_factors": [1]}\n{"score": 3, "resc')
     (tmp_path / "empty.journal.jsonl").write_text("")
-    (history,) = find_search_histories(tmp_path)  # the search has not ended
+    ((history,), _) = find_search_histories(tmp_path, set())  # the search has not ended
     assert history.name == "first" and history.seeds == {}
     assert list(history.records) == SEEDED
     search = {"target_length": 2048, "data_sha256": "a", "checkpoint_sha256": "b"}
     save_config(tmp_path / "first.json", **search, seed_perplexity=scores)
-    (history,) = find_search_histories(tmp_path)
+    ((history,), _) = find_search_histories(tmp_path, set())
     assert history.seeds == {"pi": 61.0, "ntk": 71.2, "near-yarn": 42.9}
     # Of an earlier search whose journal was discarded.
     for key, value in {"target_length": 4096, "data_sha256": "c", "checkpoint_sha256": "d"}.items():
         earlier = {**search, key: value}
         save_config(tmp_path / "first.json", **earlier, seed_perplexity=scores)
-        assert find_search_histories(tmp_path)[0].seeds == {}
+        assert find_search_histories(tmp_path, set())[0][0].seeds == {}
 
 
 def test_a_search_that_still_runs_has_a_page(tmp_path, capsys):
@@ -230,7 +237,11 @@ def test_a_short_or_wild_search_can_be_drawn(scores):
 def test_a_search_without_a_complete_candidate_has_no_history(tmp_path):
     save_journal(tmp_path / "x.journal.jsonl", [record(0, 5.0, stopped="budget")])
     assert len(read_records(tmp_path / "x.journal.jsonl")) == 1
-    assert find_search_histories(tmp_path) == []
+    histories, notes = find_search_histories(tmp_path, set())
+    assert histories == []
+    assert notes == [
+        "x.journal.jsonl was left out: no candidate has been scored on every sample yet"
+    ]
 
 
 @pytest.mark.parametrize(
