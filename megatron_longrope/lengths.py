@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from megatron_longrope.errors import LongRopeError
 
-PREFILL_TOKENS = 2**15
-"""Tokens of a prompt that generation reads at once, all rows and all ranks together."""
-
 
 def parse_length(text: str) -> int:
     """Parse one length such as `4096`, `4k` or `2M` into tokens (1k = 1024, 1M = 1048576).

@@ -22,7 +22,9 @@ from megatron_longrope.engine.engine import Engine
 from megatron_longrope.engine.kv_cache import PinnedSequence
 from megatron_longrope.engine.model import vocab_range
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.lengths import PREFILL_TOKENS
+
+PREFILL_TOKENS = 2**15
+"""Tokens of a prompt that are read at once, all rows and all ranks together."""
 
 
 @torch.no_grad()
