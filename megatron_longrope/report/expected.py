@@ -50,7 +50,7 @@ def read_expected(path: str | Path) -> list[Expected]:
             bound, or a source has two of a cell.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LongRopeError(f"{path} cannot be read ({error}); give a CSV file") from None
     lines = [line for line in text.splitlines() if not line.startswith("#")]
