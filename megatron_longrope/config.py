@@ -69,6 +69,11 @@ class FactorSet:
         """True when the set leaves the model's own frequencies as they are."""
         return all(value == 1.0 for value in self.rescale_factors)
 
+    @property
+    def effective_start_tokens(self) -> int:
+        """`num_start_tokens`, or 0 where they rotate like all others."""
+        return 0 if self.is_identity else self.num_start_tokens
+
 
 @dataclass(frozen=True)
 class LongRopeConfig:
@@ -278,7 +283,7 @@ class LongRopeConfig:
             )
         short, long = self.factor_set_for(short_length), self.factor_set_for(long_length)
         for name, item in (("short", short), ("long", long)):
-            if item.num_start_tokens > 0 and not item.is_identity:
+            if item.effective_start_tokens:
                 raise LongRopeError(
                     f"the {name} factor set (max_length {item.max_length}) has num_start_tokens "
                     f"{item.num_start_tokens}; transformers' longrope cannot express start tokens, "
@@ -290,8 +295,9 @@ class LongRopeConfig:
             raise LongRopeError(
                 f"attention factor {short_value:.6g} at {short_length} tokens differs from "
                 f"{long_value:.6g} at {long_length}; transformers applies one value to both "
-                "windows, so search the short window again with --attention-factor "
-                f"{long_value!r} (recovery) before exporting"
+                f"windows, so give both the factors of {long_length} (convert to-hf --short-length "
+                f"{long_length}), write attention_factor {long_value!r} into the factor file, or "
+                f"search the short window again under it (--attention-factor {long_value!r})"
             )
         scaling = {
             "rope_type": "longrope",
@@ -383,6 +389,14 @@ def _scaled_base(
         if rope.rope_type == "yarn":  # Qwen's cards add it and leave max_position_embeddings
             reached = min(base["factor"], 2.0**53) * base["original_max_position_embeddings"]
             window = max(window, int(reached))
+        if rope.rope_type == "linear":  # transformers reads no window here, and files state either
+            scaled = f"{window * base['factor']:.0f}"
+            warnings.warn(
+                f"config.json has linear RoPE scaling by {base['factor']:g}, and its "
+                f"max_position_embeddings {window} is taken for the window with it; if it is the "
+                f"window before, write {scaled} there or give --original-length {scaled}",
+                stacklevel=1,  # whoever reads it, so that Python shows it once
+            )
         return identity_config(rope.rope_theta, rotary_dim, window, base)
     except ValueError as error:  # the rules name the fields of our own file
         raise LongRopeError(

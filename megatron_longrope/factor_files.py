@@ -95,7 +95,7 @@ def export_factors(
         LongRopeError: The format cannot hold the factors, or there is no such window.
     """
     item = config.factor_set_for(window or config.max_length)
-    if item.num_start_tokens:
+    if item.effective_start_tokens:
         raise LongRopeError(
             f"the set for {item.max_length} tokens has {item.num_start_tokens} start tokens, which "
             f"{kind} cannot hold; search again with --start-tokens 0"
@@ -119,26 +119,28 @@ def differences(first: LongRopeConfig, second: LongRopeConfig) -> list[str]:
             lines.append(f"{window} tokens: in the {where} only")
             continue
         a, b = first.factor_set_for(window), second.factor_set_for(window)
+        start = a.effective_start_tokens, b.effective_start_tokens
         values = first.attention_factor_for(window), second.attention_factor_for(window)
-        for name, ours, theirs in (
-            ("start tokens", a.num_start_tokens, b.num_start_tokens),
-            ("attention factor", *values),
-        ):
+        for name, (ours, theirs) in (("start tokens", start), ("attention factor", values)):
             if ours != theirs:
                 lines.append(f"{window} tokens: {name} {ours} and {theirs}")
-        lines += _factor_differences(window, first.plain_factors(a), second.plain_factors(b))
+        factors = first.plain_factors(a), second.plain_factors(b)
+        lines += _factor_differences(f"{window} tokens", *factors)
+        if min(start):
+            own = [c.base_factors or (1.0,) * (c.rotary_dim // 2) for c in (first, second)]
+            lines += _factor_differences(f"{window} tokens, start tokens", *own)
     return lines
 
 
-def _factor_differences(window: int, first: Sequence[float], second: Sequence[float]) -> list[str]:
+def _factor_differences(where: str, first: Sequence[float], second: Sequence[float]) -> list[str]:
     if len(first) != len(second):
-        return [f"{window} tokens: {len(first)} and {len(second)} factors"]
+        return [f"{where}: {len(first)} and {len(second)} factors"]
     ratios = [max(a / b, b / a) - 1 for a, b in zip(first, second, strict=True)]
     largest = max(range(len(ratios)), key=ratios.__getitem__)
     if not ratios[largest]:
         return []
     return [
-        f"{window} tokens: {sum(map(bool, ratios))} of {len(ratios)} factors differ, most at index "
+        f"{where}: {sum(map(bool, ratios))} of {len(ratios)} factors differ, most at index "
         f"{largest}: {first[largest]!r} and {second[largest]!r} ({ratios[largest]:.3g} apart)"
     ]
 
@@ -177,7 +179,7 @@ def _sets_of(path: Path, window: int | None, original: int) -> list[FactorSet]:
 def _numbers(path: Path) -> Any:
     """JSON, or rows of numbers that stand between commas, white space or line ends."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise LongRopeError(f"{path}: cannot be read as text: {error}") from None
     if text.lstrip()[:1] in ("[", "{"):

@@ -164,7 +164,7 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows put a mark in front
     except FileNotFoundError:
         raise LongRopeError(f"{path}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The formula: every rotary frequency, factor vector and angle of this package comes from here.
+"""The formula: every rotary frequency, angle and attention factor of this package comes from here.
 
 Notation of the paper (arXiv 2402.13753, section 2 and equation 3): dimension i of d/2 rotates token
 n by n / beta_i with beta_i = base^(2i/d). A rescale factor lambda_i slows it to

@@ -22,9 +22,13 @@ from megatron_longrope.frequencies import attention_factor
 _DEFAULT_ROPE_THETA = {"mixtral": 1e6}
 # Phi3Config has the key at the top, with a default: what stands inside is then overwritten.
 _DEFAULT_ORIGINAL_WINDOW = {"phi3": 4096}
+DEFAULT_HEAD_DIM = {"qwen3": 128, "seed_oss": 128}
+"""Head dimension of a model type without `head_dim`, where it is not hidden_size / heads."""
 # Type names of the first Phi-3 releases; the second only there.
 _OLD_NAMES = {"su": "longrope"}
 _OLD_NAMES_OF = {"phi3": {"yarn": "longrope"}}
+# Of these transformers takes 0 as absent.
+_ABSENT_IF_ZERO = {"mscale", "mscale_all_dim", "beta_fast", "beta_slow"}
 # Keys that each type reads, beside rope_theta and partial_rotary_factor; transformers ignores
 # others.
 ROPE_KEYS: dict[str, frozenset[str]] = {
@@ -135,7 +139,9 @@ def _parameters(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
     found = {
         key: value
         for key, value in values.items()
-        if key in read and (kind == "longrope" or value is not None)
+        if key in read
+        and (kind == "longrope" or value is not None)
+        and not (key in _ABSENT_IF_ZERO and value == 0)
     }
     if "truncate" in read and "truncate" in values:
         found.setdefault("truncate", False)  # as transformers takes its null
@@ -236,7 +242,8 @@ def model_window(config: Mapping[str, Any]) -> int:
 def rotated_dimensions(config: Mapping[str, Any], rope: HfRope) -> int:
     """Rotated dimensions of a head, by the keys that most model types have."""
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-    head_dim = config.get("head_dim") or (heads and width and width // heads)
+    default = DEFAULT_HEAD_DIM.get(str(config.get("model_type")))
+    head_dim = config.get("head_dim", default) or (heads and width and width // heads)
     if not head_dim:
         raise LongRopeError("config.json has no head_dim, nor hidden_size and num_attention_heads")
     return int(head_dim * rope.partial_rotary_factor)

@@ -76,4 +76,4 @@ def _attention(config: LongRopeConfig) -> str:
 
 def _values(item: FactorSet) -> tuple[tuple[float, ...], int]:
     """What a set does to a model; its origin may differ."""
-    return item.rescale_factors, item.num_start_tokens
+    return item.rescale_factors, item.effective_start_tokens

@@ -32,9 +32,9 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
     Differences:
 
     - With context parallelism only this rank's rows are built, never the whole table.
-    - Angles are exact to 1e-6 rad at any position. A factor set of all ones is stock RoPE and keeps
-      stock's own frequencies and fp32 product, so that it changes no bit of a training run;
-      `hf_parity` uses the fp32 product of transformers for every set.
+    - Angles are exact to 1e-6 rad at any position. A factor set of all ones on plain RoPE is stock
+      RoPE and keeps stock's own frequencies and fp32 product, so that it changes no bit of a
+      training run; `hf_parity` uses the fp32 product of transformers for every set.
     - Factors may be swapped at any time; no table of the old factors survives.
     - Nothing is a parameter or buffer: bf16 wrapping cannot round it, checkpoints do not hold it.
 
@@ -49,7 +49,9 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             Defaults to `auto`.
         run_length (int): Sequence length of a training run, which shorter sequences and packed
             documents share the set of. Defaults to 0, no run.
-        hf_parity (bool): Reproduce transformers' fp32 angles bit for bit. Defaults to False.
+        hf_parity (bool): Reproduce transformers' fp32 angles: bit for bit those of its plain RoPE
+            and of its longrope, to rounding those of a model that scales RoPE itself. Defaults to
+            False.
         carried_attention_factor (float, optional): The attention factor that the model carries for
             the whole run; a sequence that needs another one is refused. Defaults to None: who owns
             the model sets it sequence by sequence.
@@ -289,7 +291,7 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         parts = []
         for start, end in pairwise(offsets):
             selected = self.factor_set(end - start)
-            key = ("document", selected.max_length)
+            key = ("document", selected.max_length, *self._key())
             if key not in self._tables or len(self._tables[key]) < end - start:
                 rows = min(selected.max_length, max(self.selection.run_length, end - start))
                 self._remember(key, self._table([range(rows)], selected))

@@ -317,7 +317,9 @@ class SdpaCoreAttention(MegatronModule):
         mask = None
         if causal and rows != columns:
             if query.is_cuda:
-                mask = causal_lower_right(rows, columns)  # flash kernels, no mask in memory
+                # No mask in memory: torch calls aten's flash operator with is_causal=True, by which
+                # that aligns the last query with the last key, and with grouped heads as they are.
+                mask = causal_lower_right(rows, columns)
             elif rows * columns <= _MASK:
                 mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
             else:

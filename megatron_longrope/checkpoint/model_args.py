@@ -77,6 +77,8 @@ class ModelShape:
     moe_normalized_gates: bool | None = None
     """True where the weights of a token's experts add up to 1 (softmax over the chosen ones), False
     where they are their part of all (Megatron `--moe-router-pre-softmax`)."""
+    moe_router_dtype: str | None = None
+    """`fp32` or `fp64`, what the router computes in; None for the dtype of the hidden states."""
     moe_aux_loss_coeff: float | None = None
     """Weight of the load-balancing loss in training, 0 without; the outputs do not depend on it."""
     other_moe: str | None = None
@@ -178,6 +180,7 @@ _PLAIN_MOE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("moe_router_score_function", ("softmax", None)),
     ("moe_router_enable_expert_bias", (False, None)),
     ("moe_router_topk_scaling_factor", (None, 1)),
+    ("moe_router_dtype", (None, "fp32", "fp64")),
     ("moe_router_num_groups", (None,)),
     ("moe_router_group_topk", (None,)),
     ("moe_router_topk_limited_devices", (None,)),
@@ -200,6 +203,7 @@ def _moe(args: argparse.Namespace) -> dict[str, Any]:
         "moe_ffn_hidden_size": _int(args, "moe_ffn_hidden_size", _int(args, "ffn_hidden_size")),
         "moe_router_topk": _int(args, "moe_router_topk", 2),
         "moe_normalized_gates": not _optional(args, "moe_router_pre_softmax", False),
+        "moe_router_dtype": _optional(args, "moe_router_dtype"),
         # Other losses have coefficients of their own meaning, of which lists hold several.
         "moe_aux_loss_coeff": float(coefficient) if balancing == "aux_loss" else 0.0,
         "other_moe": _other_moe(args),

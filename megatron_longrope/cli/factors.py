@@ -152,7 +152,8 @@ def add_parser(commands: Any, about: str | None = None) -> None:
             _run_make,
             "of a published method, such as YaRN",
             "Make the factor file of a published method for a model, to evaluate or to train with "
-            "it. On a model with factors the method's multiply those of its longest window.",
+            "it. On a model with factors the method's multiply those of its longest window. "
+            "Transformers has the longer factors at all lengths: convert to-hf --short-length N.",
         ),
         (
             "export",

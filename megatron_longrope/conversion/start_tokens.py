@@ -44,7 +44,7 @@ def drop_start_tokens(
     }
     dropped: dict[int, DroppedStartTokens] = {}
     for window, item in wanted.items():
-        if item.num_start_tokens and not item.is_identity:
+        if item.effective_start_tokens:
             dropped.setdefault(item.max_length, DroppedStartTokens(window, item))
     sets = tuple(
         replace(

@@ -167,10 +167,17 @@ class Engine:
             `[b]`, on every rank, on the CPU.
 
         Raises:
-            LongRopeError: Tokens or candidates outside the vocabulary; else as :meth:`nll`.
+            LongRopeError: Tokens or candidates outside the vocabulary, or positions outside the
+                sequence; else as :meth:`nll`.
         """
         self._check_tokens(tokens)
         self._check_ids(candidates)
+        first, last = (int(value) for value in torch.aminmax(positions))
+        if first < 0 or last >= tokens.shape[1]:
+            raise LongRopeError(
+                f"position {first if first < 0 else last} is outside the sequences of "
+                f"{tokens.shape[1]} tokens; positions count from 0"
+            )
         tokens, positions = self._padded(tokens), positions.to(self.device)
         hidden = self._hidden(tokens)  # [n / cp, b, h]
         rank, size = self.cp_group.rank(), self.cp_group.size()

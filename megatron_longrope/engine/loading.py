@@ -28,7 +28,6 @@ def load_engine(
     context_parallel: int = 1,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    mode: str = "auto",
     hf_parity: bool = False,
     attention: str = "auto",
     replicas: bool = False,
@@ -48,8 +47,8 @@ def load_engine(
         context_parallel (int): Ranks that share a sequence. Defaults to 1.
         dtype (torch.dtype, optional): Defaults to fp32 on a CPU, the checkpoint's dtype on a GPU.
         device (optional): Defaults to this process' GPU, else the CPU.
-        mode (str): How a sequence chooses its factor set. Defaults to "auto".
-        hf_parity (bool): transformers' arithmetic, bit for bit. Defaults to False.
+        hf_parity (bool): transformers' arithmetic; see :class:`.LongRopeRotaryEmbedding`. Defaults
+            to False.
         attention (str): `auto` takes a flash-attention package where one can run (CUDA, half
             precision), else torch SDPA; `sdpa` or `flash` insist. Defaults to "auto".
         replicas (bool): Accept a multiple of TP x CP processes, each TP x CP of which hold a copy
@@ -73,7 +72,6 @@ def load_engine(
         config,
         tensor_parallel=tensor_parallel,
         context_parallel=context_parallel,
-        mode=mode,
         hf_parity=hf_parity,
         # Flash attention has no sliding windows here, see FlashCoreAttention.windows.
         core_attention=core_attention(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 # Enough rows to fill a GPU with each matrix product. In bf16 and Llama-2-7B the intermediate of so
 # many is 172 MiB; that of 256k tokens would be 11 GiB.
 _TOKENS_PER_SLICE = 4096
+_ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def slice_mlps(model: nn.Module) -> None:
@@ -67,17 +68,19 @@ def _mixture_of_experts(
         group (ProcessGroup): The tensor-parallel ranks, all of which route alike.
     """
     tokens = hidden.flatten(0, 1)  # [s b, h]
-    # In fp32 like Megatron and transformers.
-    scores = F.linear(tokens, layer.router.weight).softmax(-1, dtype=torch.float32)
+    dtype = _ROUTER_DTYPES.get(layer.config.moe_router_dtype, tokens.dtype)
+    logits = F.linear(tokens.to(dtype), layer.router.weight.to(dtype))
+    scores = logits.softmax(-1, dtype=torch.float32)  # like Megatron and transformers
     gates, chosen = scores.topk(layer.config.moe_router_topk)  # [s b, k]
     if not layer.config.moe_router_pre_softmax:  # softmax over the chosen ones alone
         gates = gates / gates.sum(-1, keepdim=True)
+    gates = gates.to(dtype)
     output = torch.zeros_like(tokens)
     for index, expert in enumerate(layer.experts.local_experts):
         rows, places = (chosen == index).nonzero(as_tuple=True)
         if len(rows):
             value, _bias = expert(tokens[rows])
-            output.index_add_(0, rows, value * gates[rows, places, None].to(value.dtype))
+            output.index_add_(0, rows, (value * gates[rows, places, None]).to(value.dtype))
     if group.size() > 1:  # Megatron's experts leave their sum over ranks to the dispatcher
         dist.all_reduce(output, group=group)
     return output.view_as(hidden), None

@@ -29,7 +29,6 @@ def build_model(
     *,
     tensor_parallel: int = 1,
     context_parallel: int = 1,
-    mode: str = "auto",
     hf_parity: bool = False,
     core_attention: type = SdpaCoreAttention,
     device: torch.device | str = "cpu",
@@ -73,7 +72,6 @@ def build_model(
         shape.rotary_interleaved,
         rotary_base=shape.rotary_base,
         cp_group=model.pg_collection.cp,
-        mode=mode,
         hf_parity=hf_parity,
     )
     # The model then returns hidden states (after the final norm, which is the decoder's): the
@@ -125,6 +123,7 @@ def _expert_settings(shape: ModelShape) -> dict[str, Any]:
         moe_ffn_hidden_size=shape.moe_ffn_hidden_size,
         moe_router_topk=shape.moe_router_topk,
         moe_router_pre_softmax=not shape.moe_normalized_gates,
+        moe_router_dtype=shape.moe_router_dtype,
         moe_router_load_balancing_type="none",  # a loss of training
         moe_grouped_gemm=False,  # needs CUDA
     )

@@ -19,6 +19,7 @@ from megatron_longrope.data.tokenizer import Tokenizer, decode_generated
 from megatron_longrope.engine import Engine
 from megatron_longrope.errors import LongRopeError
 
+# Those of sampling change nothing where it is off.
 _ARGUMENTS = {"do_sample", "temperature", "top_k", "top_p", "until", "max_gen_toks"}
 
 
@@ -40,12 +41,6 @@ class Decoding:
     """At most so many tokens."""
     stop: tuple[str, ...]
     """Texts that end the continuation and are no part of it."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int | None = None
-    """Sample among the k most likely tokens."""
-    top_p: float | None = None
-    """Sample among the most likely tokens that together have this probability."""
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any], max_new_tokens: int) -> Decoding:
@@ -56,23 +51,22 @@ class Decoding:
             max_new_tokens (int): Where they name no limit.
 
         Raises:
-            LongRopeError: An argument that this model does not know.
+            LongRopeError: It is to be sampled, or an argument that this model does not know.
         """
         values = dict(normalize_gen_kwargs(dict(arguments), max_new_tokens))
-        if values.get("num_beams") == 1:  # greedy decoding, or sampling, as without it
+        if values.get("num_beams") == 1:  # as without it
             del values["num_beams"]
-        if unknown := sorted(values.keys() - _ARGUMENTS):
+        unknown = sorted(values.keys() - _ARGUMENTS)
+        if values.get("do_sample") or unknown:
+            wanted = "do_sample" if values.get("do_sample") else unknown[0]
             raise LongRopeError(
-                f"the task wants the generation argument {unknown[0]}, which the Megatron engine "
-                f"does not have (it has {', '.join(sorted(_ARGUMENTS))}); convert the "
+                f"the task wants the generation argument {wanted}, which the Megatron engine does "
+                "not have (it decodes greedily, up to until or max_gen_toks); convert the "
                 "checkpoint to Hugging Face format and use lm-eval's hf model for this task"
             )
         return cls(
             values["max_gen_toks"],
             tuple(text for text in handle_stop_sequences(values["until"], eos=None) if text),
-            float(values.get("temperature") or 0.0) if values.get("do_sample") else 0.0,
-            values.get("top_k"),
-            values.get("top_p"),
         )
 
 
@@ -81,7 +75,7 @@ class Prompt:
     """A request to continue."""
 
     index: int
-    """Place among the requests; sampling is seeded by it, whatever batch it falls into."""
+    """Place among the requests."""
     data: bytes
     """Its tokens, packed, already cut to what leaves room for the continuation."""
     decoding: Decoding
@@ -96,9 +90,7 @@ class Prompt:
 def generation_batches(
     prompts: Sequence[Prompt], rows_at_once: Callable[[int], int]
 ) -> list[Sequence[Prompt]]:
-    """Greedy prompts of equal length and settings together, longest first.
-
-    A prompt that samples stays alone, so that its text does not depend on its neighbours.
+    """Prompts of equal length and settings together, longest first.
 
     Args:
         prompts (Sequence[Prompt]): In any order.
@@ -106,9 +98,7 @@ def generation_batches(
     """
 
     def kind(prompt: Prompt) -> tuple:
-        decoding = prompt.decoding
-        alone = prompt.index if decoding.temperature > 0 else -1
-        return -len(prompt.data), decoding.max_new_tokens, decoding.stop, alone
+        return -len(prompt.data), prompt.decoding.max_new_tokens, prompt.decoding.stop
 
     batches: list[Sequence[Prompt]] = []
     for _, group in groupby(sorted(prompts, key=kind), kind):
@@ -119,7 +109,7 @@ def generation_batches(
 
 
 def continuations(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], factor_length: int, seed: int
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], factor_length: int
 ) -> list[str]:
     """The text after each prompt of a batch, up to its stop sequence or EOS.
 
@@ -140,10 +130,6 @@ def continuations(
         torch.stack([unpacked(prompt.data) for prompt in prompts]),
         decoding.max_new_tokens,
         factor_length=factor_length,
-        temperature=decoding.temperature,
-        top_k=decoding.top_k,
-        top_p=decoding.top_p,
-        seed=seed + prompts[0].index,
         eos_ids=tokenizer.end_ids,
         stop=stopped if decoding.stop else None,
     )

@@ -80,7 +80,7 @@ class HarnessOptions(EvaluationOptions):
     batch_size: int = flag(8, type=parse_positive, metavar="B")
     """rows of a forward pass, fewer of rows beyond the original window"""
     seed: int = flag(1234, type=int)
-    """of few-shot examples and of sampled text"""
+    """of few-shot examples"""
     allow_download: bool = flag(False)
     """let data sets be fetched from the Hub"""
 
@@ -152,7 +152,6 @@ def plan_tasks(
             window=window,
             max_length=cell.fields["max_length"],
             batch_size=options.batch_size,
-            seed=options.seed,
             long_prompts=long_prompts,
         )
         record = measure_task(lm, tasks[cell.fields["task"]], **asked)

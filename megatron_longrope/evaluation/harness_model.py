@@ -46,7 +46,6 @@ class EngineLM(RequestReader):
             one to what the factors cover.
         batch_size (int): Rows of a forward pass; of rows beyond the original window fewer, so that
             no pass has more tokens than so many of its length. Defaults to 8.
-        seed (int): Of tasks that sample. Defaults to 0.
         options: As :class:`RequestReader`.
     """
 
@@ -58,12 +57,11 @@ class EngineLM(RequestReader):
         window: int | None = None,
         max_length: int | None = None,
         batch_size: int = 8,
-        seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, max_length or window or engine.config.max_length, **options)
         self.engine, self.batch_size = engine, batch_size
-        self._window, self._seed = window, seed
+        self._window = window
 
     def likelihoods(self, rows: Sequence[Scored]) -> list[tuple[float, bool]]:
         """See :meth:`RequestReader.likelihoods`."""
@@ -86,7 +84,7 @@ class EngineLM(RequestReader):
         def write(batch: Sequence[Prompt]) -> list[str]:
             # Not the reach of its factor set: a table of angles has as many rows.
             length = self._window or batch[0].total
-            return continuations(self.engine, self._text, batch, length, self._seed)
+            return continuations(self.engine, self._text, batch, length)
 
         batches = generation_batches(prompts, self._rows_at_once)
         with Progress(len(prompts), "generation", "requests") as progress:

@@ -62,7 +62,7 @@ def export_notes(
         problem.base.original_max_position_embeddings,
     )
     chosen, notes = config.factor_set_for(problem.target_length), []
-    if chosen.num_start_tokens:
+    if chosen.effective_start_tokens:
         without = {"without": GivenFactors(chosen.rescale_factors)}
         scores = {"longrope": outcome.score, **scores_on(objective, problem, without)}
         notes.append(

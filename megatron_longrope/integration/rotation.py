@@ -18,7 +18,7 @@ class Window:
     rescale_factors: tuple[float, ...]
     """Of the factor set, times the model's own scaling of RoPE."""
     num_start_tokens: int
-    """Of the factor set."""
+    """Of the factor set, those that rotate otherwise."""
     attention_factor: float
     """Multiplier of q and k, to 12 digits: the last ones differ between math libraries."""
     max_length: int
@@ -117,7 +117,7 @@ class Rotary:
             chosen = selection.factor_set(length)
             return Window(
                 config.plain_factors(chosen),
-                chosen.num_start_tokens,
+                chosen.effective_start_tokens,
                 _rounded(selection.attention_factor(length)),
                 chosen.max_length,
             )

@@ -207,7 +207,7 @@ def _check_start_tokens(args: argparse.Namespace, config: LongRopeConfig) -> Non
     """
     if not getattr(args, "rl_use_sequence_packing", False):
         return
-    count = max(item.num_start_tokens for item in config.factor_sets)
+    count = max(item.effective_start_tokens for item in config.factor_sets)
     if count:
         raise LongRopeError(
             f"the factors have {count} start tokens, and --rl-use-sequence-packing counts "

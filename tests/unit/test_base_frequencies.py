@@ -58,16 +58,24 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(base):
 
 
 @pytest.mark.parametrize(
-    "key", ["truncate", "attention_factor", "beta_fast", "beta_slow", "mscale"]
+    "absent",
+    [
+        *({key: None} for key in ("truncate", "attention_factor", "beta_fast", "beta_slow")),
+        {"beta_fast": 0, "beta_slow": 0.0},
+        {"mscale": None, "mscale_all_dim": 1.0},
+        {"mscale": 0.7, "mscale_all_dim": 0},
+    ],
+    ids=str,
 )
-def test_a_null_of_yarn_is_what_transformers_takes_it_for(key):
+def test_a_null_or_zero_of_yarn_is_what_transformers_takes_it_for(absent):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    stated = hf_config({**YARN, key: None})
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**hf_config({**YARN, key: None})))
-    config = LongRopeConfig.from_hf(stated)
-    assert config.base_frequencies == {**YARN, **({"truncate": False} if key == "truncate" else {})}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**hf_config({**YARN, **absent})))
+    config = LongRopeConfig.from_hf(hf_config({**YARN, **absent}))
+    kept = {key: value for key, value in absent.items() if value}
+    kept |= {"truncate": False} if "truncate" in absent else {}
+    assert config.base_frequencies == {**YARN, **kept}
     assert config.attention_factor_for(131072) == pytest.approx(theirs.attention_scaling, rel=1e-12)
     ours = inv_freq(THETA, DIM) / torch.tensor(config.base_factors, dtype=torch.float64)
     torch.testing.assert_close(ours.float(), theirs.inv_freq, rtol=2e-6, atol=0)
@@ -80,6 +88,13 @@ def test_a_yarn_whose_factor_is_not_the_ratio_of_its_windows_keeps_it(recwarn, s
     assert read.base_frequencies["factor"] == 4.0
     assert read.max_length == read.original_max_position_embeddings == window
     assert not recwarn
+
+
+def test_a_linear_scaling_warns_of_which_window_it_takes():
+    """Vicuna-16k states 4096 and 4, DeepSeek-Coder 16384 and 4: both read 16k."""
+    stated = {**hf_config({"rope_type": "linear", "factor": 4.0}), "max_position_embeddings": 4096}
+    with pytest.warns(match=r"scaling by 4, .*_embeddings 4096 .* --original-length 16384"):
+        assert LongRopeConfig.from_hf(stated).max_length == 4096
 
 
 def test_megatrons_rope_scaling_is_llama3():

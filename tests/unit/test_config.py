@@ -455,8 +455,16 @@ def test_differing_attention_factors_are_refused_at_export():
         exportable(attention_factor=None).to_hf()
     assert str(caught.value).startswith(
         "attention factor 1 at 4096 tokens differs from 1.19024 at 131072; "
-        "transformers applies one value to both windows"
+        "transformers applies one value to both windows, so give both the factors of 131072 "
+        "(convert to-hf --short-length 131072), write attention_factor 1.19023"
     )
+    value = exportable(attention_factor=None).attention_factor_for(131072)
+    for remedied, short, factors in (
+        (exportable(attention_factor=None), 131072, LONG),
+        (exportable(attention_factor=value), None, exportable().factor_sets[0].rescale_factors),
+    ):
+        scaling = remedied.to_hf(short_length=short)["rope_scaling"]
+        assert (scaling["short_factor"], scaling["attention_factor"]) == (list(factors), value)
 
 
 def test_one_set_for_all_windows_has_one_attention_factor_and_is_exported():

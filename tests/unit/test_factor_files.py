@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from tiny_hf import WINDOW, make_hf_folder
@@ -10,7 +11,13 @@ from tiny_hf import WINDOW, make_hf_folder
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.cli import main
 from megatron_longrope.config import FactorSet, LongRopeConfig, identity_config
-from megatron_longrope.factor_files import Geometry, differences, import_factors
+from megatron_longrope.factor_files import (
+    Geometry,
+    differences,
+    export_factors,
+    import_factors,
+)
+from megatron_longrope.merging import merge_configs
 
 VECTOR = (1.0, 1.5, 2.25, 31.999999)
 MODEL = ("--rotary-base", "10000", "--original-length", "4k")
@@ -35,13 +42,14 @@ def run(*arguments):
         "1.0,1.5,2.25,31.999999\n" * 32,  # the authors': a row for each layer
         "1.0\n1.5\n2.25\n31.999999\n",
         "1.0 1.5 2.25 31.999999",
+        "\ufeff1.0 1.5 2.25 31.999999",  # a mark of Windows
         "[1.0, 1.5, 2.25, 31.999999]",
         '{"rescale_factors": [[1.0, 1.5, 2.25, 31.999999]]}',
     ],
 )
 def test_a_vector_is_read_from_rows_columns_and_lists(tmp_path, text):
     name = "x.json" if text[0] in "[{" else "x.csv"
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     found = import_factors([(tmp_path / name, 131072)], GEOMETRY)
     assert found.factor_sets == (FactorSet(131072, VECTOR, origin={"source": name}),)
     assert found.rotary_dim == 8 and found.attention_factor is None
@@ -153,7 +161,6 @@ def test_differences_are_named_by_window_and_largest_index(capsys, tmp_path):
         FactorSet(262144, VECTOR), attention_factor=None,
     )  # fmt: skip
     assert differences(config(), other) == [
-        "4096 tokens: start tokens 0 and 8",
         "4096 tokens: attention factor 1.19 and 1.0",
         "131072 tokens: attention factor 1.19 and 1.1902380714238083",
         "131072 tokens: 2 of 4 factors differ, most at index 2: 2.25 and 2.5 (0.111 apart)",
@@ -162,7 +169,22 @@ def test_differences_are_named_by_window_and_largest_index(capsys, tmp_path):
     config().save(tmp_path / "a.json")
     other.save(tmp_path / "b.json")
     assert run("diff", tmp_path / "a.json", tmp_path / "b.json") == 1
-    assert capsys.readouterr().out.count("\n") == 5
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_start_tokens_differ_where_they_rotate_differently():
+    two, four = (config(FactorSet(4096, (value,) * 4, 8)) for value in (2.0, 4.0))
+    scaled = replace(two, base_frequencies=LINEAR)
+    assert differences(four, scaled) == [
+        "4096 tokens, start tokens: 4 of 4 factors differ, most at index 0: 1.0 and 2.0 (1 apart)"
+    ]
+    ones, started = (config(FactorSet(4096, (1.0,) * 4, count)) for count in (0, 8))
+    assert differences(ones, started) == []
+    assert differences(config(FactorSet(4096, (2.0,) * 4)), two) == [
+        "4096 tokens: start tokens 0 and 8"
+    ]
+    assert export_factors(started, "list") == export_factors(ones, "list")
+    assert merge_configs({"a": ones, "b": started}).factor_sets[0].rescale_factors == (1.0,) * 4
 
 
 @pytest.mark.parametrize(
@@ -263,8 +285,10 @@ def test_a_published_method_is_made_for_a_model_and_multiplies_the_factors_it_ha
     )
     made = LongRopeConfig.load(tmp_path / "y.json")
     assert made == extended_config("yarn", identity_config(10000.0, 8, WINDOW), 256, "yarn")
-    # transformers' own rule for its temperature
+    # transformers' own rule for its temperature, and its YaRN in every window of an export
     assert made.attention_factor_for(256) == pytest.approx(0.1 * math.log(4) + 1)
+    exported = made.to_hf(short_length=256)["rope_scaling"]
+    assert exported["short_factor"] == list(made.factor_sets[-1].rescale_factors)
     make_hf_folder(tuned, "mistral", sliding_window=16, rope_parameters={
         "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
         "short_factor": [1.0] * 4, "long_factor": [1.0, 1.5, 2.0, 4.0],

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_longrope.evaluation.ruler.sources import read_words
 from megatron_longrope.files import read_json, write_json_atomic, write_text_atomic
+from megatron_longrope.report.expected import FIELDS, read_expected
 
 
 def entries(folder) -> list[str]:
@@ -79,6 +81,21 @@ def test_nan_and_infinity_are_refused_and_the_old_file_stays(tmp_path, value):
 
 def test_a_missing_file_is_named(tmp_path):
     assert read_error(tmp_path / "none.json").endswith("no such file; check the path")
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (read_json, '{"a": 1}'),
+        (read_words, "\n".join(f"word{index}" for index in range(40))),
+        (read_expected, ",".join(FIELDS)),
+    ],
+    ids=["json", "words", "expected"],
+)
+def test_the_mark_that_editors_of_windows_put_in_front_is_no_text(tmp_path, read, text):
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")):
+        (tmp_path / name).write_text(text, encoding)
+    assert read(tmp_path / "marked") == read(tmp_path / "plain")
 
 
 def test_a_folder_is_refused(tmp_path):

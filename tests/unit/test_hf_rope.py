@@ -211,6 +211,17 @@ def test_a_longrope_that_transformers_4_57_reads_otherwise_is_warned_of(recwarn)
         LongRopeConfig.from_hf({**BASE, "rope_scaling": {**inside, "attention_factor": 1.2}}, 8)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_moe", "seed_oss"])
+def test_a_head_is_as_wide_as_transformers_takes_it_where_the_file_does_not_say(model_type):
+    from transformers import AutoConfig
+
+    config = {**BASE, "model_type": model_type, "rope_theta": 1e6}
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    theirs = AutoConfig.for_model(**config)
+    width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert LongRopeConfig.from_hf({**config, "rope_scaling": scaling}).rotary_dim == width
+
+
 def test_a_factor_of_zero_is_refused():
     rope = {"rope_type": "longrope", "factor": 0, **LISTS}
     with pytest.raises(ValueError, match="factor is 0"):

@@ -472,6 +472,14 @@ def test_a_mixed_pack_has_a_row_per_token_with_each_documents_own_factors(padded
         assert sorted(map(len, rotary._tables.values())) == [64, 128]
 
 
+def test_changing_the_parity_never_returns_a_stale_table_of_a_document():
+    rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, mode="mixed", run_length=128)
+    rows = rotary.get_rotary_seq_len(None, None, None, None, pack(100, 10))
+    exact = rotary(rows, packed_seq=True)
+    rotary.hf_parity = True
+    assert not torch.equal(rotary(rows, packed_seq=True), exact)
+
+
 def test_a_mixed_run_refuses_a_batch_that_is_not_packed():
     rotary = LongRopeRotaryEmbedding(THREE_SETS, DIM, mode="mixed", run_length=128)
     with pytest.raises(ValueError, match="--longrope-mode mixed got a batch that is not packed"):

@@ -35,7 +35,7 @@ from megatron_longrope.checkpoint.hf.rules import (
 )
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.hf_rope import read_hf_rope
+from megatron_longrope.hf_rope import DEFAULT_HEAD_DIM, read_hf_rope
 from megatron_longrope.options import DTYPES
 
 
@@ -111,7 +111,7 @@ FAMILIES = {
                 **_QWEN_WINDOW,
                 "max_window_layers": 28,
                 "num_key_value_heads": 32,
-                "head_dim": 128,
+                "head_dim": DEFAULT_HEAD_DIM["qwen3"],
             },
         ),
         Family(
@@ -125,7 +125,11 @@ FAMILIES = {
                 "mlp_bias": False,
                 "residual_dropout": 0.0,
             },
-            absent={"attention_bias": True, "num_key_value_heads": 8, "head_dim": 128},
+            absent={
+                "attention_bias": True,
+                "num_key_value_heads": 8,
+                "head_dim": DEFAULT_HEAD_DIM["seed_oss"],
+            },
         ),
         Family(
             "phi3",

@@ -159,7 +159,7 @@ def read_words(path: str | None) -> Words:
     """
     if path is not None:
         try:
-            words = sorted(set(Path(path).read_text(encoding="utf-8").split()))
+            words = sorted(set(Path(path).read_text(encoding="utf-8-sig").split()))
         except (OSError, UnicodeDecodeError) as error:
             raise LongRopeError(f"{path}: cannot be read as UTF-8 text: {error}") from None
         if len(words) < 40:

@@ -15,6 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import spawn
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import (
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -164,6 +169,26 @@ def test_slices_change_nothing_but_rounding(folders, monkeypatch, tokens_per_sli
     torch.testing.assert_close(engine.nll(tokens), whole, atol=1e-5, rtol=0)
     assert max(seen) <= max(tokens_per_slice, batch)
     assert sum(seen) == 3 * 2 * batch * 60  # three experts a token, two layers
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "fp64"])
+def test_the_router_computes_in_the_dtype_of_its_run(made_by_megatron, dtype):
+    checkpoint = MegatronCheckpoint.open(made_by_megatron["stacked"][0])
+    args = argparse.Namespace(**{**vars(checkpoint.args), "moe_router_dtype": dtype})
+    checkpoint.shape = ModelShape.from_args(args)
+    engine = load_engine(checkpoint, device="cpu", dtype=torch.bfloat16)
+    layer = next(module for module in engine.model.modules() if isinstance(module, MoELayer))
+    seen = {}
+    for expert in layer.experts.local_experts:
+        expert.register_forward_hook(lambda expert, given, _: seen.update({expert: given[0]}))
+    hidden = torch.randn(3000, 1, maker.HIDDEN, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.bfloat16()
+    layer(hidden)
+    wanted = {None: hidden.dtype, "fp32": torch.float32, "fp64": torch.float64}[dtype]
+    logits = router_gating_linear(hidden[:, 0], layer.router.weight, None, wanted)
+    _, chosen = topk_routing_with_score_function(logits, moe_maker.TOPK)
+    for expert, rows in zip(layer.experts.local_experts, chosen.t(), strict=True):
+        assert torch.equal(seen[expert], hidden[rows, 0])
 
 
 def _of_rank(rank, folder, directory):

@@ -174,6 +174,8 @@ NO_PROMPT = "with at least one token before the answer"
     [
         ("nll", (OUTSIDE,), "token id 250 is outside the vocabulary of 250"),
         ("choices", (FORTY, torch.tensor([1]), OUTSIDE[:, 1:]), "id 250 is outside the vocabulary"),
+        ("choices", (FORTY, torch.tensor([40]), FORTY[:, :2]), "position 40 is outside .* of 40"),
+        ("choices", (FORTY, torch.tensor([-1]), FORTY[:, :2]), "position -1 is outside"),
         ("nll", (random_tokens(maker.VOCAB, 257, 0),), "exceeds 256"),
         ("nll", (FORTY, -1), "start -1 leaves .* 40 tokens .* from 0 to 38"),
         ("nll", (FORTY, 39), "start 39 leaves"),

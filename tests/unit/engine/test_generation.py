@@ -19,7 +19,7 @@ from megatron_longrope.checkpoint import MegatronCheckpoint, load_into
 from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
-from megatron_longrope.engine import Engine, generation, load_engine, process_groups
+from megatron_longrope.engine import Engine, load_engine, process_groups
 from megatron_longrope.engine import loss as loss_module
 from megatron_longrope.engine.generation import generate
 from megatron_longrope.engine.kv_cache import PinnedSequence
@@ -28,7 +28,6 @@ from megatron_longrope.engine.model import build_model
 ORIGINAL = maker.ORIGINAL
 CROSSING = (56, 24)  # prompt and new tokens; the original window ends between them
 INSIDE = (24, 24)
-SAMPLED = {"temperature": 1.5, "top_k": 40, "top_p": 0.95}
 
 
 def policy_config():
@@ -267,8 +266,7 @@ def test_no_more_tokens_than_the_chunk_are_in_flight(engine, lengths):
 
 
 @pytest.mark.one_release
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_logits_exist_for_the_last_position_alone(engine, monkeypatch, options):
+def test_logits_exist_for_the_last_position_alone(engine, monkeypatch):
     rows = []
     original = loss_module.logits_by_chunk
     monkeypatch.setattr(
@@ -276,7 +274,7 @@ def test_logits_exist_for_the_last_position_alone(engine, monkeypatch, options):
         "logits_by_chunk",
         lambda model, hidden, *rest: rows.append(len(hidden)) or original(model, hidden, *rest),
     )
-    generate(engine, prompt(56, 1, 2), 4, **options)
+    generate(engine, prompt(56, 1, 2), 4)
     assert rows == [2] * 4
 
 
@@ -295,76 +293,6 @@ def test_the_cache_has_the_models_dtype_and_its_key_value_heads(megatron_runs):
     assert len(caches) == 2 * maker.LAYERS
     assert {tuple(cache.shape) for cache in caches} == {(50, 2, 2, maker.HEAD_DIM)}
     assert {cache.dtype for cache in caches} == {torch.bfloat16}
-
-
-# Sampling
-
-
-@pytest.mark.one_release
-def test_a_seed_repeats_its_tokens_and_another_gives_others(engine):
-    first, again, other = (
-        generate(engine, prompt(40), 16, seed=seed, **SAMPLED) for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
-@pytest.mark.one_release
-def test_rows_with_the_same_prompt_are_different_samples(engine):
-    rows = generate(engine, prompt(40, 1, 1, 1), 16, seed=5, **SAMPLED)
-    assert len({tuple(row) for row in rows}) == 3
-    assert rows[2] == generate(engine, prompt(40, 1), 16, seed=7, **SAMPLED)[0]
-
-
-@pytest.mark.one_release
-def test_sampling_among_one_token_is_greedy(engine):
-    greedy = generate(engine, prompt(40), 12)
-    assert generate(engine, prompt(40), 12, temperature=3.0, top_k=1) == greedy
-    assert generate(engine, prompt(40), 12, temperature=3.0, top_p=1e-9) == greedy
-    assert generate(engine, prompt(40), 12, temperature=1e-300) == greedy
-    assert generate(engine, prompt(40), 12, temperature=0.0, top_k=5, top_p=0.5) == greedy
-
-
-def drawn(logits, count, **options):
-    options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-    generators = tuple(torch.Generator().manual_seed(seed) for seed in range(count))
-    draw = generation._Sampling(**options, generators=generators)
-    return torch.bincount(draw(logits.expand(count, -1)), minlength=len(logits)) / count
-
-
-@pytest.mark.one_release
-def test_tokens_are_drawn_with_their_probabilities():
-    logits = torch.tensor([0.3, -1.0, 2.0, float("-inf"), 1.0])
-    for temperature in (0.5, 1.0, 2.0):
-        expected = (logits / temperature).softmax(0)
-        shares = drawn(logits, 4000, temperature=temperature)
-        torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
-        assert shares[3] == 0
-
-
-@pytest.mark.one_release
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({"top_k": 2}, [2, 4]),
-        ({"top_k": 9}, [0, 1, 2, 3, 4]),
-        ({"top_p": 0.5}, [2]),  # probabilities 0.1, 0.05, 0.5, 0.05, 0.3, but for rounding
-        ({"top_p": 0.55}, [2, 4]),
-        ({"top_p": 0.85}, [0, 2, 4]),
-        ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
-        ({"top_k": 2, "top_p": 0.6}, [2]),  # of these two 2 has 0.625
-    ],
-)
-def test_only_the_most_likely_tokens_are_drawn(options, kept):
-    probabilities = torch.tensor([0.1, 0.0499, 0.5001, 0.05, 0.3])
-    shares = drawn(probabilities.log(), 3000, **options)
-    assert shares.nonzero().flatten().tolist() == kept
-    expected = probabilities[kept] / probabilities[kept].sum()
-    torch.testing.assert_close(shares[kept], expected, atol=0.03, rtol=0)
-
-
-@pytest.mark.one_release
-def test_of_equally_likely_tokens_the_lowest_come_first():
-    assert drawn(torch.zeros(6), 200, top_k=2).nonzero().flatten().tolist() == [0, 1]
 
 
 # Ends
@@ -445,15 +373,6 @@ def test_a_callback_may_use_the_engine(engine):
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer of at least 1"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0; it must be an integer of at least 1"),
-        ({"temperature": -0.1}, "temperature is -0.1; give a finite number from 0"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k is 0; it must be an integer of at least 1"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; give a probability above 0 and up to"),
-        ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 2.0}, "top_p is 2.0"),
-        ({"seed": -1}, "seed is -1; it must be an integer of at least 0"),
         ({"factor_length": 43}, "factor_length 43 is below the 44 tokens .* lower max_new_tokens"),
         ({"factor_length": 257}, "sequence length 257 exceeds 256"),
         ({"max_new_tokens": 217}, "sequence length 257 exceeds 256"),
@@ -484,7 +403,6 @@ def results_of(engine):
         tokens = prompt(length, 1, 2)
         for chunk in (None, 25) if length == 101 else (None,):
             results[length, chunk] = generate(engine, tokens, new, prefill_chunk=chunk)
-    results["sampled"] = generate(engine, prompt(56, 1, 2), 5, seed=3, **SAMPLED)
     sequence = PinnedSequence(engine.model, 101, 101)
     with torch.no_grad():
         for part in prompt(101, 1).split(33, dim=1):
@@ -530,6 +448,5 @@ def test_ranks_that_share_layers_or_sequences_generate_what_whole_forward_passes
         for (_, context), results in found.items():
             for length, tokens in expected.items():
                 assert results[length, None] == results.get((length, 25), tokens) == tokens
-            assert results["sampled"] == alone["sampled"]
             torch.testing.assert_close(results["hidden"], alone["hidden"], atol=2e-6, rtol=2e-5)
             assert results["room"] <= (101 if context == 1 else 101 // context + 2 * context)

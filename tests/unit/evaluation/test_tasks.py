@@ -248,26 +248,6 @@ def test_a_pass_has_no_more_tokens_than_a_batch_of_the_original_window(
     assert Counter(n for n, _ in shapes for _ in range(n))[4] == 4
 
 
-def test_the_seed_of_the_command_draws_sampled_text(command, folder, tmp_path):
-    text = (folder / "long_continue.yaml").read_text().replace("long_continue", "sampled")
-    arguments = "{until: [], max_gen_toks: 8, do_sample: true, temperature: 1.5}"
-    text = text.replace('{until: ["."], max_gen_toks: 8}', arguments)
-    (tmp_path / "sampled.yaml").write_text(text)
-    seeds = []
-    with pytest.MonkeyPatch.context() as patch:
-        from megatron_longrope.engine import generation
-
-        original = generation.generate
-        patch.setattr(
-            generation, "generate",
-            lambda *given, **more: seeds.append(more.get("seed")) or original(*given, **more),
-        )  # fmt: skip
-        given = ["--include-path", str(tmp_path), "--tasks", "sampled", "--limit", "2"]
-        measure(command, tmp_path, *given, "--seed", 7)
-    # Trial passes have none; the seed and the request's number.
-    assert set(seeds) - {None} == {7, 8}
-
-
 # Prompts beyond the window
 
 

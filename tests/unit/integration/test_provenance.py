@@ -95,6 +95,9 @@ def test_what_neither_side_trains_is_no_difference():
     for config in (CONFIG.with_factor_set(replace(LONG, origin={})), longer, alone):
         assert check(settings(config), saved()).remark is None
         assert check(settings(), saved(config)).remark is None
+    ones = identity_config(10000.0, 8, 128)  # start tokens of which rotate like all others
+    started = ones.with_factor_set(replace(ones.factor_sets[0], num_start_tokens=4))
+    assert check(settings(ones), saved(started)).remark is None
     shorter = check(settings(seq_length=100), saved())  # under the same set
     assert shorter.remark is None and len(shorter.lineage) == 1
     assert check(settings(seq_length=64, mode="long"), saved()).remark is None
