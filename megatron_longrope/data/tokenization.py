@@ -171,7 +171,7 @@ def _refuse_empty(source: Source, skips: Skips) -> None:
     if not skips.count:
         raise LongRopeError(f"{what} holds no document; leave it out or give other files")
     first = skips.listed[0]
-    remedy = first.remedy if first.lacks_text else "repair the input"
+    remedy = first.remedy if first.kind != "damage" else "repair the input"
     raise LongRopeError(
         f"{what}: none of {skips.count} documents can be read, such as {first}; {remedy}"
     )
