@@ -59,9 +59,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens; `</s>` in the text is ordinary text."""
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """The same token ids, and the character at which each begins; never decreasing."""
-
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids."""
 
@@ -86,11 +83,6 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
         return self._processor.EncodeAsIds(text)
-
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """The same token ids, and the character at which each begins."""
-        encoded = self._processor.EncodeAsOffsetMapping(text)
-        return encoded["ids"], [start for start, _ in encoded["offsets"]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; those that a folder adds to the model, all special, have none."""
@@ -159,22 +151,6 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; the name of a special token in the text is split like any text."""
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """The same token ids, and the character at which each begins."""
-        if not self._tokenizer.is_fast:
-            raise LongRopeError(
-                f"{self.path} is a slow tokenizer, which does not say where tokens begin; cutting "
-                "at sentence ends needs one with a tokenizer.json"
-            )
-        encoded = self._tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-        )
-        return encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids."""
