@@ -112,7 +112,7 @@ def _describe_entries(manifest: dict[str, Any]) -> str:
     if manifest["mode"] == "segments":
         joined = manifest["joined"]
         text = f"segments of {manifest['segment_length']} tokens (tails: {manifest['tail']}"
-        # What releases before 0.3 could do.
+        # Release 0.2 could make such sets.
         text += ", cut at sentence ends)" if manifest.get("cut") == "sentences" else ")"
         if joined > 1:
             length = manifest["segment_length"] * joined

@@ -193,14 +193,16 @@ def _open(prefix: str | Path) -> Any:
     if not bin_path.stat().st_size:
         raise LongRopeError(f"{bin_path} is empty; prepare the set again")
 
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, _IndexReader
 
     try:
-        dataset = IndexedDataset(str(prefix))
-    except (AssertionError, ValueError, struct.error) as error:  # Megatron has no error of its own
+        # By itself first: where it fails, IndexedDataset.__del__ prints a traceback, too.
+        _IndexReader(str(idx_path), False)
+    except (AssertionError, ValueError, struct.error) as error:
         raise LongRopeError(
             f"{idx_path} is not a Megatron index ({error}); copy or prepare the set again"
         ) from None
+    dataset = IndexedDataset(str(prefix))
     expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
     if bin_path.stat().st_size != expected:
         raise LongRopeError(
