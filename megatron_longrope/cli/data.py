@@ -110,9 +110,10 @@ def _describe_entries(manifest: dict[str, Any]) -> str:
             f"{manifest['multiple']}"
         )
     if manifest["mode"] == "segments":
-        joined, cut = manifest["joined"], manifest["cut"]
+        joined = manifest["joined"]
         text = f"segments of {manifest['segment_length']} tokens (tails: {manifest['tail']}"
-        text += ", cut at sentence ends)" if cut == "sentences" else ")"
+        # Release 0.2 could make such sets.
+        text += ", cut at sentence ends)" if manifest.get("cut") == "sentences" else ")"
         if joined > 1:
             length = manifest["segment_length"] * joined
             text = f"entries of {length} tokens, each {joined} consecutive {text}"
@@ -120,4 +121,6 @@ def _describe_entries(manifest: dict[str, Any]) -> str:
     text = f"whole documents of at least {manifest['min_length']} tokens"
     if manifest["max_length"] is not None:
         text += f", truncated to {manifest['max_length']}"
+    if manifest.get("max_documents") is not None:
+        text += f", the first {manifest['max_documents']} at most"
     return text

@@ -82,7 +82,10 @@ class Counts:
             **self.total().to_manifest(),
             "skipped": {
                 "count": self.skips.count,
-                "lines": [asdict(item) for item in self.skips.listed],
+                "lines": [
+                    {"file": item.file, "line": item.line, "reason": item.reason}
+                    for item in self.skips.listed
+                ],
             },
             "sources": [
                 {

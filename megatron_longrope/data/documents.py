@@ -15,19 +15,6 @@ from megatron_longrope.data.writer import output_paths, update_digest
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 
-_MANIFEST_KEYS = (
-    "mode", "tokenizer", "tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "documents",
-    "segments", "tokens", "token_sha256", "length_histogram", "skipped", "source_files", "sources",
-)  # fmt: skip
-_MODE_KEYS = {
-    "segments": ("segment_length", "tail", "joined", "cut"),
-    "whole": ("min_length", "max_length"),
-    "short": ("window", "multiple"),
-}
-
-# Magic, version, dtype code, number of entries, number of document boundaries.
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-
 # Problems beyond this many are only counted.
 _MAX_REPORTED_PROBLEMS = 10
 
@@ -50,13 +37,6 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
             f"{path} is not a manifest of schema {MANIFEST_SCHEMA}; "
             "prepare the set again with this release"
         )
-    if manifest.get("mode") not in _MODE_KEYS:
-        raise LongRopeError(
-            f"{path}: mode {manifest.get('mode')!r} must be one of {', '.join(_MODE_KEYS)}"
-        )
-    for key in (*_MANIFEST_KEYS, *_MODE_KEYS[manifest["mode"]]):
-        if key not in manifest:
-            raise LongRopeError(f"{path} lacks the key {key!r}; prepare the set again")
     return manifest
 
 
@@ -106,7 +86,7 @@ def read_documents(
     limit: int | None = None,
     least: int | None = None,
 ) -> list[np.ndarray]:
-    """Read the documents (or segments) of a Megatron .bin/.idx pair, with or without a manifest.
+    """Read the documents (or segments) of a prepared set.
 
     Args:
         prefix (Path): Path of the set without .bin or .idx.
@@ -121,10 +101,7 @@ def read_documents(
         LongRopeError: The set is missing, damaged or empty, or holds too few documents.
     """
     dataset = _open(prefix)
-    # A document of a foreign set may have several entries; ours have one.
-    starts, ends = dataset.document_indices[:-1], dataset.document_indices[1:]
-    offsets = np.concatenate([[0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)])
-    lengths = offsets[ends] - offsets[starts]
+    lengths = dataset.sequence_lengths
     wanted = np.flatnonzero(lengths >= (min_length or 1))
     kind = f"documents of at least {min_length} tokens" if min_length else "documents"
     if len(wanted) < (needed := least or limit or 1):
@@ -133,10 +110,7 @@ def read_documents(
             f"{lengths.max()} tokens); ask for fewer or shorter ones, or prepare a larger set "
             "with `longrope data prepare --whole-documents --min-length N`"
         )
-    return [
-        np.concatenate([dataset[entry] for entry in range(starts[k], ends[k])]).astype(np.int64)
-        for k in wanted[:limit]
-    ]
+    return [dataset[k].astype(np.int64) for k in wanted[:limit]]
 
 
 def check_set(prefix: str | Path) -> list[str]:
@@ -209,19 +183,25 @@ def _entry_problems(tokens: np.ndarray, manifest: dict[str, Any]) -> list[str]:
 
 
 def _open(prefix: str | Path) -> Any:
-    """The IndexedDataset of a prefix, after checks that Megatron leaves to assertions."""
+    """The IndexedDataset of a prefix; one that is damaged is refused."""
     bin_path, idx_path, _ = output_paths(prefix)
     for path in (bin_path, idx_path):
         if not path.exists():
             raise LongRopeError(
                 f"{path}: no such file; check the path, which is given without suffix"
             )
-    _check_index(idx_path)
     if not bin_path.stat().st_size:
         raise LongRopeError(f"{bin_path} is empty; prepare the set again")
 
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, _IndexReader
 
+    try:
+        # By itself first: where it fails, IndexedDataset.__del__ prints a traceback, too.
+        _IndexReader(str(idx_path), False)
+    except (AssertionError, ValueError, struct.error) as error:
+        raise LongRopeError(
+            f"{idx_path} is not a Megatron index ({error}); copy or prepare the set again"
+        ) from None
     dataset = IndexedDataset(str(prefix))
     expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
     if bin_path.stat().st_size != expected:
@@ -230,21 +210,3 @@ def _open(prefix: str | Path) -> Any:
             "copy or prepare the set again"
         )
     return dataset
-
-
-def _check_index(path: Path) -> None:
-    """Check header and size of an .idx file."""
-    with path.open("rb") as file:
-        data = file.read(_INDEX_HEADER.size)
-    if len(data) == _INDEX_HEADER.size:
-        magic, version, dtype_code, entries, boundaries = _INDEX_HEADER.unpack(data)
-        # int32 length and int64 offset of each entry, then int64 document boundaries
-        size = _INDEX_HEADER.size + 12 * entries + 8 * boundaries
-        if (magic, version) == (b"MMIDIDX\x00\x00", 1) and 1 <= dtype_code <= 8:
-            if path.stat().st_size == size:
-                return
-            raise LongRopeError(
-                f"{path} has {path.stat().st_size} bytes, its header describes {size}; "
-                "copy or prepare the set again"
-            )
-    raise LongRopeError(f"{path} is not a Megatron index; copy or prepare the set again")

@@ -18,9 +18,9 @@ class PrepareOptions(Options):
     input: tuple[str, ...] | None = flag(
         None, nargs="+", metavar="PATH", exclusive="input", required=True
     )
-    """.txt (one document), .jsonl, also .gz or .zst (one document per line), .json.gz, .json.zst
-    (the same) or .parquet files, folders saved by datasets' save_to_disk, or directories of these,
-    which are read recursively in sorted order"""
+    """.txt (one document each), .jsonl or .json (one in each line), both also as .gz or .zst, or
+    .parquet files (one in each row), folders saved by datasets' save_to_disk, or directories of
+    these, in which .json is passed over; they are read recursively in sorted order"""
     mix: str | None = flag(None, metavar="FILE.json", exclusive="input", required=True)
     """several sources: {"NAME": {"paths": [...], "text_key": "text", "weight": 1, "upsample_long":
     {"above": "32k", "factor": 4}}, ...}"""
@@ -52,13 +52,10 @@ class PrepareOptions(Options):
     max_length: int | None = flag(None, type=parse_length, metavar="N")
     """with --whole-documents, truncate documents to N tokens (default: keep them whole)"""
     max_documents: int | None = flag(None, type=parse_positive, metavar="K")
-    """with --whole-documents, stop after K kept documents (default: keep all)"""
+    """with --whole-documents and --input, stop after K kept documents (default: keep all)"""
     joined: int | None = flag(None, type=parse_positive, metavar="K")
     """with --segment-length, make every entry of K consecutive segments; --seq-length is then K x S
     (default: 1)"""
-    cut: str | None = flag(None, choices=("tokens", "sentences"))
-    """with --segment-length, cut documents anywhere, or at sentence ends, which Punkt learns from
-    the text itself, and fill up with EOS (default: tokens)"""
     short_window: int | None = flag(None, type=parse_length, metavar="W")
     """with --segment-length, write documents of at most W tokens, BOS and EOS included, one by one
     to PREFIX_short, for mixed-window training (default: treat all alike)"""
@@ -68,11 +65,9 @@ class PrepareOptions(Options):
     held_out: float = flag(0.0, type=float, metavar="SHARE")
     """share of the documents, chosen by a hash of the text, that goes whole to PREFIX_heldout
     (default: none)"""
-    upsample_long: tuple[str, str] | None = flag(None, nargs=2, metavar=("N", "FACTOR"))
-    """with --input, repeat documents of more than N tokens FACTOR times; a mix says it for each
-    source (default: all once)"""
     seed: int = flag(0, type=int, metavar="N")
-    """decides which documents are held out or repeated once more"""
+    """decides which documents --held-out takes, and which stand once more where a weight of a mix
+    has a fraction"""
     workers: int = flag(1, type=parse_positive, metavar="N")
     """processes that tokenize; the output is the same for any number"""
 
@@ -80,32 +75,29 @@ class PrepareOptions(Options):
         super().__post_init__()
         whole, segments = "--whole-documents", "--segment-length"
         needed = dict.fromkeys(("min_length", "max_length", "max_documents"), whole)
-        needed |= dict.fromkeys(("tail", "joined", "cut", "short_window"), segments)
+        needed |= dict.fromkeys(("tail", "joined", "short_window"), segments)
         mode = whole if self.whole_documents else segments
         refuse_idle(
             *(
                 (f"--{name.replace('_', '-')}", mode, getattr(self, name) is not None)
                 for name, wanted in needed.items() if wanted != mode
             ),
-            ("--upsample-long", "--mix", self.mix is not None and self.upsample_long is not None),
         )  # fmt: skip
+        if self.mix is not None and self.max_documents is not None:
+            raise LongRopeError(
+                "--max-documents would take the first documents of a --mix, which are all of its "
+                "first source; prepare one source by --input"
+            )
         if self.short_multiple is not None and self.short_window is None:
             raise LongRopeError("--short-multiple applies only with --short-window")
 
     def sources(self) -> Any:
-        """Return the sources of a mix, or the one of --input with its upsampling."""
+        """Return the sources of a mix, or the one of --input."""
         from megatron_longrope.data.mix import Source, load_mix
 
         if self.mix is not None:
             return load_mix(Path(self.mix))
-        if self.upsample_long is None:
-            return [Source("input", self.input)]
-        length, factor = self.upsample_long
-        try:
-            above, times = parse_length(length), float(factor)
-        except ValueError as error:
-            raise LongRopeError(f"--upsample-long: {error}") from None
-        return [Source("input", self.input, long_above=above, long_factor=times)]
+        return [Source("input", self.input)]
 
     def packing(self) -> Any:
         """Return how documents become the entries of the set."""
@@ -113,9 +105,7 @@ class PrepareOptions(Options):
 
         if self.whole_documents:
             return WholeDocuments(self.min_length or 1, self.max_length, self.max_documents)
-        return FixedSegments(
-            self.segment_length, self.tail or "drop", self.joined or 1, self.cut or "tokens"
-        )
+        return FixedSegments(self.segment_length, self.tail or "drop", self.joined or 1)
 
     def split(self) -> Any:
         """Return what goes to sets beside this one."""

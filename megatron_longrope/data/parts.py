@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,9 +24,6 @@ from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import atomic_file, hold
 
-if TYPE_CHECKING:
-    from megatron_longrope.data.sentences import Splitter
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -35,10 +31,6 @@ class Encoder:
 
     tokenizer: Tokenizer
     """Adds no special tokens."""
-    splitter: Splitter | None = None
-    """Where sentences end; None when nothing asks for it."""
-    splitter_sha256: str = ""
-    """Hash of what the splitter was trained on."""
 
     def store(self, documents: Sequence[Document], directory: Path) -> tuple[Path, bool]:
         """Tokenize documents, at least one, into a part, unless the directory has it already.
@@ -49,7 +41,8 @@ class Encoder:
         Raises:
             LongRopeError: A token id is not below the vocabulary size.
         """
-        name = hashlib.sha256(f"{self.tokenizer.sha256}:{self.splitter_sha256}:".encode())
+        # The colons as in release 0.2, whose parts an interrupted run then finds.
+        name = hashlib.sha256(f"{self.tokenizer.sha256}::".encode())
         digests = []
         for document in documents:
             digests.append(hashlib.sha256(document.text.encode()).digest())
@@ -58,12 +51,9 @@ class Encoder:
         if path.exists():
             return path, True
         encoded = [self._encode(document) for document in documents]
-        ends = [item[1] for item in encoded]
         arrays = {
-            "tokens": np.concatenate([item[0] for item in encoded]),
-            "lengths": np.array([len(item[0]) for item in encoded], dtype=np.int64),
-            "ends": np.concatenate(ends),
-            "end_counts": np.array([len(item) for item in ends], dtype=np.int64),
+            "tokens": np.concatenate(encoded),
+            "lengths": np.array([len(tokens) for tokens in encoded], dtype=np.int64),
             "digests": np.frombuffer(b"".join(digests), dtype=np.uint8),
         }
         with atomic_file(path) as file:
@@ -84,33 +74,20 @@ class Encoder:
                 f"{path} is damaged ({error}); remove the file and run the command again"
             ) from None
         tokens = np.split(arrays["tokens"].astype(np.int64), np.cumsum(arrays["lengths"])[:-1])
-        ends = np.split(arrays["ends"], np.cumsum(arrays["end_counts"])[:-1])
         digests = arrays["digests"].reshape(len(tokens), -1)
         for k, ids in enumerate(tokens):
-            known = None if self.splitter is None else ends[k]
-            yield TokenizedDocument(ids, known, digests[k].tobytes())
+            yield TokenizedDocument(ids, digests[k].tobytes())
 
-    def _encode(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, int32 [n], and the tokens at which sentences begin, int64 [m]."""
-        ends = np.zeros(0, dtype=np.int64)
-        if self.splitter is None:
-            tokens = np.asarray(self.tokenizer.encode(document.text), dtype=np.int64)
-        else:
-            from megatron_longrope.data.sentences import iterate_sentence_ends
-
-            ids, starts = self.tokenizer.encode_with_starts(document.text)
-            tokens = np.asarray(ids, dtype=np.int64)
-            places = list(iterate_sentence_ends(document.text, self.splitter))
-            # A token that reaches over the end belongs to the sentence in which it begins.
-            ends = np.unique(np.searchsorted(starts, places)).astype(np.int64)
-            ends = ends[(ends > 0) & (ends < len(tokens))]
+    def _encode(self, document: Document) -> np.ndarray:
+        """Token ids, int32 [n]."""
+        tokens = np.asarray(self.tokenizer.encode(document.text), dtype=np.int64)
         # A larger id would wrap around silently in a uint16 file.
         if len(tokens) and tokens.max() >= self.tokenizer.vocab_size:
             raise LongRopeError(
                 f"{document.id}: token id {tokens.max()} is not below the vocabulary size "
                 f"{self.tokenizer.vocab_size}; the tokenizer's files do not belong together"
             )
-        return tokens.astype(np.int32), ends
+        return tokens.astype(np.int32)
 
 
 @contextmanager

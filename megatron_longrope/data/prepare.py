@@ -12,12 +12,12 @@ from typing import Any
 from megatron_longrope.data.columns import source_size
 from megatron_longrope.data.counts import Counts
 from megatron_longrope.data.mix import Source
-from megatron_longrope.data.parts import parts_directory
+from megatron_longrope.data.parts import Encoder, parts_directory
 from megatron_longrope.data.segments import FixedSegments, Packing, WholeDocuments
 from megatron_longrope.data.sources import find_source_files
-from megatron_longrope.data.stream import DocumentStream, Split, make_encoder
+from megatron_longrope.data.stream import DocumentStream, Split
 from megatron_longrope.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_longrope.data.writer import SetWriter, output_paths, publish
+from megatron_longrope.data.writer import SetWriter, flush, output_paths, publish
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import check_folder, read_json, refuse_existing
 
@@ -81,7 +81,7 @@ def prepare(
         stream = DocumentStream(
             sources,
             files,
-            make_encoder(loaded, packing, sources, files, text_key, on_error),
+            Encoder(loaded),
             directory,
             split,
             sum(sizes.values()),
@@ -100,10 +100,14 @@ def prepare(
             for suffix, writer in writers.items()
         }
         refuse_existing([path for each in paths.values() for path in each], overwrite)
+        for files in staged.values():
+            flush(files)
         _remove_sample_indices(f"{output}{suffix}" for suffix in packings)
         # Sets beside the main one are published first: its manifest says that all are there.
         for suffix in reversed(paths):
             publish(staged[suffix], paths[suffix])
+        # Those that a training on the old set has built meanwhile.
+        _remove_sample_indices(f"{output}{suffix}" for suffix in packings)
     return manifests[""]
 
 
@@ -217,8 +221,8 @@ def _remove_sample_indices(prefixes: Iterable[str]) -> None:
     """Which tokens make a sample, as trainings on earlier sets of these names left them.
 
     Megatron finds them by the set's path, whatever is in it, and would cut the new tokens where
-    those of another set ended. They go before the new set is in place: a run that is cut off in
-    between costs a training that it builds them once more.
+    those of another set ended. They go before the new set is in place, so that none is left where
+    a run is cut off in between.
     """
     for prefix in prefixes:
         for folder in Path(prefix, "cache").glob("*_indices"):  # of a dataset class each

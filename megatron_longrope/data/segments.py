@@ -31,8 +31,6 @@ class TokenizedDocument:
 
     tokens: np.ndarray
     """int64 [n], without special tokens."""
-    ends: np.ndarray | None = None
-    """int64 [m], increasing: tokens at which a sentence begins that is not the first one."""
     digest: bytes = b""
     """Hash of the text."""
 
@@ -72,13 +70,6 @@ class FixedSegments(_Described):
     Consecutive means in the order of the corpus: where a document's segments are used up, those of
     the next one follow. Fewer than K at the end of the corpus are discarded.
     """
-    cut: str = "tokens"
-    """Where a document is cut. `tokens`: anywhere, pieces are full.
-
-    `sentences`: behind the last sentence end that leaves a piece at least half full, anywhere if
-    there is none; the rest of the piece's segment is filled with EOS and the next piece begins
-    with the next sentence. Tails that `pack` joins are still cut anywhere.
-    """
     mode: ClassVar[str] = "segments"
     needs_special_tokens: ClassVar[bool] = True
 
@@ -87,11 +78,6 @@ class FixedSegments(_Described):
             raise LongRopeError(
                 f"segment_length is {self.segment_length}; BOS, EOS and a token need at least 3"
             )
-
-    @property
-    def needs_sentences(self) -> bool:
-        """Whether documents must come with their sentence ends."""
-        return self.cut == "sentences"
 
     def arrange(
         self, documents: Iterable[TokenizedDocument], bos_id: int | None, eos_id: int
@@ -107,29 +93,17 @@ class FixedSegments(_Described):
         packer = _Packer(self.segment_length, bos_id, eos_id)
         room = self.segment_length - num_special(bos_id)
         for document in documents:
-            pieces, rest = self._cut(document, room)
-            for piece in pieces:
+            tokens = document.tokens
+            full = len(tokens) // room * room
+            for start in range(0, full, room):
+                piece = tokens[start : start + room]
                 yield _filled(piece, self.segment_length, bos_id, eos_id)
+            rest = tokens[full:]
             if self.tail == "pad" and len(rest):
                 yield _filled(rest, self.segment_length, bos_id, eos_id)
             elif self.tail == "pack":
                 yield from packer.add(rest)
         yield from packer.flush()
-
-    def _cut(self, document: TokenizedDocument, size: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The pieces, of `size` tokens, that have segments of their own, and the shorter tail."""
-        tokens = document.tokens
-        pieces, start = [], 0
-        while len(tokens) - start >= size:
-            stop = start + size
-            if self.needs_sentences and stop < len(tokens):
-                assert document.ends is not None, "sentence ends were not asked for"
-                last = int(np.searchsorted(document.ends, stop, side="right")) - 1
-                if last >= 0 and document.ends[last] >= start + max(1, size // 2):
-                    stop = int(document.ends[last])
-            pieces.append(tokens[start:stop])
-            start = stop
-        return pieces, tokens[start:]
 
 
 @dataclass(frozen=True)
@@ -148,7 +122,6 @@ class WholeDocuments(_Described):
     """Stop after this many kept documents; None keeps all."""
     mode: ClassVar[str] = "whole"
     needs_special_tokens: ClassVar[bool] = False
-    needs_sentences: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < self.min_length:
@@ -195,7 +168,6 @@ class ShortDocuments(_Described):
     """
     mode: ClassVar[str] = "short"
     needs_special_tokens: ClassVar[bool] = True
-    needs_sentences: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.multiple < 1 or self.window < 3 or self.window % self.multiple:

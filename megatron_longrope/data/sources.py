@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_longrope.data.columns import (
-    NO_COLUMN,
-    NO_TEXT,
+    Kind,
+    Row,
     is_dataset_folder,
     read_dataset_folder,
     read_parquet,
+    refuse_unreadable,
     source_size,
 )
 from megatron_longrope.errors import LongRopeError
@@ -25,11 +25,8 @@ SUFFIXES = (
     ".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet",
 )  # fmt: skip
 
-# Read as JSON lines where it is named itself; in directories such files are mostly something else.
-_NAMED_SUFFIXES = (*SUFFIXES, ".json")
-
-# What a reader yields: line or row, text, None or the reason why there is no text, bytes done.
-_Rows = Iterator[tuple[int, str, str | None, int]]
+# Bytes decompressed at once. Behind damage nothing of such a block can be read.
+_BLOCK = 16384
 
 
 @dataclass(frozen=True)
@@ -52,24 +49,16 @@ class SkippedDocument:
     """Line or row of the problem, counted from 1."""
     reason: str
     """What is wrong with it."""
+    kind: Kind = "damage"
+    """Whether the text is damaged, or another key or column would have to be named."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
 
     @property
-    def lacks_text(self) -> bool:
-        """Return whether another key or column would have to be named."""
-        return self.reason.startswith(NO_TEXT)
-
-    @property
-    def lacks_column(self) -> bool:
-        """Return whether it is a whole file or folder, of which nothing can be read."""
-        return self.reason.startswith(NO_COLUMN)
-
-    @property
     def remedy(self) -> str:
         """Return what helps."""
-        if self.lacks_text:
+        if self.kind != "damage":
             return (
                 "name the text with --text-key, or with text_key of the source in a mix, or leave "
                 "the file out"
@@ -92,32 +81,13 @@ def find_source_files(
         on_unread (Callable, optional): Receives every path that was passed over.
 
     Raises:
-        LongRopeError: A path does not exist, has another suffix, stands twice, or a directory holds
-            no source file.
+        LongRopeError: A path does not exist, has another suffix, stands twice or cannot be read, or
+            a directory holds no source file or a link to nothing.
     """
     files: list[Path] = []
     for path in map(Path, inputs):
-        if path.is_dir():
-            found = [path]
-            if not is_dataset_folder(path):
-                below = sorted(_walk(path, on_unread))
-                # What a link shows a second time is one source, under its first name.
-                found = sorted({item.resolve(): item for item in reversed(below)}.values())
-            if not found:
-                raise LongRopeError(
-                    f"directory {path} holds no {', '.join(SUFFIXES)} file and no saved dataset; "
-                    "give one that does"
-                )
-            files.extend(found)
-        elif not path.exists():
-            raise LongRopeError(f"input {path} does not exist; check the path")
-        elif not path.name.endswith(_NAMED_SUFFIXES):
-            raise LongRopeError(
-                f"input {path} is of an unknown kind; sources are {', '.join(_NAMED_SUFFIXES)} "
-                "files, folders saved by datasets, or directories of them"
-            )
-        else:
-            files.append(path)
+        with refuse_unreadable(path):
+            files += _expand(path, on_unread)
     if not files:
         raise LongRopeError("no input was given; name at least one file or directory")
     seen: set[Path] = set()
@@ -126,6 +96,34 @@ def find_source_files(
             raise LongRopeError(f"input {path} is given twice; name each file or directory once")
         seen.add(path.resolve())
     return files
+
+
+def _expand(path: Path, on_unread: Callable[[Path], object]) -> list[Path]:
+    """The source files that an input stands for."""
+    if path.is_dir():
+        if is_dataset_folder(path):
+            return [path]
+        below = sorted(_walk(path, on_unread))
+        if not below:
+            raise LongRopeError(
+                f"directory {path} holds no {', '.join(SUFFIXES)} file and no saved dataset; "
+                "give one that does"
+            )
+        # What a link shows a second time is one source, under its first name.
+        return sorted({item.resolve(): item for item in reversed(below)}.values())
+    if not path.exists():
+        raise LongRopeError(f"input {path} does not exist; check the path")
+    # In directories .json files are mostly something else than lines of JSON.
+    if not _ends(path, *SUFFIXES, ".json"):
+        raise LongRopeError(
+            f"input {path} is of an unknown kind; sources are {', '.join(SUFFIXES)}, .json "
+            "files, folders saved by datasets, or directories of them"
+        )
+    return [path]
+
+
+def _ends(path: Path, *suffixes: str) -> bool:
+    return path.name.lower().endswith(suffixes)
 
 
 def iterate_documents(
@@ -150,27 +148,27 @@ def iterate_documents(
 
     for path in map(Path, files):
         done = 0
-        for line, text, reason, position in _rows(path, text_key):
+        for row in _rows(path, text_key):
             if on_bytes is not None:
-                on_bytes(position - done)
-                done = position
-            if reason is None:
-                yield Document(str(path) if path.name.endswith(".txt") else f"{path}:{line}", text)
+                on_bytes(row.done - done)
+                done = row.done
+            if row.reason is None:
+                yield Document(
+                    str(path) if _ends(path, ".txt") else f"{path}:{row.number}", row.text
+                )
                 continue
-            skipped = SkippedDocument(str(path), line, reason)
+            skipped = SkippedDocument(str(path), row.number, row.reason, row.kind)
             if on_skip is not None:
                 on_skip(skipped)
-            if on_skip is None or skipped.lacks_column:
+            if on_skip is None or skipped.kind == "no column":
                 raise LongRopeError(f"{skipped}; {skipped.remedy}")
         if on_bytes is not None:
             on_bytes(source_size(path) - done)
 
 
-def _rows(path: Path, text_key: str) -> _Rows:
-    try:
+def _rows(path: Path, text_key: str) -> Iterator[Row]:
+    with refuse_unreadable(path):
         yield from _reader(path)(path, text_key)
-    except OSError as error:
-        raise LongRopeError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _walk(
@@ -185,7 +183,12 @@ def _walk(
     for item in directory.iterdir():
         if item.name.startswith("."):
             on_unread(item)
-        elif is_dataset_folder(item) or (item.is_file() and item.name.endswith(SUFFIXES)):
+        elif not item.exists():  # a download that was not finished, a disk that is not mounted
+            raise LongRopeError(
+                f"{item} is a link to {item.readlink()}, where nothing is; bring that back, or "
+                "remove the link"
+            )
+        elif is_dataset_folder(item) or (item.is_file() and _ends(item, *SUFFIXES)):
             yield item
         elif not item.is_dir():
             on_unread(item)
@@ -193,30 +196,30 @@ def _walk(
             yield from _walk(item, on_unread, above)
 
 
-def _reader(path: Path) -> Callable[[Path, str], _Rows]:
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Row]]:
     if path.is_dir():
         return read_dataset_folder
-    if path.name.endswith(".parquet"):
+    if _ends(path, ".parquet"):
         return read_parquet
-    return _read_text if path.name.endswith(".txt") else _read_json_lines
+    return _read_text if _ends(path, ".txt") else _read_json_lines
 
 
-def _read_text(path: Path, text_key: str) -> _Rows:
+def _read_text(path: Path, text_key: str) -> Iterator[Row]:
     """The one document of a text file, or the reason why there is none."""
     data = path.read_bytes()
     try:
         # Decoding bytes, unlike text mode, keeps \r\n; a byte order mark is not part of the text.
-        yield 1, data.decode("utf-8").removeprefix("\ufeff"), None, len(data)
+        yield Row(1, data.decode("utf-8").removeprefix("\ufeff"), len(data))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        yield line, "", f"byte 0x{data[error.start]:02x} is not valid UTF-8", len(data)
+        yield Row(line, "", len(data), f"byte 0x{data[error.start]:02x} is not valid UTF-8")
 
 
-def _read_json_lines(path: Path, text_key: str) -> _Rows:
+def _read_json_lines(path: Path, text_key: str) -> Iterator[Row]:
     """Lines with a document or with the reason why there is none."""
-    damage, kind = _decompression_errors(path)
+    damage, compression = _decompression_errors(path)
     with path.open("rb") as raw:
-        lines = iter(_decompressed(path, raw))
+        lines = _decompressed(path, raw)
         number = 0
         while True:
             number += 1
@@ -224,32 +227,57 @@ def _read_json_lines(path: Path, text_key: str) -> _Rows:
                 line = next(lines, None)
             except damage as error:
                 # Nothing behind the damage can be decompressed.
-                reason = f"the {kind} data is damaged from here on ({error})"
-                yield number, "", reason, raw.tell()
+                reason = f"the {compression} data is damaged from here on ({error})"
+                yield Row(number, "", raw.tell(), reason)
                 return
             if line is None:
                 return
             if not line.strip():
                 continue
-            try:
-                yield number, _parse_line(line, text_key), None, raw.tell()
-            except ValueError as error:
-                yield number, "", str(error), raw.tell()
+            text, reason, kind = _parse_line(line, text_key)
+            yield Row(number, text, raw.tell(), reason, kind)
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    if path.name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw)
-    if path.name.endswith(".zst"):
-        # A file may be several frames, one behind the other, as parallel compressors write them.
-        reader = _zstandard(path).ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(reader)
-    return raw
+def _decompressed(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file."""
+    if _ends(path, ".gz"):
+        return iter(gzip.GzipFile(fileobj=raw))
+    return _lines(_frames(path, raw)) if _ends(path, ".zst") else iter(raw)
+
+
+def _frames(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    """What the frames of a zstd file hold, piece by piece; parallel compressors write several.
+
+    zstandard's own stream_reader takes a file that ends within a frame for a complete one.
+    """
+    # Long windows, as of `zstd --long=31`; without this 128 MB are the most.
+    decompressor = _zstandard(path).ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    while block := raw.read(_BLOCK):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(block)
+            block = b""
+            if frame.eof:
+                block, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError("the file ended before the end of a frame")
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    begun: list[bytes] = []
+    for piece in pieces:
+        *ends, rest = piece.split(b"\n")
+        for end in ends:
+            yield b"".join([*begun, end])
+            begun = []
+        begun.append(rest)
+    yield b"".join(begun)
 
 
 def _decompression_errors(path: Path) -> tuple[tuple[type[Exception], ...], str]:
     """What reading a damaged file of this kind raises, and the name of the kind."""
-    if path.name.endswith(".zst"):
+    if _ends(path, ".zst"):
         return (EOFError, _zstandard(path).ZstdError), "zstd"
     return (EOFError, gzip.BadGzipFile, zlib.error), "gzip"
 
@@ -265,24 +293,27 @@ def _zstandard(path: Path) -> Any:
     return zstandard
 
 
-def _parse_line(line: bytes, text_key: str) -> str:
+def _parse_line(line: bytes, text_key: str) -> tuple[str, str | None, Kind]:
+    """The text of a line of JSON, or the reason why there is none, and its kind."""
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise LongRopeError(f"byte 0x{line[error.start]:02x} is not valid UTF-8") from None
+        return "", f"byte 0x{line[error.start]:02x} is not valid UTF-8", "damage"
     except json.JSONDecodeError as error:
-        raise LongRopeError(f"not valid JSON at column {error.colno}: {error.msg}") from None
+        return "", f"not valid JSON at column {error.colno}: {error.msg}", "damage"
+    except ValueError as error:  # a number of thousands of digits
+        return "", f"not valid JSON: {error}", "damage"
     except RecursionError:
-        raise LongRopeError("the JSON is nested too deeply") from None
+        return "", "the JSON is nested too deeply", "damage"
     if not isinstance(value, dict):
-        raise LongRopeError(f"expected a JSON object on each line, got {type(value).__name__}")
+        return "", f"expected a JSON object on each line, got {type(value).__name__}", "damage"
     if text_key not in value:
-        raise LongRopeError(f"{NO_TEXT} key {text_key!r} (keys: {sorted(value)[:8]})")
+        return "", f"there is no key {text_key!r} (keys: {sorted(value)[:8]})", "no key"
     text = value[text_key]
     if not isinstance(text, str):
-        raise LongRopeError(f"{text_key!r} holds {type(text).__name__}, not a string")
+        return "", f"{text_key!r} holds {type(text).__name__}, not a string", "damage"
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # JSON can spell half a surrogate pair, no tokenizer can read it
-        raise LongRopeError(f"{text_key!r} holds an unpaired surrogate") from None
-    return text
+        return "", f"{text_key!r} holds an unpaired surrogate", "damage"
+    return text, None, "damage"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,14 +12,9 @@ from megatron_longrope.data.counts import Counts
 from megatron_longrope.data.mix import Source, draw
 from megatron_longrope.data.parts import Encoder
 from megatron_longrope.data.segments import Packing, ShortDocuments, TokenizedDocument
-from megatron_longrope.data.sources import iterate_documents
 from megatron_longrope.data.tokenization import read_batches, store_batches
-from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.data.writer import SetWriter
 from megatron_longrope.errors import LongRopeError
-
-# Sentence ends are learned from this many characters at the beginning of each source.
-_PUNKT_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -156,44 +150,3 @@ class DocumentStream:
                 self._progress(read, read)
         if not begun:
             self._progress(read, total)
-
-
-def make_encoder(
-    tokenizer: Tokenizer,
-    packing: Packing,
-    sources: Sequence[Source],
-    files: Sequence[Sequence[Path]],
-    text_key: str,
-    on_error: str,
-) -> Encoder:
-    """An encoder; with a sentence splitter, trained on the beginning of every source, if needed.
-
-    Args:
-        tokenizer (Tokenizer): Of the set.
-        packing (Packing): Says whether sentence ends are needed.
-        sources (Sequence[Source]): The mix.
-        files (Sequence[Sequence[Path]]): Of each source.
-        text_key (str): Key or column of the text of those that name none.
-        on_error (str): `fail` or `skip`.
-
-    Raises:
-        LongRopeError: A document at the beginning cannot be read, or there is no text.
-    """
-    if not packing.needs_sentences:
-        return Encoder(tokenizer)
-    from megatron_longrope.data.sentences import train_splitter
-
-    texts: list[str] = []
-    for source, group in zip(sources, files, strict=True):
-        left = _PUNKT_CHARACTERS
-        skip = (lambda _: None) if on_error == "skip" else None
-        for document in iterate_documents(group, source.text_key or text_key, on_skip=skip):
-            texts.append(document.text[:left])
-            left -= len(texts[-1])
-            if not left:
-                break
-    read = len(texts) * _PUNKT_CHARACTERS  # all of them
-    # Parts that another splitter cut are not gone on with: its hash knows how much it learned from.
-    digest = hashlib.sha256("\0".join([str(read), *texts]).encode()).hexdigest()
-    splitter = train_splitter(texts, read)
-    return Encoder(tokenizer, splitter, digest)

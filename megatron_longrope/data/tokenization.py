@@ -134,16 +134,17 @@ def store_batches(
                 batch.documents = []
             yield batch
         return
-    settings = (encoder.tokenizer.path, encoder.splitter, encoder.splitter_sha256)
     # Forking this process would copy whatever threads torch and tokenizers have started, halfway
     # through. A fresh one imports once what costs each of them seconds, and all are forked from it.
     context = get_context("forkserver")
     auto = "transformers.models.auto.tokenization_auto"  # which `transformers` imports when asked
     library = [auto] if Path(encoder.tokenizer.path).is_dir() else []
-    library += ["nltk.tokenize.punkt"] if encoder.splitter else []
     context.set_forkserver_preload([__name__, *library])
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=settings
+        workers,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(encoder.tokenizer.path,),
     )
     waiting: deque[tuple[Batch, Future[tuple[Path, bool]] | None]] = deque()
     try:
@@ -171,7 +172,7 @@ def _refuse_empty(source: Source, skips: Skips) -> None:
     if not skips.count:
         raise LongRopeError(f"{what} holds no document; leave it out or give other files")
     first = skips.listed[0]
-    remedy = first.remedy if first.lacks_text else "repair the input"
+    remedy = first.remedy if first.kind != "damage" else "repair the input"
     raise LongRopeError(
         f"{what}: none of {skips.count} documents can be read, such as {first}; {remedy}"
     )
@@ -183,9 +184,9 @@ def _finished(batch: Batch, job: Future[tuple[Path, bool]] | None) -> Batch:
     return batch
 
 
-def _start_worker(tokenizer: str, splitter: object, splitter_sha256: str) -> None:
+def _start_worker(tokenizer: str) -> None:
     global _worker_encoder
-    _worker_encoder = Encoder(load_tokenizer(tokenizer), splitter, splitter_sha256)  # type: ignore[arg-type]
+    _worker_encoder = Encoder(load_tokenizer(tokenizer))
     # A worker whose parent was killed would wait for work for ever.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -66,15 +66,19 @@ def output_paths(prefix: str | Path) -> list[Path]:
     return [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
 
 
+def flush(staged: Iterable[Path]) -> None:
+    """Write files to the disk that may still be on their way; of a large set it takes minutes."""
+    for path in staged:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def publish(staged: Sequence[Path], paths: Sequence[Path]) -> None:
-    """Give the staged files of a complete set, in the same file system, their names.
+    """Give the staged files of a complete set, flushed and in the same file system, their names.
 
     The manifest comes last and marks the set as complete: an old one is removed before the first
     file is renamed, so that it never describes new data.
     """
-    for path in staged:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
     paths[-1].unlink(missing_ok=True)
     for source, target in zip(staged, paths, strict=True):
         os.replace(source, target)

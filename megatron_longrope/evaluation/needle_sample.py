@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_longrope.data.answers import hide
+from megatron_longrope.data.needle_prompt import make_needle_prompt
 from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.needle_text import (
@@ -95,7 +95,7 @@ def make_sample(
     rng = np.random.default_rng([seed, trial, length, TASKS.index(task), 1 + round(depth * 2**31)])
     keys, values = draw_keys(count, rng)
     needles = [needle_text(*pair) for pair in zip(keys, values, strict=True)]
-    hidden = hide(
+    prompt = make_needle_prompt(
         document,
         "the document",
         tokenizer,
@@ -107,17 +107,17 @@ def make_sample(
         question=question_text(keys[:asked]),
         values=values[:asked],
     )
-    for needle, at in zip(needles, hidden.needles, strict=True):
+    for needle, at in zip(needles, prompt.needles, strict=True):
         first = max(at.start - _BESIDE, len(bos_prefix(bos_id)))
-        _check_readable(tokenizer, needle.strip(), hidden.ids[first : at.stop + _BESIDE])
+        _check_readable(tokenizer, needle.strip(), prompt.ids[first : at.stop + _BESIDE])
     return NeedleSample(
-        tokens=torch.tensor([hidden.ids]),
-        num_answer_tokens=hidden.num_answer_tokens,
-        spans=hidden.spans,
+        tokens=torch.tensor([prompt.ids]),
+        num_answer_tokens=prompt.num_answer_tokens,
+        spans=prompt.spans,
         keys=keys,
         values=values,
-        positions=tuple(at.start for at in hidden.needles),
-        depths=hidden.depths,
+        positions=tuple(at.start for at in prompt.needles),
+        depths=prompt.depths,
     )
 
 

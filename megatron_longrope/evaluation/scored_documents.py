@@ -126,7 +126,7 @@ def read_texts(
     """
 
     def refuse(skipped: SkippedDocument) -> None:
-        remedy = without_text if skipped.lacks_text else "repair the file or take it out"
+        remedy = without_text if skipped.kind != "damage" else "repair the file or take it out"
         raise LongRopeError(f"{skipped}; {remedy}")
 
     return iterate_documents(find_source_files([data]), text_key, on_skip=refuse)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_longrope.config_rules import check_int
-from megatron_longrope.data.answers import hide
+from megatron_longrope.data.needle_prompt import make_needle_prompt
 from megatron_longrope.data.tokenizer import Tokenizer
 from megatron_longrope.errors import LongRopeError
 
@@ -107,7 +107,7 @@ def needle_samples(
     positions = []
     for row, number in enumerate(numbers.tolist()):
         which = row % len(documents)
-        hidden = hide(
+        prompt = make_needle_prompt(
             documents[which],
             f"document {which}",
             tokenizer,
@@ -119,10 +119,10 @@ def needle_samples(
             question=_QUESTION,
             values=[number],
         )
-        (needle,), (answer,) = hidden.needles, hidden.spans
-        tokens[row] = torch.tensor(hidden.ids)
+        (needle,), (answer,) = prompt.needles, prompt.spans
+        tokens[row] = torch.tensor(prompt.ids)
         scored[row, answer.start - answer.stop :] = True
-        of_text[row, hidden.text.start - 1 : hidden.text.stop - 1] = True
+        of_text[row, prompt.text.start - 1 : prompt.text.stop - 1] = True
         of_text[row, needle.start - 1 : needle.stop - 1] = False
         positions.append(needle.start)
     used = tuple(float(depths[row % len(depths)]) for row in range(count))

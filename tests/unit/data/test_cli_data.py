@@ -5,7 +5,6 @@ import re
 import pytest
 
 from megatron_longrope.cli import data
-from megatron_longrope.data.documents import read_documents
 from megatron_longrope.errors import LongRopeError
 
 
@@ -25,6 +24,10 @@ def test_prepare_and_inspect_work_in_sequence(corpus, model_path, tmp_path, caps
     output = capsys.readouterr().out
     assert "check: all entries match the manifest" in output
     assert re.search(r"1k to 2k +\d+ #+", output)
+    path = tmp_path / "set.json"  # as the release before wrote it
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cut": "sentences"}))
+    assert longrope("inspect", prefix) == 0
+    assert "(tails: pack, cut at sentence ends)" in capsys.readouterr().out
 
 
 def test_whole_documents_flags_reach_the_set(corpus, model_path, tmp_path, capsys):
@@ -32,7 +35,7 @@ def test_whole_documents_flags_reach_the_set(corpus, model_path, tmp_path, capsy
     prepare = ("prepare", "--input", corpus, "--tokenizer", model_path, "--output", prefix)
     whole = ("--whole-documents", "--min-length", "100", "--max-length", "200")
     assert longrope(*prepare, *whole, "--max-documents", "2") == 0
-    expected = "2 whole documents of at least 100 tokens, truncated to 200"
+    expected = "2 whole documents of at least 100 tokens, truncated to 200, the first 2 at most"
     assert expected in capsys.readouterr().out
     assert longrope("inspect", prefix) == 0
 
@@ -68,7 +71,7 @@ def test_a_mix_with_sets_beside_it_is_prepared_and_inspected(corpus, model_path,
     sources = {"a": {"paths": ["corpus.jsonl"]}, "b": {"paths": ["other.jsonl"], "weight": 2}}
     mix.write_text(json.dumps(sources))
     prepare = ("prepare", "--mix", mix, "--tokenizer", model_path, "--output", prefix)
-    more = ("--tail", "pack", "--joined", "2", "--cut", "sentences", "--held-out", "0.2")
+    more = ("--tail", "pack", "--joined", "2", "--held-out", "0.2")
     assert longrope(*prepare, "--segment-length", "128", *more, "--short-window", "64") == 0
     output = capsys.readouterr().out
     assert "entries of 256 tokens, each 2 consecutive segments of 128 tokens" in output
@@ -82,23 +85,15 @@ def test_a_mix_with_sets_beside_it_is_prepared_and_inspected(corpus, model_path,
     assert "documents of b by length (tokens)" in output
 
 
-def test_long_documents_of_plain_input_are_repeated(corpus, model_path, tmp_path, capsys):
-    prepare = ("prepare", "--input", corpus, "--tokenizer", model_path)
-    flags = ("--whole-documents", "--upsample-long", "1k", "3")
-    assert longrope(*prepare, "--output", tmp_path / "set", *flags) == 0
-    lengths = [len(item) for item in read_documents(tmp_path / "set")]
-    longest = {length for length in lengths if length > 1024}
-    assert len(longest) == 2 and len(lengths) == 12 + 2 * len(longest)
-    assert "12 documents" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--whole-documents", "--cut", "tokens"), "--cut has no meaning with --whole-documents"),
         (("--segment-length", "4k", "--short-multiple", "8"), "only with --short-window"),
         (("--segment-length", "4k", "--mix", "m.json"), "not allowed with argument --input"),
-        (("--whole-documents", "--upsample-long", "4x", "2"), "--upsample-long: length '4x'"),
+        (
+            ("--mix", "m.json", "--whole-documents", "--max-documents", "2"),
+            "--max-documents would take the first documents of a --mix",
+        ),
         ((), "one of the arguments --segment-length --whole-documents is required"),
         (("--segment-length", "4x"), "length '4x' is not a positive integer"),
         (("--segment-length", "4k", "--whole-documents"), "not allowed with"),
@@ -108,6 +103,7 @@ def test_long_documents_of_plain_input_are_repeated(corpus, model_path, tmp_path
     ],
 )
 def test_bad_usage_is_refused_with_a_reason(flags, message, capsys):
+    inputs = () if "--mix" in flags[:1] else ("--input", "a")
     with pytest.raises((SystemExit, LongRopeError)) as stopped:
-        longrope("prepare", "--input", "a", "--tokenizer", "b", "--output", "c", *flags)
+        longrope("prepare", *inputs, "--tokenizer", "b", "--output", "c", *flags)
     assert message in capsys.readouterr().err + str(stopped.value)

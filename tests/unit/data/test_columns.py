@@ -1,12 +1,15 @@
 """Compressed lines, parquet files and saved datasets hold the same documents as plain lines."""
 
+import errno
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 
 from megatron_longrope.data import columns
 from megatron_longrope.data.sources import find_source_files, iterate_documents
+from megatron_longrope.errors import LongRopeError
 
 TEXTS = [f"document {k}\n" * (k % 5) for k in range(200)]
 
@@ -69,6 +72,31 @@ def test_zstd_lines_are_read_across_frames(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "rest", [lambda frame: frame[:20], lambda frame: frame[:-1], lambda _: b"\0" * 99]
+)
+def test_zstd_lines_end_at_damage_or_a_missing_end_and_all_before_it_are_read(tmp_path, rest):
+    compress = pytest.importorskip("zstandard").ZstdCompressor().compress
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compress(b"".join(lines[:80])) + rest(compress(b"".join(lines[80:]))))
+    with pytest.raises(ValueError, match=r"zst:\d+: the zstd data is damaged from here on"):
+        read(path)
+    skipped = []
+    documents = read(path, on_skip=skipped.append)
+    assert documents == EXPECTED[: len(documents)] and len(documents) >= 80
+    assert [item.line for item in skipped] == [len(documents) + 1]
+
+
+def test_zstd_lines_of_a_window_over_128_mb_are_read(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)
+    path = tmp_path / "a.jsonl.zst"
+    with zstandard.open(path, "wb", zstandard.ZstdCompressor(compression_params=parameters)) as out:
+        out.write("".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode())
+    assert read(path) == EXPECTED
+
+
+@pytest.mark.parametrize(
     ("module", "name"),
     [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet"), ("datasets", "saved")],
 )
@@ -98,7 +126,7 @@ def test_rows_without_text_are_named_or_skipped(tmp_path, write):
             read(path, text_key="body", on_skip=on_skip)
 
 
-def test_damage_stops_the_parquet_file_but_not_the_run(tmp_path):
+def test_damage_stops_the_parquet_file_but_not_the_run(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 and nothing more")
     (tmp_path / "b.txt").write_text("last")
@@ -107,6 +135,12 @@ def test_damage_stops_the_parquet_file_but_not_the_run(tmp_path):
     skipped = []
     assert [text for _, text in read(tmp_path, on_skip=skipped.append)] == ["last"]
     assert len(skipped) == 1
+    arrow = pytest.importorskip("pyarrow")
+    for error in (OSError(errno.EIO, "Input/output error"), arrow.ArrowNotImplementedError("new")):
+        monkeypatch.setattr(arrow.parquet, "ParquetFile", Mock(side_effect=error))
+        match = "cannot be read: Input/output" if error.args[0] == errno.EIO else "is damaged .*new"
+        with pytest.raises(LongRopeError, match=match):
+            read(path)
     (tmp_path / "saved").mkdir()
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / "saved" / name).write_text("{}")

@@ -79,7 +79,7 @@ def test_every_source_has_its_own_text_key(two_sources, model_path):
     code = two_sources / "code.jsonl"
     code.write_text(code.read_text().replace('"text"', '"content"'))
     mix = {"books": {"paths": ["books.jsonl"]}, "code": {"paths": ["code.jsonl"]}}
-    path, packing = two_sources / "mix.json", FixedSegments(64, "pack", cut="sentences")
+    path, packing = two_sources / "mix.json", FixedSegments(64, "pack")
 
     def made(on_error="skip"):
         path.write_text(json.dumps(mix))

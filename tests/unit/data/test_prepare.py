@@ -167,7 +167,7 @@ def test_existing_output_is_refused_until_overwrite(corpus, model_path, prefix):
 
 
 def test_a_training_on_a_new_set_of_an_old_name_reads_the_new_samples(
-    corpus, model_path, prefix, tmp_path
+    corpus, model_path, prefix, tmp_path, monkeypatch
 ):
     tokenizer = load_tokenizer(model_path)
 
@@ -175,10 +175,18 @@ def test_a_training_on_a_new_set_of_an_old_name_reads_the_new_samples(
         dataset = gpt_dataset(set_prefix, tokenizer, 32, 20, None)
         return [dataset[i]["tokens"].tolist() for i in range(20)]
 
+    publish = prepare_module.publish
+
+    def meanwhile(*args):  # another training on the old set begins
+        samples(prefix)
+        publish(*args)
+
     prepare([corpus], prefix, model_path, FixedSegments(S))
     samples(prefix)
     (prefix / "cache/texts").mkdir()  # somebody else's
+    monkeypatch.setattr(prepare_module, "publish", meanwhile)
     prepare([corpus], prefix, model_path, WholeDocuments(), overwrite=True)
+    monkeypatch.undo()
     prepare([corpus], tmp_path / "fresh", model_path, WholeDocuments())
     assert samples(prefix) == samples(tmp_path / "fresh")
     assert (prefix / "cache/texts").exists()

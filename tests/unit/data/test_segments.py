@@ -122,32 +122,6 @@ def test_joined_entries_are_the_segments_in_groups(lengths, length, tail, joined
     assert [list(part) for part in parts] == [list(segment) for segment in segments[:full]]
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(3, 17))
-def test_pieces_cut_at_sentences_end_where_a_sentence_does_if_one_fits(sentences, length):
-    (tokens,) = numbered([sum(sentences)])
-    ends = np.cumsum(sentences)[:-1]
-    packing = FixedSegments(length, "pad", cut="sentences")
-    segments = list(packing.arrange([TokenizedDocument(tokens, ends)], BOS, EOS))
-    pieces = [segment[segment > EOS] for segment in segments]
-    assert list(np.concatenate(pieces)) == list(tokens)
-    assert {len(segment) for segment in segments} == {length}
-    size, stop = length - 2, 0
-    for piece in pieces[:-1]:
-        start, stop = stop, stop + len(piece)
-        within = [end for end in ends if start + max(1, size // 2) <= end <= start + size]
-        assert stop == (within[-1] if within else start + size)
-
-
-def test_a_piece_cut_at_a_sentence_by_hand():
-    document = TokenizedDocument(np.arange(11, 21), np.array([1, 3, 8]))
-    packing = FixedSegments(7, "pad", cut="sentences")
-    assert [list(segment) for segment in packing.arrange([document], BOS, EOS)] == [
-        [1, 11, 12, 13, 2, 2, 2],
-        [1, 14, 15, 16, 17, 18, 2],
-        [1, 19, 20, 2, 2, 2, 2],
-    ]
-
-
 def test_short_documents_stand_alone_filled_to_the_multiple_and_long_ones_are_left_out():
     packing = ShortDocuments(window=8, multiple=4)
     documents = numbered([2, 3, 0, 6, 7])

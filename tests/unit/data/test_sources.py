@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_longrope.data.columns import source_size
 from megatron_longrope.data.sources import find_source_files, iterate_documents
 from megatron_longrope.errors import LongRopeError
 
@@ -29,11 +30,12 @@ def test_json_lines_plain_and_compressed_are_the_same_documents(tmp_path):
 
 
 def test_directories_are_read_recursively_in_sorted_order(tmp_path):
-    for name in ("b/2.txt", "b/1.jsonl", "a.txt", "c.md", "b/a/x.jsonl.gz"):
+    for name in ("b/2.TXT", "b/1.jsonl", "a.txt", "c.md", "b/a/x.jsonl.gz"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     names = [path.relative_to(tmp_path).as_posix() for path in find_source_files([tmp_path])]
-    assert names == ["a.txt", "b/1.jsonl", "b/2.txt", "b/a/x.jsonl.gz"]
+    assert names == ["a.txt", "b/1.jsonl", "b/2.TXT", "b/a/x.jsonl.gz"]
+    assert read(tmp_path / "b/2.TXT") == [(str(tmp_path / "b/2.TXT"), "")]
 
 
 def test_hidden_files_and_folders_are_passed_over_unless_they_are_given_themselves(tmp_path):
@@ -65,6 +67,22 @@ def test_linked_folders_are_read_and_a_link_back_up_ends_nothing(tmp_path):
     assert find_source_files([tmp_path / "here"]) == found
     (tmp_path / "here" / "a").symlink_to(tmp_path / "far")
     assert [path.name for path in find_source_files([tmp_path / "here"])] == ["b.txt", "a.txt"]
+
+
+def test_a_link_to_nothing_and_a_closed_folder_are_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("")
+    (tmp_path / "b.txt").symlink_to("gone/blob")
+    with pytest.raises(LongRopeError, match=r"b\.txt is a link to gone/blob, where nothing is"):
+        find_source_files([tmp_path])
+    (tmp_path / "b.txt").unlink()
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path / "closed"))
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", denied)
+    for scan in (lambda: find_source_files([tmp_path]), lambda: source_size(tmp_path)):
+        with pytest.raises(LongRopeError, match="closed cannot be read: Permission denied"):
+            scan()
 
 
 def test_a_json_file_is_read_as_json_lines_where_it_is_named(tmp_path):
@@ -109,6 +127,7 @@ BROKEN = [
     (b'{"text": "\xff"}', "byte 0xff is not valid UTF-8"),
     (b'{"text": "\\ud800"}', "unpaired surrogate"),
     (b"[" * 100_000, "nested too deeply"),
+    (b"1" * 5000, "not valid JSON: Exceeds the limit"),
 ]
 
 
@@ -128,7 +147,7 @@ def test_skipping_reports_every_broken_line_and_keeps_the_rest(tmp_path):
     skipped = []
     documents = read(path, on_skip=skipped.append)
     assert len(documents) == len(BROKEN) + 1
-    assert [item.line for item in skipped] == [2, 4, 6, 8, 10, 12, 14]
+    assert [item.line for item in skipped] == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
 def test_broken_text_file_is_named_with_the_line_of_the_byte(tmp_path):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from fake_slurm import wait_until
@@ -18,9 +17,7 @@ from megatron_longrope.data.segments import FixedSegments, ShortDocuments, Whole
 from megatron_longrope.data.stream import Split
 
 SPLIT = Split(held_out=0.1, short=ShortDocuments(64, 8), seed=5)
-RECIPE = FixedSegments(256, "pack", joined=2, cut="sentences")
-# For several processes, each of which would import nltk: seconds.
-PLAIN = replace(RECIPE, cut="tokens")
+RECIPE = FixedSegments(256, "pack", joined=2)
 
 
 @pytest.fixture
@@ -39,9 +36,9 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(tokenization, "_CHARACTERS", 6000)
 
 
-def run(corpus, model_path, prefix, recipe=RECIPE, **options):
+def run(corpus, model_path, prefix, **options):
     options = {"split": SPLIT, "on_error": "skip"} | options
-    prepare([corpus], prefix, model_path, recipe, **options)
+    prepare([corpus], prefix, model_path, RECIPE, **options)
     return sets(prefix)
 
 
@@ -163,7 +160,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_is_taken_up_again(corpus, model_path, tmp_path):
-    expected = run(corpus, model_path, tmp_path / "whole", PLAIN)
+    expected = run(corpus, model_path, tmp_path / "whole")
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     prefix = tmp_path / "out" / "set"
@@ -175,7 +172,7 @@ def test_a_killed_run_leaves_no_process_and_is_taken_up_again(corpus, model_path
     process.wait()
     wait_until(lambda: not group_alive(process.pid), 600)
     assert sets(prefix) == {}
-    assert run(corpus, model_path, prefix, PLAIN, workers=2) == expected
+    assert run(corpus, model_path, prefix, workers=2) == expected
     assert {path.name[0] for path in prefix.parent.iterdir()} == {"s"}
 
 

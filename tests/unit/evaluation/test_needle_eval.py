@@ -18,7 +18,7 @@ from toy_tokenizers import (
     train_byte_level,
 )
 
-from megatron_longrope.data.answers import encode_within
+from megatron_longrope.data.needle_prompt import encode_within
 from megatron_longrope.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_longrope.evaluation.needle_sample import TASKS, make_sample, score
 from megatron_longrope.evaluation.needle_text import INSTRUCTION, needle_text, question_text

@@ -15,7 +15,7 @@ _SEARCHED = 64
 
 
 @dataclass(frozen=True)
-class Hidden:
+class NeedlePrompt:
     """A document with needles in it, and the question about them, as tokens."""
 
     ids: list[int]
@@ -32,7 +32,7 @@ class Hidden:
     """For each number asked for, its tokens among the answer's."""
 
 
-def hide(
+def make_needle_prompt(
     document: np.ndarray,
     what: str,
     tokenizer: Tokenizer,
@@ -44,7 +44,7 @@ def hide(
     depths: Sequence[float],
     question: str,
     values: Sequence[int],
-) -> Hidden:
+) -> NeedlePrompt:
     """Put needles into as much of a document as fits, and ask for numbers that they hold.
 
     A needle stands where a line (failing that, a sentence) of the document ends within 64 tokens
@@ -80,7 +80,7 @@ def hide(
         found[j], done = slice(len(ids), len(ids) + len(own[j])), places[j]
         ids += own[j]
     ids += text[done:]
-    return Hidden(
+    return NeedlePrompt(
         ids=[*ids, *asked, *answer],
         text=slice(len(before), len(ids)),
         needles=tuple(found),
