@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,7 +144,7 @@ def write_hf_folder(
         max_position_embeddings=hf_config["max_position_embeddings"],
         verification=verification,
         dropped_start_tokens=factors.dropped,
-        remarks=() if factors.rope is None else factors.rope.remarks,
+        remarks=factors.remarks,
         tokenizer=included,
     )
 
@@ -160,6 +161,8 @@ class _Factors:
     """How transformers is told."""
     dropped: tuple[DroppedStartTokens, ...] = ()
     """Sets that lost their start tokens."""
+    remarks: tuple[str, ...] = ()
+    """Sentences about them."""
 
     @classmethod
     def of(
@@ -178,15 +181,55 @@ class _Factors:
             return cls(None)
         check_fits(config, checkpoint.shape, checkpoint.longrope)
         warn_of_window(config, "the longrope configuration", checkpoint)
+        remarks = _remark_on_tuning(config, checkpoint.longrope, lengths[1] or config.max_length)
         dropped: tuple[DroppedStartTokens, ...] = ()
         if without_start_tokens:
             config, dropped = drop_start_tokens(config, *lengths)
-        return cls(config, lengths, export_rope(config, family, *lengths), dropped)
+        rope = export_rope(config, family, *lengths)
+        return cls(config, lengths, rope, dropped, (*remarks, *rope.remarks))
 
     @property
     def window(self) -> int | None:
         """Longest window, in tokens; None for plain RoPE."""
         return self.config and (self.lengths[1] or self.config.max_length)
+
+
+def _remark_on_tuning(
+    config: LongRopeConfig, tuned: LongRopeConfig | None, longest: int
+) -> tuple[str, ...]:
+    """Say that a checkpoint was tuned with other factors than are exported.
+
+    A second search keeps the tuned set, adds others and, for a longer window, chooses another
+    attention factor: no remark.
+
+    Args:
+        config (LongRopeConfig): What is exported.
+        tuned (LongRopeConfig, optional): What the checkpoint carries.
+        longest (int): Window, in tokens, that the export has.
+    """
+    if tuned is None or tuned.is_bare:
+        return ()
+    window, other = tuned.max_length, []
+    theirs = tuned.factor_set_for(window)
+    if window <= config.max_length:
+        ours = config.factor_set_for(window)
+        pairs = zip(config.plain_factors(ours), tuned.plain_factors(theirs), strict=True)
+        values = config.attention_factor_for(window), tuned.attention_factor_for(window)
+        if not all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs):
+            other.append("factors")
+        if ours.num_start_tokens != theirs.num_start_tokens:
+            other.append("start tokens")
+        if longest <= window and not math.isclose(*values, rel_tol=1e-6):
+            other.append("attention factor")
+    else:
+        other.append("factors")
+    if not other:
+        return ()
+    return (
+        f"the {' and '.join(other)} for {window} tokens are not those that the checkpoint was "
+        "tuned with; `longrope factors diff` shows both, and without --longrope-config the "
+        "checkpoint's are exported",
+    )
 
 
 @dataclass(frozen=True)
