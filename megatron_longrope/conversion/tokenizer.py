@@ -24,7 +24,7 @@ from megatron_longrope.data.tokenizer import (
     load_sentencepiece,
 )
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import read_json, write_json_atomic
+from megatron_longrope.files import write_json_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 _SPACE = "\u2581"  # what SentencePiece writes a space as
@@ -42,9 +42,6 @@ class TokenizerInfo:
     """End of sequence, if any."""
     pad_token_id: int | None = None
     """Padding, if any."""
-    model_vocab_size: int | None = None
-    """Rows of the embedding by the config.json beside it, if any: a model may have more than it has
-    tokens."""
 
 
 def existing_tokenizer(tokenizer: str | Path) -> Path:
@@ -103,10 +100,8 @@ def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
         raise LongRopeError(f"{path}: transformers cannot load this tokenizer: {reason}") from None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         _check_sentencepiece_ids(path, loaded)
-    config = path / "config.json"
-    stated = read_json(config).get("vocab_size") if config.is_file() else None
     special = (getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad"))
-    return TokenizerInfo(max(loaded.get_vocab().values()) + 1, *special, stated)
+    return TokenizerInfo(max(loaded.get_vocab().values()) + 1, *special)
 
 
 def _check_sentencepiece_ids(path: Path, loaded: Any) -> None:
