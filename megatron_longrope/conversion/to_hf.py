@@ -211,20 +211,19 @@ def _remark_on_tuning(
     """
     if tuned is None or tuned.is_bare:
         return ()
-    window, other = tuned.max_length, []
-    theirs = tuned.factor_set_for(window)
-    if window <= config.max_length:
-        ours = config.factor_set_for(window)
+    window = tuned.max_length
+    if window > config.max_length:
+        other = ["factors"]
+    else:
+        ours, theirs = config.factor_set_for(window), tuned.factor_set_for(window)
         pairs = zip(config.plain_factors(ours), tuned.plain_factors(theirs), strict=True)
         values = config.attention_factor_for(window), tuned.attention_factor_for(window)
-        if not all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs):
-            other.append("factors")
-        if ours.num_start_tokens != theirs.num_start_tokens:
-            other.append("start tokens")
-        if longest <= window and not math.isclose(*values, rel_tol=1e-6):
-            other.append("attention factor")
-    else:
-        other.append("factors")
+        same = {
+            "factors": all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs),
+            "start tokens": ours.num_start_tokens == theirs.num_start_tokens,
+            "attention factor": longest > window or math.isclose(*values, rel_tol=1e-6),
+        }
+        other = [name for name, alike in same.items() if not alike]
     if not other:
         return ()
     return (

@@ -289,13 +289,10 @@ def lengths_in(
     if rope.rope_type != "longrope":
         return None, None
     original, target = config.original_max_position_embeddings, hf_config["max_position_embeddings"]
-    default = config.factor_set_for(original)
-    for item in (default, *config.factor_sets):
-        if config.plain_factors(item) == tuple(rope.parameters.get("short_factor", ())):
-            break
-    else:
-        item = default
-    short = None if item == default else item.max_length
+    stated = tuple(rope.parameters.get("short_factor", ()))
+    same = [item.max_length for item in config.factor_sets if config.plain_factors(item) == stated]
+    is_default = config.factor_set_for(original).max_length in same
+    short = None if is_default or not same else same[0]
     return short, target if original <= target < config.max_length else None
 
 
