@@ -183,6 +183,18 @@ def read_json(path: str | Path) -> Any:
         raise LongRopeError(f"{path}: cannot be read as JSON: {error}") from None
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a file with a JSON object, as :func:`read_json`.
+
+    Raises:
+        LongRopeError: Also when it holds another JSON value.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise LongRopeError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def json_lines(path: Path) -> tuple[list[tuple[int, Any]], int]:
     """Read a file with a JSON value on each line; what a crash left of the last is passed over.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import read_json
+from megatron_longrope.files import read_object
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TORCH, TORCH_DIST, FSDP_DTENSOR = "torch", "torch_dist", "fsdp_dtensor"
@@ -96,8 +96,7 @@ def checkpoint_format(directory: Path) -> str:
         raise LongRopeError(
             f"{directory}: no checkpoint here: metadata.json, .metadata and mp_rank_* are missing"
         )
-    value = read_json(described)
-    backend = value.get("sharded_backend") if isinstance(value, dict) else None
+    backend = read_object(described).get("sharded_backend")
     if backend != TORCH_DIST:
         raise LongRopeError(
             f"{directory}: checkpoint format {backend!r} is not supported; this release reads "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_longrope import api
@@ -60,6 +62,12 @@ def add_parser(commands: Any, about: str | None = None) -> None:
 
 
 def _run_to_hf(options: ToHfOptions) -> None:
+    from megatron_longrope.checkpoint.folders import iteration_directory
+
+    # Once: a training may save a later iteration meanwhile.
+    load = iteration_directory(Path(options.load), options.iteration)
+    options = replace(options, load=str(load))
+    print(f"converting {load}")
     _say_factors(options)
     report = api.convert_to_hf(options, ByteProgress("writing"), _announce)
     for item in report.dropped_start_tokens:
@@ -111,11 +119,19 @@ def _run_from_hf(options: FromHfOptions) -> None:
 
 
 def _run_verify(options: VerifyOptions) -> None:
+    from megatron_longrope.checkpoint.hf.source import open_folder
     from megatron_longrope.conversion.start_tokens import drop_start_tokens
-    from megatron_longrope.conversion.verify import verify
+    from megatron_longrope.conversion.verify import lengths_in, verify
 
     config = _say_factors(options, options.hf, options.sliding_window, say=not options.json)
-    lengths = options.short_length, options.target_length
+    lengths = [options.short_length, options.target_length]
+    if config is not None:
+        stated = lengths_in(config, open_folder(options.hf, options.sliding_window).config)
+        for index, name in enumerate(("short", "target")):
+            if lengths[index] is None and stated[index] is not None:
+                lengths[index] = stated[index]
+                if not options.json:
+                    print(f"{name} length: {lengths[index]} tokens, as the folder has it")
     if options.drop_start_tokens:
         config, _ = drop_start_tokens(config, *lengths)
     report = verify(

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.files import read_json, write_json_atomic
+from megatron_longrope.files import read_object, write_json_atomic
 
 FOLDER = "hf"
 GENERATION_CONFIG = "generation_config.json"
@@ -68,7 +68,7 @@ def raise_limit(path: Path, key: str, length: int) -> None:
         path (Path): A JSON file, which need not be there.
         key (str): Where it states a length in tokens.
     """
-    config = read_json(path) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     stated = config.get(key)
     # transformers takes anything that is no number, such as null, as no limit.
     if isinstance(stated, int | float) and stated < length:
@@ -85,6 +85,6 @@ def special_token_ids(folder: Path | None, defaults: dict[str, int | None]) -> d
     result: dict[str, Any] = dict(defaults)
     for name in () if folder is None else (GENERATION_CONFIG, "config.json"):
         if (folder / name).is_file():
-            stated = read_json(folder / name)
+            stated = read_object(folder / name)
             result |= {key: stated[key] for key in _SPECIAL_TOKENS if stated.get(key) is not None}
     return result

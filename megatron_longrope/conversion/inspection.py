@@ -31,7 +31,7 @@ def inspect(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
         "release": _release(checkpoint),
         "iteration": checkpoint.iteration,
         "parallel": _parallel(checkpoint),
-        "tokens": _tokens(checkpoint),
+        "samples": _samples(checkpoint),
         "num_parameters": sum(math.prod(info.shape) for info in tensors.values()),
         "num_bytes": sum(info.num_bytes for info in tensors.values()),
         "model": {name: _plain(value) for name, value in vars(checkpoint.shape).items()},
@@ -47,14 +47,15 @@ def inspect(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
 def as_text(content: dict[str, Any]) -> str:
     """What :func:`inspect` found, in lines."""
     parallel = ", ".join(f"{name} {size}" for name, size in content["parallel"].items())
-    tokens = content["tokens"]
-    seen = "not stored" if tokens is None else f"{tokens['num_tokens']} ({tokens['from']})"
+    samples, seen = content["samples"], "not stored"
+    if samples is not None:
+        seen = "{num_samples}, of {seq_length} tokens in the run that saved it".format(**samples)
     lines = [
         f"{content['directory']}: iteration {content['iteration']}",
         _line("format", content["format"]),
         _line("release", content["release"]),
         _line("parallel sizes", parallel or "not stored"),
-        _line("tokens seen", seen),
+        _line("samples seen", seen),
         _line("parameters", f"{content['num_parameters']}, padding of the vocabulary included"),
         _line("bytes", content["num_bytes"]),
         *(_line(name, value) for name, value in content["model"].items()),
@@ -97,18 +98,10 @@ def _parallel(checkpoint: MegatronCheckpoint) -> dict[str, int]:
     return {name: size for name, size in found if size}
 
 
-def _tokens(checkpoint: MegatronCheckpoint) -> dict[str, Any] | None:
-    """How much the run trained on, padding included, and what that is computed from."""
+def _samples(checkpoint: MegatronCheckpoint) -> dict[str, int] | None:
+    """How many sequences were trained on, and the length of the last run's, in tokens."""
     args = checkpoint.args
     length = getattr(args, "seq_length", None)
-    if not length:
-        return None
-    # Counted, so right for a batch size that changed on the way.
-    if samples := getattr(args, "consumed_train_samples", None):
-        return {"num_tokens": samples * length, "from": f"{samples} samples x {length} tokens"}
-    if batch := getattr(args, "global_batch_size", None):
-        return {
-            "num_tokens": checkpoint.iteration * batch * length,
-            "from": f"{checkpoint.iteration} iterations x {batch} samples x {length} tokens",
-        }
-    return None
+    samples = getattr(args, "consumed_train_samples", None)  # right where the batch size changed
+    samples = samples or checkpoint.iteration * (getattr(args, "global_batch_size", None) or 0)
+    return {"num_samples": samples, "seq_length": length} if samples and length else None

@@ -29,9 +29,11 @@ class ExportedFactors(Options):
     longrope_config: str | None = flag(None, metavar="F")
     """factors to export (default: those stored in the checkpoint)"""
     short_length: int | None = flag(None, type=parse_length, metavar="N")
-    """window, in tokens, whose set becomes short_factor (default: the original window)"""
+    """window, in tokens, whose set becomes short_factor (default: the original window; of
+    verify, what the folder has)"""
     target_length: int | None = flag(None, type=parse_length, metavar="N")
-    """window, in tokens, whose set becomes long_factor (default: the largest)"""
+    """window, in tokens, whose set becomes long_factor (default: the largest; of verify, what
+    the folder has)"""
     drop_start_tokens: bool = flag(False)
     """take factor sets with start tokens, which transformers cannot express, without them"""
 

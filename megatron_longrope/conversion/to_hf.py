@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_longrope import __version__
-from megatron_longrope.checkpoint import MegatronCheckpoint, ModelShape
+from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.checkpoint.hf.families import (
     Family,
     dtype_name,
@@ -45,7 +46,7 @@ from megatron_longrope.conversion.tokenizer import (
     write_tokenizer,
 )
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import write_json_atomic, write_text_atomic
+from megatron_longrope.files import read_object, write_json_atomic, write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class ConversionReport:
     dropped_start_tokens: tuple[DroppedStartTokens, ...] = ()
     """Factor sets that were exported without their start tokens."""
     remarks: tuple[str, ...] = ()
-    """Sentences about what some readers of the folder cannot do."""
+    """Sentences about what some readers of the folder cannot do, and what else may surprise."""
     tokenizer: Path | None = None
     """File or folder that the tokenizer was taken from; None if none is included."""
 
@@ -125,7 +126,9 @@ def write_hf_folder(
     export = _Export(checkpoint, chosen, factors, dtype, tokenizer, beside)
     identity = export.identity(max_shard_bytes)
     with staging_folder(output_dir, identity, overwrite) as staging:
-        source, hf_config, included = export.write_small_files(staging.result, output_dir.name)
+        source, hf_config, included, padded = export.write_small_files(
+            staging.result, output_dir.name
+        )
         staging.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
         files = write_safetensors(
             staging.result, source.plan, source.load, max_shard_bytes, progress
@@ -143,7 +146,7 @@ def write_hf_folder(
         max_position_embeddings=hf_config["max_position_embeddings"],
         verification=verification,
         dropped_start_tokens=factors.dropped,
-        remarks=() if factors.rope is None else factors.rope.remarks,
+        remarks=(*factors.remarks, *padded),
         tokenizer=included,
     )
 
@@ -160,6 +163,8 @@ class _Factors:
     """How transformers is told."""
     dropped: tuple[DroppedStartTokens, ...] = ()
     """Sets that lost their start tokens."""
+    remarks: tuple[str, ...] = ()
+    """Sentences about them."""
 
     @classmethod
     def of(
@@ -178,15 +183,54 @@ class _Factors:
             return cls(None)
         check_fits(config, checkpoint.shape, checkpoint.longrope)
         warn_of_window(config, "the longrope configuration", checkpoint)
+        remarks = _remark_on_tuning(config, checkpoint.longrope, lengths[1] or config.max_length)
         dropped: tuple[DroppedStartTokens, ...] = ()
         if without_start_tokens:
             config, dropped = drop_start_tokens(config, *lengths)
-        return cls(config, lengths, export_rope(config, family, *lengths), dropped)
+        rope = export_rope(config, family, *lengths)
+        return cls(config, lengths, rope, dropped, (*remarks, *rope.remarks))
 
     @property
     def window(self) -> int | None:
         """Longest window, in tokens; None for plain RoPE."""
         return self.config and (self.lengths[1] or self.config.max_length)
+
+
+def _remark_on_tuning(
+    config: LongRopeConfig, tuned: LongRopeConfig | None, longest: int
+) -> tuple[str, ...]:
+    """Say that a checkpoint was tuned with other factors than are exported.
+
+    A second search keeps the tuned set, adds others and, for a longer window, chooses another
+    attention factor: no remark.
+
+    Args:
+        config (LongRopeConfig): What is exported.
+        tuned (LongRopeConfig, optional): What the checkpoint carries.
+        longest (int): Window, in tokens, that the export has.
+    """
+    if tuned is None or tuned.is_bare:
+        return ()
+    window = tuned.max_length
+    if window > config.max_length:
+        other = ["factors"]
+    else:
+        ours, theirs = config.factor_set_for(window), tuned.factor_set_for(window)
+        pairs = zip(config.plain_factors(ours), tuned.plain_factors(theirs), strict=True)
+        values = config.attention_factor_for(window), tuned.attention_factor_for(window)
+        same = {
+            "factors": all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs),
+            "start tokens": ours.num_start_tokens == theirs.num_start_tokens,
+            "attention factor": longest > window or math.isclose(*values, rel_tol=1e-6),
+        }
+        other = [name for name, alike in same.items() if not alike]
+    if not other:
+        return ()
+    return (
+        f"the {' and '.join(other)} for {window} tokens are not those that the checkpoint was "
+        "tuned with; `longrope factors diff` shows both, and without --longrope-config the "
+        "checkpoint's are exported",
+    )
 
 
 @dataclass(frozen=True)
@@ -224,7 +268,7 @@ class _Export:
 
     def write_small_files(
         self, directory: Path, name: str
-    ) -> tuple[TensorSource, dict[str, Any], Path | None]:
+    ) -> tuple[TensorSource, dict[str, Any], Path | None, tuple[str, ...]]:
         """Write all but the tensors.
 
         Args:
@@ -232,8 +276,8 @@ class _Export:
             name (str): What it will be called.
 
         Returns:
-            tuple: Where the tensors come from, the content of config.json without token ids, and
-            where the tokenizer comes from.
+            tuple: Where the tensors come from, the content of config.json without token ids, where
+            the tokenizer comes from, and a sentence where padding may be exported.
         """
         checkpoint, factors, beside = self.checkpoint, self.factors, self.beside
         longest = factors.window or checkpoint.shape.max_position_embeddings
@@ -241,7 +285,14 @@ class _Export:
         included = self.tokenizer
         if included is None and beside is not None and copy_tokenizer(beside, directory, longest):
             included = beside
-        shape = with_true_vocabulary(checkpoint, info)
+        rows, remarks = true_vocabulary(checkpoint, info, beside), ()
+        if rows is None:
+            rows = checkpoint.shape.vocab_size
+            remarks = (
+                f"nothing says how many of the embedding's {rows} rows are padding, so all are "
+                "exported; give --tokenizer to leave it out",
+            )
+        shape = replace(checkpoint.shape, vocab_size=rows)
         source = TensorSource(checkpoint, self.family, shape, self.dtype)
         dtype = self.dtype or source.plan[0].dtype
         hf_config = to_hf_config(shape, self.family, dtype, factors.rope and factors.rope.keys)
@@ -260,7 +311,7 @@ class _Export:
             dropped=factors.dropped,
         )
         write_text_atomic(directory / "README.md", card)
-        return source, hf_config, included
+        return source, hf_config, included, remarks
 
 
 def _write_configs(
@@ -286,30 +337,36 @@ def _write_configs(
         longrope_config.save(directory / "longrope.json")
 
 
-def with_true_vocabulary(checkpoint: MegatronCheckpoint, info: TokenizerInfo) -> ModelShape:
-    """Return the model's shape with the number of tokens that it was trained with.
+def true_vocabulary(
+    checkpoint: MegatronCheckpoint, info: TokenizerInfo, beside: Path | None = None
+) -> int | None:
+    """Return how many rows of the embedding the model was trained with, padding left out.
+
+    Args:
+        beside (Path, optional): Folder whose config.json may say it, from :func:`companions`: a
+            model may have more rows than tokens.
+
+    Returns:
+        int | None: The rows; None where nothing says it.
 
     Raises:
-        LongRopeError: The tokenizer has more.
+        LongRopeError: The tokenizer has more tokens.
     """
-    shape = checkpoint.shape
-    if info.vocab_size is None:
-        return shape
-    given = getattr(checkpoint.args, "vocab_size", None) is not None
-    stored = shape.vocab_size if given else None
-    if stored is not None and info.vocab_size > stored:
+    shape, tokens = checkpoint.shape, info.vocab_size or 0
+    if getattr(checkpoint.args, "vocab_size", None) is not None:
+        if tokens > shape.vocab_size:
+            raise LongRopeError(
+                f"the tokenizer has {tokens} tokens, the model's vocabulary {shape.vocab_size}; "
+                "it is not the one the model was trained with"
+            )
+        return shape.vocab_size
+    if tokens > shape.padded_vocab_size:
         raise LongRopeError(
-            f"the tokenizer has {info.vocab_size} tokens, the model's vocabulary {stored}; "
-            "it is not the one the model was trained with"
-        )
-    if info.vocab_size > shape.padded_vocab_size:
-        raise LongRopeError(
-            f"the tokenizer has ids up to {info.vocab_size - 1}, the model's embedding "
+            f"the tokenizer has ids up to {tokens - 1}, the model's embedding "
             f"{shape.padded_vocab_size} rows; it is not the one the model was trained with"
         )
-    # Megatron stores --vocab-size only where the user gave it; what the tokenizer comes from knows
-    # otherwise.
-    rows = info.model_vocab_size
-    if rows is None or not info.vocab_size <= rows <= shape.padded_vocab_size:
-        rows = info.vocab_size
-    return replace(shape, vocab_size=stored or rows)
+    # Megatron stores --vocab-size only where the user gave it.
+    config = None if beside is None else beside / "config.json"
+    rows = read_object(config).get("vocab_size") if config and config.is_file() else None
+    fits = isinstance(rows, int) and max(tokens, 1) <= rows <= shape.padded_vocab_size
+    return rows if fits else info.vocab_size

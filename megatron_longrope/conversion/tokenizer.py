@@ -7,6 +7,7 @@ characters or spaces of other models.
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,10 @@ from megatron_longrope.data.tokenizer import (
     load_sentencepiece,
 )
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import read_json, write_json_atomic
+from megatron_longrope.files import write_json_atomic
 from megatron_longrope.local_folder import LOCAL_ONLY
+
+_SPACE = "\u2581"  # what SentencePiece writes a space as
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,6 @@ class TokenizerInfo:
     """End of sequence, if any."""
     pad_token_id: int | None = None
     """Padding, if any."""
-    model_vocab_size: int | None = None
-    """Rows of the embedding by the config.json beside it, if any: a model may have more than it has
-    tokens."""
 
 
 def existing_tokenizer(tokenizer: str | Path) -> Path:
@@ -100,10 +100,8 @@ def _copy_hf(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
         raise LongRopeError(f"{path}: transformers cannot load this tokenizer: {reason}") from None
     if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         _check_sentencepiece_ids(path, loaded)
-    config = path / "config.json"
-    stated = read_json(config).get("vocab_size") if config.is_file() else None
     special = (getattr(loaded, f"{name}_token_id") for name in ("bos", "eos", "pad"))
-    return TokenizerInfo(max(loaded.get_vocab().values()) + 1, *special, stated)
+    return TokenizerInfo(max(loaded.get_vocab().values()) + 1, *special)
 
 
 def _check_sentencepiece_ids(path: Path, loaded: Any) -> None:
@@ -126,8 +124,10 @@ def _check_sentencepiece_ids(path: Path, loaded: Any) -> None:
 
 def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> TokenizerInfo:
     model = load_sentencepiece(path)
-    fast = _fast_tokenizer(path)
-    for text in PROBES:
+    fast, symbols = _fast_tokenizer(path)
+    texts = (symbol.replace(_SPACE, " ") for symbol in symbols)
+    probes = [text for it in texts for text in (f"{it}Hello", f"Hello{it}world {it}")]
+    for text in (*PROBES, *probes):
         ours, theirs = fast.encode(text, add_special_tokens=False).ids, model.encode(text)
         if ours != theirs:
             raise LongRopeError(
@@ -151,10 +151,16 @@ def _convert_sentencepiece(path: Path, directory: Path, max_length: int) -> Toke
     return TokenizerInfo(model.vocab_size(), *map(ids.get, ("bos", "eos", "pad")))
 
 
-def _fast_tokenizer(path: Path) -> Any:
-    """Rebuild a SentencePiece model (BPE or unigram) with the `tokenizers` library."""
+def _fast_tokenizer(path: Path) -> tuple[Any, list[str]]:
+    """Rebuild a SentencePiece model (BPE or unigram) with the `tokenizers` library.
+
+    As SpmConverter.build_tokenizer_from_spm_proto of transformers, which 4.57 does not have yet.
+
+    Returns:
+        tuple[Any, list[str]]: The tokenizer, and the user-defined symbols.
+    """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     proto = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(path.read_bytes())
@@ -162,6 +168,7 @@ def _fast_tokenizer(path: Path) -> Any:
     spec, trainer = proto.normalizer_spec, proto.trainer_spec
     pieces = [(item.piece, item.score) for item in proto.pieces]
     vocab = {piece: index for index, (piece, _) in enumerate(pieces)}
+    symbols = [item.piece for item in proto.pieces if item.type == kinds.USER_DEFINED]
     if trainer.model_type == trainer.BPE:
         mergeable = {item.piece for item in proto.pieces if item.type == kinds.NORMAL}
         merges = [
@@ -177,6 +184,7 @@ def _fast_tokenizer(path: Path) -> Any:
             unk_token=trainer.unk_piece,
             fuse_unk=True,
             byte_fallback=trainer.byte_fallback,
+            ignore_merges=bool(symbols),  # no merges lead to a symbol
         )
     elif trainer.model_type == trainer.UNIGRAM:
         core = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
@@ -187,18 +195,26 @@ def _fast_tokenizer(path: Path) -> Any:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        # Spaces alone: SentencePiece keeps the line breaks that its charsmap leaves.
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
-    steps.append(normalizers.Replace(" ", "\u2581"))
+    steps.append(normalizers.Replace(" ", _SPACE))
     result.normalizer = normalizers.Sequence(steps)
-    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if symbols:
+        # After the prefix, which added tokens would be cut off before. Where one symbol begins with
+        # another the longer one counts.
+        longest_first = sorted(symbols, key=len, reverse=True)
+        pattern = Regex("|".join(map(re.escape, longest_first)))
+        result.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if spec.add_dummy_prefix:
         parts.append(decoders.Strip(" ", left=1))
     result.decoder = decoders.Sequence(parts)
-    symbols = [item.piece for item in proto.pieces if item.type == kinds.USER_DEFINED]
-    result.add_tokens([AddedToken(piece, normalized=False) for piece in symbols])
-    return result
+    return result, symbols
 
 
 def _add_special_tokens(fast: Any, names: dict[str, str], model: Any) -> None:

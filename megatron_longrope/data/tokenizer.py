@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import read_json
+from megatron_longrope.files import read_object
 from megatron_longrope.local_folder import LOCAL_ONLY
 
 # Files that define a Hugging Face tokenizer, in the order in which transformers prefers them.
@@ -192,8 +192,7 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
 def _end_ids(path: Path, eos_id: int | None) -> list[int]:
     """EOS and, as transformers has it, every id that a folder's generation_config.json names."""
     settings = path / "generation_config.json"
-    values = read_json(settings) if settings.is_file() else {}
-    named = values.get("eos_token_id") if isinstance(values, dict) else values
+    named = read_object(settings).get("eos_token_id") if settings.is_file() else None
     ids = named if isinstance(named, list) else [named]
     if not all(token is None or isinstance(token, int) for token in ids):
         raise LongRopeError(

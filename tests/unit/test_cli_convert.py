@@ -246,7 +246,7 @@ def test_inspect_says_where_a_checkpoint_comes_from(untied_gqa, hf, tmp_path, ca
     assert convert("inspect", untied_gqa.path, "--json") == 0
     value = json.loads(capsys.readouterr().out)
     assert value["format"] == "torch_dist"
-    assert (value["iteration"], value["tokens"]) == (3, None)
+    assert (value["iteration"], value["samples"]) == (3, None)
     assert value["model"]["num_query_groups"] == 2
     assert value["longrope"]["rotary_base"] == maker.BASE
     assert value["tensors"]["output_layer.weight"] == {"shape": [256, 64], "dtype": "float32"}
@@ -264,19 +264,19 @@ def test_inspect_says_where_a_checkpoint_comes_from(untied_gqa, hf, tmp_path, ca
     assert "parallel sizes             tensor 1, pipeline 1" in printed
 
 
-def test_inspect_counts_the_tokens_seen(checkpoint, capsys):
+def test_inspect_counts_the_samples_seen(checkpoint, capsys):
     common = next(checkpoint.glob("iter_*")) / "common.pt"
     arguments = maker.arguments(2, True)
     arguments.global_batch_size, arguments.expert_model_parallel_size = 8, 2
     torch.save({"args": arguments, "iteration": 3}, common)
     assert convert("inspect", checkpoint) == 0
     printed = capsys.readouterr().out
-    assert "1536 (3 iterations x 8 samples x 64 tokens)" in printed
+    assert "24, of 64 tokens in the run that saved it" in printed
     assert "expert 2" in printed
     arguments.consumed_train_samples = 20  # a batch size that grew on the way
     torch.save({"args": arguments, "iteration": 3}, common)
     assert convert("inspect", checkpoint, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["tokens"]["num_tokens"] == 20 * 64
+    assert json.loads(capsys.readouterr().out)["samples"]["num_samples"] == 20
 
 
 # Start tokens
@@ -315,3 +315,19 @@ def test_the_short_set_of_a_longer_window_becomes_short_factor(untied_gqa, confi
     assert to_hf(untied_gqa.path, tmp_path / "hf", *options) == 0
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert written["rope_parameters"]["short_factor"] == list(middle.rescale_factors)
+
+
+def test_verify_takes_the_lengths_that_the_folder_was_exported_with(
+    untied_gqa, config, tmp_path, capsys
+):
+    for length in (32, 512):
+        config = config.with_factor_set(FactorSet(length, (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 2.0)))
+    config.save(tmp_path / "four.json")
+    pair = ("--load", untied_gqa.path, "--longrope-config", tmp_path / "four.json")
+    lengths = ("--short-length", "32", "--target-length", "256")
+    output = tmp_path / "hf"
+    assert convert("to-hf", *pair, "--output", output, *lengths, "--no-verify") == 0
+    capsys.readouterr()
+    assert convert("verify", *pair, "--hf", output) == 0
+    printed = capsys.readouterr().out
+    assert "short length: 32 tokens, as the folder has it\ntarget length: 256 tokens" in printed

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from megatron_longrope.checkpoint.hf.limits import (
-    OTHER_TYPES,
     check_config,
     check_routing,
     check_shape,
@@ -67,6 +66,8 @@ class Family:
     """Whether transformers rotates a part of each head where `partial_rotary_factor` says so."""
     free_head_dim: bool = True
     """Whether transformers takes a `head_dim` other than hidden_size / heads."""
+    free_hidden_size: bool = True
+    """Whether transformers takes a hidden_size that is no multiple of the heads."""
     absent: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that a config.json lacks, where the families differ."""
 
@@ -74,6 +75,11 @@ class Family:
         """The rules that hold for one model."""
         rules = tuple(rule.of_experts(shape.num_experts or 0) for rule in self.rules)
         return (*rules, OUTPUT_LAYER) if shape.untie_embeddings else rules
+
+    @property
+    def has_sliding_window(self) -> bool:
+        """Whether transformers reads `sliding_window`; any config.json may have the key."""
+        return "sliding_window" in {**self.absent, **self.config}
 
     def config_keys(self) -> dict[str, str]:
         """Key of config.json -> field of ModelShape."""
@@ -86,7 +92,12 @@ _QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", "LlamaForCausalLM", config={"attention_bias": False, "mlp_bias": False}),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            free_hidden_size=False,
+            config={"attention_bias": False, "mlp_bias": False},
+        ),
         Family(
             "mistral",
             "MistralForCausalLM",
@@ -229,19 +240,15 @@ def select_family(
     name = origin if name is None and origin in FAMILIES else name
     if name is not None and name not in FAMILIES:
         raise LongRopeError(f"family {name!r} is unknown; choose one of {', '.join(FAMILIES)}")
-    if shape.hidden_size % shape.num_attention_heads:
-        raise LongRopeError(
-            f"hidden_size {shape.hidden_size} is not a multiple of {shape.num_attention_heads} "
-            "heads, which transformers requires"
-        )
     wanted = (shape.add_qkv_bias, shape.qk_layernorm, shape.num_experts is not None)
     is_partial = shape.rotary_percent != 1
     is_free = shape.head_dim * shape.num_attention_heads != shape.hidden_size
+    rest = shape.hidden_size % shape.num_attention_heads
     for family in FAMILIES.values() if name is None else (FAMILIES[name],):
         fixed = all(getattr(shape, key) == value for key, value in family.fixed.items())
         if is_partial and not family.partial_rotary:
             continue
-        if is_free and not family.free_head_dim:
+        if (is_free and not family.free_head_dim) or (rest and not family.free_hidden_size):
             continue
         if shape.sliding_window is not None and "sliding_window" not in family.config:
             continue
@@ -253,6 +260,7 @@ def select_family(
         f"{f'{experts}{not shape.moe_normalized_gates}' if wanted[2] else ''}"
         f"{f', rotary_percent = {shape.rotary_percent:g}' if is_partial else ''}"
         f"{f', kv_channels = {shape.head_dim} (not hidden_size / heads)' if is_free else ''}"
+        f"{f', hidden_size = {shape.hidden_size} (no multiple of the heads)' if rest else ''}"
         f"{'' if shape.sliding_window is None else f', a window of {shape.sliding_window} tokens'} "
         f"(families: {', '.join(FAMILIES if name is None else (name,))})"
     )
@@ -321,10 +329,9 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        kind = config.get("model_type")
-        reason = f": {OTHER_TYPES[kind]}" if kind in OTHER_TYPES else ""
         raise LongRopeError(
-            f"model_type {kind!r} is not supported{reason}; families: {', '.join(FAMILIES)}"
+            f"model_type {config.get('model_type')!r} is not supported; supported are: "
+            f"{', '.join(FAMILIES)}"
         )
     rope = read_hf_rope(config)
     check_config({**family.absent, **config}, family.config)
@@ -355,9 +362,10 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
         if name not in fields:
             raise LongRopeError(f"config.json lacks {key}")
     fields.setdefault("ffn_hidden_size", fields.get("moe_ffn_hidden_size"))
-    check_sliding_window(
-        {**family.absent, **config}, fields["num_layers"], fields["max_position_embeddings"]
-    )
+    if family.has_sliding_window:
+        check_sliding_window(
+            {**family.absent, **config}, fields["num_layers"], fields["max_position_embeddings"]
+        )
     shape = ModelShape(
         **fields,
         **family.fixed,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from megatron_longrope.checkpoint.reader import TensorInfo
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.files import read_json
+from megatron_longrope.files import read_object
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -46,10 +45,7 @@ class HfFolder:
                 f"{directory}: is an adapter (LoRA), not a model; merge it into its base model "
                 "first (peft: merge_and_unload) and give the folder that this saves"
             )
-        config = read_json(self.directory / "config.json")
-        if not isinstance(config, dict):
-            raise LongRopeError(f"{self.directory / 'config.json'}: expected a JSON object")
-        self.config: dict[str, Any] = config
+        self.config = read_object(self.directory / "config.json")
         self.dropped_window: int | None = None
         """Sliding window, in tokens, that :func:`.source.open_folder` took out of `config`."""
         self.kept_window: int | None = None
@@ -113,8 +109,7 @@ class HfFolder:
             if (self.directory / _SINGLE).is_file():
                 return {_SINGLE: None}
             raise LongRopeError(self._nothing())
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise LongRopeError(f"{index}: has no weight_map; download the folder again")
         files: dict[str, set[str] | None] = {}

@@ -22,22 +22,6 @@ _CONFIG: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("shared_expert_intermediate_size", (0, None), "shared experts"),
 )
 
-# Model types that people ask for, and what keeps each from being a row of the table of families.
-OTHER_TYPES = {
-    "deepseek_v2": "its multi-latent attention rotates a part of a projection of its own",
-    "deepseek_v3": "its multi-latent attention rotates a part of a projection of its own",
-    "gemma3": "its layers have two RoPEs, GeGLU, and norms of 1 + weight around each block",
-    "gemma3_text": "its layers have two RoPEs, GeGLU, and norms of 1 + weight around each block",
-    "glm": "it rotates interleaved pairs of a part of each head",
-    "glm4": "it rotates interleaved pairs of a part of each head, and norms after each block",
-    "gpt_oss": "it has attention sinks, biases, clamped experts and sliding layers",
-    "minicpm": "it scales embeddings, residuals and logits in code of its own",
-    "olmo2": "it norms after each block, and q and k over all heads at once",
-    "olmo3": "it norms after each block, q and k over all heads at once, and has sliding layers",
-    "phimoe": "it has LayerNorm, biases and sparse-mixer routing",
-    "smollm3": "every fourth of its layers has no RoPE",
-}
-
 # (field of ModelShape, what every family has there, what families and the engine lack)
 _SHAPE: tuple[tuple[str, Any, str], ...] = (
     ("swiglu", True, "an MLP without SwiGLU"),

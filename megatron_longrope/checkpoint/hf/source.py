@@ -75,7 +75,8 @@ def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
     folder = HfFolder(hf_dir)
     family = FAMILIES.get(folder.config.get("model_type"))
     wanted = {"num_hidden_layers", "max_position_embeddings"}
-    if sliding_window != "refuse" and family is not None and wanted <= folder.config.keys():
+    reads = family is not None and family.has_sliding_window and wanted <= folder.config.keys()
+    if sliding_window != "refuse" and reads:
         stated = {**family.absent, **folder.config}
         without, window = without_sliding_window(stated)
         if window is not None:

@@ -1,4 +1,5 @@
 import argparse
+import json
 import math
 from types import SimpleNamespace
 
@@ -6,7 +7,7 @@ import pytest
 
 from megatron_longrope.checkpoint.hf.families import select_family
 from megatron_longrope.checkpoint.model_args import ModelShape, custom_softmax_scale
-from megatron_longrope.conversion.to_hf import with_true_vocabulary
+from megatron_longrope.conversion.to_hf import true_vocabulary
 from megatron_longrope.conversion.tokenizer import TokenizerInfo
 from megatron_longrope.errors import LongRopeError
 
@@ -63,17 +64,17 @@ def test_the_end_of_a_document_of_null_tokenizer_is_a_token(arguments):
 def test_an_export_with_a_tokenizer_keeps_that_token(arguments):
     args = arguments(tokenizer_type="NullTokenizer", vocab_size=50, padded_vocab_size=64)
     checkpoint = SimpleNamespace(args=args, shape=ModelShape.from_args(args))
-    assert with_true_vocabulary(checkpoint, TokenizerInfo(51)).vocab_size == 51
+    assert true_vocabulary(checkpoint, TokenizerInfo(51)) == 51
     with pytest.raises(LongRopeError, match="52 tokens, the model's vocabulary 51"):
-        with_true_vocabulary(checkpoint, TokenizerInfo(52))
+        true_vocabulary(checkpoint, TokenizerInfo(52))
 
 
 @pytest.mark.parametrize(("stated", "kept"), [(60, 60), (64, 64), (49, 50), (65, 50), (None, 50)])
 def test_an_export_has_the_rows_that_the_config_beside_its_tokenizer_states(
-    arguments, stated, kept
+    arguments, tmp_path, stated, kept
 ):
     """As Qwen's models, which have more rows than their tokenizers have tokens."""
     args = arguments(vocab_size=None, padded_vocab_size=64)
     checkpoint = SimpleNamespace(args=args, shape=ModelShape.from_args(args))
-    info = TokenizerInfo(50, model_vocab_size=stated)
-    assert with_true_vocabulary(checkpoint, info).vocab_size == kept
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": stated}))
+    assert true_vocabulary(checkpoint, TokenizerInfo(50), tmp_path) == kept

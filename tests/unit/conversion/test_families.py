@@ -92,9 +92,11 @@ def test_a_converted_checkpoint_goes_back_to_its_family():
     assert select_family(SHAPE, args, "llama").name == "llama"
 
 
-def test_a_hidden_size_that_heads_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="not a multiple"):
-        select_family(replace(SHAPE, hidden_size=66), ARGS)
+def test_a_hidden_size_that_heads_do_not_divide_is_no_llamas():
+    shape = replace(SHAPE, hidden_size=66)
+    assert select_family(shape, ARGS).name == "mistral"
+    with pytest.raises(ValueError, match=r"hidden_size = 66 \(no multiple .* \(families: llama\)"):
+        select_family(shape, ARGS, "llama")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))

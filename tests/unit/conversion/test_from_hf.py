@@ -272,6 +272,27 @@ def test_a_generation_config_gives_the_ids_that_config_json_lacks(llama, tmp_pat
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [0, 2]
 
 
+def test_padding_is_left_out_where_the_import_says_how_much_it_is(llama, tmp_path):
+    write_checkpoint(llama, tmp_path / "megatron")
+    common = tmp_path / "megatron" / "release" / "common.pt"
+    stored = torch.load(common, weights_only=False)
+    stored["args"].vocab_size = None  # as a run without --vocab-size stores it
+    torch.save(stored, common)
+
+    def export(name):
+        report = write_hf_folder(tmp_path / "megatron", tmp_path / name, longrope_config=None)
+        return report.vocab_size, [text for text in report.remarks if "padding" in text]
+
+    assert export("known") == (VOCAB, [])
+    beside = tmp_path / "megatron" / "hf" / "config.json"
+    beside.write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json: expected a JSON object, got list"):
+        export("damaged")
+    beside.unlink()
+    rows, remarks = export("unknown")
+    assert rows == 256 and "256 rows are padding, so all are exported" in remarks[0]
+
+
 # Redundant tensors
 
 
@@ -329,7 +350,7 @@ def test_a_tensor_that_the_index_lacks_is_read_as_transformers_reads_it(folders,
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported; families: llama"),
+        ({"model_type": "gpt_neox"}, "'gpt_neox' is not supported; supported are: llama"),
         ({"architectures": ["LlamaForTokenClassification"]}, "supports LlamaForCausalLM"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
@@ -349,7 +370,6 @@ def test_a_tensor_that_the_index_lacks_is_read_as_transformers_reads_it(folders,
         ),
         ({"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta = 10000.5.*integers only"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope but no original_max_position"),
-        ({"sliding_window": 16}, "sliding_window = 16 and max_position_embeddings = 64"),
         ({"quantization_config": {"bits": 4}}, "quantized weights"),
         ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
     ],
@@ -634,6 +654,13 @@ def test_a_dropped_window_gives_transformers_logits_without_one_past_it(folders,
     assert "within a sliding window of 16 tokens" in (tmp_path / "back" / "README.md").read_text()
     read_in_place = HfCheckpoint(folder, "drop")
     assert read_in_place.shape.max_position_embeddings == report.shape.max_position_embeddings
+
+
+def test_a_window_that_transformers_does_not_read_is_none(llama, tmp_path):
+    edit_config(llama, sliding_window=16)
+    for way in ("refuse", "drop", "keep"):
+        report = write_checkpoint(llama, tmp_path / way, sliding_window=way)
+        assert report.shape.sliding_window is report.dropped_window is None
 
 
 def test_a_window_that_is_not_in_use_is_not_said_to_be_dropped(folders, tmp_path):

@@ -17,6 +17,7 @@ from megatron_longrope.conversion.tokenizer import (
 WORDS = ["the", "context", "window", "of", "a", "language", "model", "is", "extended", "rotary"]
 TEXT = [f"{a} {b}, {c}! 12345 (x) Hello" for a in WORDS for b in WORDS for c in WORDS[:3]]
 HELD_OUT = [f"  {a}{b}\t{c}\u00e9 \u6f22  " for a in WORDS[:6] for b in WORDS for c in WORDS[:3]]
+SYMBOLS = ["<sep>", "<sep>.*", "\n"]
 VARIANTS = {
     "llama": {
         "model_type": "bpe",
@@ -28,6 +29,19 @@ VARIANTS = {
     "defaults": {"model_type": "bpe"},
     "no prefix": {"model_type": "bpe", "add_dummy_prefix": False, "byte_fallback": True},
     "unigram": {"model_type": "unigram", "byte_fallback": True},
+    "symbols": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "user_defined_symbols": SYMBOLS,
+    },
+    "unigram with symbols": {"model_type": "unigram", "user_defined_symbols": SYMBOLS[:2]},
+    "line breaks kept": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+    },
 }
 
 
@@ -53,7 +67,8 @@ def test_the_converted_tokenizer_gives_sentencepiece_tokens(tmp_path, variant):
     info = write_tokenizer(path, folder, max_length=64)
     assert info == TokenizerInfo(model.vocab_size(), bos_token_id=1, eos_token_id=2)
     loaded = AutoTokenizer.from_pretrained(str(folder))
-    for text in HELD_OUT:
+    among = ("<sep>the", "the<sep>window  of", " the <sep> <sep>.*", "\nthe\n")
+    for text in (*HELD_OUT, *among):
         assert loaded.encode(text, add_special_tokens=False) == model.encode(text)
     assert loaded.encode("the")[0] == loaded.bos_token_id == 1
     tokens = model.encode("the context window")

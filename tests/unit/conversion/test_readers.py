@@ -23,7 +23,6 @@ from transformers.utils import logging as hf_logging
 from megatron_longrope import published
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.checkpoint.hf.families import FAMILIES
-from megatron_longrope.checkpoint.hf.limits import OTHER_TYPES
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.conversion.from_hf import write_checkpoint
 from megatron_longrope.conversion.to_hf import write_hf_folder
@@ -244,16 +243,11 @@ def published_table():
     return rows
 
 
-def refused_table():
-    rows = ["| `model_type` | why it is no row of the table |", "|---|---|"]
-    return [*rows, *(f"| `{kind}` | {reason} |" for kind, reason in OTHER_TYPES.items())]
-
-
 def test_docs_models_md_says_what_is_verified_here():
     text = DOCS.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    parts = (model_table(), published_table(), refused_table())
+    parts = (model_table(), published_table())
     tables = "\n\n".join("\n".join(rows) for rows in parts)
     expected = f"{before}{BEGIN}{tables}\n{END}{after}"
     if os.environ.get("LONGROPE_WRITE_DOCS"):

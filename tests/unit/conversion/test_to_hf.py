@@ -11,6 +11,7 @@ from tiny_hf import tensors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
+from megatron_longrope.config import FactorSet
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import random_tokens
 from megatron_longrope.errors import LongRopeError
@@ -140,6 +141,29 @@ def test_factors_of_another_model_are_refused(untied_gqa, config, tmp_path):
     other = replace(config, rotary_base=10000.0)
     with pytest.raises(ValueError, match="rotary_base 10000, the model has 50000"):
         write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=other)
+
+
+@pytest.mark.parametrize(
+    ("sets", "attention_factor", "other"),
+    [
+        ({64: 1.1}, 1.15, None),
+        ({512: 1.3}, 1.25, None),  # a second search, with the attention factor of its window
+        ({}, 1.2, "attention factor"),
+        ({256: 1.3}, 1.2, "factors and attention factor"),
+        ({128: 1.3, 256: None}, 1.15, "factors"),
+    ],
+)
+def test_factors_that_the_checkpoint_was_not_tuned_with_are_remarked_on(
+    untied_gqa, config, tmp_path, sets, attention_factor, other
+):
+    kept = [item for item in config.factor_sets if item.max_length not in sets]
+    added = [FactorSet(length, (value,) * 8) for length, value in sets.items() if value]
+    ordered = sorted([*kept, *added], key=lambda item: item.max_length)
+    exported = replace(config, factor_sets=tuple(ordered), attention_factor=attention_factor)
+    report = write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=exported)
+    about = [text for text in report.remarks if "tuned with" in text]
+    expected = f"the {other} for 256 tokens are not those that the checkpoint was tuned with"
+    assert bool(about) == (other is not None) and all(expected in text for text in about)
 
 
 def test_a_shorter_target_exports_the_set_that_covers_it(untied_gqa, config, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from megatron_longrope.checkpoint import MegatronCheckpoint
 from megatron_longrope.config import FactorSet
+from megatron_longrope.conversion.staging import NotVerified
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import (
     compare,
@@ -131,8 +132,17 @@ def test_of_a_long_input_the_last_tokens_are_compared(
     report = verify(untied_gqa.path, folder, longrope_config=config)
     assert [item.num_tokens for item in report.windows] == [48, 160]
     assert all(item.max_abs_diff < 1e-5 for item in report.windows)
-    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error=1.0))
+    error = torch.linspace(1.0, 2.0, maker.PADDED)
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error))
     with pytest.raises(ValueError, match=r"from position 16 on .*; do not use this folder"):
+        verify(untied_gqa.path, folder, longrope_config=config)
+
+
+def test_a_difference_that_may_be_rounding_names_the_tolerance_and_keeps_the_files(
+    untied_gqa, config, folder, lengths, monkeypatch
+):
+    monkeypatch.setattr(ENGINE, RecordedEngine(untied_gqa.logits, error=1e-3))
+    with pytest.raises(NotVerified, match=r"may be rounding, which --tolerance 1.1e-03 allows"):
         verify(untied_gqa.path, folder, longrope_config=config)
 
 
