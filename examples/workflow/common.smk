@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from megatron_longrope.conversion.companions import GENERATION_CONFIG, TOKENIZER_FILES
 from megatron_longrope.lengths import parse_length
 
 EXAMPLES = Path(workflow.current_basedir).parent
@@ -26,6 +27,19 @@ def given(path):
         found = Path(f"{planning['missing']}{found}")
         found.mkdir(parents=True, exist_ok=True)
     return str(found)
+
+
+# Inputs are files of a model's folder: its own time changes with a README, and not when a file is overwritten.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER = (*TOKENIZER_FILES, "spiece.model", GENERATION_CONFIG)  # the last has ids that end a text
+
+
+def model_files(folder, patterns):
+    """config.json, and those of the named files that a model's folder has."""
+    if "planning" in config:
+        return [folder]  # it may be a stand-in
+    found = (path for pattern in patterns for path in Path(folder).glob(pattern))
+    return [f"{folder}/config.json", *sorted(str(path) for path in found if path.is_file())]
 
 
 def words(*blocks):

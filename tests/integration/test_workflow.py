@@ -27,7 +27,7 @@ rule all:
     input: "end.done"
 
 rule first:
-    input: given("input")
+    input: given("input"), model_files(given("model"), WEIGHTS)
     output: "first.done"
     params: seed=config["seed"]
     resources: tp=config["tp"]
@@ -82,6 +82,9 @@ class Workflow:
         (folder / "Snakefile").write_text(SNAKEFILE)
         (folder / "worker.py").write_text(WORKER)
         (folder / "input").write_text("text")
+        (folder / "model").mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (folder / "model" / name).write_text("old")
         self.config = {"seed": 1, "last_seed": 1, "tp": 1}
 
     def start(self, *flags):
@@ -148,6 +151,7 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     assert workflow.runs() == ["first from 0", "end from 0"]
     workflow.config["tp"] = 2
     os.utime(workflow.folder / "input")  # newer, but the same
+    (workflow.folder / "model/README.md").touch()  # makes the folder newer, and no file of the model
     assert "Nothing to be done" in workflow.run()
     workflow.config["last_seed"] = 2
     workflow.run()
@@ -155,6 +159,9 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     assert workflow.lines("end")[0] == "0 2"
     assert next(workflow.output.glob("stale/*/end/lines")).read_text().startswith("0 1\n")
     (workflow.folder / "input").write_text("other text")
+    workflow.run()
+    assert workflow.runs() == ["first from 0", "end from 0"]
+    (workflow.folder / "model/model.safetensors").write_text("new")  # the folder is as old as before
     workflow.run()
     assert workflow.runs() == ["first from 0", "end from 0"]
 
