@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -12,6 +13,7 @@ from megatron_longrope.lengths import parse_length
 EXAMPLES = Path(workflow.current_basedir).parent
 # Jobs read this file again, from the working directory: they have the first one's word.
 STARTED_IN = Path(os.environ.setdefault("LONGROPE_STARTED_IN", os.getcwd()))
+os.environ.setdefault("LONGROPE_RUN", str(time.time_ns()))  # what this run of Snakemake was refused it does not repeat
 # Results of rules are checked by Snakemake; that their processes end with it is up to this shell.
 shell.executable(str(EXAMPLES / "workflow/shell"))
 # Where they find `longrope`, `python` and `torchrun`: beside this Python, unless told otherwise.
@@ -69,7 +71,7 @@ if GPUS["gpus_per_node"]:
     GPUS["slurm_extra"] = f"--gpus-per-node={GPUS['gpus_per_node']}"
 # What on_gpus of functions.sh is told: how many nodes it must find, and how long before a time limit it stops.
 os.environ["LONGROPE_NODES"] = str(GPUS["nodes"])
-os.environ.setdefault("STOP_SECONDS", str(config.get("stop_seconds", 1800)))
+os.environ["STOP_SECONDS"] = str(config.get("stop_seconds", 1800))
 
 
 # What training computes again in its backward pass instead of keeping it.
