@@ -466,7 +466,7 @@ def test_preflight_counts_the_documents_that_are_long_enough(four_texts, least, 
 
 
 def test_preflight_asks_for_the_tokens_of_both_sets_of_mixed_windows(four_texts):
-    blend = SEVEN_B.replace("data/train", "0.7 data/set 0.3 data/set_short")
+    blend = SEVEN_B.replace("data/train", "0.7 data/set 0.3 data/set_short") + " --save-interval 4"
     found = look_at_texts(
         four_texts, f"--input {four_texts}/text.jsonl --segment-length 64 --short-window 32", blend
     )
