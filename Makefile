@@ -11,6 +11,7 @@
 # make test-serving what vLLM's CPU build makes of exported folders; installs it in build/
 # make readers      the older transformers that tests read exports with
 # make docs         the pages as a site in build/docs/site, links checked
+# make clean        what tests and pages built;  make distclean: all results in build/, too
 # make style        ruff (lint and format), mypy (the modules that pyproject.toml names)
 # Each installs what it needs into $(VENV) first.
 
@@ -44,7 +45,7 @@ MATRIX_IGNORED := tests/unit/integration/test_agreement.py
 READER := build/readers/4.57/.installed
 
 .PHONY: quickstart quickstart-full real claims plan preflight rehearse test test-all test-fast test-matrix test-gpu test-te test-serving
-.PHONY: readers prepare docs style format constraints clean
+.PHONY: readers prepare docs style format constraints clean distclean
 .PHONY: $(MATRIX:%=test-matrix-%)
 
 RECIPE ?= llama2_7b
@@ -185,5 +186,10 @@ constraints: $(DEV)
 	( head -n 1 constraints.txt; $(PYTHON) -m pip freeze --exclude-editable ) > constraints.new
 	mv constraints.new constraints.txt
 
+# What make builds for tests and pages; the results of examples stay.
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(addprefix build/,ci-venv docs lib matrix readers serving te bdist.*) dist .pytest_cache .ruff_cache .hypothesis
+
+# Hours of results, too.
+distclean: clean
+	rm -rf build

@@ -18,6 +18,8 @@ import torch
 from megatron_longrope.checkpoint.hf.families import shape_from_hf_config
 from megatron_longrope.checkpoint.model_args import ModelShape
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.engine.kernels import ATTENTIONS
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops
 from megatron_longrope.methods import yarn_factors
 
@@ -126,7 +128,7 @@ def main() -> None:
     """Run one of the parts."""
     parser = gpu.options(__doc__.splitlines()[0])
     parser.add_argument("what", choices=("evaluation", "passkey"))
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="auto")
     options = parser.parse_args()
     device = gpu.start(options.quick)
     lengths = {"evaluation": (65536, 262144), "passkey": (2**20,)}[options.what]
@@ -134,14 +136,21 @@ def main() -> None:
     if options.quick:
         kind, lengths = "toy", tuple(length // 512 for length in lengths)
     function = {"evaluation": evaluation, "passkey": passkey}[options.what]
+    fits = False
     for length in lengths:
         try:
             found = function(kind, length, options.attention, device)
+            fits = True
         except torch.OutOfMemoryError:
             found = {"skipped": "out of memory"}
         gpu.record(options.output, part=options.what, tokens=length, **found)
+    if not fits:
+        raise SystemExit("no length fitted into memory")
     gpu.record(options.output, part=options.what, environment=gpu.environment(device))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LongRopeError as error:  # such as flash-attn that is not here
+        raise SystemExit(f"engine: error: {error}") from None

@@ -23,6 +23,7 @@ import measure
 import torch
 
 from megatron_longrope.config import FactorSet, LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.flops import forward_flops
 from megatron_longrope.lengths import parse_lengths
 from megatron_longrope.methods import yarn_factors
@@ -182,11 +183,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="that count, of each arm")
     parser.add_argument("--warm-up", type=int, default=1, help="that do not")
     options = parser.parse_args()
-    device = gpu.start(options.quick)
     shape = TOY if options.quick else FULL
-    default = "256,512" if options.quick else "32k,64k,128k"
+    lengths = parse_lengths(options.lengths or ("256,512" if options.quick else "32k,64k,128k"))
+    if min(lengths) <= shape.window:
+        parser.error(f"--lengths {options.lengths}: each must be above the window, {shape.window}")
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it must be at least 1")
+    device = gpu.start(options.quick)
     fits = False
-    for length in parse_lengths(options.lengths or default):
+    for length in lengths:
         label = {"part": "train_step", "attention": options.attention, "tokens": length}
         try:
             arms = measure_length(
@@ -204,4 +209,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LongRopeError as error:
+        raise SystemExit(f"train_step: error: {error}") from None

@@ -2,15 +2,18 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from megatron_longrope.conversion.companions import GENERATION_CONFIG, TOKENIZER_FILES
 from megatron_longrope.lengths import parse_length
 
 EXAMPLES = Path(workflow.current_basedir).parent
 # Jobs read this file again, from the working directory: they have the first one's word.
 STARTED_IN = Path(os.environ.setdefault("LONGROPE_STARTED_IN", os.getcwd()))
+os.environ.setdefault("LONGROPE_RUN", str(time.time_ns()))  # what this run of Snakemake was refused it does not repeat
 # Results of rules are checked by Snakemake; that their processes end with it is up to this shell.
 shell.executable(str(EXAMPLES / "workflow/shell"))
 # Where they find `longrope`, `python` and `torchrun`: beside this Python, unless told otherwise.
@@ -26,6 +29,19 @@ def given(path):
         found = Path(f"{planning['missing']}{found}")
         found.mkdir(parents=True, exist_ok=True)
     return str(found)
+
+
+# Inputs are files of a model's folder: its own time changes with a README, and not when a file is overwritten.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER = (*TOKENIZER_FILES, "spiece.model", GENERATION_CONFIG)  # the last has ids that end a text
+
+
+def model_files(folder, patterns):
+    """config.json, and those of the named files that a model's folder has."""
+    if "planning" in config:
+        return [folder]  # it may be a stand-in
+    found = (path for pattern in patterns for path in Path(folder).glob(pattern))
+    return [f"{folder}/config.json", *sorted(str(path) for path in found if path.is_file())]
 
 
 def words(*blocks):
@@ -55,7 +71,7 @@ if GPUS["gpus_per_node"]:
     GPUS["slurm_extra"] = f"--gpus-per-node={GPUS['gpus_per_node']}"
 # What on_gpus of functions.sh is told: how many nodes it must find, and how long before a time limit it stops.
 os.environ["LONGROPE_NODES"] = str(GPUS["nodes"])
-os.environ.setdefault("STOP_SECONDS", str(config.get("stop_seconds", 1800)))
+os.environ["STOP_SECONDS"] = str(config.get("stop_seconds", 1800))
 
 
 # What training computes again in its backward pass instead of keeping it.

@@ -12,14 +12,14 @@ localrules: report
 
 # The base model as a Megatron checkpoint; logits are compared with transformers' before it is in place.
 rule base:
-    input: HF
+    input: model_files(HF, WEIGHTS)
     output: "checkpoints/base.done"
     log: "logs/base.log"
     shell:
         """
         log_to {log}
         begin checkpoints/base {input:q}
-        [[ -d checkpoints/base ]] || longrope convert from-hf --hf {input:q} --output checkpoints/base
+        [[ -d checkpoints/base ]] || longrope convert from-hf --hf {HF:q} --output checkpoints/base
         stamp {output}
         """
 
@@ -28,7 +28,7 @@ rule base:
 rule documents:
     input:
         text=lambda wildcards: given(config[f"{wildcards.texts}_text"]),
-        tokenizer=HF,
+        tokenizer=model_files(HF, TOKENIZER),
     output: multiext("data/{texts}", ".bin", ".idx", ".json")
     wildcard_constraints: texts="|".join(TEXTS)
     params:
@@ -38,7 +38,7 @@ rule documents:
     shell:
         """
         log_to {log}
-        longrope data prepare --input {input.text:q} --tokenizer {input.tokenizer:q} --output data/{wildcards.texts} \
+        longrope data prepare --input {input.text:q} --tokenizer {HF:q} --output data/{wildcards.texts} \
             --whole-documents --min-length {params.length} --workers {threads} --overwrite
         """
 
@@ -65,7 +65,7 @@ rule perplexity:
 
 # What is left of the short tasks, under the original window's factors.
 rule short_benchmarks:
-    input: f"checkpoints/{TUNED}.done", FINAL, tokenizer=HF
+    input: f"checkpoints/{TUNED}.done", FINAL, tokenizer=model_files(HF, TOKENIZER)
     output: "results/short.done"
     params:
         tasks=config["tasks"],
@@ -76,7 +76,7 @@ rule short_benchmarks:
         """
         log_to {log}
         begin results/short {input:q} {params:q}
-        on_gpus {resources.gpus_per_node} longrope eval short {EXTENDED_MODEL} --tokenizer {input.tokenizer:q} \
+        on_gpus {resources.gpus_per_node} longrope eval short {EXTENDED_MODEL} --tokenizer {HF:q} \
             --tasks {params.tasks} {TASK_FILES} --dtype {config[dtype]} --output results/short --yes
         stamp {output}
         """
@@ -84,14 +84,14 @@ rule short_benchmarks:
 
 # To Hugging Face format; logits are compared before it is in place.
 rule convert:
-    input: f"checkpoints/{TUNED}.done", factors=FINAL, tokenizer=HF
+    input: f"checkpoints/{TUNED}.done", factors=FINAL, tokenizer=model_files(HF, TOKENIZER)
     output: "hf/config.json"
     log: "logs/convert.log"
     shell:
         """
         log_to {log}
         longrope convert to-hf --load checkpoints/{TUNED} --longrope-config {input.factors} \
-            --tokenizer {input.tokenizer:q} --output hf --overwrite
+            --tokenizer {HF:q} --output hf --overwrite
         """
 
 

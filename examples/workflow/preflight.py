@@ -105,7 +105,9 @@ def _texts(command: plan.Command, commands: Sequence[plan.Command]) -> Finding:
 
     options = read_flags(PrepareOptions, command.args)
     needs = _documents_of(options, commands) if options.whole_documents else {}
-    wanted_tokens = 0 if options.whole_documents else _tokens_of(options.output, commands)
+    # With --short-window two sets come of the same texts.
+    sets = (options.output, f"{options.output}_short")
+    wanted_tokens = 0 if options.whole_documents else sum(_tokens_of(x, commands) for x in sets)
     documents, tokens, read = dict.fromkeys(needs, 0), 0.0, 0
     ends, per_token, sampled = time.monotonic() + SECONDS_PER_SET, 4.0, [0, 0]
     complete, skips = True, Skips()

@@ -144,7 +144,7 @@ class _Estimate(Options):
     """print FLOPs, memory and hours, and stop; loads no weights"""
     gpu: str = flag("h100", metavar="NAME")
     """a100-80, h100, ... or TFLOPS:GIB, for --dry-run"""
-    num_gpus: int | None = flag(None, type=parse_positive, metavar="G")
+    gpus: int | None = flag(None, type=parse_positive, metavar="G")
     """GPUs of the job, for --dry-run (default: TP x CP, one replica)"""
     mfu: float | None = flag(None, type=float, metavar="U")
     """part of the GPU's peak, for --dry-run (default: by GPU, as in `longrope plan`)"""

@@ -140,10 +140,10 @@ class SearchPlan:
         model_ranks = args.tensor_model_parallel_size * args.context_parallel_size
         count = len(self.samples)
         forwards = self._algorithm().total_samples(count)
-        gpus = args.num_gpus or model_ranks
+        gpus = args.gpus or model_ranks
         if gpus % model_ranks:
             raise LongRopeError(
-                f"--num-gpus {gpus} is not a multiple of tensor parallel x context parallel = "
+                f"--gpus {gpus} is not a multiple of tensor parallel x context parallel = "
                 f"{model_ranks}"
             )
         lines = estimate_command(

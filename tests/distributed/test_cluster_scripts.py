@@ -74,6 +74,18 @@ def called(directory):
     return [shlex.split(line) for line in (directory / "called").read_text().splitlines()]
 
 
+@pytest.mark.slow
+@pytest.mark.real_process
+def test_a_refused_flag_starts_its_workers_once(tmp_path):
+    done = run(
+        "agent.sh", tmp_path, "-m", "megatron_longrope", "factors", "show", "absent.json",
+        PYTHON=sys.executable, NPROC_PER_NODE=1, LONGROPE_DEVICE="cpu",
+        PYTHONPATH=CLUSTER.parents[1],
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("longrope factors: error: absent.json") == 1, done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound_bash(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -85,7 +97,6 @@ def test_scripts_are_sound_bash(script):
 @pytest.mark.parametrize(
     ("script", "variables", "sentence"),
     [
-        ("search.sh", {}, "LOAD is not set; it must name a Megatron checkpoint"),
         ("finetune.sh", {}, "BASE is not set; it must name the Megatron checkpoint to start from"),
         ("finetune.sh", {**NEEDED, "FACTORS": ""}, "FACTORS is not set; it must name the factor"),
         ("finetune.sh", NEEDED, "BASE base has no latest_checkpointed_iteration.txt"),
@@ -166,20 +177,6 @@ def test_the_exit_status_tells_a_complete_run_from_one_that_goes_on(tmp_path, tr
     assert len(called(tmp_path)) == 3
 
 
-def test_a_search_always_resumes(tmp_path, python):
-    done = run(
-        "search.sh", tmp_path, PYTHON=python, LOAD="base", DATA="data/search", TARGET_LENGTH="128k",
-        OUTPUT="factors/f.json", CP=2, EXTRA_ARGS="--num-samples 3", LONGROPE_DEVICE="cpu",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (words,) = called(tmp_path)
-    assert shlex.join(words[words.index("megatron_longrope") :]) == (
-        "megatron_longrope search --load base --data data/search --target-length 128k --output "
-        "factors/f.json --tensor-model-parallel-size 1 --context-parallel-size 2 --resume "
-        "--num-samples 3"
-    )
-
-
 # Under a stand-in for Slurm
 
 
@@ -198,17 +195,6 @@ def test_words_that_begin_with_m_run_under_one_agent_per_node(tmp_path, python):
     assert one == two
     assert one[-4:] == list(words)
     assert f"--rdzv-id {job.id}-0" in shlex.join(one)
-
-
-def test_a_search_is_a_job_on_all_nodes_too(tmp_path, python):
-    job = Job(
-        tmp_path, "stage.sbatch", "search", PYTHON=python, LOAD="base", DATA="data/search",
-        TARGET_LENGTH="128k", OUTPUT="factors/f.json", LONGROPE_DEVICE="cpu",
-    )  # fmt: skip
-    assert job.wait(PATIENCE_S) == 0, job.log
-    one, two = called(tmp_path)
-    assert one == two
-    assert "megatron_longrope search --load base" in shlex.join(one)
 
 
 @pytest.mark.parametrize("last", [0, 4])
@@ -253,7 +239,7 @@ def test_a_job_that_cannot_be_requeued_says_so_and_fails(tmp_path, variables, se
 
 
 def test_a_command_that_does_not_stop_in_time_is_requeued_all_the_same(tmp_path):
-    job = Job(tmp_path, "stage.sbatch", "bash", "-c", STUBBORN, STOP_SECONDS=0.5)
+    job = Job(tmp_path, "stage.sbatch", "bash", "-c", STUBBORN, STOP_TIMEOUT=0.5)
     wait_for_work(job)
     job.signal(signal.SIGUSR1)
     assert job.wait(PATIENCE_S) == 0

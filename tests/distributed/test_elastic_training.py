@@ -44,7 +44,7 @@ def inputs(tmp_path_factory, data):
     )
     return {
         "PYTHON": sys.executable, "PYTHONPATH": ROOT, "LONGROPE_DEVICE": "cpu",
-        "BASE": directory / "base", "LOAD": directory / "base", "DATA": data["search"],
+        "BASE": directory / "base", "DATA": data["search"],
         "FACTORS": directory / "factors.json", "TOKENIZER": data["tokenizer"], "SCRIPT": SCRIPT,
         "SEQ_LENGTH": 128, "TRAIN_ITERS": ITERATIONS, "GLOBAL_BATCH": 4, "LEARNING_RATE": "1e-3",
         "WARMUP": 2, "TP": 1, "CP": 2, "EXTRA_ARGS": TINY,
@@ -102,12 +102,12 @@ def nothing_left_behind(request, tmp_path):
 class Agent:
     """A script of examples/cluster/torchrun on a node of its own, which is a directory here."""
 
-    def __init__(self, node, script, **variables):
+    def __init__(self, node, script, *arguments, **variables):
         node.mkdir(exist_ok=True)
         self._node, self._path = node, node / "log"
         with self._path.open("a") as log:
             self._process = subprocess.Popen(
-                [str(CLUSTER / "torchrun" / script)], cwd=node, stdout=log, stderr=log,
+                [str(CLUSTER / "torchrun" / script), *arguments], cwd=node, stdout=log, stderr=log,
                 env=environment(node, **variables), start_new_session=True,
             )  # fmt: skip
 
@@ -135,6 +135,7 @@ def rendezvous():
     )
 
 
+@pytest.mark.release  # torchrun's part; tests/distributed/test_training_curves.py kills and goes on
 def test_a_killed_agent_comes_back_and_the_loss_curve_does_not_know(
     inputs, undisturbed, agents, tmp_path
 ):
@@ -180,14 +181,15 @@ def test_a_search_whose_first_rank_is_killed_ends_with_the_same_factors(inputs, 
     flags = f"--max-evaluations {NUM_EVALUATIONS} --original-length 64 --num-samples 3 "
     flags += "--tokens-per-forward 256 --start-tokens 0,4 --attention-factor-policy su --no-figures"
     whole = tmp_path / "whole.json"
-    words = ["--load", inputs["LOAD"], "--data", inputs["DATA"], "--target-length", "128"]
+    words = ["--load", inputs["BASE"], "--data", inputs["DATA"], "--target-length", "128"]
     assert main(["search", *map(str, words), "--output", str(whole), *flags.split()]) == 0
-    variables = {**inputs, "PYTHON": agents, "CP": 1, "TARGET_LENGTH": 128, "EXTRA_ARGS": flags}
-    variables["OUTPUT"] = tmp_path / "f.json"
+    variables = {**inputs, "PYTHON": agents}
+    command = ["agent.sh", "-m", "megatron_longrope", "search", *map(str, words), *flags.split()]
+    command += ["--output", str(tmp_path / "f.json"), "--resume"]
     journal = tmp_path / "f.journal.jsonl"
     first, second = rendezvous()
-    survivor = Agent(tmp_path / "first", "search.sh", **variables, **first)
-    lost = Agent(tmp_path / "second", "search.sh", **variables, **second)
+    survivor = Agent(tmp_path / "first", *command, **variables, **first)
+    lost = Agent(tmp_path / "second", *command, **variables, **second)
 
     def num_journaled():
         return journal.read_bytes().count(b"\n") - 1 if journal.exists() else 0
@@ -195,7 +197,7 @@ def test_a_search_whose_first_rank_is_killed_ends_with_the_same_factors(inputs, 
     wait_until(lambda: num_journaled() >= 5, 300, lambda: survivor.log + lost.log)
     lost.lose_power()
     assert num_journaled() < NUM_EVALUATIONS
-    back = Agent(tmp_path / "second", "search.sh", **variables, **second)
+    back = Agent(tmp_path / "second", *command, **variables, **second)
     assert [survivor.wait(), back.wait()] == [0, 0], survivor.log + back.log
     factors = [LongRopeConfig.load(path).factor_sets for path in (tmp_path / "f.json", whole)]
     assert [item.rescale_factors for item in factors[0]] == [

@@ -1,15 +1,11 @@
 """Replicas share a search: same journal whatever their number and speed; nothing is ever lost."""
 
-import contextlib
 import json
-import random
-import signal
-import subprocess
 from pathlib import Path
 
 import launching
 import pytest
-from launching import Agent, Command, Ranks, run, two_agents
+from launching import Agent, run, two_agents
 from synthetic_search import drop_seconds
 
 pytestmark = [pytest.mark.slow, pytest.mark.one_release]
@@ -44,26 +40,6 @@ def test_the_journal_does_not_depend_on_the_number_and_speed_of_replicas(
     assert shared == single
 
 
-@pytest.mark.release  # a dead replica below, and torn journals in tests/unit/search/test_journal.py
-@pytest.mark.parametrize("algorithm", ["evolution", "cma"])
-def test_a_search_killed_at_random_points_ends_with_the_same_factors(tmp_path, algorithm):
-    options = (algorithm, tmp_path / "killed.jsonl", "--seconds", 0.02)
-    whole = search(1, algorithm, tmp_path / "whole.jsonl")
-    rng = random.Random(algorithm)
-    command = Command((str(SCRIPT), *map(str, options)))
-    kills = 0
-    for _ in range(2):
-        with (tmp_path / "log").open("w") as log:
-            process = Ranks(command, tmp_path, log, log)
-            wait_for_lines(tmp_path / "killed.jsonl", rng.randrange(2, 20), process)
-            process.kill()
-            kills += process.wait(60) == -signal.SIGKILL
-    resumed = search(1, algorithm, tmp_path / "killed.jsonl")
-    assert kills >= 1
-    assert resumed["factors"] == whole["factors"] and resumed["score"] == whole["score"]
-    assert drop_seconds(tmp_path / "killed.jsonl") == drop_seconds(tmp_path / "whole.jsonl")
-
-
 def test_a_dead_replica_ends_the_job_and_the_journal_goes_on_from_there(tmp_path):
     journal = tmp_path / "j.jsonl"
     words = (str(SCRIPT), "cma", str(journal), "--seconds", "0.01", "--die", "1:12")
@@ -77,12 +53,3 @@ def test_a_dead_replica_ends_the_job_and_the_journal_goes_on_from_there(tmp_path
     search(2, "cma", journal)
     search(1, "cma", tmp_path / "whole.jsonl")
     assert drop_seconds(journal) == drop_seconds(tmp_path / "whole.jsonl")
-
-
-def wait_for_lines(path, count, process):
-    """Until the journal has grown by so many lines, or the process has ended."""
-    end = count + (path.read_bytes().count(b"\n") if path.exists() else 0)
-    while not path.exists() or path.read_bytes().count(b"\n") < end:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.005)
-            return

@@ -1,6 +1,6 @@
 """The CUDA kernels behind core attention in half precision, by their error against fp64.
 
-The allowed error is what torch's own attention makes on the same bf16 inputs, document by document:
+The allowed error is what torch's own attention makes on the same half inputs, document by document:
 single elements of a gradient lie far from fp64 where scores are large, whatever the kernel.
 """
 
@@ -25,25 +25,27 @@ from attention_cases import (
 
 from megatron_longrope.attention import FlashCoreAttention, SdpaCoreAttention, flash_kernels, tiles
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CLASSES = [SdpaCoreAttention, FlashCoreAttention]
+HALF = [torch.bfloat16, torch.float16]
+SCALES = [None, 1.5 * SCALE]  # by the document's length, or the run's, with its attention factor
 DEVICE = "cuda"
 
 
-def module_of(cls):
+def module_of(cls, scale):
+    """With a softmax scale for all documents, or one by each document's length."""
     if cls.kernel == "flash":
         try:
             flash_kernels.find(flash_kernels.capability())
         except ValueError as error:
             pytest.skip(str(error))
-    return core_attention(with_scale(cls))
+    if scale is None:
+        return core_attention(with_scale(cls))
+    return core_attention(cls, softmax_scale=scale)
 
 
-def on_gpu(batch):
-    return [x.to(DEVICE, torch.bfloat16) for x in batch]
+def on_gpu(batch, dtype):
+    return [x.to(DEVICE, dtype) for x in batch]
 
 
 def assert_as_near_as_stock(ours, stock, exact):
@@ -53,32 +55,37 @@ def assert_as_near_as_stock(ours, stock, exact):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_a_pack_equals_each_document_alone_with_gradients(cls, groups):
+def test_a_pack_equals_each_document_alone_with_gradients(cls, dtype, scale, groups):
     pack = Pack((70, 0, 33), (72, 8, 40), tail=4)
-    module = module_of(cls)
-    batch = on_gpu(random_batch(pack.total, groups=groups))
+    module = module_of(cls, scale)
+    batch = on_gpu(random_batch(pack.total, groups=groups), dtype)
+    options = {"scale_of": tokens_scale} if scale is None else {"plain": scale}
     packed = pack.params()
     for name in ("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
         setattr(packed, name, getattr(packed, name).to(DEVICE))
     ours = output_and_gradients(lambda *qkv: module(*qkv, packed_seq_params=packed), *batch)
     stock = output_and_gradients(
-        lambda *qkv: packed_reference(*qkv, pack, scale_of=tokens_scale, attention=stock_attention),
+        lambda *qkv: packed_reference(*qkv, pack, **options, attention=stock_attention),
         *batch,
     )
     exact = output_and_gradients(
-        lambda *qkv: packed_reference(*qkv, pack, scale_of=tokens_scale),
+        lambda *qkv: packed_reference(*qkv, pack, **options),
         *(x.double().cpu() for x in batch),
     )
     assert_as_near_as_stock(ours, stock, exact)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("queries", [64, 16, 1])
-def test_the_last_query_stands_at_the_last_key(cls, queries):
-    batch = on_gpu(random_batch(queries, keys=64, groups=2, batch=2))
-    scale = SCALE * tokens_scale(64)
-    ours = output_and_gradients(module_of(cls), *batch)
+def test_the_last_query_stands_at_the_last_key(cls, dtype, scale, queries):
+    batch = on_gpu(random_batch(queries, keys=64, groups=2, batch=2), dtype)
+    ours = output_and_gradients(module_of(cls, scale), *batch)
+    scale = scale or SCALE * tokens_scale(64)
     stock = output_and_gradients(lambda *qkv: stock_attention(*qkv, scale), *batch)
     exact = output_and_gradients(
         lambda *qkv: reference(*qkv, scale), *(x.double().cpu() for x in batch)

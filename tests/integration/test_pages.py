@@ -22,6 +22,8 @@ pytest.importorskip("megatron.training")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+WITHOUT_GPU = re.search(r"without a GPU add\s+`(--\S+)` to step 4", README)[1]
 # Of README's numbers: two processes for eight GPUs, a window of 256 tokens and two steps.
 TOY = {
     r"--nproc-per-node 8": "--nproc-per-node 2",
@@ -37,7 +39,7 @@ TOY = {
     r"--context-parallel-size 8": "--context-parallel-size 2",
     r"\blong_books/": "books/",
     r"\btokenizer\.model\b": "models/base",
-    r" --bf16": " --cpu --log-interval 1",
+    r" --bf16": f" --bf16 {WITHOUT_GPU} --log-interval 1",
     r"--global-batch-size 32": "--global-batch-size 2",
     r"--train-iters 400": "--train-iters 2",
     r"--lr-warmup-iters 20": "--lr-warmup-iters 1",
@@ -62,8 +64,7 @@ def commands(text):
 
 def steps():
     """README's commands, the one of pretraining as its diff leaves it."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    text = text.partition("## From a checkpoint")[2].partition("\n## ")[0]
+    text = README.partition("## From a checkpoint")[2].partition("\n## ")[0]
     text = re.sub(r"^```diff\n(?:[- ].*\n)*", "", text, flags=re.M)
     return list(commands(re.sub(r"^[+ ](?=torchrun|    |--)", "    ", text, flags=re.M)))
 

@@ -270,6 +270,13 @@ def test_megatron_knows_every_flag_of_the_trainings(name, megatron):
         assert args.exit_signal_handler and args.exit_signal.name == "SIGUSR1"
 
 
+def test_the_script_for_clusters_has_the_recipes_model():
+    script = (ROOT / "examples/cluster/torchrun/finetune.sh").read_text()
+    model = re.sub(r"#.*", "", re.search(r"^model=\((.*?)--seq-length", script, re.M | re.S)[1])
+    recipe = yaml.safe_load((ROOT / "examples/llama2_7b/config.yaml").read_text())["model"]
+    assert sorted(model.split()) == sorted(" ".join(recipe).split())
+
+
 @pytest.mark.parametrize(
     "name, batch, rate, decay, steps, length",
     [
@@ -465,6 +472,14 @@ def test_preflight_counts_the_documents_that_are_long_enough(four_texts, least, 
     )
     assert texts.verdict == verdict, texts
     assert "3 are needed" in texts.text
+
+
+def test_preflight_asks_for_the_tokens_of_both_sets_of_mixed_windows(four_texts):
+    blend = SEVEN_B.replace("data/train", "0.7 data/set 0.3 data/set_short") + " --save-interval 4"
+    found = look_at_texts(
+        four_texts, f"--input {four_texts}/text.jsonl --segment-length 64 --short-window 32", blend
+    )
+    assert f"training reads {4 * 32 * 4096:.3g}" in found.text
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])

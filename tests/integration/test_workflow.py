@@ -27,7 +27,7 @@ rule all:
     input: "end.done"
 
 rule first:
-    input: given("input")
+    input: given("input"), model_files(given("model"), WEIGHTS)
     output: "first.done"
     params: seed=config["seed"]
     resources: tp=config["tp"]
@@ -55,13 +55,17 @@ rule end:
 """
 LINES = 10
 # Appends a line at a time to what an earlier run left, as a training adds checkpoints. With a file
-# `hold` beside it, it waits after five; with `slow`, before each.
+# `hold` beside it, it waits after five; with `slow`, before each. With `refuse`
+# it ends as what refuses a flag.
 WORKER = f"""
 import os, pathlib, sys, time
 folder, seed, how = sys.argv[1:]
 hold, slow = (pathlib.Path(__file__).with_name(name) for name in ("hold", "slow"))
 path = pathlib.Path(folder); path.mkdir(exist_ok=True)
 lines = path / "lines"
+if pathlib.Path(__file__).with_name("refuse").exists():
+    pathlib.Path("runs").open("a").write(f"{{folder}} is refused\\n")
+    sys.exit(2)
 done = lines.read_text().count("\\n") if lines.exists() else 0
 with lines.open("a", buffering=1) as file:
     for number in range(done, {LINES}):
@@ -82,6 +86,9 @@ class Workflow:
         (folder / "Snakefile").write_text(SNAKEFILE)
         (folder / "worker.py").write_text(WORKER)
         (folder / "input").write_text("text")
+        (folder / "model").mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (folder / "model" / name).write_text("old")
         self.config = {"seed": 1, "last_seed": 1, "tp": 1}
 
     def start(self, *flags):
@@ -148,6 +155,7 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     assert workflow.runs() == ["first from 0", "end from 0"]
     workflow.config["tp"] = 2
     os.utime(workflow.folder / "input")  # newer, but the same
+    (workflow.folder / "model/README.md").touch()  # makes only the folder newer
     assert "Nothing to be done" in workflow.run()
     workflow.config["last_seed"] = 2
     workflow.run()
@@ -157,36 +165,21 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     (workflow.folder / "input").write_text("other text")
     workflow.run()
     assert workflow.runs() == ["first from 0", "end from 0"]
+    (workflow.folder / "model/model.safetensors").write_text("new")  # and the folder no newer
+    workflow.run()
+    assert workflow.runs() == ["first from 0", "end from 0"]
 
 
-ALTERNATING = """
-rule all:
-    input: expand("end_{number}", number=range(3))
-
-rule first:
-    output: "first"
-    resources: machine=1
-    shell: "touch {output}"
-
-rule end:
-    input: "first"
-    output: "end_{number}"
-    resources: machine=1
-    shell: "echo begins >> order; sleep 0.3; echo ends >> order; touch {output}"
-"""
-
-
-@pytest.mark.release  # it is Snakemake's own doing
-def test_rules_that_take_the_whole_machine_run_one_at_a_time(tmp_path):
-    """On GPUs two of them would run out of memory. Snakemake 9.15 started them all at once."""
-    (tmp_path / "Snakefile").write_text(ALTERNATING)
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--profile", str(ROOT / "examples/profiles/local"),
-         "--cores", "8"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "order").read_text().split() == ["begins", "ends"] * 3
+def test_what_is_refused_is_not_tried_again_before_the_next_run(workflow):
+    (workflow.folder / "refuse").touch()
+    process = workflow.start("--retries", "3")
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode != 0
+    assert workflow.runs() == ["first is refused"], said
+    assert "refused as before" in said
+    (workflow.folder / "refuse").unlink()
+    workflow.run("--retries", "3")
+    assert workflow.runs() == ["first from 0", "end from 0"]
 
 
 def test_killed_it_ends_its_jobs_and_the_same_command_goes_on(workflow):
@@ -304,8 +297,3 @@ def test_a_training_has_half_an_hour_to_save_before_a_time_limit_or_half_of_its_
         ["bash", "-c", script], env=environment | {"LONGROPE_BIN": "."}, capture_output=True
     )
     assert [*map(int, done.stdout.split())] == [day - 1800, day + 300, minutes - 60]
-
-
-@pytest.mark.parametrize("name", ["workflow/shell", "workflow/functions.sh", "run.sh"])
-def test_shell_files_are_sound_bash(name):
-    subprocess.run(["bash", "-n", str(ROOT / "examples" / name)], check=True)

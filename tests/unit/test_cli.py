@@ -126,8 +126,6 @@ def test_what_nobody_refused_keeps_its_traceback(bug, monkeypatch):
         main(["doctor"])
 
 
-# Processes of its own, because one of them is to be killed; neither imports torch.
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
 def test_a_reader_that_goes_early_gets_no_complaint():
     # A process: a pipe that is closed at the other end, and what Python does as it ends.
     command = [sys.executable, "-m", "megatron_longrope", "factors", "list"]
@@ -137,6 +135,8 @@ def test_a_reader_that_goes_early_gets_no_complaint():
     assert (process.returncode, errors) == (141, b"")
 
 
+# Processes of its own, because one of them is to be killed; neither imports torch.
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
 def test_a_worker_ends_when_its_torchrun_agent_is_killed():
     worker = (
         "import signal, time; from megatron_longrope.ranks import end_with_parent\n"

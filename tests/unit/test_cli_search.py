@@ -95,7 +95,7 @@ FACTORS = Path(__file__).parents[2] / "examples/smollm2_135m/longrope_16k.json"
         (f"--output {FACTORS} --resume", "exists without its journal"),
         ("--output out-v1.2", "--output out-v1.2 must end in .json: journal and figures"),
         ("--dry-run --gpu abacus", "abacus"),
-        ("--dry-run --num-gpus 3 --context-parallel-size 2", "not a multiple"),
+        ("--dry-run --gpus 3 --context-parallel-size 2", "not a multiple"),
     ],
 )
 def test_bad_input_is_one_sentence(options, no_weights, capsys, flags, message):
@@ -285,14 +285,14 @@ def test_a_dry_run_says_what_the_search_costs_without_loading_it(
     options, no_weights, capsys, tmp_path
 ):
     (tmp_path / "factors.json").write_text("{}")  # which only a real run would replace
-    assert main([*options, "--dry-run", "--gpu", "h100", "--num-gpus", "8", "--mfu", "0.5"]) == 0
+    assert main([*options, "--dry-run", "--gpu", "h100", "--gpus", "8", "--mfu", "0.5"]) == 0
     lines = capsys.readouterr().out
     for part in ("FLOP", "336 evaluations", "GiB", "8 GPUs", "50% of peak"):
         assert part in lines, lines
 
 
 @pytest.mark.parametrize(
-    "flag", ["--num-gpus", "--tensor-model-parallel-size", "--context-parallel-size"]
+    "flag", ["--gpus", "--tensor-model-parallel-size", "--context-parallel-size"]
 )
 def test_a_number_of_gpus_is_positive(options, capsys, flag):
     with pytest.raises(SystemExit):

@@ -1,11 +1,10 @@
 """The conversion benchmark: what it concludes from its numbers, and that it runs."""
 
-import json
 import sys
 from pathlib import Path
 
-import launching
 import pytest
+from test_benchmarks import result_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -57,11 +56,7 @@ def test_what_cannot_be_measured_is_refused(options, capsys):
 @pytest.mark.usefixtures("benchmark_results_stay")
 def test_every_arm_runs_and_the_benchmark_ends_with_its_result(tmp_path):
     options = ("--gib", "0.1", "--repeats", "1", "--directory", tmp_path)
-    done = launching.python(BENCHMARKS / "convert.py", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["benchmark"] == "convert"
-    assert result["ratio"] > 0
+    result = result_of("convert.py", *options)
     assert set(result["runs"]) == set(benchmark.ARMS)
     # Memory is no matter of speed.
     assert 0 < result["peak_gib"] < result["allowed_gib"]

@@ -1,20 +1,16 @@
-"""The benchmark of the training curves at a tiny size, and what it makes of its curves."""
+"""What the benchmark of the training curves makes of them; test_training_curves.py walks so."""
 
 import csv
 import io
-import json
 import math
 import sys
 from pathlib import Path
 
-import launching
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from curves import TAGS, Curve
 from training_curves import CONTROL, GROUPS, Row, draw, summarise
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def curve(first, last, relative=0.0):
@@ -50,16 +46,3 @@ def test_the_figures_data_hold_every_value_of_every_run():
     assert len(table) == (10 + 5 + 10) * len(TAGS)
     assert {row["run"] for row in table} == {"CP2", "CP2, then CP4", CONTROL}
     assert float(table[-1]["relative_difference"]) == pytest.approx(1e-2)
-
-
-@pytest.mark.slow
-@pytest.mark.release  # tests/distributed/test_training_curves.py walks the same way
-@pytest.mark.usefixtures("benchmark_results_stay")
-def test_the_training_curves_benchmark_ends_with_its_result(tmp_path):
-    script = BENCHMARKS / "training_curves.py"
-    done = launching.python(script, "--quick", "--output", tmp_path / "runs")
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["benchmark"] == "training_curves"
-    assert [row["run"] for row in result["rows"]] == ["CP2", CONTROL]
-    assert 0 < result["ratio"] < 0.1

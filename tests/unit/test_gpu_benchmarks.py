@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 GPU = Path(__file__).parents[2] / "benchmarks" / "gpu"
 sys.path.insert(0, str(GPU))
+import kernels  # noqa: E402
 import run as gpu_run  # noqa: E402
 import train_step  # noqa: E402
 
@@ -60,6 +62,43 @@ def test_a_part_that_fails_or_hangs_leaves_its_results_and_the_others(tmp_path, 
         "works": "done",
     }
     assert all(part["results"] == 1 for part in ended.values())
+
+
+def crashes(*_, **__):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def wrong(query, key, value, **_):
+    return query.flatten(-2) + 0 * (key.sum() + value.sum())
+
+
+@pytest.mark.parametrize("kernel", [crashes, wrong])
+def test_a_kernel_that_is_wrong_or_fails_is_no_success(tmp_path, monkeypatch, kernel):
+    monkeypatch.setattr(kernels, "build", lambda *_: kernel)
+    monkeypatch.setattr(kernels.gpu, "start", lambda _: torch.device("cpu"))
+    output = tmp_path / "kernels.jsonl"
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--quick", "--output", str(output)])
+    assert kernels.main() == 1
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["passes"] for row in rows if row.get("kernel") == "sdpa"] == [False, False]
+    assert all("skipped" in row for row in rows if row.get("kernel") == "flash")
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("train_step.py --lengths 32q", "length '32q' is not a positive integer"),
+        ("train_step.py --quick --lengths 128,256", "each must be above the window, 128"),
+        ("train_step.py --quick --steps 0", "--steps is 0; it must be at least 1"),
+        ("engine.py passkey --attention flesh", "invalid choice: 'flesh'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_sentence(words, sentence, monkeypatch, capsys):
+    script, *flags = words.split()
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(GPU / script), run_name="__main__")
+    assert sentence in f"{refused.value}{capsys.readouterr().err}"
 
 
 def test_training_steps_record_the_ratio_of_each_length_once(tmp_path, monkeypatch):

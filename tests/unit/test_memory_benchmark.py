@@ -1,14 +1,13 @@
 """Perplexity's memory benchmark: what it concludes from its numbers, and that it runs."""
 
-import json
 import math
 import sys
 from pathlib import Path
 
-import launching
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_benchmarks import result_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -83,11 +82,7 @@ def test_a_measurement_that_fails_says_why(tmp_path):
 @pytest.mark.usefixtures("benchmark_results_stay")
 def test_both_arms_do_the_same_work_and_the_benchmark_ends_with_its_result():
     tiny = ("--lengths", "1024", "2048", "--hidden-size", "64", "--vocab-size", "4096")
-    done = launching.python(BENCHMARKS / "ppl_memory.py", *tiny)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["benchmark"] == "ppl_memory"
-    assert result["ratio"] > 0
+    result = result_of("ppl_memory.py", *tiny)
     assert {(row["arm"], row["tokens"]) for row in result["peaks"]} == {
         (arm, length) for arm in ("ours", "theirs") for length in (1024, 2048)
     }

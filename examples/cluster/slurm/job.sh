@@ -6,7 +6,7 @@
 # SIGTERM (scancel, preemption): stop likewise, but leave it to Slurm whether the job comes back.
 
 MAX_REQUEUES=${MAX_REQUEUES:-20}                   # restarts of the job, those by Slurm included
-STOP_SECONDS=${STOP_SECONDS:-1770}                 # after SIGUSR1; then the job is requeued as it is
+STOP_TIMEOUT=${STOP_TIMEOUT:-1770}                 # seconds after SIGUSR1; then the job is requeued as it is
 RDZV_PORT=${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 20000))} # port of the first node where agents meet
 
 # shellcheck source=examples/cluster/common.sh
@@ -47,7 +47,7 @@ ask() {
     # srun hands SIGUSR1 to the node scripts; SIGTERM would end srun itself.
     [[ $step ]] && kill -USR1 "$step"
     if [[ $1 == USR1 ]]; then
-      { sleep "$STOP_SECONDS" && kill -USR2 $$; } >/dev/null 2>&1 &
+      { sleep "$STOP_TIMEOUT" && kill -USR2 $$; } >/dev/null 2>&1 &
       timer=$!
     fi
   fi

@@ -39,6 +39,7 @@ model=( # LLaMA2-7B; longrope convert from-hf prints these flags for any model
   --num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32
   --swiglu --normalization RMSNorm --norm-epsilon 1e-5 --disable-bias-linear
   --untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0
+  --make-vocab-size-divisible-by 64 # 32000 rows: nothing is padded up to TP 4
   --position-embedding-type rope # stays rope: the plugin replaces the module behind it
   --rotary-base 10000
   --seq-length "$SEQ_LENGTH" --max-position-embeddings "$SEQ_LENGTH"
