@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import (
-    BOOLEAN,
-    COUNT,
     MODEL_COLUMNS,
     NUMBER,
     TEXT,
@@ -42,11 +40,8 @@ _NOTE = (
 REQUIRED = {"task": TEXT, "metric": TEXT, "value": NUMBER}
 """Fields of every record."""
 
-OPTIONAL = {
-    "stderr": NUMBER, "truncated": NUMBER, "requests": COUNT, "longest": COUNT,
-    "higher_is_better": BOOLEAN,
-}  # fmt: skip
-"""Fields that a record may have."""
+NUMBERS = {"value": math.nan, "stderr": None, "metrics": math.nan}
+"""See :attr:`.Kind.numbers`."""
 
 SETTINGS = (
     "limit", "window", "max_length", "long_prompts", "seed", "tokenizer_sha256", "requests_sha256",
@@ -215,12 +210,6 @@ def _lengths(cell: Any, window: int | None) -> Row:
         "longest": max(cell.forwards),
         "factor_sets": {str(reach): sets[reach] for reach in sorted(sets)},
     }
-
-
-def restore(row: Row) -> None:
-    """Records hold null where a value is not finite, for which JSON has no word."""
-    if "value" in row and row["value"] is None:
-        row["value"] = math.nan
 
 
 def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) -> list[Section]:

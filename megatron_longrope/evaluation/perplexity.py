@@ -15,6 +15,7 @@ prediction and is not scored.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
 from bisect import bisect_right
@@ -105,7 +106,7 @@ class PerplexityResult:
     ppl_token_weighted: float
     """exp of the mean over tokens."""
     ppl_window_mean_interval: list[float] | None = None
-    """95 % confidence interval with documents as units; None for one document."""
+    """95 % confidence interval with documents as units; None for one, or a loss not finite."""
     ppl_token_weighted_interval: list[float] | None = None
     """The same of the mean over tokens."""
     nll_per_document: list[float] = field(default_factory=list)
@@ -196,7 +197,9 @@ def perplexity(
 def _interval(sums: Sequence[float], weights: Sequence[float]) -> list[float] | None:
     """Return the interval of a perplexity."""
     found = ratio_interval(sums, weights)
-    return None if found is None else [perplexity_of(bound) for bound in found]
+    if found is None or any(map(math.isnan, found)):
+        return None
+    return [perplexity_of(bound) for bound in found]
 
 
 def random_places(

@@ -195,7 +195,7 @@ def _recall(tally: Tally) -> Value:
 
 
 def _perplexity(tally: Tally) -> Value:
-    # Every needle trial has a loss; one that was not finite is null in the record.
+    # Every needle trial has a loss; one that was not finite is null in old records.
     value = math.inf if tally.nll is None else perplexity_of(tally.nll)
     return Value(format_score(value), value)
 
@@ -214,6 +214,6 @@ NEEDLE = Kind(
         "documents_sha256", "tokenizer_sha256", "bos",
     ),
     required={**trials.REQUIRED, "task": TEXT, "recall": SHARE, "documents_sha256": TEXT},
-    optional=trials.OPTIONAL,
+    numbers=trials.NUMBERS,
     sections=_sections,
 )  # fmt: skip

@@ -198,6 +198,6 @@ PASSKEY = Kind(
         "eos",
     ),
     required={**trials.REQUIRED, "correct": BOOLEAN, "scoring": TEXT},
-    optional=trials.OPTIONAL,
+    numbers=trials.NUMBERS,
     sections=_sections,
 )

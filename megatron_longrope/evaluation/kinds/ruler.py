@@ -276,6 +276,5 @@ RULER = Kind(
         "score": SHARE,
         "sample": NUMBER,
     },
-    optional={"text": (lambda value: isinstance(value, str), "a text")},
     sections=_sections,
 )
