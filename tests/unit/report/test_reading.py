@@ -292,6 +292,14 @@ def test_checkpoints_of_one_label_are_told_apart_by_iteration_or_factors(tmp_pat
     assert names_of(tmp_path / "b") == ["base, s (factors abababab)", "base, s (factors cdcdcdcd)"]
 
 
+def test_a_factor_file_called_checkpoint_is_not_the_checkpoints_own_factors(tmp_path):
+    own, file = whose(), whose(config="runs/checkpoint.json")
+    save(tmp_path, "ppl", [ppl(4096, 3.0) | own, ppl(4096, 2.0) | file])
+    assert names_of(tmp_path) == ["own factors", "checkpoint"]
+    save(tmp_path / "file", "ppl", [ppl(4096, 2.0) | file])
+    assert names_of(tmp_path / "file") == ["base, checkpoint"]
+
+
 words = st.sampled_from(["a", "b", "checkpoint", "yarn", None])
 identities = st.builds(
     Identity, model=st.sampled_from(["m", "n"]), label=words, policy=st.sampled_from([None, "su"]),
