@@ -106,7 +106,7 @@ class Kind:
             LongRopeError: It is no record of this kind.
         """
         row = row | {
-            name: _number(row[name], null)
+            name: read_numbers(row[name], null)
             for name, null in self.numbers.items()
             if name in row and (row[name] is not None or name in self.required)
         }
@@ -121,12 +121,12 @@ class Kind:
         return row
 
 
-def _number(value: Any, null: float | None) -> Any:
-    """Return numbers for the texts that :func:`.finite_json` makes of some."""
+def read_numbers(value: Any, null: float | None) -> Any:
+    """Return a value with the numbers that :func:`.finite_json` made texts of, and for null."""
     if isinstance(value, list):
-        return [_number(item, null) for item in value]
+        return [read_numbers(item, null) for item in value]
     if isinstance(value, dict):
-        return {name: _number(item, null) for name, item in value.items()}
+        return {name: read_numbers(item, null) for name, item in value.items()}
     if value in NOT_FINITE:
         return float(value)
     return null if value is None else value

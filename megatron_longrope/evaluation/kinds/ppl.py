@@ -77,7 +77,7 @@ class PerplexityOptions(EvaluationOptions):
     bos: int | None = bos_flag()
 
     num_documents: int = flag(10, type=parse_positive, metavar="K")
-    """the first K documents that fill the longest window"""
+    """the first K documents that fill the longest window; a longer one may choose others"""
     stride: int | str | None = flag(None, type=_parse_stride, metavar="S")
     """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by
     side, so that every length scores the same tokens (default: one window per document,
@@ -146,7 +146,7 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
     if rank() == 0:
         print(f"lengths: {', '.join(map(str, options.lengths))} tokens", flush=True)
 
-    def measure(engine, cell, on_window) -> Row:
+    def measure(engine, cell, on_window, passes) -> Row:
         length = cell.fields["length"]
         with engine.pinned(length):  # the last window of a document may be shorter
             result = perplexity(
@@ -157,6 +157,7 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
                 stride=options.stride_at(length),
                 places=places,
                 on_window=on_window,
+                passes=passes,
             )
         return asdict(result)
 
