@@ -96,7 +96,7 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
                 options.tensor_model_parallel_size, options.context_parallel_size, replicas=True
             )
         session = Session(
-            Records(output / f"{kind.name}.jsonl", kind.cell_fields),
+            Records(output / f"{kind.name}.jsonl", kind.cell_fields, kind.check),
             lambda model: load_engine_for(options, model.checkpoint, replicas=True),
             kind.name,
             kind.unit,
@@ -106,10 +106,7 @@ def evaluate(options: EvaluationOptions) -> list[Row]:
         session.run(plan)
         if rank() != 0:
             return []
-        rows = [dict(row) for row in session.records.rows]
-        for row in rows:
-            kind.restore(row)
-        summary = kind.summary(rows)
+        summary = kind.summary(session.records.rows)
         write_csv(output / f"{kind.name}.csv", summary, list(summary[0]))
         return [session.records.find(cell.record) or {} for cell in plan.cells]
 

@@ -139,14 +139,18 @@ def hold(path: Path, what: str, remedy: str, wait: float = 0.0) -> BaseFileLock:
     return lock
 
 
-def finite_json(value: Any) -> Any:
-    """The value with null in place of numbers that are not finite, which JSON has no word for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+"""Texts for what JSON has no number for, as protobuf writes them; `float` reads them."""
+
+
+def finite_json(value: Any, *, texts: bool = False) -> Any:
+    """The value with null, or texts of NOT_FINITE, in place of numbers that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value) if texts else None
     if isinstance(value, Mapping):
-        return {name: finite_json(item) for name, item in value.items()}
+        return {name: finite_json(item, texts=texts) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite_json(item) for item in value]
+        return [finite_json(item, texts=texts) for item in value]
     return value
 
 

@@ -75,6 +75,9 @@ def _read(item: Field[Any], value: Any) -> Any:
             raise LongRopeError(f"{item.name} has {len(value)} values; give {how['nargs']}")
     elif "type" in how and isinstance(value, str | int | float | list | tuple):
         items = value if isinstance(value, list | tuple) else [value]
+        if items is value and item.type.startswith("Sequence[float"):
+            # As text a whole number alone would be how many.
+            items = [float(i) if isinstance(i, int) else i for i in items]
         try:  # None is what `random` is read as, the one word that stands for no number
             value = how["type"](",".join("random" if i is None else str(i) for i in items))
         except ValueError as error:

@@ -90,10 +90,20 @@ def gather_from_replicas(value: Any) -> list[Any]:
     count = replica()[1]
     if count == 1:
         return [value]
-    world = dist.get_world_size()
-    values: list[Any] = [None] * world
+    return from_every_rank(value)[:: dist.get_world_size() // count]
+
+
+def from_every_rank(value: Any) -> list[Any]:
+    """Every rank's value, in their order, on every rank.
+
+    Args:
+        value (Any): Something small that pickles.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_patient_group(dist.group.WORLD))
-    return values[:: world // count]
+    return values
 
 
 def from_first_rank(value: Any) -> Any:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import random
 import time
 from collections import defaultdict
 from typing import Any
-
-import numpy as np
-import torch
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.harness_definition import definition
@@ -18,6 +14,7 @@ from megatron_longrope.evaluation.harness_tasks import (
     TaskSpec,
     downloads,
     quiet_other_ranks,
+    seed_libraries,
 )
 from megatron_longrope.ranks import rank
 
@@ -112,6 +109,8 @@ def measure_task(
             bootstrap_iters=_BOOTSTRAP if rank() == 0 else 0,
             log_samples=False,
         )
+    for leaf in task.content["tasks"].values():
+        leaf._instances = None  # with the texts, as above
     spec, scores = task.spec, results["results"]
     found = {**scores, **results.get("groups", {})}[spec.name]
     metrics = {key: value for key, value in found.items() if "," in key}
@@ -141,9 +140,7 @@ def measure_task(
 
 def _seed(task: LoadedTask, seed: int) -> None:
     """Do what lm-eval's simple_evaluate does before each run, so that few-shot examples repeat."""
-    random.seed(0)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_libraries(seed)
     for leaf in task.content["tasks"].values():
         leaf.set_fewshot_seed(seed=seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import (
-    BOOLEAN,
-    COUNT,
     MODEL_COLUMNS,
     NUMBER,
     TEXT,
@@ -42,14 +41,12 @@ _NOTE = (
 REQUIRED = {"task": TEXT, "metric": TEXT, "value": NUMBER}
 """Fields of every record."""
 
-OPTIONAL = {
-    "stderr": NUMBER, "truncated": NUMBER, "requests": COUNT, "longest": COUNT,
-    "higher_is_better": BOOLEAN,
-}  # fmt: skip
-"""Fields that a record may have."""
+NUMBERS = {"value": math.nan, "stderr": None, "metrics": math.nan}
+"""See :attr:`.Kind.numbers`."""
 
 SETTINGS = (
-    "limit", "window", "max_length", "long_prompts", "seed", "tokenizer_sha256", "requests_sha256",
+    "limit", "window", "max_length", "long_prompts", "seed", "tokenizer_sha256", "metadata",
+    "requests_sha256",
 )  # fmt: skip
 """Fields by which a model may have several records of a benchmark."""
 
@@ -63,7 +60,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessOptions(EvaluationOptions):
-    """What both are told."""
+    """What `longrope eval short` and `longrope eval tasks` are both told."""
 
     GROUP: ClassVar[str] = "benchmarks"
 
@@ -80,7 +77,7 @@ class HarnessOptions(EvaluationOptions):
     batch_size: int = flag(8, type=parse_positive, metavar="B")
     """rows of a forward pass, fewer of rows beyond the original window"""
     seed: int = flag(1234, type=int)
-    """of few-shot examples"""
+    """of few-shot examples and of what tasks draw (default: 1234, lm-evaluation-harness's own)"""
     allow_download: bool = flag(False)
     """let data sets be fetched from the Hub"""
 
@@ -138,11 +135,12 @@ def plan_tasks(
             "tokenizer_sha256": tokenizer.sha256,
             "window": window_of(target) or "by length",
             "long_prompts": long_prompts,
+            "metadata": None if metadata is None else json.dumps(metadata, sort_keys=True),
             "requests_sha256": found.sha256,
         }
         return Cell(target, fields, found.lengths, found.num_new_tokens)
 
-    def measure(engine: Any, cell: Cell, on_task: Callable[..., None]) -> Row:
+    def measure(engine: Any, cell: Cell, on_task: Callable[..., None], _: Any) -> Row:
         from megatron_longrope.evaluation.harness_model import EngineLM
 
         window = window_of(cell.target)
@@ -198,6 +196,7 @@ def _load(
         specs,
         include_path=options.include_path,
         metadata=None if metadata is None else {"tokenizer": str(tokenizer.path), **metadata},
+        seed=options.seed,
         allow_download=options.allow_download,
     )
     return tokenizer, {task.spec.name: task for task in loaded}
@@ -214,12 +213,6 @@ def _lengths(cell: Any, window: int | None) -> Row:
         "longest": max(cell.forwards),
         "factor_sets": {str(reach): sets[reach] for reach in sorted(sets)},
     }
-
-
-def restore(row: Row) -> None:
-    """Records hold null where a value is not finite, for which JSON has no word."""
-    if "value" in row and row["value"] is None:
-        row["value"] = math.nan
 
 
 def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) -> list[Section]:

@@ -6,11 +6,15 @@ import contextlib
 import difflib
 import io
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import numpy as np
+import torch
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.ranks import rank
@@ -99,6 +103,7 @@ def check_tasks(
     *,
     include_path: str | Path | None = None,
     metadata: Mapping[str, Any] | None = None,
+    seed: int = 1234,
     allow_download: bool = False,
 ) -> list[LoadedTask]:
     """Find tasks and load their data, before any model is there.
@@ -109,6 +114,8 @@ def check_tasks(
             lm-eval's of the same name.
         metadata (Mapping, optional): What tasks that make their own data are told, such as
             {"max_seq_lengths": "64k"}; lm-eval's `--metadata`.
+        seed (int): Of what a task draws as it loads its data, whatever other tasks there are.
+            Defaults to 1234, lm-eval's own.
         allow_download (bool): Let data be downloaded. Defaults to False: only local files and the
             Hugging Face cache are used, and the network is not asked.
 
@@ -121,7 +128,14 @@ def check_tasks(
         raise LongRopeError(f"{include_path} is no folder; give one that holds task YAML files")
     with downloads(allow_download), quiet_other_ranks():
         manager = _task_manager([spec.name for spec in tasks], include_path, metadata)
-        return [_load(manager, spec, allow_download) for spec in tasks]
+        return [_load(manager, spec, allow_download, seed) for spec in tasks]
+
+
+def seed_libraries(seed: int) -> None:
+    """Seed what tasks draw by, as lm-eval's simple_evaluate does before it loads them."""
+    random.seed(0)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _task_manager(
@@ -147,7 +161,7 @@ def _is_whole(index: dict[str, Any], name: Any) -> bool:
     return all(_is_whole(index, child) for child in children)
 
 
-def _load(manager: Any, spec: TaskSpec, allow_download: bool) -> LoadedTask:
+def _load(manager: Any, spec: TaskSpec, allow_download: bool, seed: int) -> LoadedTask:
     entry = manager.task_index.get(spec.name)
     if entry is None:
         similar = difflib.get_close_matches(spec.name, manager.all_tasks, 3)
@@ -161,6 +175,7 @@ def _load(manager: Any, spec: TaskSpec, allow_download: bool) -> LoadedTask:
             f"{spec.name} is no task but a tag of several, which have no common score; name them: "
             + ", ".join(sorted(entry.tags))
         )
+    seed_libraries(seed)
     try:
         content = manager.load([spec.name])
     except Exception as error:  # whatever data sets, YAML files and their functions raise

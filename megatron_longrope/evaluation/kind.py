@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.series import Row, Rows, identify, name_series
+from megatron_longrope.files import NOT_FINITE
 
 if TYPE_CHECKING:
     from megatron_longrope.evaluation.figure import Figure
@@ -80,10 +81,9 @@ class Kind:
     """Lines of `<name>.csv`, made of all records."""
     sections: Callable[[Rows, int | None], list[Section]]
     """Tables and figures of records; given the pre-trained window in tokens where all share it."""
-    optional: Mapping[str, Check] = field(default_factory=dict)
-    """Fields that may be absent or null."""
-    restore: Callable[[Row], Any] = lambda row: None
-    """Completes a record that was read by what JSON has no word for."""
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
+    """Fields that hold numbers, in lists and objects, too, which need not be finite; and what null
+    stands for in each, as in old records."""
 
     @property
     def cell_fields(self) -> tuple[str, ...]:
@@ -92,23 +92,24 @@ class Kind:
 
     def sections_of(self, records: Sequence[Row]) -> list[Section]:
         """Return tables and figures of records that lie in one file."""
-        rows = [self.check(dict(row), self.name) for row in records]
-        keys = [cell_key(row, self.cell_fields) for row in rows]
         series = name_series(
-            [(identify(row), Path(), key, row) for row, key in zip(rows, keys, strict=True)]
+            [(identify(row), Path(), cell_key(row, self.cell_fields), row) for row in records]
         )
-        windows = {row.get("original_length") for row in rows}
+        windows = {row.get("original_length") for row in records}
         window = windows.pop() if len(windows) == 1 else None
-        return self.sections(list(zip(series, rows, strict=True)), window)
+        return self.sections(list(zip(series, records, strict=True)), window)
 
-    def check(self, value: Any, where: str) -> Row:
-        """Complete and check a record; `where` it stands is for the error.
+    def check(self, row: Row, where: str) -> Row:
+        """Return a record as it was measured, given as JSON; `where` it stands is for the error.
 
         Raises:
             LongRopeError: It is no record of this kind.
         """
-        row = check_object(value, where)
-        self.restore(row)
+        row = row | {
+            name: read_numbers(row[name], null)
+            for name, null in self.numbers.items()
+            if name in row and (row[name] is not None or name in self.required)
+        }
         for name, (good, rule) in {**self.required, "checkpoint_sha256": TEXT}.items():
             if name not in row:
                 raise LongRopeError(
@@ -117,23 +118,18 @@ class Kind:
                 )
             if not good(row[name]):
                 raise LongRopeError(f"{where}: {name} is {row[name]!r}; it must be {rule}")
-        for name, (good, rule) in {**self.optional, **_OF_EVERY_KIND}.items():
-            if row.get(name) is not None and not good(row[name]):
-                raise LongRopeError(f"{where}: {name} is {row[name]!r}; it must be {rule} or null")
         return row
 
 
-def check_object(row: Any, where: str) -> Row:
-    """Return a record; `where` it stands is for the error.
-
-    Raises:
-        LongRopeError: It is none.
-    """
-    if not isinstance(row, dict):
-        raise LongRopeError(
-            f"{where}: a record must be a JSON object, got {type(row).__name__}; move the file away"
-        )
-    return row
+def read_numbers(value: Any, null: float | None) -> Any:
+    """Return a value with the numbers that :func:`.finite_json` made texts of, and for null."""
+    if isinstance(value, list):
+        return [read_numbers(item, null) for item in value]
+    if isinstance(value, dict):
+        return {name: read_numbers(item, null) for name, item in value.items()}
+    if value in NOT_FINITE:
+        return float(value)
+    return null if value is None else value
 
 
 def cell_key(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -156,5 +152,3 @@ SHARE: Check = (lambda value: is_number(value) and 0 <= value <= 1, "a number fr
 BOOLEAN: Check = (lambda value: isinstance(value, bool), "true or false")
 TEXT: Check = (lambda value: isinstance(value, str) and value != "", "a text that is not empty")
 ANYTHING: Check = (lambda value: True, "")
-
-_OF_EVERY_KIND = {"label": TEXT, "model": TEXT, "original_length": COUNT, "seconds": NUMBER}

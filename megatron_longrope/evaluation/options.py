@@ -69,7 +69,7 @@ class EvaluationOptions(Loading, SeveralModels):
     output: str = flag(metavar="DIR")
     """directory for the results"""
     max_hours: float = flag(12.0, type=parse_hours, metavar="H")
-    """ask, or refuse where nobody can answer, when more hours are expected (default: 12)"""
+    """refuse to begin when more hours are expected, unless --yes is given (default: 12)"""
     yes: bool = flag(False)
     """go on whatever it is expected to take"""
 

@@ -15,6 +15,7 @@ prediction and is not scored.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
 from bisect import bisect_right
@@ -27,6 +28,7 @@ import torch
 
 from megatron_longrope.data.tokenizer import bos_prefix
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.passes import Passes
 from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.evaluation.statistics import perplexity_of, ratio_interval
 
@@ -105,7 +107,7 @@ class PerplexityResult:
     ppl_token_weighted: float
     """exp of the mean over tokens."""
     ppl_window_mean_interval: list[float] | None = None
-    """95 % confidence interval with documents as units; None for one document."""
+    """95 % confidence interval with documents as units; None for one, or a loss not finite."""
     ppl_token_weighted_interval: list[float] | None = None
     """The same of the mean over tokens."""
     nll_per_document: list[float] = field(default_factory=list)
@@ -129,7 +131,8 @@ def perplexity(
     *,
     stride: int | None = None,
     places: Sequence[tuple[int, int]] | None = None,
-    on_window: Callable[[], None] | None = None,
+    on_window: Callable[..., None] | None = None,
+    passes: Passes | None = None,
 ) -> PerplexityResult:
     """Score documents at one window length; copies of the model share the windows.
 
@@ -141,9 +144,11 @@ def perplexity(
         stride (int, optional): Tokens between windows; see :func:`windows`. Defaults to None, the
             truncated form.
         places (Sequence, optional): Windows from :func:`random_places` instead.
-        on_window (Callable, optional): Called after each forward, for progress.
+        on_window (Callable, optional): :meth:`.Progress.update` without its note, called after each
+            forward.
+        passes (Passes, optional): Keeps each window's losses, and has those of an earlier run.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() - (passes.seconds if passes else 0.0)
     front = bos_prefix(bos_id)
     lengths = [len(document) for document in documents]
     spans = planned_windows(lengths, length, stride, bos=bool(front), places=places)
@@ -151,22 +156,31 @@ def perplexity(
     for index, span in spans:
         digest.update(_content(documents[index], span).tobytes())
 
-    def score(place: tuple[int, ScoredSpan]) -> tuple[float, np.ndarray]:
-        index, span = place
+    def score(number: int) -> tuple[float, list[list[float]]]:
+        index, span = spans[number]
         content = _content(documents[index], span)
         tokens = torch.from_numpy(np.concatenate((np.asarray(front, np.int64), content)))[None]
         values = nll(tokens)[0].double().numpy()
-        return float(values[-span.num_scored :].mean()), _buckets(values, span, length)
+        return float(values[-span.num_scored :].mean()), _buckets(values, span, length).tolist()
 
+    results = dict(passes.results) if passes else {}
+    if results and on_window is not None:
+        on_window(count=len(results), resumed=True)
+    left = [number for number in range(len(spans)) if number not in results]
+    for number, result in share(left, score):
+        results[number] = result
+        if passes is not None:
+            passes.add(number, result)
+        if on_window is not None:
+            on_window()
     means: dict[int, list[float]] = {index: [] for index, _ in spans}
     totals = {index: np.zeros(2) for index in means}  # sum and count over tokens
     buckets = np.zeros((_BUCKETS, 2))
-    for (index, _), (mean, part) in share(spans, score):
+    for number, (index, _) in enumerate(spans):
+        mean, part = results[number]
         means[index].append(mean)
-        totals[index] += part.sum(axis=0)
+        totals[index] += np.sum(part, axis=0)
         buckets += part
-        if on_window is not None:
-            on_window()
     window_means = [mean for row in means.values() for mean in row]
     total, count = buckets.sum(axis=0)
     return PerplexityResult(
@@ -196,7 +210,9 @@ def perplexity(
 def _interval(sums: Sequence[float], weights: Sequence[float]) -> list[float] | None:
     """Return the interval of a perplexity."""
     found = ratio_interval(sums, weights)
-    return None if found is None else [perplexity_of(bound) for bound in found]
+    if found is None or any(map(math.isnan, found)):
+        return None
+    return [perplexity_of(bound) for bound in found]
 
 
 def random_places(

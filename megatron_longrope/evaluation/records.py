@@ -1,6 +1,6 @@
 """Append-only results: one JSON line per finished cell, so that a resumed run repeats none.
 
-A number that is not finite, which JSON has no word for, is null.
+A number that is not finite is the text "NaN", "Infinity" or "-Infinity", and a number once read.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_longrope.evaluation.kind import cell_key, check_object
+from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.kind import cell_key
 from megatron_longrope.evaluation.series import Row
 from megatron_longrope.files import finite_json, json_lines, write_text_atomic
 from megatron_longrope.ranks import rank
 
 
 def read_rows(
-    path: Path, key: tuple[str, ...], check: Callable[[Any, str], Row]
+    path: Path, key: tuple[str, ...], check: Callable[[Row, str], Row]
 ) -> tuple[dict[str, Row], int]:
     """Read the last record of each cell, by what identifies it.
 
@@ -36,8 +37,17 @@ def read_rows(
         LongRopeError: A line before the last is not JSON, or a record is refused.
     """
     lines, whole = json_lines(path)
-    rows = [check(row, f"{path}, line {number}") for number, row in lines]
-    return {cell_key(row, key): row for row in rows}, whole
+    found = {}
+    for number, row in lines:
+        where = f"{path}, line {number}"
+        if not isinstance(row, dict):
+            raise LongRopeError(
+                f"{where}: a record must be a JSON object, got {type(row).__name__}; move the file "
+                "away"
+            )
+        checked = check(row, where)
+        found[cell_key(checked, key)] = checked
+    return found, whole
 
 
 class Records:
@@ -45,15 +55,22 @@ class Records:
 
     A torn last line, left by a crash, is dropped.
 
+    Args:
+        path (Path): The file.
+        key (Sequence[str]): Fields that identify a cell.
+        check (Callable): See :func:`read_rows`; of what is appended, too.
+
     Raises:
-        LongRopeError: A line before the last is not JSON, or one is no object.
+        LongRopeError: A line before the last is not JSON, one is no object, or is refused.
     """
 
-    def __init__(self, path: Path, key: Sequence[str]) -> None:
-        self.path, self._key = path, tuple(key)
+    def __init__(
+        self, path: Path, key: Sequence[str], check: Callable[[Row, str], Row] = lambda row, _: row
+    ) -> None:
+        self.path, self._key, self._check = path, tuple(key), check
         self._found: dict[str, Row] = {}
         if path.exists():
-            self._found, whole = read_rows(path, self._key, check_object)
+            self._found, whole = read_rows(path, self._key, check)
             if rank() == 0:
                 self._end_with_a_line(whole)
 
@@ -80,8 +97,10 @@ class Records:
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Write records and flush them to disk, once; only the first rank does."""
-        plain: list[dict[str, Any]] = [finite_json(record) for record in records]
-        self._found |= {self.key_of(row): row for row in plain}
+        plain: list[Row] = [finite_json(record, texts=True) for record in records]
+        # As they will be read: what a command returns is what the next one finds.
+        checked = [self._check(row, str(self.path)) for row in plain]
+        self._found |= {self.key_of(row): row for row in checked}
         if rank() != 0 or not plain:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,6 +40,11 @@ class Identity:
     """Of the factors; empty for baselines, which have others at every length."""
 
     @property
+    def factors(self) -> str | None:
+        """What its factors are called; a file may be called `checkpoint`, too."""
+        return _OWN if self.config is None and self.label == "checkpoint" else self.label
+
+    @property
     def is_method(self) -> bool:
         """Whether the factors are those of a published method."""
         return self.config is None and self.label in METHODS
@@ -116,20 +121,19 @@ def _apart(entries: Sequence[Entry], indices: Sequence[int]) -> list[list[int]]:
 def _names(identities: Sequence[Identity], folders: Sequence[Path]) -> list[str]:
     """As short as tells all of them apart."""
     models = {identity.model for identity in identities}
-    labels = {identity.label for identity in identities}
+    labels = {identity.factors for identity in identities}
     policies: dict[tuple[str, str | None], set[str | None]] = defaultdict(set)
     for identity in identities:
-        policies[identity.model, identity.label].add(identity.policy)
+        policies[identity.model, identity.factors].add(identity.policy)
     names = []
     for identity in identities:
         parts = [identity.model] if len(models) > 1 or len(labels) == 1 else []
-        if identity.label is not None and (len(labels) > 1 or identity.label != "checkpoint"):
-            label = _OWN if identity.label == "checkpoint" else identity.label
-            # A single label goes without saying beside several models.
-            if len(labels) > 1 or len(models) == 1:
-                parts.append(METHODS[label].label if identity.is_method else label)
+        label = identity.factors
+        # A single label goes without saying beside several models.
+        if label is not None and (len(labels) > 1 or (label != _OWN and len(models) == 1)):
+            parts.append(METHODS[label].label if identity.is_method else label)
         name = ", ".join(parts) or identity.model
-        if identity.policy and len(policies[identity.model, identity.label]) > 1:
+        if identity.policy and len(policies[identity.model, label]) > 1:
             name += f" ({identity.policy})"
         names.append(name)
     for name, count in Counter(names).items():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
-import sys
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.cost import Speed, StepSpeed, measure_speed, measure_steps
+from megatron_longrope.evaluation.passes import Passes
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.evaluation.targets import NamedModel, Target
@@ -84,10 +84,11 @@ class Plan:
 
     measure: Callable[..., Mapping[str, Any]]
     """Gives a cell's other fields: of a shared plan `(engine, cell) -> fields`, called on the ranks
-    of one copy of the model; else `(engine, cell, on_forward) -> fields`, called on every rank."""
+    of one copy of the model; else `(engine, cell, on_forward, passes) -> fields`, called on every
+    rank, with what an earlier run left of the cell."""
     shared: bool
-    """Whether a cell is one forward pass, so that copies of the model take different cells; else
-    all of them work on the same one."""
+    """Whether copies of the model take different cells, each of one prompt; else all of them work
+    on the same cell, whose forward passes they divide."""
     trial: Trial | None = None
     """What `measure` does with the engine and tokens, to be timed; by default their loss."""
 
@@ -105,7 +106,7 @@ class Session:
     unit: str
     """Name of a forward pass there."""
     max_hours: float
-    """Expected hours, above which the user is asked."""
+    """Expected hours, above which nothing is measured without `confirmed`."""
     confirmed: bool = False
     """The user has agreed to more."""
 
@@ -114,6 +115,7 @@ class Session:
         from megatron_longrope.engine.process_groups import from_first_rank
 
         self._check_distinct(plan.cells)
+        self._check_alike(plan.cells)
         self._rename_models(plan.cells)
         found = from_first_rank([self.records.find(cell.record) is not None for cell in plan.cells])
         pending = [cell for cell, is_found in zip(plan.cells, found, strict=True) if not is_found]
@@ -146,17 +148,21 @@ class Session:
         if unasked:
             self._present_cost(engine, plan.trial, cells, unasked)
 
-        def one(cell: Cell) -> Mapping[str, Any]:
+        def one(cell: Cell, *more: Any) -> Mapping[str, Any]:
             engine.set_config(cell.target.config)
-            more = () if plan.shared else (partial(progress.update, _note(cell)),)
             with _named_memory_error(cell):
                 return plan.measure(engine, cell, *more)
 
-        results = share(cells, one) if plan.shared else ((cell, one(cell)) for cell in cells)
-        for cell, fields in results:
-            self.records.append({**cell.record, **fields})
-            if plan.shared:
+        if plan.shared:
+            for cell, fields in share(cells, one):
+                self.records.append({**cell.record, **fields})
                 progress.update(_note(cell))
+            return
+        for cell in cells:
+            passes = Passes(self.records, cell.record)
+            fields = one(cell, partial(progress.update, _note(cell)), passes)
+            self.records.append({**cell.record, **fields})
+            passes.remove()
 
     def _check_distinct(self, cells: Sequence[Cell]) -> None:
         """Refuse to measure anything twice, of which one record would be left.
@@ -177,6 +183,25 @@ class Session:
                 raise LongRopeError(f"{_note(cell)} was asked for twice; ask for it once")
             known[key] = cell
 
+    def _check_alike(self, cells: Sequence[Cell]) -> None:
+        """Refuse ranks that would not measure the same, before they wait for one another.
+
+        Raises:
+            LongRopeError: On every rank alike.
+        """
+        from megatron_longrope.engine.process_groups import from_every_rank
+
+        keys = [self.records.key_of(cell.record).encode() for cell in cells]
+        first, *others = from_every_rank([hashlib.sha256(key).hexdigest()[:16] for key in keys])
+        for number, found in enumerate(others, 1):
+            for cell, one, other in zip(cells, first, found, strict=False):
+                if one != other:
+                    raise LongRopeError(
+                        f"{_note(cell)}: rank {number} would measure something else than rank 0; "
+                        "give all ranks the same files, and run a task that draws its data anew in "
+                        "each process in one"
+                    )
+
     def _rename_models(self, cells: Sequence[Cell]) -> None:
         """Call the models of earlier records what they are called now."""
         labels = {cell.target.model.content_sha256: cell.target.model.label for cell in cells}
@@ -192,7 +217,7 @@ class Session:
         first: Sequence[Cell],
         pending: Sequence[Cell],
     ) -> None:
-        """Print the expected cost; above the limit ask, or refuse where nobody can answer.
+        """Print the expected cost; refuse to go above the limit.
 
         Of what is `pending` the `first` cells are of the engine's model.
 
@@ -220,11 +245,6 @@ class Session:
             print(cost, flush=True)
         if seconds <= 3600 * self.max_hours or self.confirmed:
             return
-        if "RANK" not in os.environ and sys.stdin.isatty():
-            question = f"This is above --max-hours {self.max_hours:g}. Go on? [y/N] "
-            if input(question).strip().lower() in ("y", "yes"):
-                return
-            raise LongRopeError("not confirmed; nothing was measured")
         raise LongRopeError(
             f"{cost}, which is above --max-hours {self.max_hours:g}; give --yes to go on, or "
             "fewer lengths, documents or trials, or a longer stride"

@@ -10,8 +10,9 @@ def share[Unit, Result](
 ) -> Iterator[tuple[Unit, Result]]:
     """Yield every unit with its score, in order, on every rank; each copy scores its share.
 
-    Copies work in rounds of one unit each and exchange results after a round, so that a crash can
-    lose no more than the round in flight. Put units of equal cost next to each other.
+    Copies work in rounds of one unit each and exchange results after a round, so that every result
+    so far can be recorded before the next. Put units of equal cost next to each other: a copy waits
+    for the slowest of its round.
 
     Args:
         units (Sequence): The same on every rank.

@@ -81,9 +81,9 @@ class Tally:
         """Mean over the trials, in nats per token of the answer; None unless all have a loss."""
         return sum(self.nlls) / self.trials if len(self.nlls) == self.trials else None
 
-    def add(self, found: float, nll: Any) -> None:
+    def add(self, found: float, nll: float | None) -> None:
         """Count a trial."""
         self.hits, self.trials = self.hits + found, self.trials + 1
         self.whole = self.whole and found in (0.0, 1.0)
-        if is_finite(nll):
-            self.nlls.append(float(nll))
+        if nll is not None:
+            self.nlls.append(nll)

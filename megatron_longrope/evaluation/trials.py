@@ -12,8 +12,6 @@ from megatron_longrope.evaluation.kind import (
     ANYTHING,
     COUNT,
     MODEL_COLUMNS,
-    NUMBER,
-    SHARE,
     Row,
     Section,
 )
@@ -26,8 +24,8 @@ REQUIRED = {"length": COUNT, "seed": ANYTHING, "trial": ANYTHING}
 
 _PROMPTS = ("tokenizer_sha256", "bos")  # what they depend on, beside the trial
 
-OPTIONAL = {"requested_depth": SHARE, "depth": SHARE, "nll": NUMBER}
-"""Fields that a trial may have."""
+NUMBERS = {"nll": None}
+"""See :attr:`.Kind.numbers`; a generated answer has no loss."""
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,7 @@ def _series_table(measurements: Measurements) -> Table:
     rows = {}
     for series in measurements.series:
         one = series.identity
-        factors = one.config or one.label or ABSENT
-        factors = "the checkpoint's own" if factors == "checkpoint" else factors
+        factors = one.config or one.factors or ABSENT
         cells = (
             one.checkpoint or one.model, one.iteration or ABSENT,
             f"{factors} ({one.policy})" if one.policy else factors,

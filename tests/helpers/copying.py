@@ -55,7 +55,7 @@ COPYING = Kind(
     "copying",
     key=("length", "distance", "seed", "trial"),
     required={**trials.REQUIRED, "distance": COUNT},
-    optional=trials.OPTIONAL,
+    numbers=trials.NUMBERS,
     help="repeat a token",
     description="A kind that the tests add.",
     options=CopyingOptions,

@@ -99,6 +99,10 @@ def test_lists_are_read_as_the_command_line_reads_them():
     options = longrope.PasskeyOptions(hf="m", output="o", lengths=(64,), depths=[0.5, 1])
     assert (options.lengths, options.depths) == ([64], [0.5, 1.0])
     assert replace(options).depths == options.depths
+    assert replace(options, depths=[1]).depths == [1.0]
+    assert replace(options, depths=3).depths == [0.0, 0.5, 1.0]
+    with pytest.raises(ValueError, match=r"depths '3\.0': give how many"):
+        replace(options, depths=[3])
     options = longrope.PerplexityOptions(hf=["m"], output="o", data="d", lengths=[64], baselines=[])
     assert options.baselines == ()
     for kind in (longrope.TaskOptions, longrope.BenchmarkOptions):

@@ -22,6 +22,7 @@ from megatron_longrope.data.segments import FixedSegments, WholeDocuments
 from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import Answer, Engine, generation, load_engine
 from megatron_longrope.engine.generation import generate
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.passkey_prompt import is_retrieved, make_trial
 
 LONG = 1024  # the passkey prompt has 340 characters, each a token of this tokenizer
@@ -336,6 +337,39 @@ def test_needles_are_asked_for_in_every_task_length_and_depth(
     assert len(rows) == 12 and all(row["num_tokens"] == 1024 for row in rows)
     assert "Needle perplexity" in capsys.readouterr().out
     assert (tmp_path / "needle.csv").read_text().count("\n") == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "made_by", "bad"),
+    [
+        ("passkey", "passkey_prompt.make_trial", {"depth": 1.0, "trial": 0}),
+        ("needle", "needle_sample.make_sample", {"depth": 1.0, "trial": 1}),
+    ],
+)
+def test_a_prompt_that_cannot_be_made_is_told_before_weights_are_loaded(
+    untied_gqa,
+    data,
+    factors,
+    tmp_path,
+    no_weights,
+    capsys,
+    monkeypatch,
+    kind,
+    made_by,
+    bad,
+):
+    def refuse(*given, **more):
+        if bad.items() <= more.items() and given[1 if kind == "passkey" else 3] == 1000:
+            raise LongRopeError("a count that this tokenizer skips")
+
+    monkeypatch.setattr(f"megatron_longrope.evaluation.{made_by}", refuse)
+    source = ("--data", data["heldout"]) if kind == "needle" else ()
+    error = refused(
+        capsys, kind, "--load", untied_gqa.path, "--longrope-config", factors, *source,
+        "--tokenizer", data["tokenizer"], "--lengths", "512,1000", "--depths", "0,1",
+        "--trials", 2, "--output", tmp_path,
+    )  # fmt: skip
+    assert "a count that this tokenizer skips" in error
 
 
 def test_short_benchmarks_are_measured_once_and_alike_from_both_formats(

@@ -23,8 +23,9 @@ RECORDS = """\
 # Records
 
 `longrope eval KIND` appends a line of JSON to `OUTPUT/KIND.jsonl` for every cell that it has
-measured, and goes on from there when it is run again. `OUTPUT/KIND.csv` is made from it. A field
-beyond those listed is information for the reader.
+measured, and goes on from there when it is run again. `OUTPUT/KIND.csv` is made from it. A
+number that is not finite is the text "NaN", "Infinity" or "-Infinity"; older records have null
+there. A field beyond those listed is information for the reader.
 """
 
 
@@ -70,9 +71,8 @@ def records():
             "|---|---|",
         ]
         key = {*TARGET_KEY, *kind.key}
-        for fields, note in ((kind.required, ""), (kind.optional, " (may be missing)")):
-            for field, (_, words) in fields.items():
-                rows.append(f"| `{field}` | {words or 'any value'}{note} |")
+        for field, (_, words) in kind.required.items():
+            rows.append(f"| `{field}` | {words or 'any value'} |")
         rows += [
             "",
             f"A cell is told from others by {', '.join(f'`{item}`' for item in sorted(key))}.\n",

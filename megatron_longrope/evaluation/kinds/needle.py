@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_longrope.errors import LongRopeError
@@ -47,7 +48,8 @@ class NeedleOptions(EvaluationOptions):
     tasks: Sequence[str] = flag(TASKS, type=parse_choices(*TASKS), metavar="LIST")
     """single,multi_key,multi_query (default: all)"""
     num_documents: int = flag(10, type=parse_positive, metavar="K")
-    """the first K documents that fill the longest length, in turn"""
+    """the first K documents that fill the longest length, in turn; a longer one may choose
+    others"""
     num_needles: int = flag(4, type=int, metavar="K")
     """in multi_key and multi_query"""
     num_queries: int = flag(2, type=int, metavar="Q")
@@ -89,10 +91,10 @@ def _plan(options: NeedleOptions, models: Sequence[NamedModel]) -> Plan:
             num_queries=options.num_queries,
         )
 
-    # Whatever samples may be refused for shows here, before a model is loaded.
-    for task in options.tasks:
-        for length in options.lengths:
-            sample_of(task, length, 0.5, 0)
+    # Whatever one may be refused for, such as its place in its document, shows before a model is
+    # loaded; making a sample takes a fraction of its forward pass.
+    for sample in product(options.tasks, options.lengths, options.depths, range(options.trials)):
+        sample_of(*sample)
 
     def measure(engine: Any, fields: Row) -> Row:
         names = ("task", "length", "requested_depth", "trial")
@@ -195,7 +197,7 @@ def _recall(tally: Tally) -> Value:
 
 
 def _perplexity(tally: Tally) -> Value:
-    # Every needle trial has a loss; one that was not finite is null in the record.
+    # Every needle trial has a loss; one that was not finite is null in old records.
     value = math.inf if tally.nll is None else perplexity_of(tally.nll)
     return Value(format_score(value), value)
 
@@ -214,6 +216,6 @@ NEEDLE = Kind(
         "documents_sha256", "tokenizer_sha256", "bos",
     ),
     required={**trials.REQUIRED, "task": TEXT, "recall": SHARE, "documents_sha256": TEXT},
-    optional=trials.OPTIONAL,
+    numbers=trials.NUMBERS,
     sections=_sections,
 )  # fmt: skip

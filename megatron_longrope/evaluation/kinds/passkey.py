@@ -68,7 +68,9 @@ def _plan(options: PasskeyOptions, models: Sequence[NamedModel]) -> Plan:
             prompts.tokenizer, length, depth=depth, seed=options.seed, trial=trial, spare=spare
         )
 
-    make_trial(min(options.lengths), 0.0, 0)
+    for length in options.lengths:  # of which a tokenizer may skip one
+        for depth in options.depths:
+            make_trial(length, depth, 0)
     if rank() == 0:
         print(f"tokenizer: {answers}", flush=True)
 
@@ -198,6 +200,6 @@ PASSKEY = Kind(
         "eos",
     ),
     required={**trials.REQUIRED, "correct": BOOLEAN, "scoring": TEXT},
-    optional=trials.OPTIONAL,
+    numbers=trials.NUMBERS,
     sections=_sections,
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.kind import (
@@ -77,7 +77,7 @@ class PerplexityOptions(EvaluationOptions):
     bos: int | None = bos_flag()
 
     num_documents: int = flag(10, type=parse_positive, metavar="K")
-    """the first K documents that fill the longest window"""
+    """the first K documents that fill the longest window; a longer one may choose others"""
     stride: int | str | None = flag(None, type=_parse_stride, metavar="S")
     """slide by S tokens (`sliding`; beyond the window `sampled`), or `disjoint`: windows side by
     side, so that every length scores the same tokens (default: one window per document,
@@ -146,7 +146,7 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
     if rank() == 0:
         print(f"lengths: {', '.join(map(str, options.lengths))} tokens", flush=True)
 
-    def measure(engine, cell, on_window) -> Row:
+    def measure(engine, cell, on_window, passes) -> Row:
         length = cell.fields["length"]
         with engine.pinned(length):  # the last window of a document may be shorter
             result = perplexity(
@@ -157,6 +157,7 @@ def _plan(options: PerplexityOptions, models: Sequence[NamedModel]) -> Plan:
                 stride=options.stride_at(length),
                 places=places,
                 on_window=on_window,
+                passes=passes,
             )
         return asdict(result)
 
@@ -338,33 +339,12 @@ def _warning(apart: set[int], table: Table) -> str:
     )
 
 
-def _restore(row: Row) -> None:
-    """Records hold null where a perplexity or a loss is not finite, for which JSON has no word."""
-    buckets = row.get("nll_by_position")
-    places = [(row, "ppl_window_mean"), (row, "ppl_token_weighted")]
-    if isinstance(buckets, list):
-        places += [(bucket, "nll") for bucket in buckets if isinstance(bucket, dict)]
-    for place, name in places:
-        if name in place and place[name] is None:
-            place[name] = math.inf
-    for mean in MEANS:
-        if found := row.get(f"{mean}_interval"):
-            row[f"{mean}_interval"] = [math.inf if bound is None else bound for bound in found]
-
-
-def _are_buckets(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, Mapping) and is_number(item.get("from")) and is_number(item.get("nll"))
-        for item in value
-    )
-
-
-_BOUNDS = (
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_number, value)),
-    "two numbers",
-)
 _PERPLEXITY = (lambda value: is_number(value) and not value <= 0, "a number above 0")
 
+_NUMBERS = (
+    *MEANS, *(f"{mean}_interval" for mean in MEANS), "nll_per_document",
+    "nll_per_document_token_weighted", "nll_by_position",
+)  # fmt: skip
 _KEY = ("length", "requested_stride", "random_windows", "seed", "documents_sha256", "bos")
 _COLUMNS = (
     *MODEL_COLUMNS, *_KEY, "protocol", "stride", "ppl_window_mean", "ppl_window_mean_low",
@@ -404,11 +384,6 @@ PPL = Kind(
         "ppl_window_mean": _PERPLEXITY,
         "ppl_token_weighted": _PERPLEXITY,
     },
-    optional={
-        "nll_by_position": (_are_buckets, "a list of objects with `from` and `nll`"),
-        "ppl_window_mean_interval": _BOUNDS,
-        "ppl_token_weighted_interval": _BOUNDS,
-    },
-    restore=_restore,
+    numbers=dict.fromkeys(_NUMBERS, math.inf),
     sections=_sections,
 )

@@ -84,10 +84,10 @@ def _plan(options: RulerOptions, models: Sequence[NamedModel]) -> Plan:
     tasks = [TASKS[name] for name in options.tasks]
     sources = read_sources(tasks, options.essays, options.squad, options.hotpotqa, options.words)
     sampler = Sampler(prompts.tokenizer, sources, options.seed)
-    # A text may be longer than the shortest length, and words too few for the longest.
-    for length in sorted({min(options.lengths), max(options.lengths)}):
-        for task in tasks:
-            sampler.make(task, length, options.samples - 1 if task.data else 0)
+    for task in tasks:
+        for length in options.lengths:
+            sampler.check(task, length, options.samples)
+        sampler.make(task, max(options.lengths), 0)  # for which words may be too few
 
     def measure(engine: Any, fields: Row) -> Row:
         task = TASKS[fields["task"]]
@@ -276,6 +276,5 @@ RULER = Kind(
         "score": SHARE,
         "sample": NUMBER,
     },
-    optional={"text": (lambda value: isinstance(value, str), "a text")},
     sections=_sections,
 )

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.harness_kind import (
     COLUMNS,
-    OPTIONAL,
+    NUMBERS,
     REQUIRED,
     SETTINGS,
     HarnessOptions,
     plan_tasks,
-    restore,
     task_sections,
 )
 from megatron_longrope.evaluation.kind import Kind, Row
@@ -120,8 +119,7 @@ SHORT = Kind(
     summary=_summary,
     key=("task", "num_fewshot", "metric", *_SHORT_SETTINGS),
     required=REQUIRED,
-    optional=OPTIONAL,
-    restore=restore,
+    numbers=NUMBERS,
     sections=lambda rows, _: task_sections(
         rows, "short_benchmarks", "Short benchmarks", _SHORT_SETTINGS
     ),
@@ -140,7 +138,6 @@ TASKS = Kind(
     summary=_summary,
     key=("task", "num_fewshot", "metric", *SETTINGS),
     required=REQUIRED,
-    optional=OPTIONAL,
-    restore=restore,
+    numbers=NUMBERS,
     sections=lambda rows, _: task_sections(rows, "tasks", "Tasks", SETTINGS),
 )

@@ -96,6 +96,20 @@ class Sampler:
             excess = size * (len(tokens) - room) / len(tokens)
             size = max(least, size - max(1, math.ceil(excess)))
 
+    def check(self, task: Task, length: int, samples: int) -> None:
+        """Refuse a length that is too short for one of the first samples.
+
+        Raises:
+            LongRopeError: It is, or questions are too few.
+        """
+        for index in range(samples):
+            _, tokens = self._draw(task, length, index, self._least(task, index))
+            if len(tokens) > length - task.num_new_tokens:
+                raise _too_long(task, length, len(tokens))
+            # A question brings documents of its own; all else is about as long in every sample.
+            if not task.data and 2 * len(tokens) < length:
+                return
+
     def _size(self, task: Task, length: int) -> int:
         """Return the size of the haystack at which sample 0 fills a length."""
         if (task.name, length) not in self._sizes:

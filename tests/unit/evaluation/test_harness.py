@@ -2,6 +2,7 @@ import importlib.metadata
 import json
 import math
 import os
+import random
 import shutil
 import sys
 from contextlib import nullcontext
@@ -363,6 +364,7 @@ def test_loaded_tasks_can_be_measured_again_with_the_same_result(ours):
     loaded = load_one("tiny_endings", 3)
     first, second = (run_tasks(ours, loaded, limit=8)[0] for _ in range(2))
     assert_same_scores(first, second, rel=0)
+    assert not loaded[0].content["tasks"]["tiny_endings"].instances  # texts may be long
 
 
 def test_another_seed_draws_other_examples(ours):
@@ -400,6 +402,26 @@ def test_a_task_that_is_scored_otherwise_has_another_hash(ours, tmp_path, file, 
     assert old in text
     (other / file).write_text(text.replace(old, new))
     assert hashed(ours, other) != before
+
+
+DRAW = """\
+import datasets, numpy, random, torch
+def data(**_):
+    drawn = [random.random(), numpy.random.rand(), float(torch.rand(1))]
+    doc = {"text": "the", "endings": [" of", " window"], "answer": 0, "drawn": drawn}
+    return {"test": datasets.Dataset.from_list([doc])}
+"""
+
+
+def test_what_a_task_draws_as_it_loads_is_the_same_in_every_process(ours, tmp_path):
+    folder = shutil.copytree(TASKS, tmp_path / "tasks")
+    (folder / "draw.py").write_text(DRAW)
+    task = folder / "tiny_endings.yaml"
+    task.write_text(task.read_text() + "custom_dataset: !function draw.data\n")
+    before = hashed(ours, folder)
+    hashed(ours, folder, "tiny_texts")  # leaves other states behind
+    random.random()
+    assert hashed(ours, folder) == before
 
 
 def test_a_group_that_weighs_its_tasks_otherwise_has_another_hash(ours, tmp_path):

@@ -1,4 +1,6 @@
 import math
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_longrope.evaluation import passes as passes_module
+from megatron_longrope.evaluation.passes import Passes
 from megatron_longrope.evaluation.perplexity import (
     perplexity,
     planned_windows,
@@ -13,28 +17,8 @@ from megatron_longrope.evaluation.perplexity import (
     random_places,
     windows,
 )
+from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.statistics import ratio_interval
-
-
-@given(data=st.data(), num_tokens=st.integers(1, 300), window=st.integers(2, 80))
-def test_sliding_windows_score_each_token_exactly_once(data, num_tokens, window):
-    stride = data.draw(st.integers(1, window - 1))
-    assert scored_tokens(num_tokens, window, stride) == list(range(num_tokens))
-    assert protocol_of(window, stride) == "sliding"
-
-
-@given(data=st.data(), num_tokens=st.integers(1, 300), window=st.integers(2, 40))
-def test_a_stride_beyond_the_window_scores_a_windowful_at_each_stride(data, num_tokens, window):
-    stride = data.draw(st.integers(window, 100))
-    expected = [n for n in range(num_tokens) if n % stride < window - 1]
-    # The authors' loop ends with the window that reaches the last token.
-    last = next(
-        (start for start in range(0, num_tokens, stride) if start + window - 1 >= num_tokens), None
-    )
-    if last is not None:
-        expected = [n for n in expected if n < last + stride]
-    assert scored_tokens(num_tokens, window, stride) == expected
-    assert protocol_of(window, stride) == "sampled"
 
 
 @given(num_tokens=st.integers(1, 300), window=st.integers(2, 80))
@@ -73,6 +57,7 @@ def test_windows_are_those_of_the_authors_loop(num_tokens, window, stride):
             break
     ours = [(w.start, w.end, w.num_scored) for w in windows(num_tokens, window, stride)]
     assert ours == expected
+    assert protocol_of(window, stride) == ("sliding" if stride < window else "sampled")
 
 
 @pytest.mark.parametrize("places", [None, [(0, 5)]])
@@ -110,6 +95,37 @@ def test_the_truncated_form_scores_the_first_window_with_bos_in_front():
     assert seen == [[1, 10, 11, 12, 13], [1, 40, 41, 42, 43]]
     assert result.protocol == "truncated" and result.num_windows == 2
     assert result.nll_per_document == [2.5, 2.5]
+
+
+def test_a_run_that_is_killed_goes_on_at_the_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(passes_module, "_INTERVAL", 0.0)
+    documents = [np.arange(10, 30), np.arange(40, 60)]
+    seen, counted = [], []
+
+    def nll(tokens, last=99):
+        if len(seen) == last:
+            raise KeyboardInterrupt
+        seen.append(tokens)
+        return position_nll(tokens) * math.pi
+
+    def measured(cell, nll):
+        passes = Passes(Records(tmp_path / "ppl.jsonl", ("name",)), {"name": cell})
+        result = asdict(perplexity(
+            nll, documents, 1, 7, stride=4, passes=passes,
+            on_window=lambda count=1, resumed=False: counted.append((count, resumed)),
+        ))  # fmt: skip
+        assert result.pop("seconds") > 0
+        passes.remove()
+        return result
+
+    with pytest.raises(KeyboardInterrupt):
+        measured("a", partial(nll, last=3))
+    whole = measured("another cell", nll)
+    seen.clear()
+    counted.clear()
+    assert measured("a", nll) == whole
+    assert len(seen) == whole["num_windows"] - 3 and counted[:2] == [(3, True), (1, False)]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_bos_windows_are_the_text_alone():

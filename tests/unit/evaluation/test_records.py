@@ -32,11 +32,15 @@ def test_a_whole_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["a", "b", "c"]
 
 
-def test_a_line_that_is_no_object_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("[1]", "JSON object, got list; move"), ('{"length": 1}', "lacks 'protocol'; move .* again")],
+)
+def test_a_record_that_is_none_is_refused_before_anything_is_measured(tmp_path, line, message):
     path = tmp_path / "cells.jsonl"
-    path.write_text('{"name": "a"}\n[1]\n')
-    with pytest.raises(ValueError, match=r"cells.jsonl, line 2: .* JSON object, got list; move"):
-        Records(path, ("name",))
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match=rf"cells.jsonl, line 2: .*{message}"):
+        Records(path, ("name",), KINDS["ppl"].check)
 
 
 @pytest.mark.parametrize(("kind", "row"), [
@@ -66,11 +70,11 @@ def test_of_two_records_of_one_cell_the_last_counts(tmp_path):
     assert records.rows == [{"name": "a", "value": 2}]
 
 
-def test_numbers_that_json_has_no_word_for_are_null(tmp_path):
+def test_numbers_that_json_has_no_word_for_are_texts(tmp_path):
     records = Records(tmp_path / "cells.jsonl", ("name",))
     records.append({"name": "a", "ppl": float("inf"), "nlls": [1.0, float("nan")]})
-    assert json.loads(records.path.read_text()) == {"name": "a", "ppl": None, "nlls": [1.0, None]}
-    assert records.find({"name": "a"})["ppl"] is None
+    row = {"name": "a", "ppl": "Infinity", "nlls": [1.0, "NaN"]}
+    assert json.loads(records.path.read_text()) == row
 
 
 def test_only_the_first_rank_writes(tmp_path, monkeypatch):

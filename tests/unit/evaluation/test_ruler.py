@@ -245,6 +245,23 @@ def test_words_and_questions_that_do_not_suffice_are_named(sources):
         sampler.make(TASKS["vt"], 256, 0)
 
 
+def test_every_question_must_fit_into_every_length_with_its_own_documents(tmp_path):
+    pages = [
+        [[f"T{place}", f"word {place} " * (150 if place == 3 else 9)]] * 10 for place in range(5)
+    ]
+    items = [{"question": "q?", "answer": "a", "context": page} for page in pages]
+    (tmp_path / "h.json").write_text(json.dumps(items))
+    task = TASKS["qa_2"]
+    sources = read_sources([task], None, None, str(tmp_path / "h.json"), None)
+    sampler = Sampler(WordTokenizer(), sources, 0)
+    sampler.check(task, 2048, 3)
+    sampler.check(task, 8192, 5)
+    with pytest.raises(ValueError, match=r"a sample of qa_2 has at least \d+ tokens .* than 2048"):
+        sampler.check(task, 2048, 5)
+    with pytest.raises(ValueError, match=r"qa_2 has 5 questions, fewer than sample 6 needs"):
+        sampler.check(task, 8192, 6)
+
+
 def test_a_short_text_is_repeated_word_by_word(tmp_path):
     (tmp_path / "a.txt").write_text("One two three.  Four\nfive six seven. Eight nine.")
     essays = read_essays(str(tmp_path / "a.txt"))

@@ -80,7 +80,7 @@ def make(tmp_path):
 def each(cells):
     """All copies of the model work on the same cell."""
 
-    def measure(engine, cell, on_forward):
+    def measure(engine, cell, on_forward, passes):
         on_forward()
         return {"value": cell.fields["length"] * 2}
 
@@ -171,6 +171,15 @@ def test_nothing_is_measured_twice(make):
     assert loaded == []
 
 
+def test_ranks_that_would_not_measure_the_same_are_refused(make, monkeypatch):
+    where = "megatron_longrope.engine.process_groups.from_every_rank"
+    monkeypatch.setattr(where, lambda mine: [mine, [*mine[:1], "other"]])
+    session, loaded = make()
+    with pytest.raises(ValueError, match="a pi at 128 tokens: rank 1 would measure something"):
+        session.run(each(cells("a")))
+    assert loaded == []
+
+
 def test_a_crash_loses_only_the_cell_in_flight(make):
     session, _ = make()
     seen = []
@@ -221,7 +230,7 @@ def test_trial_passes_are_no_longer_than_what_comes(make, capsys):
     assert "trial passes of up to 64 tokens" in capsys.readouterr().out
 
 
-def test_more_than_the_limit_is_refused_where_nobody_can_answer(make, monkeypatch):
+def test_more_than_the_limit_is_refused_without_a_yes(make, monkeypatch):
     monkeypatch.setattr(session_module, "_timed", lambda *_: 1e6)  # seconds
     session, _ = make()
     with pytest.raises(ValueError, match=r"above --max-hours 1; give --yes"):
@@ -230,20 +239,6 @@ def test_more_than_the_limit_is_refused_where_nobody_can_answer(make, monkeypatc
     confirmed, _ = make(confirmed=True)
     confirmed.run(each(cells("a")))
     assert len(confirmed.records.rows) == 2
-
-
-@pytest.mark.parametrize(("answer", "measured"), [("y", 2), ("", 0), ("n", 0)])
-def test_in_a_terminal_the_user_is_asked(make, monkeypatch, answer, measured):
-    monkeypatch.setattr(session_module, "_timed", lambda *_: 1e6)
-    monkeypatch.setattr(session_module.sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda question: answer)
-    session, _ = make()
-    if measured:
-        session.run(each(cells("a")))
-    else:
-        with pytest.raises(ValueError, match="not confirmed; nothing was measured"):
-            session.run(each(cells("a")))
-    assert len(session.records.rows) == measured
 
 
 def test_running_out_of_memory_names_the_cell_and_the_remedy(make):

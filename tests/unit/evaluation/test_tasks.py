@@ -286,9 +286,11 @@ def test_another_window_or_other_data_is_another_column(command, folder, tmp_pat
     assert [row["window"] for row in rows] == ["by length", maker.TARGET]
     rows = measure(command, tmp_path, "--tasks", "long_letters:0:acc", "--limit", 3)
     assert len(rows) == 3 and len({row["requests_sha256"] for row in rows}) == 2
+    rows = measure(command, tmp_path, *one, "--metadata", '{"n": 1}')
+    assert [row["metadata"] for row in rows] == [None, None, None, '{"n": 1}']
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "window by length" in page and "window 256" in page
+    assert "window by length" in page and "window 256" in page and "no metadata" in page
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""Forward passes of a cell that is being measured, kept for a run that is killed within it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_longrope.evaluation.kind import read_numbers
+from megatron_longrope.evaluation.records import Records
+from megatron_longrope.evaluation.series import Row
+from megatron_longrope.ranks import rank
+
+_INTERVAL = 10.0  # seconds between writes: a file system may take as long for one as a short pass
+
+
+class Passes:
+    """Results by number of the pass, in a file of the cell's own beside the records.
+
+    Args:
+        records (Records): Where the cell will go; its key identifies the cell.
+        cell (Mapping): Its fields that are known before measuring.
+    """
+
+    def __init__(self, records: Records, cell: Mapping[str, Any]) -> None:
+        from megatron_longrope.engine.process_groups import from_first_rank
+
+        digest = hashlib.sha256(records.key_of(cell).encode()).hexdigest()[:16]
+        path = records.path.with_suffix(f".{digest}.passes.jsonl")
+        self._file = Records(path, ("number",), _read)
+        self._waiting: list[Row] = []
+        rows = from_first_rank(self._file.rows)
+        self.results: dict[int, Any] = {row["number"]: row["result"] for row in rows}
+        """Of the passes so far, the same on every rank."""
+        self.seconds: float = max((row["seconds"] for row in rows), default=0.0)
+        """What earlier runs took for them."""
+        self._started = self._written = time.monotonic()
+
+    def add(self, number: int, result: Any) -> None:
+        """Keep a result, something small that JSON can hold; on disk within ten seconds."""
+        now = time.monotonic()
+        seconds = self.seconds + now - self._started
+        self.results[number] = result
+        self._waiting.append({"number": number, "result": result, "seconds": seconds})
+        if now - self._written >= _INTERVAL:
+            self._file.append(*self._waiting)
+            self._waiting, self._written = [], now
+
+    def remove(self) -> None:
+        """Delete the file: the cell is recorded."""
+        if rank() == 0:
+            self._file.path.unlink(missing_ok=True)
+
+
+def _read(row: Row, _: str) -> Row:
+    return row | {"result": read_numbers(row["result"], None)}
