@@ -18,6 +18,7 @@ ROWS = {  # (label, length): what it is called
     ("yarn", 16384): "YaRN",
     ("longrope_by_perplexity", 16384): "LongRoPE by perplexity",
     ("longrope", 16384): "LongRoPE by joint",
+    ("longrope_joint_floored", 16384): "LongRoPE by joint, also from 2.5",
     ("longrope_needle_critical", 16384): "LongRoPE by needle, critical",
     ("longrope_joint_critical", 16384): "LongRoPE by joint, critical",
     ("longrope_joint_critical_tuned", 16384): "the same, tuned for 10 steps",
