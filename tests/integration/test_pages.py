@@ -97,7 +97,11 @@ def run(folder):
             done = subprocess.run(
                 ["bash", "-c", command], cwd=where, env=environment, capture_output=True, text=True
             )
-            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            # `factors diff` exits with 1 where factors differ, as the recovered short ones do.
+            fine = (0, 1) if "factors diff" in command else (0,)
+            assert done.returncode in fine, (
+                f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            )
             return done.stdout + done.stderr
 
         yield run
@@ -148,7 +152,7 @@ def test_the_fine_tuning_takes_its_steps_under_the_searched_factors(said):
     [
         ("howto/extend_7b.md", 3),
         ("howto/short_prompts.md", 3),
-        ("howto/vllm.md", 2),
+        ("howto/vllm.md", 3),
         ("howto/out_of_memory.md", 2),
         ("serving.md", 2),
         ("evaluation.md", 4),

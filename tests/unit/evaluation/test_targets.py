@@ -199,8 +199,8 @@ def test_bad_data_is_one_sentence(data, tmp_path):
 def test_a_set_made_with_another_tokenizer_is_refused(data, tmp_path):
     other = make_search_data(tmp_path)["tokenizer"]
     read_scored_documents(data["heldout"], data["tokenizer"], 10, 1)
-    path = tmp_path / "tokenizer/tokenizer.json"
-    path.write_text(path.read_text().replace('"</s>"', '"<end>"'))
+    for path in (tmp_path / "tokenizer").glob("*.json"):
+        path.write_text(path.read_text().replace('"</s>"', '"<end>"'))
     with pytest.raises(ValueError, match="made with another tokenizer than"):
         read_scored_documents(data["heldout"], other, 10, 1)
 
