@@ -389,12 +389,14 @@ def _scaled_base(
         if rope.rope_type == "yarn":  # Qwen's cards add it and leave max_position_embeddings
             reached = min(base["factor"], 2.0**53) * base["original_max_position_embeddings"]
             window = max(window, int(reached))
-        if rope.rope_type == "linear":  # transformers reads no window here, and files state either
-            scaled = f"{window * base['factor']:.0f}"
+        stated = rope.original_max_position_embeddings is not None
+        # transformers reads no window here, and files state the one before or the one after.
+        if rope.rope_type == "linear" and base["factor"] != 1 and not stated:
             warnings.warn(
                 f"config.json has linear RoPE scaling by {base['factor']:g}, and its "
-                f"max_position_embeddings {window} is taken for the window with it; if it is the "
-                f"window before, write {scaled} there or give --original-length {scaled}",
+                f"max_position_embeddings {window} is taken for the window with it; where it is "
+                "the window before, give --original-length "
+                f"{window * base['factor']:.0f}",
                 stacklevel=1,  # whoever reads it, so that Python shows it once
             )
         return identity_config(rope.rope_theta, rotary_dim, window, base)

@@ -2,7 +2,6 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -13,7 +12,6 @@ from megatron_longrope.lengths import parse_length
 EXAMPLES = Path(workflow.current_basedir).parent
 # Jobs read this file again, from the working directory: they have the first one's word.
 STARTED_IN = Path(os.environ.setdefault("LONGROPE_STARTED_IN", os.getcwd()))
-os.environ.setdefault("LONGROPE_RUN", str(time.time_ns()))  # what this run of Snakemake was refused it does not repeat
 # Results of rules are checked by Snakemake; that their processes end with it is up to this shell.
 shell.executable(str(EXAMPLES / "workflow/shell"))
 # Where they find `longrope`, `python` and `torchrun`: beside this Python, unless told otherwise.
@@ -37,11 +35,11 @@ TOKENIZER = (*TOKENIZER_FILES, "spiece.model", GENERATION_CONFIG)  # the last ha
 
 
 def model_files(folder, patterns):
-    """config.json, and those of the named files that a model's folder has."""
+    """config.json and those of the named files that a model's folder has; the folder without any."""
     if "planning" in config:
         return [folder]  # it may be a stand-in
-    found = (path for pattern in patterns for path in Path(folder).glob(pattern))
-    return [f"{folder}/config.json", *sorted(str(path) for path in found if path.is_file())]
+    found = (path for pattern in ("config.json", *patterns) for path in Path(folder).glob(pattern))
+    return sorted(str(path) for path in found if path.is_file()) or [folder]
 
 
 def words(*blocks):

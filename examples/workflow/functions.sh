@@ -13,10 +13,9 @@ python() { "${BOUND[@]}" python "$@"; }
 torchrun() { "${BOUND[@]}" torchrun "$@"; }
 
 # log_to FILE [FLAGS OF GREP]: from here on all output is appended to FILE; what grep lets through is
-# shown, and the last lines of a rule that fails. What was refused (exit status 2) is not tried again by `retries`.
+# shown, and the last lines of a rule that fails.
 log_to() {
   LOG=$1
-  REFUSED=.refused/${1//\//:}
   shift
   (($#)) || set -- -e ''
   # Snakemake deletes a rule's log before it runs the rule again. Under its second name what the earlier
@@ -26,11 +25,9 @@ log_to() {
   [[ -e $kept ]] || { touch "$LOG" && ln "$LOG" "$kept"; }
   [[ $LOG -ef $kept ]] || ln -f "$kept" "$LOG"
   exec {SCREEN}>&2
-  trap 'status=$?; ((status == 0)) || { sleep 0.2; echo "the end of $LOG:"; tail -n 12 "$LOG"; } >&$SCREEN
-    ((status != 2)) || { mkdir -p .refused; echo "$LONGROPE_RUN" >"$REFUSED"; }; exit $status' EXIT
+  trap 'status=$?; ((status == 0)) || { sleep 0.2; echo "the end of $LOG:"; tail -n 12 "$LOG"; } >&$SCREEN; exit $status' EXIT
   # No pipeline around the commands: they must stay children of this shell.
   exec > >(tee -a "$LOG" | { grep --line-buffered "$@" || true; }) 2>&1
-  [[ ! -e $REFUSED || $(<"$REFUSED") != "$LONGROPE_RUN" ]] || { echo "refused as before, see above" >&2; exit 2; }
   echo "started at $(date +%FT%T)" >>"$LOG"
 }
 
@@ -62,10 +59,10 @@ begin() {
 
 # A word, and of a file what tells that it changed: its hash, or size and time if it is large.
 identify() {
-  if [[ -f $1 ]] && (($(stat -c %s "$1") < 1000000)); then
+  if [[ -f $1 ]] && (($(stat -Lc %s "$1") < 1000000)); then
     sha256sum <"$1"
   elif [[ -e $1 ]]; then
-    stat -c '%s %Y' "$1"
+    stat -Lc '%s %Y' "$1"
   fi
   echo "$1"
 }

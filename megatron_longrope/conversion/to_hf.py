@@ -220,7 +220,7 @@ def _remark_on_tuning(
         values = config.attention_factor_for(window), tuned.attention_factor_for(window)
         same = {
             "factors": all(math.isclose(*pair, rel_tol=1e-6) for pair in pairs),
-            "start tokens": ours.num_start_tokens == theirs.num_start_tokens,
+            "start tokens": ours.effective_start_tokens == theirs.effective_start_tokens,
             "attention factor": longest > window or math.isclose(*values, rel_tol=1e-6),
         }
         other = [name for name, alike in same.items() if not alike]

@@ -83,7 +83,9 @@ def read_parquet(path: Path, text_key: str) -> Iterator[Row]:
                     row += 1
                     yield _row(row, value, text_key, size * row // total)
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None):  # the disk's, such as EIO; Arrow's own have none
+        # The disk's, such as EIO, have a number; too little memory and Ctrl-C are no damage either.
+        no_damage = isinstance(error, (MemoryError, pyarrow.ArrowCancelled))
+        if no_damage or getattr(error, "errno", None):
             raise
         reason = " ".join(str(error).split())
         yield Row(row + 1, "", size, f"the parquet data is damaged from here on ({reason})")

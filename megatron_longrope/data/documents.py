@@ -15,6 +15,9 @@ from megatron_longrope.data.writer import output_paths, update_digest
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
 
+# Magic, version, dtype code, number of entries, number of document boundaries.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+
 # Problems beyond this many are only counted.
 _MAX_REPORTED_PROBLEMS = 10
 
@@ -183,25 +186,19 @@ def _entry_problems(tokens: np.ndarray, manifest: dict[str, Any]) -> list[str]:
 
 
 def _open(prefix: str | Path) -> Any:
-    """The IndexedDataset of a prefix; one that is damaged is refused."""
+    """The IndexedDataset of a prefix, after checks that Megatron leaves to assertions."""
     bin_path, idx_path, _ = output_paths(prefix)
     for path in (bin_path, idx_path):
         if not path.exists():
             raise LongRopeError(
                 f"{path}: no such file; check the path, which is given without suffix"
             )
+    _check_index(idx_path)
     if not bin_path.stat().st_size:
         raise LongRopeError(f"{bin_path} is empty; prepare the set again")
 
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, _IndexReader
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-    try:
-        # By itself first: where it fails, IndexedDataset.__del__ prints a traceback, too.
-        _IndexReader(str(idx_path), False)
-    except (AssertionError, ValueError, struct.error) as error:
-        raise LongRopeError(
-            f"{idx_path} is not a Megatron index ({error}); copy or prepare the set again"
-        ) from None
     dataset = IndexedDataset(str(prefix))
     expected = int(dataset.sequence_lengths.sum(dtype=np.int64)) * DType.size(dataset.index.dtype)
     if bin_path.stat().st_size != expected:
@@ -210,3 +207,21 @@ def _open(prefix: str | Path) -> Any:
             "copy or prepare the set again"
         )
     return dataset
+
+
+def _check_index(path: Path) -> None:
+    """Check header and size of an .idx file."""
+    with path.open("rb") as file:
+        data = file.read(_INDEX_HEADER.size)
+    if len(data) == _INDEX_HEADER.size:
+        magic, version, dtype_code, entries, boundaries = _INDEX_HEADER.unpack(data)
+        # int32 length and int64 offset of each entry, then int64 document boundaries
+        size = _INDEX_HEADER.size + 12 * entries + 8 * boundaries
+        if (magic, version) == (b"MMIDIDX\x00\x00", 1) and 1 <= dtype_code <= 8:
+            if path.stat().st_size == size:
+                return
+            raise LongRopeError(
+                f"{path} has {path.stat().st_size} bytes, its header describes {size}; "
+                "copy or prepare the set again"
+            )
+    raise LongRopeError(f"{path} is not a Megatron index; copy or prepare the set again")

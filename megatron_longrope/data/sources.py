@@ -183,7 +183,10 @@ def _walk(
     for item in directory.iterdir():
         if item.name.startswith("."):
             on_unread(item)
-        elif not item.exists():  # a download that was not finished, a disk that is not mounted
+        elif (
+            item.is_symlink() and not item.exists() and (not item.suffix or _ends(item, *SUFFIXES))
+        ):
+            # A download that was not finished, a folder's disk that is not mounted.
             raise LongRopeError(
                 f"{item} is a link to {item.readlink()}, where nothing is; bring that back, or "
                 "remove the link"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,10 +128,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.model_max_length = 2**62
         self.path = str(path)
         settings = Path(path) / "tokenizer_config.json"
-        stored = _stored(defining[0])
-        _refuse_invented(path, self._tokenizer, stored.get_vocab() if stored else ())
-        # add_prefix_space and added tokens, for two, stand in the settings and change ids.
-        if settings.is_file() and not (stored and self._is_as(stored)):
+        # add_prefix_space, for one, stands in the settings and changes ids.
+        if settings.is_file() and not self._is_as_stored(defining[0]):
             defining.append(settings)
         content = b"".join(file.read_bytes() for file in defining)
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -141,11 +139,19 @@ class HuggingFaceTokenizer:
         self.eos_id = self._tokenizer.eos_token_id
         self.end_ids = _end_ids(Path(path), self.eos_id)
 
-    def _is_as(self, stored: Any) -> bool:
+    def _is_as_stored(self, file: Path) -> bool:
         """Return whether tokenizer.json alone gives the same ids."""
-        return stored.get_vocab() == self._tokenizer.get_vocab() and all(
+        from tokenizers import Tokenizer as Stored
+
+        if file.name != "tokenizer.json":
+            return False
+        stored = Stored.from_file(str(file))
+        # Tokens that are not special are found in text; transformers adds special ones of its own.
+        added = self._tokenizer.added_tokens_decoder.values()
+        texts = [f"x {token.content} y" for token in added if not token.special]
+        return all(
             stored.encode(text, add_special_tokens=False).ids == self.encode(text)
-            for text in PROBES
+            for text in (*PROBES, *texts)
         )
 
     def encode(self, text: str) -> list[int]:
@@ -231,29 +237,6 @@ def _load_auto(path: str | Path) -> Any:
         ) from None
 
 
-def _stored(file: Path) -> Any:
-    """The tokenizer of a tokenizer.json alone, as `tokenizers` reads it; None of another file."""
-    from tokenizers import Tokenizer as Stored
-
-    return Stored.from_file(str(file)) if file.name == "tokenizer.json" else None
-
-
-def _refuse_invented(path: str | Path, loaded: Any, stored: Collection[str] = ()) -> None:
-    """Refuse a BOS or EOS that no file gives an id.
-
-    transformers makes it a new token behind all others, for which no model has an embedding.
-    """
-    declared = (loaded.init_kwargs.get("added_tokens_decoder") or {}).values()
-    known = {*stored, *map(str, declared)}
-    for name in ("bos_token", "eos_token"):
-        token, index = getattr(loaded, name), getattr(loaded, f"{name}_id")
-        if token is not None and index >= loaded.vocab_size and token not in known:
-            raise LongRopeError(
-                f"{path}: its {name} is {token!r}, which the vocabulary lacks; give {name} in "
-                "tokenizer_config.json a token of the vocabulary, or null for none"
-            )
-
-
 def _sentencepiece_folder(path: str | Path, file: Path) -> SentencePieceTokenizer:
     """A folder without tokenizer.json: ids by sentencepiece, special tokens by the folder.
 
@@ -261,11 +244,9 @@ def _sentencepiece_folder(path: str | Path, file: Path) -> SentencePieceTokenize
     space otherwise than sentencepiece does.
 
     Raises:
-        LongRopeError: The folder gives the pieces other ids, adds tokens that are found in text, or
-            names a BOS or EOS that is none.
+        LongRopeError: The folder gives the pieces other ids, or adds tokens that are found in text.
     """
     loaded, theirs = SentencePieceTokenizer(file), _load_auto(path)
-    _refuse_invented(path, theirs)
     vocabulary = theirs.get_vocab()
     processor = loaded._processor
     moved = [i for i in range(loaded.vocab_size) if vocabulary.get(processor.IdToPiece(i), i) != i]

@@ -77,7 +77,8 @@ class HarnessOptions(EvaluationOptions):
     batch_size: int = flag(8, type=parse_positive, metavar="B")
     """rows of a forward pass, fewer of rows beyond the original window"""
     seed: int = flag(1234, type=int)
-    """of few-shot examples and of what tasks draw (default: 1234, lm-evaluation-harness's own)"""
+    """of few-shot examples and of what tasks draw by numpy or torch (default: 1234,
+    lm-evaluation-harness's own, which seeds Python's random with 0)"""
     allow_download: bool = flag(False)
     """let data sets be fetched from the Hub"""
 

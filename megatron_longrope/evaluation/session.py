@@ -17,7 +17,7 @@ import torch
 
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation.cost import Speed, StepSpeed, measure_speed, measure_steps
-from megatron_longrope.evaluation.passes import Passes
+from megatron_longrope.evaluation.passes import Passes, discard
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.sharing import share
 from megatron_longrope.evaluation.targets import NamedModel, Target
@@ -118,7 +118,12 @@ class Session:
         self._check_alike(plan.cells)
         self._rename_models(plan.cells)
         found = from_first_rank([self.records.find(cell.record) is not None for cell in plan.cells])
-        pending = [cell for cell, is_found in zip(plan.cells, found, strict=True) if not is_found]
+        pending = []
+        for cell, is_found in zip(plan.cells, found, strict=True):
+            if is_found:
+                discard(self.records, cell.record)
+            else:
+                pending.append(cell)
         total = sum(cell.num_forwards for cell in plan.cells)
         with Progress(total, self.label, self.unit) as progress:
             if done := total - sum(cell.num_forwards for cell in pending):

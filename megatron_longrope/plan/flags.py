@@ -30,6 +30,11 @@ UNCOVERED = (
 )  # fmt: skip
 """Flags of Megatron that change memory or hours in ways that the formulas do not know."""
 
+_WITHOUT_EFFECT = {
+    "cpu-offloading-num-layers": "0", "moe-layer-freq": "1", "mtp-num-layers": "0",
+    "num-distributed-optimizer-instances": "1", "num-virtual-stages-per-pipeline-rank": "1",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -203,8 +208,13 @@ def refuse_uncovered(words: Sequence[str]) -> None:
     Raises:
         NotCoveredError: It has some.
     """
-    given = {word.partition("=")[0] for word in words}
-    if found := ", ".join(flag for name in UNCOVERED if (flag := f"--{name}") in given):
+    split = [part for word in words for part in word.split("=", 1)]
+    given = dict(zip(split, [*split[1:], ""], strict=True))
+    if found := ", ".join(
+        flag
+        for name in UNCOVERED
+        if (flag := f"--{name}") in given and given[flag] != _WITHOUT_EFFECT.get(name)
+    ):
         raise NotCoveredError(
             f"the Megatron command has {found}, which the plan's formulas do not cover; plan it "
             "without, and measure the difference"

@@ -77,7 +77,8 @@ def read_expected(path: str | Path) -> list[Expected]:
 
 def _is_value(text: str) -> bool:
     try:
-        return math.isfinite(float(text.strip().lstrip("<>")))
+        number = text.strip().removeprefix("<").removeprefix(">")
+        return "_" not in number and math.isfinite(float(number))
     except ValueError:
         return False
 

@@ -151,7 +151,7 @@ def find_factor_sets(directory: Path, seen: set[Path]) -> tuple[list[NamedSet], 
         for item in config.factor_sets:
             if not item.is_identity:
                 key = (
-                    item.max_length, item.rescale_factors, item.num_start_tokens,
+                    item.max_length, item.rescale_factors, item.effective_start_tokens,
                     config.original_max_position_embeddings, config.rotary_base,
                     config.attention_factor_for(item.max_length),
                     json.dumps(config.base_frequencies, sort_keys=True),

@@ -55,17 +55,13 @@ rule end:
 """
 LINES = 10
 # Appends a line at a time to what an earlier run left, as a training adds checkpoints. With a file
-# `hold` beside it, it waits after five; with `slow`, before each. With `refuse`
-# it ends as what refuses a flag.
+# `hold` beside it, it waits after five; with `slow`, before each.
 WORKER = f"""
 import os, pathlib, sys, time
 folder, seed, how = sys.argv[1:]
 hold, slow = (pathlib.Path(__file__).with_name(name) for name in ("hold", "slow"))
 path = pathlib.Path(folder); path.mkdir(exist_ok=True)
 lines = path / "lines"
-if pathlib.Path(__file__).with_name("refuse").exists():
-    pathlib.Path("runs").open("a").write(f"{{folder}} is refused\\n")
-    sys.exit(2)
 done = lines.read_text().count("\\n") if lines.exists() else 0
 with lines.open("a", buffering=1) as file:
     for number in range(done, {LINES}):
@@ -167,18 +163,6 @@ def test_changes_of_params_and_inputs_run_what_depends_on_them_and_resources_not
     assert workflow.runs() == ["first from 0", "end from 0"]
     (workflow.folder / "model/model.safetensors").write_text("new")  # and the folder no newer
     workflow.run()
-    assert workflow.runs() == ["first from 0", "end from 0"]
-
-
-def test_what_is_refused_is_not_tried_again_before_the_next_run(workflow):
-    (workflow.folder / "refuse").touch()
-    process = workflow.start("--retries", "3")
-    said, _ = process.communicate(timeout=500)
-    assert process.returncode != 0
-    assert workflow.runs() == ["first is refused"], said
-    assert "refused as before" in said
-    (workflow.folder / "refuse").unlink()
-    workflow.run("--retries", "3")
     assert workflow.runs() == ["first from 0", "end from 0"]
 
 

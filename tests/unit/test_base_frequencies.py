@@ -97,6 +97,11 @@ def test_a_linear_scaling_warns_of_which_window_it_takes():
         assert LongRopeConfig.from_hf(stated).max_length == 4096
 
 
+def test_a_linear_scaling_by_one_warns_of_nothing(recwarn):
+    LongRopeConfig.from_hf(hf_config({"rope_type": "linear", "factor": 1.0}))
+    assert not recwarn
+
+
 def test_megatrons_rope_scaling_is_llama3():
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 

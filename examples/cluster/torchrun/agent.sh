@@ -5,8 +5,7 @@
 #   agent.sh PROGRAM ...                         one process, as it is
 #
 # SIGTERM, SIGINT and SIGUSR1 stop the work in good order: training that has --exit-signal-handler
-# saves a checkpoint first. The exit status is then 75: the same command goes on. A command that is refused ends with 2 at
-# once, since starting its workers anew would be no use.
+# saves a checkpoint first. The exit status is then 75: the same command goes on.
 
 PYTHON=${PYTHON:-python}                # interpreter that has megatron_longrope
 NNODES=${NNODES:-1}                     # nodes; each runs this script once
@@ -79,17 +78,8 @@ stop() {
   repeats=$!
 }
 
-# shellcheck disable=SC2329
-refuse() {
-  interrupted=yes
-  [[ $refused ]] || kill -TERM "$child" 2>/dev/null
-  refused=yes
-}
-
 say "$(hostname): ${launch[*]:+node of $NNODES, rendezvous ${RDZV_ENDPOINT:-here}, at most $MAX_RESTARTS restarts: }$*"
-stopping='' repeats='' refused=''
-export LONGROPE_AGENT=$$ # a worker sends it SIGUSR2 before it exits with 2
-trap refuse USR2
+stopping='' repeats=''
 trap '' USR1 # what starts now ignores it until Megatron has its handler
 set -m       # a process group of its own: Ctrl-C in a terminal comes here alone
 "${launch[@]}" "$@" &
@@ -103,6 +93,5 @@ if [[ $stopping ]]; then
   say "stopped; the same command goes on"
   exit "$GOES_ON"
 fi
-[[ $refused ]] && status=2
 ((status == 0)) || say "failed with exit status $status on $(hostname)"
 exit "$status"

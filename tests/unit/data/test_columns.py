@@ -141,6 +141,11 @@ def test_damage_stops_the_parquet_file_but_not_the_run(tmp_path, monkeypatch):
         match = "cannot be read: Input/output" if error.args[0] == errno.EIO else "is damaged .*new"
         with pytest.raises(LongRopeError, match=match):
             read(path)
+    monkeypatch.setattr(
+        arrow.parquet, "ParquetFile", Mock(side_effect=arrow.ArrowMemoryError("malloc failed"))
+    )
+    with pytest.raises(MemoryError):
+        read(path, on_skip=skipped.append)
     (tmp_path / "saved").mkdir()
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / "saved" / name).write_text("{}")

@@ -66,9 +66,11 @@ def test_missing_and_damaged_files_are_named(whole, tmp_path):
         read_documents(whole)
     (tmp_path / "whole.bin").write_bytes(data)
     index = (tmp_path / "whole.idx").read_bytes()
-    for damaged in (b"", b"x" * 100, index[:20], index[: len(index) // 2]):
+    for damaged in (b"", b"x" * 100, index[:20], index[: len(index) // 2], index + b"more"):
         (tmp_path / "whole.idx").write_bytes(damaged)
-        with pytest.raises(LongRopeError, match=r"whole\.idx is not a Megatron index"):
+        with pytest.raises(
+            LongRopeError, match=r"whole\.idx (is not a Megatron index|has \d+ bytes, its header)"
+        ):
             read_documents(whole)
 
 

@@ -74,7 +74,8 @@ def test_a_link_to_nothing_and_a_closed_folder_are_named(tmp_path, monkeypatch):
     (tmp_path / "b.txt").symlink_to("gone/blob")
     with pytest.raises(LongRopeError, match=r"b\.txt is a link to gone/blob, where nothing is"):
         find_source_files([tmp_path])
-    (tmp_path / "b.txt").unlink()
+    (tmp_path / "b.txt").rename(tmp_path / "b.md")
+    assert find_source_files([tmp_path]) == [tmp_path / "a.txt"]
 
     def denied(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path / "closed"))

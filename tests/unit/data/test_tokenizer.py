@@ -9,7 +9,6 @@ from tiny_corpus import make_text
 from toy_tokenizers import save_fast, train_byte_level
 
 from megatron_longrope.data.tokenizer import decode_generated, load_tokenizer
-from megatron_longrope.errors import LongRopeError
 
 CODE = "def f(x):\n    if x:\n\treturn 12345\r\n\n\n        # naïve 日本 🙂  \n"
 
@@ -163,17 +162,6 @@ def test_a_token_that_the_settings_add_gives_another_hash(hf_folder, tmp_path):
     added, plain = load_tokenizer(folder), load_tokenizer(hf_folder)
     assert added.encode("<tool>") != plain.encode("<tool>")
     assert added.sha256 != plain.sha256
-
-
-@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
-@pytest.mark.parametrize("kind", ["hf_folder", "prefixed"])
-def test_a_special_token_that_the_vocabulary_lacks_is_refused(request, tmp_path, kind, name):
-    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "folder")
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**settings, name: "<missing>"}))
-    with pytest.raises(LongRopeError, match=f"its {name} is '<missing>', which the vocabulary"):
-        load_tokenizer(folder)
 
 
 def test_a_tiktoken_vocabulary_is_named(tmp_path):

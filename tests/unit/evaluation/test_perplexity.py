@@ -123,9 +123,13 @@ def test_a_run_that_is_killed_goes_on_at_the_window(tmp_path, monkeypatch):
     whole = measured("another cell", nll)
     seen.clear()
     counted.clear()
+    (file,) = tmp_path.iterdir()
+    kept = file.read_bytes()
     assert measured("a", nll) == whole
     assert len(seen) == whole["num_windows"] - 3 and counted[:2] == [(3, True), (1, False)]
     assert not [*tmp_path.iterdir()]
+    file.write_bytes(b"\0\n" + kept)  # damaged by a loss of power: measured anew
+    assert measured("a", nll) == whole
 
 
 def test_without_bos_windows_are_the_text_alone():

@@ -197,6 +197,11 @@ def test_a_flag_that_the_formulas_do_not_cover_is_refused(name):
             plan_command([*COMMAND, *words], gpus=32)
 
 
+def test_what_the_formulas_do_not_cover_may_be_given_where_it_has_no_effect():
+    words = ["--moe-layer-freq", "1", "--mtp-num-layers=0"]
+    assert plan_command([*COMMAND, *words], gpus=32).hours == plan_command(COMMAND, gpus=32).hours
+
+
 def test_tensor_parallelism_beyond_a_node_is_estimated_where_it_is_asked_for():
     command = [*COMMAND, "--tensor-model-parallel-size", "16", "--context-parallel-size", "1"]
     assert plan_command(command, gpus=16).layout == Layout(16)
