@@ -292,6 +292,11 @@ class _Export:
                 f"nothing says how many of the embedding's {rows} rows are padding, so all are "
                 "exported; give --tokenizer to leave it out",
             )
+        elif info.vocab_size is None and (cut := checkpoint.shape.vocab_size - rows) > 0:
+            remarks = (
+                f"{cut} rows of the embedding are left out as padding, as config.json beside the "
+                "checkpoint has it; if tokens were added in training, give --tokenizer",
+            )
         shape = replace(checkpoint.shape, vocab_size=rows)
         source = TensorSource(checkpoint, self.family, shape, self.dtype)
         dtype = self.dtype or source.plan[0].dtype
