@@ -57,14 +57,9 @@ class Passes:
             self._waiting, self._written = [], now
         self._added = now
 
-    def remove(self) -> None:
-        """Delete the file: the cell is recorded."""
-        if rank() == 0:
-            self._file.path.unlink(missing_ok=True)
-
 
 def discard(records: Records, cell: Mapping[str, Any]) -> None:
-    """Delete what a run that was killed right after it recorded a cell left behind."""
+    """Delete the passes of a cell that is recorded, if there are any."""
     if rank() == 0:
         _path(records, cell).unlink(missing_ok=True)
 

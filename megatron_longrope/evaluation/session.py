@@ -120,7 +120,7 @@ class Session:
         found = from_first_rank([self.records.find(cell.record) is not None for cell in plan.cells])
         pending = []
         for cell, is_found in zip(plan.cells, found, strict=True):
-            if is_found:
+            if is_found:  # a run that was killed before it could do so left them
                 discard(self.records, cell.record)
             else:
                 pending.append(cell)
@@ -167,7 +167,7 @@ class Session:
             passes = Passes(self.records, cell.record)
             fields = one(cell, partial(progress.update, _note(cell)), passes)
             self.records.append({**cell.record, **fields})
-            passes.remove()
+            discard(self.records, cell.record)
 
     def _check_distinct(self, cells: Sequence[Cell]) -> None:
         """Refuse to measure anything twice, of which one record would be left.

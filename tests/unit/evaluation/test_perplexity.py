@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_longrope.evaluation import passes as passes_module
-from megatron_longrope.evaluation.passes import Passes
+from megatron_longrope.evaluation.passes import Passes, discard
 from megatron_longrope.evaluation.perplexity import (
     perplexity,
     planned_windows,
@@ -109,13 +109,14 @@ def test_a_run_that_is_killed_goes_on_at_the_window(tmp_path, monkeypatch):
         return position_nll(tokens) * math.pi
 
     def measured(cell, nll):
-        passes = Passes(Records(tmp_path / "ppl.jsonl", ("name",)), {"name": cell})
+        place = Records(tmp_path / "ppl.jsonl", ("name",)), {"name": cell}
+        passes = Passes(*place)
         result = asdict(perplexity(
             nll, documents, 1, 7, stride=4, passes=passes,
             on_window=lambda count=1, resumed=False: counted.append((count, resumed)),
         ))  # fmt: skip
         assert result.pop("seconds") > 0
-        passes.remove()
+        discard(*place)
         return result
 
     with pytest.raises(KeyboardInterrupt):
