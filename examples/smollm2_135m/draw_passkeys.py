@@ -10,48 +10,74 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LogNorm
 
 DOCS = Path(__file__).parents[2] / "docs"
-ROWS = {  # (label, length): what it is called
-    ("none", 8192): "no extension, at 8k",
-    ("none", 16384): "no extension",
-    ("pi", 16384): "PI",
-    ("ntk", 16384): "NTK",
-    ("yarn", 16384): "YaRN",
-    ("longrope_by_perplexity", 16384): "LongRoPE by perplexity",
-    ("longrope", 16384): "LongRoPE by joint",
-    ("longrope_joint_floored", 16384): "LongRoPE by joint, also from 2.5",
-    ("longrope_needle_critical", 16384): "LongRoPE by needle, critical",
-    ("longrope_joint_critical", 16384): "LongRoPE by joint, critical",
-    ("longrope_joint_critical_tuned", 16384): "the same, tuned for 10 steps",
+ROWS = {  # by length in tokens, the labels of the records and what they are called
+    8192: {"none": "no extension"},
+    16384: {
+        "none": "no extension",
+        "pi": "PI",
+        "ntk": "NTK",
+        "yarn": "YaRN",
+        "longrope_ppl_full": "LongRoPE by ppl, full",
+        "longrope_by_perplexity": "LongRoPE by ppl",
+        "longrope": "LongRoPE by joint",
+        "longrope_joint_floored": "LongRoPE by joint, also from 2.5",
+        "longrope_needle_critical": "LongRoPE by needle, critical",
+        "longrope_joint_critical": "LongRoPE by joint, critical",
+        "longrope_joint_critical_tuned": "the same, tuned for 10 steps",
+    },
+    32768: {
+        "none": "no extension",
+        "pi": "PI",
+        "ntk": "NTK",
+        "yarn": "YaRN",
+        "longrope_ppl_32k": "LongRoPE by ppl",
+        "longrope_joint_32k": "LongRoPE by joint",
+    },
 }
 
 trials = {}
 with (DOCS / "results" / "smollm2_135m" / "passkey.csv").open(newline="") as lines:
     for row in csv.DictReader(lines):
-        place = (row["label"], int(row["length"])), float(row["requested_depth"])
+        place = int(row["length"]), row["label"], float(row["requested_depth"])
         trials[place] = float(row["answer_nll"]), float(row["accuracy"]) == 1
-depths = sorted({depth for _, depth in trials})
-rows = {key: name for key, name in ROWS.items() if (key, 0.5) in trials}
+depths = sorted({depth for _, _, depth in trials})
+panels = {
+    length: [label for label in names if all((length, label, d) in trials for d in depths)]
+    for length, names in ROWS.items()
+}
+panels = {length: labels for length, labels in panels.items() if labels}
+heights = [len(labels) for labels in panels.values()]
 
-figure, axes = plt.subplots(figsize=(7.4, 0.9 + 0.36 * len(rows)), layout="constrained")
-losses = [[trials[key, depth][0] for depth in depths] for key in rows]
-axes.imshow(losses, norm=LogNorm(0.05, 5), cmap="YlGnBu", aspect="auto")
-for line, key in enumerate(rows):
-    for column, depth in enumerate(depths):
-        loss, found = trials[key, depth]
-        axes.text(
-            column,
-            line,
-            f"{loss:.2f}" + (" ✓" if found else ""),
-            ha="center",
-            va="center",
-            fontsize=8,
-            fontweight="bold" if found else "normal",
-            color="white" if loss > 1 else "black",
-        )
-axes.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-axes.set_yticks(range(len(rows)), rows.values())
-axes.set_xlabel("Depth of the number in the text (0 % is the beginning), 16,384 tokens")
-axes.set_title("SmolLM2-135M: loss of a hidden number, nats per token (✓: found)", fontsize=10)
+figure, all_axes = plt.subplots(
+    len(panels),
+    figsize=(7.4, 1.0 + 0.4 * len(panels) + 0.36 * sum(heights)),
+    gridspec_kw={"height_ratios": heights},
+    layout="constrained",
+    sharex=True,
+    squeeze=False,
+)
+for axes, (length, labels) in zip(all_axes[:, 0], panels.items(), strict=True):
+    losses = [[trials[length, label, depth][0] for depth in depths] for label in labels]
+    axes.imshow(losses, norm=LogNorm(0.05, 5), cmap="YlGnBu", aspect="auto")
+    for line, label in enumerate(labels):
+        for column, depth in enumerate(depths):
+            loss, found = trials[length, label, depth]
+            axes.text(
+                column,
+                line,
+                f"{loss:.2f}" + (" ✓" if found else ""),
+                ha="center",
+                va="center",
+                fontsize=8,
+                fontweight="bold" if found else "normal",
+                color="white" if loss > 1 else "black",
+            )
+    axes.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_yticks(range(len(labels)), [ROWS[length][label] for label in labels])
+    window = ", the model's own window" if length == min(ROWS) else ""
+    axes.set_title(f"{length:,} tokens{window}", fontsize=9, loc="left")
+all_axes[-1, 0].set_xlabel("Depth of the number in the text (0 % is the beginning)")
+figure.suptitle("SmolLM2-135M: loss of a hidden number, nats per token (✓: found)", fontsize=10)
 path = DOCS / "figures" / "smollm2_135m_passkeys.png"
 figure.savefig(path, dpi=150)
 print(f"wrote {path}")
