@@ -306,7 +306,7 @@ def _table(
     if window:
         note += " Under each length: its ratio to the original window."
     columns = [length_column(n, window, "" if n in apart else "lowest") for n in lengths]
-    return Table(name, title, columns, cells, "perplexity", note)
+    return Table(name, title, columns, cells, note)
 
 
 def _value(row: Row, main: str, other: str) -> Value:

@@ -455,7 +455,7 @@ def test_the_wilson_interval_matches_published_values():
 def table(best, **ranks):
     """One column."""
     rows = {name: [Value(f"{rank:g}", rank)] for name, rank in ranks.items()}
-    return Table("t", "T", [Column("4k", "", best, "At 4,096 tokens")], rows, "perplexity")
+    return Table("t", "T", [Column("4k", "", best)], rows)
 
 
 def test_the_best_is_finite_and_not_shared_by_all():
@@ -469,32 +469,14 @@ def test_the_best_is_finite_and_not_shared_by_all():
 
 
 def test_a_table_is_one_for_terminal_and_csv():
-    columns = [Column("4k", "1x", "lowest", "At 4,096 tokens"), Column("8k", "2x", "lowest")]
+    columns = [Column("4k", "1x", "lowest"), Column("8k", "2x", "lowest")]
     three, four = Value("3.00", 3.0, ("3.03",)), Value("4.00", 4.0, ("4.04",))
-    both = Table("t", "Perplexity", columns, {"a": [three, None], "b": [four, None]}, "perplexity")
+    both = Table("t", "Perplexity", columns, {"a": [three, None], "b": [four, None]})
     assert both.text(details=True).splitlines() == [
         "Perplexity", "     4k   8k", "------------", f"a  3.00*   {ABSENT}", "   3.03",
         f"b  4.00    {ABSENT}", "   4.04", "* lowest of its column",
     ]  # fmt: skip
     assert both.csv() == "model,column,value,details\na,4k 1x,3.0,3.03\nb,4k 1x,4.0,4.04\n"
-
-
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (table("lowest", a=2.0, b=3.0, c=4.0),
-         "At 4,096 tokens a has the lowest perplexity of the 3 models measured there, 2; next is b "
-         "with 3."),
-        (table("lowest", a=2.0, b=2.0, c=4.0),
-         "At 4,096 tokens a and b share the lowest perplexity of the 3 models measured there, 2."),
-        (table("highest", a=2.0, b=2.0), "At 4,096 tokens all 2 models have a perplexity of 2."),
-        (table("lowest", a=2.0), "At 4,096 tokens a has a perplexity of 2."),
-        (table("", a=2.0, b=3.0), "T: 2 models, measured on different tokens."),
-        (table("lowest", a=math.nan), "T: no value is finite."),
-    ],
-)  # fmt: skip
-def test_a_sentence_compares_the_rows_at_the_last_column_that_most_have(made, said):
-    assert made.sentence("models") == said
 
 
 def test_labels_move_apart_as_little_as_possible():
