@@ -195,6 +195,7 @@ def _cell(
     front = len(bos_prefix(documents.bos_id))
     lengths = [len(tokens) for tokens in documents.tokens]
     spans = planned_windows(lengths, length, stride, bos=bool(front), places=places)
+    passes = [span.end - span.start + front for _, span in spans]
     return Cell(
         target,
         {
@@ -208,7 +209,8 @@ def _cell(
             "documents_sha256": documents.sha256,
             "bos": bos_name(documents.bos_id),
         },
-        Counter(span.end - span.start + front for _, span in spans),
+        Counter(passes),
+        passes=passes,
     )
 
 
