@@ -25,6 +25,7 @@ from megatron_longrope.engine.generation import generate
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.evaluation import passes
 from megatron_longrope.evaluation.passkey_prompt import is_retrieved, make_trial
+from megatron_longrope.files import hold
 
 LONG = 1024  # the passkey prompt has 340 characters, each a token of this tokenizer
 
@@ -192,6 +193,19 @@ def test_a_second_command_measures_only_what_is_new(untied_gqa, data, factors, t
     evaluate("ppl", tmp_path, *common, "--lengths", "64,128")
     assert "everything was already measured" in capsys.readouterr().out
     assert (tmp_path / "ppl.jsonl").read_bytes() == before
+
+
+def test_two_commands_that_write_the_same_records_exclude_each_other(
+    untied_gqa, data, factors, tmp_path, capsys
+):
+    held = hold(tmp_path / ".ppl.lock", "", "")
+    error = refused(
+        capsys, "ppl", "--load", untied_gqa.path, "--longrope-config", factors,
+        "--data", data["heldout"], "--num-documents", 1, "--lengths", "64", "--output", tmp_path,
+    )  # fmt: skip
+    held.release()
+    assert "ppl.jsonl is being written by process" in error
+    assert "wait for it or give another --output" in error
 
 
 def test_a_perplexity_that_was_killed_costs_only_the_windows_that_are_left(

@@ -10,6 +10,7 @@ from evaluated import needle, passkey, ppl, ruler, save, short, whose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.evaluation.kind import Section
 from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.series import Identity, name_series
@@ -420,6 +421,11 @@ def test_a_table_is_one_for_terminal_and_csv():
         f"b  4.00    {ABSENT}", "   4.04", "* lowest of its column",
     ]  # fmt: skip
     assert both.csv() == "model,column,value,details\na,4k 1x,3.0,3.03\nb,4k 1x,4.0,4.04\n"
+
+
+def test_what_must_not_be_overlooked_stands_once_below_the_tables_of_its_section():
+    two = [Table(name, name, [Column("4k")], {"a": [Value("1")]}) for name in ("first", "second")]
+    assert Section("S", two, warnings=["mind this"]).text().count("mind this") == 1
 
 
 def test_labels_move_apart_as_little_as_possible():
