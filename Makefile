@@ -20,7 +20,7 @@ PYTHON := $(VENV)/bin/python
 # Tests run in so many processes, a file in one of them: what Megatron keeps per process stays there.
 # tests/conftest.py puts the files into order.
 JOBS ?= 2
-PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=10
 # Of the tests with the marker `release`: all, none, or a share such as 2/5.
 RELEASE ?= none
 STAMP := $(VENV)/.installed

@@ -1,5 +1,4 @@
 import os
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +16,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
-# Which tests run, in which order, and what the last line says
+# Which tests run, in which order
 
 
 def pytest_addoption(parser):
@@ -57,22 +56,3 @@ def pytest_collection_modifyitems(config, items):
         cost[item.path] += sum(costs.get(marker.name, 0) for marker in item.iter_markers())
     first = Path(__file__).parent / "integration"
     items.sort(key=lambda item: (not item.path.is_relative_to(first), -cost[item.path]))
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_sessionfinish(session):
-    """The last line of a run in several processes: how long it took, and which tests most of it."""
-    result = yield
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.config.getoption("numprocesses", None) and reporter:
-        seconds: Counter[str] = Counter()
-        for report in (report for group in reporter.stats.values() for report in group):
-            if hasattr(report, "duration") and hasattr(report, "nodeid"):
-                seconds[report.nodeid] += report.duration
-        slowest = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.most_common(10))
-        minutes, rest = divmod(round(time.time() - _STARTED), 60)
-        reporter.write_line(f"took {minutes} min {rest:02d} s; slowest tests: {slowest}")
-    return result
-
-
-_STARTED = time.time()

@@ -234,12 +234,12 @@ def task_sections(rows: Rows, name: str, title: str, settings: Sequence[str]) ->
         percent = not low and _are_shares(metric, [float(row["value"]) for _, row in pairs])
         for detail, some in split_repeats(pairs, (), settings).items():
             below = joined(metric, "" if shots is None else f"{shots}-shot", detail)
-            columns.append(Column(task, below, "lowest" if low else "highest", f"In {task}"))
+            columns.append(Column(task, below, "lowest" if low else "highest"))
             cells.append({series.name: _value(row, percent=percent) for series, row in some})
     names = dict.fromkeys(series.name for series, _ in rows)
     table = Table(
         name, title, columns,
-        {name: [column.get(name) for column in cells] for name in names}, "value", _NOTE,
+        {name: [column.get(name) for column in cells] for name in names}, _NOTE,
     )  # fmt: skip
     records = [row for _, row in rows]
     warnings = []

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -42,6 +42,8 @@ class Cell:
     """Number of forward passes of each length in tokens."""
     num_new_tokens: int = 0
     """Tokens generated behind each of them, at most."""
+    passes: Sequence[int] = ()
+    """Length of each by its number, where what they give is kept for a run that is killed."""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -85,7 +87,7 @@ class Plan:
     measure: Callable[..., Mapping[str, Any]]
     """Gives a cell's other fields: of a shared plan `(engine, cell) -> fields`, called on the ranks
     of one copy of the model; else `(engine, cell, on_forward, passes) -> fields`, called on every
-    rank, with what an earlier run left of the cell."""
+    rank, with what an earlier run left of a cell that keeps its passes, or None."""
     shared: bool
     """Whether copies of the model take different cells, each of one prompt; else all of them work
     on the same cell, whose forward passes they divide."""
@@ -128,7 +130,7 @@ class Session:
         with Progress(total, self.label, self.unit) as progress:
             if done := total - sum(cell.num_forwards for cell in pending):
                 progress.update("already measured", done, resumed=True)
-            unasked: Sequence[Cell] = pending
+            unasked: Sequence[Cell] = [self._left(cell) for cell in pending]
             for _, cells in groupby(pending, key=lambda cell: cell.target.model):
                 self._run_model(plan, list(cells), unasked, progress)
                 unasked = ()
@@ -146,12 +148,14 @@ class Session:
         Args:
             plan (Plan): Says how.
             cells (Sequence[Cell]): Of this model.
-            unasked (Sequence[Cell]): Of all models, if their cost has not been said yet.
+            unasked (Sequence[Cell]): What is left of all models' cells, these first, if its cost
+                has not been said yet.
             progress (Progress): Of all models.
         """
         engine = self.load(cells[0].target.model)
-        if unasked:
-            self._present_cost(engine, plan.trial, cells, unasked)
+        if any(cell.forwards for cell in unasked):
+            first = [cell for cell in unasked[: len(cells)] if cell.forwards] or cells
+            self._present_cost(engine, plan.trial, first, unasked)
 
         def one(cell: Cell, *more: Any) -> Mapping[str, Any]:
             engine.set_config(cell.target.config)
@@ -164,10 +168,18 @@ class Session:
                 progress.update(_note(cell))
             return
         for cell in cells:
-            passes = Passes(self.records, cell.record)
+            passes = Passes(self.records, cell.record) if cell.passes else None
             fields = one(cell, partial(progress.update, _note(cell)), passes)
             self.records.append({**cell.record, **fields})
             discard(self.records, cell.record)
+
+    def _left(self, cell: Cell) -> Cell:
+        """Return the cell without the forward passes that an earlier run kept."""
+        if not cell.passes:
+            return cell
+        kept = Passes(self.records, cell.record).results
+        left = (length for number, length in enumerate(cell.passes) if number not in kept)
+        return replace(cell, forwards=Counter(left))
 
     def _check_distinct(self, cells: Sequence[Cell]) -> None:
         """Refuse to measure anything twice, of which one record would be left.

@@ -40,8 +40,6 @@ class Column:
     """A line in small print under the title."""
     best: str = ""
     """Which value is marked: `lowest`, `highest`, or none."""
-    place: str = ""
-    """How a sentence about the column begins: `At 8,192 tokens`."""
     is_text: bool = False
     """Whether it holds words, which stand on the left."""
 
@@ -58,8 +56,6 @@ class Table:
 
     rows: Mapping[str, Sequence[Value | None]]
     """Of each row a value per column; None where nothing was measured."""
-    quantity: str = ""
-    """What a sentence calls its values: `perplexity`."""
     note: str = ""
     """How to read it."""
     corner: str = "Model"
@@ -122,36 +118,6 @@ class Table:
                     writer.writerow((name, title, number, "; ".join(value.below)))
         return data.getvalue()
 
-    def sentence(self, things: str) -> str:
-        """Return what the table says, at the last of the columns with the most values.
-
-        Args:
-            things (str): What its rows are called, in the plural.
-        """
-        ranked = [index for index, column in enumerate(self.columns) if column.best]
-        if not ranked:
-            return f"{self.title}: {len(self.rows)} {things}, measured on different tokens."
-        index = max(ranked, key=lambda index: (len(self._ranks(index)), index))
-        column, ranks = self.columns[index], self._ranks(index)
-        if not ranks:
-            return f"{self.title}: no value is finite."
-        order = sorted(ranks, key=ranks.__getitem__, reverse=column.best == "highest")
-        texts = {name: values[index].text for name, values in self.rows.items() if values[index]}
-        if len(order) == 1:
-            return f"{column.place} {order[0]} has a {self.quantity} of {texts[order[0]]}."
-        tied = [name for name in order if ranks[name] == ranks[order[0]]]
-        what = f"{column.best} {self.quantity} of the {len(order)} {things} measured there"
-        if len(tied) == len(order):
-            return f"{column.place} all {len(order)} {things} have a {self.quantity} of " \
-                   f"{texts[order[0]]}."  # fmt: skip
-        if len(tied) > 1:
-            names = f"{', '.join(tied[:-1])} and {tied[-1]}"
-            return f"{column.place} {names} share the {what}, {texts[order[0]]}."
-        return (
-            f"{column.place} {order[0]} has the {what}, {texts[order[0]]}; next is {order[1]} with "
-            f"{texts[order[1]]}."
-        )
-
     def _ranks(self, index: int) -> dict[str, float]:
         found = {name: values[index] for name, values in self.rows.items()}
         return {
@@ -169,13 +135,8 @@ def length_column(length: int, window: int | None, best: str) -> Column:
         window (int, optional): Pre-trained window in tokens, to which the length is compared.
         best (str): See :attr:`Column.best`.
     """
-    place = f"At {length:,} tokens"
-    if window:
-        times = length / window
-        place += f", {format_ratio(times)} times" if times > 1 else ", within"
-        place += " the original window,"
     below = f"{format_ratio(length / window)}\N{MULTIPLICATION SIGN}" if window else ""
-    return Column(format_length(length), below, best, place)
+    return Column(format_length(length), below, best)
 
 
 def format_score(value: float) -> str:

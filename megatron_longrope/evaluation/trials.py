@@ -112,18 +112,17 @@ def table(
     *,
     name: str,
     title: str,
-    quantity: str,
     note: str,
     best: str = "highest",
 ) -> Table:
-    """Return a table of series and lengths; `quantity` is what a sentence calls its values."""
+    """Return a table of series and lengths."""
     lengths = sorted({length for row in trials.by_length.values() for length in row})
     rows = {
         series.name: [show(row[length]) if length in row else None for length in lengths]
         for series, row in trials.by_length.items()
     }
     columns = [length_column(length, None, best) for length in lengths]
-    return Table(name, title, columns, rows, quantity, note)
+    return Table(name, title, columns, rows, note)
 
 
 def percent(share: float) -> str:

@@ -103,7 +103,6 @@ def write_report(
     text = _template().render(
         name=name,
         about=f"{name} \N{MIDDLE DOT} original window {window:,} tokens" if window else name,
-        summary=sections[0].tables[0].sentence(_things(measurements)) if sections else "",
         sections=drawn,
         series=_series_table(measurements),
         facts=_all_facts(sections, measurements),
@@ -228,14 +227,6 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         elif value is not None:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             yield f"{prefix}{key}", text
-
-
-def _things(measurements: Measurements) -> str:
-    identities = [series.identity for series in measurements.series]
-    models = {identity.model for identity in identities}
-    if len(models) == len(identities):
-        return "models"
-    return "sets of factors" if len(models) == 1 else "models and factors"
 
 
 def _listed(directories: str | Path | Sequence[str | Path]) -> list[Path]:

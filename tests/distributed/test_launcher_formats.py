@@ -1,4 +1,4 @@
-"""`longrope pretrain` with packed documents, other rotations and virtual stages."""
+"""`longrope pretrain` with packed documents and other rotations."""
 
 import argparse
 import math
@@ -40,14 +40,12 @@ def directory(tmp_path_factory) -> Path:
 def launch(directory):
     """Start the script with the given flags and factors."""
 
-    def start(
-        name: str, *flags: str, config: LongRopeConfig | None = None, processes: int = 1
-    ) -> TrainingRun:
+    def start(name: str, *flags: str, config: LongRopeConfig | None = None) -> TrainingRun:
         arguments = [*MODEL, *flags]
         if config is not None:
             config.save(directory / f"{name}.json")
             arguments += ["--longrope-config", str(directory / f"{name}.json")]
-        command = pretrain_command(arguments, processes=processes, script=SCRIPT)
+        command = pretrain_command(arguments, script=SCRIPT)
         return train([command], directory / name)
 
     return start
@@ -90,17 +88,3 @@ def test_multi_token_prediction_on_packs_trains_alike_with_both_carriers(launch,
     assert len(predicted[0]) == 2
     assert predicted[1] == pytest.approx(predicted[0], rel=1e-6)
     assert rope.numbers() == pytest.approx(softmax.numbers(), rel=1e-6)
-
-
-def test_virtual_pipeline_stages_train_like_one_process(launch, directory):
-    layers, checkpoint = ("--num-layers", "4"), str(directory / "checkpoint")
-    saving = ("--save", checkpoint, "--save-interval", "2")
-    launch("saving", *layers, *saving, config=yarn_config(2.0))
-    flags = [*layers, "--load", checkpoint, "--finetune"]
-    one = launch("one-process", *flags, config=yarn_config(2.0))
-    flags += ["--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1"]
-    virtual = launch("virtual", *flags, config=yarn_config(2.0), processes=2)
-    assert len(one.losses) == 2
-    assert virtual.numbers() == pytest.approx(one.numbers(), rel=1e-6)
-    norms = [[float(norm) for norm in run.gradient_norms] for run in (virtual, one)]
-    assert norms[0] == pytest.approx(norms[1], rel=2e-3)  # three printed decimals

@@ -23,7 +23,9 @@ from megatron_longrope.data.tokenizer import load_tokenizer
 from megatron_longrope.engine import Answer, Engine, generation, load_engine
 from megatron_longrope.engine.generation import generate
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation import passes
 from megatron_longrope.evaluation.passkey_prompt import is_retrieved, make_trial
+from megatron_longrope.files import hold
 
 LONG = 1024  # the passkey prompt has 340 characters, each a token of this tokenizer
 
@@ -191,6 +193,43 @@ def test_a_second_command_measures_only_what_is_new(untied_gqa, data, factors, t
     evaluate("ppl", tmp_path, *common, "--lengths", "64,128")
     assert "everything was already measured" in capsys.readouterr().out
     assert (tmp_path / "ppl.jsonl").read_bytes() == before
+
+
+def test_two_commands_that_write_the_same_records_exclude_each_other(
+    untied_gqa, data, factors, tmp_path, capsys
+):
+    held = hold(tmp_path / ".ppl.lock", "", "")
+    error = refused(
+        capsys, "ppl", "--load", untied_gqa.path, "--longrope-config", factors,
+        "--data", data["heldout"], "--num-documents", 1, "--lengths", "64", "--output", tmp_path,
+    )  # fmt: skip
+    held.release()
+    assert "ppl.jsonl is being written by process" in error
+    assert "wait for it or give another --output" in error
+
+
+def test_a_perplexity_that_was_killed_costs_only_the_windows_that_are_left(
+    untied_gqa, data, factors, tmp_path, capsys, monkeypatch
+):
+    arguments = (
+        "--load", untied_gqa.path, "--longrope-config", factors, "--data", data["heldout"],
+        "--num-documents", 1, "--lengths", "64", "--stride", 32,
+    )  # fmt: skip
+    add = passes.Passes.add
+
+    def dies_after_two(self, number, result):
+        add(self, number, result)
+        if len(self.results) == 2:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(passes, "_INTERVAL", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(passes.Passes, "add", dies_after_two)
+        evaluate("ppl", tmp_path, *arguments)
+    assert (said := re.search("ppl: ([0-9,]+) forward passes", capsys.readouterr().out))
+    (row,) = evaluate("ppl", tmp_path, *arguments)
+    assert said[1] == f"{row['num_windows']:,}"
+    assert f"ppl: {row['num_windows'] - 2:,} forward passes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["bos", "eos"])

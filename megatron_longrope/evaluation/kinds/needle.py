@@ -175,7 +175,7 @@ def _section(words: str, rows: Rows, window: int | None) -> Section:
     title = f"Needle retrieval, {words}"
     tables = [
         trials.table(
-            found, _recall, name=name, title=title, quantity="needle recall",
+            found, _recall, name=name, title=title,
             note="Recall: share of the asked values found; the highest of each length is marked. "
             "Under it: trials.",
         )
@@ -183,7 +183,7 @@ def _section(words: str, rows: Rows, window: int | None) -> Section:
     if found.have_losses:
         tables.append(trials.table(
             found, _perplexity, name=f"{name}_perplexity", title=f"Needle perplexity, {words}",
-            quantity="needle perplexity", best="lowest",
+            best="lowest",
             note="exp of the mean loss over the tokens of the values; the lowest of each length is "
             "marked.",
         ))  # fmt: skip

@@ -160,9 +160,7 @@ def _section(number: int, words: str, rows: Rows, window: int | None) -> Section
     if found.have_losses:
         note += " Loss: mean nats per token of the answer, which tells progress where no key is " \
                 "repeated yet."  # fmt: skip
-    table = trials.table(
-        found, _cell, name=name, title=title, quantity="passkey retrieval", note=note
-    )
+    table = trials.table(found, _cell, name=name, title=title, note=note)
     what = f"Share of hidden keys repeated exactly ({_SCORINGS.get(scoring, scoring)})"
     return trials.section(
         found, rows, name=name, title=title, what=what, tables=[table], window=window

@@ -195,6 +195,7 @@ def _cell(
     front = len(bos_prefix(documents.bos_id))
     lengths = [len(tokens) for tokens in documents.tokens]
     spans = planned_windows(lengths, length, stride, bos=bool(front), places=places)
+    passes = [span.end - span.start + front for _, span in spans]
     return Cell(
         target,
         {
@@ -208,7 +209,8 @@ def _cell(
             "documents_sha256": documents.sha256,
             "bos": bos_name(documents.bos_id),
         },
-        Counter(span.end - span.start + front for _, span in spans),
+        Counter(passes),
+        passes=passes,
     )
 
 
@@ -306,7 +308,7 @@ def _table(
     if window:
         note += " Under each length: its ratio to the original window."
     columns = [length_column(n, window, "" if n in apart else "lowest") for n in lengths]
-    return Table(name, title, columns, cells, "perplexity", note)
+    return Table(name, title, columns, cells, note)
 
 
 def _value(row: Row, main: str, other: str) -> Value:

@@ -208,7 +208,7 @@ def _averages(name: str, title: str, scores: _Scores, complete: bool) -> Table:
         note += " Published: LongRoPE2, of models extended to 128k, at 4k to 128k."
     columns = [length_column(n, None, "highest") for n in lengths]
     columns.append(Column("effective", is_text=True))
-    return Table(name, title, columns, rows, "RULER average", note)
+    return Table(name, title, columns, rows, note)
 
 
 def _effective(percentages: Mapping[int, float]) -> Value:
@@ -229,7 +229,7 @@ def _by_task(name: str, title: str, scores: _Scores) -> Table:
         for task in _present({series: of_series})
     }
     columns = [length_column(n, None, "") for n in lengths]
-    return Table(f"{name}_tasks", f"{title}, by task", columns, rows, "score",
+    return Table(f"{name}_tasks", f"{title}, by task", columns, rows,
                  "Score in percent, the number of samples below.", "Task")  # fmt: skip
 
 

@@ -214,16 +214,6 @@ def test_equal_requests_are_scored_once(ours, monkeypatch):
     assert rows == [2]
 
 
-def test_a_likelihood_is_the_sum_of_the_losses_of_the_continuation(ours):
-    context, continuation = "the window of the", " context, length"
-    tokens = ours.tok_encode(context + continuation)
-    start = len(ours.tok_encode(context))
-    losses = ours.engine.nll(torch.tensor([tokens]))[0, start - 1 :]
-    ((value, _),) = likelihoods(ours, [(context, continuation)])
-    assert tokens[0] == 1 and len(losses) > 1
-    assert value == pytest.approx(-float(losses.sum()), abs=1e-5)
-
-
 def test_only_a_continuation_that_decoding_would_give_is_greedy(ours):
     context = "the window of the"
     (text,) = generated(ours, [(context, {"max_gen_toks": 3})])

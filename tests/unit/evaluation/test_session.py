@@ -1,6 +1,8 @@
 """What is measured, in which order, and when the user is asked."""
 
 import weakref
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from megatron_longrope.baselines import extended_config
 from megatron_longrope.config import identity_config
+from megatron_longrope.evaluation import passes as passes_module
 from megatron_longrope.evaluation import records as records_module
 from megatron_longrope.evaluation import session as session_module
 from megatron_longrope.evaluation import targets
@@ -222,6 +225,30 @@ def test_the_bill_counts_only_what_is_left(make, capsys):
     again, _ = make()
     again.run(each(cells("a", forwards=3)))
     assert "3 forward passes of up to 128 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kept", "bill"), [((0, 1, 3, 4), "1 forward pass of"), (range(5), "")])
+def test_the_bill_leaves_out_what_a_run_kept_that_was_killed(make, capsys, monkeypatch, kept, bill):
+    monkeypatch.setattr(session_module, "_timed", lambda *_: 1500.0)  # seconds; an hour is allowed
+    (cell,) = cells("a", lengths=(128,))
+    cell = replace(cell, forwards={64: 2, 128: 3}, passes=(128, 64, 128, 64, 128))
+
+    def measure(engine, cell, on_forward, passes, killed=False):
+        for number in kept:
+            passes.add(number, number)
+        if killed:
+            raise KeyboardInterrupt
+        return {"value": len(passes.results)}
+
+    monkeypatch.setattr(passes_module, "_INTERVAL", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        make(confirmed=True)[0].run(Plan([cell], partial(measure, killed=True), shared=False))
+    assert "5 forward passes of up to 128 tokens" in capsys.readouterr().out
+    session, _ = make()
+    session.run(Plan([cell], measure, shared=False))
+    shown = capsys.readouterr().out
+    assert bill in shown and bool(bill) == ("forward" in shown)
+    assert session.records.rows[0]["value"] == len(kept)
 
 
 def test_trial_passes_are_no_longer_than_what_comes(make, capsys):

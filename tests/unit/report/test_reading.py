@@ -10,6 +10,7 @@ from evaluated import needle, passkey, ppl, ruler, save, short, whose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_longrope.evaluation.kind import Section
 from megatron_longrope.evaluation.kinds import KINDS
 from megatron_longrope.evaluation.records import Records
 from megatron_longrope.evaluation.series import Identity, name_series
@@ -75,11 +76,6 @@ def test_records_are_found_at_any_depth_and_read_once(tmp_path):
     assert len(found.series) == 1 and found.window == 4096
 
 
-def test_the_last_record_of_a_cell_wins(tmp_path):
-    save(tmp_path, "ppl", [ppl(4096, 9.0), ppl(8192, 4.0), ppl(4096, 3.0, sha256="other")])
-    assert perplexities(tmp_path) == {"base": {"4k": 3.0, "8k": 4.0}}
-
-
 @pytest.mark.parametrize(
     "tail", ['{"length": 8192, "proto', "\n \n{", b"\xff\xfe".decode("latin-1")]
 )
@@ -88,13 +84,6 @@ def test_what_a_crash_left_of_the_last_line_is_passed_over(tmp_path, tail):
     before = path.read_bytes()
     assert perplexities(tmp_path) == {"base": {"4k": 3.0}}
     assert path.read_bytes() == before  # a report changes nothing it reads
-
-
-def test_a_damaged_line_before_the_last_is_named(tmp_path):
-    path = save(tmp_path, "ppl", [ppl(4096, 3.0)], '{"length": 8192, "proto\n')
-    with path.open("a") as file:
-        file.write("\n")
-    assert "ppl.jsonl, line 2: not JSON" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,48 +143,14 @@ def test_a_column_has_one_scale_though_one_model_of_it_is_lost():
     assert [row[0].text for row in table.rows.values()] == ["12.300", "0.800", "1.000"]
 
 
-def shown_in(directory, kind):
-    """Every value of a report's tables with the name of its table or column."""
-    found = []
-    for table in tables(directory):
-        for row in cells(table).values():
-            for head, value in row.items():
-                found.append((head if kind == "short" else table.title.split("(")[-1], value))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("kind", "rows", "shown"),
-    [
-        ("ppl", [ppl(4096, 3.0), ppl(4096, 2.0, documents_sha256="changed under one path")],
-         [("truncated, documents d0)", 3.0), ("truncated, documents changed )", 2.0)]),
-        ("ppl", [ppl(4096, 3.0, label="pi", policy="su", config_sha256=f"{n}", original_length=n)
-                 for n in (1024, 2048)],
-         [("truncated, original length 1024)", 3.0), ("truncated, original length 2048)", 3.0)]),
-        ("passkey", [passkey(4096, True), passkey(4096, False, tokenizer_sha256="another")],
-         [("Passkey retrieval, teacher-forced, tokenizer t0", 1.0),
-          ("Passkey retrieval, teacher-forced, tokenizer another", 0.0)]),
-        ("needle", [needle(4096, 1.0), needle(4096, 0.0, documents_sha256="another")],
-         [("Needle retrieval, single", 0.5), ("Needle perplexity, single", math.exp(0.5))]),
-        ("needle", [needle(4096, 1.0, nll=None),
-                    needle(4096, 0.0, nll=None, tokenizer_sha256="another")],
-         [("Needle retrieval, single, tokenizer t0", 1.0),
-          ("Needle retrieval, single, tokenizer another", 0.0)]),
-        ("short", [short("arc", 0.5), short("arc", 0.4, seed=7)],
-         [("acc_norm, 10-shot, seed 1234", 0.5), ("acc_norm, 10-shot, seed 7", 0.4)]),
-        ("short", [short("arc", 0.5), short("arc", 0.4, limit=20)],
-         [("acc_norm, 10-shot, no limit", 0.5), ("acc_norm, 10-shot, limit 20", 0.4)]),
-        ("short", [short("arc", 0.5), short("arc", 0.4, metric="acc")],
-         [("acc_norm, 10-shot", 0.5), ("acc, 10-shot", 0.4)]),
-    ],
-)  # fmt: skip
-def test_the_report_shows_every_cell_that_the_recorder_keeps(tmp_path, kind, rows, shown):
-    records = Records(tmp_path / f"{kind}.jsonl", KINDS[kind].cell_fields)
-    for row in rows:
-        assert records.find(row) is None
-        records.append(row)
-    assert len(records.rows) == len(read_measurements([tmp_path]).rows[kind]) == len(rows)
-    assert shown_in(tmp_path, kind) == shown
+def test_a_baseline_of_two_original_lengths_is_two_tables(tmp_path):
+    save(tmp_path, "ppl", [
+        ppl(4096, 3.0, label="pi", policy="su", config_sha256=f"{n}", original_length=n)
+        for n in (1024, 2048)
+    ])  # fmt: skip
+    assert [table.title.split(", ")[-1] for table in tables(tmp_path)] == [
+        "original length 1024)", "original length 2048)",
+    ]  # fmt: skip
 
 
 SAMPLES = {
@@ -403,17 +358,6 @@ def test_every_corpus_of_every_tokenizer_has_a_table(tmp_path):
     ]  # fmt: skip
 
 
-def test_lines_measured_on_other_tokens_are_warned_of(tmp_path):
-    save(tmp_path, "ppl", [
-        row | whose(model)
-        for model, tokens in (("a", "x"), ("b", "y"))
-        for row in (ppl(4096, 3.0), ppl(8192, 3.0, tokens=tokens))
-    ])  # fmt: skip
-    (section,) = sections_of(read_measurements([tmp_path]))
-    assert "at 8k (their sha256 differ)" in section.warnings[0]
-    assert [column.best for column in section.tables[0].columns] == ["lowest", ""]
-
-
 def test_passkey_trials_are_pooled_by_scoring_length_and_depth(tmp_path):
     rows = [passkey(4096, trial < 2, trial, depth) for depth in (0.0, 1.0) for trial in range(3)]
     rows += [passkey(4096, False, 7), passkey(4096, True, 0, 0.0, scoring="generate")]
@@ -455,7 +399,7 @@ def test_the_wilson_interval_matches_published_values():
 def table(best, **ranks):
     """One column."""
     rows = {name: [Value(f"{rank:g}", rank)] for name, rank in ranks.items()}
-    return Table("t", "T", [Column("4k", "", best, "At 4,096 tokens")], rows, "perplexity")
+    return Table("t", "T", [Column("4k", "", best)], rows)
 
 
 def test_the_best_is_finite_and_not_shared_by_all():
@@ -469,9 +413,9 @@ def test_the_best_is_finite_and_not_shared_by_all():
 
 
 def test_a_table_is_one_for_terminal_and_csv():
-    columns = [Column("4k", "1x", "lowest", "At 4,096 tokens"), Column("8k", "2x", "lowest")]
+    columns = [Column("4k", "1x", "lowest"), Column("8k", "2x", "lowest")]
     three, four = Value("3.00", 3.0, ("3.03",)), Value("4.00", 4.0, ("4.04",))
-    both = Table("t", "Perplexity", columns, {"a": [three, None], "b": [four, None]}, "perplexity")
+    both = Table("t", "Perplexity", columns, {"a": [three, None], "b": [four, None]})
     assert both.text(details=True).splitlines() == [
         "Perplexity", "     4k   8k", "------------", f"a  3.00*   {ABSENT}", "   3.03",
         f"b  4.00    {ABSENT}", "   4.04", "* lowest of its column",
@@ -479,22 +423,9 @@ def test_a_table_is_one_for_terminal_and_csv():
     assert both.csv() == "model,column,value,details\na,4k 1x,3.0,3.03\nb,4k 1x,4.0,4.04\n"
 
 
-@pytest.mark.parametrize(
-    ("made", "said"),
-    [
-        (table("lowest", a=2.0, b=3.0, c=4.0),
-         "At 4,096 tokens a has the lowest perplexity of the 3 models measured there, 2; next is b "
-         "with 3."),
-        (table("lowest", a=2.0, b=2.0, c=4.0),
-         "At 4,096 tokens a and b share the lowest perplexity of the 3 models measured there, 2."),
-        (table("highest", a=2.0, b=2.0), "At 4,096 tokens all 2 models have a perplexity of 2."),
-        (table("lowest", a=2.0), "At 4,096 tokens a has a perplexity of 2."),
-        (table("", a=2.0, b=3.0), "T: 2 models, measured on different tokens."),
-        (table("lowest", a=math.nan), "T: no value is finite."),
-    ],
-)  # fmt: skip
-def test_a_sentence_compares_the_rows_at_the_last_column_that_most_have(made, said):
-    assert made.sentence("models") == said
+def test_what_must_not_be_overlooked_stands_once_below_the_tables_of_its_section():
+    two = [Table(name, name, [Column("4k")], {"a": [Value("1")]}) for name in ("first", "second")]
+    assert Section("S", two, warnings=["mind this"]).text().count("mind this") == 1
 
 
 def test_labels_move_apart_as_little_as_possible():
@@ -529,16 +460,6 @@ def test_what_is_not_finite_is_the_same_number_once_recorded(tmp_path, row, fiel
     path.write_text(re.sub('"(NaN|-?Infinity)"', "null", path.read_text()))
     ((_, old),) = read_measurements([tmp_path]).rows[kind.name]
     assert repr(old[field]) == repr(null)
-
-
-def test_infinity_and_not_a_number_are_told_apart_in_the_report(tmp_path):
-    lost = ppl(16384, 3.0) | {"ppl_window_mean": math.inf, "ppl_token_weighted": math.nan}
-    lost["nll_by_position"][0]["nll"] = math.nan
-    records = Records(tmp_path / "ppl.jsonl", ("length",))
-    for row in (ppl(4096, 3.0), lost):
-        records.append(row)
-    assert perplexities(tmp_path) == {"base": {"4k": 3.0, "16k": math.inf}}
-    assert "not a number" in write_report(tmp_path)[0].read_text()
 
 
 @pytest.mark.parametrize("kind", ["short", "tasks"])
