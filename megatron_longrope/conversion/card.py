@@ -84,8 +84,8 @@ def model_card(
         "## LongRoPE factors",
         "",
         f"Original window {original} tokens, rotary base {config.rotary_base:g}, attention factor "
-        f"{rope.attention_factor:.6g}. Up to {original} tokens: short_factor, the set for "
-        f"{short}; beyond: long_factor, the set for {long}. "
+        f"{rope.attention_factor:.6g}. Up to {original} tokens: short_factor, the set up "
+        f"to {short} tokens; beyond: long_factor, the set up to {long} tokens. "
         "`longrope.json` holds every set with its origin.",
     ]
     if factors.dropped:

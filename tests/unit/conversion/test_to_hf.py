@@ -74,7 +74,7 @@ def test_the_model_card_states_factors_and_limits(untied_gqa, config, tmp_path):
     write_hf_folder(untied_gqa.path, tmp_path / "hf", longrope_config=config)
     card = (tmp_path / "hf" / "README.md").read_text()
     for part in (
-        "long_factor, the set for 256. ",
+        "long_factor, the set up to 256 tokens. ",
         "use_cache=False",
         "once per forward pass",
         "iteration 3",
