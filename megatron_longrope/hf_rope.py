@@ -59,8 +59,6 @@ class HfRope:
     """What the type reads beside these, by transformers' names."""
     holder: str
     """Where they stand: `rope_scaling` or `rope_parameters`."""
-    ignored: tuple[str, ...]
-    """Keys in `holder` that the type does not read."""
 
 
 def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
@@ -86,7 +84,6 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
         original = _original_window(config, holder, values, model_type, kind)
     partial = _stated_once("partial_rotary_factor", config, {holder: values})
     check_positive("partial_rotary_factor", 1.0 if partial is None else partial)
-    everywhere = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     return HfRope(
         rope_type=kind,
         stated_type=str(values.get("rope_type", values.get("type", "default"))),
@@ -95,7 +92,6 @@ def read_hf_rope(config: Mapping[str, Any]) -> HfRope:
         original_max_position_embeddings=original,
         parameters=_parameters(values, kind),
         holder=holder,
-        ignored=tuple(sorted(values.keys() - ROPE_KEYS[kind] - everywhere)),
     )
 
 

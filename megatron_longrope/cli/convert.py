@@ -70,8 +70,8 @@ def _run_to_hf(options: ToHfOptions) -> None:
     print(f"converting {load}")
     _say_factors(options)
     report = api.convert_to_hf(options, ByteProgress("writing"), _announce)
-    for item in report.dropped_start_tokens:
-        print(item.describe())
+    for sentence in report.dropped_start_tokens:
+        print(sentence)
     for remark in report.remarks:
         print(f"note: {remark}")
     included = report.tokenizer

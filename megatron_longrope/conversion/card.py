@@ -1,14 +1,15 @@
-"""The README.md of an exported folder: what it is, where the factors come from, what to expect."""
+"""The README.md of an exported folder: what it is, which factors it uses, what to expect."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_longrope.config import LongRopeConfig
-from megatron_longrope.conversion.rope_export import ExportedRope, is_bare_base
-from megatron_longrope.conversion.start_tokens import DroppedStartTokens
+from megatron_longrope import __version__
+from megatron_longrope.conversion.rope_export import is_bare_base
 from megatron_longrope.lengths import format_length
+
+if TYPE_CHECKING:
+    from megatron_longrope.conversion.to_hf import Factors
 
 _LIMITS = """\
 ## Known limits of the context switch in transformers
@@ -30,30 +31,22 @@ longrope factors of `Phi3ForCausalLM` only (both by their sources).
 
 
 def model_card(
-    *,
     name: str,
     hf_config: dict[str, Any],
-    longrope_config: LongRopeConfig | None,
-    rope: ExportedRope | None,
-    short_length: int | None,
-    target_length: int | None,
+    factors: Factors,
+    *,
     iteration: int,
-    version: str,
     has_tokenizer: bool,
-    dropped_window: int | None = None,
-    dropped: Sequence[DroppedStartTokens] = (),
+    dropped_window: int | None,
 ) -> str:
     """Markdown with the YAML front matter of a Hugging Face model card.
 
     Args:
         hf_config (dict): Content of config.json.
-        rope (ExportedRope, optional): Its rotary keys, with factors.
-        short_length (int, optional): Window whose set is short_factor.
-        target_length (int, optional): Window whose set is long_factor.
         dropped_window (int, optional): Sliding window, in tokens, that the source model had.
-        dropped (Sequence[DroppedStartTokens]): Sets that lost their start tokens.
     """
-    has_factors = longrope_config is not None and not is_bare_base(longrope_config)
+    config, rope = factors.config, factors.rope
+    has_factors = config is not None and not is_bare_base(config)
     tags = ["megatron", *(["longrope", "long-context"] if has_factors else [])]
     lines = [
         "---",
@@ -67,7 +60,7 @@ def model_card(
         f"`{hf_config['architectures'][0]}`, {hf_config['num_hidden_layers']} layers, hidden size "
         f"{hf_config['hidden_size']}, {hf_config['dtype']}, window "
         f"{hf_config['max_position_embeddings']} tokens; converted from iteration {iteration} of a "
-        f"Megatron checkpoint by megatron_longrope {version}.",
+        f"Megatron checkpoint by megatron_longrope {__version__}.",
         "",
         "Loads with `AutoModelForCausalLM.from_pretrained(folder)` of transformers, 4.57 or newer "
         "unless a note below says otherwise.",
@@ -84,49 +77,19 @@ def model_card(
         ]
     if not has_factors or rope is None:
         return "\n".join(lines)
-    lines += _about_factors(longrope_config, rope, short_length, target_length)
-    if dropped:
-        lines += ["", "The search kept the first positions as they were; this folder cannot:", ""]
-        lines += [f"- {item.describe()}" for item in dropped]
-    limits = _LIMITS.format(original=longrope_config.original_max_position_embeddings)
-    return "\n".join([*lines, "", limits, *(f"Note: {remark}.\n" for remark in rope.remarks)])
-
-
-def _about_factors(
-    config: LongRopeConfig, rope: ExportedRope, short_length: int | None, target_length: int | None
-) -> list[str]:
-    """Return the section that says which set is used for what, in lines."""
     original = config.original_max_position_embeddings
-    lines = [
+    wanted = factors.lengths[0] or original, factors.lengths[1] or config.max_length
+    short, long = (format_length(config.factor_set_for(length).max_length) for length in wanted)
+    lines += [
         "## LongRoPE factors",
         "",
-        f"Original window {original} tokens, rotary base {config.rotary_base:g}, "
-        f"attention factor {rope.attention_factor:.6g}. "
-        "`longrope.json` holds the full configuration.",
-        "",
-        "| used as | factor set | first factor | last factor | provenance |",
-        "|---|---|---|---|---|",
+        f"Original window {original} tokens, rotary base {config.rotary_base:g}, attention factor "
+        f"{rope.attention_factor:.6g}. Up to {original} tokens: short_factor, the set up "
+        f"to {short} tokens; beyond: long_factor, the set up to {long} tokens. "
+        "`longrope.json` holds every set with its origin.",
     ]
-    wanted = (
-        (f"short_factor (up to {original})", short_length or original),
-        ("long_factor (beyond)", target_length or config.max_length),
-    )
-    for role, length in wanted:
-        item = config.factor_set_for(length)
-        first, last = item.rescale_factors[0], item.rescale_factors[-1]
-        lines.append(
-            f"| {role} | up to {format_length(item.max_length)} | {first:.4g} | {last:.4g} | "
-            f"{_origin(item.origin)} |"
-        )
-    return lines
-
-
-def _origin(origin: Mapping[str, Any]) -> str:
-    """Where factors come from, in a table cell; `longrope.json` has all of it."""
-    plain = {key: value for key, value in origin.items() if isinstance(value, str | int | float)}
-    plain.pop("checkpoint", None)  # a path of the machine that searched
-    cells = (
-        f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in sorted(plain.items())
-    )
-    return ", ".join(cells).replace("|", "\\|") or "not stated"
+    if factors.dropped:
+        lines += ["", "The search kept the first positions as they were; this folder cannot:", ""]
+        lines += [f"- {sentence}" for sentence in factors.dropped]
+    limits = _LIMITS.format(original=original)
+    return "\n".join([*lines, "", limits, *(f"Note: {remark}.\n" for remark in rope.remarks)])

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from megatron_longrope.config import FactorSet, LongRopeConfig
-
-
-@dataclass(frozen=True)
-class DroppedStartTokens:
-    """A factor set that is exported without its start tokens."""
-
-    window: str
-    """`short` or `long`: which of transformers' two vectors it becomes."""
-    factor_set: FactorSet
-    """The set as it was searched."""
-
-    def describe(self) -> str:
-        """One sentence."""
-        return (
-            f"{self.window}_factor (set up to {self.factor_set.max_length} tokens): "
-            f"{self.factor_set.num_start_tokens} start tokens dropped"
-        )
+from megatron_longrope.config import LongRopeConfig
 
 
 def drop_start_tokens(
     config: LongRopeConfig, short_length: int | None = None, target_length: int | None = None
-) -> tuple[LongRopeConfig, tuple[DroppedStartTokens, ...]]:
+) -> tuple[LongRopeConfig, tuple[str, ...]]:
     """The configuration with no start tokens in the sets that are exported.
 
     Args:
@@ -35,17 +18,21 @@ def drop_start_tokens(
         target_length (int, optional): As given to the conversion.
 
     Returns:
-        tuple: The configuration, in which the origin of such a set says how many it had, and the
-            sets concerned.
+        tuple: The configuration, in which the origin of such a set says how many it had, and a
+            sentence about each.
     """
     wanted = {
         "short": config.factor_set_for(short_length or config.original_max_position_embeddings),
         "long": config.factor_set_for(target_length or config.max_length),
     }
-    dropped: dict[int, DroppedStartTokens] = {}
+    dropped: dict[int, str] = {}
     for window, item in wanted.items():
         if item.effective_start_tokens:
-            dropped.setdefault(item.max_length, DroppedStartTokens(window, item))
+            sentence = (
+                f"{window}_factor (set up to {item.max_length} tokens): {item.num_start_tokens} "
+                "start tokens dropped"
+            )
+            dropped.setdefault(item.max_length, sentence)
     sets = tuple(
         replace(
             item,

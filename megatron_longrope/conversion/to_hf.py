@@ -37,7 +37,7 @@ from megatron_longrope.conversion.staging import (
     output_folder,
     staging_folder,
 )
-from megatron_longrope.conversion.start_tokens import DroppedStartTokens, drop_start_tokens
+from megatron_longrope.conversion.start_tokens import drop_start_tokens
 from megatron_longrope.conversion.tensors import TensorSource
 from megatron_longrope.conversion.tokenizer import (
     TokenizerInfo,
@@ -71,8 +71,8 @@ class ConversionReport:
     """Window, in tokens."""
     verification: Any = None
     """What the `check` returned."""
-    dropped_start_tokens: tuple[DroppedStartTokens, ...] = ()
-    """Factor sets that were exported without their start tokens."""
+    dropped_start_tokens: tuple[str, ...] = ()
+    """Sentences about factor sets that were exported without their start tokens."""
     remarks: tuple[str, ...] = ()
     """Sentences about what some readers of the folder cannot do, and what else may surprise."""
     tokenizer: Path | None = None
@@ -122,12 +122,23 @@ def write_hf_folder(
     chosen = select_family(checkpoint.shape, checkpoint.args, family)
     dtype_name(dtype or checkpoint.shape.params_dtype)  # refuses others before any work
     lengths = short_length, target_length
-    factors = _Factors.of(checkpoint, chosen, longrope_config, lengths, without_start_tokens)
-    export = _Export(checkpoint, chosen, factors, dtype, tokenizer, beside)
-    identity = export.identity(max_shard_bytes)
+    factors = Factors.of(checkpoint, chosen, longrope_config, lengths, without_start_tokens)
+    files = tokenizer or beside
+    # What an interrupted conversion must agree on to be continued.
+    identity = {
+        "version": __version__,
+        "conversion": "to-hf",
+        "source": file_identity([checkpoint.directory]),
+        "tokenizer": file_identity([] if files is None else [files]),
+        "longrope": None if factors.config is None else factors.config.to_dict(),
+        "lengths": list(factors.lengths),
+        "dtype": str(dtype),
+        "family": chosen.name,
+        "max_shard_bytes": max_shard_bytes,
+    }
     with staging_folder(output_dir, identity, overwrite) as staging:
-        source, hf_config, included, padded = export.write_small_files(
-            staging.result, output_dir.name
+        source, hf_config, included, padded = _write_small_files(
+            staging.result, output_dir.name, checkpoint, chosen, factors, dtype, tokenizer, beside
         )
         staging.check_space(num_bytes := sum(item.num_bytes for item in source.plan))
         files = write_safetensors(
@@ -152,7 +163,7 @@ def write_hf_folder(
 
 
 @dataclass(frozen=True)
-class _Factors:
+class Factors:
     """What an export has instead of plain RoPE."""
 
     config: LongRopeConfig | None
@@ -161,8 +172,8 @@ class _Factors:
     """Windows whose sets become short_factor and long_factor, as asked for."""
     rope: ExportedRope | None = None
     """How transformers is told."""
-    dropped: tuple[DroppedStartTokens, ...] = ()
-    """Sets that lost their start tokens."""
+    dropped: tuple[str, ...] = ()
+    """Sentences about sets that lost their start tokens."""
     remarks: tuple[str, ...] = ()
     """Sentences about them."""
 
@@ -174,7 +185,7 @@ class _Factors:
         config: LongRopeConfig | None,
         lengths: tuple[int | None, int | None],
         without_start_tokens: bool,
-    ) -> _Factors:
+    ) -> Factors:
         """Check the factors and drop their start tokens where that is asked for."""
         if config is None and checkpoint.longrope is not None:
             # Plain RoPE would be another model where the base is scaled.
@@ -184,7 +195,7 @@ class _Factors:
         check_fits(config, checkpoint.shape, checkpoint.longrope)
         warn_of_window(config, "the longrope configuration", checkpoint)
         remarks = _remark_on_tuning(config, checkpoint.longrope, lengths[1] or config.max_length)
-        dropped: tuple[DroppedStartTokens, ...] = ()
+        dropped: tuple[str, ...] = ()
         if without_start_tokens:
             config, dropped = drop_start_tokens(config, *lengths)
         rope = export_rope(config, family, *lengths)
@@ -233,90 +244,60 @@ def _remark_on_tuning(
     )
 
 
-@dataclass(frozen=True)
-class _Export:
-    """What is exported, and how."""
+def _write_small_files(
+    directory: Path,
+    name: str,
+    checkpoint: MegatronCheckpoint,
+    family: Family,
+    factors: Factors,
+    dtype: torch.dtype | None,
+    tokenizer: Path | None,
+    beside: Path | None,
+) -> tuple[TensorSource, dict[str, Any], Path | None, tuple[str, ...]]:
+    """Write all but the tensors.
 
-    checkpoint: MegatronCheckpoint
-    """The source."""
-    family: Family
-    """What transformers has for it."""
-    factors: _Factors
-    """What the folder says of RoPE."""
-    dtype: torch.dtype | None
-    """What tensors are converted to; None for their own."""
-    tokenizer: Path | None
-    """As given."""
-    beside: Path | None
-    """Folder whose companions are taken along, from :func:`companions`."""
+    Args:
+        directory (Path): The folder.
+        name (str): What it will be called.
+        dtype (torch.dtype, optional): What tensors are converted to; None keeps their own.
+        beside (Path, optional): Folder whose companions are taken along, from :func:`companions`.
 
-    def identity(self, max_shard_bytes: int) -> dict[str, Any]:
-        """Return what an interrupted conversion must agree on to be continued."""
-        tokenizer = self.tokenizer or self.beside
-        config = self.factors.config
-        return {
-            "version": __version__,
-            "conversion": "to-hf",
-            "source": file_identity([self.checkpoint.directory]),
-            "tokenizer": file_identity([] if tokenizer is None else [tokenizer]),
-            "longrope": None if config is None else config.to_dict(),
-            "lengths": list(self.factors.lengths),
-            "dtype": str(self.dtype),
-            "family": self.family.name,
-            "max_shard_bytes": max_shard_bytes,
-        }
-
-    def write_small_files(
-        self, directory: Path, name: str
-    ) -> tuple[TensorSource, dict[str, Any], Path | None, tuple[str, ...]]:
-        """Write all but the tensors.
-
-        Args:
-            directory (Path): The folder.
-            name (str): What it will be called.
-
-        Returns:
-            tuple: Where the tensors come from, the content of config.json without token ids, where
-            the tokenizer comes from, and a sentence where padding may be exported.
-        """
-        checkpoint, factors, beside = self.checkpoint, self.factors, self.beside
-        longest = factors.window or checkpoint.shape.max_position_embeddings
-        info = write_tokenizer(self.tokenizer, directory, longest)
-        included = self.tokenizer
-        if included is None and beside is not None and copy_tokenizer(beside, directory, longest):
-            included = beside
-        rows, remarks = true_vocabulary(checkpoint, info, beside), ()
-        if rows is None:
-            rows = checkpoint.shape.vocab_size
-            remarks = (
-                f"nothing says how many of the embedding's {rows} rows are padding, so all are "
-                "exported; give --tokenizer to leave it out",
-            )
-        elif info.vocab_size is None and (cut := checkpoint.shape.vocab_size - rows) > 0:
-            remarks = (
-                f"{cut} rows of the embedding are left out as padding, as config.json beside the "
-                "checkpoint has it; if tokens were added in training, give --tokenizer",
-            )
-        shape = replace(checkpoint.shape, vocab_size=rows)
-        source = TensorSource(checkpoint, self.family, shape, self.dtype)
-        dtype = self.dtype or source.plan[0].dtype
-        hf_config = to_hf_config(shape, self.family, dtype, factors.rope and factors.rope.keys)
-        _write_configs(directory, hf_config, info, beside, factors.config)
-        card = model_card(
-            name=name,
-            hf_config=hf_config,
-            longrope_config=factors.config,
-            rope=factors.rope,
-            short_length=factors.lengths[0],
-            target_length=factors.lengths[1],
-            iteration=checkpoint.iteration,
-            version=__version__,
-            has_tokenizer=included is not None,
-            dropped_window=getattr(checkpoint.args, "longrope_dropped_sliding_window", None),
-            dropped=factors.dropped,
+    Returns:
+        tuple: Where the tensors come from, the content of config.json without token ids, where the
+        tokenizer comes from, and a sentence where padding may be exported.
+    """
+    longest = factors.window or checkpoint.shape.max_position_embeddings
+    info = write_tokenizer(tokenizer, directory, longest)
+    included = tokenizer
+    if included is None and beside is not None and copy_tokenizer(beside, directory, longest):
+        included = beside
+    rows, remarks = true_vocabulary(checkpoint, info, beside), ()
+    if rows is None:
+        rows = checkpoint.shape.vocab_size
+        remarks = (
+            f"nothing says how many of the embedding's {rows} rows are padding, so all are "
+            "exported; give --tokenizer to leave it out",
         )
-        write_text_atomic(directory / "README.md", card)
-        return source, hf_config, included, remarks
+    elif info.vocab_size is None and (cut := checkpoint.shape.vocab_size - rows) > 0:
+        remarks = (
+            f"{cut} rows of the embedding are left out as padding, as config.json beside the "
+            "checkpoint has it; if tokens were added in training, give --tokenizer",
+        )
+    shape = replace(checkpoint.shape, vocab_size=rows)
+    source = TensorSource(checkpoint, family, shape, dtype)
+    dtype = dtype or source.plan[0].dtype
+    hf_config = to_hf_config(shape, family, dtype, factors.rope and factors.rope.keys)
+    _write_configs(directory, hf_config, info, beside, factors.config)
+    card = model_card(
+        name,
+        hf_config,
+        factors,
+        iteration=checkpoint.iteration,
+        has_tokenizer=included is not None,
+        dropped_window=getattr(checkpoint.args, "longrope_dropped_sliding_window", None),
+    )
+    write_text_atomic(directory / "README.md", card)
+    return source, hf_config, included, remarks
 
 
 def _write_configs(

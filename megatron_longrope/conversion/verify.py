@@ -20,7 +20,6 @@ from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.opening import open_checkpoint
 from megatron_longrope.checkpoint.reader import MegatronCheckpoint
 from megatron_longrope.config import FactorSet, LongRopeConfig
-from megatron_longrope.conversion.config_keys import unread_keys
 from megatron_longrope.conversion.staging import NotVerified
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_object
@@ -139,8 +138,8 @@ def verify(
                 if difference.top1_agreement == 1 and abs(difference.mean_kl) < _ROUNDING_KL:
                     allowed = f"{1.1 * difference.max_abs_diff:.1e}"
                     remedy = f"it may be rounding, which --tolerance {allowed} allows"
-                    raise NotVerified(f"{failed}; {remedy}{_unread(folder.directory)}")
-                raise LongRopeError(f"{failed}; {remedy}{_unread(folder.directory)}")
+                    raise NotVerified(f"{failed}; {remedy}")
+                raise LongRopeError(f"{failed}; {remedy}")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -219,13 +218,6 @@ def _how_they_differ(
         f"{difference.max_abs_diff:.3g}, from position {position} on (allowed {allowed:.3g}, mean "
         f"KL {difference.mean_kl:.3g}, same top token for {difference.top1_agreement:.1%})"
     )
-
-
-def _unread(hf_dir: Path) -> str:
-    """Where to look for the cause."""
-    if keys := unread_keys(read_object(hf_dir / "config.json")):
-        return f"; config.json has keys that conversion does not read: {', '.join(keys)}"
-    return ""
 
 
 def _cost(

@@ -98,11 +98,6 @@ def check_config(config: Mapping[str, Any], of_family: Mapping[str, Any]) -> Non
             )
 
 
-def checked_keys() -> set[str]:
-    """Keys of config.json that :func:`check_config` looks at."""
-    return {key for key, *_ in _CONFIG}
-
-
 def check_sliding_window(config: Mapping[str, Any], num_layers: int, max_length: int) -> None:
     """Refuse a window below the model's; one that is never reached changes nothing.
 

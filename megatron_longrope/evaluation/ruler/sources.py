@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.evaluation.ruler.sentences import iterate_sentence_ends, train_splitter
 from megatron_longrope.evaluation.ruler.tasks import Task
 from megatron_longrope.evaluation.scored_documents import read_texts
 from megatron_longrope.files import read_json
@@ -141,8 +142,6 @@ def read_essays(path: str) -> Essays:
     Raises:
         LongRopeError: There is no text, or it cannot be read.
     """
-    from megatron_longrope.data.sentences import iterate_sentence_ends, train_splitter
-
     remedy = "call the key or column of the text `text`, or give files of plain text"
     texts = [document.text for document in read_texts(path, without_text=remedy)]
     splitter = train_splitter(texts)

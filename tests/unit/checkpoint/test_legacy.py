@@ -14,7 +14,6 @@ from malicious import Malicious
 
 import megatron_longrope
 from megatron_longrope.checkpoint import MegatronCheckpoint
-from megatron_longrope.checkpoint.rank_file import RankFile
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
@@ -353,13 +352,3 @@ def test_a_tensor_of_an_unknown_class_is_refused_by_name(write):
     edit(directory / "mp_rank_00", lambda state: state["model"].update({QKV: value}))
     with pytest.raises(ValueError, match=r"class test_legacy\.Unknown, which is not one"):
         MegatronCheckpoint.open(directory)
-
-
-def test_the_header_of_a_file_is_read_once(write, monkeypatch):
-    loads = []
-    original = RankFile._header.func
-    monkeypatch.setattr(RankFile._header, "func", lambda self: loads.append(1) or original(self))
-    checkpoint = MegatronCheckpoint.open(write(tp=2))
-    assert len(loads) == 1  # the arguments
-    checkpoint.keys()
-    assert len(loads) == 2

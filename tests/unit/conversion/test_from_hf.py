@@ -24,7 +24,6 @@ from megatron_longrope.conversion.megatron_args import divisor_without_padding, 
 from megatron_longrope.conversion.to_hf import write_hf_folder
 from megatron_longrope.conversion.verify import verify_import
 from megatron_longrope.engine import load_engine
-from megatron_longrope.errors import LongRopeError
 
 LAYERS, WINDOW = 3, tiny_hf.WINDOW
 HIDDEN, VOCAB = (tiny_hf.GEOMETRY[name] for name in ("hidden_size", "vocab_size"))
@@ -518,31 +517,16 @@ def test_what_exists_is_not_touched(folders, tmp_path):
     assert [item.name for item in (tmp_path / "out").iterdir()] == ["precious"]
 
 
-def test_a_failure_on_the_way_leaves_nothing(folders, tmp_path, monkeypatch):
-    def fail(*_):
-        raise LongRopeError("the disk is full")
-
-    with pytest.raises(ValueError, match="the disk is full"):
-        write_checkpoint(folders("llama"), tmp_path / "out", check=fail)
-    assert list(tmp_path.iterdir()) == []
-    # Within the writing itself torch wraps what went wrong; the sentence must come through.
-    with pytest.raises(ValueError, match=r"^the disk is full$"):
-        write_checkpoint(folders("llama"), tmp_path / "out", progress=fail)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_logits_that_differ_leave_no_checkpoint(folders, tmp_path):
     other = shutil.copytree(folders("llama"), tmp_path / "other")
     rewrite(other, lambda stored: stored["model.norm.weight"].mul_(1.1))
-    original = shutil.copytree(folders("llama"), tmp_path / "llama")
-    edit_config(original, logit_scale=2.0, rope_scaling={"type": "default", "beta_fast": 4})
+    original = folders("llama")
     with pytest.raises(
         ValueError,
-        match=r"verification failed on 64 tokens .*, from position 0 on .*; nothing was written; "
-        r"config.json has keys that conversion does not read: logit_scale, rope_scaling.beta_fast$",
+        match=r"verification failed on 64 tokens .*, from position 0 on .*; nothing was written$",
     ):
         write_checkpoint(other, tmp_path / "out", check=lambda path: verify_import(path, original))
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["llama", "other"]
+    assert [item.name for item in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_folder_that_transformers_cannot_load_is_one_sentence_with_the_remedy(folders, tmp_path):

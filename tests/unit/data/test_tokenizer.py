@@ -39,16 +39,6 @@ def test_special_ids_are_the_llama_ones_and_never_come_from_text(model_path):
     assert min(tokenizer.encode("<unk> <s> </s> <0x41>" + CODE)) > 2
 
 
-def test_every_digit_is_its_own_token(model_path):
-    tokenizer = load_tokenizer(model_path)
-    ids = tokenizer.encode("90210")
-    assert [tokenizer.decode([token]) for token in ids] == list("90210")
-
-
-def test_runs_of_spaces_are_single_tokens(model_path):
-    assert len(load_tokenizer(model_path).encode(" " * 4)) == 1
-
-
 def test_hash_is_the_one_of_the_model_file(model_path):
     expected = hashlib.sha256(model_path.read_bytes()).hexdigest()
     assert load_tokenizer(model_path).sha256 == expected
