@@ -29,7 +29,7 @@ class Trial:
     """One request for a score."""
 
     index: int
-    """Order of asking, from 0; the same whatever the order in which scores arrive."""
+    """Order of asking, from 0, of references below; the same whatever the order of the scores."""
     candidate: Candidate
     """What to score."""
     samples: int | None = None

@@ -22,7 +22,7 @@ from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.space import GivenFactors
 from megatron_longrope.files import hold
 
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 _SHOWN = 120  # characters that a message shows of a changed list; fourteen start tokens have 60
 _MARK = b'{"journal": '  # how every journal starts; nothing else is ever truncated
 
@@ -45,9 +45,9 @@ class Evaluation:
     error: str | None = None
     """Why the evaluation failed, or None; always set when the score is infinite."""
     index: int = 0
-    """Order of asking. Lines stand in the order in which scores arrived, which depends on the
-    number and speed of the replicas; apart from that and from `seconds`, journals of one seed are
-    the same."""
+    """Order of asking; of references, which are scored before, below 0. Lines stand in the order in
+    which scores arrived, which depends on the number and speed of the replicas; apart from that and
+    from `seconds`, journals of one seed are the same."""
     stopped: str | None = None
     """Why samples are missing: `exact`, a race was lost; `budget`, only so many were asked for.
     None when every sample was scored."""
@@ -203,8 +203,9 @@ class Journal:
     def _check_header(self, header: dict[str, Any]) -> None:
         if header["journal"] != JOURNAL_VERSION:
             raise LongRopeError(
-                f"{self.path} is a journal of version {header['journal']!r}; "
-                f"this release reads version {JOURNAL_VERSION}"
+                f"{self.path} is a journal of version {header['journal']!r}, and this release goes "
+                f"on with version {JOURNAL_VERSION}; discard it with --overwrite, or go on with "
+                "the release that began it"
             )
         if changes := _differences(header.get("settings"), self.settings):
             raise LongRopeError(
@@ -234,7 +235,7 @@ class Journal:
 
 
 def read_records(path: str | Path) -> list[Evaluation]:
-    """Read every readable record of a journal of this version; damaged lines are passed over.
+    """Read every readable record of a journal but the references'; damaged lines are passed over.
 
     For whoever looks at a search: a search that goes on opens a :class:`Journal`, which refuses
     damage.
@@ -244,7 +245,7 @@ def read_records(path: str | Path) -> list[Evaluation]:
         # The header, a torn last line, or damage.
         with contextlib.suppress(ValueError, OverflowError, RecursionError):
             records.append(Evaluation.from_dict(json.loads(line)))
-    return records
+    return [record for record in records if record.index >= 0]
 
 
 def is_complete(record: Evaluation) -> bool:

@@ -37,15 +37,11 @@ class KnownScores:
         self._losses: dict[Key, tuple[float, ...]] = {}
         for record in records:
             self.add(record)
-        self.num_resumed = len(self._by_index)
+        self.num_resumed = sum(index >= 0 for index in self._by_index)
 
     def add(self, record: Evaluation) -> None:
         """Remember an evaluation."""
         self._by_index[record.index] = record
-        self.add_losses(record)
-
-    def add_losses(self, record: Evaluation) -> None:
-        """Remember the losses of an evaluation, which may be another search's."""
         key = record.rescale_factors, record.num_start_tokens
         if record.error is None and len(record.sample_nlls) > len(self._losses.get(key, ())):
             self._losses[key] = record.sample_nlls
@@ -54,8 +50,7 @@ class KnownScores:
         """The trial's evaluation, if there is one.
 
         Raises:
-            LongRopeError: The trial of that index was another candidate, or its scoring was stopped
-                where this search needs the score.
+            LongRopeError: The trial of that index was another candidate.
         """
         record = self._by_index.get(trial.index)
         if record is None:
@@ -66,12 +61,6 @@ class KnownScores:
                 "candidate that this search asks for; it comes from another release of this "
                 "package or of numpy and scipy: go on with that one on every node, or discard the "
                 "journal with --overwrite"
-            )
-        if record.stopped == "exact" and trial.incumbent is None:
-            raise LongRopeError(
-                f"evaluation {trial.index} of the journal was stopped early, as CMA-ES did "
-                "in earlier releases, and what came after it may be due to that: discard the "
-                "journal with --overwrite, or go on with the release that began it"
             )
         return record
 
@@ -105,12 +94,11 @@ def open_journal(
     *,
     resume: bool,
     overwrite: bool,
-    retry_failed: bool = False,
 ) -> Iterator[tuple[KnownScores, TrialQueue]]:
     """The journal of a search on replica 0, and what it holds on every replica.
 
-    Args:
-        retry_failed (bool): Hold back evaluations without a score. Defaults to False.
+    References without a score are held back, to be scored again, until a trial of the search is
+    recorded: from then on it depends on what it was told of them.
 
     Raises:
         LongRopeError: The journal exists and is not to be resumed, or belongs to other settings; on
@@ -118,7 +106,8 @@ def open_journal(
     """
 
     def held(journal: Journal) -> list[Evaluation]:
-        return [item for item in journal.records if not (retry_failed and is_failed(item))]
+        begun = any(item.index >= 0 for item in journal.records)
+        return [item for item in journal.records if begun or not is_failed(item)]
 
     if team.store is None or team.count == 1:
         with Journal(path, settings, resume=resume, overwrite=overwrite) as journal:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_longrope.errors import LongRopeError
-from megatron_longrope.factor_search.generations import Generation, GenerationalSearch, Trial
+from megatron_longrope.factor_search.generations import GenerationalSearch, Trial
 from megatron_longrope.factor_search.journal import (
     Evaluation,
     fresh_samples,
@@ -21,7 +20,7 @@ from megatron_longrope.factor_search.known_scores import KnownScores, Team, open
 from megatron_longrope.factor_search.objective import PerplexityObjective
 from megatron_longrope.factor_search.problem import SearchProblem
 from megatron_longrope.factor_search.scoring import score_trial
-from megatron_longrope.factor_search.space import Candidate, GivenFactors, SearchSpace
+from megatron_longrope.factor_search.space import Candidate, GivenFactors
 from megatron_longrope.factor_search.trial_queue import TrialQueue
 from megatron_longrope.progress import Progress
 
@@ -65,8 +64,6 @@ class SearchRun:
     """Discard the journal, if there is one."""
     team: Team = field(default_factory=Team)
     """Replicas that share the work."""
-    retry_failed: bool = False
-    """Score anew what failed before; only for trials that do not depend on one another's scores."""
 
 
 class SearchStatus:
@@ -126,18 +123,6 @@ class SearchStatus:
         return ", ".join(parts)
 
 
-def open_run(
-    run: SearchRun, problem: SearchProblem
-) -> AbstractContextManager[tuple[KnownScores, TrialQueue]]:
-    """The journal of a run, as :func:`open_journal` opens it."""
-    # As journals were written when a search could rotate its samples and race by a test.
-    settings = {**run.settings, "pool": None, "racing": [run.racing, 0.05]}
-    return open_journal(
-        run.journal, settings, problem, run.team,
-        resume=run.resume, overwrite=run.overwrite, retry_failed=run.retry_failed,
-    )  # fmt: skip
-
-
 def run_search(
     search: GenerationalSearch,
     problem: SearchProblem,
@@ -145,10 +130,9 @@ def run_search(
     run: SearchRun,
     *,
     label: str = "search",
-    known: Sequence[Evaluation] = (),
-    opened: tuple[KnownScores, TrialQueue] | None = None,
+    references: Sequence[GivenFactors] = (),
 ) -> SearchOutcome:
-    """Score what `search` asks for until it is done.
+    """Score `references`, then what `search` asks for until it is done.
 
     Args:
         search (GenerationalSearch): A new one; the journal brings it up to date.
@@ -156,52 +140,56 @@ def run_search(
         objective (PerplexityObjective): What a trial is scored on.
         run (SearchRun): Where and how.
         label (str): Of the progress line.
-        known (Sequence[Evaluation]): Of the same samples under the same attention factor, from
-            another search: what they scored costs nothing here. The winner must beat complete ones.
-        opened (tuple, optional): The run's journal, from :func:`open_run`. Defaults to opening it.
+        references (Sequence[GivenFactors]): Scored before the search, all samples of each: what
+            they scored costs nothing in it, and the winner must beat them.
 
     Raises:
         LongRopeError: The journal exists and is not to be resumed, or belongs to other settings.
-        LongRopeError: No candidate could be scored, or a replica died.
+        LongRopeError: No candidate, or none of the references, could be scored, or a replica died.
         LongRopeError: The journal holds more than the search asks for.
     """
     status = SearchStatus(objective.num_samples)
     records: dict[int, Evaluation] = {}
     total = search.total_samples(objective.num_samples)
-    with (
-        nullcontext(opened) if opened else open_run(run, problem) as (scores, queue),
-        Progress(total, label, "samples") as bar,
-    ):
-        for record in known:
-            scores.add_losses(record)
-        while trials := search.trials():
-            arrived = [record for trial in trials if (record := scores.find(trial))]
-            if not arrived:
-                _score_next(trials, problem, objective, run.racing, scores, queue)
-                continue  # and find there whether it is what was asked for
-            trials_by_index = {trial.index: trial for trial in trials}
-            for record in sorted(arrived, key=lambda item: item.index):
-                search.tell(trials_by_index[record.index].candidate, record.score)
-                done = status.sample_forwards + status.avoided
-                status.add(record, trials_by_index[record.index].samples)
-                records[record.index] = record
-                resumed = len(records) <= scores.num_resumed
-                bar.update(
-                    status.note(), status.sample_forwards + status.avoided - done, resumed=resumed
-                )
-        bar.finish(status.note())
+    with open_journal(
+        run.journal, {**run.settings, "racing": run.racing}, problem, run.team,
+        resume=run.resume, overwrite=run.overwrite,
+    ) as (scores, queue):  # fmt: skip
+        given = []
+        if references:
+            given = _score_references(references, problem, objective, scores, queue)
+            if not any(map(is_complete, given)):
+                raise _without_score(run)
+        with Progress(total, label, "samples") as bar:
+            while trials := search.trials():
+                arrived = [record for trial in trials if (record := scores.find(trial))]
+                if not arrived:
+                    _score_next(trials, problem, objective, run.racing, scores, queue)
+                    continue  # and find there whether it is what was asked for
+                trials_by_index = {trial.index: trial for trial in trials}
+                for record in sorted(arrived, key=lambda item: item.index):
+                    search.tell(trials_by_index[record.index].candidate, record.score)
+                    done = status.sample_forwards + status.avoided
+                    status.add(record, trials_by_index[record.index].samples)
+                    records[record.index] = record
+                    bar.update(
+                        status.note(),
+                        status.sample_forwards + status.avoided - done,
+                        resumed=len(records) <= scores.num_resumed,
+                    )
+            bar.finish(status.note())
     # With patience, what was asked ahead may be beyond the end.
     if scores.num_resumed > len(records) and not search.has_patience:
         raise LongRopeError(
             f"{run.journal} holds {scores.num_resumed} evaluations and this search ends after "
             f"{len(records)}; give it the budget that it was begun with, or a larger one"
         )
-    return _outcome(search, problem, run, known, records, status)
+    return _outcome(search, problem, run, given, records, status)
 
 
 def _outcome(
     search: GenerationalSearch, problem: SearchProblem, run: SearchRun,
-    known: Sequence[Evaluation], records: Mapping[int, Evaluation], status: SearchStatus,
+    given: Sequence[Evaluation], records: Mapping[int, Evaluation], status: SearchStatus,
 ) -> SearchOutcome:  # fmt: skip
     """Choose the best of what was searched and of the references.
 
@@ -209,16 +197,12 @@ def _outcome(
         LongRopeError: No candidate could be scored.
     """
     candidate, score = search.best
-    seed_scores = _named_scores(problem, [*known, *records.values()])
-    for name, given in problem.references.items():
+    seed_scores = _named_scores(problem, [*given, *records.values()])
+    for name, reference in problem.references.items():
         if seed_scores.get(name, math.inf) < score:
-            candidate, score = given, seed_scores[name]
+            candidate, score = reference, seed_scores[name]
     if not math.isfinite(score):
-        raise LongRopeError(
-            f"no candidate could be scored; see the error fields in {run.journal} for the reason; "
-            "once it is gone (out of memory: with a larger --context-parallel-size or "
-            "--tensor-model-parallel-size) run the same command with --resume"
-        )
+        raise _without_score(run)
     return SearchOutcome(
         candidate,
         score,
@@ -229,6 +213,35 @@ def _outcome(
         status.failed,
         tuple(records[index] for index in sorted(records)),
     )
+
+
+def _without_score(run: SearchRun) -> LongRopeError:
+    return LongRopeError(
+        f"no candidate could be scored; see the error fields in {run.journal} for the reason; "
+        "once it is gone (out of memory: with a larger --context-parallel-size or "
+        "--tensor-model-parallel-size) run the same command with --resume"
+    )
+
+
+def _score_references(
+    references: Sequence[GivenFactors], problem: SearchProblem, objective: PerplexityObjective,
+    scores: KnownScores, queue: TrialQueue,
+) -> list[Evaluation]:  # fmt: skip
+    """Score given factors, as trials -1, -2, ... of the search's journal."""
+    waiting = [Trial(~number, item) for number, item in enumerate(references)]
+    status, found, resumed = SearchStatus(objective.num_samples), list[Evaluation](), True
+    with Progress(len(waiting) * objective.num_samples, "references", "samples") as bar:
+        while waiting:
+            for trial in list(waiting):
+                if record := scores.find(trial):
+                    waiting.remove(trial)
+                    found.append(record)
+                    status.add(record)
+                    bar.update(status.note(), objective.num_samples, resumed=resumed)
+            if waiting:
+                _score_next(waiting, problem, objective, "off", scores, queue)
+            resumed = False
+    return found
 
 
 def _score_next(
@@ -268,33 +281,3 @@ def _named_scores(problem: SearchProblem, records: Iterable[Evaluation]) -> dict
         if score is not None:
             named[name] = score
     return named
-
-
-class SeedSearch(GenerationalSearch):
-    """Scores given factors, and that is all."""
-
-    def __init__(self, space: SearchSpace, candidates: Sequence[GivenFactors]) -> None:
-        super().__init__(space)
-        self._candidates = list(dict.fromkeys(candidates))
-        self._advance()
-
-    def total_samples(self, num_samples: int) -> int:
-        """Sample-forwards of all candidates."""
-        return num_samples * len(self._candidates)
-
-    def _draw(self, number: int) -> Generation | None:
-        return self._generation(self._candidates) if number == 0 else None
-
-
-def score_references(
-    problem: SearchProblem, objective: PerplexityObjective, run: SearchRun
-) -> SearchOutcome:
-    """Score the problem's references, all samples of each.
-
-    Args:
-        run (SearchRun): Of the search; the references have a journal of their own beside its.
-    """
-    journal = run.journal.with_suffix(".references.jsonl")
-    beside = replace(run, journal=journal, racing="off")
-    search = SeedSearch(problem.space, list(problem.references.values()))
-    return run_search(search, problem, objective, beside, label="references")

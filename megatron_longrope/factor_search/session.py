@@ -21,14 +21,10 @@ from megatron_longrope.engine.loading import default_dtype
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search import outcome as outcome_files
 from megatron_longrope.factor_search.base import base_of, start_token_choices
-from megatron_longrope.factor_search.cma import (
-    POLISH_SHARE,
-    POLISH_STEP,
-    CmaParameters,
-    CmaSearch,
-)
+from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.generations import WORTHWHILE
+from megatron_longrope.factor_search.journal import read_records
 from megatron_longrope.factor_search.known_scores import Team
 from megatron_longrope.factor_search.needle import NeedleSamples
 from megatron_longrope.factor_search.objective import PerplexityObjective
@@ -36,13 +32,7 @@ from megatron_longrope.factor_search.options import SearchOptions
 from megatron_longrope.factor_search.problem import SearchProblem, make_problem
 from megatron_longrope.factor_search.replicas import Replica
 from megatron_longrope.factor_search.retrieval import check_retrieval
-from megatron_longrope.factor_search.runner import (
-    SearchOutcome,
-    SearchRun,
-    open_run,
-    run_search,
-    score_references,
-)
+from megatron_longrope.factor_search.runner import SearchOutcome, SearchRun, run_search
 from megatron_longrope.factor_search.samples import Samples, needles_or_reason, read_samples
 from megatron_longrope.factor_search.trial_queue import shared_store
 from megatron_longrope.files import check_folder
@@ -247,14 +237,8 @@ class SearchPlan:
             args.journal, {**settings, "parameters": sizes, "attention": attention}, args.racing,
             args.resume, args.overwrite, team,
         )  # fmt: skip
-        # Opened before anything is scored: --overwrite must not leave the discarded search there.
-        with open_run(run, problem) as opened:
-            # Once the search has begun it depends on what it was told of them, failures included.
-            before = replace(run, retry_failed=not opened[0].num_resumed)
-            known = score_references(problem, objective, before).records
-            outcome = run_search(
-                self._algorithm(), problem, objective, run, known=known, opened=opened
-            )
+        references = list(problem.references.values())
+        outcome = run_search(self._algorithm(), problem, objective, run, references=references)
         return (problem, outcome, settings, objective) if rank() == 0 else None
 
     def _origin(
@@ -289,15 +273,12 @@ class SearchPlan:
     def _settings(self) -> dict[str, Any]:
         """What a resumed search must agree on, and what a result's provenance names."""
         args, space = self.options, self.problem.space
-        parameters = asdict(self.parameters)
-        if isinstance(self.parameters, CmaParameters):  # journals have always named them
-            parameters |= {"polish_share": POLISH_SHARE, "polish_step": POLISH_STEP}
         return {
             "algorithm": args.algorithm,
             "stage": self.problem.stage,
             "target_length": args.target_length,
             "base": self.problem.base.to_dict(),
-            "parameters": parameters,
+            "parameters": asdict(self.parameters),
             "lookahead": args.lookahead,
             "space": args.space,
             "start_tokens": list(space.start_tokens),
@@ -375,7 +356,7 @@ def _has_the_policys(base: LongRopeConfig) -> bool:
 
 
 def num_journaled(journal: Path) -> int:
-    """Count the evaluations in a journal."""
+    """Count the evaluations in a journal, those of references aside."""
     with contextlib.suppress(OSError):
-        return max(0, journal.read_bytes().count(b"\n") - 1)
+        return len(read_records(journal))
     return 0

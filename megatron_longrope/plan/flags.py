@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.options import argument_type, parse_positive
 from megatron_longrope.plan.layouts import FULL, Layout, Training
-from megatron_longrope.plan.model import MODELS, Model, NotCoveredError
+from megatron_longrope.plan.model import Model, NotCoveredError
 
 DEFAULT_CHUNK = 1024
 """Tokens that `--longrope-chunked-loss` means without a number; a test compares."""
@@ -283,10 +283,13 @@ def _model(args: argparse.Namespace) -> Model:
         )
     ffn = args.ffn_hidden_size or 8 * hidden // 3 // 64 * 64  # Megatron's for gated MLPs
     groups = (args.num_query_groups or 1) if args.group_query_attention else heads
-    geometry = (layers, hidden, ffn, heads, groups)
     return Model(
-        *geometry,
-        vocab_size=args.vocab_size or _vocabulary(args, geometry),
+        layers,
+        hidden,
+        ffn,
+        heads,
+        groups,
+        vocab_size=args.vocab_size or _vocabulary(args),
         head_dim=args.kv_channels or hidden // heads,
         untie_embeddings=args.untie_embeddings_and_output_weights,
         add_qkv_bias=args.add_qkv_bias,
@@ -298,31 +301,17 @@ def _model(args: argparse.Namespace) -> Model:
     )
 
 
-def _vocabulary(args: argparse.Namespace, geometry: tuple[int, ...]) -> int:
-    """The tokenizer's, if it is there; else that of the known models of the same geometry.
+def _vocabulary(args: argparse.Namespace) -> int:
+    """The tokenizer's, if it is there.
 
     Raises:
-        LongRopeError: No model is known, or some that differ in their vocabulary.
+        LongRopeError: It is not.
     """
     if args.tokenizer_model and Path(args.tokenizer_model).exists():
         from megatron_longrope.data.tokenizer import load_tokenizer
 
         return int(load_tokenizer(args.tokenizer_model).vocab_size)
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-             "num_query_groups", "num_experts")  # fmt: skip
-    wanted = (*geometry, args.num_experts or None)
-    known = {
-        name: model.vocab_size
-        for name, model in MODELS.items()
-        if tuple(getattr(model, field) for field in names) == wanted
-    }
-    if len(set(known.values())) > 1:
-        sizes = ", ".join(f"{size} ({name})" for name, size in known.items())
-        raise LongRopeError(
-            f"the Megatron command has no --vocab-size, and models of its shape have {sizes}; add "
-            "it, or give a --tokenizer-model that is there"
-        )
-    return next(iter(known.values())) if known else int(_needed(args, "vocab_size"))
+    return int(_needed(args, "vocab_size"))
 
 
 def _checkpoint(args: argparse.Namespace) -> Model:

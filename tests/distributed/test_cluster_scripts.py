@@ -130,7 +130,7 @@ def test_training_starts_from_the_base_saves_in_time_and_takes_more_flags_last(t
         "--no-create-attention-mask-in-dataloader",
     ):
         assert part in text
-    chosen = plan_command(flags, "h100", 16)
+    chosen = plan_command([*flags, "--vocab-size", "32000"], "h100", 16)
     best = rank(chosen.model, chosen.training, Cluster(chosen.gpu, 16))[0]
     assert chosen.fits and chosen.hours <= 1.1 * best.hours
     assert replace(chosen, training=replace(chosen.training, length=262144)).fits

@@ -9,6 +9,8 @@ import pytest
 from launching import LONGROPE, Command, Ranks
 from synthetic_search import drop_seconds
 
+from megatron_longrope.factor_search.session import num_journaled
+
 pytestmark = pytest.mark.slow
 
 
@@ -59,7 +61,7 @@ def test_a_cancelled_job_says_how_to_go_on_and_does(untied_gqa, data, tmp_path):
         status = process.wait(0)
         log.seek(0)
         errors = log.read()
-    done = len(journal.read_text().splitlines()) - 1
+    done = num_journaled(journal)
     assert status == 130
     assert f"stopped by SIGTERM (the job was cancelled, or another rank ended); {done} " in errors
     assert "--resume" in errors and "Traceback" not in errors

@@ -82,7 +82,7 @@ def test_scores_of_other_settings_are_refused_in_one_sentence_until_they_are_ove
 ):
     scores = tmp_path / "out/quick/cma-0.jsonl"
     scores.parent.mkdir(parents=True)
-    scores.write_text('{"journal": 2, "settings": {"operators": "of an earlier version"}}\n')
+    scores.write_text('{"journal": 3, "settings": {"operators": "of an earlier version"}}\n')
 
     def start(*more):
         words = ["--quick", "--model", model, "--output", tmp_path / "out", "--arms", "cma",

@@ -53,7 +53,7 @@ def test_records_come_back_equal_and_in_order(path):
 
 def test_the_file_is_one_header_and_one_json_line_per_evaluation(path):
     header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert header["journal"] == 2
+    assert header["journal"] == 3
     assert header["settings"] == {"seed": 1, "space": {"scale": 8, "start_tokens": [0, 4]}}
     assert lines[0] == {
         "rescale_factors": [1.0, 1.29, 8.0],
@@ -182,8 +182,8 @@ def test_a_field_of_the_wrong_type_is_an_error_even_in_the_last_line(path, field
 
 
 def test_another_version_is_refused(path):
-    path.write_bytes(path.read_bytes().replace(b'"journal": 2', b'"journal": 9', 1))
-    assert "version 9" in refusal(path, resume=True)
+    path.write_bytes(path.read_bytes().replace(b'"journal": 3', b'"journal": 2', 1))
+    assert "version 2, and this release goes on with version 3" in refusal(path, resume=True)
 
 
 @pytest.mark.parametrize("content", [b"my notes", b"[]\n", b'{"a": 1}\n', b'{"a'])

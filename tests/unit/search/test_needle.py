@@ -9,13 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_corpus import make_text
-from toy_tokenizers import (
-    BOS,
-    CharacterTokenizer,
-    ForgetfulTokenizer,
-    MergingTokenizer,
-    SpaceTokenizer,
-)
+from toy_tokenizers import BOS, CharacterTokenizer
 from train_tokenizer import train_sentencepiece
 
 from megatron_longrope.data.tokenizer import load_tokenizer
@@ -55,6 +49,7 @@ def check_samples(samples, tokenizer, length):
         # Exactly the answer is scored: the targets in question are the last tokens, the number.
         targets = ids[1:][samples.scored[row]]
         assert tokenizer.decode(targets.tolist()).strip() == number
+        assert tokenizer.decode(targets[:1].tolist()).strip()  # no space that stands alone
         answer = len(targets)
         assert samples.scored[row, -answer:].all() and not samples.scored[row, :-answer].any()
         of_text = tokenizer.decode(ids[1:][samples.text[row]].tolist())
@@ -78,38 +73,6 @@ def test_every_sample_has_the_length_the_needle_and_a_scored_answer(tokenizer, d
         assert samples.depths == tuple(depths[row % len(depths)] for row in range(count))
 
     check()
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    text=st.text(st.sampled_from("ab .!\n"), min_size=1500, max_size=1500),
-    length=st.integers(500, 1800),
-    depth=st.floats(0, 1),
-)
-def test_any_text_holds_the_needle_within_64_tokens_of_its_depth(text, length, depth):
-    tokenizer = CharacterTokenizer()
-    samples = hidden([characters(text)], tokenizer, length, depths=[depth])
-    check_samples(samples, tokenizer, length)
-    low, high = (
-        hidden([characters(text)], tokenizer, length, depths=[end]).positions[0] for end in (0, 1)
-    )
-    exact = low + depth * (high - low)
-    assert low <= samples.positions[0] <= high and abs(samples.positions[0] - exact) <= 65
-
-
-def test_the_document_stands_around_the_needle_unchanged(tokenizer, documents):
-    samples = hidden(documents[:1], tokenizer, 900, depths=[0.5])
-    start = samples.positions[0]
-    number = samples.numbers[0]
-    needle = tokenizer.encode(f"\nThe registration number of the lighthouse is {number}.\n")
-    ids = samples.tokens[0].tolist()
-    assert ids[start : start + len(needle)] == needle
-    rest = ids[:start] + ids[start + len(needle) :]
-    document = documents[0].tolist()
-    first = next(i for i in range(len(rest)) if rest[i : i + 50] == document[:50])
-    same = next(i for i, token in enumerate(document) if rest[first + i] != token)
-    # Only the instruction, the question and the answer are not the document's.
-    assert first + same > start and len(rest) - first - same < 200
 
 
 def test_a_needle_at_depth_0_stands_before_all_of_the_document(tokenizer, documents):
@@ -170,52 +133,15 @@ def test_the_description_is_plain_json_without_tensors(tokenizer, documents):
     assert text["numbers"] == list(samples.numbers) and "{number}" in text["needle"]
 
 
-def test_a_space_that_belongs_to_the_first_digit_is_scored_with_it():
-    samples = hidden([characters("a b\n" * 200)], SpaceTokenizer(), 700)
-    assert samples.scored.sum() == 7
-    samples = hidden([characters("a b\n" * 200)], CharacterTokenizer(), 700)
-    assert samples.scored.sum() == 7  # here the space stands alone and is not scored
-
-
-def test_a_tokenizer_that_begins_every_text_with_a_space_puts_none_within_a_sample():
-    class PrefixTokenizer(CharacterTokenizer):
-        """As sentencepiece's dummy prefix does."""
-
-        def encode(self, text):
-            return super().encode(f" {text}")
-
-    samples = hidden([characters("ab\n" * 300)], PrefixTokenizer(), 700)
-    text = PrefixTokenizer().decode(samples.tokens[0, 1:].tolist())
-    assert text.startswith(" Somewhere in this text") and " \n" not in text
-    assert "\nThe registration number" in text and samples.scored.sum() == 7
-
-
 def test_a_document_that_is_too_short_is_named_with_its_tokens(tokenizer, documents):
     short = [documents[0], documents[1][:500]]
     with pytest.raises(ValueError, match=r"document 1 has 500 tokens; .* of 2000 tokens needs 1"):
         hidden(short, tokenizer, 2000)
 
 
-def test_a_length_below_the_bare_prompt_is_refused(tokenizer, documents):
-    with pytest.raises(ValueError, match=r"length 50 is too short .* give at least"):
-        hidden(documents, tokenizer, 50)
-
-
 def test_tokens_of_another_tokenizer_are_refused(tokenizer):
     with pytest.raises(ValueError, match="document 0 holds token 5000, the tokenizer has 340"):
         hidden([np.full(900, 5000)], tokenizer, 900)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        (MergingTokenizer, "merges '.*' with what"),
-        (ForgetfulTokenizer, "keeps digits"),
-    ],
-)
-def test_a_tokenizer_that_cannot_hold_question_and_answer_is_refused(kind, message):
-    with pytest.raises(ValueError, match=message):
-        hidden([characters("a b\n" * 300)], kind(), 900)
 
 
 @pytest.mark.parametrize(

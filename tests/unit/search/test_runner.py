@@ -1,4 +1,3 @@
-import json
 import math
 from dataclasses import replace
 
@@ -13,10 +12,10 @@ from megatron_longrope.errors import LongRopeError
 from megatron_longrope.factor_search.cma import CmaParameters, CmaSearch
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
 from megatron_longrope.factor_search.generations import Trial
-from megatron_longrope.factor_search.journal import Evaluation, Journal, best_scores
+from megatron_longrope.factor_search.journal import Evaluation, Journal, best_scores, read_records
 from megatron_longrope.factor_search.known_scores import KnownScores
 from megatron_longrope.factor_search.problem import make_problem
-from megatron_longrope.factor_search.runner import SearchRun, run_search, score_references
+from megatron_longrope.factor_search.runner import SearchRun, run_search
 from megatron_longrope.factor_search.scoring import score_trial
 
 SMALL = EvolutionParameters(
@@ -81,7 +80,7 @@ def test_an_evolution_scores_what_its_parameters_say(problem, tmp_path):
 def test_the_journal_holds_every_samples_loss_of_every_candidate(problem, tmp_path):
     path = tmp_path / "j.jsonl"
     run_search(evolution(problem), problem, Synthetic(), SearchRun(path, racing="off"))
-    with Journal(path, {"pool": None, "racing": ["off", 0.05]}, resume=True) as journal:
+    with Journal(path, {"racing": "off"}, resume=True) as journal:
         for index, record in enumerate(journal.records):
             assert record.index == index
             assert len(record.sample_nlls) == Synthetic.num_samples
@@ -144,31 +143,49 @@ def test_a_search_in_which_every_evaluation_fails_says_so(problem, new_search, t
         run_search(new_search(problem), problem, broken, SearchRun(tmp_path / "j.jsonl"))
 
 
+def references_of(problem):
+    return list(problem.references.values())
+
+
 def test_what_the_references_scored_is_not_scored_again(problem, new_search, tmp_path):
     run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    objective = Synthetic()
-    references = score_references(problem, objective, run)
-    assert set(references.seed_scores) == {"pi", "ntk", "yarn"}
-    assert objective.calls == 3 * Synthetic.num_samples
-    again = Synthetic()
-    assert score_references(problem, again, run) == references and not again.calls
-    outcome = run_search(new_search(problem), problem, objective, run, known=references.records)
-    # The whole search, references included, costs what the search alone did.
-    alone = Synthetic()
-    other = SearchRun(tmp_path / "alone.jsonl")
+    first, rest, again = Synthetic(fail_after=14), Synthetic(), Synthetic()
+    with pytest.raises(KeyboardInterrupt):  # within the last one
+        run_search(new_search(problem), problem, first, run, references=references_of(problem))
+    outcome = run_search(new_search(problem), problem, rest, run, references=references_of(problem))
+    # The whole search, references included, costs what the search alone does.
+    alone, other = Synthetic(), SearchRun(tmp_path / "alone.jsonl")
     assert run_search(new_search(problem), problem, alone, other) == outcome
-    assert objective.calls == alone.calls
+    assert first.calls + rest.calls == alone.calls + 4
+    references, trials = drop_seconds(run.journal)[:3], drop_seconds(run.journal)[3:]
+    assert [item["index"] for item in references] == [-3, -2, -1]
+    assert trials == drop_seconds(other.journal)
+    assert [item.index for item in read_records(run.journal)] == list(range(len(trials)))
+    found = run_search(new_search(problem), problem, again, run, references=references_of(problem))
+    assert found == outcome and not again.calls
 
 
-def test_failed_references_are_scored_again_where_the_run_says_so(problem, tmp_path):
-    broken = Synthetic(failures={1: torch.OutOfMemoryError("CUDA out of memory")})
+def test_failed_references_are_scored_again_until_the_search_has_begun(
+    problem, new_search, tmp_path
+):
     run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    failed = score_references(problem, broken, run)
-    assert failed.num_failed == 1 and score_references(problem, Synthetic(), run) == failed
-    again = Synthetic()
-    whole = score_references(problem, again, replace(run, retry_failed=True))
-    assert whole.num_failed == 0 and again.calls == Synthetic.num_samples
-    assert score_references(problem, Synthetic(), run) == whole
+
+    def search(objective):
+        return run_search(
+            new_search(problem), problem, objective, run, references=references_of(problem)
+        )
+
+    every = dict.fromkeys(range(3), torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(LongRopeError, match="no candidate could be scored"):
+        search(Synthetic(failures=every))
+    assert [item["index"] for item in drop_seconds(run.journal)] == [-3, -2, -1]
+    with pytest.raises(KeyboardInterrupt):  # after the first trial, which is the failed reference
+        search(Synthetic(failures={0: every[0]}, fail_after=12 + 5))
+    begun = [item["index"] for item in drop_seconds(run.journal)]
+    assert begun[:7] == [-3, -3, -2, -2, -1, -1, 0]
+    search(Synthetic())
+    whole = [item["index"] for item in drop_seconds(run.journal)]
+    assert len(whole) > len(begun) == len([index for index in whole if index <= max(begun)])
 
 
 def test_what_was_not_scored_to_its_end_counts_as_no_score(problem):
@@ -206,8 +223,9 @@ def test_a_recovery_keeps_the_tuned_factors_that_nothing_beats(new_search, tmp_p
     problem = make_problem(plain.with_factor_set(FactorSet(2048, tuned)), 256, upper=upper)
     run = SearchRun(tmp_path / "j.jsonl")
     objective = OnlyOneIsGood(tuned)
-    known = score_references(problem, objective, run).records
-    outcome = run_search(new_search(problem), problem, objective, run, known=known)
+    outcome = run_search(
+        new_search(problem), problem, objective, run, references=references_of(problem)
+    )
     assert problem.factor_set(outcome.candidate).rescale_factors == tuned
     assert outcome.seed_scores["longest"] == outcome.score == pytest.approx(math.exp(2.0))
 
@@ -257,18 +275,6 @@ def test_racing_leaves_every_trial_of_cma_as_it_is(problem, tmp_path):
         ways.append(drop_seconds(run.journal))
     assert ways[0] == ways[1] and sum(item["stopped"] is None for item in ways[0]) > 24
     assert outcome.sample_forwards_saved == 0
-
-
-def test_a_journal_of_cma_with_a_stopped_candidate_is_refused(problem, tmp_path):
-    run = SearchRun(tmp_path / "j.jsonl", resume=True)
-    with pytest.raises(KeyboardInterrupt):
-        run_search(covariance(problem), problem, Synthetic(fail_after=150), run)
-    *lines, last = run.journal.read_text().splitlines()
-    cut = json.loads(last) | {"stopped": "exact"}  # as earlier releases stopped one in the polish
-    cut["sample_nlls"] = cut["sample_nlls"][:4]
-    run.journal.write_text("\n".join([*lines, json.dumps(cut)]) + "\n")
-    with pytest.raises(LongRopeError, match=f"evaluation {cut['index']} .* was stopped early"):
-        run_search(covariance(problem), problem, Synthetic(), run)
 
 
 def test_a_stopped_candidate_never_wins(problem, tmp_path):

@@ -27,13 +27,7 @@ CRITICAL = partial(CriticalSpace, 4, 2.0)
             "floor_dimension is 4; it must be below rotary_dim",
         ),
         (SPACE, {"floor_dimension": 1, "upper": 1.5}, "upper is 1.5, below the extension ratio 2"),
-        (
-            CRITICAL,
-            {"critical_dimensions": (4,)},
-            r"dimensions\[0\] is 4; it must be below",
-        ),
         (CRITICAL, {"critical_dimensions": (-1,)}, r"critical_dimensions\[0\] is -1"),
-        (CRITICAL, {"start_tokens": (0, 4)}, r"start_tokens \(0, 4\) cannot be searched"),
         (CRITICAL, {"upper": 1.5}, "upper is 1.5, below 2.0, the smallest factor"),
         (CmaParameters, {"max_evaluations": 0}, "max_evaluations is 0"),
         (CmaParameters, {"population_size": 3}, "population_size is 3"),
