@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # `as`: what type checkers take for public
     from megatron_longrope.integration.hooks import enable as enable
     from megatron_longrope.integration.hooks import remove as remove
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 _PUBLIC = {
     "api": ["convert_from_hf", "convert_to_hf", "evaluate", "prepare_data", "search"],
     "config": ["FactorSet", "LongRopeConfig", "identity_config"],

@@ -25,9 +25,9 @@ _COMMANDS = {
     "convert": "Megatron checkpoint to Hugging Face folder and back",
     "data": "text to Megatron .bin/.idx: BOS/EOS segments for training, whole held-out documents",
     "factors": "show, make, import, export, compare or merge factor files",
-    "plan": "memory, hours and Megatron flags of a fine-tuning run, or of generating text",
+    "plan": "memory, hours and Megatron flags of a fine-tuning run",
     "report": "one self-contained HTML page, PNG figures and CSV data of evaluations and searches",
-    "doctor": "versions, kernels, and whether the hooks fit this Megatron",
+    "doctor": "versions, kernels, and whether the plugin works with this Megatron",
 }
 _MODULES = {"eval": "evaluate"}
 

@@ -13,7 +13,6 @@ from megatron_longrope import api
 from megatron_longrope.cli.byte_progress import ByteProgress
 from megatron_longrope.cli.flags import add_command
 from megatron_longrope.conversion.options import (
-    ExportedFactors,
     FromHfOptions,
     InspectCheckpointOptions,
     ToHfOptions,
@@ -160,7 +159,7 @@ def _run_inspect(options: InspectCheckpointOptions) -> None:
 
 
 def _say_factors(
-    options: ExportedFactors,
+    options: ToHfOptions | VerifyOptions,
     hf: str | None = None,
     sliding_window: str = "refuse",
     say: bool = True,

@@ -20,6 +20,10 @@ class DoctorOptions(Options):
     """print one JSON object instead"""
 
 
+# What `json` calls the role of a symbol, in words.
+_ROLES = {"hook": "replaced", "stand-in": "reimplemented"}
+
+
 def add_parser(commands: Any, about: str | None = None) -> None:
     """Register the subcommand."""
     add_command(
@@ -59,7 +63,10 @@ def _lines(checkup: Checkup) -> list[str]:
     rows += [(f"attention, {name}", choice) for name, choice in checkup.attention.items()]
     rows.append(("rope kernel", checkup.rope))
     rows += [
-        (item.role, f"{item.symbol}: {item.state}" + (f" ({item.detail})" if item.detail else ""))
+        (
+            _ROLES.get(item.role, item.role),
+            f"{item.symbol}: {item.state}" + (f" ({item.detail})" if item.detail else ""),
+        )
         for item in checkup.symbols
     ]
     rows += [("note", note) for note in checkup.notes]

@@ -63,7 +63,8 @@ class _Layout(Options):
     expert: int | None = _size("expert-model", "with different experts")
 
     recompute: str | None = flag(None, choices=("none", "mlp", "full"))
-    """mlp: experts, too"""
+    """what the backward pass computes again. none: nothing. mlp: MLPs, or experts. full: whole
+    layers (default: chosen)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,21 +21,31 @@ class _MaybeCheckpoint(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportedFactors(Options):
+class _Factors(Options):
     """Which factors an export has."""
 
     iteration: int | None = flag(None, type=int)
     """iteration (default: the latest)"""
     longrope_config: str | None = flag(None, metavar="F")
     """factors to export (default: those stored in the checkpoint)"""
-    short_length: int | None = flag(None, type=parse_length, metavar="N")
-    """window, in tokens, whose set becomes short_factor (default: the original window; of
-    verify, what the folder has)"""
-    target_length: int | None = flag(None, type=parse_length, metavar="N")
-    """window, in tokens, whose set becomes long_factor (default: the largest; of verify, what
-    the folder has)"""
     drop_start_tokens: bool = flag(False)
     """take factor sets with start tokens, which transformers cannot express, without them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ExportedWindows(Options):
+    short_length: int | None = flag(None, type=parse_length, metavar="N")
+    """window, in tokens, whose set becomes short_factor (default: the original window)"""
+    target_length: int | None = flag(None, type=parse_length, metavar="N")
+    """window, in tokens, whose set becomes long_factor (default: the largest)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ComparedWindows(Options):
+    short_length: int | None = flag(None, type=parse_length, metavar="N")
+    """window, in tokens, whose set is the folder's short_factor (default: what the folder has)"""
+    target_length: int | None = flag(None, type=parse_length, metavar="N")
+    """window, in tokens, whose set is the folder's long_factor (default: what the folder has)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +76,7 @@ class _Tolerance(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToHfOptions(_Tolerance, _Written, _Folder, ExportedFactors, _Checkpoint):
+class ToHfOptions(_Tolerance, _Written, _Folder, _ExportedWindows, _Factors, _Checkpoint):
     """What `longrope convert to-hf` is told."""
 
 
@@ -99,7 +109,7 @@ class _Compared(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(_Tolerance, _Compared, ExportedFactors, _MaybeCheckpoint):
+class VerifyOptions(_Tolerance, _Compared, _ComparedWindows, _Factors, _MaybeCheckpoint):
     """What `longrope convert verify` is told."""
 
 

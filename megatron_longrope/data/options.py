@@ -18,9 +18,9 @@ class PrepareOptions(Options):
     input: tuple[str, ...] | None = flag(
         None, nargs="+", metavar="PATH", exclusive="input", required=True
     )
-    """.txt (one document each), .jsonl or .json (one in each line), both also as .gz or .zst, or
-    .parquet files (one in each row), folders saved by datasets' save_to_disk, or directories of
-    these, in which .json is passed over; they are read recursively in sorted order"""
+    """.txt (one document each), .jsonl or .json (one in each line, also as .gz or .zst), .parquet
+    (one in each row), folders saved by datasets' save_to_disk, or directories of these, in which
+    .json is passed over; they are read recursively in sorted order"""
     mix: str | None = flag(None, metavar="FILE.json", exclusive="input", required=True)
     """several sources: {"NAME": {"paths": [...], "text_key": "text", "weight": 1, "upsample_long":
     {"above": "32k", "factor": 4}}, ...}"""

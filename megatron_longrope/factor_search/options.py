@@ -71,11 +71,11 @@ class _Objective(Options):
     tokens_per_forward: int = flag(8192, type=parse_length, metavar="N")
     """shorter samples share a forward pass up to so many tokens (default: 8k)"""
     retrieval_trials: int = flag(3, type=int, metavar="N")
-    """numbers that the references and the winner are asked for at the end; a winner that finds
-    fewer than the best reference, or as many at a loss more than 0.2 nats per token higher, gives
-    way to the best that does not; 0 asks for none"""
+    """numbers that the winner and the references (PI, NTK, YaRN, ...) are asked for at the end (0:
+    none). A winner that finds fewer than the best reference, or as many at a loss more than 0.2
+    nats per token higher, is replaced by the best one that does not"""
     accept_worse_retrieval: bool = flag(False)
-    """write the winner even so"""
+    """write the winner even if it retrieves worse"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class _Space(Options):
     space: str = flag("floored", choices=("floored", "full", "critical"))
     """full: every factor in [1, 1.25 s], s = target length / window (LongRoPE). floored: the same,
     but at least s from the critical dimension on, the first that completes no period in the trained
-    window; less is hardly seen by perplexity and loses retrieval. critical: factors in [s, 2 s]
-    from the critical dimension up, NTK below (LongRoPE2)"""
+    window; smaller factors hardly change perplexity but break retrieval. critical: factors in
+    [s, 2 s] from the critical dimension up, NTK below (LongRoPE2)"""
     critical_dimension: int | None = flag(None, type=int, metavar="I")
     """fix it, as an index of frequencies (default: floored: by the trained window; critical:
     searched)"""

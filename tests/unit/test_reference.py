@@ -22,8 +22,8 @@ an earlier command has, too, is a line that names it. A test compares them.
 RECORDS = """\
 # Records
 
-`longrope eval KIND` appends a line of JSON to `OUTPUT/KIND.jsonl` for every cell that it has
-measured, and goes on from there when it is run again. `OUTPUT/KIND.csv` is made from it. A
+`longrope eval KIND` appends a line of JSON to `OUTPUT/KIND.jsonl` for every measurement, and
+goes on from there when it is run again. `OUTPUT/KIND.csv` is made from it. A
 number that is not finite is the text "NaN", "Infinity" or "-Infinity"; older records have null
 there. A field beyond those listed is information for the reader.
 """
@@ -70,12 +70,12 @@ def records():
             "| field | what it holds |",
             "|---|---|",
         ]
-        key = {*TARGET_KEY, *kind.key}
+        key = ", ".join(f"`{item}`" for item in sorted({*TARGET_KEY, *kind.key}))
         for field, (_, words) in kind.required.items():
             rows.append(f"| `{field}` | {words or 'any value'} |")
         rows += [
             "",
-            f"A cell is told from others by {', '.join(f'`{item}`' for item in sorted(key))}.\n",
+            f"A measurement is told from others by {key}.\n",
         ]
         parts.append("\n".join(rows))
     return "\n".join(parts)
