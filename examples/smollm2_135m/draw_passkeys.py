@@ -12,7 +12,11 @@ from matplotlib.colors import LogNorm
 
 DOCS = Path(__file__).parents[2] / "docs"
 ROWS = {  # by length in tokens, the labels of the records and what they are called
-    8192: {"none": "no extension"},
+    8192: {
+        "none": "no extension",
+        "yarn_32k": "YaRN, for 32k",
+        "longrope_joint_32k": "LongRoPE by joint, for 32k",
+    },
     16384: {
         "none": "no extension",
         "pi": "PI",
@@ -25,6 +29,8 @@ ROWS = {  # by length in tokens, the labels of the records and what they are cal
         "longrope_needle_critical": "LongRoPE by needle, critical",
         "longrope_joint_critical": "LongRoPE by joint, critical",
         "longrope_joint_critical_tuned": "the same, tuned for 10 steps",
+        "yarn_32k": "YaRN, for 32k",
+        "longrope_joint_32k": "LongRoPE by joint, for 32k",
     },
     32768: {
         "none": "no extension",
