@@ -1,6 +1,17 @@
-"""How far Transformer Engine's fused RoPE kernel reaches."""
+"""What Transformer Engine's fused RoPE kernel does not do."""
 
 from __future__ import annotations
+
+
+def fused_rope_drops(attention_factor: float) -> str:
+    """Why the kernel for packed sequences cannot run under an attention factor on cos and sin.
+
+    megatron-core does not hand it one; the kernel for plain sequences is then left out.
+    """
+    return (
+        f"attention factor {attention_factor:.6g} on cos and sin is ignored by the fused RoPE "
+        "kernel for packed sequences; add --no-rope-fusion"
+    )
 
 
 def fused_rope_overflow(

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_longrope.config import FactorSet, LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible, zigzag_chunks
 from megatron_longrope.errors import LongRopeError
+from megatron_longrope.fused_rope import fused_rope_drops
 from megatron_longrope.rotary_table import build_table
 from megatron_longrope.selection import FactorSelection
 
@@ -255,7 +256,12 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
         packed_seq_params: Any = None,
         **options: Any,
     ) -> int:
-        """megatron-core's; models call it right before `forward`, with what is in the batch."""
+        """megatron-core's; models call it right before `forward`, with what is in the batch.
+
+        Raises:
+            LongRopeError: The batch is one that the model would rotate otherwise than asked for.
+        """
+        self._check_fused_kernel(packed_seq_params, transformer_config)
         self._document_offsets = self._longest_request = None
         if self.mode == "mixed" and packed_seq_params is None and inference_context is None:
             raise LongRopeError(
@@ -282,6 +288,19 @@ class LongRopeRotaryEmbedding(RotaryEmbedding):
             packed_seq_params,
             **options,
         )
+
+    def _check_fused_kernel(self, packed_seq_params: Any, transformer_config: Any) -> None:
+        """Refuse packs whose attention factor is lost: a script may pack without Megatron's flags.
+
+        Those that the flags announce are refused before the model is built.
+        """
+        factor = self.carried_attention_factor if self.factor_in_cos_sin else None
+        if (
+            factor not in (None, 1.0)
+            and getattr(packed_seq_params, "qkv_format", None) == "thd"
+            and getattr(transformer_config, "apply_rope_fusion", False)
+        ):
+            raise LongRopeError(fused_rope_drops(factor))
 
     def _document_table(self, offsets: Sequence[int]) -> Tensor:
         """A row per token of the pack, each document with its own factor set.

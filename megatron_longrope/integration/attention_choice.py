@@ -50,6 +50,13 @@ def attention_from_args(args: argparse.Namespace) -> str:
             "the whole sample and would ignore document borders; remove the flag, pack documents "
             "with --dataloader-inter-document-masking, or use --longrope-attention local"
         )
+    for flag in ("qk_clip", "log_max_attention_logit"):
+        # Megatron reads the maxima after the first step, from a field of Transformer Engine's.
+        if choice in OURS and getattr(args, flag, False):
+            raise LongRopeError(
+                f"--{flag.replace('_', '-')} is not supported by {choice} attention, which keeps "
+                "no largest logits; remove the flag, or use --transformer-impl transformer_engine"
+            )
     return choice
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import softmax_scale
-from megatron_longrope.fused_rope import fused_rope_overflow
+from megatron_longrope.fused_rope import fused_rope_drops, fused_rope_overflow
 from megatron_longrope.integration.attention_choice import OURS
 from megatron_longrope.selection import FactorSelection, check_original_factors
 
@@ -221,10 +221,7 @@ def _check_kernels(args: argparse.Namespace, settings: LongRopeSettings) -> None
     if settings.carrier != "rope" or settings.attention_factor == 1.0:
         return
     if is_packed(args) and getattr(args, "apply_rope_fusion", False):
-        raise LongRopeError(
-            f"attention factor {settings.attention_factor:.6g} on cos and sin is ignored by the "
-            "fused RoPE kernel for packed sequences; add --no-rope-fusion"
-        )
+        raise LongRopeError(fused_rope_drops(settings.attention_factor))
     if getattr(args, "fused_single_qkv_rope", False):
         raise LongRopeError(
             f"attention factor {settings.attention_factor:.6g} on cos and sin is ignored by "

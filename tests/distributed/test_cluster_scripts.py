@@ -88,6 +88,19 @@ def test_scripts_are_sound_bash(script):
         ("finetune.sh", {}, "BASE is not set; it must name the Megatron checkpoint to start from"),
         ("finetune.sh", {**NEEDED, "FACTORS": ""}, "FACTORS is not set; it must name the factor"),
         ("finetune.sh", NEEDED, "BASE base has no latest_checkpointed_iteration.txt"),
+        *(
+            (
+                "finetune.sh",
+                {**NEEDED, "EXTRA_ARGS": f"--seed 7\n{words}"},
+                f"EXTRA_ARGS has {told}",
+            )
+            for words, told in (
+                ("--train-iters 9", "--train-iters; set TRAIN_ITERS instead"),
+                ("--train-samples=9", "--train-samples; set TRAIN_ITERS instead"),
+                ("--save elsewhere", "--save; set SAVE instead"),
+                ("--load=elsewhere", "--load; leave it out: the run starts from BASE and goes on"),
+            )
+        ),
         ("agent.sh", {}, "no command; give -m megatron_longrope COMMAND ... or a program"),
     ],
 )
@@ -134,6 +147,12 @@ def test_training_starts_from_the_base_saves_in_time_and_takes_more_flags_last(t
     best = rank(chosen.model, chosen.training, Cluster(chosen.gpu, 16))[0]
     assert chosen.fits and chosen.hours <= 1.1 * best.hours
     assert replace(chosen, training=replace(chosen.training, length=262144)).fits
+
+
+def test_more_flags_may_stand_on_lines_that_were_pasted(tmp_path, training):
+    pasted = "\n  --seed 7 \\\n  --lr 1e-4 \\\n\n--save-interval=5 \\"
+    run("finetune.sh", tmp_path, **training, EXTRA_ARGS=pasted)
+    assert called(tmp_path)[0][-5:] == ["--seed", "7", "--lr", "1e-4", "--save-interval=5"]
 
 
 def test_samples_are_indexed_anew_for_another_set_under_the_same_name(tmp_path, training):

@@ -252,6 +252,22 @@ def test_a_window_that_no_layer_has_is_full_attention(full):
         shape_from_hf_config({**config, **some})
 
 
+@pytest.mark.parametrize(
+    ("model_type", "switches"),
+    [
+        ("mistral", {"use_sliding_window": False}),
+        ("mixtral", {"max_window_layers": 2}),
+        ("phi3", {"use_sliding_window": False, "max_window_layers": 2}),
+        ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 2}),
+    ],
+)
+def test_a_switch_that_the_type_does_not_have_leaves_the_window_in_use(model_type, switches):
+    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_local_experts": 4}
+    config = {**BASE, **experts, "model_type": model_type, "sliding_window": 16, **switches}
+    with pytest.raises(ValueError, match="sliding_window = 16 and max_position_embeddings = 128"):
+        shape_from_hf_config(config)
+
+
 def test_a_model_without_the_biases_of_its_type_is_refused():
     with pytest.raises(ValueError, match=r"attention_bias = False; .* without it, only .* = True"):
         shape_from_hf_config({**BASE, "model_type": "seed_oss", "attention_bias": False})

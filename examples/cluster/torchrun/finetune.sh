@@ -23,7 +23,7 @@ WARMUP=${WARMUP:-20}                 # iterations (the released launch scripts')
 SAVE_INTERVAL=${SAVE_INTERVAL:-50}   # iterations; what a lost node can cost
 TP=${TP:-4}                          # tensor parallel size, within a node
 CP=${CP:-4}                          # context parallel size
-EXTRA_ARGS=${EXTRA_ARGS:-}           # more Megatron flags, separated by blanks; they win over those below
+EXTRA_ARGS=${EXTRA_ARGS:-}           # more Megatron flags, on any number of lines; they win over those below
 LONGROPE_DEVICE=${LONGROPE_DEVICE:-gpu} # cpu: train on the CPU (gloo, fp32); for trying the scripts out
 
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -34,6 +34,19 @@ need SAVE "the folder of the run's checkpoints"
 need DATA "the prefix of the training set"
 need FACTORS "the factor file of a search"
 need TOKENIZER "a Hugging Face folder that has the tokenizer"
+
+extra=()
+read -r -d '' -a words <<<"$EXTRA_ARGS" # no delimiter: all lines
+for word in "${words[@]}"; do
+  case ${word%%=*} in
+    \\) ;; # ends a line that was pasted
+    # Whether the work is done is judged by the variables: a job would be requeued for nothing.
+    --train-iters | --train-samples) die "EXTRA_ARGS has ${word%%=*}; set TRAIN_ITERS instead" ;;
+    --save) die "EXTRA_ARGS has --save; set SAVE instead" ;;
+    --load) die "EXTRA_ARGS has --load; leave it out: the run starts from BASE and goes on from SAVE" ;;
+    *) extra+=("$word") ;;
+  esac
+done
 
 model=( # LLaMA2-7B; longrope convert from-hf prints these flags for any model
   --num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32
@@ -111,7 +124,6 @@ mkdir -p "$SAVE"
 # Megatron's index of the samples, which it finds by the set's path: one for each list of documents.
 training+=(--data-cache-path "$SAVE/cache/$(cksum <"$DATA.idx" | tr ' ' -)")
 
-read -ra extra <<<"$EXTRA_ARGS"
 trap 'kill -TERM "$agent" 2>/dev/null; interrupted=yes' TERM INT USR1
 "$here/agent.sh" -m megatron_longrope pretrain "$SCRIPT" "${device[@]}" \
   "${model[@]}" "${parallel[@]}" "${memory[@]}" "${training[@]}" "${checkpoints[@]}" "${extra[@]}" &

@@ -81,6 +81,15 @@ class Family:
         """Whether transformers reads `sliding_window`; any config.json may have the key."""
         return "sliding_window" in {**self.absent, **self.config}
 
+    def stated(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json with transformers' defaults for missing keys, without switches it ignores.
+
+        A switch of the window in a config.json whose type has none switches nothing.
+        """
+        ignored = {"use_sliding_window", "max_window_layers"} - self.absent.keys()
+        both = {**self.absent, **config}
+        return {key: value for key, value in both.items() if key not in ignored}
+
     def config_keys(self) -> dict[str, str]:
         """Key of config.json -> field of ModelShape."""
         return {**_CONFIG_KEYS, **self.keys}
@@ -364,7 +373,7 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
     fields.setdefault("ffn_hidden_size", fields.get("moe_ffn_hidden_size"))
     if family.has_sliding_window:
         check_sliding_window(
-            {**family.absent, **config}, fields["num_layers"], fields["max_position_embeddings"]
+            family.stated(config), fields["num_layers"], fields["max_position_embeddings"]
         )
     shape = ModelShape(
         **fields,

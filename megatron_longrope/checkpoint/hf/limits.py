@@ -102,8 +102,8 @@ def check_sliding_window(config: Mapping[str, Any], num_layers: int, max_length:
     """Refuse a window below the model's; one that is never reached changes nothing.
 
     Args:
-        config (Mapping): config.json with transformers' defaults for missing keys. Only families
-            that choose their layers have one for `max_window_layers`.
+        config (Mapping): Of :meth:`.families.Family.stated`. Only families that choose their layers
+            have `max_window_layers`.
         num_layers (int): Layers of the model.
         max_length (int): Longest sequence, in tokens.
 
@@ -125,7 +125,7 @@ def without_sliding_window(config: Mapping[str, Any]) -> tuple[dict[str, Any], i
     """Let a model attend in full, whatever window it was trained with.
 
     Args:
-        config (Mapping): config.json with transformers' defaults for missing keys.
+        config (Mapping): Of :meth:`.families.Family.stated`.
 
     Returns:
         tuple[dict[str, Any], int | None]: The configuration, and the window, in tokens, that it no

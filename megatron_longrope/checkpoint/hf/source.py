@@ -77,7 +77,7 @@ def open_folder(hf_dir: str | Path, sliding_window: str = "refuse") -> HfFolder:
     wanted = {"num_hidden_layers", "max_position_embeddings"}
     reads = family is not None and family.has_sliding_window and wanted <= folder.config.keys()
     if sliding_window != "refuse" and reads:
-        stated = {**family.absent, **folder.config}
+        stated = family.stated(folder.config)
         without, window = without_sliding_window(stated)
         if window is not None:
             folder.config = without

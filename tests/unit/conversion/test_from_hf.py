@@ -653,10 +653,15 @@ def test_a_window_that_is_not_in_use_is_not_said_to_be_dropped(folders, tmp_path
     assert report.dropped_window is None
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3"])
-def test_a_kept_window_gives_transformers_logits_past_it_and_comes_back(folders, tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "ignored"),
+    [("mistral", {"use_sliding_window": False, "max_window_layers": 9}), ("phi3", {})],
+)
+def test_a_kept_window_gives_transformers_logits_past_it_and_comes_back(
+    folders, tmp_path, family, ignored
+):
     folder = shutil.copytree(folders(family), tmp_path / "hf")
-    edit_config(folder, sliding_window=16)
+    edit_config(folder, sliding_window=16, **ignored)
     report = write_checkpoint(
         folder,
         tmp_path / "megatron",

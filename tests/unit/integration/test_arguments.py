@@ -61,7 +61,7 @@ def namespace(path, **changes) -> argparse.Namespace:
         "flash_decode", "fused_single_qkv_rope", "bf16", "spec", "hybrid_layer_pattern",
         "rotary_interleaved", "dynamic_context_parallel", "rl_use_sequence_packing", "window_size",
         "perform_rl_step", "heterogeneous_layers_config_path", "export_kd_teacher_load",
-        "attention_dropout", "no_rope_freq", "use_mup",
+        "attention_dropout", "no_rope_freq", "use_mup", "qk_clip", "log_max_attention_logit",
     }  # fmt: skip
     assert not changes.keys() - vars(args).keys() - optional
     return argparse.Namespace(**{**vars(args), **changes})
@@ -325,6 +325,14 @@ def test_flags_that_would_train_another_model_are_refused(path, changes, message
             )
             for choice in ("auto", "sdpa")
         ),
+        *(
+            (
+                {flag: True},
+                f"--{flag.replace('_', '-')} is not supported by sdpa attention, which keeps no "
+                "largest logits; remove the flag, or use --transformer-impl transformer_engine",
+            )
+            for flag in ("qk_clip", "log_max_attention_logit")
+        ),
     ],
 )
 def test_what_does_not_fit_the_factors_the_carrier_or_the_attention_is_refused(
@@ -434,6 +442,7 @@ def test_our_hybrid_spec_refuses_layers_that_it_does_not_have():
     [
         ({}, "sdpa"),  # transformer_impl is local
         ({"transformer_impl": "transformer_engine"}, "te"),
+        ({"transformer_impl": "transformer_engine", "qk_clip": True}, "te"),
         ({"longrope_attention": "sdpa"}, "sdpa"),
         ({"longrope_attention": "local"}, "local"),
         ({"longrope_attention": "local", "reset_attention_mask": True}, "local"),

@@ -7,6 +7,7 @@ import importlib
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_gpt
@@ -214,6 +215,35 @@ def test_padding_between_packed_documents_changes_nothing(carrier):
         torch.testing.assert_close(
             ours[:, document], theirs.float(), **EXACT, msg=f"document {index}"
         )
+
+
+def test_a_pack_whose_attention_factor_the_fused_kernel_would_drop_is_refused(monkeypatch):
+    from megatron.core.models.common.embeddings import rope_utils
+
+    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+
+    def kernel(t, cu_seqlens, freqs, **options):
+        """Transformer Engine's: no multiplier of cos and sin."""
+        return rope_utils._apply_rotary_pos_emb_thd(t, cu_seqlens, freqs, cp_group=group)
+
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", kernel)
+    tokens, labels = random_tokens(1, sum(LENGTHS))
+
+    def fused(carrier):
+        """A script that packs without any flag of Megatron's, and leaves the fusion on."""
+        model = build(start_run(longrope_attention_factor_carrier=carrier))
+        model.config.apply_rope_fusion = True
+        weights = fill(model)
+        packed = logits(model, tokens, labels=labels, packed_seq_params=pack(LENGTHS))
+        return packed, decoder().packed_losses(weights, tokens, labels, LENGTHS)
+
+    assert_equal(*fused("softmax"))
+    with pytest.raises(ValueError) as error:
+        fused("rope")
+    assert str(error.value) == (
+        "attention factor 1.2 on cos and sin is ignored by the fused RoPE kernel for packed "
+        "sequences; add --no-rope-fusion"
+    )
 
 
 # Half precision
