@@ -106,7 +106,7 @@ def other_in_4_57(config: Mapping[str, Any], rope: HfRope) -> str | None:
         none. 4.57 does not read rope_parameters at all, and of Phi-3 it refuses what would differ.
     """
     key, original = "original_max_position_embeddings", rope.original_max_position_embeddings
-    is_phi3 = config.get("model_type") in _DEFAULT_ORIGINAL_WINDOW
+    is_phi3 = str(config.get("model_type")) in _DEFAULT_ORIGINAL_WINDOW
     if rope.rope_type != "longrope" or rope.holder != "rope_scaling" or is_phi3 or original is None:
         return None
     window = config["max_position_embeddings"]
@@ -162,13 +162,13 @@ def _holder(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _rope_type(holder: str, values: Mapping[str, Any], model_type: str) -> str:
     new, old = values.get("rope_type"), values.get("type")
     names = _OLD_NAMES | _OLD_NAMES_OF.get(model_type, {})
-    kinds = [names.get(item, item) for item in (new, old) if item is not None]
+    kinds = [names.get(str(item), str(item)) for item in (new, old) if item is not None]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise LongRopeError(
             f"config.json has {holder}.rope_type {new!r} and {holder}.type {old!r}, of which "
             "transformers' releases read one or the other; make them agree"
         )
-    return str(kinds[0]) if kinds else "default"
+    return kinds[0] if kinds else "default"
 
 
 def _stated_once(
@@ -237,9 +237,14 @@ def model_window(config: Mapping[str, Any]) -> int:
 
 def rotated_dimensions(config: Mapping[str, Any], rope: HfRope) -> int:
     """Rotated dimensions of a head, by the keys that most model types have."""
-    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+
+    def size(key: str, default: int | None = None) -> Any:
+        value = config.get(key, default)
+        return value and check_int(key, value, 1)
+
+    heads, width = size("num_attention_heads"), size("hidden_size")
     default = DEFAULT_HEAD_DIM.get(str(config.get("model_type")))
-    head_dim = config.get("head_dim", default) or (heads and width and width // heads)
+    head_dim = size("head_dim", default) or (heads and width and width // heads)
     if not head_dim:
         raise LongRopeError("config.json has no head_dim, nor hidden_size and num_attention_heads")
     return int(head_dim * rope.partial_rotary_factor)

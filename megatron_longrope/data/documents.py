@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_longrope.data.prepare import MANIFEST_SCHEMA
-from megatron_longrope.data.tokenizer import bos_prefix, check_bos
+from megatron_longrope.data.tokenizer import Tokenizer, bos_prefix, check_bos, load_tokenizer
 from megatron_longrope.data.writer import output_paths, update_digest
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.files import read_json
@@ -41,6 +43,19 @@ def read_manifest(prefix: str | Path) -> dict[str, Any]:
             "prepare the set again with this release"
         )
     return manifest
+
+
+def tokenizer_of(manifest: Mapping[str, Any], path: str | None = None) -> Tokenizer | None:
+    """Load the tokenizer of a set, unless another one, or none, lies there by now.
+
+    Args:
+        path (str, optional): Where it should lie. Defaults to where the manifest says.
+    """
+    with contextlib.suppress(LongRopeError):
+        loaded = load_tokenizer(path or manifest["tokenizer"])
+        if loaded.sha256 == manifest["tokenizer_sha256"]:
+            return loaded
+    return None
 
 
 def read_window_documents(

@@ -104,8 +104,7 @@ def prepare(
             flush(files)
         _remove_sample_indices(f"{output}{suffix}" for suffix in packings)
         # Sets beside the main one are published first: its manifest says that all are there.
-        for suffix in reversed(paths):
-            publish(staged[suffix], paths[suffix])
+        publish([(staged[suffix], paths[suffix]) for suffix in reversed(paths)])
         # Those that a training on the old set has built meanwhile.
         _remove_sample_indices(f"{output}{suffix}" for suffix in packings)
     return manifests[""]

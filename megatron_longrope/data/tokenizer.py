@@ -195,6 +195,30 @@ def load_tokenizer(path: str | Path, bos: int | None = None) -> Tokenizer:
     return loaded
 
 
+def check_same_tokens(tokenizer: Tokenizer, what: str, folder: Path) -> None:
+    """Refuse a tokenizer that reads text as other tokens than the one beside a model's weights.
+
+    Args:
+        what (str): What it is called.
+        folder (Path): Of the model; one that holds no tokenizer says nothing.
+
+    Raises:
+        LongRopeError: They read one of :data:`PROBES` otherwise.
+    """
+    if not has_tokenizer(folder) or Path(tokenizer.path).resolve() == folder.resolve():
+        return
+    try:
+        own = load_tokenizer(folder)
+    except LongRopeError:  # another one was given because this cannot be loaded
+        return
+    for text in PROBES:
+        if tokenizer.encode(text) != own.encode(text):
+            raise LongRopeError(
+                f"{what} reads {text!r} as other tokens than the tokenizer in {folder}; it is "
+                "not the model's tokenizer"
+            )
+
+
 def _end_ids(path: Path, eos_id: int | None) -> list[int]:
     """EOS and, as transformers has it, every id that a folder's generation_config.json names."""
     settings = path / "generation_config.json"

@@ -73,15 +73,21 @@ def flush(staged: Iterable[Path]) -> None:
             os.fsync(file.fileno())
 
 
-def publish(staged: Sequence[Path], paths: Sequence[Path]) -> None:
-    """Give the staged files of a complete set, flushed and in the same file system, their names.
+def publish(sets: Sequence[tuple[Sequence[Path], Sequence[Path]]]) -> None:
+    """Give the staged files of complete sets, flushed and in the same file system, their names.
 
-    The manifest comes last and marks the set as complete: an old one is removed before the first
-    file is renamed, so that it never describes new data.
+    The manifest comes last and marks a set as complete: old ones are removed before the first file
+    is renamed, so that they never describe new data. Those of all sets: what is held out now may
+    stand in the training set of an earlier run.
+
+    Args:
+        sets (Sequence): Staged files and names of each set of one run, in this order.
     """
-    paths[-1].unlink(missing_ok=True)
-    for source, target in zip(staged, paths, strict=True):
-        os.replace(source, target)
+    for _, paths in sets:
+        paths[-1].unlink(missing_ok=True)
+    for staged, paths in sets:
+        for source, target in zip(staged, paths, strict=True):
+            os.replace(source, target)
 
 
 def update_digest(digest: Any, tokens: np.ndarray) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_longrope.data.documents import read_manifest, read_window_documents
+from megatron_longrope.data.documents import (
+    read_manifest,
+    read_window_documents,
+    tokenizer_of,
+)
 from megatron_longrope.data.sources import (
     Document,
     SkippedDocument,
@@ -75,7 +77,7 @@ def read_scored_documents(
     """
     if is_prepared(data):
         manifest = read_manifest(data)
-        loaded = load_tokenizer(tokenizer) if tokenizer else _tokenizer_of(manifest)
+        loaded = load_tokenizer(tokenizer) if tokenizer else tokenizer_of(manifest)
         if loaded and loaded.sha256 != manifest["tokenizer_sha256"]:
             raise LongRopeError(
                 f"{data} was made with another tokenizer than {tokenizer}; give --tokenizer the "
@@ -99,15 +101,6 @@ def read_scored_documents(
         tokens = _tokenize(read_texts(data, text_key), data, loaded, content, count, least or count)
         bos_id, vocab_size = loaded.bos_id, loaded.vocab_size
     return ScoredDocuments(tokens, bos_id, vocab_size, loaded, _sha256(tokens))
-
-
-def _tokenizer_of(manifest: Mapping[str, Any]) -> Tokenizer | None:
-    """Load the tokenizer of a set, unless another one, or none, lies there by now."""
-    with contextlib.suppress(LongRopeError):
-        loaded = load_tokenizer(manifest["tokenizer"])
-        if loaded.sha256 == manifest["tokenizer_sha256"]:
-            return loaded
-    return None
 
 
 def read_texts(

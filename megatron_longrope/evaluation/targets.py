@@ -260,25 +260,12 @@ def check_tokenizer_fits(
             same text as other ones.
     """
     from megatron_longrope.checkpoint.opening import check_vocabulary
-    from megatron_longrope.data.tokenizer import PROBES, has_tokenizer, load_tokenizer
+    from megatron_longrope.data.tokenizer import check_same_tokens
 
     for model in models:
         check_vocabulary(vocab_size, what, model.checkpoint.shape, model.path)
-        folder = Path(model.path)
-        if tokenizer is None or not model.hugging_face or not has_tokenizer(folder):
-            continue
-        if Path(tokenizer.path).resolve() == folder.resolve():
-            continue
-        try:
-            own = load_tokenizer(folder)
-        except LongRopeError:  # another one was given because this cannot be loaded
-            continue
-        for text in PROBES:
-            if tokenizer.encode(text) != own.encode(text):
-                raise LongRopeError(
-                    f"{what} reads {text!r} as other tokens than the tokenizer in {folder}; it is "
-                    "not the model's tokenizer"
-                )
+        if tokenizer is not None and model.hugging_face:
+            check_same_tokens(tokenizer, what, Path(model.path))
 
 
 def labelled(items: Sequence[str]) -> list[tuple[str, str]]:

@@ -15,7 +15,8 @@ from megatron_longrope.checkpoint.loader import Checkpoint
 from megatron_longrope.checkpoint.opening import check_vocabulary, open_checkpoint
 from megatron_longrope.config import LongRopeConfig
 from megatron_longrope.context_parallel import check_divisible
-from megatron_longrope.data.documents import read_manifest
+from megatron_longrope.data.documents import read_manifest, tokenizer_of
+from megatron_longrope.data.tokenizer import check_same_tokens
 from megatron_longrope.engine import Engine
 from megatron_longrope.engine.loading import default_dtype
 from megatron_longrope.errors import LongRopeError
@@ -339,6 +340,9 @@ def _check_tokens(args: SearchOptions, checkpoint: Checkpoint) -> None:
             manifests[-1]["vocab_size"], f"the tokenizer of {prefix}",
             checkpoint.shape, checkpoint.directory,
         )  # fmt: skip
+        # Ids that the model has may still be those of other words.
+        if args.hf and (loaded := tokenizer_of(manifests[-1], args.tokenizer)):
+            check_same_tokens(loaded, f"the tokenizer of {prefix}", Path(args.hf))
     if len({item["tokenizer_sha256"] for item in manifests} - {None}) > 1:
         raise LongRopeError(
             f"--data {args.data} and --held-out {args.held_out} were made with different tokenizers"

@@ -108,8 +108,8 @@ class SharedTrialQueue(TrialQueue):
         self._check_writer()
         # The record first: whoever reads its place in the order finds it.
         self._store.set(f"record/{record.index}", json.dumps(record.to_dict()))
-        number = self._store.add("published", 1)
-        self._store.set(f"order/{number}", str(record.index))
+        # Added in one step: a replica may die between two, and nobody could go on behind a gap.
+        self._store.append("order", f"{record.index} ")
 
     def fetch(self, index: int) -> Evaluation | None:
         """Another replica's result, if it is there."""
@@ -180,12 +180,15 @@ class SharedTrialQueue(TrialQueue):
     def _write_all(self, store: dist.Store, write: Callable[[Evaluation], None]) -> None:
         """Journal results in the order of publishing, until the search has ended and all are in."""
         try:
-            number = 1
+            store.append("order", "")  # `get` waits for a key that nobody has set
+            written = 0
             while True:
-                if store.check([f"order/{number}"]):
-                    write(_read(store, int(store.get(f"order/{number}"))))
-                    number += 1
-                elif self._ended.wait(_POLL_SECONDS) and store.add("published", 0) < number:
+                ended = self._ended.wait(_POLL_SECONDS)  # before looking, or the last one is lost
+                order = store.get("order").split()
+                for index in order[written:]:
+                    write(_read(store, int(index)))
+                written = len(order)
+                if ended:
                     return
         except BaseException as failure:
             self._failure = failure

@@ -10,6 +10,7 @@ import make_megatron_checkpoint as maker
 import pytest
 import torch
 from search_data import make_search_data
+from tiny_hf import make_hf_folder
 
 from megatron_longrope.cli import build_parser, main
 from megatron_longrope.cli.flags import read_flags
@@ -132,6 +133,34 @@ def test_a_set_of_another_tokenizer_is_refused_before_any_weight_is_loaded(
     for flag in ("--held-out", "--data"):
         assert main([*options, flag, large]) == 2
         assert f"has {maker.VOCAB + 1} tokens, the vocabulary of" in capsys.readouterr().err
+
+
+def test_a_set_of_another_tokenizer_than_a_hugging_face_folders_own_is_refused(
+    data, no_weights, capsys, tmp_path
+):
+    folder = tmp_path / "hf"
+    make_hf_folder(folder, "llama", vocab_size=maker.VOCAB)
+    shutil.copytree(data["tokenizer"], folder, dirs_exist_ok=True)
+    command = [
+        "search", "--hf", str(folder), "--data", data["search"], "--held-out", data["heldout"],
+        "--target-length", "256", "--num-samples", "3", "--output", str(tmp_path / "f.json"),
+        "--dry-run",
+    ]  # fmt: skip
+    assert main(command) == 0, capsys.readouterr().err
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    words = stored["model"]["vocab"]
+    words["e"], words["t"] = words["t"], words["e"]  # as many tokens, which mean other text
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"the tokenizer of {data['search']} reads 'Hello world' as other tokens" in error
+    # Of a set whose tokenizer is gone nobody knows, as in `eval`; each set is looked at.
+    moved = copy_of_set(data["search"], tmp_path / "moved", tokenizer=str(tmp_path / "gone"))
+    assert main([*command, "--data", moved]) == 2
+    assert f"the tokenizer of {data['heldout']} reads" in capsys.readouterr().err
+    assert main([*command, "--data", moved, "--held-out", moved]) == 0
+    assert main([*command, "--data", moved, "--tokenizer", data["tokenizer"]]) == 2
+    assert f"the tokenizer of {moved} reads" in capsys.readouterr().err
 
 
 def test_a_winner_outlives_a_failure_on_held_out_text(options, data, tmp_path, monkeypatch):

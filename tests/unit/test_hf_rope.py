@@ -8,6 +8,7 @@ import torch
 
 from megatron_longrope.checkpoint.hf.families import shape_from_hf_config
 from megatron_longrope.config import LongRopeConfig
+from megatron_longrope.errors import LongRopeError
 from megatron_longrope.frequencies import inv_freq_fp32
 from megatron_longrope.hf_rope import read_hf_rope
 
@@ -223,6 +224,28 @@ def test_a_factor_of_zero_is_refused():
         LongRopeConfig.from_hf(
             {**BASE, "original_max_position_embeddings": 64, "rope_scaling": rope}, rotary_dim=8
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": "4"}, "hidden_size is '4'; it must be an integer"),
+        ({"hidden_size": None}, "config.json (lacks hidden_size|has no head_dim)"),
+        ({"num_attention_heads": [4]}, r"num_attention_heads is \[4\]; it must be an integer"),
+        ({"max_position_embeddings": "x"}, "max_position_embeddings is 'x'; it must be an integer"),
+        ({"sliding_window": "x"}, "sliding_window is 'x'; it must be an integer"),
+        ({"head_dim": {"a": 1}}, "head_dim is {'a': 1}; it must be an integer"),
+        ({"rope_scaling": {"type": ["yarn"]}}, "rope_scaling.rope_type .*yarn.* supported types"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named_by_its_key(changes, sentence):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    config = BASE | {"model_type": "mistral", "sliding_window": 16, "rope_scaling": yarn} | changes
+    with pytest.raises(LongRopeError, match=sentence):
+        shape_from_hf_config(config)
+    if "sliding_window" not in changes:  # which no factors depend on
+        with pytest.raises(LongRopeError, match=sentence):
+            LongRopeConfig.from_hf(config)
 
 
 # Sliding windows

@@ -33,6 +33,7 @@ from megatron_longrope.checkpoint.hf.rules import (
     decoder,
 )
 from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
 from megatron_longrope.hf_rope import DEFAULT_HEAD_DIM, read_hf_rope
 from megatron_longrope.options import DTYPES
@@ -350,15 +351,18 @@ def shape_from_hf_config(config: Mapping[str, Any]) -> ModelShape:
             f"config.json has partial_rotary_factor = {partial!r}; conversion supports partially "
             f"rotated heads of {', '.join(_PARTIAL)} only"
         )
-    heads = config.get("num_attention_heads")
+    keys = family.config_keys()
+    for key, name in keys.items():
+        if config.get(key) is not None and ModelShape.__annotations__[name].startswith("int"):
+            check_int(key, config[key], 1)
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     defaults = {
         "num_key_value_heads": heads,
-        "head_dim": config["hidden_size"] // heads if heads and "hidden_size" in config else None,
+        "head_dim": width // heads if heads and width else None,
         # `null` and a missing key differ: transformers reads the first as "as many as heads".
         **{key: value for key, value in family.absent.items() if key not in config},
     }
     fields = {}
-    keys = family.config_keys()
     config = {**config, "rope_theta": rope.rope_theta}
     for key, name in keys.items():
         value = defaults.get(key) if config.get(key) is None else config[key]

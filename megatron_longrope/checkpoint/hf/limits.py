@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron_longrope.checkpoint.model_args import ModelShape
+from megatron_longrope.config_rules import check_int
 from megatron_longrope.errors import LongRopeError
 
 # (config.json key, values that are fine, what conversion lacks); an absent key is fine. What only
@@ -143,7 +144,10 @@ def without_sliding_window(config: Mapping[str, Any]) -> tuple[dict[str, Any], i
 def _window_in_use(config: Mapping[str, Any], num_layers: int, max_length: int) -> int | None:
     """The window that keeps some positions from seeing all before them, in tokens."""
     window = config.get("sliding_window")
-    if window is None or window >= max_length or not config.get("use_sliding_window", True):
+    if window is None or not config.get("use_sliding_window", True):
+        return None
+    check_int("max_position_embeddings", max_length, 1)
+    if check_int("sliding_window", window, 0) >= max_length:
         return None
     if "max_window_layers" in config:
         kinds = config.get("layer_types")

@@ -9,12 +9,13 @@ import pytest
 from gpt_datasets import gpt_dataset
 
 from megatron_longrope.data import prepare as prepare_module
-from megatron_longrope.data import tokenization
+from megatron_longrope.data import tokenization, writer
 from megatron_longrope.data.documents import check_set, read_documents, read_manifest
 from megatron_longrope.data.prepare import prepare
 from megatron_longrope.data.segments import FixedSegments, ShortDocuments, WholeDocuments
 from megatron_longrope.data.stream import Split
 from megatron_longrope.data.tokenizer import load_tokenizer
+from megatron_longrope.data.writer import output_paths
 from megatron_longrope.errors import LongRopeError
 
 S = 64
@@ -199,6 +200,32 @@ def test_failed_overwrite_leaves_the_old_set_intact(corpus, model_path, prefix):
         prepare([corpus], prefix, model_path, FixedSegments(S), overwrite=True)
     assert check_set(prefix) == []
     assert len(names(prefix)) == 3
+
+
+def test_an_overwrite_cut_off_between_its_sets_leaves_no_sound_set_of_the_earlier_run(
+    corpus, model_path, prefix, monkeypatch
+):
+    def overwrite(seed):
+        split = Split(held_out=0.5, seed=seed)
+        prepare([corpus], prefix, model_path, FixedSegments(S), split=split, overwrite=True)
+
+    overwrite(0)
+    replace = os.replace
+
+    def die(source, target):  # the held-out set is there, nothing of the training set is
+        replace(source, target)
+        if target == output_paths(f"{prefix}_heldout")[2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        overwrite(1)
+    monkeypatch.undo()
+    assert read_manifest(f"{prefix}_heldout")["seed"] == 1
+    with pytest.raises(LongRopeError, match="no such manifest"):
+        check_set(prefix)
+    overwrite(1)
+    assert check_set(prefix) == [] and read_manifest(prefix)["seed"] == 1
 
 
 def test_killed_run_leaves_nothing_under_the_final_names(corpus, model_path, prefix):

@@ -1,12 +1,15 @@
 """Replicas around a store: what one sees of another that has ended or failed."""
 
+import contextlib
 import json
+import threading
 
 import pytest
 import torch.distributed as dist
 from synthetic_search import Synthetic, small_problem
 
 from megatron_longrope.factor_search.evolution import EvolutionParameters, EvolutionSearch
+from megatron_longrope.factor_search.journal import Evaluation
 from megatron_longrope.factor_search.known_scores import Team
 from megatron_longrope.factor_search.runner import SearchRun, run_search
 from megatron_longrope.factor_search.trial_queue import SharedTrialQueue
@@ -34,6 +37,37 @@ def test_a_replica_that_has_ended_is_not_taken_for_dead(queues):
     second.close(done=True)
     first.wait()
     first.close(done=True)
+
+
+def test_a_replica_that_dies_while_it_publishes_does_not_stop_the_journal(monkeypatch):
+    store, journaled = dist.TCPStore("127.0.0.1", 0, is_master=True), []
+    first = SharedTrialQueue(store, 0, 2, lambda record: journaled.append(record.index))
+    dying = SharedTrialQueue(store.clone(), 1, 2)
+    first.publish(Evaluation((1.0,), 0, 2.0, (0.7,), index=4))
+
+    class DiesAfter:
+        """Lets so many changes of the store through."""
+
+        def __init__(self, steps):
+            self.steps = steps
+
+        def __getattr__(self, name):
+            self.steps -= 1
+            if self.steps < 0:
+                raise KeyboardInterrupt
+            return getattr(store, name)
+
+    for steps in range(3):
+        monkeypatch.setattr(dying, "_store", DiesAfter(steps))
+        with contextlib.suppress(KeyboardInterrupt):
+            dying.publish(Evaluation((1.0,), 0, 2.0, (0.7,), index=10 + steps))
+        first.publish(Evaluation((1.0,), 0, 2.0, (0.7,), index=5 + steps))
+    closing = threading.Thread(target=first.close, args=(False,), daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    dying.close(done=False)
+    assert journaled == [4, 5, 6, 12, 7]  # in the order of publishing
 
 
 def test_another_replicas_result_of_another_candidate_is_refused(tmp_path):
