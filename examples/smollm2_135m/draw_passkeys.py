@@ -15,7 +15,7 @@ ROWS = {  # by length in tokens, the labels of the records and what they are cal
     8192: {
         "none": "no extension",
         "yarn_32k": "YaRN, for 32k",
-        "longrope_joint_32k": "LongRoPE by joint, for 32k",
+        "longrope_joint_32k": "LongRoPE, for 32k",  # by ppl it is the same
     },
     16384: {
         "none": "no extension",
@@ -30,6 +30,7 @@ ROWS = {  # by length in tokens, the labels of the records and what they are cal
         "longrope_joint_critical": "LongRoPE by joint, critical",
         "longrope_joint_critical_tuned": "the same, tuned for 10 steps",
         "yarn_32k": "YaRN, for 32k",
+        "longrope_ppl_32k": "LongRoPE by ppl, for 32k",
         "longrope_joint_32k": "LongRoPE by joint, for 32k",
     },
     32768: {
@@ -37,6 +38,7 @@ ROWS = {  # by length in tokens, the labels of the records and what they are cal
         "pi": "PI",
         "ntk": "NTK",
         "yarn": "YaRN",
+        "yarn_su": "YaRN, LongRoPE's attention factor",
         "longrope_ppl_32k": "LongRoPE by ppl",
         "longrope_joint_32k": "LongRoPE by joint",
     },

@@ -73,7 +73,7 @@ def steps():
 def folder(tmp_path_factory):
     """What README takes as given: a model with its tokenizer, and texts."""
     folder = tmp_path_factory.mktemp("readme")
-    for name, first in (("books", 1), ("other", 11), ("train", 21)):
+    for name, first in (("books", 1), ("other", 11), ("corpus", 21)):
         (folder / name).mkdir()
         for seed in range(first, first + 10):
             (folder / name / f"{seed}.txt").write_text(make_text(seed, 1500))
@@ -118,15 +118,13 @@ def said(run):
             flags = shlex.join(shlex.split(flags)[2:])  # without --load
             command = command.replace("(flags of your model)", flags)
         printed[command] = run(command)
-        if "data prepare" in command:  # the sentence below it in README
+        if "--output data/search" in command:  # the sentence below it in README
             run(command.replace("books/", "other/").replace("data/search", "data/heldout"))
-            segments = command.replace("books/", "train/").replace("data/search", "data/train")
-            run(segments.partition("--whole-documents")[0] + "--segment-length 1k")
     return printed
 
 
 def test_every_step_of_the_readme_runs_in_its_order(said):
-    assert len(said) == 11
+    assert len(said) == 12
 
 
 def test_the_steps_end_in_a_report_and_a_model_with_short_and_long_factors(folder, said):
