@@ -4,7 +4,6 @@ python examples/smollm2_135m/draw_passkeys.py
 """
 
 import csv
-from math import isnan, nan
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -51,7 +50,7 @@ with (DOCS / "results" / "smollm2_135m" / "passkey.csv").open(newline="") as lin
         trials[place] = float(row["answer_nll"]), float(row["accuracy"]) == 1
 depths = sorted({depth for _, _, depth in trials})
 panels = {
-    length: [label for label in names if any((length, label, d) in trials for d in depths)]
+    length: [label for label in names if all((length, label, d) in trials for d in depths)]
     for length, names in ROWS.items()
 }
 panels = {length: labels for length, labels in panels.items() if labels}
@@ -66,14 +65,11 @@ figure, all_axes = plt.subplots(
     squeeze=False,
 )
 for axes, (length, labels) in zip(all_axes[:, 0], panels.items(), strict=True):
-    unknown = (nan, False)  # not measured: no color, no number
-    shown = [[trials.get((length, label, d), unknown) for d in depths] for label in labels]
-    losses = [[loss for loss, _ in line] for line in shown]
+    losses = [[trials[length, label, depth][0] for depth in depths] for label in labels]
     axes.imshow(losses, norm=LogNorm(0.05, 5), cmap="YlGnBu", aspect="auto")
-    for line, cells in enumerate(shown):
-        for column, (loss, found) in enumerate(cells):
-            if isnan(loss):
-                continue
+    for line, label in enumerate(labels):
+        for column, depth in enumerate(depths):
+            loss, found = trials[length, label, depth]
             axes.text(
                 column,
                 line,
